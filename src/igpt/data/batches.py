@@ -20,7 +20,7 @@ def _epoch_order(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def batch_rows(seed: int, step: int, batch_size: int, count: int) -> NDArray[np.int64]:
-    """The rows [B] of batch `step`: epochs are seeded permutations of `count` rows laid end to end, and cut into batches."""
+    """The rows [B] of batch `step`: seeded permutations of `count` rows, one an epoch, laid end to end and cut."""
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
     epochs, within = positions // count, positions % count
     rows = np.empty(batch_size, dtype=np.int64)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from igpt.errors import InputError
 
@@ -33,7 +33,7 @@ def decode(image: Any) -> Image.Image:
         raise InputError(f"no such file: {image}") from None
     except IsADirectoryError:
         raise InputError(f"{image} is a folder; an image file is needed here") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         raise InputError("not an image in a known format") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"does not decode: {error}") from None

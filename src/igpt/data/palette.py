@@ -1,6 +1,6 @@
 """The colour palette: k-means on RGB, exact nearest colours, and back.
 
-Colours live in [-1, 1] per channel, as in OpenAI's `kmeans_centers.npy`; pixels are uint8 RGB; pixel = rint(127.5 * (c + 1)).
+Colours live in [-1, 1] per channel, as in OpenAI's `kmeans_centers.npy`; a pixel is uint8 RGB, rint(127.5 * (c + 1)).
 Shapes: k colours, ... any leading dimensions.
 """
 
@@ -41,7 +41,7 @@ class Palette:
         self._table: NDArray[np.uint16] | None = None
 
     def fit(self, pixels: ArrayLike) -> Self:
-        """Learns the colours from uint8 RGB pixels [..., 3]: k-means on the distinct colours, weighted by their counts."""
+        """Learns the colours of uint8 RGB pixels [..., 3]: k-means on the distinct ones, weighted by their counts."""
         packed = _pack(_as_pixels(pixels))
         if packed.size == 0:
             raise InputError("a palette needs at least one pixel to be fitted to")
@@ -50,7 +50,8 @@ class Palette:
         if len(colors) <= self.n_colors:
             centers, self.inertia_ = colors, 0.0
         else:
-            centers, self.inertia_ = _k_means(colors, counts.astype(np.float64), self.n_colors, self.max_iter, self.seed)
+            weights = counts.astype(np.float64)
+            centers, self.inertia_ = _k_means(colors, weights, self.n_colors, self.max_iter, self.seed)
         centers = centers[np.argsort(centers @ (0.299, 0.587, 0.114), kind="stable")]
         self._set_centers(centers / 127.5 - 1)
         return self
@@ -91,14 +92,16 @@ class Palette:
 
     def transform(self, pixels: ArrayLike) -> NDArray[np.uint16]:
         """Tokens of uint8 RGB pixels: [..., 3] -> uint16 [...], the exactly nearest colour (ties: the lower token)."""
-        return self.table[_pack(_as_pixels(pixels))]
+        tokens: NDArray[np.uint16] = self.table[_pack(_as_pixels(pixels))]
+        return tokens
 
     def inverse_transform(self, tokens: ArrayLike) -> NDArray[np.uint8]:
         """RGB of tokens: [...] -> uint8 [..., 3]."""
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= len(self)):
             raise InputError(f"tokens of this palette lie in 0..{len(self) - 1}, not {tokens.min()}..{tokens.max()}")
-        return self.colors[tokens]
+        pixels: NDArray[np.uint8] = self.colors[tokens]
+        return pixels
 
     @property
     def colors(self) -> NDArray[np.uint8]:
@@ -112,7 +115,7 @@ class Palette:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a palette from `.npy` centres, or from a token data set's, a model's or a Hub processor's JSON or folder.
+        """Reads a palette: `.npy` centres, or the JSON or folder of a token data set, a model or a Hub processor.
 
         Raises:
             InputError: there is no palette at `path`.

@@ -17,7 +17,7 @@ from igpt.config import Config
 from igpt.data.images import decode, to_square
 from igpt.data.palette import Palette, nearest_color_error
 from igpt.data.sources import Source, open_source
-from igpt.data.tokens import MANIFEST, Shard, TokenDataset, write_manifest, write_shard
+from igpt.data.tokens import Shard, TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.files import read_json, write_json
 
@@ -36,7 +36,7 @@ class PrepareConfig(Config):
     label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split")
     seed: int = Field(0, ge=0, description="of the palette and of the splits")
-    on_error: Literal["stop", "skip"] = Field("stop", description="an image that does not decode ends the work, or is listed")
+    on_error: Literal["stop", "skip"] = Field("stop", description="what an image that does not decode does")
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,18 @@ class _Work:
         squares, kept, skipped = _decode_squares(source, range(job.first, job.last), self.config)
         tokens = self.palette.transform(squares).reshape(len(squares), -1)
         entry = vars(write_shard(self.folder, job.name, tokens, source.labels[kept]))
-        result = {"shard": entry, "skipped": [f"{job.split} {line}" for line in skipped]}
+        result: dict[str, Any] = {"shard": entry, "skipped": [f"{job.split} {line}" for line in skipped]}
         write_json(self.folder / f"{job.name}.done.json", result)
         return result
 
 
 def prepare(
-    source: str, out: Path, config: PrepareConfig, *, workers: int = 1, progress: Callable[[int, int], None] | None = None
+    source: str,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    workers: int = 1,
+    progress: Callable[[int, int], None] | None = None,
 ) -> TokenDataset:
     """Turns a source of images into a token data set.
 
@@ -144,7 +149,7 @@ def _settle_palette(
     if plan_file.exists():
         plan = read_json(plan_file, "plan")
         if {"source": source, **made} != {key: plan[key] for key in ("source", *made)}:
-            raise InputError(f"{folder} holds an unfinished preparation with other settings; remove it or choose another -o")
+            raise InputError(f"{folder} holds unfinished work with other settings; remove it or choose another -o")
         return Palette.load(folder / "palette.npy"), plan["palette_error"]
     given = Palette.load(config.palette) if config.palette else None
     count = min(len(train), max(1, PALETTE_PIXELS // config.size**2))
@@ -204,6 +209,3 @@ def _runner(work: _Work, workers: int) -> Iterator[Callable[[list[_Job]], Iterat
         yield lambda jobs: pool.map(_run_in_worker, jobs)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-__all__ = ["MANIFEST", "PrepareConfig", "prepare"]

@@ -1,8 +1,8 @@
 """Token data sets on disk: a manifest and memory-mapped shards that any tool can read.
 
-    dataset.json                  format, resolution, palette, class names, source, settings, shards with checksums
-    train-00000.tokens.npy        uint16 [N, n]: N images of n = resolution^2 tokens in raster order
-    train-00000.labels.npy        int32 [N]: class of each image, -1 where there is none
+dataset.json                  format, resolution, palette, class names, source, settings, shards with checksums
+train-00000.tokens.npy        uint16 [N, n]: N images of n = resolution^2 tokens in raster order
+train-00000.labels.npy        int32 [N]: class of each image, -1 where there is none
 """
 
 from collections.abc import Mapping
@@ -36,12 +36,14 @@ class Shard:
 
 def write_shard(folder: Path, name: str, tokens: NDArray[np.uint16], labels: NDArray[np.int32]) -> Shard:
     """Writes tokens [N, n] and labels [N] under `name`, atomically, and returns the manifest entry."""
-    arrays: dict[str, NDArray[Any]] = {f"{name}.tokens.npy": tokens, f"{name}.labels.npy": labels}
+    tokens_file, labels_file = f"{name}.tokens.npy", f"{name}.labels.npy"
+    arrays: dict[str, NDArray[Any]] = {tokens_file: tokens, labels_file: labels}
     for file_name, array in arrays.items():
         with atomic_file(folder / file_name) as temporary, temporary.open("wb") as file:
             np.save(file, array)
     return Shard(
-        *arrays,
+        tokens_file,
+        labels_file,
         count=len(tokens),
         bytes={file_name: (folder / file_name).stat().st_size for file_name in arrays},
         sha256={file_name: sha256_of(folder / file_name) for file_name in arrays},

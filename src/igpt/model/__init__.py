@@ -1,0 +1,1 @@
+"""The transformer, its objectives, its files and its samples."""

@@ -1,0 +1,1 @@
+"""Figures and pages from a run's files."""

@@ -1,0 +1,141 @@
+"""A model directory, in the Hub's ImageGPT layout, so that transformers reads what we write and the reverse.
+
+    config.json                transformers' ImageGPTConfig keys, and ours under "igpt" (format version, objective)
+    model.safetensors          transformers' names; its Conv1D matrices are transposed [in, out]
+    preprocessor_config.json   the palette ("clusters") and the resolution
+
+This file knows the disk and the names; what the weights mean is in transformer.py.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.files import atomic_folder, read_json, recover_folder
+
+VERSION = 1
+_CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_HEADS = ("lm_head.weight", "score.weight")
+
+
+@dataclass(frozen=True)
+class ModelDirectory:
+    """What a model directory holds; tensors under our names and shapes."""
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    palette: Palette | None
+
+
+def write_directory(path: Path, directory: ModelDirectory) -> None:
+    """Writes a model directory; it is whole or, after any interruption, the one that was there before."""
+    config = {**directory.config, "igpt": {"version": VERSION, **directory.config["igpt"]}}
+    resolution = config["igpt"]["resolution"]
+    preprocessor: dict[str, Any] = {
+        "image_processor_type": "ImageGPTImageProcessor",
+        "do_resize": True,
+        "size": {"height": resolution, "width": resolution},
+        "do_normalize": True,
+        "do_color_quantize": True,
+    }
+    if directory.palette is not None:
+        preprocessor["clusters"] = directory.palette.centers_.tolist()
+    with atomic_folder(path) as folder:
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor) + "\n")
+        try:
+            save_file(_to_hub(directory.tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        except SafetensorError as error:  # safetensors hides the system's error number in its text
+            raise OSError(f"cannot write {path / 'model.safetensors'}: {error}") from None
+
+
+def read_directory(name: str | Path) -> ModelDirectory:
+    """Reads a model directory, or downloads a Hub model and reads that.
+
+    Raises:
+        InputError: nothing there, a later format, a damaged file, or an architecture that is not ImageGPT.
+    """
+    path = _locate(name)
+    config = read_json(path / "config.json", "model")
+    if config.get("model_type") != "imagegpt":
+        raise InputError(f"{name} holds a model of type {config.get('model_type')!r}; 'imagegpt' is needed")
+    version = config.get("igpt", {}).get("version", VERSION)
+    if version != VERSION:
+        raise InputError(f"{name} has model format version {version}; this igpt reads {VERSION}")
+    palette = None
+    if (path / "preprocessor_config.json").exists():
+        clusters = read_json(path / "preprocessor_config.json", "palette").get("clusters")
+        palette = None if clusters is None else Palette.from_centers(clusters)
+    return ModelDirectory(config, _from_hub(_read_tensors(path)), palette)
+
+
+def _locate(name: str | Path) -> Path:
+    path = Path(name).expanduser()
+    recover_folder(path)
+    if path.is_dir():
+        return path
+    if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:
+        raise InputError(f"no model directory {name}; `igpt pretrain` writes one as RUN/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise InputError(
+            f"no model directory {name} here, and the Hub cannot give it ({type(error).__name__}); "
+            "download it elsewhere and give the folder's path"
+        ) from None
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    weights, pickled = path / "model.safetensors", path / "pytorch_model.bin"
+    if weights.exists():
+        try:
+            return load_file(weights)
+        except SafetensorError as error:
+            raise InputError(f"{weights} is damaged ({error}); write or download it anew") from None
+    if not pickled.exists():
+        raise InputError(f"no weights in {path}: model.safetensors is missing")
+    try:
+        tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling raises, the file is at fault
+        raise InputError(f"{pickled} cannot be read safely; convert it to safetensors ({error!r:.200})") from None
+    return tensors
+
+
+def _is_conv1d(name: str) -> bool:
+    return name.endswith(".weight") and name.removesuffix(".weight").endswith(_CONV1D)
+
+
+def _to_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    hub = {}
+    for name, tensor in tensors.items():
+        hub_name = name if name in _HEADS else f"transformer.{name}"
+        hub[hub_name] = (tensor.t() if _is_conv1d(name) else tensor).contiguous()
+        if _is_conv1d(name) and name.removesuffix("weight") + "bias" not in tensors:
+            # transformers' Conv1D has biases; the paper's layers have none.
+            hub[hub_name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[0])
+    return hub
+
+
+def _from_hub(hub: dict[str, Tensor]) -> dict[str, Tensor]:
+    tensors = {}
+    for hub_name, tensor in hub.items():
+        name = hub_name.removeprefix("transformer.")
+        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that older versions stored
+            continue
+        tensors[name] = tensor.t().contiguous() if _is_conv1d(name) else tensor
+    biases = [name for name in tensors if name.endswith(".bias")]
+    if not any(bool(tensors[name].any()) for name in biases):
+        for name in biases:
+            del tensors[name]
+    return tensors

@@ -1,0 +1,301 @@
+"""The transformer of iGPT: GPT-2's shape, RMS norms, no biases (Chen et al. 2020, section 2.2, and its released code).
+
+B batch, T places, D width, H heads, K head width, V colours, L layers, R resolution; n = R^2 places in raster order.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from igpt.config import Config
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.checkpoint import ModelDirectory, read_directory, write_directory
+
+Objective = Literal["autoregressive", "bert"]
+LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
+NORM_EPS = 1e-5
+_GELU_SLOPE = 1.702
+_SHORT = 256  # places up to which a CPU computes plain attention faster than the fused kernel
+
+
+class ModelConfig(Config):
+    """Shape and objective of a model."""
+
+    resolution: int = Field(32, ge=1, description="image side in pixels")
+    n_colors: int = Field(512, ge=1, description="palette size")
+    n_layer: int = Field(24, ge=1, description="blocks")
+    n_embd: int = Field(512, ge=1, description="width")
+    n_head: int = Field(8, ge=1, description="attention heads")
+    objective: Objective = Field("autoregressive", description="what the model was trained to predict")
+    bias: bool = Field(False, description="biases in the linear layers: only for models made elsewhere")
+    class_names: tuple[str, ...] | None = Field(None, description="classes of the classification head, if there is one")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.n_embd % self.n_head:
+            raise ValueError(f"{self.n_head} heads do not divide a width of {self.n_embd}")
+        return self
+
+    @property
+    def n_places(self) -> int:
+        """Pixels of an image, n."""
+        return self.resolution**2
+
+    def to_hub(self) -> dict[str, Any]:
+        """The `config.json` of transformers' ImageGPT, ours beside it."""
+        hub: dict[str, Any] = {
+            "model_type": "imagegpt",
+            "architectures": [
+                "ImageGPTForCausalImageModeling" if self.class_names is None else "ImageGPTForImageClassification"
+            ],
+            "vocab_size": self.n_colors + 1,  # the last row of wte is the start-of-sequence embedding
+            "n_positions": self.n_places,
+            "n_embd": self.n_embd,
+            "n_layer": self.n_layer,
+            "n_head": self.n_head,
+            "n_inner": 4 * self.n_embd,
+            "activation_function": "quick_gelu",
+            "layer_norm_epsilon": NORM_EPS,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "scale_attn_weights": True,
+            "tie_word_embeddings": False,
+            "bos_token_id": self.n_colors,
+            "igpt": {"objective": self.objective, "resolution": self.resolution},
+        }
+        if self.class_names is not None:
+            hub["id2label"] = dict(enumerate(self.class_names))
+            hub["label2id"] = {name: index for index, name in enumerate(self.class_names)}
+        return hub
+
+    @classmethod
+    def from_hub(cls, hub: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        """The configuration of a model directory.
+
+        Raises:
+            InputError: a variant of ImageGPT that this model does not compute.
+        """
+        width, places = hub["n_embd"], hub["n_positions"]
+        unlike = {
+            "activation_function": hub.get("activation_function", "quick_gelu") != "quick_gelu",
+            "n_inner": hub.get("n_inner") not in (None, 4 * width),
+            "scale_attn_weights": not hub.get("scale_attn_weights", True),
+            "scale_attn_by_inverse_layer_idx": bool(hub.get("scale_attn_by_inverse_layer_idx")),
+            "layer_norm_epsilon": hub.get("layer_norm_epsilon", NORM_EPS) != NORM_EPS,
+            "n_positions": math.isqrt(places) ** 2 != places,
+        }
+        for key, bad in unlike.items():
+            if bad:
+                raise InputError(f"config.json has {key} = {hub.get(key)!r}, which iGPT does not have")
+        labels = hub.get("id2label", {}) if "score.weight" in tensors else None
+        return cls(
+            resolution=math.isqrt(places),
+            n_colors=hub["vocab_size"] - 1,
+            n_layer=hub["n_layer"],
+            n_embd=width,
+            n_head=hub["n_head"],
+            objective=hub.get("igpt", {}).get("objective", "autoregressive"),
+            bias=any(name.endswith(".bias") for name in tensors),
+            class_names=None if labels is None else tuple(labels[key] for key in sorted(labels, key=int)),
+        )
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k' / sqrt(K)) v, each [B, H, T, K]; `causal` needs as many queries as keys.
+
+    The fused kernel's backward is several times slower than plain products on a CPU when sequences are short.
+    """
+    if q.device.type != "cpu" or q.shape[-2] != k.shape[-2] or q.shape[-2] > _SHORT:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, T, T]
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    weighted: Tensor = scores.softmax(-1).to(v.dtype) @ v
+    return weighted
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; with a cache, of new places to all before them."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.causal = config.objective == "autoregressive"
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        """[B, T, D] -> [B, T, D]; `cache` is written at places start .. start + T - 1 and read up to there."""
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, K]
+        q, k, v = qkv.unbind(0)
+        causal = self.causal
+        if cache is not None:
+            end = start + x.shape[1]
+            assert start == 0 or x.shape[1] == 1, "a cache is filled from the start, then place by place"
+            cache[0][:, :, start:end], cache[1][:, :, start:end] = k, v
+            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
+            causal = start == 0
+        return self.c_proj(attention(q, k, v, causal).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        inner = self.c_fc(x)  # [B, T, 4D]
+        return self.c_proj(inner * torch.sigmoid(_GELU_SLOPE * inner))  # type: ignore[no-any-return]
+
+
+class Block(nn.Module):
+    """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.attn = Attention(config)
+        self.ln_2 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        x = x + self.attn(self.ln_1(x), cache, start)
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class ImageGPT(nn.Module):
+    """A transformer over the pixels of an image.
+
+    Args:
+        config: shape and objective.
+        palette: the colours that its tokens index; it travels with the model.
+
+    A freshly made model has the paper's initial weights, drawn from torch's global generator.
+    """
+
+    def __init__(self, config: ModelConfig, palette: Palette | None = None) -> None:
+        super().__init__()
+        if palette is not None and len(palette) != config.n_colors:
+            raise InputError(f"the palette has {len(palette)} colours, the model {config.n_colors}")
+        self.config = config
+        self.palette = palette
+        self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)  # its last row is the start of a sequence
+        self.wpe = nn.Embedding(config.n_places, config.n_embd)
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
+        if config.class_names is not None:
+            self.score = nn.Linear(config.n_embd, len(config.class_names), bias=False)
+        self.initialize()
+
+    @torch.no_grad()
+    def initialize(self) -> None:
+        """Draws the paper's initial weights (released code): see the numbers."""
+        width = self.config.n_embd
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.01)
+        for block in self.h:
+            assert isinstance(block, Block)
+            nn.init.normal_(block.attn.c_attn.weight, std=width**-0.5)
+            nn.init.normal_(block.attn.c_proj.weight, std=(width * self.config.n_layer) ** -0.5)
+            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
+            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias") or name in ("lm_head.weight", "score.weight"):
+                nn.init.zeros_(parameter)
+
+    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What enters the first block: tokens [B, T] -> [B, T, D].
+
+        Autoregressive: the start embedding, then the tokens but the last. BERT: the tokens, with zeros at the places
+        where `mask` [B, T] is True. Position embeddings are added.
+        """
+        if self.config.objective == "autoregressive":
+            assert mask is None, "an autoregressive model takes no mask"
+            start = tokens.new_full((tokens.shape[0], 1), self.config.n_colors)
+            return self.embed_at(torch.cat([start, tokens[:, :-1]], dim=1), 0)
+        x = self.wte(tokens)
+        if mask is not None:
+            x = x.masked_fill(mask[..., None], 0.0)
+        return x + self.wpe.weight[: tokens.shape[1]]  # type: ignore[no-any-return]
+
+    def embed_at(self, inputs: Tensor, start: int) -> Tensor:
+        """Embeddings of inputs [B, T] (V: the start) that enter at places start .. start + T - 1: [B, T, D]."""
+        return self.wte(inputs) + self.wpe.weight[start : start + inputs.shape[1]]  # type: ignore[no-any-return]
+
+    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The final norm's output: tokens [B, T] -> [B, T, D]."""
+        x = self.embed(tokens, mask)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits of the colour at every place: tokens [B, T], T <= n -> [B, T, V].
+
+        An autoregressive model predicts place i from the places before i (it shifts by itself); a BERT model predicts
+        the places where `mask` is True from the others.
+        """
+        return self.lm_head(self.hidden(tokens, mask))  # type: ignore[no-any-return]
+
+    def features(self, tokens: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
+        """Normalised activations n^l of every layer in one pass: tokens [B, T] -> L + 1 tensors [B, T, D].
+
+        n^l is the normalised input of block l's attention, and at last the final norm's output (paper, section 2.3).
+        """
+        x = self.embed(tokens, mask)
+        for block in self.h:
+            assert isinstance(block, Block)
+            yield block.ln_1(x)
+            x = block(x)
+        yield self.ln_f(x)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Writes a model directory (see checkpoint.py), replacing one that is there only when it is whole."""
+        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        write_directory(Path(path), ModelDirectory(self.config.to_hub(), tensors, self.palette))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Reads a model directory: ours, one that transformers wrote, or a Hub id.
+
+        Raises:
+            InputError: it is missing, damaged or not an ImageGPT.
+        """
+        directory = read_directory(name)
+        config = ModelConfig.from_hub(directory.config, directory.tensors)
+        with torch.device("meta"):
+            model = cls(config, directory.palette)
+        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        found = {key: tuple(tensor.shape) for key, tensor in directory.tensors.items()}
+        if expected != found:
+            unlike = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            raise InputError(
+                f"the weights in {name} do not fit its config.json: {unlike[0]} is {found.get(unlike[0], 'missing')}, "
+                f"{expected.get(unlike[0], 'nothing')} is expected ({len(unlike)} such)"
+            )
+        model.load_state_dict(directory.tensors, assign=True)
+        return model.eval()
+
+    def require(self, objective: Objective, purpose: str) -> None:
+        """Refuses a model of another objective.
+
+        Raises:
+            InputError: the objectives differ.
+        """
+        if self.config.objective != objective:
+            raise InputError(f"{purpose} needs a model trained as {objective!r}; this one is {self.config.objective!r}")
