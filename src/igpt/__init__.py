@@ -1,8 +1,26 @@
 """Generative Pretraining from Pixels (Chen et al., 2020): palette, tokens, pretraining, probes, samples, reports."""
 
-from igpt.data.palette import Palette
-from igpt.data.tokens import TokenDataset
-from igpt.model.transformer import ImageGPT, ModelConfig
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from igpt.data.palette import Palette
+    from igpt.data.tokens import TokenDataset
+    from igpt.model.transformer import ImageGPT, ModelConfig
 
 __version__ = "0.1.0"
 __all__ = ["ImageGPT", "ModelConfig", "Palette", "TokenDataset", "__version__"]
+
+_HOMES = {
+    "ImageGPT": "igpt.model.transformer",
+    "ModelConfig": "igpt.model.transformer",
+    "Palette": "igpt.data.palette",
+    "TokenDataset": "igpt.data.tokens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first asked for: `igpt --help` need not wait for torch.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'igpt' has no attribute {name!r}")

@@ -17,13 +17,17 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         InputError: no such file, a syntax error, or something else than a mapping.
     """
-    import yaml  # JSON is YAML too
+    import yaml
 
     try:
-        values = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+        text = path.read_text(encoding="utf-8")
+        # Only almost every JSON is YAML: not one that is indented with tabs.
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no settings file {path}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; a settings file is needed here") from None
+    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold settings as 'name: value' lines")
@@ -47,13 +51,15 @@ class Config(BaseModel):
             merged.update(layer)
         for key in merged:
             if key not in cls.model_fields:
-                raise InputError(f"unknown key {key!r} in {where}; {suggest(key, cls.model_fields)}")
+                raise InputError(f"unknown key {key!r} in {where}; {suggest(str(key), cls.model_fields)}")
         try:
             return cls.model_validate(merged)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "missing":
+                raise InputError(f"{where}: {name} is missing, and has no default") from None
             given = f"{name} = {first['input']!r}: " if name else ""
             raise InputError(f"{where}: {given}{reason}") from None
 
@@ -72,4 +78,4 @@ class Config(BaseModel):
 
             text = yaml.safe_dump(values, sort_keys=False)
         with atomic_file(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")

@@ -8,6 +8,14 @@ class InputError(ValueError):
     """A mistake in what the user gave: the message says what was wrong and what would be right."""
 
 
+class Interrupted(Exception):  # noqa: N818  it is no error
+    """A signal ended long work after all was saved; carries the signal's number and says what was reached."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def suggest(word: str, choices: Iterable[str]) -> str:
     """The end of an error message: the choice nearest to `word`, or all choices when none is near."""
     known = sorted(choices)

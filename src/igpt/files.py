@@ -1,5 +1,6 @@
 """Files and folders that are either whole or absent, whatever interrupts their writing."""
 
+import glob
 import hashlib
 import json
 import os
@@ -45,7 +46,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     The files in it reach the disk before the rename. A folder cannot be exchanged in one step everywhere: an existing
     one is moved aside first, and `recover_folder` puts it back if a kill fell between the two renames.
+
+    Raises:
+        InputError: `path` is a file.
     """
+    path = path.resolve()  # of a link, the folder it names is replaced
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is a file; a folder is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
     temporary, old = _temporary(path), _old(path)
@@ -59,31 +66,35 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             path.rename(old)
         temporary.rename(path)
         _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        _settle_exchange(path)
 
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
+def _settle_exchange(path: Path) -> None:
+    old = _old(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
+        old.rename(path)
+
+
 def recover_folder(path: Path) -> None:
     """Finishes or undoes an exchange of folders that `atomic_folder` had begun, and clears what it left behind."""
-    old = _old(path)
-    if old.exists():
-        if path.exists():
-            shutil.rmtree(old)
-        else:
-            old.rename(path)
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+    path = path.resolve()
+    _settle_exchange(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         shutil.rmtree(left, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     with atomic_file(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
@@ -93,9 +104,11 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         InputError: there is no such file, or it is not a JSON object.
     """
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no {what} at {path.parent}: {path.name} is missing") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; a JSON file ({what}) is needed there") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not readable as JSON ({error}); is it cut off?") from None
     if not isinstance(value, dict):

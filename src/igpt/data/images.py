@@ -6,9 +6,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from igpt.errors import InputError
+
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(image: Any) -> Image.Image:
@@ -20,24 +30,28 @@ def decode(image: Any) -> Image.Image:
     Raises:
         InputError: it does not decode; the message gives the reason.
     """
-    if isinstance(image, Image.Image):
-        return image
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
     if image is None:
         raise InputError("there is no image here")
     try:
-        opened = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
-        opened.load()
+        if not isinstance(image, Image.Image):
+            encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
+            if not encoded:
+                raise InputError("the file is empty (zero bytes)")
+            image = Image.open(io.BytesIO(encoded))
+        image.load()
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"no such file: {image}") from None
     except IsADirectoryError:
         raise InputError(f"{image} is a folder; an image file is needed here") from None
     except UnidentifiedImageError:
         raise InputError("not an image in a known format") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"does not decode: {error}") from None
-    return opened
+    except Exception as error:  # of any type: each of Pillow's readers has its own for malformed files
+        raise InputError(f"does not decode: {str(error) or type(error).__name__}") from None
+    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -49,7 +63,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         InputError: pixels without a known range (floating point, or integers beyond 16 bits).
     """
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):
         levels = np.asarray(image)
         if levels.size and (levels.min() < 0 or levels.max() > 65535):
@@ -63,20 +77,36 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # of many types: malformed metadata says nothing about the orientation, and the pixels are good
+        return image
+    # Not Pillow's `exif_transpose`, which also writes the metadata anew, and fails where that cannot be done.
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
 def to_square(image: Image.Image, size: int) -> NDArray[np.uint8]:
     """Upright RGB, centre-cropped to a square and resized to `size` x `size` pixels: uint8 [size, size, 3].
 
     Area averaging (Pillow's box filter) makes smaller, bicubic interpolation makes larger; an image that already has
     the size passes untouched. The paper crops the centre for evaluation and names no filter (section 3.1).
+
+    Raises:
+        InputError: pixels without a known range (see `to_rgb`), or no pixels at all.
     """
     rgb = to_rgb(image)
     side = min(rgb.size)
-    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-    box = (left, top, left + side, top + side)
-    if side == size:
-        return np.asarray(rgb.crop(box))
-    kernel = Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC
-    return np.asarray(rgb.resize((size, size), kernel, box=box))
+    if side == 0:
+        raise InputError("the image has no pixels")
+    if rgb.width != rgb.height:  # cropped before it is resized: interpolation reaches beyond a box within an image
+        left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+        rgb = rgb.crop((left, top, left + side, top + side))
+    if side % size == 0:
+        rgb = rgb.reduce(side // size)  # the same averages, rounded once; `resize` rounds rows, then columns
+    else:
+        rgb = rgb.resize((size, size), Image.Resampling.BOX if side > size else Image.Resampling.BICUBIC)
+    return np.asarray(rgb)
 
 
 def load_square(path: str | Path, size: int) -> NDArray[np.uint8]:

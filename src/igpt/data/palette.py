@@ -106,7 +106,8 @@ class Palette:
     @property
     def colors(self) -> NDArray[np.uint8]:
         """The colours as 8-bit RGB, uint8 [k, 3]."""
-        return np.clip(np.rint(127.5 * (self.centers_ + 1)), 0, 255).astype(np.uint8)
+        levels: NDArray[np.uint8] = np.clip(np.rint(127.5 * (self.centers_ + 1)), 0, 255).astype(np.uint8)
+        return levels
 
     def save(self, path: str | Path) -> None:
         """Writes the centres as float32 `.npy`, the format of OpenAI's `kmeans_centers.npy`."""

@@ -64,8 +64,8 @@ class _Work:
         source = self.splits[job.split]
         squares, kept, skipped = _decode_squares(source, range(job.first, job.last), self.config)
         tokens = self.palette.transform(squares).reshape(len(squares), -1)
-        entry = vars(write_shard(self.folder, job.name, tokens, source.labels[kept]))
-        result: dict[str, Any] = {"shard": entry, "skipped": [f"{job.split} {line}" for line in skipped]}
+        entry: dict[str, Any] = vars(write_shard(self.folder, job.name, tokens, source.labels[kept]))
+        result = {"shard": entry, "skipped": [f"{job.split} {line}" for line in skipped]}
         write_json(self.folder / f"{job.name}.done.json", result)
         return result
 

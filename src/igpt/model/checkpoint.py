@@ -36,7 +36,14 @@ class ModelDirectory:
 
 
 def write_directory(path: Path, directory: ModelDirectory) -> None:
-    """Writes a model directory; it is whole or, after any interruption, the one that was there before."""
+    """Writes a model directory; it is whole or, after any interruption, the one that was there before.
+
+    Raises:
+        InputError: `path` is taken by something else than a model.
+    """
+    path = path.expanduser().resolve()  # a link's target is replaced, not the link
+    if path.exists() and not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):
+        raise InputError(f"{path} holds something else than a model; give a new folder, or empty that one")
     config = {**directory.config, "igpt": {"version": VERSION, **directory.config["igpt"]}}
     resolution = config["igpt"]["resolution"]
     preprocessor: dict[str, Any] = {
@@ -67,48 +74,65 @@ def read_directory(name: str | Path) -> ModelDirectory:
     config = read_json(path / "config.json", "model")
     if config.get("model_type") != "imagegpt":
         raise InputError(f"{name} holds a model of type {config.get('model_type')!r}; 'imagegpt' is needed")
-    version = config.get("igpt", {}).get("version", VERSION)
+    ours = config.get("igpt", {})
+    version = ours.get("version", VERSION) if isinstance(ours, dict) else ours
     if version != VERSION:
         raise InputError(f"{name} has model format version {version}; this igpt reads {VERSION}")
     palette = None
-    if (path / "preprocessor_config.json").exists():
-        clusters = read_json(path / "preprocessor_config.json", "palette").get("clusters")
-        palette = None if clusters is None else Palette.from_centers(clusters)
+    preprocessor = path / "preprocessor_config.json"
+    if preprocessor.exists():
+        clusters = read_json(preprocessor, "palette").get("clusters")
+        try:
+            palette = None if clusters is None else Palette.from_centers(clusters)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the clusters in {preprocessor} are no palette: {error}") from None
     return ModelDirectory(config, _from_hub(_read_tensors(path)), palette)
 
 
 def _locate(name: str | Path) -> Path:
-    path = Path(name).expanduser()
-    recover_folder(path)
+    path = Path(name).expanduser().resolve()
+    if not path.exists():  # otherwise nothing is touched: another process may be writing the next one
+        recover_folder(path)
     if path.is_dir():
         return path
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:
         raise InputError(f"no model directory {name}; `igpt pretrain` writes one as RUN/model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import constants, model_info, snapshot_download
 
+    silence: Exception | None = None
+    try:  # snapshot_download has no time limit of its own: where packets vanish it would wait for ever
+        model_info(str(name), timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the network fails in many ways, proxies among them; the cache may have the model
+        silence = error
+    patterns = ["*.json", "*.safetensors", "pytorch_model.bin"]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "pytorch_model.bin"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=silence is not None))
+    except Exception as error:
         raise InputError(
-            f"no model directory {name} here, and the Hub cannot give it ({type(error).__name__}); "
+            f"no model directory {name} here, and the Hub cannot give it ({type(silence or error).__name__}); "
             "download it elsewhere and give the folder's path"
         ) from None
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    weights, pickled = path / "model.safetensors", path / "pytorch_model.bin"
-    if weights.exists():
+    tensors: dict[str, Tensor] = {}
+    # transformers cuts large models up.
+    for part in sorted(path.glob("model-*-of-*.safetensors")) + sorted(path.glob("model.safetensors")):
         try:
-            return load_file(weights)
+            tensors.update(load_file(part))
         except SafetensorError as error:
-            raise InputError(f"{weights} is damaged ({error}); write or download it anew") from None
+            raise InputError(f"{part} is damaged ({error}); write or download it anew") from None
+    if tensors:
+        return tensors
+    pickled = path / "pytorch_model.bin"
     if not pickled.exists():
         raise InputError(f"no weights in {path}: model.safetensors is missing")
     try:
-        tensors: dict[str, Tensor] = torch.load(pickled, map_location="cpu", weights_only=True)
+        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling raises, the file is at fault
         raise InputError(f"{pickled} cannot be read safely; convert it to safetensors ({error!r:.200})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise InputError(f"{pickled} holds something else than named tensors; a model's state dict is needed")
     return tensors
 
 
@@ -133,7 +157,7 @@ def _from_hub(hub: dict[str, Tensor]) -> dict[str, Tensor]:
         name = hub_name.removeprefix("transformer.")
         if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that older versions stored
             continue
-        tensors[name] = tensor.t().contiguous() if _is_conv1d(name) else tensor
+        tensors[name] = tensor.t().contiguous() if _is_conv1d(name) and tensor.ndim == 2 else tensor
     biases = [name for name in tensors if name.endswith(".bias")]
     if not any(bool(tensors[name].any()) for name in biases):
         for name in biases:

@@ -83,6 +83,9 @@ class ModelConfig(Config):
         Raises:
             InputError: a variant of ImageGPT that this model does not compute.
         """
+        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if not isinstance(hub.get(key), int) or hub[key] < 1:
+                raise InputError(f"config.json has {key} = {hub.get(key)!r}; a positive whole number is needed")
         width, places = hub["n_embd"], hub["n_positions"]
         unlike = {
             "activation_function": hub.get("activation_function", "quick_gelu") != "quick_gelu",
@@ -95,17 +98,21 @@ class ModelConfig(Config):
         for key, bad in unlike.items():
             if bad:
                 raise InputError(f"config.json has {key} = {hub.get(key)!r}, which iGPT does not have")
-        labels = hub.get("id2label", {}) if "score.weight" in tensors else None
-        return cls(
-            resolution=math.isqrt(places),
-            n_colors=hub["vocab_size"] - 1,
-            n_layer=hub["n_layer"],
-            n_embd=width,
-            n_head=hub["n_head"],
-            objective=hub.get("igpt", {}).get("objective", "autoregressive"),
-            bias=any(name.endswith(".bias") for name in tensors),
-            class_names=None if labels is None else tuple(labels[key] for key in sorted(labels, key=int)),
-        )
+        settings = {
+            "resolution": math.isqrt(places),
+            "n_colors": hub["vocab_size"] - 1,
+            "n_layer": hub["n_layer"],
+            "n_embd": width,
+            "n_head": hub["n_head"],
+            "objective": hub.get("igpt", {}).get("objective", "autoregressive"),
+            "bias": any(name.endswith(".bias") for name in tensors),
+        }
+        if "score.weight" in tensors:
+            labels = hub.get("id2label")
+            if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+                raise InputError(f"config.json has id2label = {labels!r}; the classes by number are needed")
+            settings["class_names"] = tuple(labels[key] for key in sorted(labels, key=int))
+        return cls.layered(settings, where="config.json")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

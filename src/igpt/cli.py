@@ -1,0 +1,403 @@
+"""The command line: one function a command, that parses, calls and prints.
+
+A user's mistake ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143. A traceback is a bug.
+"""
+
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from igpt import __version__
+from igpt.command_line import file_settings, given, parse, progress_bar
+from igpt.errors import InputError, Interrupted, suggest
+
+if TYPE_CHECKING:
+    from igpt.model.transformer import ImageGPT
+
+Out = Annotated[Path, arg(aliases=["-o"])]
+MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
+
+
+def demo(data: str = "digits", out: MaybeOut = None) -> None:
+    """Tell the whole story on one data set: palette, tokens, pretraining, probes, completions, samples, report.
+
+    Args:
+        data: "digits" (bundled), or any source that `igpt prepare` takes.
+        out: run directory, runs/demo or runs/demo-NAME by default; what is in it already is not done again.
+    """
+    from igpt.demo import tell
+
+    tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).name}"))
+
+
+def prepare(
+    source: Positional[str], out: Out, flags: Any, config: Path | None = None, workers: int | None = None
+) -> None:
+    """Turn images into a token data set: palette, tokens, splits.
+
+    Args:
+        source: "digits" (bundled), a folder or file that `datasets.load_dataset` reads, or a Hub id (id:config).
+        out: folder to make.
+        config: settings in YAML or JSON; flags override them.
+        workers: processes; all cores by default.
+    """
+    from igpt.data.prepare import PrepareConfig
+    from igpt.data.prepare import prepare as run
+
+    settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
+    with progress_bar() as show:
+        result = run(
+            source, out, settings, workers=workers or os.cpu_count() or 1, progress=partial(show, "tokenising")
+        )
+    made = result.manifest["made"]
+    counts = ", ".join(f"{len(result[split])} {split}" for split in result)
+    psnr = made["palette_error"]["psnr_db"]
+    fidelity = "exact" if psnr is None else f"{psnr:.1f} dB PSNR"
+    print(f"{out}: {counts}; {result.resolution} px, {len(result.palette)} colours ({fidelity})")
+    if made["skipped"]:
+        print(f"{len(made['skipped'])} images did not decode and are listed in {out}/dataset.json, the first: ", end="")
+        print(made["skipped"][0])
+
+
+def pretrain(
+    tokens: Positional[Path],
+    out: Out,
+    flags: Any,
+    model: str | None = None,
+    config: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Train a model on tokens without labels.
+
+    Args:
+        tokens: token data set (`igpt prepare`).
+        out: run directory to make, or to continue with --resume.
+        model: preset of shape and recipe: igpt-s, igpt-m, igpt-l, igpt-xl, or for CPUs tiny, digits, photos.
+        config: settings in YAML or JSON over the preset; flags override both.
+        resume: continue an interrupted run from its newest whole checkpoint.
+    """
+    from igpt.presets import preset
+    from igpt.training.pretrain import PretrainConfig
+    from igpt.training.pretrain import pretrain as run
+
+    named = dict(preset(model)) if model else {}
+    chosen = {"tokens": tokens, **named, **file_settings(config), **given(flags)}
+    settings = PretrainConfig.layered(chosen, where="the settings")
+    if not (resume or model or config):
+        raise InputError("name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE")
+    best = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
+    print(f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}")
+
+
+def finetune(
+    model: Positional[Path],
+    tokens: Positional[Path],
+    out: Out,
+    flags: Any,
+    config: Path | None = None,
+    resume: bool = False,
+) -> None:
+    """Fine-tune a model with a class head on labelled tokens.
+
+    Args:
+        model: run or model directory.
+        tokens: token data set with labels.
+        out: run directory to make, or to continue with --resume.
+        config: settings in YAML or JSON; flags override them.
+        resume: continue an interrupted run.
+    """
+    from igpt.training.finetune import FinetuneConfig
+    from igpt.training.finetune import finetune as run
+
+    chosen = {"model": _model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
+    settings = FinetuneConfig.layered(chosen, where="the settings")
+    result = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
+    print(
+        f"{out}/model: test accuracy {result['test_accuracy']:.4f} on {result['test_images']} images, chosen at update "
+        f"{result['best_step']} by validation accuracy {result['validation_accuracy']:.4f}"
+    )
+
+
+def probe(
+    model: Positional[Path],
+    tokens: Positional[Path],
+    out: MaybeOut = None,
+    limit: int | None = None,
+    baselines: bool = True,
+    seed: int = 0,
+) -> None:
+    """Fit a linear classifier to every layer's features.
+
+    Args:
+        model: run or model directory.
+        tokens: token data set with labels.
+        out: file to write; by default probe.json in the run, or here for a model without one.
+        limit: at most so many images of each split.
+        baselines: also probe raw pixels and an untrained model.
+        seed: of the images drawn and of the untrained model.
+    """
+    from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.probe import best_row, write_probe
+    from igpt.evaluation.probe import probe as run
+
+    path, home = _model_and_run(model)
+    with progress_bar() as show:
+        result = run(_load(path), TokenDataset(tokens), limit=limit, baselines=baselines, seed=seed, progress=show)
+    target = out or home / "probe.json"
+    write_probe(target, {"model": str(path), **result})
+    best = best_row(result)
+    for row in result["layers"]:
+        mark = " <- best on validation" if row is best else ""
+        state = "" if row["converged"] else " (not converged)"
+        print(
+            f"layer {row['layer']:3d}  validation {row['validation_accuracy']:.4f}  test {row['test_accuracy']:.4f}"
+            f"{state}{mark}"
+        )
+    print(
+        f"{target}: layer {best['layer']} reads {best['test_accuracy']:.4f} of {result['images']['test']} test images"
+    )
+
+
+def score(
+    model: Positional[Path],
+    tokens: Positional[Path],
+    split: Literal["train", "validation", "test"] = "test",
+    out: MaybeOut = None,
+) -> None:
+    """Measure how likely images are under a model, in nats/pixel.
+
+    Args:
+        model: run or model directory of an autoregressive model.
+        tokens: token data set.
+        split: which of its images.
+        out: CSV to write, one line an image.
+    """
+    from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.features import require_match
+    from igpt.evaluation.likelihood import score as run
+    from igpt.evaluation.likelihood import summary
+    from igpt.files import atomic_file
+
+    loaded, data = _load(_model_and_run(model)[0]), TokenDataset(tokens)
+    require_match(loaded, data)
+    with progress_bar() as show:
+        losses = run(loaded, data[split], progress=partial(show, "scoring"))
+    if out:
+        with atomic_file(out) as temporary:
+            lines = (f"{index},{loss:.6f}\n" for index, loss in enumerate(losses))
+            temporary.write_text("image,nats_per_pixel\n" + "".join(lines))
+    result = summary(losses)
+    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.4f} (standard error)"
+    print(f"{result['nats_per_pixel']:.4f} nats/pixel{error} over {result['images']} {split} images")
+
+
+def sample(
+    model: Positional[Path],
+    out: MaybeOut = None,
+    count: int = 16,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw images from a model.
+
+    Args:
+        model: run or model directory.
+        out: PNG to write; by default samples.png in the run, or here for a model without one.
+        count: images.
+        temperature: 1 is the model's own distribution, as in the paper; 0 takes the likeliest colours.
+        top_k: only the k likeliest colours of every pixel.
+        top_p: only the likeliest colours that together reach this probability.
+        seed: the same seed gives the same images.
+    """
+    from igpt.pictures import draw_samples
+
+    path, home = _model_and_run(model)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    with progress_bar() as show:
+        target = draw_samples(_load(path), out or home / "samples.png", count, settings, partial(show, "sampling"))
+    print(f"{target}: {count} samples")
+
+
+def complete(
+    model: Positional[Path],
+    images: Positional[tuple[Path, ...]] = (),
+    tokens: Path | None = None,
+    count: int = 8,
+    keep_rows: int | None = None,
+    completions: int = 4,
+    out: MaybeOut = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Keep the upper rows of images and let a model draw the rest.
+
+    Args:
+        model: run or model directory.
+        images: image files.
+        tokens: token data set whose first test images are taken instead.
+        count: how many of them.
+        keep_rows: rows to keep, at the model's resolution; the upper half by default.
+        completions: drawings of each image.
+        out: PNG to write; by default completions.png in the run, or here for a model without one.
+        temperature: 1 is the model's own distribution; 0 takes the likeliest colours.
+        top_k: only the k likeliest colours of every pixel.
+        top_p: only the likeliest colours that together reach this probability.
+        seed: the same seed gives the same drawings.
+    """
+    from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.features import require_match
+    from igpt.pictures import draw_completions, tokens_of_files, tokens_of_split
+
+    path, home = _model_and_run(model)
+    loaded = _load(path)
+    if bool(images) == bool(tokens):
+        raise InputError("give image files to complete, or --tokens with a token data set")
+    if tokens:
+        data = TokenDataset(tokens)
+        require_match(loaded, data)
+        originals = tokens_of_split(data["test"], count)
+    else:
+        originals = tokens_of_files(loaded, images)
+    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    rows = loaded.config.resolution // 2 if keep_rows is None else keep_rows
+    with progress_bar() as show:
+        target = draw_completions(
+            loaded, originals, out or home / "completions.png", rows, completions, settings, partial(show, "completing")
+        )
+    print(f"{target}: from left to right, each original, what was kept ({rows} rows), {completions} completions")
+
+
+def report(run: Positional[Path]) -> None:
+    """Write RUN/report.html: one page with all that a run has shown.
+
+    Args:
+        run: run directory.
+    """
+    from igpt.report.page import write_report
+
+    print(write_report(run))
+
+
+def import_openai(
+    prefix: Positional[Path],
+    out: Out,
+    clusters: Path | None = None,
+    objective: Literal["autoregressive", "bert"] = "autoregressive",
+    heads: int | None = None,
+) -> None:
+    """Turn one of OpenAI's TensorFlow checkpoints into a model directory.
+
+    Args:
+        prefix: checkpoint without its ending, such as model.ckpt-1000000.
+        out: model directory to write.
+        clusters: kmeans_centers.npy, the palette.
+        objective: what the checkpoint was trained as.
+        heads: attention heads, if the checkpoint's size is not a published one.
+    """
+    from igpt.model.openai import load_openai
+
+    if out.exists():
+        raise InputError(f"{out} exists already; remove it or choose another -o")
+    loaded = load_openai(prefix, clusters, objective=objective, n_head=heads)
+    loaded.save_pretrained(out)
+    print(f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M parameters")
+
+
+def app(model: Positional[Path], host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Open a web page that completes and scores images.
+
+    Args:
+        model: run or model directory of an autoregressive model.
+        host: address to listen at; loopback only by default.
+        port: port to listen at.
+    """
+    from igpt.app import serve
+
+    serve(_load(_model_and_run(model)[0]), host, port)
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
+    # what it does, and the settings that are its flags
+    "demo": (demo, None),
+    "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
+    "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
+    "finetune": (finetune, "igpt.training.finetune:FinetuneConfig"),
+    "probe": (probe, None),
+    "score": (score, None),
+    "sample": (sample, None),
+    "complete": (complete, None),
+    "report": (report, None),
+    "import": (import_openai, None),
+    "app": (app, None),
+}
+
+
+def _model_and_run(path: Path) -> tuple[Path, Path]:
+    """The model directory that a run or model directory means, and where its results belong."""
+    if (path / "model" / "config.json").exists():
+        return path / "model", path
+    if path.name == "model" and (path.parent / "config.yaml").exists():
+        return path, path.parent
+    return path, Path()
+
+
+def _load(path: Path) -> "ImageGPT":
+    import torch
+
+    from igpt.model.transformer import ImageGPT
+
+    return ImageGPT.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _overview() -> str:
+    lines = [f"igpt {__version__}: Generative Pretraining from Pixels", "", "usage: igpt COMMAND ...", ""]
+    lines += [f"  {name:10} {(function.__doc__ or '').splitlines()[0]}" for name, (function, _) in COMMANDS.items()]
+    return "\n".join([*lines, "", "igpt COMMAND --help says more."])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; the exit code."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    name = words[0]
+    try:
+        if name not in COMMANDS:
+            raise InputError(f"no command {name!r}; {suggest(name, COMMANDS)}")
+        function, settings = COMMANDS[name]
+        parse(function, settings, f"igpt {name}", words[1:])()
+    except InputError as error:
+        return _complain(f"igpt {name}: {error}", 2)
+    except Interrupted as stop:
+        resume = [] if name == "demo" or "--resume" in words else ["--resume"]
+        return _complain(
+            f"igpt {name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number
+        )
+    except KeyboardInterrupt:
+        return _complain(f"igpt {name}: interrupted; what was finished is kept", 130)
+    except BrokenPipeError:  # `igpt ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _complain(f"igpt {name}: {error.strerror or error}{where}; nothing was left half-written", 2)
+    return 0
+
+
+def _complain(line: str, code: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,250 @@
+"""OpenAI's TensorFlow checkpoints (github.com/openai/image-gpt, `model.ckpt-*`) -> ImageGPT, without TensorFlow.
+
+A checkpoint is a "tensor bundle" (tensorflow/core/util/tensor_bundle): PREFIX.index, a LevelDB table from names to
+protobuf entries (tensorflow/core/protobuf/tensor_bundle.proto), and PREFIX.data-00000-of-000NN, the raw values. Of
+LevelDB's format and of protobuf, what bundles use is read here. D width, H heads, K head width, V colours, n places.
+"""
+
+import math
+import warnings
+from collections import defaultdict
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.transformer import ImageGPT, ModelConfig, Objective
+
+_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # by TensorFlow's DataType: plain numbers
+_MAGIC, _FOOTER = 0xDB4775248B80FB57.to_bytes(8, "little"), 48  # how a table ends, and how many bytes its end has
+_CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial of CRC-32C, lowest bit first
+_CRC_START = bytes.fromhex("54641f64")  # takes a checksum register from zero to all ones
+
+
+def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
+    """All variables of a TensorFlow checkpoint (bundle V2) by name; those that are not plain numbers are left out.
+
+    Every block of the index and every tensor is compared with its CRC-32C (about 0.3 s for 100 MB).
+
+    Raises:
+        InputError: the index or a data shard is missing, cut off, damaged or not of this format.
+    """
+    entries = {name: entry for name, entry in _read_index(prefix).items() if entry.dtype in _DTYPES}
+    _check_shards(list(entries.values()))
+    return {name: entry.read() for name, entry in entries.items()}
+
+
+def load_openai(
+    prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive", n_head: int | None = None
+) -> ImageGPT:
+    """The model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`: float32, in evaluation mode.
+
+    Names and shapes are those of the released graph (openai/image-gpt, src/model.py). Optimizer variables and a
+    classification head (the names of its classes are not stored) are neither read nor checked.
+
+    Args:
+        prefix: path of the checkpoint without `.index`.
+        clusters: the palette (`kmeans_centers.npy`); None for a model without one.
+        objective: what the model was trained for: the graph has a start embedding exactly when it is autoregressive.
+        n_head: heads that are expected; None for those that the checkpoint has.
+
+    Raises:
+        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective, heads or palette size.
+    """
+    entries = _read_index(prefix)
+    config = _infer_config({name: entry.shape for name, entry in entries.items()}, str(prefix), objective)
+    if n_head not in (None, config.n_head):
+        raise InputError(f"{prefix} has {config.n_head} heads by the shapes of its projections, not {n_head}")
+    with torch.device("meta"):
+        model = ImageGPT(config, None if clusters is None else Palette.load(clusters))
+    used = {name: entries[f"model/{name}"] for name in _expected_shapes(config)}
+    _check_shards(list(used.values()))
+    model.load_state_dict(_read_tensors(used, config), assign=True)
+    return model.eval()
+
+
+def _infer_config(shapes: dict[str, tuple[int, ...]], where: str, objective: Objective) -> ModelConfig:
+    """The configuration of a model with variables of these shapes; they are all that it needs, and fit it."""
+    table, places, query = (shapes.get(f"model/{name}", ()) for name in ("wte", "wpe", "h0/attn/q_proj"))
+    if (len(table), len(places), len(query)) != (2, 2, 3):
+        raise InputError(f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or model/h0/attn/q_proj")
+    if objective == "autoregressive" and "model/sos" not in shapes:
+        raise InputError(f"{where} has no start embedding (model/sos): its objective can only be 'bert'")
+    if objective == "bert" and "model/sos" in shapes:  # it would run, and give noise
+        warnings.warn(f"{where} has a start embedding, which only 'autoregressive' models use", stacklevel=3)
+    values: dict[str, Any] = {"resolution": math.isqrt(places[0]), "n_colors": table[0], "n_embd": table[1]}
+    values["n_layer"] = len({name.split("/")[1] for name in shapes if name.startswith("model/h")})
+    config = ModelConfig.layered(values, {"n_head": query[0], "objective": objective}, where=where)
+    for name, expected in _expected_shapes(config).items():
+        if shapes.get(f"model/{name}") != expected:
+            found = shapes.get(f"model/{name}", "missing")
+            raise InputError(f"{where} is not a whole image-gpt checkpoint: model/{name} is {found}, not {expected}")
+    return config
+
+
+def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """What the released graph calls its variables, without "model/", and their shapes."""
+    width, table = config.n_embd, (config.n_colors, config.n_embd)
+    shapes = {"wte": table, "wtet": table, "wpe": (config.n_places, width), "ln_f/g": (width,)}
+    block: dict[str, tuple[int, ...]] = {"ln_1/g": (width,), "ln_2/g": (width,)}
+    block |= {f"attn/{name}_proj": (config.n_head, width // config.n_head, width) for name in "qkvc"}
+    block |= {"mlp/c_fc/w": (width, 4 * width), "mlp/c_proj/w": (4 * width, width)}
+    shapes |= {f"h{layer}/{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    return shapes | ({"sos": (width,)} if config.objective == "autoregressive" else {})
+
+
+def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The state dict."""
+
+    def read(name: str) -> torch.Tensor:
+        values = entries[name].read().astype(np.float32)  # a copy: what was read cannot be written to
+        # The graph multiplies from the right, x @ w. Only q, k and v [H, K, D], which lead to the heads, are [out, in].
+        turn = name.endswith(("/w", "c_proj"))
+        return torch.from_numpy(values.reshape(-1, values.shape[-1]).T.copy() if turn else values)
+
+    # A BERT model has no start; the row stays zero and is never looked up.
+    start = read("sos") if "sos" in entries else torch.zeros(config.n_embd)
+    tensors = {"wte.weight": torch.cat([read("wte"), start[None]]), "lm_head.weight": read("wtet")}
+    tensors |= {"wpe.weight": read("wpe"), "ln_f.weight": read("ln_f/g")}
+    for layer in range(config.n_layer):
+        query_key_value = torch.cat([read(f"h{layer}/attn/{name}_proj") for name in "qkv"])
+        tensors[f"h.{layer}.attn.c_attn.weight"] = query_key_value.flatten(0, 1)
+        for name in ("ln_1/g", "ln_2/g", "attn/c_proj", "mlp/c_fc/w", "mlp/c_proj/w"):
+            ours = name.removesuffix("/g").removesuffix("/w").replace("/", ".")
+            tensors[f"h.{layer}.{ours}.weight"] = read(f"h{layer}/{name}")
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a variable lies, and its checksum."""
+
+    dtype: int
+    shape: tuple[int, ...]
+    path: Path
+    offset: int
+    size: int
+    checksum: int
+
+    def read(self) -> NDArray[Any]:
+        dtype = np.dtype(_DTYPES.get(self.dtype, "V1"))
+        with self.path.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if self.size != math.prod(self.shape) * dtype.itemsize or _masked_crc32c(content) != self.checksum:
+            raise InputError(f"{self.path} is damaged (a checksum or size differs); download it anew")
+        return np.frombuffer(content, dtype).reshape(self.shape)
+
+
+def _check_shards(entries: list[_Entry]) -> None:
+    """Refuses, before anything is read, a data shard that is missing or too short."""
+    for path, end in sorted((entry.path, entry.offset + entry.size) for entry in entries):
+        if not path.is_file():
+            raise InputError(f"{path} is missing; all {path.name[-5:]} data shards are needed")
+        if path.stat().st_size < end:
+            raise InputError(f"{path} is cut off before its byte {end}; download it anew")
+
+
+def _read_index(prefix: Path) -> dict[str, _Entry]:
+    """The variables of a checkpoint; those stored in slices, which no image-gpt has, are left out."""
+    path = Path(f"{prefix}.index")
+    if not path.is_file():
+        raise InputError(f"no checkpoint: {path} is missing; give the path without endings, as in model.ckpt-1000000")
+    content = path.read_bytes()
+    if len(content) < _FOOTER or not content.endswith(_MAGIC):
+        raise InputError(f"{path} is cut off or not the index of a TensorFlow checkpoint (bundle V2); download it anew")
+    rows: dict[bytes, bytes] = {}
+    try:
+        index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]  # after the handle of the empty meta-index
+        for leaf in _read_block(content, index, path).values():
+            rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
+        n_shards = _parse_message(rows.pop(b""))[1][0]
+    except (IndexError, KeyError):
+        raise InputError(f"{path} is damaged (its parts do not lead to each other); download it anew") from None
+    entries = {}
+    for name, message in rows.items():
+        fields = _parse_message(message)
+        shape = tuple((_parse_message(side)[1] or [0])[0] for part in fields[2] for side in _parse_message(part)[2])
+        dtype, shard, offset, size, checksum = ((fields[number] or [0])[0] for number in (1, 3, 4, 5, 6))
+        data = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
+        if not fields[7] and not name.startswith(b"\0"):
+            entries[name.decode(errors="replace")] = _Entry(dtype, shape, data, offset, size, checksum)
+    return entries
+
+
+def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, bytes]:
+    """The rows of the block at a handle; each key shares its beginning with the one before it."""
+    offset, end = handle[0], sum(handle)
+    if _masked_crc32c(content[offset : end + 1]) != int.from_bytes(content[end + 1 : end + 5], "little"):
+        raise InputError(f"{path} is damaged (a checksum differs); download it anew")
+    if content[end] != 0:
+        raise InputError(f"{path} is compressed; an index as tf.train.Saver writes it, uncompressed, is needed")
+    end -= 4 * (1 + int.from_bytes(content[end - 4 : end], "little"))  # a list of places to start from, and its length
+    rows, key = {}, b""
+    while offset < end:
+        (shared, fresh, length), offset = _parse_varints(content, offset, 3)
+        key = key[:shared] + content[offset : offset + fresh]
+        offset += fresh + length
+        rows[key] = content[offset - length : offset]
+    return rows
+
+
+def _parse_varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
+    """So many numbers of seven bits a byte, the lowest first, and the position after them."""
+    values = [0] * count
+    for index in range(count):
+        shift = 0
+        while shift == 0 or data[position - 1] >= 128:
+            values[index] |= (data[position] & 127) << shift
+            position, shift = position + 1, shift + 7
+    return values, position
+
+
+def _parse_message(data: bytes) -> defaultdict[int, list[Any]]:
+    """The values of a protobuf message by field number, but for zeros; what is nested in it as bytes."""
+    fields: defaultdict[int, list[Any]] = defaultdict(list)
+    position = 0
+    while position < len(data):
+        (tag,), position = _parse_varints(data, position, 1)
+        if tag & 7 == 5:  # 32 bits
+            number, position = int.from_bytes(data[position : position + 4], "little"), position + 4
+        else:
+            (number,), position = _parse_varints(data, position, 1)
+        inside = tag & 7 == 2  # that many bytes follow
+        fields[tag >> 3].append(data[position : position + number] if inside else number)
+        position += number if inside else 0
+    return fields
+
+
+def _masked_crc32c(data: bytes) -> int:
+    """CRC-32C (Castagnoli) as bundles store it: turned, and a constant added."""
+    # The sum is linear: first words, moved on by n words, may be added to the last n. So the data halves in each round.
+    # Zeros before the start change nothing; they fill its first word up.
+    words = np.frombuffer(bytes(-len(data) % 4) + _CRC_START + data, "<u4").copy()
+    while len(words) > 1:
+        level = (len(words) - 1).bit_length() - 1
+        head, words = words[: -(1 << level)], words[-(1 << level) :]
+        words[-len(head) :] ^= _advance(head, level)
+    crc = int(_advance(words, 0)[0]) ^ 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _advance(registers: NDArray[np.uint32], level: int) -> NDArray[np.uint32]:
+    """Checksum registers after 2^level more words, all zero."""
+    tables = _advance_tables(level)
+    return tables[0][registers & 0xFFFF] ^ tables[1][registers >> 16]  # type: ignore[no-any-return]
+
+
+@cache
+def _advance_tables(level: int) -> NDArray[np.uint32]:
+    """What `_advance` makes of every lower and of every upper half of a register, [2, 65536]."""
+    registers: NDArray[Any] = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
+    for _ in range(2 if level else 32):
+        registers = _advance(registers, level - 1) if level else registers >> 1 ^ (registers & 1) * _CASTAGNOLI
+    return registers

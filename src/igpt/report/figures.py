@@ -1,0 +1,321 @@
+"""Figures and picture grids from what a run wrote down; nothing here recomputes a result.
+
+Colours keep apart for colour-blind readers and by line style in black and white; figures have no background, and a look
+for light and one for dark pages. Lines carry labels ("training", "best", ...) by which a program finds their data.
+"""
+
+import base64
+import io
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.report.findings import baselines, best_validation, chosen_layer, history, standard_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upright
+_HEIGHT, _LEFT, _TOP, _BOTTOM = 3.3, 0.62, 0.12, 0.52  # inches
+_FONT = 9.5  # points
+_BACKGROUND = (128, 128, 128)  # of grids: neither black nor white pictures melt into it
+_PICTURE_SIDE = 64  # pixels on the screen that a picture of a grid gets at least
+
+
+@dataclass(frozen=True)
+class Look:
+    """Colours: the page's ground, text, secondary lines and text, grid, what was trained, what it is compared with."""
+
+    paper: str
+    ink: str
+    muted: str
+    grid: str
+    main: str
+    other: str
+
+
+LIGHT = Look(paper="#ffffff", ink="#1f2328", muted="#59636e", grid="#e1e5ea", main="#0a62a9", other="#b34700")
+DARK = Look(paper="#15181c", ink="#e8eaed", muted="#a3adb8", grid="#353c45", main="#6cb8f0", other="#f0a04b")
+
+
+def default_scale(resolution: int) -> int:
+    """How many screen pixels a grid gives each pixel's side: a picture is at least 64 wide."""
+    return max(1, math.ceil(_PICTURE_SIDE / resolution))
+
+
+def image_grid(rows: Sequence[Sequence[NDArray[np.uint8]]], *, scale: int | None = None, gap: int = 2) -> Image.Image:
+    """Rows of pictures, uint8 [R, R, 3], on a grey ground; each pixel becomes a square of `scale` pixels.
+
+    Args:
+        rows: pictures from left to right, row after row; rows may differ in length.
+        scale: None enlarges until a picture is at least 64 pixels wide.
+        gap: pixels between pictures and around them, not enlarged.
+
+    Raises:
+        InputError: no picture, or pictures that are not uint8 RGB of one size.
+    """
+    pictures = [np.asarray(picture) for row in rows for picture in row]
+    if not pictures:
+        raise InputError("a grid needs at least one picture")
+    shape = pictures[0].shape
+    for picture in pictures:
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3 or 0 in picture.shape:
+            raise InputError(f"pictures are uint8 [height, width, 3], not {picture.dtype} {list(picture.shape)}")
+        if picture.shape != shape:
+            raise InputError(f"pictures of a grid have one size, not {list(shape)} and {list(picture.shape)}")
+    if scale is None:
+        scale = default_scale(shape[1])
+    if scale < 1 or gap < 0:
+        raise InputError(f"a grid has scale >= 1 and gap >= 0, not {scale} and {gap}")
+    height, width = shape[0] * scale, shape[1] * scale
+    columns = max(len(row) for row in rows)
+    canvas = np.empty((len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), dtype=np.uint8)
+    canvas[:] = _BACKGROUND
+    for r, row in enumerate(rows):
+        for c, picture in enumerate(row):
+            top, left = gap + r * (height + gap), gap + c * (width + gap)
+            canvas[top : top + height, left : left + width] = np.asarray(picture).repeat(scale, 0).repeat(scale, 1)
+    return Image.fromarray(canvas)
+
+
+def grid_shape(width: int, height: int, resolution: int, *, gap: int = 2) -> tuple[int, int] | None:
+    """Rows and columns of a grid that `image_grid` laid out with its default scale, or None if it did not."""
+    cell = resolution * default_scale(resolution) + gap
+    rows, rest_y = divmod(height - gap, cell)
+    columns, rest_x = divmod(width - gap, cell)
+    return (rows, columns) if rest_x == rest_y == 0 and rows > 0 and columns > 0 else None
+
+
+def palette_swatch(palette: Palette) -> Image.Image:
+    """All colours in the order of their tokens, in rows of at most 32 where they fit; cells past the last are clear."""
+    count = len(palette)
+    columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
+    cells = np.zeros((math.ceil(count / columns) * columns, 4), dtype=np.uint8)
+    cells[:count, :3], cells[:count, 3] = palette.colors, 255
+    side = min(28, max(2, 576 // columns))
+    return Image.fromarray(cells.reshape(-1, columns, 4).repeat(side, 0).repeat(side, 1))
+
+
+def loss_curve(
+    metrics: list[dict[str, Any]], *, unit: str = "nats/pixel", look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
+    """Training and validation loss by step, against the baselines; the step with the lowest validation loss is ringed.
+
+    Args:
+        metrics: the records of `metrics.jsonl`.
+        unit: of the losses, for the axis.
+    """
+    figure, axes = _canvas(look, width)
+    train, validation = history(metrics, "train"), history(metrics, "validation")
+    labels: list[tuple[float, str, str]] = []
+    for name, value in baselines(metrics).items():
+        dashes = "--" if name == "uniform" else (0, (1, 1.5))
+        axes.axhline(value, color=look.muted, linewidth=1.2, linestyle=dashes, label=name)
+        text = "uniform" if name == "uniform" else "colour\nfrequencies"
+        labels.append((value, f"{text} {value:.2f}", look.muted))
+    if train:
+        # As a path, a long run's every step would make the page heavy; the axes and all text stay vector.
+        many = len(train) > 3000
+        style = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
+        _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
+        labels.append((_last(losses), "training", look.other))
+    if validation:
+        marker = "o" if len(validation) <= 60 else ""
+        _, losses = _line(axes, validation, "loss", "validation", look.main, linewidth=2, marker=marker, markersize=3.5)
+        labels.append((_last(losses), "validation", look.main))
+    best = best_validation(metrics)
+    if best is not None:
+        _ring(axes, *best, look)
+    steps = [record["step"] for record in train + validation]
+    axes.set_xlim(0, max(steps, default=1) or 1)
+    low, high = _span([line.get_ydata() for line in axes.get_lines()])
+    # Room below the curve: the words on the best step stand there.
+    axes.set_ylim(low - 0.16 * (high - low), high + 0.05 * (high - low))
+    if best is not None:
+        _note(axes, *best, f"best {best[1]:.3f}, step {best[0]:,}", look, above=False)
+    axes.set_xlabel("training step", color=look.ink)
+    axes.set_ylabel(f"loss, {unit}", color=look.ink)
+    _label_ends(axes, labels, width)
+    return figure
+
+
+def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
+    """Linear probe accuracy by layer, in percent, with what raw pixels and an untrained network reach.
+
+    The band is one standard error, sqrt(p (1 - p) / n), around the test accuracy; the layer chosen on validation is
+    ringed.
+
+    Args:
+        probe: what `probe.json` holds.
+    """
+    figure, axes = _canvas(look, width)
+    layers, count = probe["layers"], probe["images"]["test"]
+    known = probe.get("baselines") or {}
+    labels: list[tuple[float, str, str]] = []
+    if "raw_pixels" in known:
+        value = 100 * known["raw_pixels"]["test_accuracy"]
+        axes.axhline(value, color=look.muted, linewidth=1.2, linestyle="--", label="raw pixels")
+        labels.append((value, f"raw pixels {value:.1f}", look.muted))
+    if "untrained" in known:
+        _, values = _line(
+            axes, known["untrained"]["layers"], "test_accuracy", "untrained", look.other, linestyle="-.", linewidth=1.4
+        )
+        labels.append((values[-1], "untrained\nnetwork", look.other))
+    _, values = _line(axes, layers, "validation_accuracy", "validation", look.main, linestyle=":", linewidth=1.4)
+    labels.append((values[-1], "validation", look.main))
+    steps, values = _line(axes, layers, "test_accuracy", "test", look.main, linewidth=2, marker="o", markersize=4)
+    labels.append((values[-1], "test", look.main))
+    error = np.array([100 * standard_error(value / 100, count) for value in values])
+    axes.fill_between(steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0)
+    chosen = chosen_layer(probe)
+    _ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
+    low, high = _span([*(line.get_ydata() for line in axes.get_lines()), values - error, values + error])
+    axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
+    axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
+    text = f"layer {chosen['layer']}: {100 * chosen['test_accuracy']:.1f} %"
+    beside = values[abs(steps - chosen["layer"]) == 1]
+    above = not len(beside) or 100 * chosen["test_accuracy"] >= beside.mean()  # away from where the line goes on
+    _note(axes, chosen["layer"], 100 * chosen["test_accuracy"], text, look, above=above)
+    axes.set_xlabel("layer", color=look.ink)
+    axes.set_ylabel("accuracy, %", color=look.ink)
+    _label_ends(axes, labels, width)
+    return figure
+
+
+def encode(figure: "Figure | Image.Image") -> str:
+    """A data URI: SVG with real text for a figure, PNG for a picture. The same input gives the same characters."""
+    buffer = io.BytesIO()
+    if isinstance(figure, Image.Image):
+        figure.save(buffer, format="PNG", optimize=True)
+        return data_uri(buffer.getvalue(), "image/png")
+    import matplotlib
+
+    fonts = ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"]
+    # matplotlib takes these three from its settings alone; they are put back at once.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.sans-serif": fonts}):
+        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
+    return data_uri(buffer.getvalue(), "image/svg+xml")
+
+
+def data_uri(content: bytes, media_type: str) -> str:
+    """`content` as a URI that needs no file beside the page."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
+    """A figure of fixed margins: the labels at the lines' ends need theirs, and their heights are known from it."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    figure = Figure(figsize=(width, _HEIGHT))
+    right = 1.15  # inches, for the labels
+    box = (_LEFT / width, _BOTTOM / _HEIGHT, 1 - (_LEFT + right) / width, 1 - (_BOTTOM + _TOP) / _HEIGHT)
+    axes = figure.add_axes(box, facecolor="none")
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(look.muted)
+    axes.tick_params(colors=look.ink, labelsize=_FONT, length=0, pad=5)
+    axes.tick_params(axis="x", length=3, color=look.muted)
+    axes.grid(axis="y", color=look.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.xaxis.label.set_fontsize(_FONT)
+    axes.yaxis.label.set_fontsize(_FONT)
+    return figure, axes
+
+
+def _line(
+    axes: "Axes", records: list[dict[str, Any]], key: str, label: str, color: str, **style: Any
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Draws `key` of the records by step or layer; accuracies in percent."""
+    place = "layer" if "layer" in records[0] else "step"
+    x = np.array([record[place] for record in records], dtype=np.float64)
+    y = np.array([record[key] for record in records], dtype=np.float64) * (100 if place == "layer" else 1)
+    axes.plot(x, y, color=color, label=label, clip_on=False, **style)
+    return x, y
+
+
+def _ring(axes: "Axes", x: float, y: float, look: Look) -> None:
+    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
+    axes.plot([x], [y], linestyle="none", color=look.main, label="best", clip_on=False, zorder=4, **ring)
+
+
+def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: bool) -> None:
+    """Words on the ringed point, over a patch of the page's ground; within the axes also at their sides."""
+    low, high = axes.get_xlim()
+    side = (x - low) / (high - low)
+    place = "left" if side < 0.2 else "right" if side > 0.8 else "center"
+    axes.annotate(
+        text,
+        (x, y),
+        ({"left": -6, "right": 6, "center": 0}[place], 11 if above else -11),
+        textcoords="offset points",
+        ha=place,
+        va="bottom" if above else "top",
+        color=look.main,
+        fontsize=_FONT,
+        fontweight="bold",
+        annotation_clip=False,
+        bbox={"facecolor": look.paper, "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+        zorder=5,
+    )
+
+
+def _last(values: NDArray[np.float64]) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite[-1]) if len(finite) else math.nan
+
+
+def _span(values: Iterable[Any]) -> tuple[float, float]:
+    """Least and greatest finite value; never equal, so that an axis can be made of them."""
+    every = np.concatenate([np.empty(0), *(np.asarray(some, dtype=np.float64) for some in values)])
+    finite = every[np.isfinite(every)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    return (low, high) if high > low else (low - 0.5, high + 0.5)
+
+
+def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float) -> None:
+    """Writes what the lines are at their right ends, moved apart where they would overlap."""
+    low, high = axes.get_ylim()
+    points = 72 * (_HEIGHT - _TOP - _BOTTOM)
+    wanted = sorted(((value - low) / (high - low) * points, text, color) for value, text, color in labels)
+    wanted = [entry for entry in wanted if math.isfinite(entry[0])]
+    heights = [1.18 * _FONT * (1 + text.count("\n")) for _, text, _ in wanted]
+    middles = spread([place for place, _, _ in wanted], heights)
+    for middle, (_, text, color) in zip(middles, wanted, strict=True):
+        axes.annotate(
+            text,
+            (1, middle / points),
+            (9, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            color=color,
+            fontsize=_FONT,
+            linespacing=1.1,
+        )
+
+
+def spread(middles: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Moves intervals of some heights, sorted by their middles, apart until none overlap; as little as it takes."""
+    places = list(middles)
+    for _ in range(200):
+        moved = False
+        for i, j in pairwise(range(len(places))):
+            lack = (heights[i] + heights[j]) / 2 - (places[j] - places[i])
+            if lack > 1e-3:
+                places[i], places[j], moved = places[i] - lack / 2, places[j] + lack / 2, True
+        if not moved:
+            break
+    return places

@@ -1,0 +1,147 @@
+"""Fine-tunes a whole model with a class head, and stops when the validation accuracy no longer rises (paper, section 2.3)."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from igpt.data.batches import Batches
+from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.errors import InputError
+from igpt.files import write_json
+from igpt.model.objectives import classification
+from igpt.model.transformer import ImageGPT
+from igpt.training.distributed import team
+from igpt.training.metrics import Metrics
+from igpt.training.optimizer import Schedule
+from igpt.training.precision import settle_precision
+from igpt.training.run import record_run, settle_config
+from igpt.training.trainer import TrainConfig, Trainer
+
+_BATCH = 256  # images at a time when nothing is kept for a backward pass
+
+
+class FinetuneConfig(TrainConfig):
+    """A fine-tuning run: the paper's constant rate, a tenth of pretraining's, and early stopping."""
+
+    model: Path = Field(description="pretrained model directory")
+    tokens: Path = Field(description="token data set with labels")
+    generation_weight: float = Field(1.0, ge=0, description="weight of the generative loss beside the class loss")
+    flip: bool = Field(False, description="mirror images at random; the paper does on CIFAR")
+    shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR")
+    steps: int = Field(10_000, ge=1, description="updates at most")
+    learning_rate: float = Field(3e-4, gt=0, description="learning rate")
+    schedule: Schedule = Field("constant", description="how the learning rate goes on from its peak")
+    validate_every: int = Field(250, ge=1, description="updates between validations; the best model is kept")
+    checkpoint_every: int = Field(250, ge=1, description="updates between checkpoints")
+    patience: int | None = Field(5, ge=1, description="stop after so many validations without a better one")
+
+
+def finetune(
+    config: FinetuneConfig, run: Path, *, given: Mapping[str, Any] | None = None, resume: bool = False
+) -> dict[str, Any]:
+    """Fine-tunes a model on a labelled data set, or continues an interrupted run.
+
+    Args:
+        run: the run directory; RUN/model becomes the best classifier by validation accuracy.
+        given: settings that must be the recorded ones when resuming.
+        resume: continue `run` with its recorded settings.
+
+    Returns:
+        what RUN/test.json holds: test accuracy, images, and the update the classifier was chosen at.
+
+    Raises:
+        InputError: model and tokens do not match, or labels are missing.
+        Interrupted: on Ctrl-C or SIGTERM, after saving.
+    """
+    with team(config.device) as us:
+        config = settle_config(run, config, given or {}, resume)
+        data = TokenDataset(config.tokens)
+        if data.class_names is None:
+            raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
+        for name in ("train", "validation", "test"):
+            data[name].require_labels("fine-tuning")
+        config = config.model_copy(update={"precision": settle_precision(config.precision, us.device)})
+        torch.manual_seed(config.seed)
+        model = _with_head(config, data)
+        train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)
+        record_run(run, config, config.tokens, resume=resume, leads=us.leads)
+        us.wait()
+        trainer = Trainer(
+            model,
+            config,
+            objective=partial(classification, generation_weight=config.generation_weight),
+            batches=partial(_batch, train),
+            validate=("error", lambda current: 1 - accuracy(current, data["validation"])),
+            run=run,
+            team=us,
+            title="fine-tuning",
+        )
+        progress = trainer.train(resume=resume, on_start=partial(_start_line, model, data))
+    best = ImageGPT.from_pretrained(run / "model").to(us.device)
+    result = {
+        "test_accuracy": accuracy(best, data["test"]),
+        "test_images": len(data["test"]),
+        "validation_accuracy": 1 - (progress.best or 0.0),
+        "best_step": progress.best_step,
+    }
+    if us.leads:
+        write_json(run / "test.json", result)
+    return result
+
+
+def _with_head(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
+    """The pretrained weights with a class head that starts at zero."""
+    pretrained = ImageGPT.from_pretrained(config.model)
+    if pretrained.config.resolution != data.resolution:
+        raise InputError(
+            f"the model sees {pretrained.config.resolution} px, {config.tokens} has {data.resolution} px; prepare the "
+            f"images with --size {pretrained.config.resolution}"
+        )
+    if pretrained.palette is not None:
+        pretrained.palette.require_same(data.palette, "the model", str(config.tokens))
+    shape = pretrained.config.model_copy(update={"class_names": tuple(data.class_names or ())})
+    model = ImageGPT(shape, data.palette)
+    trunk = {name: tensor for name, tensor in pretrained.state_dict().items() if name != "score.weight"}
+    model.load_state_dict(trunk, strict=False)
+    return model
+
+
+def _batch(train: Batches, step: int) -> tuple[Tensor, Tensor]:
+    tokens, labels = train.batch(step)
+    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+
+
+@torch.inference_mode()
+def class_logits(model: ImageGPT, tokens: NDArray[np.uint16]) -> Tensor:
+    """Logits of the classes, [N, C], of token images [N, n]."""
+    device = model.wte.weight.device
+    parts = [
+        model.score(model.hidden(torch.from_numpy(part.astype(np.int64)).to(device)).mean(dim=1)).float()
+        for part in np.array_split(tokens, max(1, -(-len(tokens) // _BATCH)))
+    ]
+    return torch.cat(parts)
+
+
+def accuracy(model: ImageGPT, split: TokenSplit) -> float:
+    """Share of a split's images whose likeliest class is their label."""
+    predicted = class_logits(model, split.rows(np.arange(len(split)))).argmax(dim=1).cpu().numpy()
+    return float((predicted == split.labels).mean())
+
+
+def _start_line(model: ImageGPT, data: TokenDataset, metrics: Metrics) -> None:
+    metrics.write(
+        "start",
+        0,
+        source=data.manifest["source"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_images=len(data["train"]),
+        validation_images=len(data["validation"]),
+        classes=len(data.class_names or ()),
+    )

@@ -1,0 +1,145 @@
+"""Assembles a pretraining run: tokens, a fresh model, its objective, validation."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from igpt.data.batches import Batches
+from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.errors import InputError
+from igpt.model.objectives import Summed, autoregressive, bert, draw_masks
+from igpt.model.transformer import ImageGPT, ModelConfig, Objective
+from igpt.training.distributed import team
+from igpt.training.metrics import Metrics
+from igpt.training.precision import settle_precision
+from igpt.training.run import record_run, settle_config
+from igpt.training.trainer import TrainConfig, Trainer
+
+_VALIDATION_BATCH = 256  # images at a time; nothing is kept for a backward pass
+
+
+class PretrainConfig(TrainConfig):
+    """A pretraining run; resolution and palette come with the tokens."""
+
+    tokens: Path = Field(description="token data set")
+    n_layer: int = Field(24, ge=1, description="blocks")
+    n_embd: int = Field(512, ge=1, description="width")
+    n_head: int = Field(8, ge=1, description="attention heads")
+    objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
+    mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
+    flip: bool = Field(False, description="mirror images at random; the paper does not for pretraining")
+    shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random")
+    validation_images: int = Field(4096, ge=1, description="at most so many, spread evenly over the split")
+
+
+def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False) -> Path:
+    """Pretrains a model, or continues an interrupted run; the result does not depend on interruptions.
+
+    Args:
+        run: the run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/.
+        given: settings that must be the recorded ones when resuming (default: the tokens alone).
+        resume: continue `run` with its recorded settings.
+
+    Returns:
+        the model directory, RUN/model: the best model by validation loss.
+
+    Raises:
+        InputError: what the settings, the tokens or the directory have wrong.
+        Interrupted: on Ctrl-C or SIGTERM, after saving.
+    """
+    with team(config.device) as us:
+        config = settle_config(run, config, given or {}, resume)
+        data = TokenDataset(config.tokens)
+        config = config.model_copy(update={"precision": settle_precision(config.precision, us.device)})
+        torch.manual_seed(config.seed)
+        model = ImageGPT(_model_config(config, data), data.palette)
+        train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)
+        checked = _validation_tokens(data["validation"], config)
+        record_run(run, config, config.tokens, resume=resume, leads=us.leads)
+        us.wait()
+        trainer = Trainer(
+            model,
+            config,
+            objective=autoregressive if config.objective == "autoregressive" else bert,
+            batches=partial(_batch, train, config),
+            validate=("loss", partial(_validation_loss, config, checked)),
+            run=run,
+            team=us,
+        )
+        trainer.train(resume=resume, on_start=partial(_start_line, model, data, checked))
+    return run / "model"
+
+
+def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
+    return ModelConfig.layered(
+        {
+            "resolution": data.resolution,
+            "n_colors": len(data.palette),
+            "n_layer": config.n_layer,
+            "n_embd": config.n_embd,
+            "n_head": config.n_head,
+            "objective": config.objective,
+        },
+        where="the model",
+    )
+
+
+def _batch(train: Batches, config: PretrainConfig, step: int) -> tuple[Tensor, ...]:
+    tokens = torch.from_numpy(train.batch(step)[0].astype(np.int64))
+    if config.objective == "autoregressive":
+        return (tokens,)
+    generator = np.random.default_rng((config.seed, step, 2))
+    return tokens, torch.from_numpy(draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator))
+
+
+def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.uint16]:
+    if len(split) == 0:
+        raise InputError("the validation split is empty; there is nothing to choose the best model by")
+    count = min(config.validation_images, len(split))
+    return split.rows(np.arange(count) * len(split) // count)
+
+
+def _validation_loss(config: PretrainConfig, checked: NDArray[np.uint16], model: ImageGPT) -> float:
+    """nats/pixel on the validation images; a BERT model's masks are the same every time."""
+    device = model.wte.weight.device
+    masks = draw_masks(
+        (len(checked), checked.shape[1]), config.mask_probability, np.random.default_rng((config.seed, 3))
+    )
+    total = 0.0
+    for first in range(0, len(checked), _VALIDATION_BATCH):
+        part = slice(first, first + _VALIDATION_BATCH)
+        tokens = torch.from_numpy(checked[part].astype(np.int64)).to(device)
+        summed: Summed
+        if config.objective == "autoregressive":
+            summed = autoregressive(model, tokens)
+        else:
+            summed = bert(model, tokens, torch.from_numpy(masks[part]).to(device))
+        total += float(summed[0])
+    return total / len(checked)
+
+
+def _start_line(model: ImageGPT, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics) -> None:
+    colors = model.config.n_colors
+    train = data["train"]
+    sampled = train.rows(np.arange(min(len(train), 16384)) * len(train) // min(len(train), 16384))
+    # One is added to every count, so that a colour unseen in training costs a finite number of nats.
+    frequency = np.bincount(sampled.ravel(), minlength=colors) + 1.0
+    unigram = -np.log(frequency / frequency.sum())[checked].mean()
+    metrics.write(
+        "start",
+        0,
+        source=data.manifest["source"],
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        train_images=len(train),
+        validation_images=len(checked),
+        places=model.config.n_places,
+        n_colors=colors,
+        uniform_loss=float(np.log(colors)),
+        unigram_loss=float(unigram),
+    )

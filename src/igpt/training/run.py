@@ -1,0 +1,60 @@
+"""The run directory: which settings a run has, and what it was made with.
+
+config.yaml        all settings, resolved; with the tokens they repeat the run
+environment.json   versions, machine, command, commit, and the checksum of the tokens' manifest
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from igpt.config import Config
+from igpt.data.tokens import MANIFEST
+from igpt.environment import describe
+from igpt.errors import InputError
+from igpt.files import read_json, sha256_of, write_json
+
+Settings = TypeVar("Settings", bound=Config)
+
+
+def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume: bool) -> Settings:
+    """Settles which settings a run has: new ones for a fresh directory, the recorded ones to resume.
+
+    Args:
+        config: the settings of a fresh run.
+        given: those of them that the user gave on purpose; to resume, they must be the recorded ones.
+
+    Raises:
+        InputError: the directory exists and `resume` is False, or a given setting is not the recorded one.
+    """
+    recorded = run / "config.yaml"
+    if not resume:
+        if run.exists() and any(run.iterdir()):
+            raise InputError(f"{run} exists already; --resume continues it, or choose another -o")
+        return config
+    if not recorded.exists():
+        raise InputError(f"there is no run to resume at {run}: config.yaml is missing; start it without --resume")
+    before = type(config).load(recorded)
+    for key, value in given.items():
+        if getattr(before, key) != value:
+            raise InputError(
+                f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that out to resume, or "
+                "start another run"
+            )
+    return before
+
+
+def record_run(run: Path, config: Config, tokens: Path, *, resume: bool, leads: bool) -> None:
+    """Writes what the run is; to resume, the tokens must be the ones it began with.
+
+    Raises:
+        InputError: the tokens have changed.
+    """
+    checksum = sha256_of(tokens / MANIFEST)
+    if resume:
+        if read_json(run / "environment.json", "run")["tokens_sha256"] != checksum:
+            raise InputError(f"{tokens} is not the data set that {run} was started with, or it has changed since")
+    elif leads:
+        run.mkdir(parents=True, exist_ok=True)
+        write_json(run / "environment.json", {**describe(), "tokens_sha256": checksum})
+        config.save(run / "config.yaml")

@@ -1,0 +1,242 @@
+"""The training loop, and only the loop: it knows no objective, no data set and no evaluation by name."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from igpt.config import Config
+from igpt.errors import InputError, Interrupted
+from igpt.model.objectives import Summed
+from igpt.model.transformer import ImageGPT
+from igpt.training.distributed import Team
+from igpt.training.metrics import Bar, Metrics, bar
+from igpt.training.optimizer import Schedule, adamw, learning_rate
+from igpt.training.precision import autocast
+from igpt.training.state import Progress, load_state, newest_whole, save_state
+
+
+class TrainConfig(Config):
+    """How to train; the defaults are the paper's where it states them (section 3.3)."""
+
+    batch_size: int = Field(128, ge=1, description="images of an update, over all ranks")
+    micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a rank; the rest accumulates")
+    steps: int = Field(1_000_000, ge=1, description="updates")
+    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
+    warmup_steps: int = Field(0, ge=0, description="updates over which the learning rate rises")
+    schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's")
+    weight_decay: float = Field(0.0, ge=0, description="of the matrices")
+    grad_clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
+    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of products; auto takes the faster")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
+    seed: int = Field(0, ge=0, description="of the weights, the order of the images and their variations")
+    log_every: int = Field(50, ge=1, description="updates between lines of metrics.jsonl")
+    validate_every: int = Field(1000, ge=1, description="updates between validations; the best model is kept")
+    checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep")
+    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+
+
+@dataclass
+class _Stop:
+    number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:  # asked a second time: do not wait for the checkpoint
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@contextmanager
+def _stop_on_signals() -> Iterator[_Stop]:
+    """Turns Ctrl-C and SIGTERM into a wish that the loop looks at between updates."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Trainer:
+    """Everything the loop needs.
+
+    Args:
+        objective: called with the model and one micro-batch's tensors; gives a summed loss and a count.
+        batches: the whole batch of update s, as tensors whose rows are images; a pure function of s.
+        validate: the value to minimise, of the current model, and what it is called in metrics.jsonl.
+        run: the run directory, with config.yaml already in it.
+    """
+
+    model: ImageGPT
+    config: TrainConfig
+    objective: Callable[..., Summed]
+    batches: Callable[[int], tuple[Tensor, ...]]
+    validate: tuple[str, Callable[[ImageGPT], float]]
+    run: Path
+    team: Team
+    title: str = "pretraining"
+
+    def train(self, *, resume: bool = False, on_start: Callable[[Metrics], None] | None = None) -> Progress:
+        """Trains to the last update; the best model by validation stands in RUN/model.
+
+        Args:
+            resume: continue from the newest whole checkpoint (from the start if none was written yet).
+            on_start: writes what a fresh run's metrics begin with.
+
+        Raises:
+            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
+            InputError: a loss or gradient is not finite; the step and the last checkpoint are named.
+        """
+        config, team = self.config, self.team
+        self.model.to(team.device).train()
+        self.optimizer = adamw(self.model, betas=config.betas, weight_decay=config.weight_decay)
+        self.metrics = Metrics(self.run / "metrics.jsonl", team.leads)
+        self.progress = Progress()
+        self.folder = self.run / "checkpoints"
+        notes = self._resume() if resume and any(self.folder.glob("step-*")) else []
+        if self.progress.step == 0:
+            self.metrics.cut_after(-1)
+            if on_start:
+                on_start(self.metrics)
+        with _stop_on_signals() as stop, bar(self.title, self.progress.step, config.steps, team.leads) as shown:
+            for note in notes:
+                shown.say(note)
+            self._loop(stop, shown)
+        self.metrics.write(
+            "end",
+            self.progress.step,
+            best=self.progress.best,
+            best_step=self.progress.best_step,
+            seconds=self.progress.seconds,
+        )
+        return self.progress
+
+    def _resume(self) -> list[str]:
+        path, passed = newest_whole(self.folder)
+        self.progress = load_state(path, self.model, self.optimizer)
+        self.metrics.cut_after(self.progress.step)
+        self.metrics.write("resume", self.progress.step)
+        return [*(f"passed over: {reason}" for reason in passed), f"resumed from {path}"]
+
+    def _loop(self, stop: _Stop, shown: Bar) -> None:
+        config, progress = self.config, self.progress
+        since, images, losses = time.perf_counter(), 0, 0.0
+        validations_without_better = 0
+        while progress.step < config.steps:
+            rate = learning_rate(
+                progress.step,
+                peak=config.learning_rate,
+                warmup=config.warmup_steps,
+                total=config.steps,
+                schedule=config.schedule,
+            )
+            loss, norm = self._update(rate)
+            progress.step += 1
+            images += config.batch_size
+            losses += loss
+            last = progress.step == config.steps
+            if progress.step % config.log_every == 0 or last:
+                seconds = time.perf_counter() - since
+                progress.seconds += seconds
+                updates = images // config.batch_size
+                values = {"loss": losses / updates, "images_per_second": images / seconds}
+                self.metrics.write(
+                    "train", progress.step, learning_rate=rate, grad_norm=norm, seconds=progress.seconds, **values
+                )
+                shown.update(progress.step, f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
+                since, images, losses = time.perf_counter(), 0, 0.0
+            else:
+                shown.update(progress.step, f"loss {loss:.3f}")
+            if progress.step % config.validate_every == 0 or last:
+                paused = time.perf_counter()
+                better = self._validate(shown)
+                validations_without_better = 0 if better else validations_without_better + 1
+                since += time.perf_counter() - paused
+            exhausted = config.patience is not None and validations_without_better >= config.patience
+            interrupted = self._anyone_stops(stop)
+            if progress.step % config.checkpoint_every == 0 or last or exhausted or interrupted:
+                paused = time.perf_counter()
+                self._save()
+                since += time.perf_counter() - paused
+            if exhausted:
+                shown.say(f"stopped early: {config.patience} validations without a better one")
+                return
+            if interrupted and not last:
+                reached = f"stopped and saved after {progress.step} of {config.steps} updates"
+                raise Interrupted(interrupted, reached)
+
+    def _update(self, rate: float) -> tuple[float, float]:
+        """One update; the loss (mean over the batch) and the gradient's norm before clipping."""
+        config, team, step = self.config, self.team, self.progress.step
+        whole = self.batches(step)
+        count = len(whole[0])
+        parts = [team.part(tensor) for tensor in whole]
+        rows, size = len(parts[0]), config.micro_batch_size or len(whole[0])
+        total = torch.zeros((), dtype=torch.float64, device=team.device)
+        for first in range(0, rows, size):
+            with autocast(config.precision, team.device):
+                summed, _ = self.objective(self.model, *(part[first : first + size] for part in parts))
+            torch.autograd.backward(summed / count)
+            total += summed.detach()
+        loss = float(team.sum(total)) / count
+        team.sum_gradients(self.model)
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf))
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {step + 1}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def _not_finite(self, what: str) -> None:
+        kept = sorted(self.folder.glob("step-*"))
+        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
+        raise InputError(f"{what}; {good}; try a lower --learning-rate or a longer --warmup-steps")
+
+    def _validate(self, shown: Bar) -> bool:
+        """Validates on the leading rank, tells all, keeps the best model; whether it is the best."""
+        name, function = self.validate
+        value = torch.zeros((), dtype=torch.float64)
+        if self.team.leads:
+            self.model.eval()
+            with torch.inference_mode(), autocast(self.config.precision, self.team.device):
+                value += function(self.model)
+            self.model.train()
+        found, progress = float(self.team.sum(value.to(self.team.device))), self.progress
+        if not math.isfinite(found):
+            self._not_finite(f"the validation {name} is {found} after {progress.step} updates")
+        better = progress.best is None or found < progress.best
+        if better:
+            progress.best, progress.best_step = found, progress.step
+            if self.team.leads:
+                self.model.save_pretrained(self.run / "model")
+        self.metrics.write("validation", progress.step, **{name: found, "best": better})
+        shown.say(f"update {progress.step}: validation {name} {found:.4f}{' (best so far)' if better else ''}")
+        return better
+
+    def _anyone_stops(self, stop: _Stop) -> int:
+        """The signal that any rank has received, or 0."""
+        if self.team.size == 1:
+            return stop.number or 0
+        numbers = torch.zeros(self.team.size, dtype=torch.long, device=self.team.device)
+        numbers[self.team.rank] = stop.number or 0
+        return int(self.team.sum(numbers).max())
+
+    def _save(self) -> None:
+        if self.team.leads:
+            save_state(self.folder, self.model, self.optimizer, self.progress, self.config.keep_checkpoints)
+        self.team.wait()

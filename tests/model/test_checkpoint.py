@@ -1,0 +1,396 @@
+"""A model directory: what is written is what is read, what is damaged is refused in one sentence."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.transformer import ImageGPT, ModelConfig
+
+N_COLORS = 11
+
+
+def make_model(seed: int, **settings: object) -> ImageGPT:
+    """Every weight random, and a palette."""
+    shape = {"resolution": 4, "n_colors": N_COLORS, "n_layer": 2, "n_embd": 24, "n_head": 3}
+    palette = Palette.from_centers(np.random.default_rng(seed).uniform(-1, 1, (N_COLORS, 3)))
+    model = ImageGPT(ModelConfig.model_validate({**shape, **settings}), palette)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def assert_same(read: ImageGPT, written: ImageGPT) -> None:
+    assert read.config == written.config
+    assert read.palette is not None
+    assert written.palette is not None
+    assert read.palette.fingerprint == written.palette.fingerprint
+    expected = written.state_dict()
+    assert list(read.state_dict()) == list(expected)
+    for name, tensor in read.state_dict().items():
+        assert tensor.dtype == expected[name].dtype
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"objective": "bert"},
+        {"bias": True},
+        {"class_names": ("cat", "dog", "ship")},
+        {"class_names": tuple(f"class {i}" for i in range(12))},  # "10" sorts before "2"
+        {"n_layer": 12},
+    ],
+    ids=str,
+)
+def test_round_trip_is_bitwise(settings: dict[str, object], tmp_path: Path) -> None:
+    model = make_model(1, **settings)
+    model.save_pretrained(tmp_path / "model")
+    read = ImageGPT.from_pretrained(tmp_path / "model")
+    assert_same(read, model)
+    assert not read.training
+    assert all(parameter.requires_grad for parameter in read.parameters())
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    }
+
+
+def test_a_model_without_palette_has_none_when_read(tmp_path: Path) -> None:
+    ImageGPT(make_model(1).config).save_pretrained(tmp_path / "model")
+    assert ImageGPT.from_pretrained(tmp_path / "model").palette is None
+
+
+def test_precision_stays(tmp_path: Path) -> None:
+    for dtype in (torch.bfloat16, torch.float64):
+        model = make_model(2).to(dtype)
+        model.save_pretrained(tmp_path / "model")
+        assert_same(ImageGPT.from_pretrained(tmp_path / "model"), model)
+
+
+def test_saving_over_the_directory_that_was_read(tmp_path: Path) -> None:
+    make_model(3).save_pretrained(tmp_path / "model")
+    model = ImageGPT.from_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path / "model")
+    read = ImageGPT.from_pretrained(tmp_path / "model").state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(read[name], tensor)
+        assert torch.equal(model.state_dict()[name], tensor)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_here_and_links_are_directories_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = make_model(4), make_model(5)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "latest").symlink_to("model")
+    monkeypatch.chdir(tmp_path / "model")
+    first.save_pretrained(".")
+    monkeypatch.chdir(tmp_path / "model")  # the folder was exchanged
+    assert_same(ImageGPT.from_pretrained("."), first)
+    second.save_pretrained(tmp_path / "latest")
+    assert (tmp_path / "latest").is_symlink()
+    assert_same(ImageGPT.from_pretrained(tmp_path / "latest"), second)
+    assert_same(ImageGPT.from_pretrained(tmp_path / "model"), second)
+
+
+def test_something_else_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for taken in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(InputError, match="holds something else than a model"):
+            make_model(6).save_pretrained(taken)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
+    model = make_model(7)
+    model.save_pretrained(tmp_path / "model")
+    unfinished = tmp_path / ".model.0a1b2c3d.tmp"
+    unfinished.mkdir()
+    assert_same(ImageGPT.from_pretrained(tmp_path / "model"), model)
+    assert unfinished.is_dir()
+
+
+# What users get wrong. Each function damages a good directory; the message is to hold the words beside it.
+
+
+def edit_json(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        values = json.loads((path / name).read_text())
+        change(values)
+        (path / name).write_text(json.dumps(values))
+
+    return damage
+
+
+def edit_config(**values: object) -> Callable[[Path], None]:
+    return edit_json("config.json", lambda config: config.update(values))
+
+
+def edit_clusters(clusters: object) -> Callable[[Path], None]:
+    return edit_json("preprocessor_config.json", lambda preprocessor: preprocessor.update(clusters=clusters))
+
+
+def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        tensors = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+        change(tensors)
+        save_file(tensors, path / "model.safetensors")
+
+    return damage
+
+
+def truncate(name: str, keep: float) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        content = (path / name).read_bytes()
+        (path / name).write_bytes(content[: int(len(content) * keep)])
+
+    return damage
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda path: (path / name).unlink()
+
+
+def pickle(value: object) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / "model.safetensors").unlink()
+        torch.save(value, path / "pytorch_model.bin")
+
+    return damage
+
+
+def unpicklable(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    (path / "pytorch_model.bin").write_bytes(b"no pickle")
+
+
+GAIN, QUERIES = "transformer.h.1.ln_1.weight", "transformer.h.0.attn.c_attn.weight"
+DAMAGES = {
+    "no folder": (shutil.rmtree, "no model directory"),
+    "no config": (remove("config.json"), "config.json is missing"),
+    "config cut off": (truncate("config.json", 0.5), "is it cut off"),
+    "config is a list": (lambda path: (path / "config.json").write_text("[1]"), "should hold a JSON object"),
+    "another model": (edit_config(model_type="gpt2"), "of type 'gpt2'; 'imagegpt' is needed"),
+    "no model type": (edit_json("config.json", lambda config: config.pop("model_type")), "'imagegpt' is needed"),
+    "later format": (edit_config(igpt={"version": 2}), "format version 2; this igpt reads 1"),
+    "no format": (edit_config(igpt="new"), "format version new"),
+    "unknown objective": (edit_config(igpt={"version": 1, "objective": "diffusion"}), "objective = 'diffusion'"),
+    **{
+        f"no {key}": (edit_json("config.json", lambda config, key=key: config.pop(key)), f"{key} = None")
+        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    },
+    "width in words": (edit_config(n_embd="wide"), "n_embd = 'wide'; a positive whole number is needed"),
+    "no places": (edit_config(n_positions=-16), "n_positions = -16"),
+    "no colours": (edit_config(vocab_size=1), "n_colors = 0"),
+    "no square": (edit_config(n_positions=15), "n_positions = 15"),
+    "heads": (edit_config(n_head=5), "5 heads do not divide a width of 24"),
+    "other activation": (edit_config(activation_function="gelu_new"), "activation_function = 'gelu_new'"),
+    "narrow MLP": (edit_config(n_inner=48), "n_inner = 48"),
+    "unscaled": (edit_config(scale_attn_weights=False), "scale_attn_weights = False"),
+    "scaled by layer": (edit_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
+    "other epsilon": (edit_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
+    "more layers": (edit_config(n_layer=3), "h.2.attn.c_attn.weight is missing"),
+    "fewer layers": (edit_config(n_layer=1), "nothing is expected"),
+    "more classes": (edit_config(id2label={"0": "a", "1": "b", "2": "c"}), "score.weight"),
+    "no classes": (edit_json("config.json", lambda config: config.pop("id2label")), "id2label = None"),
+    "classes in words": (edit_config(id2label={"cat": "cat", "dog": "dog"}), "classes by number"),
+    "classes in numbers": (edit_config(id2label={"0": 0, "1": 1}), "class_names"),
+    "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
+    "weights cut off": (truncate("model.safetensors", 0.9), "is damaged"),
+    "weights cut off early": (truncate("model.safetensors", 0.01), "is damaged"),
+    "weights empty": (truncate("model.safetensors", 0), "is damaged"),
+    "tensor missing": (edit_tensors(lambda tensors: tensors.pop(GAIN)), "h.1.ln_1.weight is missing, (24,)"),
+    "tensor too many": (edit_tensors(lambda tensors: tensors.update(more=torch.ones(2))), "more is (2,), nothing"),
+    "tensor misshapen": (edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(7)})), "is (7,), (24,)"),
+    "matrix misshapen": (edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5)})), "is (5, 3)"),
+    "matrix of three axes": (edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5, 7)})), "(3, 5, 7)"),
+    "pickle of a list": (pickle([1, 2]), "something else than named tensors"),
+    "pickle of more": (pickle({"model": {"wte.weight": torch.ones(2)}, "step": 3}), "else than named tensors"),
+    "pickle that would run code": (pickle({"wte.weight": os.getcwd}), "cannot be read safely"),
+    "no pickle": (unpicklable, "cannot be read safely"),
+    "palette cut off": (truncate("preprocessor_config.json", 0.5), "is it cut off"),
+    "palette of another size": (edit_clusters([[0.0, 0.0, 0.0]]), "the palette has 1 colours, the model 11"),
+    "palette out of range": (edit_clusters([[0.0, 0.0, 255.0]] * 11), "lie in [-1, 1]"),
+    "palette ragged": (edit_clusters([[0.0, 0.0], [1.0]]), "are no palette"),
+    "palette in words": (edit_clusters([["red", "green", "blue"]]), "are no palette"),
+    "palette of nothing": (edit_clusters([[None, None, None]]), "are no palette"),
+}
+
+
+@pytest.fixture(scope="module")
+def good_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("good") / "model"
+    make_model(8, class_names=("cat", "dog")).save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
+def test_what_is_wrong_is_said_in_one_sentence(
+    good_directory: Path, damage: Callable[[Path], object], words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(good_directory, path)
+    ImageGPT.from_pretrained(path)
+    damage(path)
+    with pytest.raises(InputError) as caught:
+        ImageGPT.from_pretrained(path)
+    message = str(caught.value)
+    assert words in message
+    assert "\n" not in message
+    assert len(message) < 300 + len(str(path))
+
+
+def test_a_file_is_no_directory(good_directory: Path) -> None:
+    with pytest.raises(InputError, match="no model directory"):
+        ImageGPT.from_pretrained(good_directory / "model.safetensors")
+
+
+# Interruptions.
+
+SAVE_FOR_EVER_AND_GET_KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from igpt.model.transformer import ImageGPT, ModelConfig
+
+torch.set_num_threads(1)
+path = Path(sys.argv[1])
+config = ModelConfig(resolution=4, n_colors=11, n_layer=2, n_embd=64, n_head=2)
+model = ImageGPT(config)
+
+def save(number):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(number)
+    model.save_pretrained(path)
+
+random.seed(0)
+last = 1
+save(last)
+for _ in range(5):
+    child = os.fork()
+    if child == 0:
+        while True:
+            last += 1
+            save(last)
+    time.sleep(random.uniform(0.05, 0.15))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    left = len([name for name in os.listdir(path.parent) if name != path.name])
+    read = ImageGPT.from_pretrained(path).state_dict()
+    numbers = {number for tensor in read.values() for number in tensor.unique().tolist()}
+    assert len(numbers) == 1, numbers
+    last = int(numbers.pop())
+    print(last, left)
+"""
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_a_whole_model(tmp_path: Path) -> None:
+    """Processes that save without pause, each weight the number of the save, are killed; the model stays whole."""
+    path = tmp_path / "model"
+    command = [sys.executable, "-c", SAVE_FOR_EVER_AND_GET_KILLED, str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    saved, left = zip(*(map(int, line.split()) for line in result.stdout.splitlines()), strict=True)
+    assert len(saved) == 5
+    assert list(saved) == sorted(saved)
+    assert saved[-1] > 1, "no save came to its end before its kill"
+    assert any(left), "no kill fell into a save"
+    ImageGPT.from_pretrained(path).save_pretrained(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"], "a later save clears what kills left behind"
+
+
+def test_a_kill_between_the_two_renames_is_undone_by_reading_or_saving(tmp_path: Path) -> None:
+    path, model, newer = tmp_path / "model", make_model(9), make_model(10)
+    model.save_pretrained(path)
+    path.rename(tmp_path / ".model.old")
+    assert_same(ImageGPT.from_pretrained(path), model)
+    path.rename(tmp_path / ".model.old")
+    newer.save_pretrained(path)
+    assert_same(ImageGPT.from_pretrained(path), newer)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+# The Hub.
+
+
+@pytest.mark.parametrize("name", ["someone/model/part", "nowhere", "./someone/model", "/someone/model", "~/someone"])
+def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
+    with pytest.raises(InputError, match="no model directory"):
+        ImageGPT.from_pretrained(name)
+
+
+ASK_THE_HUB = """
+import sys, time
+from igpt.errors import InputError
+from igpt.model.transformer import ImageGPT
+start = time.monotonic()
+try:
+    ImageGPT.from_pretrained("someone/model")
+except InputError as error:
+    print(f"{time.monotonic() - start} {error}")
+"""
+
+
+def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
+    """Three networks, made with proxies: closed, refusing, and silent (where packets vanish)."""
+
+    def serve(server: socket.socket, answer: bytes | None) -> None:
+        connections = []
+        while True:
+            try:
+                connections.append(server.accept()[0])
+            except OSError:
+                return
+            if answer is not None:
+                connections[-1].recv(4096)
+                connections.pop().sendall(answer)
+
+    answers = {"closed": None, "refusing": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "silent": None}
+    servers, processes = {}, {}
+    for kind, answer in answers.items():
+        servers[kind] = socket.create_server(("127.0.0.1", 0))
+        proxy = f"http://127.0.0.1:{servers[kind].getsockname()[1]}"
+        if kind == "closed":
+            servers[kind].close()
+        else:
+            threading.Thread(target=serve, args=(servers[kind], answer), daemon=True).start()
+        environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        environment |= {"HTTPS_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "1"}
+        environment.pop("HF_HUB_OFFLINE", None)
+        processes[kind] = subprocess.Popen(
+            [sys.executable, "-c", ASK_THE_HUB], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        )
+    try:
+        for kind, process in processes.items():
+            output, errors = process.communicate(timeout=60)
+            seconds, _, message = output.decode().strip().partition(" ")
+            assert process.returncode == 0, errors.decode()
+            assert "no model directory someone/model here, and the Hub cannot give it" in message, kind
+            assert message.endswith("download it elsewhere and give the folder's path")
+            assert float(seconds) < 30, kind
+    finally:
+        for process in processes.values():
+            process.kill()
+        for server in servers.values():
+            server.close()

@@ -1,0 +1,322 @@
+"""OpenAI's checkpoints: read as TensorFlow reads them, and computed as their graph computes them.
+
+The checkpoints in fixtures/openai were written by TensorFlow from the released graph (its README says how). What
+TensorFlow would not write, `write_bundle` below does, byte by byte from the format's definition.
+"""
+
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.openai import load_openai, read_bundle
+from igpt.model.transformer import ImageGPT
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "openai"
+OBJECTIVES = ("autoregressive", "bert")
+RESULTS = {"tokens", "logits", "mask"}  # in expected.npz, and no variables
+
+
+def expected_of(objective):
+    with np.load(FIXTURES / objective / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+def logits_of(model, expected, objective):
+    mask = torch.from_numpy(expected["mask"]) if objective == "bert" else None
+    with torch.no_grad():
+        return model(torch.from_numpy(expected["tokens"].astype(np.int64)), mask).numpy()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the autoregressive checkpoint that may be damaged."""
+    shutil.copytree(FIXTURES / "autoregressive", tmp_path / "copy")
+    return tmp_path / "copy" / "model.ckpt-7"
+
+
+def refusal(call, *arguments, **options):
+    """The one sentence with which a call is refused."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# The graph, from OpenAI's definitions, in float64 (B batch, n places, D width, H heads, K head width).
+
+
+def norm(x, gain):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * gain
+
+
+def softmax(x):
+    weights = np.exp(x - x.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def graph_logits(variables, tokens, mask=None):
+    weights = {name.removeprefix("model/"): values.astype(np.float64) for name, values in variables.items()}
+    x = weights["wte"][tokens]  # [B, n, D]
+    if mask is None:
+        start = np.broadcast_to(weights["sos"], (len(tokens), 1, x.shape[-1]))
+        x = np.concatenate([start, x[:, :-1]], axis=1)
+    else:
+        x = x * ~mask[..., None]
+    x = x + weights["wpe"]
+    layer = 0
+    while f"h{layer}/ln_1/g" in weights:
+        block = {name.removeprefix(f"h{layer}/"): values for name, values in weights.items()}
+        normed = norm(x, block["ln_1/g"])
+        q, k, v = (np.einsum("bsf,hef->bhse", normed, block[f"attn/{name}_proj"]) for name in "qkv")  # [B, H, n, K]
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(v.shape[-1])
+        if mask is None:
+            scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -1e10)
+        x = x + np.einsum("bhse,hef->bsf", softmax(scores) @ v, block["attn/c_proj"])
+        inner = norm(x, block["ln_2/g"]) @ block["mlp/c_fc/w"]
+        x = x + inner / (1 + np.exp(-1.702 * inner)) @ block["mlp/c_proj/w"]
+        layer += 1
+    return norm(x, weights["ln_f/g"]) @ weights["wtet"].T
+
+
+# The format, from its definition (LevelDB's table_format.md, TensorFlow's tensor_bundle.proto).
+
+
+def masked_crc32c(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def varint(number):
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def nested(field, content):
+    return varint(field << 3 | 2) + varint(len(content)) + content
+
+
+def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"\x08\x01"):
+    """A checkpoint of one shard. `arrays`: by name; `header`: one shard, no more said."""
+    data, rows = b"", {"": header}
+    kinds = {"float32": 1, "int64": 9, "float16": 19}
+    for name, array in sorted(arrays.items()):
+        content = array.tobytes()
+        shape = b"".join(nested(2, b"\x08" + varint(side)) for side in array.shape)
+        entry = b"\x08" + varint(kinds[str(array.dtype)]) + nested(2, shape) + b"\x20" + varint(len(data))
+        rows[name] = entry + b"\x28" + varint(len(content)) + b"\x35" + struct.pack("<I", masked_crc32c(content))
+        data += content
+    table = b""
+
+    def add_block(pairs):
+        nonlocal table
+        block, last = b"", b""
+        for key, value in pairs:
+            shared = len([0 for a, b in zip(key, last, strict=False) if a == b]) if key.startswith(last[:1]) else 0
+            while key[:shared] != last[:shared]:
+                shared -= 1
+            block += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
+            last = key
+        block += struct.pack("<II", 0, 1)  # one place to start from: the first
+        handle = varint(len(table)) + varint(len(block))
+        block += bytes([compression])
+        table += block + struct.pack("<I", masked_crc32c(block))
+        return handle
+
+    pairs = [(name.encode(), value) for name, value in rows.items()]
+    blocks = [pairs[first : first + rows_per_block] for first in range(0, len(pairs), rows_per_block)]
+    leaves = [(block[-1][0], add_block(block)) for block in blocks]
+    footer = add_block([]) + add_block(leaves)
+    prefix.with_name(prefix.name + ".index").write_bytes(
+        table + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
+    )
+    prefix.with_name(prefix.name + ".data-00000-of-00001").write_bytes(data)
+    return prefix
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_variables_are_those_that_tensorflow_reads(objective):
+    expected = {name: values for name, values in expected_of(objective).items() if name not in RESULTS}
+    found = read_bundle(FIXTURES / objective / "model.ckpt-7")
+    assert found.keys() == expected.keys()  # not the string, and not the variable in slices
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(found[name], values)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_logits_are_those_of_the_released_graph(objective):
+    expected = expected_of(objective)
+    model = load_openai(FIXTURES / objective / "model.ckpt-7", None, objective=objective)
+    np.testing.assert_allclose(logits_of(model, expected, objective), expected["logits"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_logits_in_float64_are_those_of_the_definitions(objective):
+    expected = expected_of(objective)
+    model = load_openai(FIXTURES / objective / "model.ckpt-7", None, objective=objective).double()
+    variables = {name: values for name, values in expected.items() if name.startswith("model/")}
+    wanted = graph_logits(variables, expected["tokens"], expected.get("mask"))
+    assert wanted.std() > 0.3
+    np.testing.assert_allclose(logits_of(model, expected, objective), wanted, rtol=0, atol=1e-9)
+
+
+def test_model_has_the_checkpoint_s_sizes_and_can_be_trained_and_saved(tmp_path):
+    levels = np.linspace(-1, 1, 8, dtype=np.float32)[:, None].repeat(3, axis=1)
+    np.save(tmp_path / "kmeans_centers.npy", levels)
+    prefix = FIXTURES / "autoregressive" / "model.ckpt-7"
+    model = load_openai(prefix, tmp_path / "kmeans_centers.npy", n_head=2)
+    config = model.config
+    assert (config.resolution, config.n_colors, config.n_layer, config.n_embd, config.n_head) == (4, 8, 2, 16, 2)
+    assert not model.training
+    for parameter in model.parameters():
+        assert parameter.requires_grad
+        assert parameter.is_contiguous()
+        assert parameter.dtype == torch.float32
+    model.save_pretrained(tmp_path / "model")
+    again = ImageGPT.from_pretrained(tmp_path / "model")
+    assert again.palette is not None
+    assert again.palette.fingerprint == Palette.from_centers(levels).fingerprint
+    expected = expected_of("autoregressive")
+    assert (logits_of(again, expected, "") == logits_of(model, expected, "")).all()
+
+
+def test_checksums_and_values_of_every_length_and_many_blocks(tmp_path):
+    random = np.random.default_rng(0)
+    arrays = {f"a/{size}": random.standard_normal(size).astype(np.float16) for size in (*range(1, 40), 1001)}
+    arrays |= {"many": random.integers(-9, 9, [3, 0, 2]), "step": np.array(2**40)}
+    found = read_bundle(write_bundle(tmp_path / "x", arrays, rows_per_block=7))
+    assert found.keys() == arrays.keys()
+    for name, values in arrays.items():
+        assert found[name].shape == values.shape
+        assert found[name].tobytes() == values.tobytes()
+
+
+def test_published_check_value_of_the_checksum():
+    assert masked_crc32c(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def test_missing_index(tmp_path):
+    message = refusal(load_openai, tmp_path / "model.ckpt-7.index", None)
+    assert "model.ckpt-7.index.index is missing" in message
+    assert "without endings" in message
+    assert "is missing" in refusal(read_bundle, Path())
+
+
+@pytest.mark.parametrize("content", [b"", b"no table at all" * 9])
+def test_index_of_another_format(tmp_path, content):
+    (tmp_path / "x.index").write_bytes(content)
+    assert "not the index of a TensorFlow checkpoint" in refusal(read_bundle, tmp_path / "x")
+
+
+def test_truncated_index(checkpoint):
+    index = Path(f"{checkpoint}.index")
+    index.write_bytes(index.read_bytes()[:-20])
+    assert "is cut off" in refusal(load_openai, checkpoint, None)
+
+
+def test_index_that_lost_its_beginning(checkpoint):
+    index = Path(f"{checkpoint}.index")
+    index.write_bytes(index.read_bytes()[100:])
+    assert "is damaged" in refusal(load_openai, checkpoint, None)
+
+
+def test_every_changed_byte_of_an_index_is_noticed(tmp_path):
+    prefix = write_bundle(tmp_path / "x", {"a": np.ones(2, np.float32)})
+    index = Path(f"{prefix}.index")
+    content = index.read_bytes()
+    # The footer is not covered by a checksum: it is its handles and the zeros after them, which mean nothing.
+    handles = len(content.rstrip(b"\0")) - 8
+    for position in range(len(content)):
+        if len(content) - 40 <= position < len(content) - 8:
+            continue
+        changed = bytearray(content)
+        changed[position] ^= 0x55
+        index.write_bytes(changed)
+        assert "index" in refusal(read_bundle, prefix), (position, handles)
+
+
+def test_compressed_index(tmp_path):
+    assert "is compressed" in refusal(read_bundle, write_bundle(tmp_path / "x", {}, compression=1))
+
+
+def test_table_that_is_no_checkpoint(tmp_path):
+    assert "is damaged" in refusal(read_bundle, write_bundle(tmp_path / "x", {}, header=b""))
+
+
+def test_missing_shard(checkpoint):
+    Path(f"{checkpoint}.data-00001-of-00002").unlink()
+    assert "data-00001-of-00002 is missing; all 00002 data shards" in refusal(load_openai, checkpoint, None)
+
+
+def test_truncated_shard(checkpoint):
+    shard = Path(f"{checkpoint}.data-00000-of-00002")
+    shard.write_bytes(shard.read_bytes()[:5000])
+    assert "data-00000-of-00002 is cut off" in refusal(load_openai, checkpoint, None)
+
+
+def test_damaged_shard(checkpoint):
+    shard = Path(f"{checkpoint}.data-00000-of-00002")
+    content = bytearray(shard.read_bytes())
+    content[5000] ^= 1
+    shard.write_bytes(content)
+    assert "data-00000-of-00002 is damaged" in refusal(load_openai, checkpoint, None)
+
+
+def test_optimizer_variables_need_not_be_there(checkpoint):
+    entries = expected_of("autoregressive")
+    shard = Path(f"{checkpoint}.data-00001-of-00002")
+    content = shard.read_bytes()
+    slot = entries["model/ln_f/g/Adam"].tobytes()
+    shard.write_bytes(content.replace(slot, bytes(len(slot))))
+    assert "is damaged" in refusal(read_bundle, checkpoint)
+    model = load_openai(checkpoint, None)
+    np.testing.assert_allclose(logits_of(model, entries, ""), entries["logits"], rtol=0, atol=1e-5)
+
+
+def test_checkpoint_of_another_model(tmp_path):
+    prefix = write_bundle(tmp_path / "x", {"model/h0/attn/c_attn/w": np.ones([1, 4, 12], np.float32)})
+    assert "is no image-gpt checkpoint" in refusal(load_openai, prefix, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "complaint"),
+    [
+        ("model/h1/mlp/c_fc/w", None, "model/h1/mlp/c_fc/w is missing, not (16, 64)"),
+        ("model/h0/mlp/c_proj/w", np.ones([16, 64]), "model/h0/mlp/c_proj/w is (16, 64), not (64, 16)"),
+        ("model/wpe", np.ones([15, 16]), "model/wpe is (15, 16), not (9, 16)"),
+        ("model/h0/attn/q_proj", np.ones([3, 5, 16]), "3 heads do not divide a width of 16"),
+        ("model/sos", None, "its objective can only be 'bert'"),
+    ],
+)
+def test_variables_that_do_not_fit(tmp_path, name, values, complaint):
+    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
+    variables[name] = values if values is None else values.astype(np.float32)
+    arrays = {key: array for key, array in variables.items() if array is not None and "Adam" not in key}
+    assert complaint in refusal(load_openai, write_bundle(tmp_path / "x", arrays), None)
+
+
+def test_objective_that_the_checkpoint_contradicts():
+    message = refusal(load_openai, FIXTURES / "bert" / "model.ckpt-7", None)
+    assert "no start embedding (model/sos): its objective can only be 'bert'" in message
+    with pytest.warns(UserWarning, match="only 'autoregressive' models use"):
+        model = load_openai(FIXTURES / "autoregressive" / "model.ckpt-7", None, objective="bert")
+    assert not model.wte.weight[-1].any()
+
+
+def test_heads_and_palette_that_do_not_fit(tmp_path):
+    prefix = FIXTURES / "autoregressive" / "model.ckpt-7"
+    assert "has 2 heads by the shapes of its projections, not 4" in refusal(load_openai, prefix, None, n_head=4)
+    np.save(tmp_path / "kmeans_centers.npy", np.zeros([512, 3], np.float32))
+    message = refusal(load_openai, prefix, tmp_path / "kmeans_centers.npy")
+    assert "the palette has 512 colours, the model 8" in message
+    assert "no palette at" in refusal(load_openai, prefix, tmp_path / "absent.npy")

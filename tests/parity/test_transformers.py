@@ -1,0 +1,202 @@
+"""ImageGPT against transformers' own: weights travel both ways and the logits stay, in float64.
+
+transformers' model does not shift: it is fed the start-of-sequence token and the pixels but the last.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoImageProcessor,
+    ImageGPTConfig,
+    ImageGPTForCausalImageModeling,
+    ImageGPTForImageClassification,
+)
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.transformer import ImageGPT, ModelConfig
+
+N_COLORS, RESOLUTION, N_LAYER = 16, 4, 2
+TOLERANCE = {"rtol": 0, "atol": 1e-9}
+
+
+def randomize(model: nn.Module, seed: int) -> None:
+    """Random float64 for every parameter: gains and biases too, which fresh models hold at 1 and 0."""
+    generator = torch.Generator().manual_seed(seed)
+    model.double().eval()
+    for name, parameter in model.named_parameters():
+        center = 1.0 if ".ln_" in f".{name}" else 0.0
+        parameter.data = center + 0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+
+
+def random_tokens(seed: int, images: int = 3) -> Tensor:
+    return torch.randint(0, N_COLORS, (images, RESOLUTION**2), generator=torch.Generator().manual_seed(seed))
+
+
+def shifted(tokens: Tensor) -> Tensor:
+    """What transformers' model is to be fed: sos, x1 .. x(n-1)."""
+    return torch.cat([torch.full((len(tokens), 1), N_COLORS), tokens[:, :-1]], dim=1)
+
+
+def hub_config(**changes: Any) -> ImageGPTConfig:
+    shape = {"vocab_size": N_COLORS + 1, "n_positions": RESOLUTION**2, "n_embd": 24, "n_layer": N_LAYER, "n_head": 3}
+    return ImageGPTConfig(**{**shape, **changes})
+
+
+@pytest.fixture(scope="module")
+def hub_model() -> ImageGPTForCausalImageModeling:
+    model = ImageGPTForCausalImageModeling(hub_config())
+    randomize(model, seed=1)
+    return model
+
+
+def assert_same(ours: ImageGPT, theirs: ImageGPTForCausalImageModeling) -> None:
+    """Logits, and the features: their residuals, normalised by their own norms."""
+    tokens = random_tokens(seed=2)
+    with torch.no_grad():
+        output = theirs(shifted(tokens), output_hidden_states=True)
+        torch.testing.assert_close(ours(tokens), output.logits, **TOLERANCE)
+        *residuals, final = output.hidden_states
+        expected = [block.ln_1(x) for block, x in zip(theirs.transformer.h, residuals, strict=True)] + [final]
+        for feature, reference in zip(ours.features(tokens), expected, strict=True):
+            torch.testing.assert_close(feature, reference, **TOLERANCE)
+
+
+@pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
+def test_what_transformers_saves_loads(
+    hub_model: ImageGPTForCausalImageModeling, max_shard_size: str, tmp_path: Path
+) -> None:
+    hub_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) == (max_shard_size == "10KB")
+    ours = ImageGPT.from_pretrained(tmp_path)
+    assert ours.config == ModelConfig(
+        resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, bias=True
+    )
+    assert ours.palette is None
+    assert_same(ours, hub_model)
+
+
+def test_old_pickled_weights_load(hub_model: ImageGPTForCausalImageModeling, tmp_path: Path) -> None:
+    """A directory as of transformers 4.11, whose weights held each layer's causal mask too."""
+    state = dict(hub_model.state_dict())
+    causal = torch.ones(RESOLUTION**2, RESOLUTION**2, dtype=torch.uint8).tril()[None, None]
+    for layer in range(N_LAYER):
+        state[f"transformer.h.{layer}.attn.bias"] = causal
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    config = {
+        "activation_function": "quick_gelu",
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "imagegpt",
+        "n_embd": 24,
+        "n_head": 3,
+        "n_inner": None,
+        "n_layer": N_LAYER,
+        "n_positions": RESOLUTION**2,
+        "scale_attn_weights": True,
+        "torch_dtype": "float32",
+        "vocab_size": N_COLORS + 1,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    clusters = np.random.default_rng(3).uniform(-1, 1, (N_COLORS, 3))
+    preprocessor = {"clusters": clusters.tolist(), "feature_extractor_type": "ImageGPTFeatureExtractor", "size": 4}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    ours = ImageGPT.from_pretrained(tmp_path)
+    assert ours.palette is not None
+    np.testing.assert_array_equal(ours.palette.centers_, clusters.astype(np.float32))
+    assert_same(ours, hub_model)
+
+
+def test_biases_of_zero_are_dropped(tmp_path: Path) -> None:
+    """As in OpenAI's converted checkpoints: the model is the paper's, without biases."""
+    theirs = ImageGPTForCausalImageModeling(hub_config())
+    randomize(theirs, seed=4)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+    theirs.save_pretrained(tmp_path)
+    ours = ImageGPT.from_pretrained(tmp_path)
+    assert not ours.config.bias
+    assert not any(name.endswith(".bias") for name, _ in ours.named_parameters())
+    assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
+    config = ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, bias=bias)
+    ours = ImageGPT(config)
+    randomize(ours, seed=5)
+    ours.save_pretrained(tmp_path / "model")
+    theirs, info = ImageGPTForCausalImageModeling.from_pretrained(
+        tmp_path / "model", output_loading_info=True, dtype=torch.float64
+    )
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    # In training mode too: the paper has no dropout.
+    assert_same(ours, theirs.train())
+
+
+def test_classifier_loads_in_transformers(tmp_path: Path) -> None:
+    names = ("cat", "dog", "ship")
+    config = ModelConfig(
+        resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, class_names=names
+    )
+    ours = ImageGPT(config)
+    randomize(ours, seed=6)
+    ours.save_pretrained(tmp_path / "model")
+    theirs, info = ImageGPTForImageClassification.from_pretrained(
+        tmp_path / "model", output_loading_info=True, dtype=torch.float64
+    )
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert set(info["unexpected_keys"]) == {"lm_head.weight"}  # their classifier has no generative head
+    assert theirs.config.id2label == dict(enumerate(names))
+    tokens = random_tokens(seed=7)
+    with torch.no_grad():
+        expected = theirs(shifted(tokens)).logits
+        torch.testing.assert_close(ours.score(ours.hidden(tokens).mean(dim=1)), expected, **TOLERANCE)
+
+
+def test_their_classifier_is_refused_for_want_of_a_generative_head(tmp_path: Path) -> None:
+    ImageGPTForImageClassification(hub_config(num_labels=3)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
+        ImageGPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"activation_function": "gelu"},
+        {"n_inner": 40},
+        {"scale_attn_weights": False},
+        {"scale_attn_by_inverse_layer_idx": True},
+        {"layer_norm_epsilon": 1e-6},
+        {"n_positions": 15},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_variants_that_we_do_not_compute_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    ImageGPTForCausalImageModeling(hub_config(**change)).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=rf"config\.json has {next(iter(change))} = "):
+        ImageGPT.from_pretrained(tmp_path)
+
+
+def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
+    generator = np.random.default_rng(8)
+    palette = Palette.from_centers(generator.uniform(-1, 1, (N_COLORS, 3)))
+    config = ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=1, n_embd=8, n_head=2)
+    ImageGPT(config, palette).save_pretrained(tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
+    np.testing.assert_array_equal(np.asarray(processor.clusters, np.float32), palette.centers_)
+    pixels = generator.integers(0, 256, (5, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    theirs = processor([Image.fromarray(image) for image in pixels], input_data_format="channels_last")["input_ids"]
+    np.testing.assert_array_equal(np.asarray(theirs), palette.transform(pixels).reshape(5, -1))
+
+    processor.save_pretrained(tmp_path / "processor")
+    assert Palette.load(tmp_path / "processor").fingerprint == palette.fingerprint

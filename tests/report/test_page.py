@@ -1,0 +1,297 @@
+"""The page shows what a run directory holds, says what it lacks, and needs nothing outside itself."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.report.figures import image_grid
+from igpt.report.page import write_report
+
+PALETTE = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))
+VOID = {"meta", "img", "source", "link", "br", "hr", "input", "base"}
+
+
+class Page(HTMLParser):
+    """Elements, text, and whether every element that was opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.words, self._open = [], [], []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        if not self._open or self._open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).replace("\u00a0", " ").split())
+
+    def all(self, tag):
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+def read(path):
+    return Page(path.read_text("utf-8"))
+
+
+def probe_record(**changes):
+    def layers(*accuracies):
+        return [
+            {"layer": i, "validation_accuracy": p, "test_accuracy": p, "regularisation": 0.1, "converged": i != 2}
+            for i, p in enumerate(accuracies)
+        ]
+
+    record = {
+        "format": "igpt-probe",
+        "version": 1,
+        "classes": 10,
+        "images": {"train": 1437, "validation": 180, "test": 180},
+        "layers": layers(0.90, 0.961, 0.93),
+        "best_layer": 1,
+        "baselines": {
+            "raw_pixels": {"validation_accuracy": 0.94, "test_accuracy": 0.951},
+            "untrained": {"layers": layers(0.80, 0.71, 0.70), "best_layer": 0},
+        },
+    }
+    return {**record, **changes}
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """A run directory with what every run has, and no more."""
+    run = tmp_path / "runs" / "first"
+    run.mkdir(parents=True)
+    run.joinpath("config.yaml").write_text(
+        f"tokens: {tmp_path / 'tokens'}\nbatch_size: 128\nsteps: 200\nlearning_rate: 0.001\nseed: 0\n"
+        "model:\n  resolution: 8\n  n_colors: 17\n  n_layer: 2\n  n_head: 2\n  n_embd: 32\n"
+        "  objective: autoregressive\n"
+    )
+    records = [
+        {"kind": "start", "step": 0, "parameters": 27_500, "train_images": 1437, "validation_images": 180, "places": 64}
+        | {"n_colors": 17, "uniform_loss": math.log(17), "unigram_loss": 2.08},
+        {"kind": "train", "step": 50, "loss": 1.71, "learning_rate": 0.001},
+        {"kind": "validation", "step": 100, "loss": 1.55, "best": True},
+        {"kind": "train", "step": 150, "loss": 1.46, "learning_rate": 0.001},
+        {"kind": "validation", "step": 200, "loss": 1.432, "best": True},
+        {"kind": "end", "step": 200, "best_step": 200, "best_loss": 1.432, "seconds": 81.0},
+    ]
+    run.joinpath("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return run
+
+
+@pytest.fixture
+def whole(bare, tmp_path):
+    """A run directory with everything in it, and its token data set beside it."""
+    (tmp_path / "tokens").mkdir()
+    manifest = {
+        "source": "digits",
+        "class_names": ["zero", "one"],
+        "splits": {"train": {"count": 1437, "shards": []}, "test": {"count": 180, "shards": []}},
+    }
+    (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
+    (bare / "environment.json").write_text(
+        json.dumps({"igpt": "0.1.0", "cores": 2, "device": "cpu", "command": "igpt pretrain digits", "commit": None})
+    )
+    (bare / "model").mkdir()
+    (bare / "model" / "preprocessor_config.json").write_text(json.dumps({"clusters": PALETTE.centers_.tolist()}))
+    (bare / "probe.json").write_text(json.dumps(probe_record()))
+    pictures = [[np.full((8, 8, 3), 10 * i + j, np.uint8) for j in range(5)] for i in range(4)]
+    image_grid(pictures).save(bare / "samples.png")
+    image_grid(pictures).save(bare / "completions.png")
+    how = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0, "command": "igpt sample runs/first/model"}
+    (bare / "samples.json").write_text(json.dumps(how))
+    (bare / "completions.json").write_text(json.dumps({**how, "keep_rows": 4}))
+    return bare
+
+
+def test_the_page_stands_alone(whole):
+    path = write_report(whole)
+    assert path == whole / "report.html"
+    page = read(path)
+    for tag, attributes in page.elements:
+        assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
+        for name in ("src", "srcset", "href", "data", "poster", "action"):
+            assert re.match(
+                r"data:image/(png|svg\+xml);base64,[\w+/=]+$", attributes.get(name) or "data:image/png;base64,A"
+            )
+        assert not [name for name in attributes if name.startswith("on")]
+    style = path.read_text("utf-8").split("<style>")[1].split("</style>")[0]
+    assert "url(" not in style
+    assert "@import" not in style
+    assert {child.name for child in whole.iterdir() if child.name.startswith(".")} == set()
+
+
+def test_every_picture_says_what_it_is(whole):
+    images = read(write_report(whole)).all("img")
+    assert len(images) == 5
+    assert all(len(image["alt"]) > 20 for image in images)
+    assert "lowest validation loss is 1.432 at step 200" in images[0]["alt"]
+    assert "layer 1 96.1" in images[1]["alt"]
+
+
+def test_figures_come_for_both_widths_and_both_colour_schemes(whole):
+    sources = read(write_report(whole)).all("source")
+    assert len(sources) == 6
+    assert len({source["srcset"] for source in sources}) == 6
+    assert "(prefers-color-scheme: dark)" in {source["media"] for source in sources}
+
+
+def test_the_numbers_are_there(whole):
+    text = read(write_report(whole)).text
+    for expected in (
+        "Image GPT trained on digits",
+        "2 layers, width 32, 2 heads, 27.5 k parameters",
+        "1.432 2.066",  # nats, bits
+        "Colour frequencies alone 2.080 3.001",
+        "Every colour equally likely 2.833 4.087",
+        "This model, layer 1 96.1 % ± 1.4",
+        "Untrained network, layer 0 80.0 % ± 3.0",
+        "Raw pixels 95.1 % ± 1.6",
+        "these test images do not show that it is better",
+        "16.1 points above the best layer of an untrained network",
+        "fitted to 1,437 images",
+        "did not converge at layer 2",
+        "4 images, one a row",
+        "the upper 4 of 8 pixel rows",
+        "3 completions by the model (temperature 1.0, no top-k or nucleus cut, seed 0)",
+        "igpt sample runs/first/model",
+        "The 17 colours",
+        PALETTE.fingerprint,
+        "Finished: 200 steps of 128 images in 1 min 21 s.",
+        "zero, one",
+        "learning_rate 0.001",
+        "model.n_embd 32",
+        "commit not known",
+    ):
+        assert expected in text, expected
+
+
+def test_the_same_run_gives_the_same_page(whole):
+    before = write_report(whole).read_bytes()
+    assert write_report(whole).read_bytes() == before
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(bare):
+    page = read(write_report(bare))
+    for command in ("igpt probe", "igpt complete", "igpt sample", "igpt pretrain", "igpt prepare"):
+        assert command in page.text
+    assert len(page.all("img")) == 1
+    assert {"class": "absent"} in page.all("p")
+    assert "Linear probe, " not in page.text
+
+
+def test_grids_without_a_record_beside_them_claim_nothing_about_how_they_were_drawn(whole):
+    (whole / "samples.json").unlink()
+    (whole / "completions.json").unlink()
+    text = read(write_report(whole)).text
+    assert "temperature" not in text
+    assert "the original, what was kept, and 3 completions" in text
+
+
+def test_a_grid_of_another_layout_gets_no_count(whole):
+    image_grid([[np.zeros((8, 8, 3), np.uint8)] * 3], scale=3).save(whole / "samples.png")
+    assert "Images drawn by the model from nothing" in read(write_report(whole)).text
+
+
+def test_a_skipped_probe_gives_its_reason(whole):
+    record = {"format": "igpt-probe", "version": 1, "skipped": "the images have no labels"}
+    (whole / "probe.json").write_text(json.dumps(record))
+    text = read(write_report(whole)).text
+    assert "The probe was skipped: the images have no labels" in text
+    assert "linear classifier on layer" not in text
+
+
+def test_a_probe_without_baselines_says_so(whole):
+    (whole / "probe.json").write_text(json.dumps(probe_record(baselines={})))
+    assert "It was not compared with raw pixels" in read(write_report(whole)).text
+
+
+def test_metrics_cut_off_at_any_byte_give_a_page(bare):
+    path = bare / "metrics.jsonl"
+    content = path.read_bytes()
+    for end in (0, 7, content.index(b"1.71") + 2, content.index(b"1.432") + 3):
+        path.write_bytes(content[:end])
+        assert "Not finished" in read(write_report(bare)).text
+
+
+def test_a_run_without_any_loss_has_no_figure(bare):
+    first = (bare / "metrics.jsonl").read_text().splitlines()[0]
+    (bare / "metrics.jsonl").write_text(first + "\n")
+    page = read(write_report(bare))
+    assert "No loss is recorded yet" in page.text
+    assert page.all("img") == []
+
+
+def test_whatever_comes_from_files_is_escaped(whole, tmp_path):
+    evil = '<script>alert("1")</script><img src=x onerror=y>'
+    manifest = {"source": evil, "class_names": [evil, "one"], "splits": {"train": {"count": 3}}}
+    (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
+    (whole / "environment.json").write_text(json.dumps({"igpt": evil, "command": evil}))
+    (whole / "samples.json").write_text(json.dumps({"temperature": evil, "command": evil}))
+    (whole / "probe.json").write_text(json.dumps({"format": "igpt-probe", "version": 1, "skipped": f"`{evil}`"}))
+    path = write_report(whole)
+    page = read(path)
+    assert page.all("script") == []
+    assert all("onerror" not in image for image in page.all("img"))
+    assert "<script>" not in path.read_text("utf-8")
+    assert page.text.count('alert("1")') >= 6
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
+def test_what_is_no_run_directory_is_refused(bare, name):
+    (bare / name).unlink()
+    with pytest.raises(InputError, match=rf"no run directory: {name} is missing; `igpt pretrain`"):
+        write_report(bare)
+    assert not (bare / "report.html").exists()
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no run directory"):
+        write_report(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("probe.json", '{"format": "igpt-probe", "version": 2}', "format version 1"),
+        ("probe.json", '{"format": "igpt-probe", "version": 1}', "not a whole probe"),
+        ("probe.json", json.dumps(probe_record(best_layer=9)), "not a whole probe"),
+        ("probe.json", json.dumps(probe_record(classes="ten")), "not a whole probe"),
+        ("probe.json", '{"form', "cut off"),
+        ("samples.png", "text", "not a readable picture"),
+        ("config.yaml", "- a\n- b\n", "name: value"),
+    ],
+)
+def test_damaged_files_are_named_and_the_old_page_stays(whole, name, content, message):
+    before = write_report(whole).read_bytes()
+    (whole / name).write_text(content)
+    with pytest.raises(InputError, match=message) as caught:
+        write_report(whole)
+    assert name in str(caught.value)
+    assert (whole / "report.html").read_bytes() == before
+
+
+def test_importing_needs_neither_torch_nor_matplotlib():
+    code = "import igpt.report.page, sys; print({'torch', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
