@@ -24,16 +24,17 @@ Out = Annotated[Path, arg(aliases=["-o"])]
 MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
 
 
-def demo(data: str = "digits", out: MaybeOut = None) -> None:
+def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -> None:
     """Tell the whole story on one data set: palette, tokens, pretraining, probes, completions, samples, report.
 
     Args:
         data: "digits" (bundled), or any source that `igpt prepare` takes.
+        steps: updates of pretraining; fewer for a quick look.
         out: run directory, runs/demo or runs/demo-NAME by default; what is in it already is not done again.
     """
     from igpt.demo import tell
 
-    tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).name}"))
+    tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).name}"), steps)
 
 
 def prepare(
@@ -139,7 +140,7 @@ def probe(
         tokens: token data set with labels.
         out: file to write; by default probe.json in the run, or here for a model without one.
         limit: at most so many images of each split.
-        baselines: also probe raw pixels and an untrained model.
+        baselines: with --no-baselines, raw pixels and an untrained model are not probed.
         seed: of the images drawn and of the untrained model.
     """
     from igpt.data.tokens import TokenDataset

@@ -15,7 +15,8 @@ import tyro
 from igpt.config import Config, read_settings
 from igpt.errors import InputError
 
-_MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+_MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
+_FLAT = (tyro.conf.arg(name="", help_behavior_hint=""),)
 Show = Callable[[str, int, int], None]  # (what, done, in all)
 
 
@@ -26,7 +27,8 @@ def flags_of(config: type[Config], besides: set[str]) -> type:
         if name not in besides:
             default = None if setting.is_required() else setting.get_default()
             help_text = f"{setting.description}{'' if default is None else f' (default: {default})'}"
-            kind = Annotated[setting.annotation | None, tyro.conf.arg(help=help_text, help_behavior_hint="")]  # type: ignore[operator]
+            optional: Any = setting.annotation
+            kind = Annotated[optional | None, tyro.conf.arg(help=help_text, help_behavior_hint="")]
             made.append((name, kind, field(default=None)))
     return make_dataclass(f"{config.__name__}Flags", made, frozen=True)
 
@@ -59,9 +61,9 @@ def parse(function: Callable[..., None], settings: str | None, program: str, wor
     if settings:
         module, _, name = settings.partition(":")
         parameters = set(function.__annotations__)
-        flags = flags_of(getattr(import_module(module), name), besides=parameters)
-        later.__annotations__ = {**function.__annotations__, "flags": tyro.conf.OmitArgPrefixes[flags]}
-        del later.__wrapped__  # type: ignore[attr-defined]
+        flags: Any = flags_of(getattr(import_module(module), name), besides=parameters)
+        later.__annotations__ = {**function.__annotations__, "flags": Annotated[flags, *_FLAT]}
+        vars(later).pop("__wrapped__")
         later.__signature__ = _signature(function, later.__annotations__)  # type: ignore[attr-defined]
     said = io.StringIO()
     try:

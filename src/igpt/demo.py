@@ -28,11 +28,12 @@ _PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
 _DRAWING = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
 
 
-def tell(source: str, run: Path) -> None:
+def tell(source: str, run: Path, steps: int | None = None) -> None:
     """Prepares, pretrains, probes, completes, samples and reports; prints a table of what came out.
 
     Args:
         source: see `open_source`.
+        steps: updates of pretraining, if not the preset's.
         run: run directory; the steps whose results it holds already are not repeated.
 
     Raises:
@@ -42,7 +43,8 @@ def tell(source: str, run: Path) -> None:
     digits = source == DIGITS
     data = _tokens(source, run / "tokens", _DIGITS if digits else _PHOTOS, console)
     console.print(f"[bold]2. Pretrain[/] on {len(data['train'])} images, without their labels")
-    config = PretrainConfig.layered({"tokens": data.path, **preset("digits" if digits else "photos")})
+    recipe = {**preset("digits" if digits else "photos"), **({} if steps is None else {"steps": steps})}
+    config = PretrainConfig.layered({"tokens": data.path, **recipe})
     if not _finished(run):
         pretrain(config, run, resume=(run / "config.yaml").exists())
     model = ImageGPT.from_pretrained(run / "model")

@@ -15,8 +15,9 @@ from igpt.report.figures import (
     LIGHT,
     NARROW,
     WIDE,
+    accuracy_curve,
     encode,
-    grid_shape,
+    grid_counts,
     image_grid,
     loss_curve,
     palette_swatch,
@@ -87,10 +88,10 @@ class TestImageGrid:
         assert (grid[4:, :4] == 3).all()
 
     @pytest.mark.parametrize("side", [8, 32, 48])
-    def test_its_shape_is_told_by_its_size(self, side):
-        grid = image_grid([[picture(0, side)] * 7] * 3)
-        assert grid_shape(*grid.size, side) == (3, 7)
-        assert grid_shape(grid.width + 1, grid.height, side) is None
+    def test_its_pictures_can_be_counted(self, side):
+        grid = image_grid([[picture(0, side)] * 7, [picture(128, side), picture(1, side)]])
+        assert grid_counts(grid, side) == [7, 2]
+        assert grid_counts(grid.crop((0, 0, grid.width - 1, grid.height)), side) is None
 
     @pytest.mark.parametrize(
         "rows", [[], [[]], [[picture(0), picture(0, 5)]], [[picture(0).astype(float)]], [[np.zeros((4, 4), np.uint8)]]]
@@ -143,6 +144,15 @@ class TestLossCurve:
     )
     def test_incomplete_and_diverged_runs_can_be_drawn(self, metrics):
         assert encode(loss_curve(metrics)).startswith("data:image/svg+xml;base64,")
+
+
+def test_accuracy_is_drawn_in_percent_and_its_best_is_ringed():
+    errors = [(100, 0.5), (200, 0.2), (300, 0.3)]
+    metrics = [{"kind": "validation", "step": step, "error": error, "best": False} for step, error in errors]
+    figure = accuracy_curve(metrics)
+    assert lines(figure)["validation"].get_xydata() == pytest.approx(np.array([[100, 50], [200, 80], [300, 70]]))
+    assert lines(figure)["best"].get_xydata() == pytest.approx(np.array([[200, 80]]))
+    assert "best 80.0 %, step 200" in texts(figure)
 
 
 class TestProbe:

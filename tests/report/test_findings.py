@@ -1,25 +1,25 @@
 """Sentences about a run say what its numbers support, and no more."""
 
+from pathlib import Path
+
 import pytest
 
 from igpt.report.findings import (
-    baselines,
-    best_validation,
     compare,
+    describe_classifier,
     describe_loss,
     describe_model,
     describe_probe,
     describe_sampling,
     describe_state,
     duration,
-    history,
-    read_metrics,
     short_source,
-    standard_error,
 )
+from igpt.report.record import Run
 
 START = {"kind": "start", "step": 0, "parameters": 1_234_567, "train_images": 1437, "unigram_loss": 2.0}
-CONFIG = {"steps": 400, "batch_size": 16, "model": {"resolution": 8, "n_colors": 17, "n_layer": 4, "n_embd": 64}}
+START |= {"places": 64, "n_colors": 17}
+CONFIG = {"steps": 400, "batch_size": 16, "n_layer": 4, "n_embd": 64, "objective": "autoregressive"}
 
 
 def validation(step, loss):
@@ -39,49 +39,44 @@ def probe(accuracy, raw=None, untrained=None, count=180):
     return {**layers(accuracy), "images": {"train": 9, "validation": 9, "test": count}, "baselines": known}
 
 
-def test_a_cut_last_line_is_no_damage(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"kind": "train", "step": 1, "loss": 2}\n{"kind": "train", "note": "\xc3')
-    assert read_metrics(path) == ([{"kind": "train", "step": 1, "loss": 2}], 0)
-
-
-def test_unreadable_lines_before_the_last_are_counted(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "tra{"kind": "resume", "step": 1}\n\n[1]\n{"kind": "train", "step": 2, "loss": 2}\n')
-    records, unreadable = read_metrics(path)
-    assert [record["step"] for record in records] == [2]
-    assert unreadable == 2
-
-
-def test_steps_taken_again_after_a_resume_count_once():
-    metrics = [validation(100, 1.0), validation(200, 0.1), {"kind": "resume", "step": 150}, validation(200, 0.9)]
-    assert [(record["step"], record["loss"]) for record in history(metrics, "validation")] == [(100, 1.0), (200, 0.9)]
-    assert best_validation(metrics) == (200, 0.9)
-
-
-def test_losses_that_are_no_numbers_are_never_best():
-    assert best_validation([validation(1, float("nan")), validation(2, 3.0)]) == (2, 3.0)
-    assert best_validation([validation(1, float("nan"))]) is None
-    assert baselines([{"kind": "start", "uniform_loss": float("nan"), "unigram_loss": None}]) == {}
+def of(config=CONFIG, metrics=(), **others):
+    return Run(Path("runs/first"), dict(config), list(metrics), **others)
 
 
 def test_the_model_is_described_as_far_as_it_is_known():
-    words = describe_model(CONFIG, [START])
+    words = describe_model(of(metrics=[START]))
     assert words == (
         "An autoregressive transformer (4 layers, width 64, 1.23 M parameters), trained without labels on 1,437 images "
         "of 8 × 8 pixels in 17 colours."  # noqa: RUF001
     )
-    assert describe_model({}, []) == "An autoregressive transformer."
-    assert describe_model({"model": {"objective": "bert"}}, []) == "A BERT-style transformer."
+    assert describe_model(of({})) == "An autoregressive transformer, trained without labels."
+    assert describe_model(of({"objective": "bert"})).startswith("A BERT-style transformer")
+
+
+def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
+    words = describe_model(of(metrics=[{**START, "classes": 10}], saved={"n_head": 2, "igpt": {"resolution": 8}}))
+    assert "2 heads" in words
+    assert "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes." in words  # noqa: RUF001
 
 
 def test_the_loss_is_set_against_colour_frequencies():
-    better = describe_loss(CONFIG, [START, validation(100, 1.0)])
+    better = describe_loss(of(metrics=[START, validation(100, 1.0)]))
     assert "1.000 nats/pixel, at step 100, 1.000 below what colour frequencies alone give (2.000)" in better
     assert "among 2.7 colours instead of 7.4" in better
-    assert "has not learnt more" in describe_loss(CONFIG, [START, validation(100, 2.0)])
-    assert describe_loss(CONFIG, [START]) == ""
-    assert "nats/masked pixel" in describe_loss({"model": {"objective": "bert"}}, [validation(1, 2.0)])
+    assert "has not learnt more" in describe_loss(of(metrics=[START, validation(100, 2.0)]))
+    assert describe_loss(of(metrics=[START])) == ""
+    assert "nats/masked pixel" in describe_loss(of({"objective": "bert"}, [validation(1, 2.0)]))
+
+
+def test_a_classifier_is_judged_on_test_images_once_there_are_results():
+    metrics = [{"kind": "validation", "step": 50, "error": 0.125}]
+    assert describe_classifier(of(metrics=metrics)) == (
+        "Its best validation accuracy is 87.5\u00a0%, at step 50; it is not tested yet."
+    )
+    words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180}))
+    assert "right on 90.0\u00a0% of 180 test images (standard error 2.2 points)" in words
+    assert "chosen by validation accuracy, at step 50" in words
+    assert describe_classifier(of()) == ""
 
 
 def test_a_clear_lead_is_called_one():
@@ -108,19 +103,16 @@ def test_missing_comparisons_are_told():
     assert "not compared with raw pixels" in describe_probe(probe(0.9))
 
 
-def test_the_standard_error_is_that_of_a_share():
-    assert standard_error(0.9, 180) == pytest.approx((0.9 * 0.1 / 180) ** 0.5)
-    assert standard_error(1.0, 180) == 0
-
-
 def test_state_of_the_run():
     end = {"kind": "end", "step": 400, "seconds": 81.0}
-    assert describe_state(CONFIG, [START, end], 0) == "Finished: 400 steps of 16 images in 1 min 21 s."
-    assert describe_state(CONFIG, [START, validation(100, 2.0)], 0).startswith(
+    assert describe_state(of(metrics=[START, end])) == "Finished: 400 steps of 16 images in 1 min 21 s."
+    early = describe_state(of(metrics=[START, {**end, "step": 250}]))
+    assert early == "Finished: 250 steps of 16 images in 1 min 21 s, stopped early (at most 400)."
+    assert describe_state(of(metrics=[START, validation(100, 2.0)])).startswith(
         "Not finished: the last record is of step 100 of 400;"
     )
-    assert "Not finished" in describe_state(CONFIG, [START, end, {"kind": "resume", "step": 400}], 0)
-    assert "2 unreadable lines of metrics.jsonl left out" in describe_state({}, [], 2)
+    assert "Not finished" in describe_state(of(metrics=[START, end, {"kind": "resume", "step": 400}]))
+    assert "2 unreadable lines of metrics.jsonl left out" in describe_state(of({}, unreadable=2))
 
 
 def test_how_images_were_drawn():

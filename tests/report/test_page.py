@@ -82,8 +82,7 @@ def bare(tmp_path):
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(
         f"tokens: {tmp_path / 'tokens'}\nbatch_size: 128\nsteps: 200\nlearning_rate: 0.001\nseed: 0\n"
-        "model:\n  resolution: 8\n  n_colors: 17\n  n_layer: 2\n  n_head: 2\n  n_embd: 32\n"
-        "  objective: autoregressive\n"
+        "n_layer: 2\nn_head: 2\nn_embd: 32\nobjective: autoregressive\npatience: null\n"
     )
     records = [
         {"kind": "start", "step": 0, "parameters": 27_500, "train_images": 1437, "validation_images": 180, "places": 64}
@@ -92,7 +91,7 @@ def bare(tmp_path):
         {"kind": "validation", "step": 100, "loss": 1.55, "best": True},
         {"kind": "train", "step": 150, "loss": 1.46, "learning_rate": 0.001},
         {"kind": "validation", "step": 200, "loss": 1.432, "best": True},
-        {"kind": "end", "step": 200, "best_step": 200, "best_loss": 1.432, "seconds": 81.0},
+        {"kind": "end", "step": 200, "best_step": 200, "best": 1.432, "seconds": 81.0},
     ]
     run.joinpath("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return run
@@ -115,7 +114,7 @@ def whole(bare, tmp_path):
     (bare / "model" / "preprocessor_config.json").write_text(json.dumps({"clusters": PALETTE.centers_.tolist()}))
     (bare / "probe.json").write_text(json.dumps(probe_record()))
     pictures = [[np.full((8, 8, 3), 10 * i + j, np.uint8) for j in range(5)] for i in range(4)]
-    image_grid(pictures).save(bare / "samples.png")
+    image_grid([*pictures, pictures[0][:2]]).save(bare / "samples.png")
     image_grid(pictures).save(bare / "completions.png")
     how = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0, "command": "igpt sample runs/first/model"}
     (bare / "samples.json").write_text(json.dumps(how))
@@ -173,14 +172,17 @@ def test_the_numbers_are_there(whole):
         "4 images, one a row",
         "the upper 4 of 8 pixel rows",
         "3 completions by the model (temperature 1.0, no top-k or nucleus cut, seed 0)",
+        "22 images drawn by the model from nothing (temperature 1.0,",
         "igpt sample runs/first/model",
+        "on 180 validation images",
         "The 17 colours",
         PALETTE.fingerprint,
         "Finished: 200 steps of 128 images in 1 min 21 s.",
         "zero, one",
         "learning_rate 0.001",
-        "model.n_embd 32",
-        "commit not known",
+        "n_embd 32",
+        "patience none",
+        "commit none",
     ):
         assert expected in text, expected
 
@@ -223,6 +225,33 @@ def test_a_skipped_probe_gives_its_reason(whole):
 def test_a_probe_without_baselines_says_so(whole):
     (whole / "probe.json").write_text(json.dumps(probe_record(baselines={})))
     assert "It was not compared with raw pixels" in read(write_report(whole)).text
+
+
+def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
+    bare.joinpath("config.yaml").write_text(
+        "model: runs/first/model\ntokens: gone\ngeneration_weight: 1.0\nsteps: 500\n"
+    )
+    records = [
+        {"kind": "start", "step": 0, "source": "digits", "train_images": 1437, "validation_images": 180, "classes": 10},
+        {"kind": "train", "step": 50, "loss": 3.2},
+        {"kind": "validation", "step": 50, "error": 0.1, "best": True},
+        {"kind": "validation", "step": 100, "error": 0.05, "best": True},
+        {"kind": "end", "step": 100, "best": 0.05, "best_step": 100, "seconds": 3.0},
+    ]
+    bare.joinpath("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bare.joinpath("test.json").write_text(json.dumps({"test_accuracy": 0.93, "test_images": 180}))
+    page = read(write_report(bare))
+    for expected in (
+        "Image GPT fine-tuned on digits",
+        "fine-tuned with labels on 1,437 images, for 10 classes",
+        "right on 93.0 % of 180 test images (standard error 1.9 points)",
+        "stopped early (at most 500)",
+        "Share of 180 validation images",
+    ):
+        assert expected in page.text, expected
+    assert "without labels" not in page.text
+    assert "igpt probe" not in page.text
+    assert len(page.all("img")) == 2
 
 
 def test_metrics_cut_off_at_any_byte_give_a_page(bare):
@@ -278,7 +307,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         ("probe.json", json.dumps(probe_record(best_layer=9)), "not a whole probe"),
         ("probe.json", json.dumps(probe_record(classes="ten")), "not a whole probe"),
         ("probe.json", '{"form', "cut off"),
-        ("samples.png", "text", "not a readable picture"),
+        ("samples.png", "text", "not a readable PNG"),
         ("config.yaml", "- a\n- b\n", "name: value"),
     ],
 )

@@ -35,12 +35,8 @@ def decode(image: Any) -> Image.Image:
     if image is None:
         raise InputError("there is no image here")
     try:
-        if not isinstance(image, Image.Image):
-            encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
-            if not encoded:
-                raise InputError("the file is empty (zero bytes)")
-            image = Image.open(io.BytesIO(encoded))
-        image.load()
+        opened = image if isinstance(image, Image.Image) else _open(image)
+        opened.load()
     except InputError:
         raise
     except FileNotFoundError:
@@ -51,7 +47,14 @@ def decode(image: Any) -> Image.Image:
         raise InputError("not an image in a known format") from None
     except Exception as error:  # of any type: each of Pillow's readers has its own for malformed files
         raise InputError(f"does not decode: {str(error) or type(error).__name__}") from None
-    return image
+    return opened
+
+
+def _open(image: bytes | str | Path) -> Image.Image:
+    encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
+    if not encoded:
+        raise InputError("the file is empty (zero bytes)")
+    return Image.open(io.BytesIO(encoded))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -97,7 +97,7 @@ class TokenSplit:
 
     def rows(self, indices: ArrayLike) -> NDArray[np.uint16]:
         """Tokens of some images, in the order asked for: [M] -> uint16 [M, n]."""
-        wanted = np.asarray(indices)
+        wanted = np.asarray(indices, dtype=np.int64)
         if len(self._tokens) == 1:
             return np.asarray(self._tokens[0][wanted])
         shard = np.searchsorted(self._starts, wanted, side="right") - 1
@@ -139,8 +139,10 @@ class TokenDataset(Mapping[str, TokenSplit]):
         self.manifest = read_json(self.path / MANIFEST, "token data set")
         if self.manifest.get("format") != FORMAT:
             raise InputError(f"{self.path} is not a token data set; `igpt prepare` makes one")
-        if self.manifest["version"] != VERSION:
-            raise InputError(f"{self.path} has format version {self.manifest['version']}; this igpt reads {VERSION}")
+        if self.manifest.get("version") != VERSION:
+            raise InputError(
+                f"{self.path} has format version {self.manifest.get('version')}; this igpt reads {VERSION}"
+            )
         self.resolution: int = self.manifest["resolution"]
         self.class_names: list[str] | None = self.manifest["class_names"]
         for split in self.manifest["splits"].values():
@@ -179,12 +181,16 @@ class TokenDataset(Mapping[str, TokenSplit]):
     def __len__(self) -> int:
         return len(self.manifest["splits"])
 
+    def __contains__(self, split: object) -> bool:  # Mapping's own expects a KeyError from __getitem__
+        return split in self.manifest["splits"]
+
     def verify(self) -> None:
-        """Reads every shard and compares its checksum.
+        """Reads every shard and compares its checksum, and the palette's.
 
         Raises:
-            InputError: a shard has changed; the file is named.
+            InputError: a shard or the palette has changed; the file is named.
         """
+        _ = self.palette
         for split in self.manifest["splits"].values():
             for shard in split["shards"]:
                 for name, checksum in shard["sha256"].items():

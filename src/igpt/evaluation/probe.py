@@ -4,7 +4,7 @@ N images, C classes, D features.
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,10 @@ def probe_model(
     done, total = 0, sum(map(len, splits.values()))
     features: dict[str, NDArray[np.float32]] = {}
     for split, rows in splits.items():
-        before = done
-        report = progress and (lambda at, _, before=before: progress(f"{name}: features", before + at, total))
-        features[split] = extract(model, rows, progress=report)
+        features[split] = extract(model, rows)
         done += len(rows)
+        if progress:
+            progress(f"{name}: features", done, total)
     layers: list[dict[str, Any]] = []
     count = len(features["train"])
     for layer in range(count):
@@ -166,5 +166,5 @@ def _pixels(data: TokenDataset, split: TokenSplit) -> NDArray[np.float32]:
 
 def best_row(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row of the best layer."""
-    layers: Sequence[Mapping[str, Any]] = result["layers"]
-    return layers[result["best_layer"]]
+    best: Mapping[str, Any] = result["layers"][result["best_layer"]]
+    return best

@@ -51,7 +51,7 @@ def load_openai(
     Args:
         prefix: path of the checkpoint without `.index`.
         clusters: the palette (`kmeans_centers.npy`); None for a model without one.
-        objective: what the model was trained for: the graph has a start embedding exactly when it is autoregressive.
+        objective: what the model was trained for. Without a start embedding it must be "bert"; with one, that warns.
         n_head: heads that are expected; None for those that the checkpoint has.
 
     Raises:

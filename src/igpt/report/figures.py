@@ -18,7 +18,7 @@ from PIL import Image
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.report.findings import baselines, best_validation, chosen_layer, history, standard_error
+from igpt.report.record import baselines, best_validation, chosen_layer, history, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -87,12 +87,17 @@ def image_grid(rows: Sequence[Sequence[NDArray[np.uint8]]], *, scale: int | None
     return Image.fromarray(canvas)
 
 
-def grid_shape(width: int, height: int, resolution: int, *, gap: int = 2) -> tuple[int, int] | None:
-    """Rows and columns of a grid that `image_grid` laid out with its default scale, or None if it did not."""
-    cell = resolution * default_scale(resolution) + gap
-    rows, rest_y = divmod(height - gap, cell)
-    columns, rest_x = divmod(width - gap, cell)
-    return (rows, columns) if rest_x == rest_y == 0 and rows > 0 and columns > 0 else None
+def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int] | None:
+    """How many pictures stand in each row of a grid of `image_grid` with its default scale; None if it is not one."""
+    side = resolution * default_scale(resolution)
+    rows, rest_y = divmod(grid.height - gap, side + gap)
+    columns, rest_x = divmod(grid.width - gap, side + gap)
+    if rest_x or rest_y or rows < 1 or columns < 1:
+        return None
+    pixels = np.asarray(grid.convert("RGB"))[gap:, gap:].reshape(rows, side + gap, columns, side + gap, 3)
+    filled = (pixels[:, :side, :, :side] != _BACKGROUND).any(axis=(1, 3, 4))
+    # Short rows end in cells of bare ground; a cell followed by a picture is a picture, whatever its colour.
+    return [int(np.flatnonzero(row).max(initial=-1)) + 1 for row in filled]
 
 
 def palette_swatch(palette: Palette) -> Image.Image:
@@ -145,6 +150,26 @@ def loss_curve(
     axes.set_xlabel("training step", color=look.ink)
     axes.set_ylabel(f"loss, {unit}", color=look.ink)
     _label_ends(axes, labels, width)
+    return figure
+
+
+def accuracy_curve(metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
+    """Validation accuracy of a classifier by step of fine-tuning, in percent; the best is ringed."""
+    figure, axes = _canvas(look, width)
+    records = history(metrics, "validation", "error")
+    shown = [{"step": record["step"], "accuracy": 100 * (1 - record["error"])} for record in records]
+    _, values = _line(axes, shown, "accuracy", "validation", look.main, linewidth=2, marker="o", markersize=3.5)
+    low, high = _span([values])
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
+    axes.set_xlim(0, shown[-1]["step"])
+    best = best_validation(metrics, "error")
+    if best is not None:
+        top = 100 * (1 - best[1])
+        _ring(axes, best[0], top, look)
+        _note(axes, best[0], top, f"best {top:.1f} %, step {best[0]:,}", look, above=True)
+    axes.set_xlabel("training step", color=look.ink)
+    axes.set_ylabel("validation accuracy, %", color=look.ink)
+    _label_ends(axes, [(_last(values), "validation", look.main)], width)
     return figure
 
 

@@ -1,152 +1,93 @@
-"""What a run's records say, and the sentences that they support; no sentence claims more than the numbers do.
+"""Sentences about a run; none claims more than the run's numbers do."""
 
-Losses are in nats per pixel (of masked pixels under the BERT objective); accuracies are shares from 0 to 1.
-"""
-
-import json
 import math
 from pathlib import Path
 from typing import Any
 
-OBJECTIVES = {"autoregressive": "autoregressive", "bert": "BERT-style"}
+from igpt.report.record import Run, baselines, best_validation, chosen_layer, standard_error
+
+_OBJECTIVES = {"autoregressive": "autoregressive", "bert": "BERT-style"}
 
 
-def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a `metrics.jsonl`, and how many lines before the last are unreadable.
-
-    A run in progress may be writing the last line, and a killed one leaves it cut off: that is no damage.
-    """
-    records, unreadable = [], 0
-    lines = path.read_text("utf-8", errors="replace").splitlines()
-    for position, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
-            records.append(record)
-        elif line.strip() and position < len(lines) - 1:
-            unreadable += 1
-    return records, unreadable
-
-
-def history(metrics: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The records of one kind ("train", "validation") that count, by step.
-
-    A run that was killed and resumed takes some steps twice; those it had taken past the resumed state are dropped.
-    """
-    kept: dict[int, dict[str, Any]] = {}
-    for record in metrics:
-        step = record.get("step")
-        if not isinstance(step, int):
-            continue
-        if record["kind"] == "resume":
-            kept = {known: earlier for known, earlier in kept.items() if known <= step}
-        elif record["kind"] == kind and isinstance(record.get("loss"), int | float):
-            kept[step] = record
-    return [kept[step] for step in sorted(kept)]
-
-
-def best_validation(metrics: list[dict[str, Any]]) -> tuple[int, float] | None:
-    """Step and value of the lowest validation loss on record, or None."""
-    found = [(record["loss"], record["step"]) for record in history(metrics, "validation")]
-    finite = [(loss, step) for loss, step in found if math.isfinite(loss)]
-    return None if not finite else (min(finite)[1], float(min(finite)[0]))
-
-
-def baselines(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The losses in nats/pixel that need no model, "uniform" and "unigram": those that the run wrote down."""
-    found = {}
-    for name in ("uniform", "unigram"):
-        value = started(metrics).get(f"{name}_loss")
-        if isinstance(value, int | float) and math.isfinite(value):
-            found[name] = float(value)
-    return found
-
-
-def started(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """All that the run wrote down at its start; a resumed run may have written it again."""
-    merged: dict[str, Any] = {}
-    for record in metrics:
-        if record["kind"] == "start":
-            merged.update(record)
-    return merged
-
-
-def chosen_layer(probe: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a probe's `layers` that its `best_layer` names."""
-    for layer in probe["layers"]:
-        if layer["layer"] == probe["best_layer"]:
-            found: dict[str, Any] = layer
-            return found
-    raise KeyError(f"layers[{probe['best_layer']}]")
-
-
-def standard_error(accuracy: float, count: int) -> float:
-    """Of a share of `count` independent answers: sqrt(p (1 - p) / n)."""
-    return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / count) if count > 0 else math.nan
-
-
-def describe_model(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def describe_model(run: Run) -> str:
     """What was trained on what: objective, size, images, colours; as much of it as is recorded."""
-    settings, start = flat(config), started(metrics)
-    objective = settings.get("model.objective", "autoregressive")
-    kind = OBJECTIVES.get(str(objective), str(objective))
-    size = [f"{settings['model.n_layer']} layers"] if "model.n_layer" in settings else []
-    size += [f"width {settings['model.n_embd']}"] if "model.n_embd" in settings else []
-    size += [f"{settings['model.n_head']} heads"] if "model.n_head" in settings else []
+    shape, start = run.shape, run.start
+    kind = _OBJECTIVES.get(str(shape["objective"]), str(shape["objective"]))
+    size = [f"{shape['n_layer']} layers"] if "n_layer" in shape else []
+    size += [f"width {shape['n_embd']}"] if "n_embd" in shape else []
+    size += [f"{shape['n_head']} heads"] if "n_head" in shape else []
     size += [f"{_short(start['parameters'])} parameters"] if isinstance(start.get("parameters"), int) else []
-    text = f"{'An' if kind[0] in 'aeiou' else 'A'} {kind} transformer" + (f" ({', '.join(size)})" if size else "")
+    text = f"{'An' if kind[:1] in 'aeiou' else 'A'} {kind} transformer" + (f" ({', '.join(size)})" if size else "")
+    text += ", fine-tuned with labels" if run.finetuned else ", trained without labels"
     if isinstance(start.get("train_images"), int):
-        text += f", trained without labels on {plural(start['train_images'], 'image')}"
-    if "model.resolution" in settings:
-        text += f" of {settings['model.resolution']} \N{MULTIPLICATION SIGN} {settings['model.resolution']} pixels"
-    if "model.n_colors" in settings:
-        text += f" in {settings['model.n_colors']} colours"
+        text += f" on {plural(start['train_images'], 'image')}"
+    if "resolution" in shape:
+        text += f" of {shape['resolution']} \N{MULTIPLICATION SIGN} {shape['resolution']} pixels"
+    if "n_colors" in shape:
+        text += f" in {shape['n_colors']} colours"
+    if run.finetuned and isinstance(start.get("classes"), int):
+        text += f", for {plural(start['classes'], 'class', 'classes')}"
     return text + "."
 
 
-def describe_state(config: dict[str, Any], metrics: list[dict[str, Any]], unreadable: int) -> str:
+def describe_state(run: Run) -> str:
     """Whether the run has ended, and how far it came."""
     ended: dict[str, Any] | None = None
-    for record in metrics:
+    for record in run.metrics:
         if record["kind"] in ("start", "resume", "train"):
             ended = None
         elif record["kind"] == "end":
             ended = record
-    steps = [record["step"] for record in metrics if isinstance(record.get("step"), int)]
-    last = steps[-1] if steps else 0
-    batch = f" of {plural(config['batch_size'], 'image')}" if isinstance(config.get("batch_size"), int) else ""
+    steps = [record["step"] for record in run.metrics if isinstance(record.get("step"), int)]
+    last, planned, size = steps[-1] if steps else 0, run.config.get("steps"), run.config.get("batch_size")
     if ended is not None:
+        batch = f" of {plural(size, 'image')}" if isinstance(size, int) else ""
         seconds = ended.get("seconds")
         took = f" in {duration(seconds)}" if isinstance(seconds, int | float) and math.isfinite(seconds) else ""
-        text = f"Finished: {plural(last, 'step')}{batch}{took}."
+        early = f", stopped early (at most {number(planned)})" if isinstance(planned, int) and last < planned else ""
+        text = f"Finished: {plural(last, 'step')}{batch}{took}{early}."
     else:
-        planned = f" of {number(config['steps'])}" if isinstance(config.get("steps"), int) else ""
-        text = f"Not finished: the last record is of step {number(last)}{planned}; what follows is as of then."
-    if unreadable:
-        text += f" {plural(unreadable, 'unreadable line')} of metrics.jsonl left out."
+        of = f" of {number(planned)}" if isinstance(planned, int) else ""
+        text = f"Not finished: the last record is of step {number(last)}{of}; what follows is as of then."
+    if run.unreadable:
+        text += f" {plural(run.unreadable, 'unreadable line')} of metrics.jsonl left out."
     return text
 
 
-def describe_loss(config: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+def describe_loss(run: Run) -> str:
     """The lowest validation loss, set against the frequencies of the colours; empty if there is none."""
-    best, unigram = best_validation(metrics), baselines(metrics).get("unigram")
+    best, unigram = best_validation(run.metrics), baselines(run.metrics).get("unigram")
     if best is None:
         return ""
     step, loss = best
-    text = f"Its lowest validation loss is {loss:.3f} {unit_of(config)}, at step {number(step)}"
+    text = f"Its lowest validation loss is {loss:.3f} {run.unit}, at step {number(step)}"
     if unigram is None:
         return text + "."
     difference = unigram - loss
     if difference < 5e-4:
         return f"{text}; colour frequencies alone give {unigram:.3f}: it has not learnt more than those."
     text += f", {difference:.3f} below what colour frequencies alone give ({unigram:.3f})"
-    if loss < 12:
+    if unigram < 12:
         text += (
             f": as uncertain as an even choice among {math.exp(loss):.1f} colours instead of {math.exp(unigram):.1f}"
         )
     return text + "."
+
+
+def describe_classifier(run: Run) -> str:
+    """A fine-tuned classifier's accuracy: on the test images if it has seen its end, else on the validation ones."""
+    best, test = best_validation(run.metrics, "error"), run.test or {}
+    count = test.get("test_images")
+    if isinstance(test.get("test_accuracy"), int | float) and isinstance(count, int):
+        accuracy = test["test_accuracy"]
+        text = (
+            f"The classifier is right on {percent(accuracy)} of {plural(count, 'test image')} (standard error "
+            f"{100 * standard_error(accuracy, count):.1f} points)"
+        )
+        return text + ("." if best is None else f"; it was chosen by validation accuracy, at step {number(best[0])}.")
+    if best is None:
+        return ""
+    return f"Its best validation accuracy is {percent(1 - best[1])}, at step {number(best[0])}; it is not tested yet."
 
 
 def describe_probe(probe: dict[str, Any]) -> str:
@@ -195,22 +136,6 @@ def describe_sampling(how: dict[str, Any]) -> str:
         parts.append("no top-k or nucleus cut")
     parts += [f"seed {how['seed']}"] if how.get("seed") is not None else []
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in the names."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found.update(flat(value, f"{prefix}{key}."))
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
-
-
-def unit_of(config: dict[str, Any]) -> str:
-    """The unit of a run's losses."""
-    return "nats/masked pixel" if flat(config).get("model.objective") == "bert" else "nats/pixel"
 
 
 def short_source(source: str) -> str:

@@ -1,4 +1,4 @@
-"""Fine-tunes a whole model with a class head, and stops when the validation accuracy no longer rises (paper, section 2.3)."""
+"""Fine-tunes a whole model with a class head until the validation accuracy no longer rises (paper, section 2.3)."""
 
 from collections.abc import Mapping
 from functools import partial

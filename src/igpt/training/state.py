@@ -5,12 +5,14 @@ checkpoints/step-00001200/    what torch.distributed.checkpoint writes, and
 """
 
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -42,12 +44,28 @@ def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, progress: P
     with atomic_folder(path) as temporary:
         weights, moments = get_state_dict(model, optimizer)
         held = {"model": weights, "optimizer": moments}
-        state_dict_saver.save(held, checkpoint_id=temporary, no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is no process group
+            try:
+                state_dict_saver.save(held, checkpoint_id=temporary, no_dist=True)
+            except CheckpointException as error:
+                raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
         write_json(temporary / "state.json", {"version": VERSION, **vars(progress), "files": sizes})
     for old in checkpoints(folder)[keep:]:
         shutil.rmtree(old)
     return path
+
+
+def _reason(error: CheckpointException) -> str:
+    """What went wrong below the checkpoint writer, which wraps a full disk in exceptions of its own."""
+    inner: BaseException | None = next(iter(error.failures.values()))[0]
+    first = inner
+    while inner is not None:
+        if isinstance(inner, OSError):
+            return inner.strerror or str(inner)
+        inner = inner.__cause__ or inner.__context__
+    return str(first)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -93,6 +111,8 @@ def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
     state = _check(path)
     weights, moments = get_state_dict(model, optimizer)
     held: dict[str, Any] = {"model": weights, "optimizer": moments}
-    state_dict_loader.load(held, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state_dict_loader.load(held, checkpoint_id=path, no_dist=True)
     set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
     return Progress(**{name: state[name] for name in ("step", "best", "best_step", "seconds")})

@@ -1,0 +1,109 @@
+"""Session-scoped fixtures: small token data sets and trained runs, made once by the real commands."""
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from igpt.cli import main
+from igpt.data.prepare import PrepareConfig, prepare
+from igpt.data.tokens import TokenDataset
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+SHORT = {
+    "n_layer": 2,
+    "n_embd": 32,
+    "n_head": 2,
+    "batch_size": 16,
+    "steps": 24,
+    "warmup_steps": 4,
+    "learning_rate": 3e-3,
+    "precision": "fp32",
+    "log_every": 1,
+    "validate_every": 8,
+    "checkpoint_every": 6,
+    "validation_images": 32,
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Small shapes gain nothing from a second thread, and a fixed number gives the same sums everywhere."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def short() -> dict[str, object]:
+    """Settings of a pretraining run of a second or two."""
+    return dict(SHORT)
+
+
+@pytest.fixture(scope="session")
+def short_flags(short: dict[str, object]) -> list[str]:
+    """The same as flags of `igpt pretrain`."""
+    return [word for key, value in short.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    """The bundled digits as tokens."""
+    return prepare("digits", tmp_path_factory.mktemp("tokens") / "digits", PrepareConfig(size=8))
+
+
+@pytest.fixture(scope="session")
+def igpt_process() -> Run:
+    """Runs the command line in a process of its own."""
+
+    def run(*words: object, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "igpt", *map(str, words)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)  # type: ignore[call-overload, no-any-return]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def igpt() -> Run:
+    """Runs the command line in this process, which spares the imports: `igpt("probe", model, tokens)`."""
+
+    def run(*words: object) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([str(word) for word in words])
+        return subprocess.CompletedProcess(list(words), code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def short_run(
+    igpt: Run, digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A run of 24 updates on the digits, by the command line."""
+    run = tmp_path_factory.mktemp("runs") / "short"
+    done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 48 coloured pictures in two classes: left-right and up-down gradients, with noise."""
+    folder = tmp_path_factory.mktemp("photographs")
+    generator = np.random.default_rng(0)
+    for index in range(48):
+        ramp = np.linspace(0, 200, 20)
+        grid = np.broadcast_to(ramp, (20, 20)) if index % 2 else np.broadcast_to(ramp[:, None], (20, 20))
+        picture = grid[..., None] * generator.uniform(0.5, 1, 3) + generator.uniform(0, 50, (20, 20, 3))
+        home = folder / "train" / ("across" if index % 2 else "down")
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(home / f"{index:02d}.png")
+    return folder
