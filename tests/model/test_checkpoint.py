@@ -113,12 +113,12 @@ def test_here_and_links_are_directories_too(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_something_else_is_never_replaced(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    for taken in (tmp_path, tmp_path / "thesis.tex"):
-        with pytest.raises(InputError, match="holds something else than a model"):
+    (tmp_path / "config.json").write_text("years of work")
+    for taken, words in ((tmp_path, "holds something else than a model"), (tmp_path / "config.json", "is a file")):
+        with pytest.raises(InputError, match=words):
             make_model(6).save_pretrained(taken)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
+    assert (tmp_path / "config.json").read_text() == "years of work"
 
 
 def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:

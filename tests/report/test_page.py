@@ -201,6 +201,12 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(bare):
     assert "Linear probe, " not in page.text
 
 
+def test_before_the_first_validation_the_model_has_no_loss_to_compare(bare):
+    lines = (bare / "metrics.jsonl").read_text().splitlines()
+    (bare / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
+    assert "This model not yet not yet Colour frequencies alone 2.080" in read(write_report(bare)).text
+
+
 def test_grids_without_a_record_beside_them_claim_nothing_about_how_they_were_drawn(whole):
     (whole / "samples.json").unlink()
     (whole / "completions.json").unlink()

@@ -5,6 +5,7 @@ Shapes: k colours, ... any leading dimensions.
 """
 
 import hashlib
+import zipfile
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,9 @@ from igpt.files import atomic_file, read_json
 
 MAX_COLORS = 65536  # tokens are uint16
 _CELL = 8  # edge of the colour cells in which candidates are searched
+_AT_ONCE = 2**20  # distances in memory at a time
+_TIE = 1e-9  # squared 8-bit levels: far above the rounding of float64, far below what float32 centres differ by
+_SAMPLE = 400  # distinct colours a centre in the first round of k-means
 
 
 class Palette:
@@ -23,7 +27,8 @@ class Palette:
 
     Args:
         n_colors: k; 512 in the paper (a 9-bit palette). Data with fewer distinct colours gets exactly those.
-        max_iter: Lloyd iterations at most; fitting stops earlier when no pixel changes its colour.
+        max_iter: Lloyd iterations at most; fitting stops earlier when no pixel changes its colour. Large data are
+            iterated so often on a sub-sample, then five times as a whole: within 1 % of all iterations on all pixels.
         seed: of the k-means++ start; the same pixels and seed give the same palette.
 
     Attributes:
@@ -37,6 +42,8 @@ class Palette:
     def __init__(self, n_colors: int = 512, *, max_iter: int = 30, seed: int = 0) -> None:
         if not 1 <= n_colors <= MAX_COLORS:
             raise InputError(f"a palette has 1 to {MAX_COLORS} colours, not {n_colors}")
+        if max_iter < 1 or seed < 0:
+            raise InputError(f"max_iter is at least 1 and seed at least 0, not {max_iter} and {seed}")
         self.n_colors, self.max_iter, self.seed = n_colors, max_iter, seed
         self._table: NDArray[np.uint16] | None = None
 
@@ -59,7 +66,10 @@ class Palette:
     @classmethod
     def from_centers(cls, centers: ArrayLike) -> Self:
         """A palette of given colours, [k, 3] in [-1, 1]."""
-        array = np.asarray(centers, dtype=np.float32)
+        try:
+            array = np.asarray(centers, dtype=np.float32)
+        except (TypeError, ValueError):
+            raise InputError("palette centres are numbers in the shape [k, 3]") from None
         if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
             raise InputError(f"palette centres have the shape [k, 3], not {list(array.shape)}")
         if not np.isfinite(array).all() or np.abs(array).max() > 1.001:
@@ -129,15 +139,20 @@ class Palette:
             raise InputError(f"no palette in {path}: neither dataset.json nor preprocessor_config.json is there")
         if path.suffix == ".json":
             values = read_json(path, "palette")
-            centers = values.get("clusters", values.get("palette", {}).get("centers"))
+            ours = values.get("palette")
+            centers = values.get("clusters", ours.get("centers") if isinstance(ours, dict) else None)
             if centers is None:
                 raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
-            return cls.from_centers(centers)
+        else:
+            try:
+                centers = np.load(path, allow_pickle=False)
+            except FileNotFoundError:
+                raise InputError(f"no palette at {path}") from None
+            except (ValueError, EOFError, zipfile.BadZipFile) as error:
+                raise InputError(f"{path} is not a palette: {error}") from None
         try:
-            return cls.from_centers(np.load(path, allow_pickle=False))
-        except FileNotFoundError:
-            raise InputError(f"no palette at {path}") from None
-        except (ValueError, EOFError) as error:
+            return cls.from_centers(centers)
+        except InputError as error:
             raise InputError(f"{path} is not a palette: {error}") from None
 
     def require_same(self, other: "Palette", what: str, whose: str) -> None:
@@ -173,64 +188,84 @@ def _unpack(packed: NDArray[np.int32]) -> NDArray[np.int32]:
 def _k_means(
     colors: NDArray[np.float64], counts: NDArray[np.float64], k: int, max_iter: int, seed: int
 ) -> tuple[NDArray[np.float64], float]:
-    """Weighted Lloyd iterations from a greedy k-means++ start on a sub-sample; k-d tree for the assignment."""
-    from scipy.spatial import cKDTree
+    """k-means of weighted colours: greedy k-means++ on a few, Lloyd iterations on more, then on all."""
     from sklearn.cluster import kmeans_plusplus
 
     generator = np.random.default_rng(seed)
     size = min(len(colors), 20 * k)
-    sample = np.sort(generator.choice(len(colors), size, replace=False, p=counts / counts.sum()))
-    centers, _ = kmeans_plusplus(colors[sample], k, random_state=seed)
-    nearest = np.full(len(colors), -1)
-    inertia = float("inf")
+    few = np.sort(generator.choice(len(colors), size, replace=False, p=counts / counts.sum()))
+    centers, _ = kmeans_plusplus(colors[few], k, random_state=seed % 2**32)
+    if len(colors) > _SAMPLE * k:
+        more = np.sort(generator.choice(len(colors), _SAMPLE * k, replace=False))
+        centers = _lloyd(colors[more], counts[more], centers, max_iter)
+        max_iter = min(max_iter, 5)
+    centers = _lloyd(colors, counts, centers, max_iter)
+    distance, _ = _assign(centers, colors)
+    return centers, float(counts @ distance**2 / counts.sum())
+
+
+def _lloyd(
+    colors: NDArray[np.float64], counts: NDArray[np.float64], centers: NDArray[np.float64], max_iter: int
+) -> NDArray[np.float64]:
+    k = len(centers)
+    before = np.full(len(colors), -1)
     for _ in range(max_iter):
-        distance, assigned = cKDTree(centers).query(colors)
-        inertia = float(counts @ distance**2 / counts.sum())
-        if (assigned == nearest).all():
+        distance, nearest = _assign(centers, colors)
+        if (nearest == before).all():
             break
-        nearest = assigned
+        before = nearest
         weight = np.bincount(nearest, counts, minlength=k)
         sums = np.stack([np.bincount(nearest, counts * colors[:, c], minlength=k) for c in range(3)], axis=1)
         empty = weight == 0
-        # A colour that lost all its pixels starts anew at the worst-served ones.
         centers = sums / np.where(empty, 1, weight)[:, None]
-        centers[empty] = colors[np.argsort(-counts * distance**2, kind="stable")[: empty.sum()]]
-    return centers, inertia
+        if empty.any():  # a colour that lost all its pixels starts anew at the worst-served ones
+            centers[empty] = colors[np.argsort(-counts * distance**2, kind="stable")[: empty.sum()]]
+    return centers
+
+
+def _assign(centers: NDArray[np.float64], colors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    from scipy.spatial import cKDTree
+
+    distance, nearest = cKDTree(centers).query(colors, workers=-1)
+    return distance, nearest
 
 
 def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The nearest centre of all 256^3 colours, in float64 arithmetic: exact up to ties, which the lower token wins.
+    """The nearest centre of all 256^3 colours, in float64 arithmetic; ties go to the lower token.
 
-    The cube is cut into cells of 8^3 colours. A centre can be nearest to a colour of a cell only if it is no farther
-    from the cell's middle than the nearest centre plus the cell's diameter; few are. Distances are taken relative to
-    the middle, which keeps the numbers small, and compared for the remaining candidates alone.
+    The cube is cut into cells of 8^3 colours. A centre can be nearest to a colour of a cell only if there is a corner
+    of the cell to which it is nearer than that centre which is nearest to the cell's middle; few are. Distances are
+    taken relative to the middle, which keeps the numbers small, and compared for the remaining candidates alone. What
+    differs by no more than rounding is a tie, so that every machine makes the same table, in whatever order it adds.
     """
     points = (np.asarray(centers, dtype=np.float64) + 1) * 127.5
-    edge = np.arange(_CELL) - (_CELL - 1) / 2
+    half = (_CELL - 1) / 2
+    edge = np.arange(_CELL) - half
     offsets = np.stack(np.meshgrid(edge, edge, edge, indexing="ij"), axis=-1).reshape(-1, 3)
-    diameter = np.sqrt(3) * (_CELL - 1)
     per_axis = 256 // _CELL
-    axis = np.arange(per_axis) * _CELL + (_CELL - 1) / 2
+    axis = np.arange(per_axis) * _CELL + half
     middles = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     table = np.empty((per_axis,) * 3 + (_CELL,) * 3, dtype=np.uint16)
     flat = table.reshape(len(middles), -1)
-    for first in range(0, len(middles), 1024):
-        block = slice(first, first + 1024)
-        distance = np.sqrt(((middles[block, None, :] - points[None]) ** 2).sum(-1))
-        reach = distance <= distance.min(axis=1, keepdims=True) + diameter + 1e-6
-        # Stable: candidates stay in the order of their tokens, so that argmin gives ties to the lower token.
+    rows = max(1, _AT_ONCE // len(points))
+    for first in range(0, len(middles), rows):
+        block = slice(first, first + rows)
+        distance = (points**2).sum(-1) - 2 * (middles[block] @ points.T)  # squared, less |m|^2
+        best = distance.argmin(axis=1)[:, None]
+        # |m + o - c|^2 - |m + o - b|^2 = |m - c|^2 - |m - b|^2 - 2 o.(c - b), least at the corner along c - b
+        gain = sum(2 * half * np.abs(channel - channel[best]) for channel in points.T)
+        reach = distance - np.take_along_axis(distance, best, axis=1) <= gain + 1e-6
+        # Stable: candidates stay in the order of their tokens, so that the first of equals is the lowest.
         order = np.argsort(~reach, axis=1, kind="stable")
         widths = reach.sum(axis=1)
         for width in np.unique(widths):
             cells = np.flatnonzero(widths == width)
-            candidates = order[cells, :width]
-            if width == 1:
-                flat[first + cells] = candidates
-                continue
-            relative = points[candidates] - middles[first + cells][:, None, :]
-            score = (relative**2).sum(-1)[:, :, None] - 2 * (relative @ offsets.T)
-            nearest = score.argmin(axis=1)
-            flat[first + cells] = np.take_along_axis(candidates, nearest, axis=1)
+            for part in np.array_split(cells, 1 + len(cells) * int(width) * len(offsets) // _AT_ONCE):
+                candidates = order[part, :width]
+                relative = points[candidates] - middles[first + part][:, None, :]
+                score = (relative**2).sum(-1)[:, :, None] - 2 * (relative @ offsets.T)
+                nearest = (score <= score.min(axis=1, keepdims=True) + _TIE).argmax(axis=1)
+                flat[first + part] = np.take_along_axis(candidates, nearest, axis=1)
     return np.ascontiguousarray(table.transpose(0, 3, 1, 4, 2, 5)).reshape(-1)
 
 

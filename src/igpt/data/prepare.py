@@ -1,8 +1,8 @@
 """Images -> a token data set: palette, tokens, shards; in parallel, and continued where it was interrupted."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -19,11 +19,13 @@ from igpt.data.palette import Palette, nearest_color_error
 from igpt.data.sources import Source, open_source
 from igpt.data.tokens import Shard, TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
-from igpt.files import read_json, write_json
+from igpt.files import atomic_folder, read_json, write_json
 
+PLAN = "plan.json"
 SHARD_IMAGES = 8192
 PALETTE_PIXELS = 2_000_000  # of the training images, drawn by seed; k = 512 needs no more
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
+_AT_ONCE = 256  # images held as pixels
 
 
 class PrepareConfig(Config):
@@ -62,10 +64,15 @@ class _Work:
 
     def __call__(self, job: _Job) -> dict[str, Any]:
         source = self.splits[job.split]
-        squares, kept, skipped = _decode_squares(source, range(job.first, job.last), self.config)
-        tokens = self.palette.transform(squares).reshape(len(squares), -1)
-        entry: dict[str, Any] = vars(write_shard(self.folder, job.name, tokens, source.labels[kept]))
-        result = {"shard": entry, "skipped": [f"{job.split} {line}" for line in skipped]}
+        tokens, kept, skipped = [], [], []
+        for first in range(job.first, job.last, _AT_ONCE):
+            positions = np.arange(first, min(first + _AT_ONCE, job.last))
+            squares, decoded, lines = _decode_squares(source, positions, self.config)
+            tokens.append(self.palette.transform(squares).reshape(len(squares), self.config.size**2))
+            kept.append(decoded)
+            skipped += [f"{job.split} {line}" for line in lines]
+        shard = write_shard(self.folder, job.name, np.concatenate(tokens), source.labels[np.concatenate(kept)])
+        result = {"shard": vars(shard), "skipped": skipped}
         write_json(self.folder / f"{job.name}.done.json", result)
         return result
 
@@ -94,6 +101,8 @@ def prepare(
     """
     if out.exists():
         raise InputError(f"{out} exists already; remove it or choose another -o")
+    if workers < 1:
+        raise InputError(f"at least one worker is needed, not {workers}")
     splits, class_names = open_source(
         source,
         image_column=config.image_column,
@@ -102,11 +111,13 @@ def prepare(
         seed=config.seed,
     )
     folder = out.with_name(out.name + ".partial")
-    made = {"config": config.model_dump(mode="json"), "images": {name: len(rows) for name, rows in splits.items()}}
+    made: dict[str, Any] = {
+        "config": config.model_dump(mode="json"),
+        "images": {name: len(rows) for name, rows in splits.items()},
+    }
     palette, quality = _settle_palette(folder, source, splits["train"], config, made)
     work = _Work(splits, palette, config, folder)
     total = sum(map(len, splits.values()))
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in splits}
     jobs = [
         _Job(name, number, first, min(first + SHARD_IMAGES, len(rows)))
         for name, rows in splits.items()
@@ -119,11 +130,12 @@ def prepare(
             done += job.last - job.first
             if progress:
                 progress(done, total)
-    for job in jobs:
-        results[job.split].append(read_json(folder / f"{job.name}.done.json", "shard record"))
-    skipped = [line for shards in results.values() for result in shards for line in result["skipped"]]
+    results = {job: read_json(folder / f"{job.name}.done.json", "shard record") for job in jobs}
+    skipped = [line for result in results.values() for line in result["skipped"]]
     made |= {"skipped": skipped, "palette_error": quality}
-    shards = {name: [Shard(**result["shard"]) for result in shards] for name, shards in results.items()}
+    shards = {
+        name: [Shard(**result["shard"]) for job, result in results.items() if job.split == name] for name in splits
+    }
     if not sum(shard.count for shard in shards["train"]):
         raise InputError(f"no training image of {source} decodes; the first: {skipped[0]}")
     write_manifest(
@@ -135,9 +147,11 @@ def prepare(
         source=source,
         made=made,
     )
-    for record in [folder / "plan.json", folder / "palette.npy", *folder.glob("*.done.json")]:
-        record.unlink()
+    # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is complete.
+    for left in [*folder.glob("*.done.json"), *folder.glob(".*.tmp")]:
+        left.unlink()
     folder.rename(out)
+    (out / PLAN).unlink()
     return TokenDataset(out)
 
 
@@ -145,12 +159,8 @@ def _settle_palette(
     folder: Path, source: str, train: Source, config: PrepareConfig, made: dict[str, Any]
 ) -> tuple[Palette, dict[str, Any]]:
     """The palette of this data set: an interrupted preparation's, a given one, or one fitted to training pixels."""
-    plan_file = folder / "plan.json"
-    if plan_file.exists():
-        plan = read_json(plan_file, "plan")
-        if {"source": source, **made} != {key: plan[key] for key in ("source", *made)}:
-            raise InputError(f"{folder} holds unfinished work with other settings; remove it or choose another -o")
-        return Palette.load(folder / "palette.npy"), plan["palette_error"]
+    if folder.exists():
+        return _continue_plan(folder, {"source": source, **made})
     given = Palette.load(config.palette) if config.palette else None
     count = min(len(train), max(1, PALETTE_PIXELS // config.size**2))
     chosen = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:count])
@@ -159,22 +169,35 @@ def _settle_palette(
         raise InputError(f"no training image of {source} decodes; the first: {skipped[0]}")
     palette = given or Palette(config.colors, seed=config.seed).fit(squares)
     quality = nearest_color_error(palette, squares)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
-    palette.save(folder / "palette.npy")
-    write_json(plan_file, {"source": source, **made, "palette_error": quality})
+    centers = palette.centers_.tolist()
+    with atomic_folder(folder) as temporary:
+        plan = {"source": source, **made, "palette_error": quality, "palette": {"centers": centers}}
+        write_json(temporary / PLAN, plan)
     return palette, quality
 
 
+def _continue_plan(folder: Path, wanted: dict[str, Any]) -> tuple[Palette, dict[str, Any]]:
+    if not (folder / PLAN).exists():
+        raise InputError(f"{folder} exists and holds no unfinished work; remove it or choose another -o")
+    plan = read_json(folder / PLAN, "plan")
+    begun = {key: plan[key] for key in wanted}
+    # Work that an image stopped may go on with such images skipped: all that is done so far had none.
+    if begun["config"]["on_error"] == "stop":
+        begun["config"] |= {"on_error": wanted["config"]["on_error"]}
+    if begun != wanted:
+        raise InputError(f"{folder} holds unfinished work with other settings; remove it or choose another -o")
+    write_json(folder / PLAN, plan | begun)
+    return Palette.load(folder / PLAN), plan["palette_error"]
+
+
 def _decode_squares(
-    source: Source, positions: Any, config: PrepareConfig
+    source: Source, positions: NDArray[np.int64], config: PrepareConfig
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
     """RGB squares uint8 [M, size, size, 3] of the images that decode, their positions, and a line for each other."""
     squares, kept, skipped = [], [], []
-    for position in positions:
+    for position, image in zip(positions, source.images(positions), strict=True):
         try:
-            squares.append(to_square(decode(source.image(position)), config.size))
+            squares.append(to_square(decode(image), config.size))
             kept.append(position)
         except InputError as error:
             message = f"{source.name_of(position)}: {error}"
@@ -207,5 +230,9 @@ def _runner(work: _Work, workers: int) -> Iterator[Callable[[list[_Job]], Iterat
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
     try:
         yield lambda jobs: pool.map(_run_in_worker, jobs)
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker was killed, most often for want of memory; the same command with fewer workers goes on from here"
+        ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -41,8 +41,8 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
     Raises:
         InputError: `path` is taken by something else than a model.
     """
-    path = path.expanduser().resolve()  # a link's target is replaced, not the link
-    if path.exists() and not (path / "config.json").exists() and (path.is_file() or any(path.iterdir())):
+    path = path.expanduser()
+    if path.is_dir() and any(path.iterdir()) and not (path / "model.safetensors").exists():
         raise InputError(f"{path} holds something else than a model; give a new folder, or empty that one")
     config = {**directory.config, "igpt": {"version": VERSION, **directory.config["igpt"]}}
     resolution = config["igpt"]["resolution"]
@@ -90,7 +90,7 @@ def read_directory(name: str | Path) -> ModelDirectory:
 
 
 def _locate(name: str | Path) -> Path:
-    path = Path(name).expanduser().resolve()
+    path = Path(name).expanduser()
     if not path.exists():  # otherwise nothing is touched: another process may be writing the next one
         recover_folder(path)
     if path.is_dir():

@@ -53,6 +53,8 @@ class Run:
         places = self.start.get("places")
         if isinstance(places, int) and places > 0:
             found["resolution"] = math.isqrt(places)
+        if self.palette is not None:
+            found["n_colors"] = len(self.palette)
         nested = self.config.get("model")
         layers = (self.start, self.saved, self.saved.get("igpt"), self.config, nested)
         for values in layers:

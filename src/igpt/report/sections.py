@@ -75,12 +75,14 @@ def key_tables(run: Run) -> list[Table]:
     """The numbers that matter, beside what they are to be compared with."""
     tables = []
     best, known, probe = best_validation(run.metrics), baselines(run.metrics), run.probe
-    rows = [] if best is None else [("This model", best[1])]
-    for name, words in (("unigram", "Colour frequencies alone"), ("uniform", "Every colour equally likely")):
-        if name in known:
-            rows.append((words, known[name]))
-    if rows:
-        cells = [(name, f"{loss:.3f}", f"{loss / math.log(2):.3f}") for name, loss in rows]
+    if best is not None or known:
+        rows = [("This model", math.nan if best is None else best[1])]
+        for name, words in (("unigram", "Colour frequencies alone"), ("uniform", "Every colour equally likely")):
+            rows += [(words, known[name])] if name in known else []
+        cells = [
+            (name, "not yet", "not yet") if math.isnan(loss) else (name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
+            for name, loss in rows
+        ]
         place = run.unit.removeprefix("nats/")
         tables.append(Table(f"Validation loss per {place} (lower is better)", ("", "nats", "bits"), cells))
     if probe is not None and "skipped" not in probe:
@@ -103,9 +105,10 @@ def loss_section(run: Run) -> Section:
     train, validation = history(run.metrics, "train"), history(run.metrics, "validation")
     if not train and not validation:
         return Section(title, name, absent="No loss is recorded yet; `igpt pretrain` writes them as it trains.")
+    what = " (class loss, plus the weighted generative loss where there is one)" if run.finetuned else ""
     caption = (
-        f"Loss in {run.unit}. Training: {plural(len(train), 'point')}, each the mean over the batches since the point "
-        "before it."
+        f"Loss in {run.unit}{what}. Training: {plural(len(train), 'point')}, each the mean over the batches since "
+        "the point before it."
     )
     if validation:
         images = run.start.get("validation_images")

@@ -29,7 +29,7 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     """
     recorded = run / "config.yaml"
     if not resume:
-        if run.exists() and any(run.iterdir()):
+        if any((run / name).exists() for name in (recorded.name, "metrics.jsonl", "checkpoints", "model")):
             raise InputError(f"{run} exists already; --resume continues it, or choose another -o")
         return config
     if not recorded.exists():

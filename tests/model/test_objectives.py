@@ -1,0 +1,69 @@
+"""Losses against their definitions, and how they add up."""
+
+import numpy as np
+import pytest
+import torch
+
+from igpt.model.objectives import autoregressive, bert, classification, draw_masks
+from igpt.model.transformer import ImageGPT, ModelConfig
+
+
+def random_model(**changes: object) -> ImageGPT:
+    torch.manual_seed(0)
+    shape = {"resolution": 4, "n_colors": 7, "n_layer": 2, "n_embd": 16, "n_head": 2}
+    model = ImageGPT(ModelConfig.layered({**shape, **changes})).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def test_autoregressive_is_the_mean_over_all_places() -> None:
+    model, tokens = random_model(), torch.randint(0, 7, (5, 16))
+    log_probability = model(tokens).log_softmax(-1)
+    expected = [-sum(log_probability[b, i, tokens[b, i]] for i in range(16)) / 16 for b in range(5)]
+    total, count = autoregressive(model, tokens)
+    assert count == 5
+    assert float(total) == pytest.approx(float(sum(expected)), abs=1e-10)
+
+
+def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> None:
+    model, tokens = random_model(objective="bert"), torch.randint(0, 7, (3, 16))
+    mask = torch.zeros(3, 16, dtype=torch.bool)
+    mask[0, :2], mask[1, 5:15], mask[2, 3] = True, True, True
+    log_probability = model(tokens, mask).log_softmax(-1)
+    expected = 0.0
+    for image in range(3):
+        places = mask[image].nonzero()[:, 0].tolist()
+        expected -= sum(float(log_probability[image, i, tokens[image, i]]) for i in places) / len(places)
+    total, count = bert(model, tokens, mask)
+    assert count == 3
+    assert float(total) == pytest.approx(expected, abs=1e-10)
+
+
+def test_parts_of_a_batch_add_up_to_the_whole() -> None:
+    model, tokens = random_model(objective="bert"), torch.randint(0, 7, (6, 16))
+    mask = torch.from_numpy(draw_masks((6, 16), 0.3, np.random.default_rng(0)))
+    whole, count = bert(model, tokens, mask)
+    parts = [bert(model, tokens[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 6))]
+    assert sum(part[1] for part in parts) == count
+    assert float(sum(part[0] for part in parts)) == pytest.approx(float(whole), abs=1e-10)
+
+
+def test_masks_have_the_probability_and_are_never_empty() -> None:
+    mask = draw_masks((2000, 64), 0.15, np.random.default_rng(0))
+    assert mask.mean() == pytest.approx(0.15, abs=0.005)
+    sparse = draw_masks((500, 16), 0.001, np.random.default_rng(0))
+    assert (sparse.sum(axis=1) >= 1).all()
+    assert np.array_equal(sparse, draw_masks((500, 16), 0.001, np.random.default_rng(0)))
+
+
+def test_classification_adds_the_weighted_generative_loss() -> None:
+    model = random_model(class_names=("a", "b", "c"))
+    tokens, labels = torch.randint(0, 7, (4, 16)), torch.tensor([0, 2, 1, 2])
+    pooled = list(model.features(tokens))[-1].mean(1)
+    scores = (pooled @ model.score.weight.t()).float().log_softmax(-1)
+    expected = -float(sum(scores[b, labels[b]] for b in range(4)))
+    assert float(classification(model, tokens, labels, 0.0)[0]) == pytest.approx(expected, rel=1e-6)
+    generative = float(autoregressive(model, tokens)[0])
+    joint = float(classification(model, tokens, labels, 0.5)[0])
+    assert joint == pytest.approx(expected + 0.5 * generative, rel=1e-6)

@@ -1,0 +1,107 @@
+"""The house: a file imports only from rooms above its own, or from earlier files of its own room."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import igpt
+
+HOME = Path(igpt.__file__).parent
+HOUSE = [
+    "errors",
+    "files",
+    "environment",
+    "config",
+    "data/palette",
+    "data/images",
+    "data/tokens",
+    "data/sources",
+    "data/prepare",
+    "data/batches",
+    "model/checkpoint",
+    "model/transformer",
+    "model/objectives",
+    "model/openai",
+    "model/generate",
+    "training/optimizer",
+    "training/precision",
+    "training/distributed",
+    "training/state",
+    "training/metrics",
+    "training/run",
+    "training/trainer",
+    "training/pretrain",
+    "training/finetune",
+    "evaluation/features",
+    "evaluation/probe",
+    "evaluation/likelihood",
+    "report/record",
+    "report/findings",
+    "report/figures",
+    "report/sections",
+    "report/page",
+    "presets",
+    "command_line",
+    "pictures",
+    "demo",
+    "app",
+    "cli",
+    "__main__",
+]
+MAY_BE_USED_FROM_ANYWHERE = {"igpt"}  # the package itself: its version
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & {module(place) for place in HOUSE} or {node.module or ""}
+    return {name for name in found if name.split(".")[0] == "igpt"} - MAY_BE_USED_FROM_ANYWHERE
+
+
+def module(place: str) -> str:
+    return "igpt." + place.replace("/", ".")
+
+
+def test_every_file_has_its_place() -> None:
+    files = {str(path.relative_to(HOME).with_suffix("")) for path in HOME.rglob("*.py") if path.name != "__init__.py"}
+    assert files == set(HOUSE)
+
+
+def test_data_flows_down_the_page() -> None:
+    for index, place in enumerate(HOUSE):
+        above = {module(earlier) for earlier in HOUSE[:index]}
+        wrong = imports(HOME / f"{place}.py") - above
+        assert not wrong, f"{place}.py imports {wrong}, which is not above it"
+
+
+def test_evaluation_never_imports_training_nor_report_torch() -> None:
+    for path in (HOME / "evaluation").glob("*.py"):
+        assert not any(name.startswith("igpt.training") for name in imports(path)), path
+    for path in (HOME / "report").glob("*.py"):
+        assert "torch" not in path.read_text().split("import"), path
+
+
+def test_files_fit_in_the_head() -> None:
+    long = {str(path): len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}
+    assert not {path: lines for path, lines in long.items() if lines > 420}
+
+
+def test_training_needs_few_packages() -> None:
+    """Training imports with torch, NumPy, safetensors, pydantic and rich alone."""
+    absent = "PIL datasets sklearn scipy huggingface_hub tyro matplotlib jinja2 gradio yaml".split()
+    blocked = f"import sys; sys.modules.update(dict.fromkeys({absent}))"
+    code = f"{blocked}; import igpt.training.pretrain, igpt.training.finetune"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_is_light() -> None:
+    code = "import sys, igpt, igpt.cli; assert 'torch' not in sys.modules, 'help should not wait for torch'"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
