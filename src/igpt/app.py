@@ -6,6 +6,7 @@ n places, R resolution.
 import errno
 import html
 import math
+import os
 import socket
 import threading
 import time
@@ -49,7 +50,7 @@ footer .divider { display: none; }
 
 
 def build(model: ImageGPT) -> "gr.Blocks":
-    """The page, not yet served. Its endpoints: `complete`, and for autoregressive models `score` and `sample`.
+    """The page, not yet served. Its endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
 
     Raises:
         InputError: the model has no palette, or gradio is not installed.
@@ -83,7 +84,8 @@ def build(model: ImageGPT) -> "gr.Blocks":
     def picture(label: str) -> Any:
         return gr.Image(label=label, interactive=False, buttons=["download"], min_width=130, **pixels)
 
-    with gr.Blocks(title="igpt", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as page:
+    page = gr.Blocks(title="igpt", analytics_enabled=False, delete_cache=(_HOUR, _HOUR))
+    with page:
         gr.Markdown(
             f"# Completing images\n{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million "
             f"parameters, trained to predict {'every pixel from those before it' if scored else 'hidden pixels'}, in "
@@ -114,10 +116,12 @@ def build(model: ImageGPT) -> "gr.Blocks":
         # One drawing at a time, whoever asked for it; looking at an image need not wait for it.
         queue: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress_on": words}
         settings, drawn = [count, temperature, seed], [gallery, words]
-        running = [complete_button.click(completions, [file, rows, *settings], drawn, api_name="complete", **queue)]
+        work: list[Any] = [
+            complete_button.click(completions, [file, rows, *settings], drawn, api_name="complete", **queue)
+        ]
         if scored:
-            running.append(sample_button.click(samples, settings, drawn, api_name="sample", **queue))
-        stopping = stop_button.click(None, cancels=running, api_visibility="private")
+            work.append(sample_button.click(samples, settings, drawn, api_name="sample", **queue))
+        stopping = stop_button.click(None, cancels=work, api_visibility="private")
         stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
     page.queue(max_size=_WAITING)
     return page
@@ -133,11 +137,16 @@ def start(model: ImageGPT, host: str, port: int) -> "gr.Blocks":
     import gradio as gr
 
     try:  # Gradio would call every reason a lack of free ports
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as probe:
+            port = probe.getsockname()[1]  # of 0, any free one
     except (OSError, OverflowError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(f"port {port} of {host} is in use; choose another with --port") from None
         raise InputError(f"the page cannot be served at {host}, port {port}: {error}") from None
+    # Gradio asks its own server whether it is up; no proxy may stand between them.
+    direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "localhost")
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
     look = gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))  # no font from elsewhere
     off = {"share": False, "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False}
     options: dict[str, Any] = {**off, "footer_links": ["api"], "max_file_size": f"{_UPLOAD}mb", "css": _STYLE}

@@ -369,34 +369,36 @@ def _overview() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit code."""
     words = sys.argv[1:] if arguments is None else arguments
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-        return 0
-    if words[0] == "--version":
-        print(__version__)
-        return 0
-    name = words[0]
+    name = f"igpt {words[0]}" if words else "igpt"
     try:
-        if name not in COMMANDS:
-            raise InputError(f"no command {name!r}; {suggest(name, COMMANDS)}")
-        function, settings = COMMANDS[name]
-        parse(function, settings, f"igpt {name}", words[1:])()
+        _run(words)
+        sys.stdout.flush()
     except InputError as error:
-        return _complain(f"igpt {name}: {error}", 2)
+        return _complain(f"{name}: {error}", 2)
     except Interrupted as stop:
-        resume = [] if name == "demo" or "--resume" in words else ["--resume"]
-        return _complain(
-            f"igpt {name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number
-        )
+        resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
+        return _complain(f"{name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number)
     except KeyboardInterrupt:
-        return _complain(f"igpt {name}: interrupted; what was finished is kept", 130)
-    except BrokenPipeError:  # `igpt ... | head`
+        return _complain(f"{name}: interrupted; what was finished is kept", 130)
+    except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        return _complain(f"igpt {name}: {error.strerror or error}{where}; nothing was left half-written", 2)
+        return _complain(f"{name}: {error.strerror or error}{where}; nothing was left half-written", 2)
     return 0
+
+
+def _run(words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+    elif words[0] == "--version":
+        print(__version__)
+    elif words[0] in COMMANDS:
+        function, settings = COMMANDS[words[0]]
+        parse(function, settings, f"igpt {words[0]}", words[1:])()
+    else:
+        raise InputError(f"no command {words[0]!r}; {suggest(words[0], COMMANDS)}")
 
 
 def _complain(line: str, code: int) -> int:

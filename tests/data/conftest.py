@@ -1,0 +1,108 @@
+"""Real images where the checkout has them, images made on the spot, and a cache that leaves the user's alone."""
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+
+Write = Callable[..., Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    cache = str(tmp_path_factory.mktemp("datasets-cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", cache)  # of processes that the tests start
+        yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout."""
+    folder = Path(__file__).parents[3] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real images are not here: {folder} is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar(shared_data: Path) -> Path:
+    return shared_data / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def cifar_records(cifar: Path) -> list[dict[str, object]]:
+    """The first 1,000 rows of CIFAR-10's test split, as the Parquet file holds them."""
+    file = next(cifar.rglob("test-*.parquet"))
+    return next(pq.ParquetFile(file).iter_batches(1000)).to_pylist()
+
+
+@pytest.fixture(scope="session")
+def cifar_pixels(cifar_records: list[dict[str, object]]) -> NDArray[np.uint8]:
+    """200 of these images: uint8 [200, 32, 32, 3]."""
+    encoded = [row["img"]["bytes"] for row in cifar_records[:200]]
+    return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
+
+
+@pytest.fixture(scope="session")
+def cifar_subset(cifar_records: list[dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet folder of 600 training, 100 validation and 300 test images of CIFAR-10."""
+    folder = tmp_path_factory.mktemp("sets") / "cifar-subset"
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    for split, first, last in (("train", 0, 600), ("validation", 600, 700), ("test", 700, 1000)):
+        rows = datasets.Dataset.from_list(cifar_records[first:last], features=features)
+        folder.mkdir(exist_ok=True)
+        rows.to_parquet(folder / f"{split}.parquet")
+    return folder
+
+
+def encoded(seed: int, form: str = "PNG", side: int = 6) -> bytes:
+    """A random picture, encoded."""
+    buffer = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(buffer, form)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[..., bytes]:
+    """Makes an encoded random picture: `picture(seed, "JPEG")`."""
+    return encoded
+
+
+@pytest.fixture
+def write_folder(tmp_path: Path) -> Write:
+    """Writes pictures under the given names into a folder of the given name."""
+
+    def write(name: str, *files: str) -> Path:
+        for seed, file in enumerate(files):
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(encoded(seed))
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Write:
+    """Writes columns as one Parquet file, typed for the Hub where `features` are given."""
+
+    def write(file: str, columns: dict[str, list[object]], features: datasets.Features | None = None) -> Path:
+        path = tmp_path / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if features is None:
+            pq.write_table(pa.table(columns), path)
+        else:
+            datasets.Dataset.from_dict(columns, features=features).to_parquet(path)
+        return path
+
+    return write

@@ -1,0 +1,128 @@
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from pydantic import Field, ValidationError
+
+from igpt.config import Config, read_settings
+from igpt.errors import InputError
+
+
+class Recipe(Config):
+    size: int = Field(32, ge=2)
+    rate: float = 1e-3
+    order: Literal["raster", "snake"] = "raster"
+    betas: tuple[float, float] = (0.9, 0.95)
+    palette: Path | None = None
+
+
+class Strict(Config):
+    steps: int
+
+
+def test_later_layers_override_earlier_ones_and_keep_the_rest():
+    preset, file, flags = {"size": 8, "rate": 0.5}, {"size": 16, "order": "snake"}, {"size": 24}
+    recipe = Recipe.layered(preset, file, flags)
+    assert (recipe.size, recipe.rate, recipe.order) == (24, 0.5, "snake")
+    assert preset == {"size": 8, "rate": 0.5}
+    assert Recipe.layered() == Recipe()
+
+
+def test_unknown_key_names_the_nearest_one():
+    with pytest.raises(InputError, match=r"^unknown key 'sise' in recipe\.yaml; did you mean 'size'\?$"):
+        Recipe.layered({"sise": 8}, where="recipe.yaml")
+    with pytest.raises(InputError, match="choose from: betas, order, palette, rate, size"):
+        Recipe.layered({"xyzzy": 8})
+
+
+def test_a_key_that_is_no_word_is_unknown_too(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("on: 1\n")  # YAML reads True
+    with pytest.raises(InputError, match="unknown key True"):
+        Recipe.load(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"size": 1}, "size = 1: Input should be greater than or equal to 2"),
+        ({"size": "big"}, "size = 'big': Input should be a valid integer"),
+        ({"order": "spiral"}, "order = 'spiral': Input should be 'raster' or 'snake'"),
+        ({"rate": float("nan")}, "rate = nan: Input should be a finite number"),
+        ({"betas": [0.9]}, r"betas.1 is missing, and has no default"),
+        ({"betas": [0.9, "x"]}, r"betas.1 = 'x': Input should be a valid number"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key_and_place(values: dict[str, object], message: str):
+    with pytest.raises(InputError) as caught:
+        Recipe.layered(values, where="flags")
+    assert str(caught.value).startswith("flags: ")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_value_is_named():
+    with pytest.raises(InputError, match=r"^settings: steps is missing, and has no default$"):
+        Strict.layered({})
+
+
+def test_settings_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().size = 8
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
+def test_round_trip(tmp_path: Path, name: str):
+    recipe = Recipe(size=8, rate=3e-5, order="snake", betas=(0.5, 0.75), palette=Path("farben/é.npy"))
+    recipe.save(tmp_path / "new" / name)
+    assert Recipe.load(tmp_path / "new" / name) == recipe
+    assert [file.name for file in (tmp_path / "new").iterdir()] == [name]
+
+
+def test_json_is_json_and_yaml_is_yaml(tmp_path: Path):
+    Recipe(size=8).save(tmp_path / "a.json")
+    assert json.loads((tmp_path / "a.json").read_text())["size"] == 8
+    (tmp_path / "tabs.json").write_text('{\n\t"size": 8,\n\t"rate": 1e-3\n}')  # no YAML: it forbids tabs
+    assert Recipe.load(tmp_path / "tabs.json") == Recipe(size=8)
+    (tmp_path / "b.yaml").write_text("rate: 1e-3  # YAML 1.1 reads a word here\nsize: 8\n")
+    assert Recipe.load(tmp_path / "b.yaml") == Recipe(size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", b"size: [1, 2", "is neither YAML nor JSON"),
+        ("a.json", b'{"size": 8', "is neither YAML nor JSON"),
+        ("a.yaml", b"\xff\xfe\x00", "is neither YAML nor JSON"),
+        ("a.yaml", b"- size\n- rate\n", "should hold settings as 'name: value' lines"),
+        ("a.yaml", b"", "should hold settings as 'name: value' lines"),
+        ("a.json", b"[1]", "should hold settings as 'name: value' lines"),
+    ],
+)
+def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_settings(tmp_path / name)
+    assert message in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_settings_file(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no settings file .*nowhere\.yaml"):
+        read_settings(tmp_path / "nowhere.yaml")
+    with pytest.raises(InputError, match="is a folder; a settings file is needed"):
+        read_settings(tmp_path)
+
+
+def test_a_failed_save_leaves_the_old_settings(tmp_path: Path):
+    path = tmp_path / "a.yaml"
+    Recipe(size=8).save(path)
+
+    class Unspeakable(Config):
+        value: object = None
+
+    with pytest.raises(Exception, match="serialize"):
+        Unspeakable(value=object()).save(path)
+    assert Recipe.load(path).size == 8
+    assert list(tmp_path.iterdir()) == [path]

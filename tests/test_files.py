@@ -1,0 +1,195 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from igpt.errors import InputError
+from igpt.files import atomic_file, atomic_folder, read_json, recover_folder, sha256_of, write_json
+
+# Writes a folder anew, and is killed by the operating system just before the named operation on it.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from igpt.files import atomic_folder
+
+path, event = Path(sys.argv[1]), sys.argv[2]
+
+def watch(name, arguments):
+    put_in_place = name == "os.rename" and Path(arguments[1]) == path
+    old = path.with_name(f".{path.name}.old")
+    clean_up = name == "shutil.rmtree" and Path(arguments[0]) == old and old.exists()
+    if {"put in place": put_in_place, "clean up": clean_up}[event]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(watch)
+with atomic_folder(path) as folder:
+    (folder / "content").write_text("new")
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path):
+    path = tmp_path / "deep" / "a.txt"
+    for text in ("first", "second"):
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+        assert names(path.parent) == ["a.txt"]
+
+
+@pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, problem: type[BaseException]):
+    path = tmp_path / "a.txt"
+    for before in ([], ["a.txt"]):
+        with pytest.raises(problem), atomic_file(path) as temporary:  # noqa: PT012
+            temporary.write_text("half")
+            raise problem
+        assert names(tmp_path) == before
+        path.write_text("old")
+    assert path.read_text() == "old"
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path):
+    path = tmp_path / "deep" / "model"
+    with atomic_folder(path) as folder:
+        (folder / "a").write_text("first")
+        assert not path.exists()
+    with atomic_folder(path) as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "b").write_text("second")
+        assert (path / "a").read_text() == "first"
+    assert names(path) == ["sub"]
+    assert (path / "sub" / "b").read_text() == "second"
+    assert names(path.parent) == ["model"]
+
+
+@pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_no_folder_and_keeps_the_old_one(tmp_path: Path, problem: type[BaseException]):
+    path = tmp_path / "model"
+    for before in ([], ["model"]):
+        with pytest.raises(problem), atomic_folder(path) as folder:  # noqa: PT012
+            (folder / "a").write_text("half")
+            raise problem
+        assert names(tmp_path) == before
+        path.mkdir(exist_ok=True)
+        (path / "a").write_text("old")
+    assert (path / "a").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path):
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "a").write_text("old")
+    with pytest.raises(FileNotFoundError), atomic_folder(path) as folder:
+        folder.rename(tmp_path / "elsewhere")
+    assert (path / "a").read_text() == "old"
+    assert names(tmp_path) == ["elsewhere", "model"]
+
+
+def test_a_linked_folder_is_replaced_behind_its_link(tmp_path: Path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "model")
+    for text in ("first", "second"):
+        with atomic_folder(link) as folder:
+            (folder / "a").write_text(text)
+        assert link.is_symlink()
+        assert (tmp_path / "disk" / "model" / "a").read_text() == text
+    assert names(tmp_path) == ["disk", "link"]
+    assert names(tmp_path / "disk") == ["model"]
+
+
+def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path):
+    (tmp_path / "model").write_text("mine")
+    with (
+        pytest.raises(InputError, match="is a file; a folder is to be written there"),
+        atomic_folder(tmp_path / "model"),
+    ):
+        pass
+    assert (tmp_path / "model").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("moment", "left", "recovered"),
+    [("put in place", {".model.old"}, "old"), ("clean up", {".model.old", "model"}, "new")],
+)
+def test_a_killed_exchange_is_settled(tmp_path: Path, moment: str, left: set[str], recovered: str):
+    path = tmp_path / "model"
+    with atomic_folder(path) as folder:
+        (folder / "content").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", KILLED, path, moment], timeout=60, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert left <= set(names(tmp_path))
+    recover_folder(path)
+    assert names(tmp_path) == ["model"]
+    assert (path / "content").read_text() == recovered
+    recover_folder(path)
+    assert names(tmp_path) == ["model"]
+
+
+def test_what_a_kill_left_goes_with_the_next_write_and_neighbours_stay(tmp_path: Path):
+    (tmp_path / ".run[1].0123abcd.tmp").mkdir()
+    (tmp_path / ".run[1].b.0123abcd.tmp").mkdir()  # another's, at work on `run[1].b`
+    with atomic_folder(tmp_path / "run[1]") as folder:
+        (folder / "a").write_text("a")
+    assert names(tmp_path) == [".run[1].b.0123abcd.tmp", "run[1]"]
+
+
+def test_json_round_trip_and_refusals(tmp_path: Path):
+    path = tmp_path / "a.json"
+    value = {"name": "Größe", "values": [1, 2.5, None]}
+    write_json(path, value)
+    assert read_json(path, "thing") == value
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="JSON"):
+            write_json(path, {"a": bad})
+    assert read_json(path, "thing") == value
+    assert names(tmp_path) == ["a.json"]
+    path.write_text(json.dumps(value)[:-4])
+    with pytest.raises(InputError, match=r"a\.json is not readable as JSON .*cut off"):
+        read_json(path, "thing")
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match="not readable as JSON"):
+        read_json(path, "thing")
+    path.write_text("[1]")
+    with pytest.raises(InputError, match=r"should hold a JSON object \(thing\)"):
+        read_json(path, "thing")
+    with pytest.raises(InputError, match=r"no thing at .*: b\.json is missing"):
+        read_json(tmp_path / "b.json", "thing")
+    with pytest.raises(InputError, match="no thing at"):
+        read_json(path / "b.json", "thing")
+    with pytest.raises(InputError, match="is a folder"):
+        read_json(tmp_path, "thing")
+
+
+def test_checksum(tmp_path: Path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
+    events: list[str] = []
+
+    def watch(name: str, arguments: tuple[object, ...]) -> None:
+        if watching and name == "os.rename":
+            events.append("rename")
+
+    watching = True
+    sys.addaudithook(watch)  # cannot be taken away again: switched off below
+    synced = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), synced(descriptor)))
+        with atomic_file(tmp_path / "a") as temporary:
+            temporary.write_text("a")
+        with atomic_folder(tmp_path / "b") as folder:
+            (folder / "c").write_text("c")
+    watching = False
+    assert events == ["sync", "rename", "sync", "sync", "sync", "rename", "sync"]
