@@ -15,6 +15,7 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.probe import FORMAT, VERSION, best_row, probe, write_probe
 from igpt.files import read_json
+from igpt.model.precision import Precision, settle_precision
 from igpt.model.transformer import ImageGPT
 from igpt.pictures import draw_completions, draw_samples, tokens_of_split
 from igpt.presets import preset
@@ -50,7 +51,9 @@ def tell(source: str, run: Path, steps: int | None = None) -> None:
     model = ImageGPT.from_pretrained(run / "model")
     console.print("[bold]3. Probe[/] every layer, raw pixels and an untrained model")
     if not (run / "probe.json").exists():
-        write_probe(run / "probe.json", {"model": str(run / "model"), **_probe(model, data)})
+        recorded = PretrainConfig.load(run / "config.yaml")
+        precision = settle_precision(recorded.precision, model.wte.weight.device)
+        write_probe(run / "probe.json", {"model": str(run / "model"), **_probe(model, data, precision)})
     console.print("[bold]4. Complete and sample[/]")
     if not (run / "samples.png").exists():
         with progress_bar() as show:
@@ -80,10 +83,10 @@ def _finished(run: Path) -> bool:
     return metrics.exists() and any(line["kind"] == "end" for line in read_metrics(metrics))
 
 
-def _probe(model: ImageGPT, data: TokenDataset) -> dict[str, Any]:
+def _probe(model: ImageGPT, data: TokenDataset, precision: Precision) -> dict[str, Any]:
     try:
         with progress_bar() as show:
-            return probe(model, data, limit=_PROBE_IMAGES, progress=show)
+            return probe(model, data, limit=_PROBE_IMAGES, precision=precision, progress=show)
     except InputError as error:  # a story without labels has no probe, and says why
         return {"format": FORMAT, "version": VERSION, "skipped": str(error)}
 

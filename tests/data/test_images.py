@@ -157,6 +157,7 @@ def test_16_bit_images_are_turned_upright_too():
     np.testing.assert_array_equal(np.asarray(to_rgb(image))[..., :1], np.rot90(GRID[..., :1], -1))
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("exif", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
 def test_malformed_metadata_does_not_spoil_the_pixels(exif: bytes):
     image = reopened(Image.fromarray(GRID), exif=exif)
@@ -164,8 +165,8 @@ def test_malformed_metadata_does_not_spoil_the_pixels(exif: bytes):
 
 
 def test_metadata_that_cannot_be_written_anew_does_not_matter():
-    """A field of the wrong type: Pillow's own `exif_transpose` fails to write it back."""
-    directory = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x013B, 1, 4, b"\xff\xfe\xfd\xfc")]
+    """A number for the artist's name: Pillow's own `exif_transpose` fails to write it back."""
+    directory = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x013B, 11, 1, bytes(4))]
     entries = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in directory)
     exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(directory)) + entries + bytes(4)
     image = reopened(Image.fromarray(GRID), exif=exif)
@@ -304,17 +305,13 @@ def test_no_damage_escapes_as_another_error(form: str):
 
 
 def test_photographs(shared_data: Path):
-    """Full-size photographs, two of them grey: the result is their centre's average, whatever the decoder's mode."""
+    """Full-size photographs, two of them grey: their centres' averages, whatever mode the decoder gives."""
     files = sorted(shared_data.glob("imagenet-sample/train/*/*.JPEG"))
-    grey = 0
-    for file in files:
-        square = load_square(file, 32)
-        assert square.shape == (32, 32, 3)
+    grey = [file for file in files if Image.open(file).mode == "L"]
+    assert (len(files), len(grey)) == (100, 2)
+    for file in [*grey, *files[::5]]:
         with Image.open(file) as image:
-            grey += image.mode == "L"
-            width, height = image.size
-            side = min(width, height)
-            left, top = (width - side) // 2, (height - side) // 2
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
             pixels = np.asarray(image.convert("RGB"))[top : top + side, left : left + side]
-        np.testing.assert_array_equal(square, area_average(pixels, 32))
-    assert (len(files), grey) == (100, 2)
+        np.testing.assert_array_equal(load_square(file, 32), area_average(pixels, 32))

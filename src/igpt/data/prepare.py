@@ -1,12 +1,14 @@
 """Images -> a token data set: palette, tokens, shards; in parallel, and continued where it was interrupted."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any, Literal
 
 import numpy as np
@@ -214,6 +216,15 @@ _worker_work: _Work | None = None  # of a worker process: sent once, not with ev
 def _start_worker(work: _Work) -> None:
     global _worker_work
     _worker_work = work
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Otherwise the workers of a killed parent wait for their next shard for ever.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _run_in_worker(job: _Job) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
+from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
@@ -18,12 +19,17 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 @torch.inference_mode()
 def extract(
-    model: ImageGPT, split: TokenSplit, *, batch_size: int = 64, progress: Progress | None = None
+    model: ImageGPT,
+    split: TokenSplit,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int = 64,
+    progress: Progress | None = None,
 ) -> NDArray[np.float32]:
     """Mean-pooled n^l of all layers (paper, section 2.3): float32 [L + 1, N, D].
 
     Entry l is the normalised input of block l's attention, the last one the final norm's output. Nothing is masked,
-    for BERT models neither.
+    for BERT models neither. `precision` is that of the products; norms, residuals and means are fp32 always.
     """
     model.eval()
     device, config = model.wte.weight.device, model.config
@@ -31,8 +37,9 @@ def extract(
     for first in range(0, len(split), batch_size):
         rows = np.arange(first, min(first + batch_size, len(split)))
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)
-        for layer, activations in enumerate(model.features(tokens)):
-            pooled[layer, rows] = activations.float().mean(dim=1).cpu().numpy()
+        with autocast(precision, device):
+            for layer, activations in enumerate(model.features(tokens)):
+                pooled[layer, rows] = activations.float().mean(dim=1).cpu().numpy()
         if progress:
             progress(int(rows[-1]) + 1, len(split))
     return pooled

@@ -17,6 +17,7 @@ from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import extract, require_match
 from igpt.files import write_json
+from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-probe", 1
@@ -38,6 +39,7 @@ def fit_linear(
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     for split, array in features.items():
         if not np.isfinite(array).all():
@@ -52,7 +54,8 @@ def fit_linear(
     classifier = LogisticRegression(max_iter=max_iter, warm_start=True)
     for strength in STRENGTHS:
         classifier.set_params(C=strength)
-        with warnings.catch_warnings(record=True) as caught:
+        # One thread: on problems of this size a second one costs ten times what it gains.
+        with threadpool_limits(1), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             classifier.fit(scaled["train"], labels["train"])
         accuracy = float(classifier.score(scaled["validation"], labels["validation"]))
@@ -67,14 +70,19 @@ def fit_linear(
 
 
 def probe_model(
-    model: ImageGPT, splits: Mapping[str, TokenSplit], *, name: str = "features", progress: Progress | None = None
+    model: ImageGPT,
+    splits: Mapping[str, TokenSplit],
+    *,
+    precision: Precision = "fp32",
+    name: str = "model",
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Probes of all L + 1 layers: a row for each, and the best layer by validation accuracy (ties: the earlier)."""
     labels = {split: rows.labels for split, rows in splits.items()}
     done, total = 0, sum(map(len, splits.values()))
     features: dict[str, NDArray[np.float32]] = {}
     for split, rows in splits.items():
-        features[split] = extract(model, rows)
+        features[split] = extract(model, rows, precision=precision)
         done += len(rows)
         if progress:
             progress(f"{name}: features", done, total)
@@ -95,6 +103,7 @@ def probe(
     *,
     limit: int | None = None,
     baselines: bool = True,
+    precision: Precision = "fp32",
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -103,6 +112,7 @@ def probe(
     Args:
         limit: at most so many images of each split, drawn by seed.
         baselines: probe raw pixels, and an untrained model of the same shape, as well.
+        precision: of the products that make the features.
 
     Raises:
         InputError: model and tokens do not match, labels are missing, or the splits' classes do not allow a probe.
@@ -112,7 +122,7 @@ def probe(
     for rows in splits.values():
         rows.require_labels("a probe")
     _check_classes(splits)
-    result = probe_model(model, splits, progress=progress)
+    result = probe_model(model, splits, precision=precision, progress=progress)
     compared: dict[str, Any] = {}
     if baselines:
         pixels = {name: _pixels(data, rows) for name, rows in splits.items()}
@@ -121,13 +131,14 @@ def probe(
         compared["raw_pixels"] = fit_linear(pixels, {name: rows.labels for name, rows in splits.items()})
         torch.manual_seed(seed)
         untrained = ImageGPT(model.config, model.palette).to(model.wte.weight.device)
-        compared["untrained"] = probe_model(untrained, splits, name="untrained", progress=progress)
+        compared["untrained"] = probe_model(untrained, splits, precision=precision, name="untrained", progress=progress)
     return {
         "format": FORMAT,
         "version": VERSION,
         "tokens": str(data.path),
         "source": data.manifest["source"],
         "seed": seed,
+        "precision": precision,
         "classes": len(data.class_names or ()),
         "images": {name: len(rows) for name, rows in splits.items()},
         **result,

@@ -40,9 +40,7 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
     return {name: entry.read() for name, entry in entries.items()}
 
 
-def load_openai(
-    prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive", n_head: int | None = None
-) -> ImageGPT:
+def load_openai(prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive") -> ImageGPT:
     """The model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`: float32, in evaluation mode.
 
     Names and shapes are those of the released graph (openai/image-gpt, src/model.py). Optimizer variables and a
@@ -52,15 +50,12 @@ def load_openai(
         prefix: path of the checkpoint without `.index`.
         clusters: the palette (`kmeans_centers.npy`); None for a model without one.
         objective: what the model was trained for. Without a start embedding it must be "bert"; with one, that warns.
-        n_head: heads that are expected; None for those that the checkpoint has.
 
     Raises:
-        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective, heads or palette size.
+        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective or palette size.
     """
     entries = _read_index(prefix)
     config = _infer_config({name: entry.shape for name, entry in entries.items()}, str(prefix), objective)
-    if n_head not in (None, config.n_head):
-        raise InputError(f"{prefix} has {config.n_head} heads by the shapes of its projections, not {n_head}")
     with torch.device("meta"):
         model = ImageGPT(config, None if clusters is None else Palette.load(clusters))
     used = {name: entries[f"model/{name}"] for name in _expected_shapes(config)}

@@ -16,11 +16,11 @@ from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import write_json
 from igpt.model.objectives import classification
+from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import team
 from igpt.training.metrics import Metrics
 from igpt.training.optimizer import Schedule
-from igpt.training.precision import settle_precision
 from igpt.training.run import record_run, settle_config
 from igpt.training.trainer import TrainConfig, Trainer
 

@@ -14,10 +14,10 @@ from igpt.data.batches import Batches
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.objectives import Summed, autoregressive, bert, draw_masks
+from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT, ModelConfig, Objective
 from igpt.training.distributed import team
 from igpt.training.metrics import Metrics
-from igpt.training.precision import settle_precision
 from igpt.training.run import record_run, settle_config
 from igpt.training.trainer import TrainConfig, Trainer
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from igpt.config import Config
 from igpt.errors import InputError, Interrupted
 from igpt.model.objectives import Summed
+from igpt.model.precision import autocast
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import Schedule, adamw, learning_rate
-from igpt.training.precision import autocast
 from igpt.training.state import Progress, load_state, newest_whole, save_state
 
 

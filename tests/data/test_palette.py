@@ -1,0 +1,284 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.spatial import cKDTree
+from sklearn.cluster import KMeans
+from sklearn.datasets import load_digits
+
+from igpt.data.palette import Palette, nearest_color_error
+from igpt.data.tokens import write_manifest
+from igpt.errors import InputError
+
+GREY = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+RANDOM_RGB = np.random.default_rng(0).integers(0, 256, (20000, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def fitted(cifar_pixels: NDArray[np.uint8]) -> Palette:
+    return Palette(64).fit(cifar_pixels)
+
+
+@pytest.fixture(scope="module")
+def grey() -> Palette:
+    return Palette(512).fit(GREY)
+
+
+def mean_squared_distance(centers: NDArray[np.float64], pixels: NDArray[np.uint8]) -> float:
+    return float((cKDTree(centers).query(pixels.reshape(-1, 3))[0] ** 2).mean())
+
+
+def test_the_same_pixels_and_seed_give_the_same_bits(cifar_pixels: NDArray[np.uint8], fitted: Palette):
+    again = Palette(64).fit(cifar_pixels)
+    assert again.centers_.tobytes() == fitted.centers_.tobytes()
+    assert again.inertia_ == fitted.inertia_
+    assert Palette(64, seed=1).fit(cifar_pixels).fingerprint != fitted.fingerprint
+    shuffled = np.random.default_rng(0).permutation(cifar_pixels.reshape(-1, 3))
+    assert Palette(64).fit(shuffled).fingerprint == fitted.fingerprint
+
+
+def test_grey_data_get_exactly_the_levels_they_have(grey: Palette):
+    levels = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
+    digits = np.repeat(levels[..., None], 3, axis=-1)
+    palette = Palette(512).fit(digits)
+    assert len(palette) == 17
+    assert palette.inertia_ == 0
+    assert palette.transform(digits).shape == (1797, 8, 8)
+    np.testing.assert_array_equal(palette.inverse_transform(palette.transform(digits)), digits)
+    assert len(grey) == 256
+    np.testing.assert_array_equal(grey.colors, GREY)
+    np.testing.assert_array_equal(grey.transform(GREY), np.arange(256))
+
+
+def test_more_levels_than_colours_are_clustered():
+    palette = Palette(16).fit(GREY)
+    assert len(palette) == 16
+    assert (np.diff(palette.colors, axis=1) == 0).all()
+    assert 0 < palette.inertia_ < 3 * 16**2 / 12 * 1.3  # evenly cut, a cluster's variance is width^2 / 12
+
+
+def test_counts_weigh():
+    pixels = np.array([[0, 0, 0]] * 97 + [[10, 10, 10]] + [[200, 200, 200]] * 2, np.uint8)
+    centers = (Palette(2).fit(pixels).centers_ + 1) * 127.5
+    np.testing.assert_allclose(centers[:, 0], [10 / 98, 200], atol=1e-4)
+
+
+def test_inertia_is_true_and_close_to_scikit_learns(cifar_pixels: NDArray[np.uint8], fitted: Palette):
+    pixels = cifar_pixels.reshape(-1, 3)
+    assert len(np.unique(pixels, axis=0)) > 64 * 400  # so that the sub-sample is used
+    ours = mean_squared_distance((fitted.centers_.astype(np.float64) + 1) * 127.5, pixels)
+    assert fitted.inertia_ == pytest.approx(ours, rel=1e-5)
+    reference = KMeans(64, n_init=1, max_iter=30, random_state=0).fit(pixels.astype(np.float32))
+    assert ours <= 1.03 * mean_squared_distance(reference.cluster_centers_, pixels)
+
+
+def test_small_data_are_iterated_whole(cifar_pixels: NDArray[np.uint8]):
+    pixels = cifar_pixels[:8].reshape(-1, 3)
+    palette = Palette(256, max_iter=100).fit(pixels)
+    reference = KMeans(256, n_init=1, max_iter=100, tol=0, random_state=0).fit(pixels.astype(np.float32))
+    assert palette.inertia_ <= 1.03 * mean_squared_distance(reference.cluster_centers_, pixels)
+    assert palette.inertia_ < Palette(256, max_iter=1).fit(pixels).inertia_
+
+
+def test_colours_go_from_dark_to_light(fitted: Palette):
+    assert (np.diff(fitted.centers_ @ np.array([0.299, 0.587, 0.114], np.float32)) >= -1e-6).all()
+
+
+def brute_force(centers: NDArray[np.float32], pixels: NDArray[np.uint8]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Nearest centre in float64, the lower one of ties, and how many centres tie."""
+    points = (centers.astype(np.float64) + 1) * 127.5
+    nearest, tied = [], []
+    for part in np.array_split(pixels.astype(np.float64), 1 + len(pixels) * len(points) // 10**7):
+        distance = ((part[:, None] - points) ** 2).sum(-1)
+        equal = distance <= distance.min(axis=1, keepdims=True) + 1e-9
+        nearest.append(equal.argmax(axis=1))
+        tied.append(equal.sum(axis=1))
+    return np.concatenate(nearest), np.concatenate(tied)
+
+
+def test_the_table_is_the_brute_force_nearest(fitted: Palette, grey: Palette):
+    generator = np.random.default_rng(1)
+    corners = np.array(np.meshgrid([0, 7, 8, 255], [0, 7, 8, 255], [0, 7, 8, 255])).reshape(3, -1).T.astype(np.uint8)
+    pixels = np.concatenate([RANDOM_RGB, corners, fitted.colors, GREY])
+    dark = Palette.from_centers(generator.uniform(-1, -0.9, (300, 3)))  # from afar, all are nearly equally near
+    for palette in (fitted, dark, grey, Palette.from_centers([[0.1, 0.2, 0.3]])):
+        assert palette.table.shape == (256**3,)
+        np.testing.assert_array_equal(palette.transform(pixels), brute_force(palette.centers_, pixels)[0])
+
+
+def test_no_colour_of_the_cube_has_a_nearer_centre(fitted: Palette):
+    every_37th = np.arange(0, 256**3, 37)
+    pixels = np.stack([every_37th >> 16, (every_37th >> 8) & 255, every_37th & 255], axis=1)
+    points = (fitted.centers_.astype(np.float64) + 1) * 127.5
+    chosen = np.sqrt(((pixels - points[fitted.table[every_37th]]) ** 2).sum(-1))
+    np.testing.assert_allclose(chosen, cKDTree(points).query(pixels)[0], rtol=0, atol=1e-9)
+
+
+def test_ties_go_to_the_lower_token():
+    """Centres on a grid of 1/128, whose distances are exact in integers; permuted and doubled ones tie."""
+    generator = np.random.default_rng(2)
+    triples = generator.integers(-128, 129, (40, 3))
+    grid = np.concatenate([triples, triples[:, [1, 0, 2]], triples[:, [0, 2, 1]], triples[:, [2, 1, 0]], triples[:20]])
+    grid = generator.permutation(grid)
+    palette = Palette.from_centers(grid / 128)
+    half = RANDOM_RGB[:8000].copy()
+    half[:, 1] = half[:, 0]
+    other = RANDOM_RGB[8000:].copy()
+    other[:, 2] = other[:, 1]
+    pixels = np.concatenate([half, other, GREY])
+    distance = ((256 * pixels[:, None].astype(np.int64) - 255 * (grid + 128)) ** 2).sum(-1)
+    ties = (distance == distance.min(axis=1, keepdims=True)).sum(axis=1) > 1
+    assert ties.sum() > 5000
+    np.testing.assert_array_equal(palette.transform(pixels), distance.argmin(axis=1))
+
+
+def test_levels_are_the_rounded_centres(fitted: Palette):
+    tokens = np.arange(64).reshape(8, 8)
+    expected = np.rint(127.5 * (fitted.centers_.astype(np.float64) + 1))
+    np.testing.assert_array_equal(fitted.inverse_transform(tokens), expected.reshape(8, 8, 3))
+    assert fitted.inverse_transform(tokens).dtype == np.uint8
+    assert fitted.transform(RANDOM_RGB).dtype == np.uint16
+    edges = Palette.from_centers([[-1.0005, 0, 1.0005]])  # within the tolerance of a float16 file
+    np.testing.assert_array_equal(edges.colors, [[0, 128, 255]])
+
+
+def test_round_trips_through_every_file(tmp_path: Path, fitted: Palette):
+    fitted.save(tmp_path / "new" / "kmeans_centers.npy")
+    centers = np.load(tmp_path / "new" / "kmeans_centers.npy")
+    assert (centers.dtype, centers.shape) == (np.float32, (64, 3))
+    write_manifest(
+        tmp_path, resolution=8, palette=fitted, class_names=None, splits={"train": []}, source="none", made={}
+    )
+    (tmp_path / "model").mkdir()
+    processor = tmp_path / "model" / "preprocessor_config.json"
+    processor.write_text(json.dumps({"clusters": fitted.centers_.tolist()}))
+    places = ["new/kmeans_centers.npy", "dataset.json", ".", "model/preprocessor_config.json", "model"]
+    for place in places:
+        loaded = Palette.load(tmp_path / place)
+        assert loaded.centers_.tobytes() == fitted.centers_.tobytes()
+        assert loaded.fingerprint == fitted.fingerprint
+    np.testing.assert_array_equal(Palette.load(str(tmp_path)).transform(RANDOM_RGB), fitted.transform(RANDOM_RGB))
+
+
+def test_the_fingerprint_is_stable_and_tells_palettes_apart():
+    centers = np.array([[-1, -1, -1], [0, 0.5, 1]], np.float32)
+    palette = Palette.from_centers(centers)
+    # SHA-256 of the six little-endian float32; a change here makes all data sets and models strangers to each other
+    assert palette.fingerprint == "259b9a46ce253ea3d288f25d13f4c1e98d3e6e57ab949bda36ba6ac2351fbee0"
+    assert Palette.from_centers(centers.astype(np.float64)).fingerprint == palette.fingerprint
+    moved = centers.copy()
+    moved[1, 1] = np.nextafter(moved[1, 1], np.float32(1))
+    assert Palette.from_centers(moved).fingerprint != palette.fingerprint
+    assert Palette.from_centers(centers[::-1]).fingerprint != palette.fingerprint
+
+
+def test_different_palettes_are_refused_with_both_named(fitted: Palette):
+    other = Palette.from_centers([[0, 0, 0]])
+    fitted.require_same(Palette.from_centers(fitted.centers_), "tokens", "run/model")
+    with pytest.raises(InputError) as caught:
+        fitted.require_same(other, "tokens", "run/model")
+    for part in (fitted.fingerprint[:12], other.fingerprint[:12], "64 colours", "1 colours", "--palette run/model"):
+        assert part in str(caught.value)
+
+
+def test_what_the_palette_costs(fitted: Palette, grey: Palette, cifar_pixels: NDArray[np.uint8]):
+    error = nearest_color_error(fitted, cifar_pixels)
+    decoded = fitted.inverse_transform(fitted.transform(cifar_pixels)).astype(float)
+    assert error["mse"] == pytest.approx(((decoded - cifar_pixels) ** 2).mean())
+    assert error["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error["mse"]))
+    assert nearest_color_error(grey, GREY) == {"mse": 0.0, "psnr_db": None}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_colors": 0}, "1 to 65536 colours, not 0"),
+        ({"n_colors": 65537}, "1 to 65536 colours, not 65537"),
+        ({"max_iter": 0}, "max_iter is at least 1"),
+        ({"seed": -1}, "seed at least 0"),
+    ],
+)
+def test_settings_out_of_range(arguments: dict[str, int], message: str):
+    with pytest.raises(InputError, match=message):
+        Palette(**arguments)
+
+
+def test_a_large_seed_fits_too():
+    assert len(Palette(4, seed=2**40).fit(GREY)) == 4
+
+
+@pytest.mark.parametrize(
+    "pixels", [np.zeros((2, 3)), np.zeros((2, 4), np.uint8), np.zeros((2, 3), np.int64), np.uint8(3), [[0, 0, 0]]]
+)
+def test_what_is_no_pixel_is_refused(pixels: object):
+    palette = Palette.from_centers([[0, 0, 0]])
+    for method in (Palette(2).fit, palette.transform):
+        with pytest.raises(InputError, match="pixels are uint8 with RGB last"):
+            method(pixels)
+
+
+def test_nothing_to_fit():
+    with pytest.raises(InputError, match="at least one pixel"):
+        Palette().fit(np.zeros((0, 3), np.uint8))
+
+
+@pytest.mark.parametrize("tokens", [[64], [-1], [[0, 1], [2, 300]]])
+def test_tokens_of_another_palette_are_refused(fitted: Palette, tokens: list[object]):
+    with pytest.raises(InputError, match=r"lie in 0\.\.63"):
+        fitted.inverse_transform(tokens)
+
+
+@pytest.mark.parametrize(
+    ("centers", "message"),
+    [
+        (np.zeros((4, 2)), r"shape \[k, 3\], not \[4, 2\]"),
+        (np.zeros(3), r"shape \[k, 3\]"),
+        (np.zeros((0, 3)), r"shape \[k, 3\]"),
+        ([[0, 0, 200]], r"lie in \[-1, 1\]"),
+        ([[0, 0, float("nan")]], r"lie in \[-1, 1\]"),
+        ([[0, 0, 0], [1]], r"numbers in the shape \[k, 3\]"),
+        ([["a", "b", "c"]], r"numbers in the shape \[k, 3\]"),
+        ({"a": 1}, r"numbers in the shape \[k, 3\]"),
+    ],
+)
+def test_what_are_no_centres(tmp_path: Path, centers: object, message: str):
+    with pytest.raises(InputError, match=message):
+        Palette.from_centers(centers)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({"clusters": centers}, default=np.ndarray.tolist))
+    with pytest.raises(InputError, match=rf"preprocessor_config\.json is not a palette: .*{message}"):
+        Palette.load(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", b"", "a.npy is not a palette"),
+        ("a.npy", b"no array", "a.npy is not a palette"),
+        ("a.npy", b"PK\x03\x04 and no more", "a.npy is not a palette"),
+        ("a.npy", b"\x80\x04\x95.", "a.npy is not a palette"),
+        ("a.json", b"{}", "a.json holds no palette"),
+        ("a.json", b'{"palette": null}', "a.json holds no palette"),
+        ("a.json", b'{"palette": "file.npy"}', "a.json holds no palette"),
+        ("a.json", b'{"clust', "cut off"),
+    ],
+)
+def test_what_is_no_palette(tmp_path: Path, name: str, content: bytes, message: str):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        Palette.load(tmp_path / name)
+
+
+def test_an_archive_of_arrays_is_no_palette(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", centers=np.zeros((2, 3)))
+    with pytest.raises(InputError, match=r"a\.npz is not a palette"):
+        Palette.load(tmp_path / "a.npz")
+
+
+def test_no_palette_there(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no palette at .*nowhere\.npy"):
+        Palette.load(tmp_path / "nowhere.npy")
+    with pytest.raises(InputError, match=r"neither dataset\.json nor preprocessor_config\.json is there"):
+        Palette.load(tmp_path)

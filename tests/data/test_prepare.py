@@ -1,0 +1,475 @@
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import active_children
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from igpt.data import prepare as room
+from igpt.data.images import decode, to_square
+from igpt.data.palette import Palette
+from igpt.data.prepare import PrepareConfig, prepare
+from igpt.data.sources import open_source
+from igpt.data.tokens import TokenDataset
+from igpt.errors import InputError
+
+Write = Callable[..., Path]
+SMALL = PrepareConfig(size=4, colors=8)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, hidden ones too."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> str:
+    """48 random pictures with labels: 38 + 5 + 5."""
+    file = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    rows = {
+        "image": [{"bytes": picture(number), "path": None} for number in range(48)],
+        "label": [number % 3 for number in range(48)],
+    }
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+    return str(file)
+
+
+@pytest.fixture
+def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six shards for the pictures above, and workers even for so few."""
+    monkeypatch.setattr(room, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(room, "ALONE_BELOW", 0)
+
+
+@pytest.fixture(scope="module")
+def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What uninterrupted work by one process makes of the pictures, in shards of 10."""
+    out = tmp_path_factory.mktemp("whole") / "tokens"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "SHARD_IMAGES", 10)
+        prepare(pictures, out, SMALL)
+    return contents(out)
+
+
+def test_digits(tmp_path: Path):
+    done: list[tuple[int, ...]] = []
+    config = PrepareConfig(size=8)
+    dataset = prepare("digits", tmp_path / "digits", config, progress=lambda *counts: done.append(counts))
+    assert done == [(1437, 1797), (1617, 1797), (1797, 1797)]
+    assert [len(dataset[split]) for split in dataset] == [1437, 180, 180]
+    assert len(dataset.palette) == 17
+    assert dataset.class_names == list("0123456789")
+    made = dataset.manifest["made"]
+    assert made["palette_error"] == {"mse": 0.0, "psnr_db": None}
+    assert made["images"] == {"train": 1437, "validation": 180, "test": 180}
+    assert made["skipped"] == []
+    assert PrepareConfig.layered(made["config"]) == PrepareConfig(size=8)
+    dataset.verify()
+    bunch = load_digits()
+    for name, split in open_source("digits")[0].items():
+        tokens = dataset[name].rows(np.arange(len(split)))
+        shown = dataset.palette.inverse_transform(tokens).reshape(-1, 8, 8, 3)
+        levels = np.round(bunch.images[split.indices] * (255 / 16))
+        np.testing.assert_array_equal(shown, np.repeat(levels[..., None], 3, axis=-1))
+        np.testing.assert_array_equal(dataset[name].labels, bunch.target[split.indices])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]
+
+
+def test_cifar_images(cifar_subset: Path, tmp_path: Path):
+    """Every token is the nearest colour of the area-averaged image."""
+    dataset = prepare(str(cifar_subset), tmp_path / "tokens", PrepareConfig(size=16, colors=64))
+    assert [len(dataset[split]) for split in dataset] == [600, 100, 300]
+    assert len(dataset.palette) == 64
+    points = (dataset.palette.centers_.astype(np.float64) + 1) * 127.5
+    source = open_source(str(cifar_subset))[0]["test"]
+    for row in (0, 123, 299):
+        pixels = np.asarray(decode(source.image(row)).convert("RGB"), np.float64)
+        square = np.floor(pixels.reshape(16, 2, 16, 2, 3).mean(axis=(1, 3)) + 0.5)
+        distance = ((square.reshape(-1, 1, 3) - points) ** 2).sum(-1)
+        np.testing.assert_array_equal(dataset["test"].rows([row])[0], distance.argmin(axis=1))
+        assert dataset["test"].labels[row] == source.labels[row]
+    assert 20 < dataset.manifest["made"]["palette_error"]["psnr_db"] < 40
+
+
+def test_two_workers_make_the_same_bytes(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+    workers: set[int | None] = set()
+    prepare(
+        pictures,
+        tmp_path / "tokens",
+        SMALL,
+        workers=2,
+        progress=lambda *_: workers.update(child.pid for child in active_children()),
+    )
+    assert len(workers) == 2
+    assert contents(tmp_path / "tokens") == whole
+    assert len(whole) == 13  # the manifest, and two files of each of six shards
+
+
+def test_interrupted_work_is_continued(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+    def interrupt(done: int, total: int) -> None:
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    out, partial = tmp_path / "tokens", tmp_path / "tokens.partial"
+    with pytest.raises(KeyboardInterrupt):
+        prepare(pictures, out, SMALL, workers=2, progress=interrupt)
+    assert not out.exists()
+    first = (partial / "train-00000.tokens.npy").stat()
+    steps: list[tuple[int, ...]] = []
+    prepare(pictures, out, SMALL, progress=lambda *counts: steps.append(counts))
+    assert contents(out) == whole
+    assert not partial.exists()
+    assert steps[0][0] > 20  # what was done is not done again
+    assert steps[-1] == (48, 48)
+    assert (out / "train-00000.tokens.npy").stat().st_mtime_ns == first.st_mtime_ns
+
+
+# Forks once per argument: the child prepares the pictures and is killed by the operating system just before the given
+# one of its operations that name or remove files; a second child then makes the same call.
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+import datasets, sklearn.cluster, scipy.spatial
+from igpt.data import prepare as room
+
+room.SHARD_IMAGES = 10
+pictures, home = sys.argv[1], Path(sys.argv[2])
+
+def run(out, kill_at):
+    child = os.fork()
+    if child == 0:
+        seen = 0
+        def watch(event, arguments):
+            nonlocal seen
+            named = event == "os.rename" or (event in ("os.remove", "os.rmdir") and os.path.lexists(arguments[0]))
+            if named and str(out) in str(arguments[-2 if event == "os.remove" else 0]) or \\
+                    event == "os.rename" and str(home) in str(arguments[0]):
+                if seen == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                seen += 1
+        sys.addaudithook(watch)
+        room.prepare(pictures, out, room.PrepareConfig(size=4, colors=8))
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+for kill_at in map(int, sys.argv[3:]):
+    out = home / f"killed-{kill_at}"
+    first = run(out, kill_at)
+    whole = out.exists()
+    second = None if whole else run(out, None)
+    print(json.dumps({"kill_at": kill_at, "first": first, "whole": whole, "second": second}), flush=True)
+"""
+
+
+def test_killed_work_is_continued_wherever_the_kill_falls(pictures: str, whole: dict[str, bytes], tmp_path: Path):
+    # 0 plan, 1 the folder of it, 2 to 19 tokens, labels and record of six shards, 20 manifest, 21 to 26 clearing the
+    # records, 27 the folder, 28 clearing the plan
+    moments = [1, 3, 20, 24, 27, 28]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, pictures, tmp_path, *map(str, moments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [report["kill_at"] for report in reports] == moments, done.stderr
+    for report in reports:
+        moment = report["kill_at"]
+        made = contents(tmp_path / f"killed-{moment}")
+        if moment < 28:
+            assert report["first"] == signal.SIGKILL
+            assert not report["whole"]
+            assert report["second"] == 0, done.stderr
+        else:  # the data set has its name already; at worst the plan stays in it
+            assert report["whole"]
+            assert report["first"] == signal.SIGKILL
+            assert made.pop("plan.json")
+        assert made == whole
+        TokenDataset(tmp_path / f"killed-{moment}").verify()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(f"killed-{moment}" for moment in moments)
+
+
+ABANDONED = """
+import os, signal, sys
+from multiprocessing import active_children
+from pathlib import Path
+from igpt.data import prepare as room
+
+def kill(*_):
+    print(*(child.pid for child in active_children()), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if __name__ == "__main__":
+    room.SHARD_IMAGES, room.ALONE_BELOW = 10, 0
+    room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2, progress=kill)
+"""
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the processes from /proc")
+def test_the_workers_of_a_killed_process_end(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
+    (tmp_path / "abandoned.py").write_text(ABANDONED)
+    command = [sys.executable, tmp_path / "abandoned.py", pictures, tmp_path / "tokens"]
+    with (tmp_path / "log").open("wb") as log:  # a pipe would stay open as long as the workers live
+        assert subprocess.run(command, stdout=log, stderr=log, timeout=120, check=False).returncode == -signal.SIGKILL
+    workers = [int(word) for word in (tmp_path / "log").read_text().splitlines()[0].split()]
+    assert len(workers) == 2
+    until = time.monotonic() + 10
+    while any(map(running, workers)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(running, workers))
+    prepare(pictures, tmp_path / "tokens", SMALL)
+    assert contents(tmp_path / "tokens") == whole
+
+
+def test_a_killed_worker_is_told(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+    def kill(*_: int) -> None:
+        for child in active_children():
+            os.kill(child.pid or 0, signal.SIGSTOP)  # so that the other one cannot finish everything
+        os.kill(active_children()[0].pid or 0, signal.SIGKILL)
+        for child in active_children():
+            os.kill(child.pid or 0, signal.SIGCONT)
+
+    with pytest.raises(InputError, match="a worker was killed, most often for want of memory; the same command"):
+        prepare(pictures, tmp_path / "tokens", SMALL, workers=2, progress=kill)
+    prepare(pictures, tmp_path / "tokens", SMALL)
+    assert contents(tmp_path / "tokens") == whole
+
+
+def test_an_existing_folder_is_left_alone(pictures: str, tmp_path: Path):
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "mine").write_text("mine")
+    with pytest.raises(InputError, match="tokens exists already; remove it or choose another -o"):
+        prepare(pictures, tmp_path / "tokens", SMALL)
+    assert contents(tmp_path) == {"tokens/mine": b"mine"}
+
+
+def test_another_folder_of_the_partial_name_is_left_alone(pictures: str, tmp_path: Path):
+    (tmp_path / "tokens.partial").mkdir()
+    (tmp_path / "tokens.partial" / "mine").write_text("mine")
+    with pytest.raises(InputError, match=r"tokens\.partial exists and holds no unfinished work"):
+        prepare(pictures, tmp_path / "tokens", SMALL)
+    assert contents(tmp_path) == {"tokens.partial/mine": b"mine"}
+
+
+@pytest.fixture
+def unfinished(pictures: str, tmp_path: Path, small_shards: None) -> Path:
+    """OUT of work that was interrupted after 20 images."""
+
+    def interrupt(done: int, total: int) -> None:
+        if done >= 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(pictures, tmp_path / "tokens", SMALL, progress=interrupt)
+    return tmp_path / "tokens"
+
+
+def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinished: Path):
+    before = contents(unfinished.parent)
+    for other in ({"size": 5}, {"colors": 9}, {"seed": 1}, {"held_out": 0.2}, {"label_column": "none"}, {}):
+        source = pictures if other else "digits"
+        with pytest.raises(InputError, match="holds unfinished work with other settings; remove it or choose another"):
+            prepare(source, unfinished, PrepareConfig.layered(SMALL.model_dump(), other))
+        assert contents(unfinished.parent) == before
+
+
+@pytest.fixture
+def some_bad(write_folder: Write) -> Path:
+    """Thirty images in two classes, of which two do not decode."""
+    folder = write_folder("some-bad", *(f"{kind}/{number:02}.png" for kind in "ab" for number in range(15)))
+    (folder / "a" / "07.png").write_bytes(b"")
+    (folder / "b" / "03.png").write_bytes((folder / "b" / "03.png").read_bytes()[:60])
+    return folder
+
+
+def test_a_bad_image_stops_the_work_and_is_named(some_bad: Path, tmp_path: Path):
+    with pytest.raises(InputError, match=r"image row \d+ \(.*/(a/07|b/03)\.png\): .*--on-error skip") as caught:
+        prepare(str(some_bad), tmp_path / "tokens", SMALL)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "tokens").exists()
+
+
+def check_all_but_two(dataset: TokenDataset, folder: Path) -> None:
+    """The images that decode are all there, in order, with their own labels."""
+    skipped = dataset.manifest["made"]["skipped"]
+    assert len(skipped) == 2
+    reasons = {"a/07.png": "empty (zero bytes)", "b/03.png": "does not decode"}
+    for name, reason in reasons.items():
+        assert sum(name in line and reason in line for line in skipped) == 1
+    assert sum(dataset.manifest["made"]["images"].values()) == 30
+    for name, source in open_source(str(folder))[0].items():
+        files = [Path(source.image(position)["path"]) for position in range(len(source))]
+        good = [file for file in files if f"{file.parent.name}/{file.name}" not in reasons]
+        squares = np.stack([to_square(decode(file), 4) for file in good])
+        rows = dataset[name].rows(np.arange(len(dataset[name])))
+        np.testing.assert_array_equal(rows, dataset.palette.transform(squares).reshape(-1, 16))
+        assert dataset.class_names is not None
+        assert [dataset.class_names[label] for label in dataset[name].labels] == [file.parent.name for file in good]
+        listed = [line for line in skipped if line.startswith(f"{name} row ")]
+        assert len(listed) == len(files) - len(good)
+
+
+def test_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path, small_shards: None):
+    config = PrepareConfig(size=4, colors=8, on_error="skip")
+    check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", config), some_bad)
+
+
+def test_work_that_a_bad_image_stopped_goes_on_without_it(
+    some_bad: Path, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+):
+    """What the message of the first call says can be done; the second makes what it would have made alone."""
+    monkeypatch.setattr(room, "PALETTE_PIXELS", 4 * 4**2)  # the bad images are not among these four
+    skip = PrepareConfig(size=4, colors=8, on_error="skip")
+    with pytest.raises(InputError, match="--on-error skip"):
+        prepare(str(some_bad), tmp_path / "tokens", PrepareConfig(size=4, colors=8))
+    assert (tmp_path / "tokens.partial" / "plan.json").exists()
+    check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", skip), some_bad)
+    prepare(str(some_bad), tmp_path / "alone", skip)
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "alone")
+
+
+def test_skipped_images_are_not_forgotten_by_stopping(some_bad: Path, tmp_path: Path, small_shards: None):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(some_bad), tmp_path / "tokens", PrepareConfig(size=4, on_error="skip"), progress=interrupt)
+    with pytest.raises(InputError, match="with other settings"):
+        prepare(str(some_bad), tmp_path / "tokens", PrepareConfig(size=4))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "skip"])
+def test_no_image_decodes(write_folder: Write, tmp_path: Path, on_error: str):
+    folder = write_folder("all-bad", *(f"{number}.png" for number in range(10)))
+    for file in folder.iterdir():
+        file.write_text("no image")
+    message = "no training image of .* decodes; the first: row" if on_error == "skip" else "not an image"
+    with pytest.raises(InputError, match=message):
+        prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=4, on_error=on_error))
+    assert [path.name for path in tmp_path.iterdir()] == ["all-bad"]
+
+
+def test_a_split_in_which_no_image_decodes_is_empty(write_folder: Write, tmp_path: Path):
+    names = [f"{split}/{number}.png" for split in ("train", "val", "test") for number in range(4)]
+    folder = write_folder("sets", *names)
+    for file in (folder / "val").iterdir():
+        file.write_text("no image")
+    dataset = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=4, on_error="skip"))
+    assert [len(dataset[split]) for split in dataset] == [4, 0, 4]
+    assert dataset["validation"].rows([]).shape == (0, 16)
+
+
+def test_a_given_palette_is_used(pictures: str, tmp_path: Path):
+    given = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (5, 3)))
+    given.save(tmp_path / "palette.npy")
+    config = PrepareConfig(size=4, colors=8, palette=tmp_path / "palette.npy")
+    dataset = prepare(pictures, tmp_path / "tokens", config)
+    assert dataset.palette.fingerprint == given.fingerprint
+    assert len(np.unique(dataset["train"].rows(np.arange(38)))) == 5
+    assert dataset.manifest["made"]["palette_error"]["mse"] > 100
+    other = prepare("digits", tmp_path / "digits", PrepareConfig(size=4, palette=tmp_path / "tokens"))
+    assert other.palette.fingerprint == given.fingerprint
+
+
+def test_a_palette_that_is_not_there(pictures: str, tmp_path: Path):
+    with pytest.raises(InputError, match="no palette at"):
+        prepare(pictures, tmp_path / "tokens", PrepareConfig(size=4, palette=tmp_path / "nowhere.npy"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_seed_is_of_splits_and_palette(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+    prepare(pictures, tmp_path / "other", PrepareConfig(size=4, colors=8, seed=1))
+    first, other = json.loads(whole["dataset.json"]), TokenDataset(tmp_path / "other")
+    assert other.palette.fingerprint != first["palette"]["fingerprint"]
+    assert other["test"].labels.tobytes() != whole["test-00000.labels.npy"][-20:]
+
+
+def test_labels_can_be_left_out(pictures: str, tmp_path: Path):
+    dataset = prepare(pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8, label_column="none"))
+    assert dataset.class_names is None
+    with pytest.raises(InputError, match="38 of 38 images"):
+        dataset["train"].require_labels("a probe")
+
+
+def test_images_of_all_kinds_together(tmp_path: Path):
+    """A folder as people have it: grey, transparent, 16-bit, CMYK and palette images, of many sizes."""
+    folder = tmp_path / "kinds"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number, mode in enumerate(["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "RGB", "YCbCr", "RGB"]):
+        side = 3 + 5 * number
+        if mode == "I;16":
+            image = Image.fromarray(generator.integers(0, 65536, (side, side + 3), dtype=np.uint16))
+        else:
+            image = Image.fromarray(generator.integers(0, 256, (side, side + 3, 3), dtype=np.uint8)).convert(mode)
+        image.save(folder / f"{number}.{'jpg' if mode in ('CMYK', 'YCbCr') else 'png'}")
+    dataset = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=8, colors=16))
+    assert [len(dataset[split]) for split in dataset] == [8, 1, 1]
+    assert dataset.manifest["made"]["skipped"] == []
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file may grow beyond 50 kB: writing further fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_a_full_disk(tmp_path: Path, request: pytest.FixtureRequest):
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match=r"File too large|requested and"):
+        prepare("digits", tmp_path / "tokens", PrepareConfig(size=8))
+    assert sorted(contents(tmp_path)) == ["tokens.partial/plan.json"]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    prepare("digits", tmp_path / "tokens", PrepareConfig(size=8)).verify()
+    prepare("digits", tmp_path / "whole", PrepareConfig(size=8))
+    assert contents(tmp_path / "tokens") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 1}, "size = 1"),
+        ({"colors": 1}, "colors = 1"),
+        ({"colors": 65536}, "colors = 65536"),
+        ({"held_out": 0.5}, "held_out = 0.5"),
+        ({"held_out": 0}, "held_out = 0"),
+        ({"seed": -1}, "seed = -1"),
+        ({"on_error": "ignore"}, "'stop' or 'skip'"),
+        ({"colours": 16}, "unknown key 'colours' in settings; did you mean 'colors'"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, object], message: str):
+    with pytest.raises(InputError) as caught:
+        PrepareConfig.layered(settings)
+    assert message in str(caught.value)
+
+
+def test_no_workers(pictures: str, tmp_path: Path):
+    with pytest.raises(InputError, match="at least one worker is needed, not 0"):
+        prepare(pictures, tmp_path / "tokens", SMALL, workers=0)

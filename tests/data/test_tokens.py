@@ -1,0 +1,177 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from igpt.data.palette import Palette
+from igpt.data.tokens import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.errors import InputError
+
+SIZES = {"train": [5, 0, 3, 1, 4], "validation": [2], "test": []}
+PALETTE = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (50, 3)))
+
+
+def written(folder: Path) -> dict[str, tuple[NDArray[np.uint16], NDArray[np.int32]]]:
+    """Writes a data set of 4 x 4 tokens in shards of the sizes above; returns all tokens and labels."""
+    generator = np.random.default_rng(0)
+    shards, content = {}, {}
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, sizes in SIZES.items():
+        tokens = generator.integers(0, 50, (sum(sizes), 16), dtype=np.uint16)
+        labels = generator.integers(0, 3, sum(sizes), dtype=np.int32)
+        content[split] = tokens, labels
+        parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]) if sizes else []
+        named = {f"{split}-{number:05d}": part for number, part in enumerate(parts)}
+        shards[split] = [write_shard(folder, name, tokens[part], labels[part]) for name, part in named.items()]
+    write_manifest(
+        folder,
+        resolution=4,
+        palette=PALETTE,
+        class_names=["a", "b", "é"],
+        splits=shards,
+        source="a test",
+        made={"seed": 0},
+    )
+    return content
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    written(tmp_path / "tokens")
+    return tmp_path / "tokens"
+
+
+def edit(folder: Path, **changes: object) -> None:
+    manifest = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(manifest | changes))
+
+
+def test_round_trip(tmp_path: Path):
+    content = written(tmp_path)
+    dataset = TokenDataset(tmp_path)
+    assert dataset.resolution == 4
+    assert dataset.class_names == ["a", "b", "é"]
+    assert dataset.manifest["source"] == "a test"
+    assert dataset.manifest["made"] == {"seed": 0}
+    assert dataset.palette.fingerprint == PALETTE.fingerprint
+    assert list(dataset) == ["train", "validation", "test"]
+    assert [len(dataset[split]) for split in dataset] == [13, 2, 0]
+    dataset.verify()
+    for split, (tokens, labels) in content.items():
+        np.testing.assert_array_equal(dataset[split].labels, labels)
+        if len(tokens):
+            rows = dataset[split].rows(np.arange(len(tokens)))
+            assert rows.dtype == np.uint16
+            np.testing.assert_array_equal(rows, tokens)
+
+
+def test_shards_are_plain_numpy_files(folder: Path):
+    tokens = np.load(folder / "train-00002.tokens.npy")
+    labels = np.load(folder / "train-00002.labels.npy")
+    assert (tokens.shape, tokens.dtype, labels.shape, labels.dtype) == ((3, 16), np.uint16, (3,), np.int32)
+
+
+def test_rows_of_several_shards_in_any_order(tmp_path: Path):
+    tokens, _ = written(tmp_path)["train"]
+    split = TokenDataset(tmp_path)["train"]
+    for wanted in ([12, 0, 5, 4, 5, 8, 7, 9, 12], [3], np.random.default_rng(0).permutation(13), [8, 8, 8]):
+        np.testing.assert_array_equal(split.rows(wanted), tokens[wanted])
+    assert split.rows([]).shape == (0, 16)
+    assert TokenDataset(tmp_path)["validation"].rows([]).shape == (0, 16)
+
+
+@pytest.mark.parametrize("wanted", [[13], [0, 100], [-14]])
+def test_rows_that_are_not_there(folder: Path, wanted: list[int]):
+    with pytest.raises(IndexError):
+        TokenDataset(folder)["train"].rows(wanted)
+
+
+def test_tokens_are_mapped_and_not_read(folder: Path):
+    split = TokenDataset(folder)["train"]
+    before = split.rows([8]).copy()
+    file = folder / "train-00003.tokens.npy"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1  # the last token of row 8, changed under the open split
+    with file.open("r+b") as opened:
+        opened.write(content)
+    assert (split.rows([8]) != before).tolist() == [[False] * 15 + [True]]
+    rows = split.rows([8])
+    rows[:] = 0  # a copy: the file is not written
+    assert split.rows([8]).any()
+
+
+def test_labels_that_are_needed(folder: Path):
+    dataset = TokenDataset(folder)
+    np.testing.assert_array_equal(dataset["train"].require_labels("a probe"), dataset["train"].labels)
+    partly = TokenSplit("train", [np.zeros((3, 4), np.uint16)], [np.array([0, -1, -1], np.int32)])
+    with pytest.raises(InputError, match="a probe needs labels, and 2 of 3 images of 'train' have none"):
+        partly.require_labels("a probe")
+
+
+def test_a_split_that_is_not_there(folder: Path):
+    dataset = TokenDataset(folder)
+    with pytest.raises(InputError, match="has no split 'trian'; did you mean 'train'"):
+        dataset["trian"]
+    assert "train" in dataset
+    assert "trian" not in dataset
+
+
+def test_a_cut_off_shard(folder: Path):
+    file = folder / "train-00002.tokens.npy"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(InputError, match=rf"{file.name} is damaged: {size - 10} bytes, {size} were written"):
+        TokenDataset(folder)
+
+
+@pytest.mark.parametrize("name", ["train-00000.tokens.npy", "validation-00000.labels.npy"])
+def test_a_missing_shard(folder: Path, name: str):
+    (folder / name).unlink()
+    with pytest.raises(InputError, match=rf"{name} is missing; prepare the data set anew"):
+        TokenDataset(folder)
+
+
+@pytest.mark.parametrize("name", ["train-00004.tokens.npy", "validation-00000.labels.npy"])
+def test_an_edited_shard_is_found_by_verifying(folder: Path, name: str):
+    content = bytearray((folder / name).read_bytes())
+    content[-1] ^= 1
+    (folder / name).write_bytes(content)
+    dataset = TokenDataset(folder)
+    with pytest.raises(InputError, match=rf"{name} has changed since it was written"):
+        dataset.verify()
+
+
+def test_an_edited_palette(folder: Path):
+    centers = PALETTE.centers_.tolist()
+    centers[3][1] += 0.25 if centers[3][1] < 0.5 else -0.25
+    edit(folder, palette={"fingerprint": PALETTE.fingerprint, "centers": centers})
+    dataset = TokenDataset(folder)
+    for look in (lambda: dataset.palette, dataset.verify):
+        with pytest.raises(InputError, match="does not match its fingerprint"):
+            look()
+
+
+@pytest.mark.parametrize("version", [2, "1", None])
+def test_a_later_version(folder: Path, version: object):
+    edit(folder, version=version)
+    with pytest.raises(InputError, match=f"has format version {version}; this igpt reads 1"):
+        TokenDataset(folder)
+
+
+def test_what_is_no_data_set(tmp_path: Path):
+    with pytest.raises(InputError, match=r"no token data set at .*: dataset\.json is missing"):
+        TokenDataset(tmp_path / "nowhere")
+    (tmp_path / "dataset.json").write_text('{"builder_name": "parquet"}')  # as `datasets` may write one
+    with pytest.raises(InputError, match="is not a token data set; `igpt prepare` makes one"):
+        TokenDataset(tmp_path)
+    (tmp_path / "dataset.json").write_text('{"format": "igpt-to')
+    with pytest.raises(InputError, match="is it cut off"):
+        TokenDataset(tmp_path)
+
+
+def test_a_folder_without_its_manifest_is_no_data_set(folder: Path):
+    (folder / "dataset.json").unlink()
+    with pytest.raises(InputError, match=r"dataset\.json is missing"):
+        TokenDataset(folder)

@@ -1,0 +1,49 @@
+"""The README's commands and its Python, run as written."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_commands_and_python_as_written(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, steps = blocks("bash")
+    assert [shlex.split(line, comments=True) for line in first.splitlines()] == [["make", "demo"], ["make", "test"]]
+    for line in steps.splitlines():
+        command, *words = shlex.split(line, comments=True)
+        assert command == "igpt"
+        done = igpt(*words)
+        assert done.returncode == 0, (line, done.stderr)
+    for made in ("probe.json", "samples.png", "completions.png", "report.html", "model/config.json"):
+        assert (tmp_path / "runs" / "tiny" / made).exists(), made
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_other_commands_parse(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that need a download or a GPU: their flags exist, and they stop at the first thing that is not there."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (text,) = blocks("console")
+    for line in text.splitlines():
+        words = shlex.split(line.removeprefix("$ "))
+        words = words[words.index("igpt") + 1 :]
+        done = igpt(*words)
+        assert done.returncode == 2, line
+        assert re.search("cannot load|no token data set|no model directory", done.stderr), (line, done.stderr)
+
+
+def test_every_file_that_the_readme_names_exists() -> None:
+    for path in re.findall(r"`((?:tests|docs)/[\w/.]+)`", README.read_text()):
+        assert (README.parent / path).exists(), path
