@@ -330,7 +330,7 @@ def check_all_but_two(dataset: TokenDataset, folder: Path) -> None:
         assert len(listed) == len(files) - len(good)
 
 
-def test_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path, small_shards: None):
+def test_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path):
     config = PrepareConfig(size=4, colors=8, on_error="skip")
     check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", config), some_bad)
 
@@ -349,14 +349,21 @@ def test_work_that_a_bad_image_stopped_goes_on_without_it(
     assert contents(tmp_path / "tokens") == contents(tmp_path / "alone")
 
 
-def test_skipped_images_are_not_forgotten_by_stopping(some_bad: Path, tmp_path: Path, small_shards: None):
+def test_skipped_images_are_not_forgotten_by_stopping(
+    some_bad: Path, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+):
     def interrupt(done: int, total: int) -> None:
-        raise KeyboardInterrupt
+        if done == 24:  # the training images
+            raise KeyboardInterrupt
 
+    monkeypatch.setattr(room, "PALETTE_PIXELS", 4 * 4**2)
+    stop, skip = (PrepareConfig(size=4, colors=8, on_error=on_error) for on_error in ("stop", "skip"))
+    with pytest.raises(InputError, match="--on-error skip"):
+        prepare(str(some_bad), tmp_path / "tokens", stop)
     with pytest.raises(KeyboardInterrupt):
-        prepare(str(some_bad), tmp_path / "tokens", PrepareConfig(size=4, on_error="skip"), progress=interrupt)
+        prepare(str(some_bad), tmp_path / "tokens", skip, progress=interrupt)
     with pytest.raises(InputError, match="with other settings"):
-        prepare(str(some_bad), tmp_path / "tokens", PrepareConfig(size=4))
+        prepare(str(some_bad), tmp_path / "tokens", stop)
 
 
 @pytest.mark.parametrize("on_error", ["stop", "skip"])

@@ -288,12 +288,15 @@ random.seed(0)
 last = 1
 save(last)
 for _ in range(5):
+    receive, send = os.pipe()
     child = os.fork()
     if child == 0:
         while True:
             last += 1
             save(last)
-    time.sleep(random.uniform(0.05, 0.15))
+            os.write(send, b"saved")
+    os.read(receive, 1)  # the first save has come to its end
+    time.sleep(random.uniform(0, 0.1))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     left = len([name for name in os.listdir(path.parent) if name != path.name])
@@ -313,8 +316,7 @@ def test_a_kill_in_the_middle_of_saving_leaves_a_whole_model(tmp_path: Path) -> 
     assert result.returncode == 0, result.stderr
     saved, left = zip(*(map(int, line.split()) for line in result.stdout.splitlines()), strict=True)
     assert len(saved) == 5
-    assert list(saved) == sorted(saved)
-    assert saved[-1] > 1, "no save came to its end before its kill"
+    assert list(saved) == sorted(set(saved)), "what was saved before a kill is lost"
     assert any(left), "no kill fell into a save"
     ImageGPT.from_pretrained(path).save_pretrained(path)
     assert [file.name for file in tmp_path.iterdir()] == ["model"], "a later save clears what kills left behind"

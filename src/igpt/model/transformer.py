@@ -22,7 +22,7 @@ Objective = Literal["autoregressive", "bert"]
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 NORM_EPS = 1e-5
 _GELU_SLOPE = 1.702
-_SHORT = 256  # places up to which a CPU computes plain attention faster than the fused kernel
+_SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
 
 
 class ModelConfig(Config):
@@ -115,19 +115,24 @@ class ModelConfig(Config):
         return cls.layered(settings, where="config.json")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(K)) v, each [B, H, T, K]; `causal` needs as many queries as keys.
-
-    The fused kernel's backward is several times slower than plain products on a CPU when sequences are short.
-    """
-    if q.device.type != "cpu" or q.shape[-2] != k.shape[-2] or q.shape[-2] > _SHORT:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k' / sqrt(K)) v by plain products, each [B, H, T, K]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, T, T]
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
     weighted: Tensor = scores.softmax(-1).to(v.dtype) @ v
     return weighted
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+    """softmax(q k' / sqrt(K)) v, each [B, H, T, K]; `causal` needs as many queries as keys.
+
+    The fused kernel, except where its backward is slow: short sequences in bf16 on a CPU (docs/LOG.md has the times).
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[-2] <= _SHORT:
+        return plain_attention(q, k, v, causal)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):

@@ -5,7 +5,9 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
+OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "constant"]
 
 
@@ -21,12 +23,27 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: 
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def adamw(model: nn.Module, *, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over all parameters; decay applies to matrices only (not to gains), and is 0 in the paper.
+def make_optimizers(
+    model: nn.Module, name: OptimizerName, *, betas: tuple[float, float], weight_decay: float
+) -> list[Optimizer]:
+    """The optimisers that share a model's parameters out among them; the learning rate is set before every update.
 
-    The learning rate is set before every update.
+    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices (Jordan et al. 2024; scaled to
+    AdamW's step size, arXiv 2502.16982, so that one learning rate serves both) and leaves the rest to AdamW. Decay
+    applies to matrices only (not to gains), and is 0 in the paper.
     """
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim >= 2]
-    vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    named = list(model.named_parameters())
+    hidden = [
+        parameter for path, parameter in named if name == "muon" and path.startswith("h.") and parameter.ndim == 2
+    ]
+    orthogonalised = {id(parameter) for parameter in hidden}
+    rest = [parameter for _, parameter in named if id(parameter) not in orthogonalised]
+    groups = [
+        {"params": [parameter for parameter in rest if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
+    if hidden:
+        muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(muon)
+    return optimizers

@@ -6,6 +6,7 @@ checkpoints/step-00001200/    what torch.distributed.checkpoint writes, and
 
 import shutil
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ class Progress:
     seconds: float = 0.0
 
 
-def save_state(folder: Path, model: nn.Module, optimizer: Optimizer, progress: Progress, keep: int) -> Path:
+def save_state(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress, keep: int) -> Path:
     """Writes a checkpoint into `folder`, and removes all but the `keep` newest."""
     path = folder / f"step-{progress.step:08d}"
     with atomic_folder(path) as temporary:
-        weights, moments = get_state_dict(model, optimizer)
+        weights, moments = get_state_dict(model, optimizers)
         held = {"model": weights, "optimizer": moments}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that there is no process group
@@ -102,17 +103,17 @@ def _check(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_state(path: Path, model: nn.Module, optimizer: Optimizer) -> Progress:
-    """Fills model and optimiser from a checkpoint and says how far it had come.
+def load_state(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) -> Progress:
+    """Fills model and optimisers from a checkpoint and says how far it had come.
 
     Raises:
         InputError: the checkpoint is damaged or of another version.
     """
     state = _check(path)
-    weights, moments = get_state_dict(model, optimizer)
+    weights, moments = get_state_dict(model, optimizers)
     held: dict[str, Any] = {"model": weights, "optimizer": moments}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         state_dict_loader.load(held, checkpoint_id=path, no_dist=True)
-    set_state_dict(model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
+    set_state_dict(model, optimizers, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
     return Progress(**{name: state[name] for name in ("step", "best", "best_step", "seconds")})

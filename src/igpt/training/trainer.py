@@ -21,7 +21,7 @@ from igpt.model.precision import autocast
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.metrics import Bar, Metrics, bar
-from igpt.training.optimizer import Schedule, adamw, learning_rate
+from igpt.training.optimizer import OptimizerName, Schedule, learning_rate, make_optimizers
 from igpt.training.state import Progress, load_state, newest_whole, save_state
 
 
@@ -31,6 +31,7 @@ class TrainConfig(Config):
     batch_size: int = Field(128, ge=1, description="images of an update, over all ranks")
     micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a rank; the rest accumulates")
     steps: int = Field(1_000_000, ge=1, description="updates")
+    optimizer: OptimizerName = Field("adamw", description="muon orthogonalises the updates of the blocks' matrices")
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="updates over which the learning rate rises")
     schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak")
@@ -102,7 +103,9 @@ class Trainer:
         """
         config, team = self.config, self.team
         self.model.to(team.device).train()
-        self.optimizer = adamw(self.model, betas=config.betas, weight_decay=config.weight_decay)
+        self.optimizers = make_optimizers(
+            self.model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
+        )
         self.metrics = Metrics(self.run / "metrics.jsonl", team.leads)
         self.progress = Progress()
         self.folder = self.run / "checkpoints"
@@ -126,7 +129,7 @@ class Trainer:
 
     def _resume(self) -> list[str]:
         path, passed = newest_whole(self.folder)
-        self.progress = load_state(path, self.model, self.optimizer)
+        self.progress = load_state(path, self.model, self.optimizers)
         self.metrics.cut_after(self.progress.step)
         self.metrics.write("resume", self.progress.step)
         return [*(f"passed over: {reason}" for reason in passed), f"resumed from {path}"]
@@ -196,10 +199,11 @@ class Trainer:
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {step + 1}")
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
         return loss, norm
 
     def _not_finite(self, what: str) -> None:
@@ -238,5 +242,5 @@ class Trainer:
 
     def _save(self) -> None:
         if self.team.leads:
-            save_state(self.folder, self.model, self.optimizer, self.progress, self.config.keep_checkpoints)
+            save_state(self.folder, self.model, self.optimizers, self.progress, self.config.keep_checkpoints)
         self.team.wait()
