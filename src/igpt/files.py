@@ -91,6 +91,12 @@ def recover_folder(path: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def folder_to_read(path: Path) -> Path:
+    """`path`, or the folder that stands for it while an exchange is under way or was cut off; nothing is changed."""
+    old = _old(path.resolve())
+    return old if old.exists() and not path.exists() else path
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
     with atomic_file(path) as temporary:

@@ -1,6 +1,7 @@
 """Fine-tuning by the command line: it learns, chooses by validation, resumes, and refuses what does not fit."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -56,11 +57,17 @@ def test_resume_gives_the_same_classifier(
 
 def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
     settings = {"model": short_run / "model", "tokens": digits.path, "learning_rate": 1e-12, "validate_every": 2}
-    config = FinetuneConfig.layered({**settings, "steps": 50, "patience": 2, "batch_size": 8, "precision": "fp32"})
+    config = FinetuneConfig.layered(
+        {**settings, "steps": 50, "patience": 2, "batch_size": 8, "precision": "fp32"}, {"checkpoint_every": 4}
+    )
     finetune(config, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
     assert last["kind"] == "end"
     assert last["step"] == 6, "the first validation is the best; two more follow"
+    for folder in sorted((tmp_path / "run" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(folder)  # as if it had been killed after the first of those two
+    finetune(config, tmp_path / "run", resume=True)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
 
 
 def test_head_starts_at_zero_so_that_all_classes_are_alike(short_run: Path, digits: TokenDataset) -> None:

@@ -109,8 +109,9 @@ def test_signal_saves_and_says_how_to_go_on(
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_bert_resumes_exactly_too(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
-    config = PretrainConfig.layered({**short, "tokens": digits.path, "objective": "bert"})
+def test_bert_and_muon_resume_exactly_too(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
+    changes = {"objective": "bert", "log_every": 5, "optimizer": "muon"}  # a line spans a checkpoint
+    config = PretrainConfig.layered({**short, **changes, "tokens": digits.path})
     pretrain(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:

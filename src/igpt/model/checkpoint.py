@@ -19,7 +19,7 @@ from torch import Tensor
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.files import atomic_folder, read_json, recover_folder
+from igpt.files import atomic_folder, folder_to_read, read_json
 
 VERSION = 1
 _CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -90,9 +90,7 @@ def read_directory(name: str | Path) -> ModelDirectory:
 
 
 def _locate(name: str | Path) -> Path:
-    path = Path(name).expanduser()
-    if not path.exists():  # otherwise nothing is touched: another process may be writing the next one
-        recover_folder(path)
+    path = folder_to_read(Path(name).expanduser())
     if path.is_dir():
         return path
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:

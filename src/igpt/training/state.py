@@ -7,7 +7,7 @@ checkpoints/step-00001200/    what torch.distributed.checkpoint writes, and
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,17 @@ class Progress:
         step: updates done.
         best: lowest validation value so far, and best_step: after how many updates.
         seconds: time spent in updates.
+        validations_without_better: since the best one.
+        untold_loss, untold_updates: summed losses since the last line of metrics.jsonl, and how many.
     """
 
     step: int = 0
     best: float | None = None
     best_step: int = 0
     seconds: float = 0.0
+    validations_without_better: int = 0
+    untold_loss: float = 0.0
+    untold_updates: int = 0
 
 
 def save_state(folder: Path, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress, keep: int) -> Path:
@@ -116,4 +121,4 @@ def load_state(path: Path, model: nn.Module, optimizers: Sequence[Optimizer]) ->
         warnings.simplefilter("ignore")
         state_dict_loader.load(held, checkpoint_id=path, no_dist=True)
     set_state_dict(model, optimizers, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
-    return Progress(**{name: state[name] for name in ("step", "best", "best_step", "seconds")})
+    return Progress(**{item.name: state[item.name] for item in fields(Progress)})

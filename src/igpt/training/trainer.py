@@ -70,6 +70,31 @@ def _stop_on_signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
+class _Clock:
+    """Time spent in updates since the last line of metrics, without what was spent between them."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.images = 0
+        self._since = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._since
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - began
+
+
 @dataclass
 class Trainer:
     """Everything the loop needs.
@@ -136,8 +161,7 @@ class Trainer:
 
     def _loop(self, stop: _Stop, shown: Bar) -> None:
         config, progress = self.config, self.progress
-        since, images, losses = time.perf_counter(), 0, 0.0
-        validations_without_better = 0
+        clock = _Clock()
         while progress.step < config.steps:
             rate = learning_rate(
                 progress.step,
@@ -148,38 +172,42 @@ class Trainer:
             )
             loss, norm = self._update(rate)
             progress.step += 1
-            images += config.batch_size
-            losses += loss
+            progress.untold_loss += loss
+            progress.untold_updates += 1
+            clock.images += config.batch_size
             last = progress.step == config.steps
+            shown.update(progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s")
             if progress.step % config.log_every == 0 or last:
-                seconds = time.perf_counter() - since
-                progress.seconds += seconds
-                updates = images // config.batch_size
-                values = {"loss": losses / updates, "images_per_second": images / seconds}
-                self.metrics.write(
-                    "train", progress.step, learning_rate=rate, grad_norm=norm, seconds=progress.seconds, **values
-                )
-                shown.update(progress.step, f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s")
-                since, images, losses = time.perf_counter(), 0, 0.0
-            else:
-                shown.update(progress.step, f"loss {loss:.3f}")
-            if progress.step % config.validate_every == 0 or last:
-                paused = time.perf_counter()
-                better = self._validate(shown)
-                validations_without_better = 0 if better else validations_without_better + 1
-                since += time.perf_counter() - paused
-            exhausted = config.patience is not None and validations_without_better >= config.patience
-            interrupted = self._anyone_stops(stop)
-            if progress.step % config.checkpoint_every == 0 or last or exhausted or interrupted:
-                paused = time.perf_counter()
-                self._save()
-                since += time.perf_counter() - paused
+                self._tell(clock, rate, norm)
+            with clock.paused():
+                if progress.step % config.validate_every == 0 or last:
+                    self._validate(shown)
+                exhausted = config.patience is not None and progress.validations_without_better >= config.patience
+                interrupted = self._anyone_stops(stop)
+                if progress.step % config.checkpoint_every == 0 or last or exhausted or interrupted:
+                    self._save()
             if exhausted:
                 shown.say(f"stopped early: {config.patience} validations without a better one")
                 return
             if interrupted and not last:
                 reached = f"stopped and saved after {progress.step} of {config.steps} updates"
                 raise Interrupted(interrupted, reached)
+
+    def _tell(self, clock: "_Clock", rate: float, norm: float) -> None:
+        """Writes a line on the updates since the last one."""
+        progress = self.progress
+        progress.seconds += clock.seconds
+        self.metrics.write(
+            "train",
+            progress.step,
+            loss=progress.untold_loss / progress.untold_updates,
+            learning_rate=rate,
+            grad_norm=norm,
+            images_per_second=clock.images_per_second,
+            seconds=progress.seconds,
+        )
+        progress.untold_loss, progress.untold_updates = 0.0, 0
+        clock.restart()
 
     def _update(self, rate: float) -> tuple[float, float]:
         """One update; the loss (mean over the batch) and the gradient's norm before clipping."""
@@ -211,8 +239,8 @@ class Trainer:
         good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
         raise InputError(f"{what}; {good}; try a lower --learning-rate or a longer --warmup-steps")
 
-    def _validate(self, shown: Bar) -> bool:
-        """Validates on the leading rank, tells all, keeps the best model; whether it is the best."""
+    def _validate(self, shown: Bar) -> None:
+        """Validates on the leading rank, tells all, and keeps the best model."""
         name, function = self.validate
         value = torch.zeros((), dtype=torch.float64)
         if self.team.leads:
@@ -224,13 +252,13 @@ class Trainer:
         if not math.isfinite(found):
             self._not_finite(f"the validation {name} is {found} after {progress.step} updates")
         better = progress.best is None or found < progress.best
+        progress.validations_without_better = 0 if better else progress.validations_without_better + 1
         if better:
             progress.best, progress.best_step = found, progress.step
             if self.team.leads:
                 self.model.save_pretrained(self.run / "model")
         self.metrics.write("validation", progress.step, **{name: found, "best": better})
         shown.say(f"update {progress.step}: validation {name} {found:.4f}{' (best so far)' if better else ''}")
-        return better
 
     def _anyone_stops(self, stop: _Stop) -> int:
         """The signal that any rank has received, or 0."""
