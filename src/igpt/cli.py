@@ -1,24 +1,15 @@
-"""The command line: one function a command, that parses, calls and prints.
-
-A user's mistake ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143. A traceback is a bug.
-"""
+"""The command line: one function a command, that parses, calls and prints."""
 
 import os
-import shlex
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from igpt import __version__
-from igpt.command_line import file_settings, given, parse, progress_bar
-from igpt.errors import InputError, Interrupted, suggest
-
-if TYPE_CHECKING:
-    from igpt.model.transformer import ImageGPT
+from igpt.command_line import Commands, file_settings, given, load_model, model_and_run, progress_bar, run_command
+from igpt.errors import InputError
 
 Out = Annotated[Path, arg(aliases=["-o"])]
 MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
@@ -116,7 +107,7 @@ def finetune(
     from igpt.training.finetune import FinetuneConfig
     from igpt.training.finetune import finetune as run
 
-    chosen = {"model": _model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
+    chosen = {"model": model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
     settings = FinetuneConfig.layered(chosen, where="the settings")
     result = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
     print(
@@ -149,10 +140,10 @@ def probe(
     from igpt.evaluation.probe import best_row, write_probe
     from igpt.evaluation.probe import probe as run
 
-    path, home = _model_and_run(model)
+    path, home = model_and_run(model)
     with progress_bar() as show:
         result = run(
-            _load(path),
+            load_model(path),
             TokenDataset(tokens),
             limit=limit,
             baselines=baselines,
@@ -195,7 +186,7 @@ def score(
     from igpt.evaluation.likelihood import summary
     from igpt.files import atomic_file
 
-    loaded, data = _load(_model_and_run(model)[0]), TokenDataset(tokens)
+    loaded, data = load_model(model_and_run(model)[0]), TokenDataset(tokens)
     require_match(loaded, data)
     with progress_bar() as show:
         losses = run(loaded, data[split], progress=partial(show, "scoring"))
@@ -230,10 +221,10 @@ def sample(
     """
     from igpt.pictures import draw_samples
 
-    path, home = _model_and_run(model)
+    path, home = model_and_run(model)
     settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
     with progress_bar() as show:
-        target = draw_samples(_load(path), out or home / "samples.png", count, settings, partial(show, "sampling"))
+        target = draw_samples(load_model(path), out or home / "samples.png", count, settings, partial(show, "sampling"))
     print(f"{target}: {count} samples")
 
 
@@ -269,8 +260,8 @@ def complete(
     from igpt.evaluation.features import require_match
     from igpt.pictures import draw_completions, tokens_of_files, tokens_of_split
 
-    path, home = _model_and_run(model)
-    loaded = _load(path)
+    path, home = model_and_run(model)
+    loaded = load_model(path)
     if bool(images) == bool(tokens):
         raise InputError("give image files to complete, or --tokens with a token data set")
     if tokens:
@@ -332,11 +323,10 @@ def app(model: Positional[Path], host: str = "127.0.0.1", port: int = 7860) -> N
     """
     from igpt.app import serve
 
-    serve(_load(_model_and_run(model)[0]), host, port)
+    serve(load_model(model_and_run(model)[0]), host, port)
 
 
-COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
-    # what it does, and the settings that are its flags
+COMMANDS: Commands = {
     "demo": (demo, None),
     "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
     "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
@@ -351,64 +341,6 @@ COMMANDS: dict[str, tuple[Callable[..., None], str | None]] = {
 }
 
 
-def _model_and_run(path: Path) -> tuple[Path, Path]:
-    """The model directory that a run or model directory means, and where its results belong."""
-    if (path / "model" / "config.json").exists():
-        return path / "model", path
-    if path.name == "model" and (path.parent / "config.yaml").exists():
-        return path, path.parent
-    return path, Path()
-
-
-def _load(path: Path) -> "ImageGPT":
-    import torch
-
-    from igpt.model.transformer import ImageGPT
-
-    return ImageGPT.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _overview() -> str:
-    lines = [f"igpt {__version__}: Generative Pretraining from Pixels", "", "usage: igpt COMMAND ...", ""]
-    lines += [f"  {name:10} {(function.__doc__ or '').splitlines()[0]}" for name, (function, _) in COMMANDS.items()]
-    return "\n".join([*lines, "", "igpt COMMAND --help says more."])
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; the exit code."""
-    words = sys.argv[1:] if arguments is None else arguments
-    name = f"igpt {words[0]}" if words else "igpt"
-    try:
-        _run(words)
-        sys.stdout.flush()
-    except InputError as error:
-        return _complain(f"{name}: {error}", 2)
-    except Interrupted as stop:
-        resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
-        return _complain(f"{name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number)
-    except KeyboardInterrupt:
-        return _complain(f"{name}: interrupted; what was finished is kept", 130)
-    except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        return _complain(f"{name}: {error.strerror or error}{where}; nothing was left half-written", 2)
-    return 0
-
-
-def _run(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help"):
-        print(_overview())
-    elif words[0] == "--version":
-        print(__version__)
-    elif words[0] in COMMANDS:
-        function, settings = COMMANDS[words[0]]
-        parse(function, settings, f"igpt {words[0]}", words[1:])()
-    else:
-        raise InputError(f"no command {words[0]!r}; {suggest(words[0], COMMANDS)}")
-
-
-def _complain(line: str, code: int) -> int:
-    print(" ".join(line.split()), file=sys.stderr)
-    return code
+    return run_command(COMMANDS, sys.argv[1:] if arguments is None else arguments)

@@ -1,23 +1,31 @@
-"""What the commands share: flags made from settings, parsing with one-line errors, a progress bar."""
+"""What the commands share: flags made from settings, one-line errors, exit codes, a progress bar."""
 
 import contextlib
 import io
+import os
 import re
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, make_dataclass
 from functools import partial, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from igpt import __version__
 from igpt.config import Config, read_settings
-from igpt.errors import InputError
+from igpt.errors import InputError, Interrupted, suggest
+
+if TYPE_CHECKING:
+    from igpt.model.transformer import ImageGPT
 
 _MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
 _FLAT = (tyro.conf.arg(name="", help_behavior_hint=""),)
 Show = Callable[[str, int, int], None]  # (what, done, in all)
+Commands = Mapping[str, tuple[Callable[..., None], str | None]]  # what it does, and the settings that are its flags
 
 
 def flags_of(config: type[Config], besides: set[str]) -> type:
@@ -103,3 +111,69 @@ def progress_bar() -> Iterator[Show]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=None)
         yield lambda what, done, total: progress.update(task, description=what, completed=done, total=total)
+
+
+def model_and_run(path: Path) -> tuple[Path, Path]:
+    """The model directory that a run or model directory means, and where its results belong."""
+    if (path / "model" / "config.json").exists():
+        return path / "model", path
+    if path.name == "model" and (path.parent / "config.yaml").exists():
+        return path, path.parent
+    return path, Path()
+
+
+def load_model(path: Path) -> "ImageGPT":
+    """The model in a model directory, on a GPU if there is one."""
+    import torch
+
+    from igpt.model.transformer import ImageGPT
+
+    return ImageGPT.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def run_command(commands: Commands, words: list[str]) -> int:
+    """Runs one of the commands; the exit code.
+
+    A user's mistake ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143. A traceback is a bug.
+    """
+    name = f"igpt {words[0]}" if words else "igpt"
+    try:
+        _dispatch(commands, words)
+        sys.stdout.flush()
+    except InputError as error:
+        return _complain(f"{name}: {error}", 2)
+    except Interrupted as stop:
+        resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
+        return _complain(f"{name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number)
+    except KeyboardInterrupt:
+        return _complain(f"{name}: interrupted; what was finished is kept", 130)
+    except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        return _complain(f"{name}: {error.strerror or error}{where}; nothing was left half-written", 2)
+    return 0
+
+
+def _dispatch(commands: Commands, words: list[str]) -> None:
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview(commands))
+    elif words[0] == "--version":
+        print(__version__)
+    elif words[0] in commands:
+        function, settings = commands[words[0]]
+        parse(function, settings, f"igpt {words[0]}", words[1:])()
+    else:
+        raise InputError(f"no command {words[0]!r}; {suggest(words[0], commands)}")
+
+
+def _overview(commands: Commands) -> str:
+    lines = [f"igpt {__version__}: Generative Pretraining from Pixels", "", "usage: igpt COMMAND ...", ""]
+    lines += [f"  {name:10} {(function.__doc__ or '').splitlines()[0]}" for name, (function, _) in commands.items()]
+    return "\n".join([*lines, "", "igpt COMMAND --help says more."])
+
+
+def _complain(line: str, code: int) -> int:
+    print(" ".join(line.split()), file=sys.stderr)
+    return code
