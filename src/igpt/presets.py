@@ -35,14 +35,14 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "n_embd": 128,
         "n_head": 4,
         "batch_size": 32,
-        "steps": 600,
+        "steps": 400,
         "warmup_steps": 50,
         "optimizer": "muon",
         "learning_rate": 5e-3,
         "shift": 1,
         "log_every": 20,
         "validate_every": 100,
-        "checkpoint_every": 200,
+        "checkpoint_every": 100,
     },
     # Minutes on two cores at 16 px (256 places).
     "photos": {
