@@ -133,6 +133,30 @@ def test_completion_keeps_the_upper_rows_of_files(igpt, short_run: Path, tmp_pat
     assert_refused(igpt("complete", short_run, tmp_path / "wide.png", "--keep-rows", 9), "0..8")
 
 
+def test_numbers_out_of_range_are_refused(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    tiny = ["pretrain", digits.path, "-o", run, "--model", "tiny"]
+    assert_refused(igpt(*tiny, "--betas", "0.9", "1.0"), "betas")
+    assert_refused(igpt(*tiny, "--seed", 10**20), "seed")
+    assert not run.exists()
+    assert_refused(igpt("sample", short_run, "--seed", 10**20), "a seed lies in")
+    assert_refused(igpt("probe", short_run, digits.path, "--limit", -5), "at least one image")
+    assert_refused(igpt("probe", short_run, digits.path, "--seed", -1), "a seed lies in")
+    assert_refused(igpt("prepare", "digits", "-o", tmp_path / "t", "--workers", 0), "at least one worker")
+    assert_refused(igpt("sample", short_run, "-o", tmp_path / "s.json"), ".png")
+    assert_refused(igpt("probe", short_run, digits.path, "--no-baselines", "-o", tmp_path), "is a folder")
+    assert_refused(igpt("sample", short_run, "--count", 10**12, "-o", tmp_path / "s.png"), "out of memory")
+
+
+def test_a_tiny_temperature_is_nearly_greedy(igpt, short_run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for temperature in ("0", "1e-42"):
+        path = tmp_path / f"{temperature}.png"
+        assert igpt("sample", short_run, "-o", path, "--temperature", temperature, "--count", 2).returncode == 0
+        pictures.append(np.asarray(Image.open(path)))
+    assert np.array_equal(*pictures)
+
+
 def test_help_and_version(igpt) -> None:
     assert "usage: igpt COMMAND" in igpt().stdout
     for name in COMMANDS:

@@ -25,7 +25,7 @@ def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -
     """
     from igpt.demo import tell
 
-    tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).name}"), steps)
+    tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).resolve().name}"), steps)
 
 
 def prepare(
@@ -45,7 +45,11 @@ def prepare(
     settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
     with progress_bar() as show:
         result = run(
-            source, out, settings, workers=workers or os.cpu_count() or 1, progress=partial(show, "tokenising")
+            source,
+            out,
+            settings,
+            workers=os.cpu_count() or 1 if workers is None else workers,
+            progress=partial(show, "tokenising"),
         )
     made = result.manifest["made"]
     counts = ", ".join(f"{len(result[split])} {split}" for split in result)
@@ -137,8 +141,9 @@ def probe(
         seed: of the images drawn and of the untrained model.
     """
     from igpt.data.tokens import TokenDataset
-    from igpt.evaluation.probe import best_row, write_probe
+    from igpt.evaluation.probe import best_row
     from igpt.evaluation.probe import probe as run
+    from igpt.files import write_json
 
     path, home = model_and_run(model)
     with progress_bar() as show:
@@ -152,7 +157,7 @@ def probe(
             progress=show,
         )
     target = out or home / "probe.json"
-    write_probe(target, {"model": str(path), **result})
+    write_json(target, {"model": str(path), **result})
     best = best_row(result)
     for row in result["layers"]:
         mark = " <- best on validation" if row is best else ""
@@ -246,7 +251,7 @@ def complete(
     Args:
         model: run or model directory.
         images: image files.
-        tokens: token data set whose first test images are taken instead.
+        tokens: token data set whose test images are taken instead, evenly over the split.
         count: how many of them.
         keep_rows: rows to keep, at the model's resolution; the upper half by default.
         completions: drawings of each image.

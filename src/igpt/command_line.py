@@ -150,6 +150,10 @@ def run_command(commands: Commands, words: list[str]) -> int:
     except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
+            raise
+        return _complain(f"{name}: out of memory; try fewer images at a time (--micro-batch-size, --count, --limit)", 2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _complain(f"{name}: {error.strerror or error}{where}; nothing was left half-written", 2)

@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from igpt.command_line import progress_bar
+from igpt.command_line import load_model, progress_bar
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources import DIGITS
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
-from igpt.evaluation.probe import FORMAT, VERSION, best_row, probe, write_probe
-from igpt.files import read_json
+from igpt.evaluation.probe import FORMAT, VERSION, best_row, probe
+from igpt.files import read_json, write_json
 from igpt.model.precision import Precision, settle_precision
 from igpt.model.transformer import ImageGPT
 from igpt.pictures import draw_completions, draw_samples, tokens_of_split
@@ -47,13 +47,14 @@ def tell(source: str, run: Path, steps: int | None = None) -> None:
     recipe = {**preset("digits" if digits else "photos"), **({} if steps is None else {"steps": steps})}
     config = PretrainConfig.layered({"tokens": data.path, **recipe})
     if not _finished(run):
-        pretrain(config, run, resume=(run / "config.yaml").exists())
-    model = ImageGPT.from_pretrained(run / "model")
+        given = {"tokens": data.path} | ({} if steps is None else {"steps": steps})
+        pretrain(config, run, given=given, resume=(run / "config.yaml").exists())
+    model = load_model(run / "model")
     console.print("[bold]3. Probe[/] every layer, raw pixels and an untrained model")
     if not (run / "probe.json").exists():
         recorded = PretrainConfig.load(run / "config.yaml")
         precision = settle_precision(recorded.precision, model.wte.weight.device)
-        write_probe(run / "probe.json", {"model": str(run / "model"), **_probe(model, data, precision)})
+        write_json(run / "probe.json", {"model": str(run / "model"), **_probe(model, data, precision)})
     console.print("[bold]4. Complete and sample[/]")
     if not (run / "samples.png").exists():
         with progress_bar() as show:
@@ -72,8 +73,9 @@ def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) ->
         with progress_bar() as show:
             prepare(source, path, config, workers=os.cpu_count() or 1, progress=partial(show, "tokenising"))
     data = TokenDataset(path)
-    if data.manifest["source"] != source:
-        raise InputError(f"{path.parent} tells of {data.manifest['source']}, not of {source}; choose another -o")
+    told = data.manifest["source"]
+    if told != source and Path(told).resolve() != Path(source).resolve():
+        raise InputError(f"{path.parent} tells of {told}, not of {source}; choose another -o")
     console.print(f"   {data.resolution} px, {len(data.palette)} colours, {data.resolution**2} pixels an image")
     return data
 

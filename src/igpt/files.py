@@ -28,7 +28,13 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; on success it becomes `path`, on any error it is removed."""
+    """Gives a temporary name to write to; on success it becomes `path`, on any error it is removed.
+
+    Raises:
+        InputError: `path` is a folder.
+    """
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the name of a file to write is needed")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

@@ -64,6 +64,7 @@ def draw_samples(
     model: ImageGPT, path: Path, count: int, settings: Mapping[str, Any], progress: Progress | None = None
 ) -> Path:
     """Writes `count` samples as a PNG grid; `settings` are those of `sample`."""
+    _require_png(path)
     if count < 1:
         raise InputError(f"at least one sample is drawn, not {count}")
     palette_of(model)
@@ -91,6 +92,7 @@ def draw_completions(
         originals: tokens [B, n].
         settings: those of `sample`.
     """
+    _require_png(path)
     if completions < 1:
         raise InputError(f"at least one completion is drawn, not {completions}")
     drawn = complete(model, originals.repeat_interleave(completions, 0), keep_rows, **settings, progress=progress)
@@ -101,6 +103,11 @@ def draw_completions(
     rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
     _write(path, rows, {**settings, "keep_rows": keep_rows, "completions": completions})
     return path
+
+
+def _require_png(path: Path) -> None:
+    if path.suffix.lower() != ".png":
+        raise InputError(f"pictures are written as .png, not as {path.name}")
 
 
 def _write(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], settings: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import torch
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
-from igpt.model.transformer import ImageGPT
+from igpt.model.transformer import ImageGPT, ModelConfig
 from igpt.training.finetune import FinetuneConfig, class_logits, finetune
 from igpt.training.metrics import read_metrics
 
@@ -55,6 +55,21 @@ def test_resume_gives_the_same_classifier(
     assert weights[0] == weights[1]
 
 
+@pytest.mark.parametrize("objective", ["bert", "autoregressive"])
+def test_without_a_generative_loss_it_resumes_too(objective: str, digits: TokenDataset, tmp_path: Path) -> None:
+    shape = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 16, "n_head": 2, "objective": objective}
+    ImageGPT(ModelConfig.layered(shape), digits.palette).save_pretrained(tmp_path / "model")
+    settings = {"model": tmp_path / "model", "tokens": digits.path, "generation_weight": 0.0, "steps": 6}
+    sizes = {"batch_size": 8, "precision": "fp32", "validate_every": 3, "checkpoint_every": 3}
+    config = FinetuneConfig.layered(settings, sizes)
+    finetune(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
+    finetune(config, tmp_path / "cut", resume=True)
+    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    assert weights[0] == weights[1]
+
+
 def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
     settings = {"model": short_run / "model", "tokens": digits.path, "learning_rate": 1e-12, "validate_every": 2}
     config = FinetuneConfig.layered(
@@ -68,6 +83,8 @@ def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: P
         shutil.rmtree(folder)  # as if it had been killed after the first of those two
     finetune(config, tmp_path / "run", resume=True)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
+    finetune(config, tmp_path / "run", resume=True)
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6, "it had stopped early; it stays stopped"
 
 
 def test_head_starts_at_zero_so_that_all_classes_are_alike(short_run: Path, digits: TokenDataset) -> None:

@@ -133,7 +133,7 @@ class Palette:
         """
         path = Path(path)
         if path.is_dir():
-            for name in ("dataset.json", "preprocessor_config.json"):
+            for name in ("dataset.json", "preprocessor_config.json", "model/preprocessor_config.json"):
                 if (path / name).exists():
                     return cls.load(path / name)
             raise InputError(f"no palette in {path}: neither dataset.json nor preprocessor_config.json is there")
@@ -164,7 +164,7 @@ class Palette:
         if self.fingerprint != other.fingerprint:
             raise InputError(
                 f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), {whose} has "
-                f"{other.fingerprint[:12]} ({len(other)} colours); prepare the images with --palette {whose}"
+                f"{other.fingerprint[:12]} ({len(other)} colours); prepare the images with --palette MODEL"
             )
 
 

@@ -1,6 +1,7 @@
 """Images -> a token data set: palette, tokens, shards; in parallel, and continued where it was interrupted."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -8,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
+from threading import Thread, current_thread, main_thread
 from typing import Any, Literal
 
 import numpy as np
@@ -39,7 +40,7 @@ class PrepareConfig(Config):
     image_column: str | None = Field(None, description="column of images; found by type when there is one")
     label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split")
-    seed: int = Field(0, ge=0, description="of the palette and of the splits")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the palette and of the splits")
     on_error: Literal["stop", "skip"] = Field("stop", description="what an image that does not decode does")
 
 
@@ -233,14 +234,32 @@ def _run_in_worker(job: _Job) -> dict[str, Any]:
 
 
 @contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in here ignore SIGINT, from their first import on."""
+    if current_thread() is not main_thread():  # only it may set signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
 def _runner(work: _Work, workers: int) -> Iterator[Callable[[list[_Job]], Iterator[dict[str, Any]]]]:
     """How shards are run: in this process, or in a pool of spawned ones (results in order either way)."""
     if workers == 1:
         yield lambda jobs: map(work, jobs)
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
+
+    def run(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
+        with _deaf_to_ctrl_c():  # workers begin here; Ctrl-C ends this process, and it ends them
+            return pool.map(_run_in_worker, jobs)
+
     try:
-        yield lambda jobs: pool.map(_run_in_worker, jobs)
+        yield run
     except BrokenProcessPool:
         raise InputError(
             "a worker was killed, most often for want of memory; the same command with fewer workers goes on from here"

@@ -107,6 +107,15 @@ class TokenSplit:
             out[here] = self._tokens[index][wanted[here] - self._starts[index]]
         return out
 
+    def require_images(self, purpose: str) -> None:
+        """Refuses an empty split.
+
+        Raises:
+            InputError: there is no image in it.
+        """
+        if len(self) == 0:
+            raise InputError(f"{purpose} needs images, and the split {self.name!r} is empty")
+
     def require_labels(self, purpose: str) -> NDArray[np.int32]:
         """The labels, if every image has one.
 

@@ -27,6 +27,7 @@ def score(
         InputError: a BERT model, which has no likelihood of whole images.
     """
     model.require("autoregressive", "a likelihood")
+    split.require_images("a likelihood")
     model.eval()
     losses = np.empty(len(split))
     for first in range(0, len(split), batch_size):

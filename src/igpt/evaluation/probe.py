@@ -5,7 +5,6 @@ N images, C classes, D features.
 
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import extract, require_match
-from igpt.files import write_json
 from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
 
@@ -118,8 +116,13 @@ def probe(
         InputError: model and tokens do not match, labels are missing, or the splits' classes do not allow a probe.
     """
     require_match(model, data)
+    if limit is not None and limit < 1:
+        raise InputError(f"a limit is at least one image, not {limit}")
+    if not 0 <= seed < 2**63:
+        raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
     splits = {name: _drawn(data[name], limit, seed) for name in SPLITS}
     for rows in splits.values():
+        rows.require_images("a probe")
         rows.require_labels("a probe")
     _check_classes(splits)
     result = probe_model(model, splits, precision=precision, progress=progress)
@@ -145,11 +148,6 @@ def probe(
         "baselines": compared,
         "environment": describe(),
     }
-
-
-def write_probe(path: Path, result: Mapping[str, Any]) -> None:
-    """Writes `probe.json`."""
-    write_json(path, result)
 
 
 def _drawn(split: TokenSplit, limit: int | None, seed: int) -> TokenSplit:

@@ -51,7 +51,8 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None:
         least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -63,7 +64,9 @@ def choose(
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+    if not 0 <= seed < 2**63:
+        raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
     if not (temperature >= 0 and math.isfinite(temperature)):
         raise InputError(f"the temperature is 0 (the likeliest colour) or above, not {temperature}")
     if top_k is not None and top_k < 1:
@@ -94,7 +97,7 @@ def sample(
     Raises:
         InputError: a BERT model, or a setting out of its range.
     """
-    _check(temperature, top_k, top_p)
+    _check(temperature, top_k, top_p, seed)
     n = model.config.n_places
     if prefix.shape[1] > n:
         raise InputError(f"a prefix of {prefix.shape[1]} pixels is longer than an image of {n}")
@@ -139,7 +142,7 @@ def fill(
         InputError: an autoregressive model, or a setting out of its range.
     """
     model.require("bert", "filling masked places")
-    _check(temperature, top_k, top_p)
+    _check(temperature, top_k, top_p, seed)
     if rounds < 1:
         raise InputError(f"filling takes at least one round, not {rounds}")
     device = model.wte.weight.device

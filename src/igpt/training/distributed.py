@@ -41,10 +41,14 @@ class Team:
     def sum_gradients(self, model: nn.Module) -> None:
         """Adds up the gradients of all ranks; each must have been divided by the count of the whole batch."""
         if self.size > 1:
-            for parameter in model.parameters():
+            for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
                 if parameter.grad is None:  # a rank without rows in this batch
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
+
+    def agree(self, value: bool) -> bool:
+        """What the leading rank says, on all ranks."""
+        return bool(self.sum(torch.tensor(int(value and self.leads), device=self.device)))
 
     def wait(self) -> None:
         """Returns when all ranks have come here."""

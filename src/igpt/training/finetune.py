@@ -50,7 +50,7 @@ def finetune(
 
     Args:
         run: the run directory; RUN/model becomes the best classifier by validation accuracy.
-        given: settings that must be the recorded ones when resuming.
+        given: settings that must be the recorded ones when resuming (default: the tokens alone).
         resume: continue `run` with its recorded settings.
 
     Returns:
@@ -61,13 +61,16 @@ def finetune(
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
     with team(config.device) as us:
-        config = settle_config(run, config, given or {}, resume)
+        config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
+        us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
         if data.class_names is None:
             raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
         for name in ("train", "validation", "test"):
+            data[name].require_images("fine-tuning")
             data[name].require_labels("fine-tuning")
-        config = config.model_copy(update={"precision": settle_precision(config.precision, us.device)})
+        fast = us.agree(settle_precision(config.precision, us.device) == "bf16")  # measured: ranks may differ
+        config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
         torch.manual_seed(config.seed)
         model = _with_head(config, data)
         train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)
@@ -110,6 +113,8 @@ def _with_head(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
     model = ImageGPT(shape, data.palette)
     trunk = {name: tensor for name, tensor in pretrained.state_dict().items() if name != "score.weight"}
     model.load_state_dict(trunk, strict=False)
+    if shape.objective == "bert" or not config.generation_weight:
+        model.lm_head.requires_grad_(False)  # nothing in the loss reads it
     return model
 
 

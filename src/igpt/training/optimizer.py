@@ -32,7 +32,7 @@ def make_optimizers(
     AdamW's step size, arXiv 2502.16982, so that one learning rate serves both) and leaves the rest to AdamW. Decay
     applies to matrices only (not to gains), and is 0 in the paper.
     """
-    named = list(model.named_parameters())
+    named = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     hidden = [
         parameter for path, parameter in named if name == "muon" and path.startswith("h.") and parameter.ndim == 2
     ]

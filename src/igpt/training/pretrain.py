@@ -54,9 +54,11 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
     with team(config.device) as us:
-        config = settle_config(run, config, given or {}, resume)
+        config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
+        us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
-        config = config.model_copy(update={"precision": settle_precision(config.precision, us.device)})
+        fast = us.agree(settle_precision(config.precision, us.device) == "bf16")  # measured: ranks may differ
+        config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
         torch.manual_seed(config.seed)
         model = ImageGPT(_model_config(config, data), data.palette)
         train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)

@@ -22,7 +22,8 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
 
     Args:
         config: the settings of a fresh run.
-        given: those of them that the user gave on purpose; to resume, they must be the recorded ones.
+        given: those of them that the user gave on purpose; to resume, they must be the recorded ones ("auto" and paths
+            are settled anew).
 
     Raises:
         InputError: the directory exists and `resume` is False, or a given setting is not the recorded one.
@@ -35,13 +36,16 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     if not recorded.exists():
         raise InputError(f"there is no run to resume at {run}: config.yaml is missing; start it without --resume")
     before = type(config).load(recorded)
+    moved: dict[str, Path] = {}
     for key, value in given.items():
-        if getattr(before, key) != value:
+        if isinstance(value, Path):  # where things lie may change; that the tokens are the same is checked by checksum
+            moved[key] = value
+        elif value not in (getattr(before, key), "auto"):
             raise InputError(
                 f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that out to resume, or "
                 "start another run"
             )
-    return before
+    return before.model_copy(update=moved)
 
 
 def record_run(run: Path, config: Config, tokens: Path, *, resume: bool, leads: bool) -> None:

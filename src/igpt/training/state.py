@@ -79,6 +79,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
 
+def step_of(path: Path) -> int:
+    """The updates that a checkpoint was written after, by its name."""
+    return int(path.name.removeprefix("step-"))
+
+
 def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     """The newest undamaged checkpoint, and a sentence for each newer one that was passed over.
 

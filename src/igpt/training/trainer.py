@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -22,7 +22,9 @@ from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import OptimizerName, Schedule, learning_rate, make_optimizers
-from igpt.training.state import Progress, load_state, newest_whole, save_state
+from igpt.training.state import Progress, checkpoints, load_state, newest_whole, save_state, step_of
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Config):
@@ -35,12 +37,12 @@ class TrainConfig(Config):
     learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
     warmup_steps: int = Field(0, ge=0, description="updates over which the learning rate rises")
     schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="Adam's")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's")
     weight_decay: float = Field(0.0, ge=0, description="of the matrices")
     grad_clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of products; auto takes the faster")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
-    seed: int = Field(0, ge=0, description="of the weights, the order of the images and their variations")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of the images and their variations")
     log_every: int = Field(50, ge=1, description="updates between lines of metrics.jsonl")
     validate_every: int = Field(1000, ge=1, description="updates between validations; the best model is kept")
     checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
@@ -162,7 +164,7 @@ class Trainer:
     def _loop(self, stop: _Stop, shown: Bar) -> None:
         config, progress = self.config, self.progress
         clock = _Clock()
-        while progress.step < config.steps:
+        while progress.step < config.steps and not self._exhausted():
             rate = learning_rate(
                 progress.step,
                 peak=config.learning_rate,
@@ -182,16 +184,18 @@ class Trainer:
             with clock.paused():
                 if progress.step % config.validate_every == 0 or last:
                     self._validate(shown)
-                exhausted = config.patience is not None and progress.validations_without_better >= config.patience
                 interrupted = self._anyone_stops(stop)
-                if progress.step % config.checkpoint_every == 0 or last or exhausted or interrupted:
+                if progress.step % config.checkpoint_every == 0 or last or self._exhausted() or interrupted:
                     self._save()
-            if exhausted:
-                shown.say(f"stopped early: {config.patience} validations without a better one")
-                return
-            if interrupted and not last:
+            if interrupted and not last and not self._exhausted():
                 reached = f"stopped and saved after {progress.step} of {config.steps} updates"
                 raise Interrupted(interrupted, reached)
+        if self._exhausted():
+            shown.say(f"stopped early: {config.patience} validations without a better one")
+
+    def _exhausted(self) -> bool:
+        patience = self.config.patience
+        return patience is not None and self.progress.validations_without_better >= patience
 
     def _tell(self, clock: "_Clock", rate: float, norm: float) -> None:
         """Writes a line on the updates since the last one."""
@@ -219,7 +223,8 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=team.device)
         for first in range(0, rows, size):
             with autocast(config.precision, team.device):
-                summed, _ = self.objective(self.model, *(part[first : first + size] for part in parts))
+                summed, counted = self.objective(self.model, *(part[first : first + size] for part in parts))
+            assert counted == min(size, rows - first), "objectives count images"
             torch.autograd.backward(summed / count)
             total += summed.detach()
         loss = float(team.sum(total)) / count
@@ -235,9 +240,10 @@ class Trainer:
         return loss, norm
 
     def _not_finite(self, what: str) -> None:
-        kept = sorted(self.folder.glob("step-*"))
-        good = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been written yet"
-        raise InputError(f"{what}; {good}; try a lower --learning-rate or a longer --warmup-steps")
+        # A checkpoint of the present step holds the very weights that gave this loss.
+        kept = [path for path in checkpoints(self.folder) if step_of(path) < self.progress.step]
+        good = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written yet"
+        raise InputError(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
 
     def _validate(self, shown: Bar) -> None:
         """Validates on the leading rank, tells all, and keeps the best model."""
