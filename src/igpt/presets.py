@@ -35,7 +35,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "n_embd": 128,
         "n_head": 4,
         "batch_size": 32,
-        "steps": 400,
+        "steps": 500,
         "warmup_steps": 50,
         "optimizer": "muon",
         "learning_rate": 5e-3,
