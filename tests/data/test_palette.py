@@ -180,7 +180,7 @@ def test_different_palettes_are_refused_with_both_named(fitted: Palette):
     fitted.require_same(Palette.from_centers(fitted.centers_), "tokens", "run/model")
     with pytest.raises(InputError) as caught:
         fitted.require_same(other, "tokens", "run/model")
-    for part in (fitted.fingerprint[:12], other.fingerprint[:12], "64 colours", "1 colours", "--palette run/model"):
+    for part in (fitted.fingerprint[:12], other.fingerprint[:12], "64 colours", "1 colours", "--palette MODEL"):
         assert part in str(caught.value)
 
 
