@@ -44,13 +44,8 @@ def prepare(
 
     settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
     with progress_bar() as show:
-        result = run(
-            source,
-            out,
-            settings,
-            workers=os.cpu_count() or 1 if workers is None else workers,
-            progress=partial(show, "tokenising"),
-        )
+        count = os.cpu_count() or 1 if workers is None else workers
+        result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
     made = result.manifest["made"]
     counts = ", ".join(f"{len(result[split])} {split}" for split in result)
     psnr = made["palette_error"]["psnr_db"]
@@ -224,12 +219,13 @@ def sample(
         top_p: only the likeliest colours that together reach this probability.
         seed: the same seed gives the same images.
     """
+    from igpt.model.generate import Drawing
     from igpt.pictures import draw_samples
 
     path, home = model_and_run(model)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with progress_bar() as show:
-        target = draw_samples(load_model(path), out or home / "samples.png", count, settings, partial(show, "sampling"))
+        target = draw_samples(load_model(path), out or home / "samples.png", count, drawing, partial(show, "sampling"))
     print(f"{target}: {count} samples")
 
 
@@ -263,6 +259,7 @@ def complete(
     """
     from igpt.data.tokens import TokenDataset
     from igpt.evaluation.features import require_match
+    from igpt.model.generate import Drawing
     from igpt.pictures import draw_completions, tokens_of_files, tokens_of_split
 
     path, home = model_and_run(model)
@@ -275,11 +272,11 @@ def complete(
         originals = tokens_of_split(data["test"], count)
     else:
         originals = tokens_of_files(loaded, images)
-    settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     rows = loaded.config.resolution // 2 if keep_rows is None else keep_rows
     with progress_bar() as show:
         target = draw_completions(
-            loaded, originals, out or home / "completions.png", rows, completions, settings, partial(show, "completing")
+            loaded, originals, out or home / "completions.png", rows, completions, drawing, partial(show, "completing")
         )
     print(f"{target}: from left to right, each original, what was kept ({rows} rows), {completions} completions")
 

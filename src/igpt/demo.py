@@ -15,6 +15,7 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.probe import FORMAT, VERSION, best_row, probe
 from igpt.files import read_json, write_json
+from igpt.model.generate import Drawing
 from igpt.model.precision import Precision, settle_precision
 from igpt.model.transformer import ImageGPT
 from igpt.pictures import draw_completions, draw_samples, tokens_of_split
@@ -26,7 +27,7 @@ from igpt.training.pretrain import PretrainConfig, pretrain
 _DIGITS = PrepareConfig(size=8)
 _PHOTOS = PrepareConfig(size=16, colors=128)
 _PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
-_DRAWING = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
+_DRAWING: Drawing = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
 
 
 def tell(source: str, run: Path, steps: int | None = None) -> None:

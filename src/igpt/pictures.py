@@ -18,7 +18,7 @@ from igpt.data.tokens import TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
-from igpt.model.generate import Progress, complete, sample
+from igpt.model.generate import Drawing, Progress, complete, sample
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import image_grid
 
@@ -60,9 +60,7 @@ def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
     return palette_of(model).inverse_transform(tokens.cpu().numpy().reshape(-1, side, side))
 
 
-def draw_samples(
-    model: ImageGPT, path: Path, count: int, settings: Mapping[str, Any], progress: Progress | None = None
-) -> Path:
+def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
     """Writes `count` samples as a PNG grid; `settings` are those of `sample`."""
     _require_png(path)
     if count < 1:
@@ -83,7 +81,7 @@ def draw_completions(
     path: Path,
     keep_rows: int,
     completions: int,
-    settings: Mapping[str, Any],
+    settings: Drawing,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a PNG grid, a row an image: the original, the rows that were kept, and `completions` drawings.

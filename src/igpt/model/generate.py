@@ -5,6 +5,7 @@ B batch, T places, n places of an image, V colours.
 
 import math
 from collections.abc import Callable
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from igpt.errors import InputError
 from igpt.model.transformer import ImageGPT, LayerCache
 
 Progress = Callable[[int, int], None]  # (places done, places in all)
+
+
+class Drawing(TypedDict, total=False):
+    """How colours are drawn; see `choose` and `sample`."""
+
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    seed: int
 
 
 class Decoder:
@@ -166,17 +176,12 @@ def fill(
 
 
 def complete(
-    model: ImageGPT,
-    tokens: Tensor,
-    keep_rows: int,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
+    model: ImageGPT, tokens: Tensor, keep_rows: int, *, progress: Progress | None = None, **drawing: Unpack[Drawing]
 ) -> Tensor:
     """Keeps the first rows of images [B, n] and lets the model draw the rest, by whichever objective it has.
+
+    Args:
+        drawing: temperature, top_k, top_p and seed of `sample` and `fill`.
 
     Raises:
         InputError: `keep_rows` is not in 0 .. resolution, or a setting is out of its range.
@@ -186,22 +191,5 @@ def complete(
         raise InputError(f"rows to keep lie in 0..{resolution} for this model, not {keep_rows}")
     kept = keep_rows * resolution
     if model.config.objective == "autoregressive":
-        return sample(
-            model,
-            tokens[:, :kept],
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            progress=progress,
-        )
-    return fill(
-        model,
-        tokens,
-        torch.arange(tokens.shape[1]) < kept,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        progress=progress,
-    )
+        return sample(model, tokens[:, :kept], progress=progress, **drawing)
+    return fill(model, tokens, torch.arange(tokens.shape[1]) < kept, progress=progress, **drawing)
