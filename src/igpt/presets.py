@@ -56,8 +56,9 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "learning_rate": 5e-3,
         "flip": True,
         "log_every": 25,
-        "validate_every": 100,
-        "validation_images": 512,
+        "validate_every": 50,
+        "validation_images": 256,
+        "patience": 3,  # a hundred photographs are soon known by heart
         "checkpoint_every": 100,
     },
 }
