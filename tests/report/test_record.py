@@ -48,8 +48,7 @@ def test_the_shape_comes_from_whichever_file_tells_it(tmp_path):
         "n_colors": 17,
         "n_layer": 4,
     }
-    nested = Run(tmp_path, {"model": {"resolution": 32, "objective": "bert"}})
-    assert nested.shape == {"resolution": 32, "objective": "bert"}
+    assert Run(tmp_path, {"n_head": 2, "objective": "bert"}).shape == {"n_head": 2, "objective": "bert"}
     saved = Run(tmp_path, {"model": "runs/first/model"}, saved={"n_layer": 2, "igpt": {"resolution": 16}})
     assert (saved.shape["n_layer"], saved.shape["resolution"]) == (2, 16)
 

@@ -55,8 +55,7 @@ class Run:
             found["resolution"] = math.isqrt(places)
         if self.palette is not None:
             found["n_colors"] = len(self.palette)
-        nested = self.config.get("model")
-        layers = (self.start, self.saved, self.saved.get("igpt"), self.config, nested)
+        layers = (self.start, self.saved, self.saved.get("igpt"), self.config)
         for values in layers:
             if isinstance(values, dict):
                 names = ("resolution", "n_colors", "n_layer", "n_embd", "n_head", "objective")
