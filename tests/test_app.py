@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from igpt.app import build, start
-from igpt.data.images import load_square
 from igpt.data.palette import Palette
+from igpt.data.views import load_square
 from igpt.errors import InputError
 from igpt.model.generate import complete
 from igpt.model.objectives import place_losses

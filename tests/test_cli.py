@@ -32,7 +32,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
         (["prepare", "digits"], "--out"),
         (["prepare", "digits", "-o", "x", "--size", "many"], "--size"),
         (["prepare", "digits", "-o", "x", "--size", "1"], "size = 1: Input should be greater than or equal to 2"),
-        (["prepare", "digits", "-o", "x", "--on-error", "ignore"], "--on-error"),
+        (["prepare", "digits", "-o", "x", "--filter", "sinc"], "--filter"),
         (["prepare", "no/such/folder", "-o", "x"], "no/such/folder"),
         (["prepare", "./nothing", "-o", "x"], "no folder or file ./nothing"),
         (["pretrain", "t", "-o", "x", "--model", "igpt-x"], "no preset 'igpt-x'; did you mean 'igpt-xl'?"),

@@ -23,14 +23,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from igpt.data.images import decode, to_square
+from igpt.data.grids import image_grid
+from igpt.data.views import Transform
 from igpt.errors import InputError
 from igpt.evaluation.likelihood import summary
 from igpt.model.generate import complete
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
 from igpt.pictures import palette_of, pictures
-from igpt.report.figures import image_grid
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -183,7 +183,7 @@ def _told() -> Iterator[None]:
 
 def _read(model: ImageGPT, file: str) -> Tensor:
     """An uploaded image at the model's resolution and in its palette: tokens [1, n]."""
-    square = to_square(decode(file), model.config.resolution)
+    square = Transform(model.config.resolution)(file)
     return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
 
 

@@ -1,6 +1,5 @@
 """The command line: one function a command, that parses, calls and prints."""
 
-import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from igpt.command_line import Commands, file_settings, given, load_model, model_and_run, progress_bar, run_command
+from igpt.data_commands import inspect, palette, prepare
 from igpt.errors import InputError
 
 Out = Annotated[Path, arg(aliases=["-o"])]
@@ -26,34 +26,6 @@ def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -
     from igpt.demo import tell
 
     tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).resolve().name}"), steps)
-
-
-def prepare(
-    source: Positional[str], out: Out, flags: Any, config: Path | None = None, workers: int | None = None
-) -> None:
-    """Turn images into a token data set: palette, tokens, splits.
-
-    Args:
-        source: "digits" (bundled), a folder or file that `datasets.load_dataset` reads, or a Hub id (id:config).
-        out: folder to make.
-        config: settings in YAML or JSON; flags override them.
-        workers: processes; all cores by default.
-    """
-    from igpt.data.prepare import PrepareConfig
-    from igpt.data.prepare import prepare as run
-
-    settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
-    with progress_bar() as show:
-        count = os.cpu_count() or 1 if workers is None else workers
-        result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
-    made = result.manifest["made"]
-    counts = ", ".join(f"{len(result[split])} {split}" for split in result)
-    psnr = made["palette_error"]["psnr_db"]
-    fidelity = "exact" if psnr is None else f"{psnr:.1f} dB PSNR"
-    print(f"{out}: {counts}; {result.resolution} px, {len(result.palette)} colours ({fidelity})")
-    if made["skipped"]:
-        print(f"{len(made['skipped'])} images did not decode and are listed in {out}/dataset.json, the first: ", end="")
-        print(made["skipped"][0])
 
 
 def pretrain(
@@ -330,7 +302,9 @@ def app(model: Positional[Path], host: str = "127.0.0.1", port: int = 7860) -> N
 
 COMMANDS: Commands = {
     "demo": (demo, None),
+    "palette": (palette, "igpt.data.fit:PaletteConfig"),
     "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
+    "inspect": (inspect, None),
     "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
     "finetune": (finetune, "igpt.training.finetune:FinetuneConfig"),
     "probe": (probe, None),

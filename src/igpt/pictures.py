@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.images import load_square
+from igpt.data.grids import image_grid
 from igpt.data.palette import Palette
 from igpt.data.tokens import TokenSplit
+from igpt.data.views import load_square
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
 from igpt.model.generate import Drawing, Progress, complete, sample
 from igpt.model.transformer import ImageGPT
-from igpt.report.figures import image_grid
 
 COLUMNS = 8
 _UNKNOWN = 224  # grey level of pixels that were not kept

@@ -1,4 +1,6 @@
 import json
+import resource
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from igpt.data.palette import Palette
-from igpt.data.tokens import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.errors import InputError
 
 SIZES = {"train": [5, 0, 3, 1, 4], "validation": [2], "test": []}
@@ -74,10 +76,11 @@ def test_shards_are_plain_numpy_files(folder: Path):
 
 
 def test_rows_of_several_shards_in_any_order(tmp_path: Path):
-    tokens, _ = written(tmp_path)["train"]
+    tokens, labels = written(tmp_path)["train"]
     split = TokenDataset(tmp_path)["train"]
     for wanted in ([12, 0, 5, 4, 5, 8, 7, 9, 12], [3], np.random.default_rng(0).permutation(13), [8, 8, 8]):
         np.testing.assert_array_equal(split.rows(wanted), tokens[wanted])
+        np.testing.assert_array_equal(split.labels_of(wanted), labels[wanted])
     assert split.rows([]).shape == (0, 16)
     assert TokenDataset(tmp_path)["validation"].rows([]).shape == (0, 16)
 
@@ -102,9 +105,65 @@ def test_tokens_are_mapped_and_not_read(folder: Path):
     assert split.rows([8]).any()
 
 
+def test_rows_far_apart_in_a_shard(tmp_path: Path):
+    tokens = np.random.default_rng(0).integers(0, 2**16, (3000, 1000), dtype=np.uint16)  # rows end within pages
+    write_shard(tmp_path, "big", tokens, np.arange(3000, dtype=np.int32))
+    stored = StoredArray(tmp_path / "big.tokens.npy", tokens.dtype, tokens.shape)
+    split = TokenSplit("train", [tokens[:7], stored], [])
+    assert split.nbytes == (7 + 3000) * 2000
+    for wanted in ([3006, 7, 1500], [3006], [2, 3006, 2, 8], np.arange(3007), np.arange(3007)[::-300]):
+        np.testing.assert_array_equal(split.rows(wanted), np.concatenate([tokens[:7], tokens])[wanted])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the kernel's list of mappings is Linux's")
+def test_nothing_stays_mapped_or_open(folder: Path):
+    split = TokenDataset(folder)["train"]
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    split.rows([12, 0, 5])
+    split.labels_of([12, 0, 5])
+    assert len(split.labels) == 13
+    assert str(folder) not in Path("/proc/self/maps").read_text()
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_more_shards_than_a_process_may_have_open(tmp_path: Path):
+    tokens = np.arange(1500 * 4, dtype=np.uint16).reshape(1500, 4)
+    shards = []
+    for number, part in enumerate(np.split(tokens, 500)):
+        np.save(tmp_path / f"{number}.npy", part)
+        shards.append(StoredArray(tmp_path / f"{number}.npy", tokens.dtype, part.shape))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(256, hard), hard))
+    try:
+        order = np.random.default_rng(0).permutation(1500)
+        np.testing.assert_array_equal(TokenSplit("train", shards, []).rows(order), tokens[order])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_shard_that_changes_after_opening(folder: Path):
+    dataset = TokenDataset(folder)
+    file = folder / "train-00002.tokens.npy"
+    split = dataset["train"]
+    split.rows([5])
+    content = file.read_bytes()
+    file.write_bytes(content[:100])
+    with pytest.raises(InputError, match=r"train-00002\.tokens\.npy can no longer be read"):
+        split.rows([0, 7])
+    file.unlink()
+    with pytest.raises(InputError, match=r"train-00002\.tokens\.npy can no longer be read"):
+        split.rows([7])
+    with pytest.raises(InputError, match=r"train-00002\.tokens\.npy cannot be read"):
+        dataset["train"].rows([7])
+    np.save(file, np.zeros((3, 16), np.int64))
+    with pytest.raises(InputError, match=r"does not hold \(3, 16\) uint16"):
+        dataset["train"].rows([7])
+    assert split.rows([0, 12]).shape == (2, 16)
+
+
 def test_labels_that_are_needed(folder: Path):
     dataset = TokenDataset(folder)
-    np.testing.assert_array_equal(dataset["train"].require_labels("a probe"), dataset["train"].labels)
+    dataset["train"].require_labels("a probe")
     partly = TokenSplit("train", [np.zeros((3, 4), np.uint16)], [np.array([0, -1, -1], np.int32)])
     with pytest.raises(InputError, match="a probe needs labels, and 2 of 3 images of 'train' have none"):
         partly.require_labels("a probe")
@@ -139,7 +198,7 @@ def test_an_edited_shard_is_found_by_verifying(folder: Path, name: str):
     content[-1] ^= 1
     (folder / name).write_bytes(content)
     dataset = TokenDataset(folder)
-    with pytest.raises(InputError, match=rf"{name} has changed since it was written"):
+    with pytest.raises(InputError, match=rf"1 of 12 files of .* have changed since they were written \({name}\)"):
         dataset.verify()
 
 

@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from igpt.data.grids import grid_counts, image_grid
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.report.figures import (
@@ -17,8 +18,6 @@ from igpt.report.figures import (
     WIDE,
     accuracy_curve,
     encode,
-    grid_counts,
-    image_grid,
     loss_curve,
     palette_swatch,
     probe_by_layer,

@@ -10,9 +10,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from igpt.data.grids import image_grid
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.report.figures import image_grid
 from igpt.report.page import write_report
 
 PALETTE = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))

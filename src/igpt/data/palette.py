@@ -15,11 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 from igpt.errors import InputError
 from igpt.files import atomic_file, read_json
 
+Floats = NDArray[np.float64]
+
 MAX_COLORS = 65536  # tokens are uint16
 _CELL = 8  # edge of the colour cells in which candidates are searched
 _AT_ONCE = 2**20  # distances in memory at a time
 _TIE = 1e-9  # squared 8-bit levels: far above the rounding of float64, far below what float32 centres differ by
-_SAMPLE = 400  # distinct colours a centre in the first round of k-means
+_BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
+_COARSE = 50  # cells a colour that the coarse round of k-means needs
+_MOMENTUM = 0.9
+_TOLERANCE = 1e-4  # of the error: k-means stops when an iteration gains less
 
 
 class Palette:
@@ -27,8 +32,8 @@ class Palette:
 
     Args:
         n_colors: k; 512 in the paper (a 9-bit palette). Data with fewer distinct colours gets exactly those.
-        max_iter: Lloyd iterations at most; fitting stops earlier when no pixel changes its colour. Large data are
-            iterated so often on a sub-sample, then five times as a whole: within 1 % of all iterations on all pixels.
+        max_iter: iterations at most; fitting stops earlier when one gains less than 0.01 % of the error. Large data
+            are iterated so often coarsely, then so often as a whole.
         seed: of the k-means++ start; the same pixels and seed give the same palette.
 
     Attributes:
@@ -49,19 +54,16 @@ class Palette:
 
     def fit(self, pixels: ArrayLike) -> Self:
         """Learns the colours of uint8 RGB pixels [..., 3]: k-means on the distinct ones, weighted by their counts."""
-        packed = _pack(_as_pixels(pixels))
-        if packed.size == 0:
+        rows = _as_pixels(pixels).reshape(-1, 3)
+        if rows.size == 0:
             raise InputError("a palette needs at least one pixel to be fitted to")
-        unique, counts = np.unique(packed, return_counts=True)
-        colors = _unpack(unique).astype(np.float64)
-        if len(colors) <= self.n_colors:
-            centers, self.inertia_ = colors, 0.0
+        unique, counts = np.unique(_pack(rows, np.zeros((len(rows), 8), dtype=np.uint8)), return_counts=True)
+        if len(unique) <= self.n_colors:
+            centers, self.inertia_ = _unpack(unique), 0.0
         else:
-            weights = counts.astype(np.float64)
-            centers, self.inertia_ = _k_means(colors, weights, self.n_colors, self.max_iter, self.seed)
+            centers, self.inertia_ = _k_means(unique, counts, self.n_colors, self.max_iter, self.seed)
         centers = centers[np.argsort(centers @ (0.299, 0.587, 0.114), kind="stable")]
-        self._set_centers(centers / 127.5 - 1)
-        return self
+        return self._set_centers(centers / 127.5 - 1)
 
     @classmethod
     def from_centers(cls, centers: ArrayLike) -> Self:
@@ -74,13 +76,11 @@ class Palette:
             raise InputError(f"palette centres have the shape [k, 3], not {list(array.shape)}")
         if not np.isfinite(array).all() or np.abs(array).max() > 1.001:
             raise InputError("palette centres lie in [-1, 1] (8-bit levels / 127.5 - 1)")
-        palette = cls(len(array))
-        palette._set_centers(array)
-        return palette
+        return cls(len(array))._set_centers(array)
 
-    def _set_centers(self, centers: ArrayLike) -> None:
-        self.centers_ = np.ascontiguousarray(centers, dtype="<f4")
-        self._table = None
+    def _set_centers(self, centers: ArrayLike) -> Self:
+        self.centers_, self._table = np.ascontiguousarray(centers, dtype="<f4"), None
+        return self
 
     def __len__(self) -> int:
         return len(self.centers_)
@@ -102,8 +102,15 @@ class Palette:
 
     def transform(self, pixels: ArrayLike) -> NDArray[np.uint16]:
         """Tokens of uint8 RGB pixels: [..., 3] -> uint16 [...], the exactly nearest colour (ties: the lower token)."""
-        tokens: NDArray[np.uint16] = self.table[_pack(_as_pixels(pixels))]
-        return tokens
+        array = _as_pixels(pixels)
+        rows = array.reshape(-1, 3)
+        tokens = np.empty(len(rows), dtype=np.uint16)
+        wide = np.zeros((min(len(rows), _BLOCK), 8), dtype=np.uint8)
+        for first in range(0, len(rows), _BLOCK):
+            block, out = rows[first : first + _BLOCK], tokens[first : first + _BLOCK]
+            # No index is out of range; "wrap" is the fastest of the three modes.
+            np.take(self.table, _pack(block, wide[: len(block)]), out=out, mode="wrap")
+        return tokens.reshape(array.shape[:-1])
 
     def inverse_transform(self, tokens: ArrayLike) -> NDArray[np.uint8]:
         """RGB of tokens: [...] -> uint8 [..., 3]."""
@@ -128,10 +135,12 @@ class Palette:
     def load(cls, path: str | Path) -> Self:
         """Reads a palette: `.npy` centres, or the JSON or folder of a token data set, a model or a Hub processor.
 
+        What is not here but looks like the id of a Hub model ("openai/imagegpt-small") is asked for there.
+
         Raises:
-            InputError: there is no palette at `path`.
+            InputError: there is no palette at `path`, nor on the Hub.
         """
-        path = Path(path)
+        path = _locate(path)
         if path.is_dir():
             for name in ("dataset.json", "preprocessor_config.json", "model/preprocessor_config.json"):
                 if (path / name).exists():
@@ -168,6 +177,27 @@ class Palette:
             )
 
 
+def _locate(name: str | Path) -> Path:
+    path, given = Path(name).expanduser(), str(name)
+    is_path = given.count("/") != 1 or given.startswith(("/", ".", "~")) or given.endswith((".npy", ".npz", ".json"))
+    if is_path or path.exists():
+        return path
+    from huggingface_hub import constants, hf_hub_download, model_info
+
+    silence: Exception | None = None
+    try:  # hf_hub_download alone would try a silent network for minutes
+        model_info(given, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # the network fails in many ways, proxies among them; the cache may have the file
+        silence = error
+    try:
+        return Path(hf_hub_download(given, "preprocessor_config.json", local_files_only=silence is not None))
+    except Exception as error:
+        raise InputError(
+            f"no palette {name} here, and the Hub cannot give it ({type(silence or error).__name__}); "
+            "download its preprocessor_config.json elsewhere and give that file's path"
+        ) from None
+
+
 def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:
     array = np.asarray(pixels)
     if array.dtype != np.uint8 or array.ndim < 1 or array.shape[-1] != 3:
@@ -175,55 +205,75 @@ def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:
     return array
 
 
-def _pack(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
-    wide = pixels.astype(np.int32)
-    packed: NDArray[np.int32] = (wide[..., 0] << 16) | (wide[..., 1] << 8) | wide[..., 2]
-    return packed
+def _pack(pixels: NDArray[np.uint8], wide: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """[N, 3] -> [N]: red, green and blue in one number of 24 bits, as bytes of `wide`, which is [N, 8] and else 0."""
+    wide[:, 2], wide[:, 1], wide[:, 0] = pixels[:, 0], pixels[:, 1], pixels[:, 2]
+    return wide.view("<i8")[:, 0]
 
 
-def _unpack(packed: NDArray[np.int32]) -> NDArray[np.int32]:
-    return np.stack([packed >> 16, (packed >> 8) & 255, packed & 255], axis=-1)
+def _unpack(packed: NDArray[np.int64]) -> Floats:
+    return np.stack([packed >> 16, (packed >> 8) & 255, packed & 255], axis=-1).astype(np.float64)
 
 
 def _k_means(
-    colors: NDArray[np.float64], counts: NDArray[np.float64], k: int, max_iter: int, seed: int
-) -> tuple[NDArray[np.float64], float]:
-    """k-means of weighted colours: greedy k-means++ on a few, Lloyd iterations on more, then on all."""
+    packed: NDArray[np.int64], weights: NDArray[Any], k: int, max_iter: int, seed: int
+) -> tuple[Floats, float]:
+    """k-means of distinct colours, weighted by their counts; returns the centres [k, 3] and the mean squared distance.
+
+    Large data first stand at the means of cells of 4^3 or 2^3 colours, for which greedy k-means++ and most of the way
+    cost little; then all colours are iterated. Sums are never left to BLAS, whose order depends on its threads.
+    """
     from sklearn.cluster import kmeans_plusplus
+    from threadpoolctl import threadpool_limits
 
-    generator = np.random.default_rng(seed)
-    size = min(len(colors), 20 * k)
-    few = np.sort(generator.choice(len(colors), size, replace=False, p=counts / counts.sum()))
-    centers, _ = kmeans_plusplus(colors[few], k, random_state=seed % 2**32)
-    if len(colors) > _SAMPLE * k:
-        more = np.sort(generator.choice(len(colors), _SAMPLE * k, replace=False))
-        centers = _lloyd(colors[more], counts[more], centers, max_iter)
-        max_iter = min(max_iter, 5)
-    centers = _lloyd(colors, counts, centers, max_iter)
-    distance, _ = _assign(centers, colors)
-    return centers, float(counts @ distance**2 / counts.sum())
+    colors = _unpack(packed)
+    coarse, coarse_weights = colors, weights
+    for edge in (4, 2):
+        _, cells = np.unique(packed & (256 - edge) * 0x010101, return_inverse=True)
+        if (n_cells := int(cells.max()) + 1) >= _COARSE * k:
+            coarse, coarse_weights = _means(cells, colors, weights, n_cells)
+            break
+    with threadpool_limits(1):
+        centers, _ = kmeans_plusplus(coarse, k, sample_weight=coarse_weights, random_state=seed % 2**32)
+    if len(coarse) < len(colors):
+        centers = _lloyd(coarse, coarse_weights, centers, max_iter)
+    centers = _lloyd(colors, weights, centers, max_iter)
+    return centers, float((weights * _assign(centers, colors)[0] ** 2).sum() / weights.sum())
 
 
-def _lloyd(
-    colors: NDArray[np.float64], counts: NDArray[np.float64], centers: NDArray[np.float64], max_iter: int
-) -> NDArray[np.float64]:
-    k = len(centers)
-    before = np.full(len(colors), -1)
+def _means(group: NDArray[np.int64], colors: Floats, weights: NDArray[Any], n: int) -> tuple[Floats, NDArray[Any]]:
+    """The weighted means [n, 3] of colours by their group 0..n-1, and the groups' weights [n]; empty groups are 0."""
+    weight: NDArray[Any] = np.bincount(group, weights, minlength=n)
+    sums = np.stack([np.bincount(group, weights * channel, minlength=n) for channel in colors.T], axis=1)
+    return sums / np.where(weight == 0, 1, weight)[:, None], weight
+
+
+def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int) -> Floats:
+    """The best means of Lloyd's iterations with momentum, of which 20 go as far as 100 plain ones.
+
+    Where the error grows, the centres have gone too far: they stop at the means and start anew from there.
+    """
+    best = before = centers
+    least = last = np.inf
     for _ in range(max_iter):
         distance, nearest = _assign(centers, colors)
-        if (nearest == before).all():
-            break
-        before = nearest
-        weight = np.bincount(nearest, counts, minlength=k)
-        sums = np.stack([np.bincount(nearest, counts * colors[:, c], minlength=k) for c in range(3)], axis=1)
+        losses = weights * distance**2
+        error = losses.sum()
+        means, weight = _means(nearest, colors, weights, len(centers))
         empty = weight == 0
-        centers = sums / np.where(empty, 1, weight)[:, None]
-        if empty.any():  # a colour that lost all its pixels starts anew at the worst-served ones
-            centers[empty] = colors[np.argsort(-counts * distance**2, kind="stable")[: empty.sum()]]
-    return centers
+        if empty.any():  # a colour that lost all its pixels starts anew, at rest, at the worst-served ones
+            means[empty] = colors[np.argsort(-losses, kind="stable")[: empty.sum()]]
+            before = np.where(empty[:, None], means, before)
+        if error < least:
+            best, least = means, error
+        if 0 <= last - error <= _TOLERANCE * error:
+            break
+        centers = means + _MOMENTUM * (means - before) if error < last else means
+        before, last = means, error
+    return best
 
 
-def _assign(centers: NDArray[np.float64], colors: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+def _assign(centers: Floats, colors: Floats) -> tuple[Floats, NDArray[np.int64]]:
     from scipy.spatial import cKDTree
 
     distance, nearest = cKDTree(centers).query(colors, workers=-1)
@@ -249,8 +299,7 @@ def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
     flat = table.reshape(len(middles), -1)
     rows = max(1, _AT_ONCE // len(points))
     for first in range(0, len(middles), rows):
-        block = slice(first, first + rows)
-        distance = (points**2).sum(-1) - 2 * (middles[block] @ points.T)  # squared, less |m|^2
+        distance = (points**2).sum(-1) - 2 * (middles[first : first + rows] @ points.T)  # squared, less |m|^2
         best = distance.argmin(axis=1)[:, None]
         # |m + o - c|^2 - |m + o - b|^2 = |m - c|^2 - |m - b|^2 - 2 o.(c - b), least at the corner along c - b
         gain = sum(2 * half * np.abs(channel - channel[best]) for channel in points.T)
@@ -270,7 +319,12 @@ def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def nearest_color_error(palette: Palette, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """What the palette costs on `pixels` [..., 3]: mean squared error per channel (8-bit levels) and PSNR in dB."""
-    difference = pixels.astype(np.float64) - palette.inverse_transform(palette.transform(pixels))
-    mse = float((difference**2).mean())
-    return {"mse": mse, "psnr_db": None if mse == 0 else float(10 * np.log10(255**2 / mse))}
+    """What the palette costs on `pixels` [..., 3], and how they use it.
+
+    The mean squared error per channel (8-bit levels), PSNR in dB (None without error), each colour's share of pixels.
+    """
+    tokens = palette.transform(pixels)
+    mse = float(((pixels.astype(np.float64) - palette.inverse_transform(tokens)) ** 2).mean())
+    share = np.bincount(tokens.reshape(-1), minlength=len(palette)) / tokens.size
+    psnr = None if mse == 0 else float(10 * np.log10(255**2 / mse))
+    return {"mse": mse, "psnr_db": psnr, "share": share.round(6).tolist()}

@@ -1,97 +1,126 @@
-"""Images -> a token data set: palette, tokens, shards; in parallel, and continued where it was interrupted."""
+"""Images -> a token data set: palette, tokens, shards; in parallel, and continued where it was interrupted.
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+Work goes on in a folder of its own (`OUT.partial`), which gets its name when all is there:
+
+plan.json             what is done, with which palette; whoever continues must want the same
+palette.png           originals, and below them what the palette makes of them
+SPLIT-NNNNN.*.npy     shards: the images of one split among SHARD_IMAGES neighbours of the source
+R-NNNNN.done.json     their record, written last
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from multiprocessing import get_context, parent_process
+from itertools import islice
 from pathlib import Path
-from threading import Thread, current_thread, main_thread
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.config import Config
-from igpt.data.images import decode, to_square
-from igpt.data.palette import Palette, nearest_color_error
-from igpt.data.sources import Source, open_source
-from igpt.data.tokens import Shard, TokenDataset, write_manifest, write_shard
+from igpt.data.archives import TokenRows
+from igpt.data.fit import PaletteConfig, settle_palette, transform_of
+from igpt.data.palette import Palette
+from igpt.data.pool import running
+from igpt.data.readers import Reader
+from igpt.data.sources import Split, open_source
+from igpt.data.tokens import SPLITS, Shard, TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, write_json
 
-PLAN = "plan.json"
+PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
 SHARD_IMAGES = 8192
-PALETTE_PIXELS = 2_000_000  # of the training images, drawn by seed; k = 512 needs no more
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
-_AT_ONCE = 256  # images held as pixels
+Progress = Callable[[int, int], None]
 
 
-class PrepareConfig(Config):
+class PrepareConfig(PaletteConfig):
     """How images become tokens."""
 
-    size: int = Field(32, ge=2, le=1024, description="model resolution in pixels; the paper has 32, 48 and 64")
-    colors: int = Field(512, ge=2, le=65535, description="palette size; greyscale data gets as many levels as it has")
-    palette: Path | None = Field(None, description="use this palette (.npy, token data set, model) and fit none")
-    image_column: str | None = Field(None, description="column of images; found by type when there is one")
-    label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
-    held_out: float = Field(0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the palette and of the splits")
-    on_error: Literal["stop", "skip"] = Field("stop", description="what an image that does not decode does")
+    views: int = Field(0, ge=0, description="random crops of each training image (paper); 0: its centre square")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
 
 
 @dataclass(frozen=True)
 class _Job:
-    split: str
+    """Neighbouring images of a reader: their rows [N], ascending, and for each the number of its split."""
+
+    reader: int
     number: int
-    first: int
-    last: int
+    rows: NDArray[np.int64]
+    splits: NDArray[np.uint8]
 
     @property
-    def name(self) -> str:
-        return f"{self.split}-{self.number:05d}"
+    def record(self) -> str:
+        return f"{self.reader}-{self.number:05d}.done.json"
 
 
 @dataclass(frozen=True)
 class _Work:
-    """All that a worker needs for any shard."""
+    """All that a worker needs for any job."""
 
-    splits: dict[str, Source]
+    readers: list[Reader]
     palette: Palette
     config: PrepareConfig
     folder: Path
+    bad_allowed: int
 
     def __call__(self, job: _Job) -> dict[str, Any]:
-        source = self.splits[job.split]
-        tokens, kept, skipped = [], [], []
-        for first in range(job.first, job.last, _AT_ONCE):
-            positions = np.arange(first, min(first + _AT_ONCE, job.last))
-            squares, decoded, lines = _decode_squares(source, positions, self.config)
-            tokens.append(self.palette.transform(squares).reshape(len(squares), self.config.size**2))
-            kept.append(decoded)
-            skipped += [f"{job.split} {line}" for line in lines]
-        shard = write_shard(self.folder, job.name, np.concatenate(tokens), source.labels[np.concatenate(kept)])
-        result = {"shard": vars(shard), "skipped": skipped}
-        write_json(self.folder / f"{job.name}.done.json", result)
+        tokens: dict[str, list[NDArray[np.uint16]]] = defaultdict(list)
+        labels: dict[str, list[int]] = defaultdict(list)
+        skipped: list[str] = []
+        reader = self.readers[job.reader]
+        for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=True):
+            split = SPLITS[owner]
+            try:
+                made = self._tokens(reader, image, split, row)
+            except InputError as error:
+                skipped.append(f"{split} {reader.name_of(row)}: {error}")
+                require_few(skipped, self.bad_allowed, self.config)
+            else:
+                tokens[split].append(made)
+                labels[split] += [label] * len(made)
+        shards = {
+            split: write_shard(
+                self.folder,
+                f"{split}-{job.number:05d}",
+                np.concatenate(tokens[split]),
+                np.array(labels[split], dtype=np.int32),
+            )
+            for split in tokens
+        }
+        written = {name: vars(shard) for name, shard in shards.items()}
+        result = {"images": len(job.rows), "shards": written, "skipped": skipped}
+        write_json(self.folder / job.record, result)
         return result
+
+    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> NDArray[np.uint16]:
+        """The tokens of an image, [max(V, 1), n]."""
+        if isinstance(reader, TokenRows):
+            if image.min() < 0 or image.max() >= len(self.palette):
+                raise InputError(f"tokens {image.min()} to {image.max()} in a palette of {len(self.palette)} colours")
+            return np.asarray(image, dtype=np.uint16)[None]
+        transform = transform_of(self.config, self.config.views if split == "train" else 0)
+        squares = transform(image, (self.config.seed, row))
+        return self.palette.transform(squares).reshape(len(squares), -1)
+
+
+def require_few(bad: list[str], allowed: int, config: PrepareConfig) -> None:
+    """Refuses more bad images than are allowed."""
+    if len(bad) > allowed:
+        raise InputError(
+            f"images that do not decode: {len(bad)}, where --max-bad {config.max_bad:g} allows {allowed}; the first: "
+            f"{bad[0]}; mend or remove them, or go on without them by a larger --max-bad"
+        )
 
 
 def prepare(
-    source: str,
-    out: Path,
-    config: PrepareConfig,
-    *,
-    workers: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    source: str, out: Path, config: PrepareConfig, *, workers: int = 1, progress: Progress | None = None
 ) -> TokenDataset:
     """Turns a source of images into a token data set.
 
-    Shards are written under `OUT.partial`, which becomes `out` when all are there; interrupted work is continued by
-    the same call. The result does not depend on `workers`.
+    Interrupted work is continued by the same call. The result does not depend on `workers`.
 
     Args:
         source: see `open_source`.
@@ -100,169 +129,170 @@ def prepare(
         progress: called with (images done, images in all).
 
     Raises:
-        InputError: what the source, an image (`on_error="stop"`) or `out` has wrong.
+        InputError: what the source, too many of its images, or `out` have wrong.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already; remove it or choose another -o")
-    if workers < 1:
-        raise InputError(f"at least one worker is needed, not {workers}")
-    splits, class_names = open_source(
-        source,
-        image_column=config.image_column,
-        label_column=config.label_column,
-        held_out=config.held_out,
-        seed=config.seed,
-    )
-    folder = out.with_name(out.name + ".partial")
-    made: dict[str, Any] = {
-        "config": config.model_dump(mode="json"),
-        "images": {name: len(rows) for name, rows in splits.items()},
-    }
-    palette, quality = _settle_palette(folder, source, splits["train"], config, made)
-    work = _Work(splits, palette, config, folder)
-    total = sum(map(len, splits.values()))
-    jobs = [
-        _Job(name, number, first, min(first + SHARD_IMAGES, len(rows)))
-        for name, rows in splits.items()
-        for number, first in enumerate(range(0, len(rows), SHARD_IMAGES))
-    ]
-    waiting = [job for job in jobs if not (folder / f"{job.name}.done.json").exists()]
-    done = total - sum(job.last - job.first for job in waiting)
-    with _runner(work, workers if total >= ALONE_BELOW else 1) as run:
-        for job, _ in zip(waiting, run(waiting), strict=True):
-            done += job.last - job.first
-            if progress:
-                progress(done, total)
-    results = {job: read_json(folder / f"{job.name}.done.json", "shard record") for job in jobs}
-    skipped = [line for result in results.values() for line in result["skipped"]]
-    made |= {"skipped": skipped, "palette_error": quality}
-    shards = {
-        name: [Shard(**result["shard"]) for job, result in results.items() if job.split == name] for name in splits
-    }
-    if not sum(shard.count for shard in shards["train"]):
-        raise InputError(f"no training image of {source} decodes; the first: {skipped[0]}")
-    write_manifest(
-        folder,
-        resolution=config.size,
-        palette=palette,
-        class_names=class_names,
-        splits=shards,
-        source=source,
-        made=made,
-    )
+    folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress)
+    write_dataset(folder, plan, list(records.values()))
     # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is complete.
-    for left in [*folder.glob("*.done.json"), *folder.glob(".*.tmp")]:
-        left.unlink()
+    _clear(folder)
     folder.rename(out)
     (out / PLAN).unlink()
     return TokenDataset(out)
 
 
-def _settle_palette(
-    folder: Path, source: str, train: Source, config: PrepareConfig, made: dict[str, Any]
-) -> tuple[Palette, dict[str, Any]]:
-    """The palette of this data set: an interrupted preparation's, a given one, or one fitted to training pixels."""
+def prepare_part(
+    source: str,
+    out: Path,
+    config: PrepareConfig,
+    part: tuple[int, int],
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
+) -> Path:
+    """Makes one of n parts of a token data set, for machines that share the work without knowing of each other.
+
+    Parts that are joined (`igpt.data.parts.merge`) are the same to the byte as what `prepare` makes.
+
+    Args:
+        part: (i, n), the i-th of n, from 1.
+        source, config, workers, progress: see `prepare`; the same for all parts.
+
+    Returns:
+        the folder of the part, `OUT.i-of-n`.
+
+    Raises:
+        InputError: see `prepare`; or there is no such part.
+    """
+    if not 1 <= part[0] <= part[1]:
+        raise InputError(f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}")
+    out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
+    folder, _, records = _make_shards(source, out, config, part, workers, progress)
+    write_json(folder / RECORDS, {"records": records})
+    _clear(folder)
+    folder.rename(out)
+    return out
+
+
+def _clear(folder: Path) -> None:
+    for left in [*folder.glob("*.done.json"), *folder.glob(".*.tmp")]:
+        left.unlink()
+
+
+def _make_shards(
+    source: str,
+    out: Path,
+    config: PrepareConfig,
+    part: tuple[int, int],
+    workers: int,
+    progress: Progress | None,
+) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
+    """The folder with all shards of a part, the plan they follow, and their records in order, by name."""
+    if out.exists():
+        raise InputError(f"{out} exists already; remove it or choose another -o")
+    if workers < 1:
+        raise InputError(f"at least one worker is needed, not {workers}")
+    splits, class_names = open_source(source, config)
+    folder = out.with_name(out.name + ".partial")
+    wanted = {
+        "source": source,
+        "config": config.model_dump(mode="json", exclude={"stream"}),
+        "images": {name: len(rows) for name, rows in splits.items()},
+        "class_names": class_names,
+        "shard_images": SHARD_IMAGES,
+        "part": list(part),
+    }
+    plan, palette = _settle_plan(folder, wanted, splits["train"], config)
+
+    def jobs() -> Iterator[_Job]:
+        return islice(_jobs(splits), part[0] - 1, None, part[1])
+
+    def waiting() -> Iterator[_Job]:
+        return (job for job in jobs() if not (folder / job.record).exists())
+
+    def records() -> dict[str, dict[str, Any]]:
+        paths = (folder / job.record for job in jobs())
+        return {path.name: read_json(path, "shard record") for path in paths if path.exists()}
+
+    skipped = [line for record in records().values() for line in record["skipped"]]
+    total = sum(len(job.rows) for job in jobs())
+    done = total - sum(len(job.rows) for job in waiting())
+    work = _Work(_readers(splits), palette, config, folder, int(config.max_bad * total))
+    require_few(skipped, work.bad_allowed, config)
+    with running(work, workers if total >= ALONE_BELOW else 1) as run:
+        for result in run(waiting()):
+            skipped += result["skipped"]
+            require_few(skipped, work.bad_allowed, config)
+            done += result["images"]
+            if progress:
+                progress(done, total)
+    return folder, plan, records()
+
+
+def _readers(splits: Mapping[str, Split]) -> list[Reader]:
+    return list({id(split.reader): split.reader for split in splits.values()}.values())
+
+
+def _jobs(splits: Mapping[str, Split]) -> Iterator[_Job]:
+    for reader, images in enumerate(_readers(splits)):
+        owners = {SPLITS.index(name): split.indices for name, split in splits.items() if split.reader is images}
+        for number, first in enumerate(range(0, len(images), SHARD_IMAGES)):
+            parts = {
+                owner: rows[slice(*np.searchsorted(rows, (first, first + SHARD_IMAGES)))]
+                for owner, rows in owners.items()
+            }
+            rows = np.concatenate(list(parts.values()))
+            owned = np.repeat(np.array(list(parts), np.uint8), [len(part) for part in parts.values()])
+            order = np.argsort(rows)
+            yield _Job(reader, number, rows[order], owned[order])
+
+
+def _settle_plan(
+    folder: Path, plan: dict[str, Any], train: Split, config: PrepareConfig
+) -> tuple[dict[str, Any], Palette]:
+    """The plan with its palette: an interrupted preparation's, or a new one with a given or a fitted palette."""
     if folder.exists():
-        return _continue_plan(folder, {"source": source, **made})
-    given = Palette.load(config.palette) if config.palette else None
-    count = min(len(train), max(1, PALETTE_PIXELS // config.size**2))
-    chosen = np.sort(np.random.default_rng(config.seed).permutation(len(train))[:count])
-    squares, _, skipped = _decode_squares(train, chosen, config)
-    if not len(squares):
-        raise InputError(f"no training image of {source} decodes; the first: {skipped[0]}")
-    palette = given or Palette(config.colors, seed=config.seed).fit(squares)
-    quality = nearest_color_error(palette, squares)
-    centers = palette.centers_.tolist()
+        plan = _continue_plan(folder, plan)
+        return plan, Palette.load(folder / PLAN)
+    palette, quality, picture = settle_palette(plan["source"], train, config)
+    plan = {**plan, "palette_error": quality, "palette": {"centers": palette.centers_.tolist()}}
     with atomic_folder(folder) as temporary:
-        plan = {"source": source, **made, "palette_error": quality, "palette": {"centers": centers}}
         write_json(temporary / PLAN, plan)
-    return palette, quality
+        if picture:
+            picture.save(temporary / PICTURE)
+    return plan, palette
 
 
-def _continue_plan(folder: Path, wanted: dict[str, Any]) -> tuple[Palette, dict[str, Any]]:
+def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not (folder / PLAN).exists():
         raise InputError(f"{folder} exists and holds no unfinished work; remove it or choose another -o")
     plan = read_json(folder / PLAN, "plan")
-    begun = {key: plan[key] for key in wanted}
-    # Work that an image stopped may go on with such images skipped: all that is done so far had none.
-    if begun["config"]["on_error"] == "stop":
-        begun["config"] |= {"on_error": wanted["config"]["on_error"]}
-    if begun != wanted:
+    # Work that bad images stopped may go on with more of them: what is done does not depend on it.
+    begun = plan | {"config": plan.get("config", {}) | {"max_bad": wanted["config"]["max_bad"]}}
+    if {key: begun.get(key) for key in wanted} != wanted:
         raise InputError(f"{folder} holds unfinished work with other settings; remove it or choose another -o")
-    write_json(folder / PLAN, plan | begun)
-    return Palette.load(folder / PLAN), plan["palette_error"]
+    write_json(folder / PLAN, begun)
+    return begun
 
 
-def _decode_squares(
-    source: Source, positions: NDArray[np.int64], config: PrepareConfig
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], list[str]]:
-    """RGB squares uint8 [M, size, size, 3] of the images that decode, their positions, and a line for each other."""
-    squares, kept, skipped = [], [], []
-    for position, image in zip(positions, source.images(positions), strict=True):
-        try:
-            squares.append(to_square(decode(image), config.size))
-            kept.append(position)
-        except InputError as error:
-            message = f"{source.name_of(position)}: {error}"
-            if config.on_error == "stop":
-                raise InputError(f"image {message} (--on-error skip lists such images and goes on)") from None
-            skipped.append(message)
-    shape = (len(squares), config.size, config.size, 3)
-    return np.array(squares, dtype=np.uint8).reshape(shape), np.array(kept, dtype=np.int64), skipped
+def write_dataset(folder: Path, plan: Mapping[str, Any], records: list[dict[str, Any]]) -> None:
+    """Writes the manifest of a folder that holds all shards of a plan, with their records in order.
 
-
-_worker_work: _Work | None = None  # of a worker process: sent once, not with every shard
-
-
-def _start_worker(work: _Work) -> None:
-    global _worker_work
-    _worker_work = work
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # Otherwise the workers of a killed parent wait for their next shard for ever.
-    parent = parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_in_worker(job: _Job) -> dict[str, Any]:
-    assert _worker_work is not None
-    return _worker_work(job)
-
-
-@contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here ignore SIGINT, from their first import on."""
-    if current_thread() is not main_thread():  # only it may set signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _runner(work: _Work, workers: int) -> Iterator[Callable[[list[_Job]], Iterator[dict[str, Any]]]]:
-    """How shards are run: in this process, or in a pool of spawned ones (results in order either way)."""
-    if workers == 1:
-        yield lambda jobs: map(work, jobs)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
-
-    def run(jobs: list[_Job]) -> Iterator[dict[str, Any]]:
-        with _deaf_to_ctrl_c():  # workers begin here; Ctrl-C ends this process, and it ends them
-            return pool.map(_run_in_worker, jobs)
-
-    try:
-        yield run
-    except BrokenProcessPool:
-        raise InputError(
-            "a worker was killed, most often for want of memory; the same command with fewer workers goes on from here"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+    Raises:
+        InputError: no training image was fit to use.
+    """
+    shards = {
+        split: [Shard(**record["shards"][split]) for record in records if split in record["shards"]]
+        for split in plan["images"]
+    }
+    skipped = [line for record in records for line in record["skipped"]]
+    if not shards["train"]:
+        raise InputError(f"no training image of {plan['source']} decodes; the first: {skipped[0]}")
+    write_manifest(
+        folder,
+        resolution=plan["config"]["size"],
+        palette=Palette.from_centers(plan["palette"]["centers"]),
+        class_names=plan["class_names"],
+        splits=shards,
+        source=plan["source"],
+        made={key: plan[key] for key in ("config", "images", "palette_error")} | {"skipped": skipped},
+    )

@@ -1,116 +1,164 @@
-"""Where images come from: the bundled digits, a folder or file, or a hub id, all as `datasets.Dataset` splits."""
+"""Where images come from: the bundled digits, a folder, files, an archive, or a hub id; splits and classes settled."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import islice
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
+from igpt.config import Config
+from igpt.data.archives import open_archive
+from igpt.data.folders import SPLIT_NAMES, files_below, open_images, open_tars, split_folders, split_tars
+from igpt.data.readers import Reader, image_endings
+from igpt.data.tables import ArrowTable, load_tables, readers_of
 from igpt.data.tokens import SPLITS
 from igpt.errors import InputError, suggest
 
 DIGITS = "digits"
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
-}
+_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of `datasets`' folders of images
+
+
+class SourceConfig(Config):
+    """Which images of a source are taken, and what for."""
+
+    image_column: str | None = Field(None, description="column of images; found by type when there is one")
+    label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
+    train_split: str | None = Field(None, description="the source's split to train on, such as STL-10's unlabeled")
+    validation_split: str | None = Field(None, description="the source's split to validate on")
+    test_split: str | None = Field(None, description="the source's split to test on: validation, of ImageNet")
+    held_out: float = Field(0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the palette, of the splits and of random crops")
+    stream: bool = Field(False, description="read Parquet on the Hub where it lies, and store nothing here")
 
 
 @dataclass(frozen=True)
-class Source:
-    """Images of one split: undecoded, so that a broken one is an error of that image alone.
+class Split:
+    """Images of one split, undecoded.
 
     Attributes:
-        rows: a `datasets.Dataset`, of the image column alone.
-        indices: which of its rows belong to the split.
-        labels: int32 [len(indices)], -1 where there is none.
+        reader: reads them, and perhaps those of other splits.
+        indices: which of its rows belong to the split, ascending.
     """
 
-    rows: Any
-    image_column: str
+    reader: Reader
     indices: NDArray[np.int64]
-    labels: NDArray[np.int32]
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def image(self, position: int) -> Any:
-        """The undecoded image at a position: `{"bytes", "path"}`."""
-        return self.rows[int(self.indices[position])][self.image_column]
-
-    def images(self, positions: NDArray[np.int64]) -> Iterator[Any]:
-        """The undecoded images at some positions; read in slices, which is faster than one by one."""
-        for first in range(0, len(positions), 256):
-            yield from self.rows[self.indices[positions[first : first + 256]]][self.image_column]
-
-    def name_of(self, position: int) -> str:
-        """How a person finds the image: its path, or its row."""
-        record = self.image(position)
-        row = f"row {self.indices[position]}"
-        return f"{row} ({record['path']})" if record and record.get("path") else row
+    def read(self, positions: NDArray[np.int64]) -> Iterator[tuple[Any, int]]:
+        """The undecoded images and class numbers at some positions, ascending."""
+        return self.reader.read(self.indices[positions])
 
 
-def open_source(
-    source: str,
-    *,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    held_out: float = 0.1,
-    seed: int = 0,
-) -> tuple[dict[str, Source], list[str] | None]:
+def open_source(source: str, config: SourceConfig | None = None) -> tuple[dict[str, Split], list[str] | None]:
     """Opens a source and settles its splits.
 
-    Existing train, validation and test splits are kept; `held_out` of the training images are split off, by seed, for
-    a validation split that is missing, and as many for a missing test split (10 %, paper section 3.1). Splits by other
-    names (such as STL-10's unlabelled one) are left aside. In a folder of images, `train`, `val` and the like name
-    splits as sub-folders at the top, and nowhere else.
+    Train, validation and test splits are taken by their names, or as the settings say; others, such as STL-10's
+    unlabelled one, are left aside. `held_out` of the training images are split off, by seed, for a missing validation
+    split, and as many for a missing test split (10 %, for ImageNet 4 %; paper, section 3.1).
 
     Args:
-        source: "digits" (scikit-learn's 1,797 handwritten digits), a folder or file that `datasets.load_dataset`
-            reads (Parquet, image folders, WebDataset tars), or a hub id, with a configuration after a colon
-            ("name/set:config").
-        image_column: the column of images; found by type when there is one only.
-        label_column: the column of classes; found by type likewise. "none" ignores the labels.
+        source: "digits" (scikit-learn's 1,797 handwritten digits); a folder of images, Parquet files or WebDataset
+            tars; a `.parquet`, `.arrow` or `.tar` file; an archive as its site ships it (see `open_archive`); or a hub
+            id, with a configuration after a colon ("name/set:config").
 
     Returns:
         the splits, and the class names (None without labels).
 
     Raises:
-        InputError: nothing there, no images in it, or an ambiguous column.
+        InputError: nothing there, no images in it, an ambiguous column, or labels that disagree between splits.
     """
-    loaded = _digits() if source == DIGITS else _load(source)
-    named = {_SPLIT_NAMES[name]: rows for name, rows in loaded.items() if name in _SPLIT_NAMES}
-    if not named and len(loaded) == 1:
-        named = {"train": next(iter(loaded.values()))}
-    if "train" not in named:
-        raise InputError(f"{source} has no training split, only: {', '.join(loaded)}")
-    features = named["train"].features
-    image = _image_column(features, image_column, source)
-    label = _label_column(features, label_column, source)
-    for name, rows in named.items():
-        if image not in rows.features or (label is not None and label not in rows.features):
-            raise InputError(f"{source}: split {name!r} lacks the columns of the training split ({image}, {label})")
-    class_names = _class_names(list(named.values()), label)
-    opened = {}
-    for name, rows in named.items():
-        labels = _labels(rows, label, class_names)
-        opened[name] = Source(_undecoded(rows, image), image, np.arange(len(rows)), labels)
-    if len(opened["train"]) == 0:
+    config = config or SourceConfig()
+    try:
+        readers, class_names = _open(source, config)
+    except PermissionError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    if len(readers["train"]) == 0:
         raise InputError(f"{source} is empty: there is no image in its training split")
-    return _with_held_out(opened, held_out, seed, source), class_names
+    return _with_held_out(readers, config, source), class_names
 
 
-def _digits() -> dict[str, Any]:
+def _open(source: str, config: SourceConfig) -> tuple[dict[str, Reader], list[str] | None]:
+    if source == DIGITS:
+        return readers_of({"train": _digits()}, source, config.image_column, config.label_column)
+    path = Path(source).expanduser()
+    archive = open_archive(str(path), config.label_column)
+    if archive:
+        return _named(archive[0], config, source), archive[1]
+    if path.is_dir():
+        return _open_folder(path, config, source)
+    if path.is_file():
+        if path.suffix == ".tar":
+            return _open_tars(path.parent, [path.name], config, source)
+        if path.suffix not in (".parquet", ".arrow"):
+            raise InputError(
+                f"{path} is a {path.suffix or 'nameless'} file; give a folder of images or a .parquet, .arrow or .tar"
+            )
+    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        raise InputError(f"no folder or file {source}")
+    return _open_tables(path, config, source)
+
+
+def _open_folder(path: Path, config: SourceConfig, source: str) -> tuple[dict[str, Reader], list[str] | None]:
+    import pyarrow as pa
+
+    kinds, tars, described = Counter[str](), list[str](), False
+
+    def images() -> Iterator[str]:
+        nonlocal described
+        for name in files_below(path):
+            file = PurePosixPath(name)
+            ending = file.suffix.lower()
+            kinds[ending if ending not in image_endings() else "image"] += 1
+            described |= file.name in _METADATA
+            if ending == ".tar":
+                tars.append(name)
+            elif ending in image_endings():
+                yield name
+
+    found = images()
+    chunks = iter(lambda: list(islice(found, 65536)), [])
+    try:
+        names = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunks], pa.large_string())
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name of the image {error.object!r} in {path} is not UTF-8; rename it") from None
+    if not kinds:
+        raise InputError(f"{path} is an empty folder; there are no images in it")
+    # One picture may lie beside the one file that holds the images.
+    commonest = max((".parquet", ".arrow", ".tar", "image"), key=kinds.__getitem__)
+    if commonest == ".tar":
+        return _open_tars(path, tars, config, source)
+    if commonest != "image":
+        return _open_tables(path, config, source)
+    names = names.combine_chunks()
+    splits = _named(split_folders(names, asked=bool(_asked(config))), config, source)
+    if not described:
+        return open_images(path, names, splits, config.label_column)
+    files = {split: f"{top}/**".lstrip("/") for split, top in splits.items()}
+    tables = load_tables(source, path, files, stream=False)  # `datasets` knows what their metadata say
+    return readers_of(tables, source, config.image_column, config.label_column)
+
+
+def _open_tars(
+    folder: Path, tars: list[str], config: SourceConfig, source: str
+) -> tuple[dict[str, Reader], list[str] | None]:
+    splits = _named(split_tars(tars, asked=bool(_asked(config))), config, source)
+    paths = {split: [folder / name for name in names] for split, names in splits.items()}
+    return open_tars(paths, config.image_column, config.label_column)
+
+
+def _open_tables(path: Path, config: SourceConfig, source: str) -> tuple[dict[str, Reader], list[str] | None]:
+    tables = _named(load_tables(source, path, None, stream=config.stream), config, source)
+    return readers_of(tables, source, config.image_column, config.label_column)
+
+
+def _digits() -> ArrowTable:
     from datasets import ClassLabel, Dataset, Features, Image
     from PIL import Image as Pillow
     from sklearn.datasets import load_digits
@@ -120,161 +168,52 @@ def _digits() -> dict[str, Any]:
     names = [str(digit) for digit in bunch.target_names]
     features = Features({"image": Image(), "label": ClassLabel(names=names)})
     rows = {"image": [Pillow.fromarray(image) for image in levels], "label": bunch.target.tolist()}
-    return {"train": Dataset.from_dict(rows, features=features)}
+    return ArrowTable(Dataset.from_dict(rows, features=features))
 
 
-def _load(source: str) -> Mapping[str, Any]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    path = Path(source).expanduser()
-    try:
-        if path.is_file():
-            kind = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix)
-            if kind is None:
-                raise InputError(f"{path} is a {path.suffix or 'nameless'} file; give a folder of images or a .parquet")
-            loaded = datasets.load_dataset(kind, data_files={"train": str(path)})
-        elif path.is_dir():
-            loaded = _load_folder(path.resolve())
-        elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
-            raise InputError(f"no folder or file {source}")
-        else:
-            loaded = _load_from_hub(*source.partition(":")[::2])
-    except InputError:
-        raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = " ".join(str(cause or error).split()) or type(error).__name__
-        problem = "its files are not readable as images"
-        if not path.exists():
-            problem = f"no such folder here and no such data set within reach of the Hub, or {problem}"
-        raise InputError(f"cannot load {source!r}: {problem} ({reason[:300]})") from None
-    return dict(loaded)
-
-
-def _load_folder(path: Path) -> Mapping[str, Any]:
-    import datasets
-    from PIL import Image
-
-    if not any(path.iterdir()):
-        raise InputError(f"{path} is an empty folder; there are no images in it")
-    if "[" in str(path):
-        raise InputError(f"{path}: `datasets` cannot read folders with a '[' in their names; rename it")
-    kinds = Counter(os.path.splitext(name)[1].lower() for _, _, names in os.walk(path) for name in names)  # noqa: PTH122
-    kinds = Counter({kind: count for kind, count in kinds.items() if kind})
-    if not kinds or kinds.most_common(1)[0][0] not in Image.registered_extensions():
-        return datasets.load_dataset(str(path))  # type: ignore[no-any-return]
-    # `datasets` would look for the names of splits anywhere in the images' paths, and leave out every image without
-    # one: a file named train-station.jpg, or a class named train, and all the others were gone.
-    folders = {child.name for child in path.iterdir() if child.is_dir() and not child.name.startswith(".")}
-    splits = {name for name in folders if name.lower() in _SPLIT_NAMES}
-    trains = {name for name in splits if _SPLIT_NAMES[name.lower()] == "train"}
-    if trains and (splits > trains or folders == trains):
-        files = {name.lower(): f"{name}/**" for name in splits}
-    else:
-        files = {"train": "**"}
-    return datasets.load_dataset(str(path), data_files=files)  # type: ignore[no-any-return]
-
-
-def _load_from_hub(name: str, config: str) -> Mapping[str, Any]:
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:  # first of all, once: where there is no network, `load_dataset` tries for half a minute and fills the console
-        if not offline:
-            HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:
-        pass  # the Hub has answered; `load_dataset` says what
-    except Exception:  # the network fails in many ways, proxies among them; the cache may have the data set
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        return datasets.load_dataset(name, config or None)  # type: ignore[no-any-return]
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _undecoded(rows: Any, column: str) -> Any:
-    from datasets import Image
-
-    return rows.select_columns([column]).cast_column(column, Image(decode=False))
-
-
-def _is_image(feature: Any) -> bool:
-    """Whether a column holds images by its type: also the records of encoded images that other tools write."""
-    from datasets import Image
-
-    return isinstance(feature, Image) or (isinstance(feature, dict) and set(feature) == {"bytes", "path"})
-
-
-def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str:
-    if wanted is not None:
-        if wanted not in features:
-            raise InputError(f"{source} has no column {wanted!r}; {suggest(wanted, features)}")
-        # Encoded images or their paths; what it is in truth shows when it is decoded.
-        kind = getattr(features[wanted], "dtype", "")
-        if not _is_image(features[wanted]) and kind not in ("binary", "large_binary", "string", "large_string"):
-            raise InputError(f"column {wanted!r} of {source} holds {features[wanted]}, not images")
-        return wanted
-    images = [name for name, feature in features.items() if _is_image(feature)]
-    if len(images) != 1:
-        problem = "no image column" if not images else f"several image columns ({', '.join(images)})"
-        raise InputError(f"{source} has {problem}; name one with --image-column from: {', '.join(features)}")
-    return images[0]
-
-
-def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str | None:
-    from datasets import ClassLabel
-
-    if wanted is not None:
-        if wanted != "none" and wanted not in features:
-            raise InputError(f"{source} has no column {wanted!r}; {suggest(wanted, [*features, 'none'])}")
-        if wanted == "none":
-            return None
-        kind = getattr(features[wanted], "dtype", "")
-        if not kind.startswith(("int", "uint", "string", "large_string", "bool")):
-            raise InputError(f"column {wanted!r} of {source} holds {features[wanted]}; classes are integers or strings")
-        return wanted
-    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    if len(labels) > 1:
-        raise InputError(f"{source} has several label columns; name one with --label-column from: {', '.join(labels)}")
-    return labels[0] if labels else None
-
-
-def _class_names(splits: list[Any], column: str | None) -> list[str] | None:
-    if column is None:
-        return None
-    names = getattr(splits[0].features[column], "names", None)
-    if names:
-        return list(names)
-    return [str(value) for value in sorted({value for rows in splits for value in rows[column]} - {None})]
-
-
-def _labels(rows: Any, column: str | None, class_names: list[str] | None) -> NDArray[np.int32]:
-    if column is None or class_names is None:
-        return np.full(len(rows), -1, dtype=np.int32)
-    values = rows[column][:]
-    if hasattr(rows.features[column], "names"):
-        return np.array([-1 if value is None else value for value in values], dtype=np.int32)
-    index = {name: number for number, name in enumerate(class_names)}
-    return np.array([-1 if value is None else index[str(value)] for value in values], dtype=np.int32)
-
-
-def _with_held_out(opened: dict[str, Source], held_out: float, seed: int, source: str) -> dict[str, Source]:
-    train = opened["train"]
-    missing = [name for name in ("validation", "test") if name not in opened]
-    count = max(1, round(held_out * len(train)))
-    if missing and len(train) <= count * len(missing):
+def _asked(config: SourceConfig) -> dict[str, str]:
+    wanted = {"train": config.train_split, "validation": config.validation_split, "test": config.test_split}
+    asked = {split: name for split, name in wanted.items() if name is not None}
+    if len(set(asked.values())) < len(asked):
         raise InputError(
-            f"{source} has {len(train)} training images: too few to hold {count} out for {' and '.join(missing)}"
+            f"one split cannot be two: {', '.join(f'--{key}-split {name}' for key, name in asked.items())}"
         )
-    order = np.random.default_rng(seed).permutation(len(train))
-    for number, name in enumerate(missing):
-        opened[name] = _part(train, np.sort(order[number * count : (number + 1) * count]))
-    opened["train"] = _part(train, np.sort(order[len(missing) * count :]))
-    return {name: opened[name] for name in SPLITS}
+    return asked
 
 
-def _part(source: Source, chosen: NDArray[np.int64]) -> Source:
-    return Source(source.rows, source.image_column, source.indices[chosen], source.labels[chosen])
+def _named(found: Mapping[str, Any], config: SourceConfig, source: str) -> dict[str, Any]:
+    """The splits to use, by our names: those that the settings name, and the others by theirs."""
+    asked = _asked(config)
+    taken = dict(asked)
+    for name in asked.values():
+        if name not in found:
+            raise InputError(f"{source} has no split {name!r}; {suggest(name, found)}")
+    for name in found:
+        split = SPLIT_NAMES.get(name.lower())
+        if split is None or split in asked or name in asked.values():
+            continue
+        if split in taken:
+            raise InputError(f"{source} has two {split} splits, {taken[split]} and {name}; --{split}-split takes one")
+        taken[split] = name
+    if not taken and len(found) == 1:
+        taken = {"train": next(iter(found))}
+    if "train" not in taken:
+        raise InputError(f"{source} has no training split, only: {', '.join(found)}; --train-split names one")
+    return {split: found[taken[split]] for split in SPLITS if split in taken}
+
+
+def _with_held_out(readers: Mapping[str, Reader], config: SourceConfig, source: str) -> dict[str, Split]:
+    train = len(readers["train"])
+    missing = [name for name in SPLITS[1:] if name not in readers]
+    count = max(1, round(config.held_out * train))
+    if missing and train <= count * len(missing):
+        raise InputError(
+            f"{source} has {train} training images: too few to hold {count} out for {' and '.join(missing)}"
+        )
+    splits = {name: Split(reader, np.arange(len(reader))) for name, reader in readers.items()}
+    if missing:
+        order = np.random.default_rng(config.seed).permutation(train)
+        for number, name in enumerate(missing):
+            splits[name] = Split(readers["train"], np.sort(order[number * count : (number + 1) * count]))
+        splits["train"] = Split(readers["train"], np.sort(order[len(missing) * count :]))
+    return {name: splits[name] for name in SPLITS}

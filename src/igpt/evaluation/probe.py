@@ -154,7 +154,7 @@ def _drawn(split: TokenSplit, limit: int | None, seed: int) -> TokenSplit:
     if limit is None or limit >= len(split):
         return split
     rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:limit])
-    return TokenSplit(split.name, [split.rows(rows)], [split.labels[rows]])
+    return TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)])
 
 
 def _check_classes(splits: Mapping[str, TokenSplit]) -> None:

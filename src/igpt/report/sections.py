@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from igpt.data.grids import grid_counts
 from igpt.errors import InputError
 from igpt.report import figures
 from igpt.report.findings import describe_sampling, number, percent, plural
@@ -260,9 +261,7 @@ def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None,
     resolution = run.shape.get("resolution")
     try:
         with Image.open(path, formats=["PNG"]) as picture:
-            counts = (
-                figures.grid_counts(picture, resolution) if isinstance(resolution, int) and resolution > 0 else None
-            )
+            counts = grid_counts(picture, resolution) if isinstance(resolution, int) and resolution > 0 else None
             size = picture.size
     except (OSError, SyntaxError) as error:  # Pillow says "SyntaxError" of broken PNG chunks
         raise InputError(f"{path} is not a readable PNG picture ({error}); draw it anew") from None

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
-from igpt.data.batches import Batches
+from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import write_json
@@ -73,7 +73,10 @@ def finetune(
         config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
         torch.manual_seed(config.seed)
         model = _with_head(config, data)
-        train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)
+        train = Batches(
+            data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
+        )
+        validation = data["validation"]
         record_run(run, config, config.tokens, resume=resume, leads=us.leads)
         us.wait()
         trainer = Trainer(
@@ -81,7 +84,7 @@ def finetune(
             config,
             objective=partial(classification, generation_weight=config.generation_weight),
             batches=partial(_batch, train),
-            validate=("error", lambda current: 1 - accuracy(current, data["validation"])),
+            validate=("error", lambda current: 1 - accuracy(current, validation)),
             run=run,
             team=us,
             title="fine-tuning",
@@ -118,26 +121,26 @@ def _with_head(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
     return model
 
 
-def _batch(train: Batches, step: int) -> tuple[Tensor, Tensor]:
-    tokens, labels = train.batch(step)
-    return torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(labels.astype(np.int64))
+def _batch(train: Batches, step: int) -> Batch:
+    return train.tokens(step), train.labels(step)
 
 
 @torch.inference_mode()
 def class_logits(model: ImageGPT, tokens: NDArray[np.uint16]) -> Tensor:
-    """Logits of the classes, [N, C], of token images [N, n]."""
-    device = model.wte.weight.device
-    parts = [
-        model.score(model.hidden(torch.from_numpy(part.astype(np.int64)).to(device)).mean(dim=1)).float()
-        for part in np.array_split(tokens, max(1, -(-len(tokens) // _BATCH)))
-    ]
-    return torch.cat(parts)
+    """Logits of the classes, [N, C], of token images [N, n], all at once."""
+    hidden = model.hidden(to_device(tokens.astype(np.int64), model.wte.weight.device))
+    logits: Tensor = model.score(hidden.mean(dim=1)).float()
+    return logits
 
 
 def accuracy(model: ImageGPT, split: TokenSplit) -> float:
     """Share of a split's images whose likeliest class is their label."""
-    predicted = class_logits(model, split.rows(np.arange(len(split)))).argmax(dim=1).cpu().numpy()
-    return float((predicted == split.labels).mean())
+    right = 0
+    for first in range(0, len(split), _BATCH):
+        rows = np.arange(first, min(first + _BATCH, len(split)))
+        predicted = class_logits(model, split.rows(rows)).argmax(dim=1).cpu().numpy()
+        right += int((predicted == split.labels_of(rows)).sum())
+    return right / len(split)
 
 
 def _start_line(model: ImageGPT, data: TokenDataset, metrics: Metrics) -> None:

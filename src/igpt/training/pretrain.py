@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
-from torch import Tensor
 
-from igpt.data.batches import Batches
+from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.objectives import Summed, autoregressive, bert, draw_masks
@@ -61,7 +60,9 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
         torch.manual_seed(config.seed)
         model = ImageGPT(_model_config(config, data), data.palette)
-        train = Batches(data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift)
+        train = Batches(
+            data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
+        )
         checked = _validation_tokens(data["validation"], config)
         record_run(run, config, config.tokens, resume=resume, leads=us.leads)
         us.wait()
@@ -92,12 +93,13 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     )
 
 
-def _batch(train: Batches, config: PretrainConfig, step: int) -> tuple[Tensor, ...]:
-    tokens = torch.from_numpy(train.batch(step)[0].astype(np.int64))
+def _batch(train: Batches, config: PretrainConfig, step: int) -> Batch:
+    tokens = train.tokens(step)
     if config.objective == "autoregressive":
         return (tokens,)
     generator = np.random.default_rng((config.seed, step, 2))
-    return tokens, torch.from_numpy(draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator))
+    masks = draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
+    return tokens, to_device(masks, train.device)
 
 
 def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.uint16]:

@@ -12,9 +12,9 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from igpt.config import Config
+from igpt.data.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
 from igpt.model.objectives import Summed
 from igpt.model.precision import autocast
@@ -103,7 +103,8 @@ class Trainer:
 
     Args:
         objective: called with the model and one micro-batch's tensors; gives a summed loss and a count.
-        batches: the whole batch of update s, as tensors whose rows are images; a pure function of s.
+        batches: the whole batch of update s, as tensors whose rows are images; a pure function of s. It runs in a
+            thread of its own while the update before is computed.
         validate: the value to minimise, of the current model, and what it is called in metrics.jsonl.
         run: the run directory, with config.yaml already in it.
     """
@@ -111,7 +112,7 @@ class Trainer:
     model: ImageGPT
     config: TrainConfig
     objective: Callable[..., Summed]
-    batches: Callable[[int], tuple[Tensor, ...]]
+    batches: Callable[[int], Batch]
     validate: tuple[str, Callable[[ImageGPT], float]]
     run: Path
     team: Team
@@ -141,10 +142,14 @@ class Trainer:
             self.metrics.cut_after(-1)
             if on_start:
                 on_start(self.metrics)
-        with _stop_on_signals() as stop, bar(self.title, self.progress.step, config.steps, team.leads) as shown:
+        with (
+            _stop_on_signals() as stop,
+            bar(self.title, self.progress.step, config.steps, team.leads) as shown,
+            Prefetch(self.batches, team.device) as batches,
+        ):
             for note in notes:
                 shown.say(note)
-            self._loop(stop, shown)
+            self._loop(batches, stop, shown)
         self.metrics.write(
             "end",
             self.progress.step,
@@ -161,7 +166,7 @@ class Trainer:
         self.metrics.write("resume", self.progress.step)
         return [*(f"passed over: {reason}" for reason in passed), f"resumed from {path}"]
 
-    def _loop(self, stop: _Stop, shown: Bar) -> None:
+    def _loop(self, batches: Prefetch, stop: _Stop, shown: Bar) -> None:
         config, progress = self.config, self.progress
         clock = _Clock()
         while progress.step < config.steps and not self._exhausted():
@@ -172,7 +177,7 @@ class Trainer:
                 total=config.steps,
                 schedule=config.schedule,
             )
-            loss, norm = self._update(rate)
+            loss, norm = self._update(batches(progress.step), rate)
             progress.step += 1
             progress.untold_loss += loss
             progress.untold_updates += 1
@@ -213,10 +218,9 @@ class Trainer:
         progress.untold_loss, progress.untold_updates = 0.0, 0
         clock.restart()
 
-    def _update(self, rate: float) -> tuple[float, float]:
+    def _update(self, whole: Batch, rate: float) -> tuple[float, float]:
         """One update; the loss (mean over the batch) and the gradient's norm before clipping."""
         config, team, step = self.config, self.team, self.progress.step
-        whole = self.batches(step)
         count = len(whole[0])
         parts = [team.part(tensor) for tensor in whole]
         rows, size = len(parts[0]), config.micro_batch_size or len(whole[0])

@@ -1,0 +1,93 @@
+"""What is in a token data set, whether all of it is whole, and a sheet of its images.
+
+k colours, C classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from igpt.data.grids import image_grid
+from igpt.data.tokens import TokenDataset
+from igpt.errors import InputError
+
+_ROWS, _COLUMNS = 10, 12  # pictures of a sheet
+_AT_ONCE = 4096  # images in memory
+
+
+def inspect(data: TokenDataset, progress: Callable[[int, int], None] | None = None) -> dict[str, Any]:
+    """Reads every shard: checksums, images by split and class, the share of each colour among the training pixels.
+
+    Args:
+        progress: called with (images read, images in all).
+
+    Raises:
+        InputError: shards have changed since they were written, or hold what cannot be; the files are named.
+    """
+    data.verify()
+    colors, classes = len(data.palette), len(data.class_names or ())
+    total, done = sum(len(data[split]) for split in data), 0
+    shares = np.zeros(colors, dtype=np.int64)
+    splits = {}
+    for split in data:
+        rows = data[split]
+        counts = np.bincount(rows.labels + 1, minlength=classes + 1)
+        if rows.labels.min(initial=-1) < -1 or len(counts) > classes + 1:
+            raise InputError(f"{data.path}: the labels of {split!r} go beyond its {classes} classes; prepare it anew")
+        for first in range(0, len(rows), _AT_ONCE):
+            tokens = rows.rows(np.arange(first, min(first + _AT_ONCE, len(rows))))
+            if tokens.max() >= colors:
+                raise InputError(f"{data.path}: {split!r} has tokens beyond its {colors} colours; prepare it anew")
+            if split == "train":
+                shares += np.bincount(tokens.ravel(), minlength=colors)
+            done += len(tokens)
+            if progress:
+                progress(done, total)
+        splits[split] = {
+            "images": len(rows),
+            "unlabelled": int(counts[0]),
+            "per_class": dict(zip(data.class_names or (), counts[1:].tolist(), strict=True)),
+        }
+    shards = [shard for split in data.manifest["splits"].values() for shard in split["shards"]]
+    return {
+        "path": str(data.path),
+        "source": data.manifest["source"],
+        "resolution": data.resolution,
+        "colors": colors,
+        "fingerprint": data.palette.fingerprint,
+        "shards": len(shards),
+        "bytes": sum(size for shard in shards for size in shard["bytes"].values()),
+        "splits": splits,
+        "color_share": (shares / max(1, shares.sum())).round(6).tolist(),
+        "made": data.manifest["made"],
+    }
+
+
+def sheet(data: TokenDataset) -> Image.Image:
+    """Training images, the classes row by row with their names, or a mixture where there are none."""
+    train, names = data["train"], data.class_names
+    rows: list[tuple[str, Any]]
+    if names:
+        shown = np.unique(np.arange(_ROWS) * len(names) // _ROWS)
+        rows = [(names[number], np.flatnonzero(train.labels == number)[:_COLUMNS]) for number in shown]
+    else:
+        spread = np.unique(np.arange(_ROWS * _COLUMNS) * len(train) // (_ROWS * _COLUMNS))
+        rows = [("", spread[first : first + _COLUMNS]) for first in range(0, len(spread), _COLUMNS)]
+    rows = [(name, chosen) for name, chosen in rows if len(chosen)]
+    side = data.resolution
+    pictures = [
+        list(data.palette.inverse_transform(train.rows(chosen)).reshape(-1, side, side, 3)) for _, chosen in rows
+    ]
+    grid = image_grid(pictures)
+    if not names:
+        return grid
+    font = ImageFont.load_default(14)
+    margin = 12 + max(int(font.getlength(name)) for name, _ in rows)
+    canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    canvas.paste(grid, (margin, 0))
+    pen, height = ImageDraw.Draw(canvas), grid.height / len(rows)
+    for number, (name, _) in enumerate(rows):
+        pen.text((margin - 8, (number + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    return canvas

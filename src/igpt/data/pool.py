@@ -1,0 +1,86 @@
+"""Work in several processes: results in order, little in flight, and an end whatever happens to any of them."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import get_context, parent_process
+from threading import Thread, current_thread, main_thread
+from typing import Any, TypeVar
+
+from igpt.errors import InputError
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+@contextmanager
+def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[Iterable[Job]], Iterator[Result]]]:
+    """How jobs are run: in this process, or by spawned ones, which are sent `work` once and then job by job.
+
+    Jobs are taken from their iterable as they are needed.
+
+    Raises:
+        InputError: a worker was killed.
+    """
+    if workers == 1:
+        yield lambda jobs: map(work, jobs)
+        return
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
+
+    def run(jobs: Iterable[Job]) -> Iterator[Result]:
+        remaining = iter(jobs)
+        with _deaf_to_ctrl_c():  # workers begin here; Ctrl-C ends this process, and it ends them
+            waiting = deque[Future[Any]](pool.submit(_run_in_worker, job) for job in islice(remaining, 2 * workers))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(_run_in_worker, job) for job in islice(remaining, 1))
+            yield result
+
+    try:
+        yield run
+    except BrokenProcessPool:
+        raise InputError(
+            "a worker was killed, most often for want of memory; the same command with fewer workers goes on from here"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_work: Callable[[Any], Any] | None = None  # of a worker process: sent once, not with every job
+
+
+def _start_worker(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # Otherwise the workers of a killed parent wait for their next job for ever.
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_in_worker(job: Any) -> Any:
+    assert _work is not None
+    return _work(job)
+
+
+@contextmanager
+def _deaf_to_ctrl_c() -> Iterator[None]:
+    """Processes started in here ignore SIGINT, from their first import on."""
+    if current_thread() is not main_thread():  # only it may set signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,167 @@
+"""The commands that make and look at data: palette, prepare, inspect."""
+
+import os
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from tyro.conf import Positional, arg
+
+from igpt.command_line import file_settings, given, progress_bar
+from igpt.errors import InputError
+
+Out = Annotated[Path, arg(aliases=["-o"])]
+MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
+_CLASSES_SHOWN = 20
+
+
+def palette(source: Positional[str], out: Out, flags: Any, config: Path | None = None) -> None:
+    """Fit a palette to images, or see how well a given one serves them.
+
+    Args:
+        source: see igpt prepare.
+        out: file to write (.npy, as OpenAI's), with what it costs in a .json and a picture in a .png beside it.
+        config: settings in YAML or JSON; flags override them.
+    """
+    from igpt.data.fit import PaletteConfig, settle_palette
+    from igpt.data.sources import open_source
+    from igpt.environment import describe
+    from igpt.files import atomic_file, write_json
+
+    if out.suffix != ".npy":
+        raise InputError(f"a palette is written as .npy, not as {out.name}")
+    settings = PaletteConfig.layered(file_settings(config), given(flags), where="the settings")
+    result, quality, picture = settle_palette(source, open_source(source, settings)[0]["train"], settings)
+    result.save(out)
+    report = {
+        "source": source,
+        "config": settings.model_dump(mode="json"),
+        "fingerprint": result.fingerprint,
+        **quality,
+    }
+    write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
+    if picture:
+        with atomic_file(out.with_suffix(".png")) as temporary:
+            picture.save(temporary, format="PNG")
+    print(f"{out}: {len(result)} colours ({_fidelity(quality)}); see {out.with_suffix('.png')}")
+
+
+def _fidelity(quality: Mapping[str, Any]) -> str:
+    if not quality:
+        return "tokens as they were given"
+    if quality["psnr_db"] is None:
+        return "exact"
+    return f"mean squared error {quality['mse']:.1f} a channel, {quality['psnr_db']:.1f} dB PSNR"
+
+
+def prepare(
+    out: Out,
+    flags: Any,
+    source: Positional[str] = "",
+    config: Path | None = None,
+    workers: int | None = None,
+    shard: str | None = None,
+    merge: bool = False,
+) -> None:
+    """Turn images into a token data set: palette, tokens, splits.
+
+    Args:
+        source: "digits" (bundled), a folder or file of images, Parquet, Arrow or WebDataset tars, CIFAR's, STL-10's or
+            OpenAI's own files, or a Hub id (id:config).
+        out: folder to make.
+        config: settings in YAML or JSON; flags override them.
+        workers: processes; all cores by default.
+        shard: i/n makes the i-th of n parts only, OUT.i-of-n, for n machines.
+        merge: check the parts of OUT and join them.
+    """
+    from igpt.data.parts import merge as join
+    from igpt.data.prepare import PrepareConfig, prepare_part
+    from igpt.data.prepare import prepare as run
+
+    if bool(source) == merge:
+        raise InputError("name a SOURCE of images" if not source else "--merge takes no SOURCE: it joins OUT's parts")
+    settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
+    count = os.cpu_count() or 1 if workers is None else workers
+    with progress_bar() as show:
+        if merge:
+            result = join(out)
+        elif shard:
+            part = prepare_part(
+                source, out, settings, _part(shard), workers=count, progress=partial(show, "tokenising")
+            )
+            print(f"{part}: shard {shard}; when all are there, igpt prepare --merge -o {out} joins them")
+            return
+        else:
+            result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
+    made = result.manifest["made"]
+    counts = ", ".join(f"{len(result[split])} {split}" for split in result)
+    print(
+        f"{out}: {counts}; {result.resolution} px, {len(result.palette)} colours ({_fidelity(made['palette_error'])})"
+    )
+    if made["skipped"]:
+        print(f"{len(made['skipped'])} images did not decode and are listed in {out}/dataset.json, the first: ", end="")
+        print(made["skipped"][0])
+
+
+def _part(shard: str) -> tuple[int, int]:
+    number, slash, count = shard.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal():
+        raise InputError(f"--shard takes i/n, such as 1/4 for the first of four, not {shard!r}")
+    return int(number), int(count)
+
+
+def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
+    """Tell what is in a token data set, check all of it, and draw a sheet of its images.
+
+    Args:
+        tokens: token data set.
+        out: PNG to write, with all figures in a .json beside it; by default TOKENS.png beside the data set.
+    """
+    from igpt.data.inspection import inspect as run
+    from igpt.data.inspection import sheet
+    from igpt.data.tokens import TokenDataset
+    from igpt.files import atomic_file, write_json
+
+    target = out or tokens.resolve().with_suffix(tokens.suffix + ".png")
+    if target.suffix != ".png":
+        raise InputError(f"pictures are written as .png, not as {target.name}")
+    data = TokenDataset(tokens)
+    with progress_bar() as show:
+        found = run(data, partial(show, "reading"))
+    with atomic_file(target) as temporary:
+        sheet(data).save(temporary, format="PNG")
+    write_json(target.with_suffix(".json"), found)
+    print(
+        "\n".join([*_told(found), f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures"])
+    )
+
+
+def _told(found: Mapping[str, Any]) -> Iterator[str]:
+    made, splits = found["made"], found["splits"]
+    yield (
+        f"{found['path']}: {found['resolution']} px, {found['colors']} colours ({found['fingerprint'][:12]}), "
+        f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all whole"
+    )
+    settings = ", ".join(f"{key} {value}" for key, value in made["config"].items() if value is not None)
+    yield f"made from {found['source']} with {settings}"
+    yield f"palette: {_fidelity(made['palette_error'])}; {_usage(found['color_share'])}"
+    for name, split in splits.items():
+        unlabelled = f", {split['unlabelled']} without a label" if 0 < split["unlabelled"] < split["images"] else ""
+        yield f"{name}: {split['images']} images{unlabelled or ('' if split['per_class'] else ', no labels')}"
+    classes = list(splits["train"]["per_class"])
+    if classes:
+        yield f"images of each of the {len(classes)} classes ({', '.join(splits)}):"
+        for label in classes[:_CLASSES_SHOWN]:
+            yield f"  {label}: {', '.join(str(split['per_class'][label]) for split in splits.values())}"
+        if len(classes) > _CLASSES_SHOWN:
+            counts = list(splits["train"]["per_class"].values())
+            more = len(classes) - _CLASSES_SHOWN
+            yield f"  ... and {more} more; training images of a class: {min(counts)} to {max(counts)}"
+    if made["skipped"]:
+        yield f"{len(made['skipped'])} images did not decode, the first: {made['skipped'][0]}"
+
+
+def _usage(share: list[float]) -> str:
+    used = sum(value > 0 for value in share)
+    return f"{used} of {len(share)} colours occur in training, the commonest in {max(share):.1%} of the pixels"
