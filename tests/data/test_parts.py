@@ -25,7 +25,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ LENIENT = SMALL.model_copy(update={"max_bad": 0.1})
 def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "SHARD_IMAGES", 10)
+        patch.setattr(room, "SHARD_IMAGES", (10, 10))
         prepare(pictures, out, LENIENT)
     return contents(out)
 
@@ -159,7 +159,7 @@ def test_parts_that_are_none(pictures: str, tmp_path: Path, part: tuple[int, int
 
 
 def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "SHARD_IMAGES", 1000)
+    monkeypatch.setattr(room, "SHARD_IMAGES", (1000, 1000))
     out = tmp_path / "digits"
     for shard in ("1/2", "2/2"):
         done = igpt("prepare", "digits", "-o", out, "--size", 4, "--shard", shard)

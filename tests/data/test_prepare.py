@@ -51,7 +51,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., by
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five jobs for the pictures above, and workers even for so few."""
-    monkeypatch.setattr(room, "SHARD_IMAGES", 10)
+    monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
     monkeypatch.setattr(room, "ALONE_BELOW", 0)
 
 
@@ -60,7 +60,7 @@ def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """What uninterrupted work by one process makes of the pictures, in shards of 10."""
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "SHARD_IMAGES", 10)
+        patch.setattr(room, "SHARD_IMAGES", (10, 10))
         prepare(pictures, out, SMALL)
     return contents(out)
 
@@ -69,7 +69,7 @@ def test_digits(tmp_path: Path):
     done: list[tuple[int, ...]] = []
     config = PrepareConfig(size=8)
     dataset = prepare("digits", tmp_path / "digits", config, progress=lambda *counts: done.append(counts))
-    assert done == [(1797, 1797)]
+    assert done == [(1024, 1797), (1797, 1797)]
     assert [len(dataset[split]) for split in dataset] == [1437, 180, 180]
     assert len(dataset.palette) == 17
     assert dataset.class_names == list("0123456789")
@@ -149,7 +149,7 @@ from pathlib import Path
 import datasets, sklearn.cluster, scipy.spatial
 from igpt.data import prepare as room
 
-room.SHARD_IMAGES = 10
+room.SHARD_IMAGES = (10, 10)
 pictures, home = sys.argv[1], Path(sys.argv[2])
 
 def run(out, kill_at):
@@ -224,7 +224,7 @@ def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    room.SHARD_IMAGES, room.ALONE_BELOW = 10, 0
+    room.SHARD_IMAGES, room.ALONE_BELOW = (10, 10), 0
     room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2, progress=kill)
 """
 
@@ -255,7 +255,7 @@ def test_the_workers_of_a_killed_process_end(
 
 
 def test_a_killed_worker_is_told(pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "SHARD_IMAGES", 1)  # so many that the other worker cannot finish them meanwhile
+    monkeypatch.setattr(room, "SHARD_IMAGES", (1, 1))  # so many that the other worker cannot finish them meanwhile
 
     def kill(*_: int) -> None:
         os.kill(active_children()[0].pid or 0, signal.SIGKILL)

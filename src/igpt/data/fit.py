@@ -13,7 +13,7 @@ from igpt.data.sources import SourceConfig, Split
 from igpt.data.views import Enlarge, Filter, Transform
 from igpt.errors import InputError
 
-PALETTE_PIXELS = 2_000_000  # of the training images, drawn by seed; k = 512 needs no more
+_PIXELS = {"fit": 2_000_000, "judge": 250_000}  # of the training images, drawn by seed; k = 512 needs no more
 _NEIGHBOURS = 8  # images of the sample that are read together
 _SHOWN = 12  # images in the picture
 
@@ -51,7 +51,7 @@ def settle_palette(
         return Palette.load(given), {}, None
     palette = Palette.load(config.palette) if config.palette else None
     # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean reading all of it.
-    groups = max(1, PALETTE_PIXELS // config.size**2 // _NEIGHBOURS)
+    groups = max(1, _PIXELS["judge" if palette else "fit"] // config.size**2 // _NEIGHBOURS)
     starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
     transform, squares, bad = transform_of(config), [], []

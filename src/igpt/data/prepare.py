@@ -4,7 +4,7 @@ Work goes on in a folder of its own (`OUT.partial`), which gets its name when al
 
 plan.json             what is done, with which palette; whoever continues must want the same
 palette.png           originals, and below them what the palette makes of them
-SPLIT-NNNNN.*.npy     shards: the images of one split among SHARD_IMAGES neighbours of the source
+SPLIT-NNNNN.*.npy     shards: the images of one split among some thousand neighbours of the source
 R-NNNNN.done.json     their record, written last
 """
 
@@ -30,7 +30,7 @@ from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, write_json
 
 PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
-SHARD_IMAGES = 8192
+SHARD_IMAGES = (1024, 8192)  # at least, at most: between them a source is cut into 32 shards, for as many processes
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
 Progress = Callable[[int, int], None]
 
@@ -198,7 +198,7 @@ def _make_shards(
         "config": config.model_dump(mode="json", exclude={"stream"}),
         "images": {name: len(rows) for name, rows in splits.items()},
         "class_names": class_names,
-        "shard_images": SHARD_IMAGES,
+        "shard_images": list(SHARD_IMAGES),
         "part": list(part),
     }
     plan, palette = _settle_plan(folder, wanted, splits["train"], config)
@@ -235,10 +235,10 @@ def _readers(splits: Mapping[str, Split]) -> list[Reader]:
 def _jobs(splits: Mapping[str, Split]) -> Iterator[_Job]:
     for reader, images in enumerate(_readers(splits)):
         owners = {SPLITS.index(name): split.indices for name, split in splits.items() if split.reader is images}
-        for number, first in enumerate(range(0, len(images), SHARD_IMAGES)):
+        size = min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(images) // 32)))
+        for number, first in enumerate(range(0, len(images), size)):
             parts = {
-                owner: rows[slice(*np.searchsorted(rows, (first, first + SHARD_IMAGES)))]
-                for owner, rows in owners.items()
+                owner: rows[slice(*np.searchsorted(rows, (first, first + size)))] for owner, rows in owners.items()
             }
             rows = np.concatenate(list(parts.values()))
             owned = np.repeat(np.array(list(parts), np.uint8), [len(part) for part in parts.values()])
