@@ -1,7 +1,7 @@
 """Peak memory of `prepare` for few and for many images: it should not depend on how many there are.
 
 Each case runs in a process of its own, one after the other. "leading" is that process, "worker" the largest of those
-that it started. Files are links to images of CIFAR-10, written out once.
+that it started. Files are links to images of CIFAR-10, repeated beyond its 60,000.
 """
 
 import json
@@ -16,16 +16,24 @@ from common import CIFAR10, record, run, show
 
 from igpt.errors import InputError
 
+# Not getrusage, which goes on counting from what the parent had when it started the process.
 PREPARE = """
-import json, resource, sys
+import json, re, sys
+from multiprocessing import active_children
 from pathlib import Path
 from igpt.data.prepare import PrepareConfig, prepare
 
+def peak(process):
+    found = re.search(r"VmHWM:\\s*(\\d+) kB", Path(f"/proc/{process}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
+
 if __name__ == "__main__":
     source, out, workers = sys.argv[1:]
-    prepare(source, Path(out), PrepareConfig(size=32), workers=int(workers))
-    whom = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    print(json.dumps([resource.getrusage(who).ru_maxrss / 1024 for who in whom]))
+    largest = [0.0]
+    def look(*_):
+        largest.append(max((peak(child.pid) for child in active_children()), default=0.0))
+    prepare(source, Path(out), PrepareConfig(size=32), workers=int(workers), progress=look)
+    print(json.dumps([peak("self"), max(largest)]))
 """
 
 
@@ -37,7 +45,8 @@ def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
     images = [image for file in files for image in pq.read_table(file, columns=["img"])["img"].to_pylist()]
     stored = home / "stored"
     stored.mkdir()
-    for number, image in enumerate(images[: max(counts)]):
+    images = [images[number % len(images)] for number in range(max(counts))]
+    for number, image in enumerate(images):
         (stored / f"{number:06}.jpg").write_bytes(image["bytes"])
     features = datasets.Features({"image": datasets.Image()})
     for count in counts:
@@ -48,7 +57,7 @@ def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
         datasets.Dataset.from_dict({"image": images[:count]}, features=features).to_parquet(home / f"{count}.parquet")
 
 
-def main(data: Path = CIFAR10, counts: tuple[int, ...] = (1_000, 10_000, 60_000)) -> None:
+def main(data: Path = CIFAR10, counts: tuple[int, ...] = (1_000, 60_000, 180_000)) -> None:
     """Prepares images of CIFAR-10 at 32 px and 512 colours.
 
     Args:
