@@ -33,8 +33,8 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     data = TokenDataset(tmp_path / "t")
     assert data.palette.fingerprint == palette.fingerprint
     assert done.stdout == (
-        f"{tmp_path}/t: {len(data['train'])} train, 5 validation, 5 test; 8 px, 16 colours (mean squared error "
-        f"{report['mse']:.1f} a channel, {report['psnr_db']:.1f} dB PSNR)\n"
+        f"{tmp_path}/t: {len(data['train'])} train, 5 validation, 5 test; 8 px, 2 classes, 16 colours "
+        f"(mean squared error {report['mse']:.1f} a channel, {report['psnr_db']:.1f} dB PSNR)\n"
     )
 
 
@@ -53,6 +53,10 @@ def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
         (("palette", tmp_path / "nowhere", "-o", tmp_path / "p.npy"), "no folder or file"),
         (("palette", photographs, "-o", tmp_path / "p.npy", "--palette", tmp_path / "x.npy"), "no palette at"),
         (("palette", photographs, "-o", tmp_path / "p.npy", "--colors", 1), "colors = 1"),
+        (("prepare", photographs, "-o", photographs / "t"), "would lie among the images of"),
+        (("prepare", photographs, "-o", "."), ". exists already"),
+        (("prepare", photographs, "-o", ".", "--shard", "1/2"), ". exists already"),
+        (("prepare", "--merge", "-o", tmp_path / "t", "--shard", "1/2"), "give one of them"),
     ):
         done = igpt(*words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -83,7 +87,7 @@ def test_released_tokens_pass_as_they_are(igpt: Run, released: Path, tmp_path: P
     assert {
         tuple(row) for split in ("train", "test") for row in data[split].rows(np.arange(len(data[split]))).tolist()
     } == given
-    assert "4 px, 6 colours (tokens as they were given)" in done.stdout
+    assert "4 px, 3 classes, 6 colours (tokens as they were given)" in done.stdout
     assert igpt("inspect", tmp_path / "t").returncode == 0
 
 
@@ -91,6 +95,8 @@ def test_released_tokens_that_do_not_fit(igpt: Run, released: Path, tmp_path: Pa
     done = igpt("prepare", released, "-o", tmp_path / "t")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds tokens of 4 px; --size 4" in done.stderr
+    done = igpt("prepare", released, "-o", tmp_path / "t", "--size", 4, "--views", 1)
+    assert "of which no random crops can be taken; leave --views out" in done.stderr
     tokens = np.load(f"{released}_trX.npy")
     tokens[3, 3] = 6
     np.save(f"{released}_trX.npy", tokens)

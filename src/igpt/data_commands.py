@@ -44,7 +44,8 @@ def palette(source: Positional[str], out: Out, flags: Any, config: Path | None =
     if picture:
         with atomic_file(out.with_suffix(".png")) as temporary:
             picture.save(temporary, format="PNG")
-    print(f"{out}: {len(result)} colours ({_fidelity(quality)}); see {out.with_suffix('.png')}")
+    shown = f"; {out.with_suffix('.png')} shows originals above what it makes of them" if picture else ""
+    print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
 
 
 def _fidelity(quality: Mapping[str, Any]) -> str:
@@ -79,6 +80,8 @@ def prepare(
     from igpt.data.prepare import PrepareConfig, prepare_part
     from igpt.data.prepare import prepare as run
 
+    if merge and shard:
+        raise InputError("--shard makes a part and --merge joins all; give one of them")
     if bool(source) == merge:
         raise InputError("name a SOURCE of images" if not source else "--merge takes no SOURCE: it joins OUT's parts")
     settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
@@ -96,9 +99,9 @@ def prepare(
             result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
     made = result.manifest["made"]
     counts = ", ".join(f"{len(result[split])} {split}" for split in result)
-    print(
-        f"{out}: {counts}; {result.resolution} px, {len(result.palette)} colours ({_fidelity(made['palette_error'])})"
-    )
+    classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
+    kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
+    print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
     if made["skipped"]:
         print(f"{len(made['skipped'])} images did not decode and are listed in {out}/dataset.json, the first: ", end="")
         print(made["skipped"][0])
@@ -123,7 +126,7 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
     from igpt.data.tokens import TokenDataset
     from igpt.files import atomic_file, write_json
 
-    target = out or tokens.resolve().with_suffix(tokens.suffix + ".png")
+    target = out or tokens.resolve().with_name(tokens.resolve().name + ".png")
     if target.suffix != ".png":
         raise InputError(f"pictures are written as .png, not as {target.name}")
     data = TokenDataset(tokens)
@@ -138,13 +141,16 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
 
 
 def _told(found: Mapping[str, Any]) -> Iterator[str]:
+    from igpt.data.prepare import PrepareConfig
+
     made, splits = found["made"], found["splits"]
     yield (
         f"{found['path']}: {found['resolution']} px, {found['colors']} colours ({found['fingerprint'][:12]}), "
         f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all whole"
     )
-    settings = ", ".join(f"{key} {value}" for key, value in made["config"].items() if value is not None)
-    yield f"made from {found['source']} with {settings}"
+    usual = PrepareConfig().model_dump(mode="json")
+    settings = [f"{key} {value}" for key, value in made["config"].items() if value != usual.get(key)]
+    yield f"made from {found['source']}{' with ' if settings else ''}{', '.join(settings)}"
     yield f"palette: {_fidelity(made['palette_error'])}; {_usage(found['color_share'])}"
     for name, split in splits.items():
         unlabelled = f", {split['unlabelled']} without a label" if 0 < split["unlabelled"] < split["images"] else ""

@@ -150,12 +150,28 @@ def test_other_splits_are_left_aside(write_folder: Write):
 def test_other_files_between_the_images(write_folder: Write, picture: Callable[..., bytes]):
     files = [f"{number}.PNG" for number in range(10)] + [f"more/{number}.jpeg" for number in range(10)]
     folder = write_folder("mixed", *files)
-    for name in ("readme.txt", "notes", "more/labels.json", "more/a.npy", "list.parquet"):
+    for name in ("readme.txt", "notes", "more/labels.json", "more/a.npy"):
         (folder / name).write_text("my images")
     for name in (".hidden.png", "more/.hidden.png", ".thumbnails/1.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(picture(0))
     assert everything(folder) == (dict.fromkeys(files, -1), None)
+    (folder / "list.parquet").write_text("perhaps images too")
+    with pytest.raises(InputError, match=r"mixed holds 20 image files and 1 \.parquet; give one or the other"):
+        open_source(str(folder))
+
+
+def test_pipes_are_not_waited_for(write_folder: Write):
+    folder = write_folder("pipes", "0.png", "1.png", "2.png", "3.png")
+    os.mkfifo(folder / "4.png")
+    with pytest.raises(InputError, match="not a regular file"):
+        open_image(folder / "4.png")
+
+
+def test_a_column_of_files(write_folder: Write):
+    folder = write_folder("plain", "0.png", "1.png", "2.png", "3.png")
+    with pytest.raises(InputError, match="plain has no column 'photo': it holds files of images"):
+        open_source(str(folder), SourceConfig(image_column="photo"))
 
 
 def test_a_picture_beside_the_one_file_of_images(write_parquet: Write, picture: Callable[..., bytes]):

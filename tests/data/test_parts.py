@@ -179,3 +179,33 @@ def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: p
         done = igpt(*words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert message in done.stderr
+
+
+def test_a_part_by_another_name(tmp_path: Path, parts: list[Path]):
+    shutil.rmtree(parts[0])
+    shutil.copytree(parts[1], parts[0])
+    with pytest.raises(InputError, match=r"tokens\.2-of-3 is part 1 of 3 by another name; make it anew"):
+        merge(tmp_path / "tokens")
+
+
+def test_parts_of_images_that_changed_meanwhile(tmp_path: Path, picture: Callable[..., bytes]):
+    """As many images with the same names, one of another size."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number:02}.png").write_bytes(picture(number))
+    prepare_part(str(folder), tmp_path / "tokens", LENIENT, (1, 2))
+    (folder / "07.png").write_bytes(picture(7, side=9))
+    prepare_part(str(folder), tmp_path / "tokens", LENIENT, (2, 2))
+    with pytest.raises(InputError, match=r"differ in (palette|the images themselves \(their names or sizes\)); "):
+        merge(tmp_path / "tokens")
+
+
+def test_where_the_same_images_lie_does_not_matter(tmp_path: Path, picture: Callable[..., bytes]):
+    for machine in ("one", "two"):
+        (tmp_path / machine).mkdir()
+        for number in range(30):
+            (tmp_path / machine / f"{number:02}.png").write_bytes(picture(number))
+    prepare_part(str(tmp_path / "one"), tmp_path / "tokens", LENIENT, (1, 2))
+    prepare_part(f"{tmp_path}/two/", tmp_path / "tokens", LENIENT, (2, 2))
+    merge(tmp_path / "tokens").verify()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -300,7 +302,9 @@ def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinishe
     before = contents(unfinished.parent)
     for other in ({"size": 5}, {"colors": 9}, {"seed": 1}, {"held_out": 0.2}, {"label_column": "none"}, {}):
         source = pictures if other else "digits"
-        with pytest.raises(InputError, match="holds unfinished work with other settings; remove it or choose another"):
+        with pytest.raises(
+            InputError, match="holds unfinished work with other settings or images; remove it or choose another"
+        ):
             prepare(source, unfinished, PrepareConfig.layered(SMALL.model_dump(), other))
         assert contents(unfinished.parent) == before
 
@@ -312,6 +316,55 @@ def some_bad(write_folder: Write) -> Path:
     (folder / "a" / "07.png").write_bytes(b"")
     (folder / "b" / "03.png").write_bytes((folder / "b" / "03.png").read_bytes()[:60])
     return folder
+
+
+def test_a_source_that_changed_does_not_continue_unfinished_work(
+    write_folder: Write, tmp_path: Path, small_shards: None, picture: Callable[..., bytes]
+):
+    """As many images as before, one of them another."""
+    folder = write_folder("images", *(f"{number:02}.png" for number in range(30)))
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(folder), tmp_path / "tokens", SMALL, progress=interrupt)
+    (folder / "20.png").rename(folder / "20a.png")
+    with pytest.raises(InputError, match="holds unfinished work with other settings or images"):
+        prepare(str(folder), tmp_path / "tokens", SMALL)
+    (folder / "20a.png").rename(folder / "20.png")
+    prepare(str(folder), tmp_path / "tokens", SMALL).verify()
+
+
+def test_a_given_palette_that_changed_does_not_continue_unfinished_work(
+    pictures: str, tmp_path: Path, small_shards: None
+):
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    given = SMALL.model_copy(update={"palette": str(tmp_path / "palette.npy")})
+    Palette.from_centers([[-1, -1, -1], [1, 1, 1]]).save(tmp_path / "palette.npy")
+    with pytest.raises(KeyboardInterrupt):
+        prepare(pictures, tmp_path / "tokens", given, progress=interrupt)
+    Palette.from_centers([[-1, -1, -1], [0, 0, 0], [1, 1, 1]]).save(tmp_path / "palette.npy")
+    with pytest.raises(InputError, match="with other settings or images"):
+        prepare(pictures, tmp_path / "tokens", given)
+
+
+def test_class_numbers_beyond_the_classes(write_parquet: Write, tmp_path: Path, picture: Callable[..., bytes]):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    rows = {"image": [{"bytes": picture(number), "path": None} for number in range(12)], "label": [0, 1] * 6}
+    file = write_parquet("a.parquet", rows, features)
+    table = pq.read_table(file)
+    wrong = pa.array([0, 1] * 5 + [0, 7], table["label"].type)
+    pq.write_table(table.set_column(1, table.schema.field("label"), wrong), file)
+    with pytest.raises(InputError, match=r"row 11 has the class 7, and there are 2 \(from 0\)"):
+        prepare(str(file), tmp_path / "tokens", SMALL)
+
+
+def test_small_images_have_one_view(pictures: str, tmp_path: Path):
+    dataset = prepare(pictures, tmp_path / "tokens", PrepareConfig(size=6, colors=8, views=3))
+    assert [len(dataset[split]) for split in dataset] == [38, 5, 5]
 
 
 def lenient(**settings: object) -> PrepareConfig:

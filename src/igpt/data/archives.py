@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from igpt.data.readers import digest
 from igpt.data.unpacking import Mapped, cached, folder_in, unpack, unpickle
 from igpt.errors import InputError
 
@@ -55,6 +56,10 @@ class _Rows:
                 return f"{name} row {row}"
             row -= count
         raise IndexError(f"{row} rows beyond the last one")
+
+    def fingerprint(self) -> str:
+        """See `Reader`."""
+        return digest([self.data.array.shape, *self.parts])
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,8 @@ def settle_palette(
             raise InputError(f"{source} holds tokens; name their palette: --palette kmeans_centers.npy")
         if config.size != train.reader.resolution:
             raise InputError(f"{source} holds tokens of {train.reader.resolution} px; --size {train.reader.resolution}")
+        if getattr(config, "views", 0):
+            raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
         return Palette.load(given), {}, None
     palette = Palette.load(config.palette) if config.palette else None
     # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean reading all of it.

@@ -88,7 +88,7 @@ def _are_splits(names: Collection[str], *, alone: bool = True) -> bool:
 
 
 def open_images(
-    folder: Path, names: Any, splits: Mapping[str, str], label: str | None
+    folder: Path, names: Any, splits: Mapping[str, str], image: str | None, label: str | None
 ) -> tuple[dict[str, Reader], list[str] | None]:
     """The splits of a folder of images, and its class names.
 
@@ -97,13 +97,15 @@ def open_images(
     Args:
         names: of all the images in it, relative to it, an Arrow array.
         splits: the folder that holds each split, "train" among them.
-        label: "none" looks for no classes; nothing else can be asked for.
+        image, label: columns that were asked for, of which there are none; the label "none" looks for no classes.
 
     Raises:
         InputError: labels that disagree between splits.
     """
     import pyarrow.compute as pc
 
+    if image is not None:
+        raise InputError(f"{folder} has no column {image!r}: it holds files of images")
     if label not in (None, "none"):
         raise InputError(f"{folder} has no column {label!r}: the classes of images in folders are their folders")
     found = {}
@@ -150,7 +152,7 @@ def split_tars(names: Iterable[str], *, asked: bool) -> dict[str, list[str]]:
     """The tars of each split: one of all, "train", if they do not tell.
 
     Splits are told by the first word of a tar's path that is the name of one (`train/0.tar`, `cats-val-0001.tar`), or
-    by its very first word.
+    by its very first word; "dev" only where there is no other.
 
     Args:
         names: of the tars, relative to their folder.
@@ -159,7 +161,8 @@ def split_tars(names: Iterable[str], *, asked: bool) -> dict[str, list[str]]:
     names, found = list(names), dict[str, list[str]]()
     for name in names:
         words = [word.rstrip("0123456789") for word in re.split(r"[-_./]", name.lower())]
-        found.setdefault(next(filter(SPLIT_NAMES.__contains__, words), words[0]), []).append(name)
+        told = sorted(filter(SPLIT_NAMES.__contains__, words), key="dev".__eq__)  # a word of other meanings: the last
+        found.setdefault((told or words)[0], []).append(name)
     return found if asked or _are_splits(found) else {"train": names}
 
 
@@ -180,7 +183,10 @@ def open_tars(
         count, images = 0, 0
         for sample in samples_of(path):
             count += 1
-            images += any(map(is_image_ending, sample.members)) if image is None else image in sample.members
+            endings = [ending for ending in sample.members if is_image_ending(ending)]
+            if image is None and len(endings) > 1:
+                raise InputError(f"samples of {path} have several images; name one with --image-column: {endings}")
+            images += bool(endings) if image is None else image in sample.members
             if column and (value := sample.value(column)) is not None:
                 classes[split].add(value)
         if count and not images:

@@ -58,6 +58,12 @@ def open_image(image: Any) -> Image.Image:
     with _reasons(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
+        if (
+            isinstance(image, str | Path)
+            and Path(image).exists()
+            and not (Path(image).is_file() or Path(image).is_dir())
+        ):
+            raise InputError("not a regular file")  # a pipe would be waited for
         encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
         if not encoded:
             raise InputError("the file is empty (zero bytes)")

@@ -14,6 +14,7 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 
 _ROWS, _COLUMNS = 10, 12  # pictures of a sheet
+_NAME = 24  # letters of a class name that are drawn at most
 _AT_ONCE = 4096  # images in memory
 
 
@@ -69,21 +70,22 @@ def sheet(data: TokenDataset) -> Image.Image:
     """Training images, the classes row by row with their names, or a mixture where there are none."""
     train, names = data["train"], data.class_names
     rows: list[tuple[str, Any]]
-    if names:
-        shown = np.unique(np.arange(_ROWS) * len(names) // _ROWS)
+    if names and (train.labels >= 0).any():
+        present = np.unique(train.labels[train.labels >= 0])
+        shown = present[np.unique(np.arange(_ROWS) * len(present) // _ROWS)]
         rows = [(names[number], np.flatnonzero(train.labels == number)[:_COLUMNS]) for number in shown]
     else:
         spread = np.unique(np.arange(_ROWS * _COLUMNS) * len(train) // (_ROWS * _COLUMNS))
         rows = [("", spread[first : first + _COLUMNS]) for first in range(0, len(spread), _COLUMNS)]
-    rows = [(name, chosen) for name, chosen in rows if len(chosen)]
     side = data.resolution
     pictures = [
         list(data.palette.inverse_transform(train.rows(chosen)).reshape(-1, side, side, 3)) for _, chosen in rows
     ]
     grid = image_grid(pictures)
-    if not names:
+    if not any(name for name, _ in rows):
         return grid
     font = ImageFont.load_default(14)
+    rows = [(name if len(name) <= _NAME else f"{name[: _NAME - 3]}...", chosen) for name, chosen in rows]
     margin = 12 + max(int(font.getlength(name)) for name, _ in rows)
     canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
     canvas.paste(grid, (margin, 0))

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from igpt.data.prepare import PICTURE, PLAN, RECORDS, write_dataset
+from igpt.data.prepare import PICTURE, PLAN, RECORDS, require_new, write_dataset
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, sha256_of
@@ -20,12 +20,13 @@ def merge(out: Path) -> TokenDataset:
     Raises:
         InputError: a part is missing or damaged, or was made from something else.
     """
-    if out.exists():
-        raise InputError(f"{out} exists already; remove it or choose another -o")
+    require_new(out)
     parts = _find(out)
     plans = [read_json(part / PLAN, "part of a token data set") for part in parts]
     first = plans[0]
-    for part, plan in zip(parts, plans, strict=True):
+    for number, (part, plan) in enumerate(zip(parts, plans, strict=True), 1):
+        if plan["part"] != [number, len(parts)]:
+            raise InputError(f"{part} is part {plan['part'][0]} of {plan['part'][1]} by another name; make it anew")
         _require_alike(first, plan, f"{part} and {parts[0]}")
     records = dict[str, dict[str, Any]]()
     with atomic_folder(out) as folder:
@@ -43,13 +44,14 @@ def merge(out: Path) -> TokenDataset:
 
 
 def _require_alike(one: dict[str, Any], other: dict[str, Any], names: str) -> None:
-    for key in ("palette", "config", "source", "images", "class_names", "shard_images"):
+    for key in ("palette", "config", "images", "class_names", "shard_images", "fingerprints"):
         a, b = one.get(key), other.get(key)
         if key == "config" and a and b:  # where the palette lies does not matter, nor how many might have been bad
             a, b = (value | {"palette": None, "max_bad": None} for value in (a, b))
         if a != b:
+            name = "the images themselves (their names or sizes)" if key == "fingerprints" else key
             advice = "fit one first (igpt palette) and give it to all" if key == "palette" else "make one of them anew"
-            raise InputError(f"{names} differ in {key}; {advice}")
+            raise InputError(f"{names} differ in {name}; {advice}")
 
 
 def _find(out: Path) -> list[Path]:

@@ -38,7 +38,9 @@ Progress = Callable[[int, int], None]
 class PrepareConfig(PaletteConfig):
     """How images become tokens."""
 
-    views: int = Field(0, ge=0, description="random crops of each training image (paper); 0: its centre square")
+    views: int = Field(
+        0, ge=0, le=1000, description="random crops of each training image (paper); 0: its centre square"
+    )
     max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
 
 
@@ -64,6 +66,7 @@ class _Work:
     palette: Palette
     config: PrepareConfig
     folder: Path
+    classes: int
     bad_allowed: int
 
     def __call__(self, job: _Job) -> dict[str, Any]:
@@ -71,8 +74,11 @@ class _Work:
         labels: dict[str, list[int]] = defaultdict(list)
         skipped: list[str] = []
         reader = self.readers[job.reader]
-        for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=True):
-            split = SPLITS[owner]
+        count = 0
+        for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=False):
+            split, count = SPLITS[owner], count + 1
+            if label >= self.classes:
+                raise InputError(f"{reader.name_of(row)} has the class {label}, and there are {self.classes} (from 0)")
             try:
                 made = self._tokens(reader, image, split, row)
             except InputError as error:
@@ -81,6 +87,8 @@ class _Work:
             else:
                 tokens[split].append(made)
                 labels[split] += [label] * len(made)
+        if count < len(job.rows):
+            raise InputError(f"{reader.name_of(0)} and its neighbours have become fewer while they were read")
         shards = {
             split: write_shard(
                 self.folder,
@@ -163,6 +171,7 @@ def prepare_part(
     Raises:
         InputError: see `prepare`; or there is no such part.
     """
+    require_new(out, source)
     if not 1 <= part[0] <= part[1]:
         raise InputError(f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}")
     out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
@@ -187,8 +196,7 @@ def _make_shards(
     progress: Progress | None,
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
     """The folder with all shards of a part, the plan they follow, and their records in order, by name."""
-    if out.exists():
-        raise InputError(f"{out} exists already; remove it or choose another -o")
+    require_new(out, source)
     if workers < 1:
         raise InputError(f"at least one worker is needed, not {workers}")
     splits, class_names = open_source(source, config)
@@ -199,12 +207,14 @@ def _make_shards(
         "images": {name: len(rows) for name, rows in splits.items()},
         "class_names": class_names,
         "shard_images": list(SHARD_IMAGES),
+        "fingerprints": [reader.fingerprint() for reader in _readers(splits)],
+        "given_palette": Palette.load(config.palette).fingerprint if config.palette else None,
         "part": list(part),
     }
     plan, palette = _settle_plan(folder, wanted, splits["train"], config)
 
     def jobs() -> Iterator[_Job]:
-        return islice(_jobs(splits), part[0] - 1, None, part[1])
+        return islice(_jobs(splits, config.views), part[0] - 1, None, part[1])
 
     def waiting() -> Iterator[_Job]:
         return (job for job in jobs() if not (folder / job.record).exists())
@@ -216,7 +226,7 @@ def _make_shards(
     skipped = [line for record in records().values() for line in record["skipped"]]
     total = sum(len(job.rows) for job in jobs())
     done = total - sum(len(job.rows) for job in waiting())
-    work = _Work(_readers(splits), palette, config, folder, int(config.max_bad * total))
+    work = _Work(_readers(splits), palette, config, folder, len(class_names or ()), int(config.max_bad * total))
     require_few(skipped, work.bad_allowed, config)
     with running(work, workers if total >= ALONE_BELOW else 1) as run:
         for result in run(waiting()):
@@ -228,14 +238,26 @@ def _make_shards(
     return folder, plan, records()
 
 
+def require_new(out: Path, source: str | None = None) -> None:
+    """Refuses a folder that exists, has no name, or lies among the images it is made from.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    if out.exists() or not out.name:
+        raise InputError(f"{out} exists already; remove it or choose another -o")
+    if source and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+        raise InputError(f"{out} would lie among the images of {source}; choose another -o")
+
+
 def _readers(splits: Mapping[str, Split]) -> list[Reader]:
     return list({id(split.reader): split.reader for split in splits.values()}.values())
 
 
-def _jobs(splits: Mapping[str, Split]) -> Iterator[_Job]:
+def _jobs(splits: Mapping[str, Split], views: int) -> Iterator[_Job]:
     for reader, images in enumerate(_readers(splits)):
         owners = {SPLITS.index(name): split.indices for name, split in splits.items() if split.reader is images}
-        size = min(SHARD_IMAGES[1], max(SHARD_IMAGES[0], -(-len(images) // 32)))
+        size = min(SHARD_IMAGES[1] // max(1, views) or 1, max(SHARD_IMAGES[0], -(-len(images) // 32)))
         for number, first in enumerate(range(0, len(images), size)):
             parts = {
                 owner: rows[slice(*np.searchsorted(rows, (first, first + size)))] for owner, rows in owners.items()
@@ -269,7 +291,9 @@ def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     # Work that bad images stopped may go on with more of them: what is done does not depend on it.
     begun = plan | {"config": plan.get("config", {}) | {"max_bad": wanted["config"]["max_bad"]}}
     if {key: begun.get(key) for key in wanted} != wanted:
-        raise InputError(f"{folder} holds unfinished work with other settings; remove it or choose another -o")
+        raise InputError(
+            f"{folder} holds unfinished work with other settings or images; remove it or choose another -o"
+        )
     write_json(folder / PLAN, begun)
     return begun
 

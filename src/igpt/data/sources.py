@@ -130,16 +130,17 @@ def _open_folder(path: Path, config: SourceConfig, source: str) -> tuple[dict[st
         raise InputError(f"the name of the image {error.object!r} in {path} is not UTF-8; rename it") from None
     if not kinds:
         raise InputError(f"{path} is an empty folder; there are no images in it")
-    # One picture may lie beside the one file that holds the images.
-    commonest = max((".parquet", ".arrow", ".tar", "image"), key=kinds.__getitem__)
-    if commonest == ".tar":
-        return _open_tars(path, tars, config, source)
-    if commonest != "image":
-        return _open_tables(path, config, source)
+    packed = max((".parquet", ".arrow", ".tar"), key=kinds.__getitem__)
+    if not kinds["image"] or kinds[packed] >= kinds["image"]:  # a picture may lie beside the file of the images
+        return _open_tars(path, tars, config, source) if kinds[".tar"] else _open_tables(path, config, source)
+    if kinds[packed] and not described:
+        raise InputError(
+            f"{path} holds {kinds['image']} image files and {kinds[packed]} {packed}; give one or the other"
+        )
     names = names.combine_chunks()
     splits = _named(split_folders(names, asked=bool(_asked(config))), config, source)
     if not described:
-        return open_images(path, names, splits, config.label_column)
+        return open_images(path, names, splits, config.image_column, config.label_column)
     files = {split: f"{top}/**".lstrip("/") for split, top in splits.items()}
     tables = load_tables(source, path, files, stream=False)  # `datasets` knows what their metadata say
     return readers_of(tables, source, config.image_column, config.label_column)

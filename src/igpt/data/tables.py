@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igpt.data.folders import require_known, sort_classes
+from igpt.data.folders import files_below, require_known, sort_classes
 from igpt.data.readers import Column, ParquetRows, Reader, TableRows, opened_parquet
 from igpt.errors import InputError, suggest
 
@@ -190,7 +190,9 @@ def load_tables(source: str, path: Path, files: dict[str, str] | None, *, stream
         if path.is_dir():
             if "[" in str(path):
                 raise InputError(f"{path}: `datasets` cannot read folders with a '[' in their names; rename it")
-            return _build(datasets.load_dataset_builder(str(path.resolve()), data_files=files))
+            tables = _build(datasets.load_dataset_builder(str(path.resolve()), data_files=files))
+            _require_all(path, tables)
+            return tables
         return _load_from_hub(*source.partition(":")[::2], stream=stream)
     except InputError:
         raise
@@ -219,6 +221,19 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
         raise InputError(f"{builder.repo_id} is not in Parquet, and only that is streamed; leave --stream out")
     builder.download_and_prepare()
     return _arrow(builder.as_dataset())
+
+
+def _require_all(folder: Path, tables: Mapping[str, Table]) -> None:
+    """Refuses Parquet files of which `datasets` would use some: it goes by the splits in their names."""
+    used = {file for table in tables.values() if isinstance(table, ParquetTable) for file in table.files}
+    there = [name for name in files_below(folder) if name.endswith(".parquet")]
+    if used and len(there) > len(used):
+        names = {Path(file).name for file in used}
+        left = next(name for name in there if Path(name).name not in names)
+        raise InputError(
+            f"{folder}: {len(there) - len(used)} of {len(there)} Parquet files have no split in their names, {left} is "
+            "the first, and others do; name them alike, or give one file"
+        )
 
 
 def _load_from_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:

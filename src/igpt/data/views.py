@@ -38,7 +38,7 @@ class Transform:
     """Any image -> upright RGB squares at the model resolution.
 
     Images whose shorter side is at or below the resolution pass without a resample: they are cropped to its centre,
-    and where they are smaller, they get a mirrored border (or are enlarged, if asked for).
+    and where they are smaller, they get a mirrored border (or are enlarged, if asked for). They have one view only.
 
     Args:
         size: R, the model resolution in pixels.
@@ -58,7 +58,9 @@ class Transform:
     full_decode: bool = False
 
     def __call__(self, image: Any, seed: tuple[int, ...] = ()) -> NDArray[np.uint8]:
-        """The squares of an image, uint8 [max(V, 1), R, R, 3]; what `open_image` takes is an image.
+        """The squares of an image, uint8 [V, R, R, 3]; what `open_image` takes is an image.
+
+        V is 1 without `views`, and for images at or below the resolution, which have no other.
 
         Args:
             seed: of the random crops: the same image and seed give the same ones.
@@ -78,8 +80,7 @@ class Transform:
         if min(width, height) == 0:
             raise InputError("the image has no pixels")
         if min(width, height) <= self.size:
-            square = self._small(to_rgb(load(opened)))
-            return np.repeat(square[None], max(1, self.views), axis=0)
+            return self._small(to_rgb(load(opened)))[None]
         boxes = self._boxes(width, height, seed)
         reduction = self._reduction(opened, turn is not None) if reducible else 1
         rgb = to_rgb(load(opened, reduction))
