@@ -37,7 +37,7 @@ def test_other_commands_parse(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     text = "".join(blocks("console")).replace("\\\n", " ")
     for line in text.splitlines():
-        words = shlex.split(line.removeprefix("$ "))
+        words = shlex.split(line.removeprefix("$ "), comments=True)
         words = words[words.index("igpt") + 1 :]
         done = igpt(*words)
         assert done.returncode == 2, line

@@ -97,7 +97,8 @@ def _one_line(box: str, program: str) -> str:
     """The text of tyro's framed error without its frame, title and pointer to --help."""
     inside = "\n".join(line for line in box.splitlines() if not line.startswith("╭"))
     text = " ".join(re.sub(r"[^\x20-\x7e]", " ", inside).split())
-    text = re.sub(r"For full helptext, (run|see).*", "", text).strip()
+    text = re.sub(r"For full helptext, (run|see).*", "", text)
+    text = re.sub(r"^.*?-{10,}", "", text).strip()  # a title above a line
     return f"{text}; see {program} --help"
 
 
