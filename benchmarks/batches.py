@@ -20,12 +20,11 @@ from typing import Any
 
 import numpy as np
 import tyro
+from common import record
 
 from igpt.data.batches import Batches
 from igpt.data.palette import Palette
 from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, write_manifest, write_shard
-from igpt.environment import describe
-from igpt.files import write_json
 from igpt.training import trainer
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
@@ -43,7 +42,6 @@ class Settings:
     repeats: int = 5
     seed: int = 0
     scratch: str = tempfile.gettempdir()  # the token set is written here, and removed
-    out: str = str(Path(__file__).parent / "results" / "batches.json")
 
 
 def write_tokens(folder: Path, settings: Settings) -> int:
@@ -142,8 +140,8 @@ def main(settings: Settings) -> None:
     for name, runs in found.items():
         medians[name] = row = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
         print(f"{name:26}" + "".join(f"{value:14,.1f} {key.replace('_', ' ')}" for key, value in row.items()))
-    result = {"settings": asdict(settings), "images": images, "medians": medians, "runs": found}
-    write_json(Path(settings.out), {**result, "environment": describe()})
+    about = {key: value for key, value in asdict(settings).items() if key != "scratch"}
+    record("batches", {"settings": about, "images": images, "medians": medians, "runs": found})
 
 
 if __name__ == "__main__":
