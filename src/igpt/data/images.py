@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_ISFIFO
 from typing import Any
 
 import numpy as np
@@ -58,16 +59,16 @@ def open_image(image: Any) -> Image.Image:
     with _reasons(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
-        if (
-            isinstance(image, str | Path)
-            and Path(image).exists()
-            and not (Path(image).is_file() or Path(image).is_dir())
-        ):
-            raise InputError("not a regular file")  # a pipe would be waited for
-        encoded = image if isinstance(image, bytes) else Path(image).read_bytes()
+        encoded = image if isinstance(image, bytes) else _content(Path(image))
         if not encoded:
             raise InputError("the file is empty (zero bytes)")
         return Image.open(io.BytesIO(encoded))
+
+
+def _content(path: Path) -> bytes:
+    if S_ISFIFO(path.stat().st_mode):  # it would be waited for
+        raise InputError("not a regular file")
+    return path.read_bytes()
 
 
 def load(image: Image.Image, reduction: int = 1) -> Image.Image:
