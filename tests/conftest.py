@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 
 from igpt.cli import main
@@ -107,3 +109,31 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         home.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.astype(np.uint8)).save(home / f"{index:02d}.png")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the checkout."""
+    folder = Path(__file__).parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"the real images are not here: {folder} is missing")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cifar(shared_data: Path) -> Path:
+    return shared_data / "cifar10"
+
+
+@pytest.fixture(scope="session")
+def cifar_records(cifar: Path) -> list[dict[str, object]]:
+    """The first 1,000 rows of CIFAR-10's test split, as the Parquet file holds them."""
+    file = next(cifar.rglob("test-*.parquet"))
+    return next(pq.ParquetFile(file).iter_batches(1000)).to_pylist()
+
+
+@pytest.fixture(scope="session")
+def cifar_pixels(cifar_records: list[dict[str, object]]) -> NDArray[np.uint8]:
+    """200 of these images: uint8 [200, 32, 32, 3]."""
+    encoded = [row["img"]["bytes"] for row in cifar_records[:200]]
+    return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])

@@ -47,6 +47,14 @@ def test_how_well_a_given_palette_serves(igpt: Run, photographs: Path, tmp_path:
     assert json.loads((tmp_path / "p.json").read_text())["mse"] > 1000
 
 
+def test_a_palette_is_written_here_by_default(igpt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    done = igpt("palette", "digits", "--size", 8)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"palette.npy", "palette.json", "palette.png"}
+    assert len(Palette.load(tmp_path / "palette.npy")) == 17
+
+
 def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
     for words, message in (
         (("palette", photographs, "-o", tmp_path / "p.png"), "a palette is written as .npy, not as p.png"),

@@ -3,16 +3,23 @@
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from igpt.command_line import Commands, file_settings, given, load_model, model_and_run, progress_bar, run_command
+from igpt.command_line import (
+    Commands,
+    MaybeOut,
+    Out,
+    file_settings,
+    given,
+    load_model,
+    model_and_run,
+    progress_bar,
+    run_command,
+)
 from igpt.data_commands import inspect, palette, prepare
 from igpt.errors import InputError
-
-Out = Annotated[Path, arg(aliases=["-o"])]
-MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
 
 
 def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -> None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
 _FLAT = (tyro.conf.arg(name="", help_behavior_hint=""),)
+Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
+MaybeOut = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
 Show = Callable[[str, int, int], None]  # (what, done, in all)
 Commands = Mapping[str, tuple[Callable[..., None], str | None]]  # what it does, and the settings that are its flags
 

@@ -4,35 +4,37 @@ import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
-from igpt.command_line import file_settings, given, progress_bar
+from igpt.command_line import MaybeOut, Out, file_settings, given, progress_bar
 from igpt.errors import InputError
 
-Out = Annotated[Path, arg(aliases=["-o"])]
-MaybeOut = Annotated[Path | None, arg(aliases=["-o"])]
 _CLASSES_SHOWN = 20
 
 
-def palette(source: Positional[str], out: Out, flags: Any, config: Path | None = None) -> None:
+def palette(source: Positional[str], flags: Any, out: MaybeOut = None, config: Path | None = None) -> None:
     """Fit a palette to images, or see how well a given one serves them.
 
     Args:
         source: see igpt prepare.
-        out: file to write (.npy, as OpenAI's), with what it costs in a .json and a picture in a .png beside it.
+        out: file to write (.npy, as OpenAI's), palette.npy here by default, with what it costs in a .json and a
+            picture in a .png beside it.
         config: settings in YAML or JSON; flags override them.
     """
-    from igpt.data.fit import PaletteConfig, settle_palette
+    from igpt.data.fit import PaletteConfig, given_palette, settle_palette
+    from igpt.data.grids import save_png
     from igpt.data.sources import open_source
     from igpt.environment import describe
-    from igpt.files import atomic_file, write_json
+    from igpt.files import write_json
 
+    out = out or Path("palette.npy")
     if out.suffix != ".npy":
         raise InputError(f"a palette is written as .npy, not as {out.name}")
     settings = PaletteConfig.layered(file_settings(config), given(flags), where="the settings")
-    result, quality, picture = settle_palette(source, open_source(source, settings)[0]["train"], settings)
+    train = open_source(source, settings)[0]["train"]
+    result, quality, picture = settle_palette(source, train, settings, given_palette(source, train, settings))
     result.save(out)
     report = {
         "source": source,
@@ -42,8 +44,7 @@ def palette(source: Positional[str], out: Out, flags: Any, config: Path | None =
     }
     write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
     if picture:
-        with atomic_file(out.with_suffix(".png")) as temporary:
-            picture.save(temporary, format="PNG")
+        save_png(picture, out.with_suffix(".png"))
     shown = f"; {out.with_suffix('.png')} shows originals above what it makes of them" if picture else ""
     print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
 
@@ -121,19 +122,18 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
         tokens: token data set.
         out: PNG to write, with all figures in a .json beside it; by default TOKENS.png beside the data set.
     """
+    from igpt.data.grids import require_png, save_png
     from igpt.data.inspection import inspect as run
     from igpt.data.inspection import sheet
     from igpt.data.tokens import TokenDataset
-    from igpt.files import atomic_file, write_json
+    from igpt.files import write_json
 
     target = out or tokens.resolve().with_name(tokens.resolve().name + ".png")
-    if target.suffix != ".png":
-        raise InputError(f"pictures are written as .png, not as {target.name}")
+    require_png(target)
     data = TokenDataset(tokens)
     with progress_bar() as show:
         found = run(data, partial(show, "reading"))
-    with atomic_file(target) as temporary:
-        sheet(data).save(temporary, format="PNG")
+    save_png(sheet(data), target)
     write_json(target.with_suffix(".json"), found)
     print(
         "\n".join([*_told(found), f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures"])

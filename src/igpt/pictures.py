@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.grids import image_grid
+from igpt.data.grids import image_grid, require_png, save_png
 from igpt.data.palette import Palette
 from igpt.data.tokens import TokenSplit
 from igpt.data.views import load_square
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.files import atomic_file, write_json
+from igpt.files import write_json
 from igpt.model.generate import Drawing, Progress, complete, sample
 from igpt.model.transformer import ImageGPT
 
@@ -62,7 +62,7 @@ def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
 
 def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
     """Writes `count` samples as a PNG grid; `settings` are those of `sample`."""
-    _require_png(path)
+    require_png(path)
     if count < 1:
         raise InputError(f"at least one sample is drawn, not {count}")
     palette_of(model)
@@ -90,7 +90,7 @@ def draw_completions(
         originals: tokens [B, n].
         settings: those of `sample`.
     """
-    _require_png(path)
+    require_png(path)
     if completions < 1:
         raise InputError(f"at least one completion is drawn, not {completions}")
     drawn = complete(model, originals.repeat_interleave(completions, 0), keep_rows, **settings, progress=progress)
@@ -103,12 +103,6 @@ def draw_completions(
     return path
 
 
-def _require_png(path: Path) -> None:
-    if path.suffix.lower() != ".png":
-        raise InputError(f"pictures are written as .png, not as {path.name}")
-
-
 def _write(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], settings: Mapping[str, Any]) -> None:
-    with atomic_file(path) as temporary:
-        image_grid(rows).save(temporary, format="PNG")
+    save_png(image_grid(rows), path)
     write_json(path.with_suffix(".json"), {**settings, "command": describe()["command"]})

@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 
 Write = Callable[..., Path]
@@ -22,34 +21,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setenv("HF_DATASETS_CACHE", cache)  # of processes that the tests start
         yield
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real images beside the checkout."""
-    folder = Path(__file__).parents[3] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"the real images are not here: {folder} is missing")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def cifar(shared_data: Path) -> Path:
-    return shared_data / "cifar10"
-
-
-@pytest.fixture(scope="session")
-def cifar_records(cifar: Path) -> list[dict[str, object]]:
-    """The first 1,000 rows of CIFAR-10's test split, as the Parquet file holds them."""
-    file = next(cifar.rglob("test-*.parquet"))
-    return next(pq.ParquetFile(file).iter_batches(1000)).to_pylist()
-
-
-@pytest.fixture(scope="session")
-def cifar_pixels(cifar_records: list[dict[str, object]]) -> NDArray[np.uint8]:
-    """200 of these images: uint8 [200, 32, 32, 3]."""
-    encoded = [row["img"]["bytes"] for row in cifar_records[:200]]
-    return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
 
 
 @pytest.fixture(scope="session")

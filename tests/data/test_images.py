@@ -8,24 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from reading import DISPLAYED
 
 from igpt.data.images import load, open_image, orientation, to_rgb
 from igpt.errors import InputError
 
 RANDOM = np.random.default_rng(0)
 GRID = RANDOM.integers(0, 256, (3, 2, 3), dtype=np.uint8)  # not square and without symmetry
-
-# EXIF 2.3, table 6: which visual side the stored row 0 and column 0 are, as numpy operations on the stored grid.
-DISPLAYED = {
-    1: lambda grid: grid,
-    2: lambda grid: grid[:, ::-1],
-    3: lambda grid: grid[::-1, ::-1],
-    4: lambda grid: grid[::-1],
-    5: lambda grid: grid.transpose(1, 0, 2),
-    6: lambda grid: np.rot90(grid, -1),
-    7: lambda grid: grid[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda grid: np.rot90(grid, 1),
-}
 
 
 def reopened(image: Image.Image, form: str = "PNG", **options: object) -> Image.Image:

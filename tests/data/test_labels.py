@@ -5,37 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import pytest
+from reading import counts, labels, refusal, whole
 
-from igpt.data.sources import SourceConfig, Split, open_source
-from igpt.errors import InputError
+from igpt.data.sources import SourceConfig, open_source
 
 Write = Callable[..., Path]
 Picture = Callable[..., bytes]
-
-
-def counts(splits: dict[str, Split]) -> list[int]:
-    assert list(splits) == ["train", "validation", "test"]
-    return [len(split) for split in splits.values()]
-
-
-def labels(split: Split) -> list[int]:
-    return [label for _, label in split.read(np.arange(len(split)))]
-
-
-def whole(source: Path | str, **settings: str) -> tuple[list[tuple[Any, int]], list[str] | None]:
-    """All that the reader of the training images finds, held-out ones too; and the class names."""
-    splits, names = open_source(str(source), SourceConfig(**settings))
-    reader = splits["train"].reader
-    return list(reader.read(np.arange(len(reader)))), names
-
-
-def refusal(source: Path | str, **settings: str) -> str:
-    with pytest.raises(InputError) as caught:
-        open_source(str(source), SourceConfig(**settings))
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+from reading import contents
 
 from igpt.data import prepare as room
 from igpt.data.palette import Palette
@@ -17,10 +18,6 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 
 SMALL = PrepareConfig(size=4, colors=8)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(autouse=True)

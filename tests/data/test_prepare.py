@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from reading import contents
 from sklearn.datasets import load_digits
 
 from igpt.data import prepare as room
@@ -30,11 +31,6 @@ from igpt.errors import InputError
 
 Write = Callable[..., Path]
 SMALL = PrepareConfig(size=4, colors=8)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")

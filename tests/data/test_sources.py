@@ -13,21 +13,13 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from reading import counts, labels
 
 from igpt.data.images import open_image
 from igpt.data.sources import SourceConfig, Split, open_source
 from igpt.errors import InputError
 
 Write = Callable[..., Path]
-
-
-def counts(splits: dict[str, Split]) -> list[int]:
-    assert list(splits) == ["train", "validation", "test"]
-    return [len(split) for split in splits.values()]
-
-
-def labels(split: Split) -> list[int]:
-    return [label for _, label in split.read(np.arange(len(split)))]
 
 
 def test_digits():

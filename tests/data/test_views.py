@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from reading import DISPLAYED
 
 from igpt.data import views
 from igpt.data.prepare import PrepareConfig
@@ -14,17 +15,6 @@ from igpt.data.views import Box, Transform, _area_average, load_square
 from igpt.errors import InputError
 
 PILLOW_FILTERS = ["nearest", "bilinear", "bicubic", "lanczos"]
-# What shows a stored grid upright, by EXIF orientation (EXIF 2.3, table 6).
-DISPLAYED = {
-    1: lambda grid: grid,
-    2: lambda grid: grid[:, ::-1],
-    3: lambda grid: grid[::-1, ::-1],
-    4: lambda grid: grid[::-1],
-    5: lambda grid: grid.transpose(1, 0, 2),
-    6: lambda grid: np.rot90(grid, -1),
-    7: lambda grid: grid[::-1, ::-1].transpose(1, 0, 2),
-    8: lambda grid: np.rot90(grid, 1),
-}
 
 
 def noise(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

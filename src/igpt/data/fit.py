@@ -34,26 +34,34 @@ def transform_of(config: PaletteConfig, views: int = 0) -> Transform:
     return Transform(config.size, views, config.filter, config.enlarge, config.full_decode)
 
 
+def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette | None:
+    """The palette that the settings name, or that lies beside ready tokens; None where one is to be fitted.
+
+    Raises:
+        InputError: there is no palette where one is said to be, or none for ready tokens.
+    """
+    ready = isinstance(train.reader, TokenRows)
+    name = config.palette or (token_palette(source) if ready else None)
+    if ready and name is None:
+        raise InputError(f"{source} holds tokens; name their palette: --palette kmeans_centers.npy")
+    return Palette.load(name) if name else None
+
+
 def settle_palette(
-    source: str, train: Split, config: PaletteConfig
+    source: str, train: Split, config: PaletteConfig, given: Palette | None
 ) -> tuple[Palette, dict[str, Any], Image.Image | None]:
     """A given palette or one fitted to a sample of the training images, how well it serves them, and a picture of it.
 
     Raises:
-        InputError: no training image decodes, or there is no palette where one is said to be.
+        InputError: no training image decodes, or ready tokens have another resolution.
     """
     if isinstance(train.reader, TokenRows):
-        given = config.palette or token_palette(source)
-        if given is None:
-            raise InputError(f"{source} holds tokens; name their palette: --palette kmeans_centers.npy")
+        assert given is not None
         if config.size != train.reader.resolution:
             raise InputError(f"{source} holds tokens of {train.reader.resolution} px; --size {train.reader.resolution}")
-        if getattr(config, "views", 0):
-            raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
-        return Palette.load(given), {}, None
-    palette = Palette.load(config.palette) if config.palette else None
+        return given, {}, None
     # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean reading all of it.
-    groups = max(1, _PIXELS["judge" if palette else "fit"] // config.size**2 // _NEIGHBOURS)
+    groups = max(1, _PIXELS["judge" if given else "fit"] // config.size**2 // _NEIGHBOURS)
     starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
     transform, squares, bad = transform_of(config), [], []
@@ -65,7 +73,7 @@ def settle_palette(
     if not squares:
         raise InputError(f"no training image of {source} decodes; the first: {bad[0]}")
     pixels = np.concatenate(squares)
-    palette = palette or Palette(config.colors, seed=config.seed).fit(pixels)
+    palette = given or Palette(config.colors, seed=config.seed).fit(pixels)
     shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
     picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
     return palette, nearest_color_error(palette, pixels), picture

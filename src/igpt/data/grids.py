@@ -5,12 +5,14 @@ R resolution.
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from igpt.errors import InputError
+from igpt.files import atomic_file
 
 _BACKGROUND = (128, 128, 128)  # neither black nor white pictures melt into it
 _PICTURE_SIDE = 64  # pixels on the screen that a picture gets at least
@@ -67,3 +69,19 @@ def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int
     filled = (pixels[:, :side, :, :side] != _BACKGROUND).any(axis=(1, 3, 4))
     # Short rows end in cells of bare ground; a cell followed by a picture is a picture, whatever its colour.
     return [int(np.flatnonzero(row).max(initial=-1)) + 1 for row in filled]
+
+
+def require_png(path: Path) -> None:
+    """Refuses to write a picture as anything but PNG.
+
+    Raises:
+        InputError: the name ends otherwise.
+    """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"pictures are written as .png, not as {path.name}")
+
+
+def save_png(picture: Image.Image, path: Path) -> None:
+    """Writes a picture, atomically."""
+    with atomic_file(path) as temporary:
+        picture.save(temporary, format="PNG")

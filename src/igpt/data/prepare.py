@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.data.archives import TokenRows
-from igpt.data.fit import PaletteConfig, settle_palette, transform_of
+from igpt.data.fit import PaletteConfig, given_palette, settle_palette, transform_of
 from igpt.data.palette import Palette
 from igpt.data.pool import running
 from igpt.data.readers import Reader
@@ -200,6 +200,9 @@ def _make_shards(
     if workers < 1:
         raise InputError(f"at least one worker is needed, not {workers}")
     splits, class_names = open_source(source, config)
+    if config.views and isinstance(splits["train"].reader, TokenRows):
+        raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
+    given = given_palette(source, splits["train"], config)
     folder = out.with_name(out.name + ".partial")
     wanted = {
         "source": source,
@@ -208,10 +211,10 @@ def _make_shards(
         "class_names": class_names,
         "shard_images": list(SHARD_IMAGES),
         "fingerprints": [reader.fingerprint() for reader in _readers(splits)],
-        "given_palette": Palette.load(config.palette).fingerprint if config.palette else None,
+        "given_palette": given.fingerprint if given else None,
         "part": list(part),
     }
-    plan, palette = _settle_plan(folder, wanted, splits["train"], config)
+    plan, palette = _settle_plan(folder, wanted, splits["train"], config, given)
 
     def jobs() -> Iterator[_Job]:
         return islice(_jobs(splits, config.views), part[0] - 1, None, part[1])
@@ -269,13 +272,13 @@ def _jobs(splits: Mapping[str, Split], views: int) -> Iterator[_Job]:
 
 
 def _settle_plan(
-    folder: Path, plan: dict[str, Any], train: Split, config: PrepareConfig
+    folder: Path, plan: dict[str, Any], train: Split, config: PrepareConfig, given: Palette | None
 ) -> tuple[dict[str, Any], Palette]:
     """The plan with its palette: an interrupted preparation's, or a new one with a given or a fitted palette."""
     if folder.exists():
         plan = _continue_plan(folder, plan)
         return plan, Palette.load(folder / PLAN)
-    palette, quality, picture = settle_palette(plan["source"], train, config)
+    palette, quality, picture = settle_palette(plan["source"], train, config, given)
     plan = {**plan, "palette_error": quality, "palette": {"centers": palette.centers_.tolist()}}
     with atomic_folder(folder) as temporary:
         write_json(temporary / PLAN, plan)
