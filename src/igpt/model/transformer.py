@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from igpt.config import Config
 from igpt.data.palette import Palette
@@ -21,7 +22,7 @@ from igpt.model.checkpoint import ModelDirectory, read_directory, write_director
 Objective = Literal["autoregressive", "bert"]
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 NORM_EPS = 1e-5
-_GELU_SLOPE = 1.702
+_SLOPE = 1.702  # of the sigmoid in the activation
 _SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
 
 
@@ -135,6 +136,46 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
+def _trains_on_cpu(x: Tensor) -> bool:
+    """Whether operations run one by one on a CPU, for a backward pass to come: every pass over memory counts."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+class _LeanNorm(torch.autograd.Function):
+    """An RMS norm that keeps only its input and a number a place, and writes the type that the next product reads."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
+        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        scale = mean_square.add_(NORM_EPS).rsqrt_()  # [B, T, 1]
+        ctx.save_for_backward(x, gain, scale)
+        normal: Tensor = (x * scale).mul_(gain)
+        return normal.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else normal
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, gain, scale = ctx.saved_tensors
+        unit = x * scale
+        gain_gradient = (gradient * unit).flatten(0, -2).sum(0).to(gain.dtype)
+        inner = gradient * gain
+        along = (inner * unit).mean(-1, keepdim=True)
+        return unit.mul_(-along).add_(inner).mul_(scale), gain_gradient
+
+
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + 1e-5) * g over the last dimension."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        if _trains_on_cpu(x):
+            return _LeanNorm.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; with a cache, of new places to all before them."""
 
@@ -169,8 +210,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        inner = self.c_fc(x)  # [B, T, 4D]
-        return self.c_proj(inner * torch.sigmoid(_GELU_SLOPE * inner))  # type: ignore[no-any-return]
+        # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
+        if _trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
+            inner = F.linear(x, _SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else _SLOPE * self.c_fc.bias)
+            return F.linear(F.silu(inner), self.c_proj.weight / _SLOPE, self.c_proj.bias)
+        return self.c_proj(F.silu(_SLOPE * self.c_fc(x)) / _SLOPE)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -178,9 +222,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.ln_1 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.ln_1 = RMSNorm(config.n_embd)
         self.attn = Attention(config)
-        self.ln_2 = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
+        self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
@@ -196,7 +240,8 @@ class ImageGPT(nn.Module):
         config: shape and objective.
         palette: the colours that its tokens index; it travels with the model.
 
-    A freshly made model has the paper's initial weights, drawn from torch's global generator.
+    A freshly made model has the paper's initial weights, drawn from torch's global generator. Made on the meta
+    device, it has none until `draw` gives them.
     """
 
     def __init__(self, config: ModelConfig, palette: Palette | None = None) -> None:
@@ -205,30 +250,47 @@ class ImageGPT(nn.Module):
             raise InputError(f"the palette has {len(palette)} colours, the model {config.n_colors}")
         self.config = config
         self.palette = palette
-        self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)  # its last row is the start of a sequence
-        self.wpe = nn.Embedding(config.n_places, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, eps=NORM_EPS)
-        self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
-        if config.class_names is not None:
-            self.score = nn.Linear(config.n_embd, len(config.class_names), bias=False)
-        self.initialize()
+        with torch.device("meta"):  # what PyTorch would draw is not wanted
+            self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)  # its last row is the start of a sequence
+            self.wpe = nn.Embedding(config.n_places, config.n_embd)
+            self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            self.ln_f = RMSNorm(config.n_embd)
+            self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
+            if config.class_names is not None:
+                self.score = nn.Linear(config.n_embd, len(config.class_names), bias=False)
+        device = torch.get_default_device()
+        if device.type != "meta":
+            for name, _ in self.parts():
+                self.draw(name, device)
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The blocks, then what stands around them, with their names."""
+        yield from ((f"h.{number}", block) for number, block in enumerate(self.h))
+        yield from ((name, part) for name, part in self.named_children() if part is not self.h)
 
     @torch.no_grad()
-    def initialize(self) -> None:
-        """Draws the paper's initial weights (released code): see the numbers."""
+    def draw(self, name: str, device: torch.device) -> None:
+        """Gives one of the `parts`, made on the meta device, the paper's initial weights (released code).
+
+        They are drawn on the CPU, part by part, so that they are the same on every device and however they are shared.
+        """
         width = self.config.n_embd
-        nn.init.normal_(self.wte.weight, std=0.02)
-        nn.init.normal_(self.wpe.weight, std=0.01)
-        for block in self.h:
-            assert isinstance(block, Block)
-            nn.init.normal_(block.attn.c_attn.weight, std=width**-0.5)
-            nn.init.normal_(block.attn.c_proj.weight, std=(width * self.config.n_layer) ** -0.5)
-            nn.init.normal_(block.mlp.c_fc.weight, std=0.02)
-            nn.init.normal_(block.mlp.c_proj.weight, std=0.02)
-        for name, parameter in self.named_parameters():
-            if name.endswith(".bias") or name in ("lm_head.weight", "score.weight"):
-                nn.init.zeros_(parameter)
+        deviations = {
+            "wte.weight": 0.02,
+            "wpe.weight": 0.01,
+            "attn.c_attn.weight": width**-0.5,
+            "attn.c_proj.weight": (width * self.config.n_layer) ** -0.5,
+            "mlp.c_fc.weight": 0.02,
+            "mlp.c_proj.weight": 0.02,
+        }
+        part = self.get_submodule(name).to_empty(device=device)
+        for inner, parameter in part.named_parameters():
+            path = f"{name}.{inner}"
+            deviation = next((value for end, value in deviations.items() if path.endswith(end)), None)
+            if deviation is not None:
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=deviation))
+            else:
+                parameter.fill_(1.0 if ".ln_" in f".{path}" else 0.0)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What enters the first block: tokens [B, T] -> [B, T, D].
@@ -276,9 +338,14 @@ class ImageGPT(nn.Module):
             x = block(x)
         yield self.ln_f(x)
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Writes a model directory (see checkpoint.py), replacing one that is there only when it is whole."""
-        tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+    def save_pretrained(self, path: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
+        """Writes a model directory (see checkpoint.py), replacing one that is there only when it is whole.
+
+        Args:
+            tensors: the whole weights on the CPU, when this model holds only a part of them.
+        """
+        if tensors is None:
+            tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
         write_directory(Path(path), ModelDirectory(self.config.to_hub(), tensors, self.palette))
 
     @classmethod

@@ -15,14 +15,17 @@ from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import write_json
-from igpt.model.objectives import classification
+from igpt.model.cost import count_parameters
+from igpt.model.objectives import Summed, classification
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import team
+from igpt.training.distributed import Team, team
+from igpt.training.engine import Engine
 from igpt.training.metrics import Metrics
 from igpt.training.optimizer import Schedule
 from igpt.training.run import record_run, settle_config
-from igpt.training.trainer import TrainConfig, Trainer
+from igpt.training.settings import TrainConfig
+from igpt.training.trainer import Trainer, Validation
 
 _BATCH = 256  # images at a time when nothing is kept for a backward pass
 
@@ -69,24 +72,23 @@ def finetune(
         for name in ("train", "validation", "test"):
             data[name].require_images("fine-tuning")
             data[name].require_labels("fine-tuning")
-        fast = us.agree(settle_precision(config.precision, us.device) == "bf16")  # measured: ranks may differ
-        config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
+        precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
+        config = config.model_copy(update={"precision": precision})
         torch.manual_seed(config.seed)
         model = _with_head(config, data)
         train = Batches(
             data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
         )
-        validation = data["validation"]
+        engine = Engine(model, config, us, partial(classification, generation_weight=config.generation_weight))
         record_run(run, config, config.tokens, resume=resume, leads=us.leads)
         us.wait()
+        validation = data["validation"]
         trainer = Trainer(
-            model,
-            config,
-            objective=partial(classification, generation_weight=config.generation_weight),
+            engine,
             batches=partial(_batch, train),
-            validate=("error", lambda current: 1 - accuracy(current, validation)),
+            validation=Validation("error", _errors, len(validation), partial(_validation_batch, validation, us)),
             run=run,
-            team=us,
+            warmup=config.warmup(len(train.split)),
             title="fine-tuning",
         )
         progress = trainer.train(resume=resume, on_start=partial(_start_line, model, data))
@@ -125,12 +127,26 @@ def _batch(train: Batches, step: int) -> Batch:
     return train.tokens(step), train.labels(step)
 
 
+def _validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Batch:
+    rows = np.arange(first, last)
+    arrays = split.rows(rows), split.labels_of(rows)
+    return tuple(to_device(array.astype(np.int64), us.device) for array in arrays)
+
+
+def _errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
+    """Images [B] whose likeliest class is not their label."""
+    return (_logits(model, tokens).argmax(dim=1) != labels).sum(), len(tokens)
+
+
+def _logits(model: ImageGPT, tokens: Tensor) -> Tensor:
+    logits: Tensor = model.score(model.hidden(tokens).mean(dim=1)).float()
+    return logits
+
+
 @torch.inference_mode()
 def class_logits(model: ImageGPT, tokens: NDArray[np.uint16]) -> Tensor:
     """Logits of the classes, [N, C], of token images [N, n], all at once."""
-    hidden = model.hidden(to_device(tokens.astype(np.int64), model.wte.weight.device))
-    logits: Tensor = model.score(hidden.mean(dim=1)).float()
-    return logits
+    return _logits(model, to_device(tokens.astype(np.int64), model.wte.weight.device))
 
 
 def accuracy(model: ImageGPT, split: TokenSplit) -> float:
@@ -148,7 +164,7 @@ def _start_line(model: ImageGPT, data: TokenDataset, metrics: Metrics) -> None:
         "start",
         0,
         source=data.manifest["source"],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(model.config),
         train_images=len(data["train"]),
         validation_images=len(data["validation"]),
         classes=len(data.class_names or ()),

@@ -1,10 +1,11 @@
 """Optimisers and learning-rate schedules; schedules are pure functions of the step."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 OptimizerName = Literal["adamw", "muon"]
@@ -47,3 +48,19 @@ def make_optimizers(
         muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     return optimizers
+
+
+def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
+    """One update at a learning rate, and zero gradients after it; no update where `skip` (on the device) is 1, not 0.
+
+    AdamW's fused kernel looks at `skip` itself, as it does for gradient scalers, so that nobody waits for the device.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        if isinstance(optimizer, torch.optim.AdamW):
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
+        elif not skip:  # Muon has no such kernel: the host must ask
+            optimizer.step()
+        optimizer.zero_grad()

@@ -12,21 +12,25 @@ from pydantic import Field
 from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.model.objectives import Summed, autoregressive, bert, draw_masks
+from igpt.model.cost import count_parameters
+from igpt.model.objectives import autoregressive, bert, draw_masks
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT, ModelConfig, Objective
-from igpt.training.distributed import team
+from igpt.training.distributed import Team, team
+from igpt.training.engine import Engine
 from igpt.training.metrics import Metrics
 from igpt.training.run import record_run, settle_config
-from igpt.training.trainer import TrainConfig, Trainer
+from igpt.training.settings import TrainConfig
+from igpt.training.trainer import Trainer, Validation
 
-_VALIDATION_BATCH = 256  # images at a time; nothing is kept for a backward pass
+_VALIDATION_MASKS = (0.15, 0)  # probability and seed: the same for all runs, whose losses can then be compared
 
 
 class PretrainConfig(TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
 
     tokens: Path = Field(description="token data set")
+    resolution: int | None = Field(None, ge=1, description="image side that the tokens must have; presets name one")
     n_layer: int = Field(24, ge=1, description="blocks")
     n_embd: int = Field(512, ge=1, description="width")
     n_head: int = Field(8, ge=1, description="attention heads")
@@ -56,30 +60,37 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
-        fast = us.agree(settle_precision(config.precision, us.device) == "bf16")  # measured: ranks may differ
-        config = config.model_copy(update={"precision": "bf16" if fast else "fp32"})
-        torch.manual_seed(config.seed)
-        model = ImageGPT(_model_config(config, data), data.palette)
+        precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
+        config = config.model_copy(update={"precision": precision})
+        shape = _model_config(config, data)
         train = Batches(
             data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
         )
         checked = _validation_tokens(data["validation"], config)
+        objective = autoregressive if config.objective == "autoregressive" else bert
+        torch.manual_seed(config.seed)
+        with torch.device("meta"):  # the engine draws the weights, where they belong
+            model = ImageGPT(shape, data.palette)
+        engine = Engine(model, config, us, objective)
         record_run(run, config, config.tokens, resume=resume, leads=us.leads)
         us.wait()
         trainer = Trainer(
-            model,
-            config,
-            objective=autoregressive if config.objective == "autoregressive" else bert,
+            engine,
             batches=partial(_batch, train, config),
-            validate=("loss", partial(_validation_loss, config, checked)),
+            validation=Validation("loss", objective, len(checked), partial(_validation_batch, config, checked, us)),
             run=run,
-            team=us,
+            warmup=config.warmup(len(train.split)),
         )
-        trainer.train(resume=resume, on_start=partial(_start_line, model, data, checked))
+        trainer.train(resume=resume, on_start=partial(_start_line, shape, data, checked))
     return run / "model"
 
 
 def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
+    if config.resolution not in (None, data.resolution):
+        raise InputError(
+            f"{config.tokens} has images of {data.resolution} px, and the model is for {config.resolution} px; prepare "
+            f"tokens with --size {config.resolution}, or train it at theirs with --resolution {data.resolution}"
+        )
     return ModelConfig.layered(
         {
             "resolution": data.resolution,
@@ -109,27 +120,18 @@ def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.
     return split.rows(np.arange(count) * len(split) // count)
 
 
-def _validation_loss(config: PretrainConfig, checked: NDArray[np.uint16], model: ImageGPT) -> float:
-    """nats/pixel on the validation images; a BERT model's masks are the same every time."""
-    device = model.wte.weight.device
-    masks = draw_masks(
-        (len(checked), checked.shape[1]), config.mask_probability, np.random.default_rng((config.seed, 3))
-    )
-    total = 0.0
-    for first in range(0, len(checked), _VALIDATION_BATCH):
-        part = slice(first, first + _VALIDATION_BATCH)
-        tokens = torch.from_numpy(checked[part].astype(np.int64)).to(device)
-        summed: Summed
-        if config.objective == "autoregressive":
-            summed = autoregressive(model, tokens)
-        else:
-            summed = bert(model, tokens, torch.from_numpy(masks[part]).to(device))
-        total += float(summed[0])
-    return total / len(checked)
+def _validation_batch(config: PretrainConfig, checked: NDArray[np.uint16], us: Team, first: int, last: int) -> Batch:
+    """Validation images from `first` up to `last`; a BERT model's masks are the same every time, and for every run."""
+    tokens = to_device(checked[first:last].astype(np.int64), us.device)
+    if config.objective == "autoregressive":
+        return (tokens,)
+    probability, seed = _VALIDATION_MASKS
+    masks = draw_masks((last, checked.shape[1]), probability, np.random.default_rng(seed))
+    return tokens, to_device(masks[first:], us.device)
 
 
-def _start_line(model: ImageGPT, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics) -> None:
-    colors = model.config.n_colors
+def _start_line(shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics) -> None:
+    colors = shape.n_colors
     train = data["train"]
     sampled = train.rows(np.arange(min(len(train), 16384)) * len(train) // min(len(train), 16384))
     # One is added to every count, so that a colour unseen in training costs a finite number of nats.
@@ -139,10 +141,10 @@ def _start_line(model: ImageGPT, data: TokenDataset, checked: NDArray[np.uint16]
         "start",
         0,
         source=data.manifest["source"],
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=count_parameters(shape),
         train_images=len(train),
         validation_images=len(checked),
-        places=model.config.n_places,
+        places=shape.n_places,
         n_colors=colors,
         uniform_loss=float(np.log(colors)),
         unigram_loss=float(unigram),

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from igpt.config import Config
 from igpt.data.tokens import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import read_json, sha256_of, write_json
+from igpt.training.settings import TrainConfig
 
-Settings = TypeVar("Settings", bound=Config)
+Settings = TypeVar("Settings", bound=TrainConfig)
 
 
 def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume: bool) -> Settings:
@@ -22,8 +22,8 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
 
     Args:
         config: the settings of a fresh run.
-        given: those of them that the user gave on purpose; to resume, they must be the recorded ones ("auto" and paths
-            are settled anew).
+        given: those of them that the user gave on purpose; to resume, they must be the recorded ones (paths, "auto" and
+            what only the machine is concerned with are settled anew).
 
     Raises:
         InputError: the directory exists and `resume` is False, or a given setting is not the recorded one.
@@ -36,9 +36,10 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     if not recorded.exists():
         raise InputError(f"there is no run to resume at {run}: config.yaml is missing; start it without --resume")
     before = type(config).load(recorded)
-    moved: dict[str, Path] = {}
+    moved: dict[str, Any] = {}
     for key, value in given.items():
-        if isinstance(value, Path):  # where things lie may change; that the tokens are the same is checked by checksum
+        # Where things lie may change; that the tokens are the same is checked by checksum.
+        if isinstance(value, Path) or key in config.of_the_machine:
             moved[key] = value
         elif value not in (getattr(before, key), "auto"):
             raise InputError(
@@ -48,7 +49,7 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     return before.model_copy(update=moved)
 
 
-def record_run(run: Path, config: Config, tokens: Path, *, resume: bool, leads: bool) -> None:
+def record_run(run: Path, config: TrainConfig, tokens: Path, *, resume: bool, leads: bool) -> None:
     """Writes what the run is; to resume, the tokens must be the ones it began with.
 
     Raises:

@@ -1,53 +1,29 @@
 """The training loop, and only the loop: it knows no objective, no data set and no evaluation by name."""
 
 import math
+import os
 import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from torch import Tensor
 
-from igpt.config import Config
 from igpt.data.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
-from igpt.model.objectives import Summed
-from igpt.model.precision import autocast
-from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.model.cost import training_flops
+from igpt.model.precision import matmul_rate, settle_precision
+from igpt.training.engine import Engine, Objective
 from igpt.training.metrics import Bar, Metrics, bar
-from igpt.training.optimizer import OptimizerName, Schedule, learning_rate, make_optimizers
-from igpt.training.state import Progress, checkpoints, load_state, newest_whole, save_state, step_of
-
-Beta = Annotated[float, Field(ge=0, lt=1)]
-
-
-class TrainConfig(Config):
-    """How to train; the defaults are the paper's where it states them (section 3.3)."""
-
-    batch_size: int = Field(128, ge=1, description="images of an update, over all ranks")
-    micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a rank; the rest accumulates")
-    steps: int = Field(1_000_000, ge=1, description="updates")
-    optimizer: OptimizerName = Field("adamw", description="muon orthogonalises the updates of the blocks' matrices")
-    learning_rate: float = Field(3e-3, gt=0, description="peak learning rate")
-    warmup_steps: int = Field(0, ge=0, description="updates over which the learning rate rises")
-    schedule: Schedule = Field("cosine", description="how the learning rate goes on from its peak")
-    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="Adam's")
-    weight_decay: float = Field(0.0, ge=0, description="of the matrices")
-    grad_clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of products; auto takes the faster")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
-    seed: int = Field(0, ge=0, lt=2**63, description="of the weights, the order of the images and their variations")
-    log_every: int = Field(50, ge=1, description="updates between lines of metrics.jsonl")
-    validate_every: int = Field(1000, ge=1, description="updates between validations; the best model is kept")
-    checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep")
-    patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+from igpt.training.optimizer import learning_rate
+from igpt.training.state import Checkpoints, Progress, checkpoints, step_of
 
 
 @dataclass
@@ -60,16 +36,35 @@ class _Stop:
         self.number = number
 
 
+def _end_in_time(signals: socket.socket, seconds: float, done: threading.Event, folder: Path) -> None:
+    """Ends the process when a stop was wished for and is not done in time, whatever its main thread waits for."""
+    while number := signals.recv(1):
+        if number[0] in (signal.SIGINT, signal.SIGTERM):
+            if not done.wait(seconds):
+                newest = next(iter(checkpoints(folder)), "none was written yet")
+                print(f"igpt: not saved within {seconds:g} seconds; the newest checkpoint: {newest}", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(128 + number[0])
+            return
+
+
 @contextmanager
-def _stop_on_signals() -> Iterator[_Stop]:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop looks at between updates."""
-    stop = _Stop()
+def _stop_on_signals(seconds: float, folder: Path) -> Iterator[_Stop]:
+    """Turns Ctrl-C and SIGTERM into a wish that the loop looks at between updates, and into an end after `seconds`."""
+    stop, done = _Stop(), threading.Event()
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    threading.Thread(target=_end_in_time, args=(heard, seconds, done, folder), daemon=True).start()
+    before_descriptor = signal.set_wakeup_fd(told.fileno())
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
+        done.set()
         for number, handler in before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(before_descriptor)
+        told.close()
 
 
 class _Clock:
@@ -97,25 +92,38 @@ class _Clock:
         self._since += time.perf_counter() - began
 
 
+@dataclass(frozen=True)
+class Validation:
+    """What the best model is chosen by: the mean over some images of what an objective gives; the least is the best.
+
+    Attributes:
+        name: what it is called in metrics.jsonl.
+        images: how many.
+        batch: the tensors of the images from a first one up to a last one.
+    """
+
+    name: str
+    objective: Objective
+    images: int
+    batch: Callable[[int, int], Batch]
+
+
 @dataclass
 class Trainer:
     """Everything the loop needs.
 
     Args:
-        objective: called with the model and one micro-batch's tensors; gives a summed loss and a count.
         batches: the whole batch of update s, as tensors whose rows are images; a pure function of s. It runs in a
             thread of its own while the update before is computed.
-        validate: the value to minimise, of the current model, and what it is called in metrics.jsonl.
         run: the run directory, with config.yaml already in it.
+        warmup: updates over which the learning rate rises.
     """
 
-    model: ImageGPT
-    config: TrainConfig
-    objective: Callable[..., Summed]
+    engine: Engine
     batches: Callable[[int], Batch]
-    validate: tuple[str, Callable[[ImageGPT], float]]
+    validation: Validation
     run: Path
-    team: Team
+    warmup: int
     title: str = "pretraining"
 
     def train(self, *, resume: bool = False, on_start: Callable[[Metrics], None] | None = None) -> Progress:
@@ -127,158 +135,176 @@ class Trainer:
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
-            InputError: a loss or gradient is not finite; the step and the last checkpoint are named.
+            InputError: too many losses or gradients were not finite; the step and the last good checkpoint are named.
         """
-        config, team = self.config, self.team
-        self.model.to(team.device).train()
-        self.optimizers = make_optimizers(
-            self.model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.metrics = Metrics(self.run / "metrics.jsonl", team.leads)
-        self.progress = Progress()
-        self.folder = self.run / "checkpoints"
-        notes = self._resume() if resume and any(self.folder.glob("step-*")) else []
+        self.config, self.team = self.engine.config, self.engine.team
+        self.metrics = Metrics(self.run / "metrics.jsonl", self.team.leads)
+        self.progress, self._saved = Progress(), 0
+        self._untold: list[Tensor] = []  # of updates whose losses the host has not read
+        self._norm = self._rate = 0.0
+        self.checkpoints = Checkpoints(self.run / "checkpoints", self.team, self.config.keep_checkpoints)
+        resumes = self.team.tell(resume and any(self.checkpoints.folder.glob("step-*")))
+        notes = self._resume() if resumes else []
         if self.progress.step == 0:
             self.metrics.cut_after(-1)
             if on_start:
                 on_start(self.metrics)
+        self._describe()
         with (
-            _stop_on_signals() as stop,
-            bar(self.title, self.progress.step, config.steps, team.leads) as shown,
-            Prefetch(self.batches, team.device) as batches,
+            _stop_on_signals(self.config.stop_seconds, self.checkpoints.folder) as stop,
+            bar(self.title, self.progress.step, self.config.steps, self.team.leads) as shown,
+            Prefetch(self.batches, self.team.device) as batches,
         ):
             for note in notes:
                 shown.say(note)
             self._loop(batches, stop, shown)
+            self.checkpoints.finish()
         self.metrics.write(
             "end",
             self.progress.step,
             best=self.progress.best,
             best_step=self.progress.best_step,
             seconds=self.progress.seconds,
+            skipped=self.progress.skipped,
         )
         return self.progress
 
     def _resume(self) -> list[str]:
-        path, passed = newest_whole(self.folder)
-        self.progress = load_state(path, self.model, self.optimizers)
+        self.progress, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
+        self._saved = self.progress.step
         self.metrics.cut_after(self.progress.step)
         self.metrics.write("resume", self.progress.step)
-        return [*(f"passed over: {reason}" for reason in passed), f"resumed from {path}"]
+        return notes
+
+    def _describe(self) -> None:
+        """Writes by what the utilisation of the processors is reckoned."""
+        self._flops = training_flops(self.engine.model.config)
+        precision = settle_precision(self.config.precision, self.team.device)
+        self._ceiling = matmul_rate(precision, self.team.device) * self.team.size
+        self.metrics.write(
+            "machine",
+            self.progress.step,
+            ranks=self.team.size,
+            shard=self.config.shard,
+            device=self.team.device.type,
+            flops_per_image=self._flops,
+            matmul_flops_per_second=self._ceiling,
+        )
 
     def _loop(self, batches: Prefetch, stop: _Stop, shown: Bar) -> None:
-        config, progress = self.config, self.progress
+        config, progress, team = self.config, self.progress, self.team
         clock = _Clock()
-        while progress.step < config.steps and not self._exhausted():
+        while True:
+            with clock.paused():
+                finished = progress.step == config.steps
+                if progress.step > progress.validated and (progress.step % config.validate_every == 0 or finished):
+                    self._validate(stop, shown)
+                wish = team.largest(stop.number or 0)
+                ends = finished or self._exhausted()
+                due = progress.step % config.checkpoint_every == 0 or ends or wish
+                if due and progress.step != self._saved:
+                    self._save()
+            if ends:
+                break
+            if wish:
+                self.checkpoints.finish()
+                raise Interrupted(wish, f"stopped and saved after {progress.step} of {config.steps} updates")
             rate = learning_rate(
                 progress.step,
                 peak=config.learning_rate,
-                warmup=config.warmup_steps,
+                warmup=self.warmup,
                 total=config.steps,
                 schedule=config.schedule,
             )
-            loss, norm = self._update(batches(progress.step), rate)
+            self._untold.append(self.engine.update(batches(progress.step), rate))
             progress.step += 1
-            progress.untold_loss += loss
-            progress.untold_updates += 1
             clock.images += config.batch_size
-            last = progress.step == config.steps
-            shown.update(progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s")
-            if progress.step % config.log_every == 0 or last:
-                self._tell(clock, rate, norm)
-            with clock.paused():
-                if progress.step % config.validate_every == 0 or last:
-                    self._validate(shown)
-                interrupted = self._anyone_stops(stop)
-                if progress.step % config.checkpoint_every == 0 or last or self._exhausted() or interrupted:
-                    self._save()
-            if interrupted and not last and not self._exhausted():
-                reached = f"stopped and saved after {progress.step} of {config.steps} updates"
-                raise Interrupted(interrupted, reached)
-        if self._exhausted():
+            tells = progress.step % config.log_every == 0 or progress.step == config.steps
+            if tells or team.device.type == "cpu":  # of a GPU, the host reads nothing in between
+                loss = self._read()
+                shown.update(progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s")
+            if tells:
+                self._tell(clock, rate)
+        if progress.step < config.steps:
             shown.say(f"stopped early: {config.patience} validations without a better one")
 
     def _exhausted(self) -> bool:
         patience = self.config.patience
         return patience is not None and self.progress.validations_without_better >= patience
 
-    def _tell(self, clock: "_Clock", rate: float, norm: float) -> None:
-        """Writes a line on the updates since the last one."""
+    def _read(self) -> float:
+        """Waits for the updates begun so far and reads what they gave; the last one's loss."""
+        progress, loss = self.progress, math.nan
+        values = torch.stack(self._untold).tolist() if self._untold else []
+        self._untold.clear()
+        for number, (loss, norm, skipped) in enumerate(values, progress.step - len(values) + 1):
+            if not skipped:
+                progress.untold_loss += loss
+                progress.untold_updates += 1
+                progress.bad_since, self._norm = None, norm
+                continue
+            progress.skipped += 1
+            progress.bad_since = progress.bad_since or number
+            if progress.skipped > self.config.max_skipped:
+                several = f", and {progress.skipped} updates were skipped so far" if progress.skipped > 1 else ""
+                self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {number}{several}")
+        return loss
+
+    def _tell(self, clock: "_Clock", rate: float) -> None:
+        """Writes a line on the updates since the last one, if one of them was not skipped."""
         progress = self.progress
         progress.seconds += clock.seconds
-        self.metrics.write(
-            "train",
-            progress.step,
-            loss=progress.untold_loss / progress.untold_updates,
-            learning_rate=rate,
-            grad_norm=norm,
-            images_per_second=clock.images_per_second,
-            seconds=progress.seconds,
-        )
+        if progress.untold_updates:
+            self.metrics.write(
+                "train",
+                progress.step,
+                loss=progress.untold_loss / progress.untold_updates,
+                learning_rate=rate,
+                grad_norm=self._norm,
+                skipped=progress.skipped,
+                images_per_second=clock.images_per_second,
+                utilisation=clock.images_per_second * self._flops / self._ceiling,
+                seconds=progress.seconds,
+            )
         progress.untold_loss, progress.untold_updates = 0.0, 0
         clock.restart()
 
-    def _update(self, whole: Batch, rate: float) -> tuple[float, float]:
-        """One update; the loss (mean over the batch) and the gradient's norm before clipping."""
-        config, team, step = self.config, self.team, self.progress.step
-        count = len(whole[0])
-        parts = [team.part(tensor) for tensor in whole]
-        rows, size = len(parts[0]), config.micro_batch_size or len(whole[0])
-        total = torch.zeros((), dtype=torch.float64, device=team.device)
-        for first in range(0, rows, size):
-            with autocast(config.precision, team.device):
-                summed, counted = self.objective(self.model, *(part[first : first + size] for part in parts))
-            assert counted == min(size, rows - first), "objectives count images"
-            torch.autograd.backward(summed / count)
-            total += summed.detach()
-        loss = float(team.sum(total)) / count
-        team.sum_gradients(self.model)
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip or math.inf))
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {step + 1}")
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-        return loss, norm
-
     def _not_finite(self, what: str) -> None:
-        # A checkpoint of the present step holds the very weights that gave this loss.
-        kept = [path for path in checkpoints(self.folder) if step_of(path) < self.progress.step]
-        good = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written yet"
+        # A checkpoint of the update before the first bad one holds the very weights that gave it.
+        bad = self.progress.bad_since or self.progress.step + 1
+        self.checkpoints.finish()
+        kept = [path for path in checkpoints(self.checkpoints.folder) if step_of(path) < bad - 1]
+        good = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written before"
         raise InputError(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
 
-    def _validate(self, shown: Bar) -> None:
-        """Validates on the leading rank, tells all, and keeps the best model."""
-        name, function = self.validate
-        value = torch.zeros((), dtype=torch.float64)
-        if self.team.leads:
-            self.model.eval()
-            with torch.inference_mode(), autocast(self.config.precision, self.team.device):
-                value += function(self.model)
-            self.model.train()
-        found, progress = float(self.team.sum(value.to(self.team.device))), self.progress
+    def _validate(self, stop: _Stop, shown: Bar) -> None:
+        """Validates and keeps the best model; leaves it undone when the run is to stop."""
+        self._read()
+        validation, progress, team = self.validation, self.progress, self.team
+        total = torch.zeros((), dtype=torch.float64, device=team.device)
+        size = self.engine.evaluation_batch_size()
+        for first in range(0, validation.images, size):
+            if team.largest(stop.number or 0):
+                return
+            batch = validation.batch(first, min(first + size, validation.images))
+            total += self.engine.evaluate(validation.objective, batch)
+        found = float(total) / validation.images
         if not math.isfinite(found):
-            self._not_finite(f"the validation {name} is {found} after {progress.step} updates")
+            self._not_finite(f"the validation {validation.name} is {found} after {progress.step} updates")
         better = progress.best is None or found < progress.best
+        progress.validated = progress.step
         progress.validations_without_better = 0 if better else progress.validations_without_better + 1
         if better:
             progress.best, progress.best_step = found, progress.step
-            if self.team.leads:
-                self.model.save_pretrained(self.run / "model")
-        self.metrics.write("validation", progress.step, **{name: found, "best": better})
-        shown.say(f"update {progress.step}: validation {name} {found:.4f}{' (best so far)' if better else ''}")
-
-    def _anyone_stops(self, stop: _Stop) -> int:
-        """The signal that any rank has received, or 0."""
-        if self.team.size == 1:
-            return stop.number or 0
-        numbers = torch.zeros(self.team.size, dtype=torch.long, device=self.team.device)
-        numbers[self.team.rank] = stop.number or 0
-        return int(self.team.sum(numbers).max())
+            weights = self.engine.weights()
+            if team.leads:
+                self.engine.model.save_pretrained(self.run / "model", weights)
+        self.metrics.write("validation", progress.step, **{validation.name: found, "best": better})
+        shown.say(
+            f"update {progress.step}: validation {validation.name} {found:.4f}{' (best so far)' if better else ''}"
+        )
 
     def _save(self) -> None:
-        if self.team.leads:
-            save_state(self.folder, self.model, self.optimizers, self.progress, self.config.keep_checkpoints)
-        self.team.wait()
+        self._read()
+        self.checkpoints.save(self.engine.model, self.engine.optimizers, self.progress)
+        self._saved = self.progress.step

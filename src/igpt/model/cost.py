@@ -1,0 +1,57 @@
+"""What a model costs, known from its configuration alone: parameters and floating-point operations.
+
+T places, D width, V colours, L layers, C classes; n = T places of an image.
+"""
+
+from igpt.model.transformer import ModelConfig
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """Parameters of one block: four matrices of 12 D^2 in all, their biases if there are any, two gains."""
+    width = config.n_embd
+    return 12 * width**2 + (9 * width if config.bias else 0) + 2 * width
+
+
+def root_parameters(config: ModelConfig) -> int:
+    """Parameters outside the blocks: embeddings of colours, start and places, the final gain, and the heads."""
+    classes = len(config.class_names or ())
+    return config.n_embd * (config.n_colors + 1 + config.n_places + 1 + config.n_colors + classes)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Parameters of a model; ImageGPT itself is not built for it."""
+    return config.n_layer * block_parameters(config) + root_parameters(config)
+
+
+def attended_pairs(config: ModelConfig) -> int:
+    """Pairs of places that attend to each other in an image: n (n + 1) / 2 under the causal mask, n^2 for BERT."""
+    n = config.n_places
+    return n * (n + 1) // 2 if config.objective == "autoregressive" else n**2
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image, forward: two a multiply-add of the matrix products, nothing else.
+
+    Counted are the products of the weights at every place, and attention's two (queries with keys, weights with values)
+    over the pairs that must be computed: under the causal mask half of them, whatever a kernel does with the other
+    half. Looking up embeddings, norms, softmax and the activation are not counted.
+
+    A model with classes is counted as fine-tuning uses it: its class head, once an image, and the output matrix for the
+    generative loss of autoregressive models only.
+    """
+    width, n = config.n_embd, config.n_places
+    a_layer = n * 12 * width**2 + 2 * attended_pairs(config) * width
+    classes = len(config.class_names or ())
+    reads_colors = not classes or config.objective == "autoregressive"
+    heads = width * (n * config.n_colors * reads_colors + classes)
+    return 2 * (config.n_layer * a_layer + heads)
+
+
+def training_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image, forward and backward: three times `forward_flops`.
+
+    Every product has two in the backward pass, one for each factor's gradient. These are the model's operations, as in
+    the field's model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): what activation
+    checkpointing or a fused attention kernel computes a second time is not counted.
+    """
+    return 3 * forward_flops(config)
