@@ -17,7 +17,7 @@ import tyro
 
 from igpt import __version__
 from igpt.config import Config, read_settings
-from igpt.errors import InputError, Interrupted, suggest
+from igpt.errors import InputError, Interrupted, LostRank, suggest
 
 if TYPE_CHECKING:
     from igpt.model.transformer import ImageGPT
@@ -145,6 +145,10 @@ def run_command(commands: Commands, words: list[str]) -> int:
         sys.stdout.flush()
     except InputError as error:
         return _complain(f"{name}: {error}", 2)
+    except LostRank as loss:
+        _complain(f"{name}: {loss}", 1)
+        sys.stdout.flush()
+        os._exit(1)  # an orderly end would wait for the rank that is gone
     except Interrupted as stop:
         resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
         return _complain(f"{name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number)

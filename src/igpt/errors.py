@@ -16,6 +16,10 @@ class Interrupted(Exception):  # noqa: N818  it is no error
         self.number = number
 
 
+class LostRank(Exception):  # noqa: N818  it is not this rank's error
+    """Another process of the same training has failed or vanished; the message says which, and why if it could tell."""
+
+
 def suggest(word: str, choices: Iterable[str]) -> str:
     """The end of an error message: the choice nearest to `word`, or all choices when none is near."""
     known = sorted(choices)

@@ -29,22 +29,27 @@ def attended_pairs(config: ModelConfig) -> int:
     return n * (n + 1) // 2 if config.objective == "autoregressive" else n**2
 
 
-def forward_flops(config: ModelConfig) -> int:
-    """Floating-point operations of one image, forward: two a multiply-add of the matrix products, nothing else.
+def block_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one block and one image, forward: two a multiply-add of the matrix products.
 
     Counted are the products of the weights at every place, and attention's two (queries with keys, weights with values)
     over the pairs that must be computed: under the causal mask half of them, whatever a kernel does with the other
-    half. Looking up embeddings, norms, softmax and the activation are not counted.
+    half. Norms, softmax and the activation are not counted.
+    """
+    width = config.n_embd
+    return 2 * (config.n_places * 12 * width**2 + 2 * attended_pairs(config) * width)
+
+
+def forward_flops(config: ModelConfig) -> int:
+    """Floating-point operations of one image, forward: those of the blocks and of the heads.
 
     A model with classes is counted as fine-tuning uses it: its class head, once an image, and the output matrix for the
-    generative loss of autoregressive models only.
+    generative loss of autoregressive models only. Looking up embeddings is not counted.
     """
-    width, n = config.n_embd, config.n_places
-    a_layer = n * 12 * width**2 + 2 * attended_pairs(config) * width
     classes = len(config.class_names or ())
     reads_colors = not classes or config.objective == "autoregressive"
-    heads = width * (n * config.n_colors * reads_colors + classes)
-    return 2 * (config.n_layer * a_layer + heads)
+    heads = 2 * config.n_embd * (config.n_places * config.n_colors * reads_colors + classes)
+    return config.n_layer * block_flops(config) + heads
 
 
 def training_flops(config: ModelConfig) -> int:

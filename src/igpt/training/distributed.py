@@ -13,15 +13,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
-from igpt.errors import InputError, Interrupted
+from igpt.errors import InputError, Interrupted, LostRank
 
 Told = TypeVar("Told")
 _CAUSE = "igpt/cause"  # where the rank that failed first leaves what it has to say
 _PATIENCE = 5.0  # seconds to wait for it
-
-
-class LostRank(Exception):  # noqa: N818  it is not this rank's error
-    """Another rank has failed or vanished; the message says which, and why if it could tell."""
 
 
 @dataclass(frozen=True)
