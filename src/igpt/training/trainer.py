@@ -254,6 +254,7 @@ class Trainer:
         """Writes a line on the updates since the last one, if one of them was not skipped."""
         progress = self.progress
         progress.seconds += clock.seconds
+        images_per_second = clock.images_per_second
         if progress.untold_updates:
             self.metrics.write(
                 "train",
@@ -262,8 +263,8 @@ class Trainer:
                 learning_rate=rate,
                 grad_norm=self._norm,
                 skipped=progress.skipped,
-                images_per_second=clock.images_per_second,
-                utilisation=clock.images_per_second * self._flops / self._ceiling,
+                images_per_second=images_per_second,
+                utilisation=images_per_second * self._flops / self._ceiling,
                 seconds=progress.seconds,
             )
         progress.untold_loss, progress.untold_updates = 0.0, 0

@@ -1,0 +1,20 @@
+"""A process that waits for commands of `igpt` to run as one of several ranks: a line of JSON in, a line of JSON out."""
+
+import contextlib
+import io
+import json
+import os
+import sys
+
+import igpt.training.pretrain  # noqa: F401  what every command needs
+from igpt.cli import main
+
+answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # what native code prints must not come between
+os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+for line in sys.stdin:
+    job = json.loads(line)
+    os.environ.update(job["environment"])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(job["words"])
+    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
