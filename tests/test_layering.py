@@ -47,6 +47,8 @@ HOUSE = [
     "training/trainer",
     "training/pretrain",
     "training/finetune",
+    "training/memory",
+    "training/plan",
     "evaluation/features",
     "evaluation/probe",
     "evaluation/likelihood",

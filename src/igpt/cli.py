@@ -35,6 +35,25 @@ def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -
     tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).resolve().name}"), steps)
 
 
+def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:
+    """Tell what a pretraining run needs: memory, time, and settings that fit into the GPUs.
+
+    Args:
+        preset: igpt-s, -m, -l, -l-48, -xl, or another that `igpt pretrain --model` takes.
+        out: JSON to write.
+    """
+    from igpt.files import write_json
+    from igpt.presets import preset as named
+    from igpt.training.plan import PlanConfig
+    from igpt.training.plan import plan as run
+
+    recipe = {key: value for key, value in named(preset).items() if key in PlanConfig.model_fields}
+    found = run(PlanConfig.layered(recipe, given(flags), where="the plan"))
+    if out:
+        write_json(out, {"preset": preset, **found.to_json()})
+    print("\n".join(found.lines(preset, given(flags))))
+
+
 def pretrain(
     tokens: Positional[Path],
     out: Out,
@@ -312,6 +331,7 @@ COMMANDS: Commands = {
     "palette": (palette, "igpt.data.fit:PaletteConfig"),
     "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
     "inspect": (inspect, None),
+    "plan": (plan, "igpt.training.plan:PlanConfig"),
     "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
     "finetune": (finetune, "igpt.training.finetune:FinetuneConfig"),
     "probe": (probe, None),

@@ -3,91 +3,33 @@
 import json
 import os
 import re
-import resource
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from runs import Command, assert_same_run, losses, told
 
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
+from igpt.training.state import checkpoints, newest_whole
 
 
-def losses(run: Path) -> dict[int, float]:
-    lines = read_metrics(run / "metrics.jsonl")
-    found = [(line["step"], line["loss"]) for line in lines if line["kind"] == "train"]
-    assert [step for step, _ in found] == sorted({step for step, _ in found}), "a step is told twice"
-    return dict(found)
-
-
-def assert_same_run(one: Path, other: Path, tmp_path: Path) -> None:
-    assert losses(one) == losses(other)
-    weights = [(run / "model" / "model.safetensors").read_bytes() for run in (one, other)]
-    assert weights[0] == weights[1]
-    states = []
-    for number, run in enumerate((one, other)):
-        newest = sorted((run / "checkpoints").glob("step-*"))[-1]
-        dcp_to_torch_save(newest, tmp_path / f"{number}.pt")
-        states.append(torch.load(tmp_path / f"{number}.pt", weights_only=False))
-    flat = [flatten(state) for state in states]
-    assert flat[0].keys() == flat[1].keys()
-    for name, value in flat[0].items():
-        if isinstance(value, torch.Tensor):
-            assert torch.equal(value, flat[1][name]), name
-        else:
-            assert value == flat[1][name], name
-
-
-def flatten(value: object, name: str = "") -> dict[str, object]:
-    if isinstance(value, dict):
-        return {k: v for key, part in value.items() for k, v in flatten(part, f"{name}/{key}").items()}
-    if isinstance(value, list):
-        return {k: v for key, part in enumerate(value) for k, v in flatten(part, f"{name}/{key}").items()}
-    return {name: value}
-
-
-def start(tokens: Path, run: Path, flags: list[str], *more: str) -> subprocess.Popen[str]:
-    words = ["pretrain", str(tokens), "-o", str(run), "--model", "tiny", *flags, *more]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "igpt", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-
-
-def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:
-        path = run / "metrics.jsonl"
-        if path.exists() and any(line["step"] >= step for line in read_metrics(path)):
-            return
-        time.sleep(0.002)
-    raise AssertionError(f"no step {step}: {process.communicate()}")
-
-
-def test_killed_at_any_moment_then_resumed(
-    igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
+def test_killed_before_the_first_checkpoint_then_resumed(
+    digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
 ) -> None:
-    run = tmp_path / "killed"
-    for step in (3, 7, 12):  # before the first checkpoint, and twice after one (one is written every 6 updates)
-        process = start(digits.path, run, short_flags, *(["--resume"] if step > 3 else []))
-        wait_for_step(run, step, process)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    done = igpt("pretrain", digits.path, "-o", run, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "resumed from" in done.stdout
+    """Later kills: test_kills.py."""
+    run = tmp_path / "run"
+    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags]
+    command = Command(tmp_path, *words)
+    command.wait_until(lambda: told(run, 3))
+    command.send(signal.SIGKILL)
+    assert command.code() == -signal.SIGKILL
+    assert not checkpoints(run / "checkpoints")
+    again = Command(tmp_path, *words, "--resume")
+    assert again.code() == 0, again.err
     assert_same_run(short_run, run, tmp_path)
 
 
@@ -96,16 +38,15 @@ def test_signal_saves_and_says_how_to_go_on(
     igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path, number: signal.Signals
 ) -> None:
     run = tmp_path / "stopped"
-    process = start(digits.path, run, short_flags)
-    wait_for_step(run, 9, process)
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    (line,) = said.strip().splitlines()
-    assert "saved after" in line
-    assert "continue with: igpt pretrain" in line
-    assert line.endswith("--resume")
-    done = igpt(*line.partition("continue with: igpt ")[2].split())
+    command = Command(tmp_path, "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
+    command.wait_until(lambda: told(run, 9))
+    command.send(number)
+    assert command.code() == 128 + number
+    said, _, words = command.complaint.partition("continue with: igpt ")
+    assert "saved after" in said
+    assert words.startswith("pretrain")
+    assert words.endswith("--resume")
+    done = igpt(*words.split())
     assert done.returncode == 0, done.stderr
     assert_same_run(short_run, run, tmp_path)
 
@@ -129,19 +70,27 @@ def test_micro_batches_change_nothing_but_rounding(
         assert loss == pytest.approx(losses(short_run)[step], abs=2e-5)
 
 
-def test_damaged_checkpoint_is_passed_over_and_named(
+def test_damaged_checkpoints_are_passed_over_and_named(
     igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
-    newest, older = sorted((run / "checkpoints").iterdir(), reverse=True)
+    words = ["pretrain", digits.path, "-o", run, "--resume", "--checkpoint-every", 3, "--keep-checkpoints", 3]
+    newest, older = checkpoints(run / "checkpoints")
+    (newest / "__0_0.distcp").unlink()
+    assert igpt(*words).returncode == 0
+    newest, middle, oldest = checkpoints(run / "checkpoints")
+    assert oldest == older
     os.truncate(newest / "__0_0.distcp", 1000)
-    done = igpt("pretrain", digits.path, "-o", run, "--resume")
+    (middle / "__0_0.distcp").unlink()
+    done = igpt(*words)
     assert done.returncode == 0, done.stderr
-    assert "passed over" in done.stdout
-    assert "__0_0.distcp is damaged: 1000 bytes" in done.stdout
-    assert f"resumed from {older}" in done.stdout.replace("\n", "")
+    said = done.stdout.replace("\n", "")
+    assert f"passed over: {newest}/__0_0.distcp is damaged: 1000 bytes, " in said
+    assert f"passed over: {middle}/__0_0.distcp is missing" in said
+    assert f"resumed from {oldest}" in said
     assert_same_run(short_run, run, tmp_path)
+    assert newest_whole(run / "checkpoints") == (newest, []), "it was replaced"
 
 
 def test_no_whole_checkpoint_is_an_error(igpt, digits: TokenDataset, short_run: Path, tmp_path: Path) -> None:
@@ -203,19 +152,14 @@ def test_diverging_loss_stops_and_names_the_last_checkpoint(
 
 
 def test_full_disk_is_one_line_and_loses_nothing(
-    igpt_process, igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
+    igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
 
-    def small_files_only() -> None:  # stands for a disk that fills up: no file may grow beyond 150 kB
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-
     words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags]
-    done = igpt_process(*words, preexec_fn=small_files_only)
-    assert done.returncode == 2, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert "File too large" in done.stderr
+    command = Command(tmp_path, *words, largest_file=150_000)
+    assert command.code() == 2
+    assert "File too large" in command.complaint
     assert not list((run / "checkpoints").glob("*")), "something half-written was left"
     again = igpt("pretrain", digits.path, "-o", run, "--resume")
     assert again.returncode == 0, again.stderr

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from igpt.errors import InputError, Interrupted, LostRank
 Told = TypeVar("Told")
 _CAUSE = "igpt/cause"  # where the rank that failed first leaves what it has to say
 _PATIENCE = 5.0  # seconds to wait for it
+_MEETING = timedelta(minutes=10)  # processes of a cluster start at different times
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,20 @@ def team(device: str = "auto") -> Iterator[Team]:
         return
     if not gpu and "OMP_NUM_THREADS" not in os.environ:  # ranks that share a machine share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", size))))
-    store, rank, size = next(rendezvous("env://"))
-    dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
-    groups = [dist.new_group(backend="gloo") for _ in range(2)]
     try:
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+    except dist.DistError:
+        raise LostRank(f"not all of {size} processes have come within {_MEETING.seconds // 60} minutes") from None
+    try:
+        dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=rank, world_size=size)
+        groups = [dist.new_group(backend="gloo") for _ in range(2)]
         yield Team(rank, size, chosen, *groups)
     except (Interrupted, KeyboardInterrupt):
         raise
     except Exception as error:
         # The groups are left as they are: taking them down would wait for ranks that are gone.
-        cause = _cause(store, rank, error)
+        with _quiet():
+            cause = _cause(store, rank, error)
         if cause is None:
             raise
         raise LostRank(cause) from error
@@ -150,6 +156,19 @@ def _cause(store: Any, rank: int, error: Exception) -> str | None:
     except RuntimeError:
         pass  # the store is gone with the rank that kept it
     return "another rank is gone: killed, or its machine was lost; its own output may say more" if echo else None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps native code from writing to stderr: a store whose keeper is gone prints a page of its frames."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _is_echo(error: BaseException | None) -> bool:

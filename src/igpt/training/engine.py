@@ -141,7 +141,6 @@ class Engine:
             since one of them is not finite (1 or 0): float64 [3] on the device.
         """
         count, team = len(batch[0]), self.team
-        self.model.train()
         total = torch.zeros((), dtype=torch.float64, device=team.device)
         micro_batches = self._shares(batch, self.config.micro_batch_size)
         for number, (share, weight) in enumerate(micro_batches):
@@ -165,7 +164,6 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, objective: Objective, batch: Batch) -> Tensor:
         """The sum that an objective gives for a whole batch, float64 on the device, the same on all ranks."""
-        self.model.eval()
         total = torch.zeros((), dtype=torch.float64, device=self.team.device)
         for share, weight in self._shares(batch, None):
             with autocast(self.config.precision, self.team.device):

@@ -1,41 +1,39 @@
-"""What a run needs, told before a GPU is rented: memory by part, arithmetic, time, and the settings that fit.
+"""What a run needs, told before a GPU is rented: memory, arithmetic, time, and the settings that fit."""
 
-Memory is that of the tensors which `Engine` keeps alive in an update on one GPU, operation by operation, at the moments
-when they are most; compiled blocks need less. `benchmarks/plan.py` compares it with what is measured.
-t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a number that products are computed in.
-"""
-
+import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any, Literal, get_args
 
 from pydantic import Field
 
 from igpt.config import Config
 from igpt.errors import InputError, suggest
-from igpt.model.cost import block_flops, block_parameters, count_parameters, root_parameters, training_flops
+from igpt.model.cost import block_flops, count_parameters, training_flops
 from igpt.model.transformer import ModelConfig, Objective
+from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
-from igpt.training.settings import Recomputation
+from igpt.training.settings import Recomputation, TrainConfig
 
-GIB = 2**30
-_ENOUGH = 4096  # places of a micro-batch from which on a GPU's products hardly gain from more
-_VALIDATED = 4  # times a micro-batch are validated at a time
-_NODE = 8  # GPUs of a machine
+_GIB = 2**30
+_ENOUGH = 4096  # places of a micro-batch from which on products hardly run faster
+_NODE = 8  # GPUs of a machine, at most
+_OVERRIDING = {"resolution", "n_layer", "n_embd", "n_head", "objective", "optimizer", "batch_size", "steps"}
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU by its datasheet: memory, and the peak of dense products (fp32: without tensor cores, no TF32)."""
+    """A kind of GPU by its datasheet: GiB, and TFLOP/s of dense products, bf16 summed in fp32, fp32 without TF32."""
 
-    memory: float  # GiB
-    bf16: float  # TFLOP/s, summed in fp32
+    memory: float
+    bf16: float
     fp32: float
 
     @property
     def usable(self) -> float:
-        """GiB for tensors: less a reserve for the CUDA context, NCCL, fragments, and what the driver and ECC take."""
-        return self.memory - 1.5 - 0.06 * self.memory
+        """GiB for tensors: less a reserve for the CUDA context, NCCL, fragments, and what driver and ECC take."""
+        return 0.94 * self.memory - 1.5
 
 
 KINDS: Mapping[str, Kind] = {
@@ -65,26 +63,26 @@ class PlanConfig(Config):
     n_embd: int = Field(512, ge=1, description="width")
     n_head: int = Field(8, ge=1, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
-    optimizer: OptimizerName = Field("adamw", description="as `igpt pretrain` has them")
+    optimizer: OptimizerName = Field("adamw", description="as `igpt pretrain` has it")
     batch_size: int = Field(128, ge=1, description="images of an update, over all GPUs")
     steps: int = Field(1_000_000, ge=1, description="updates")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of products")
     gpus: int = Field(1, ge=1, description="number of GPUs")
     gpu: str = Field("H100", description=f"their kind: {', '.join(KINDS)}")
     gpu_memory: float | None = Field(None, gt=0, description="GiB of a GPU, in place of the kind's")
-    gpu_tflops: float | None = Field(None, gt=0, description="TFLOP/s of its products, in place of the kind's")
-    shard: int | None = Field(None, ge=1, description="GPUs that share one copy of the weights; the least that fits")
-    micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a GPU; the most that fit")
+    gpu_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s, in place of the kind's")
+    shard: int | None = Field(None, ge=1, description="GPUs that share one copy of the weights; default: what fits")
+    micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a GPU; default: what fits")
     activation_checkpointing: Recomputation | None = Field(
-        None, description="what the backward pass computes again; the least that fits"
+        None, description="what the backward pass computes again; default: what fits"
     )
     efficiency: float = Field(0.4, gt=0, le=1, description="share of the GPU's peak that training reaches")
 
     @property
     def model(self) -> ModelConfig:
         """The model's configuration."""
-        shape = {name: getattr(self, name) for name in ModelConfig.model_fields if name in type(self).model_fields}
-        return ModelConfig.layered(shape, where="the model")
+        shared = ModelConfig.model_fields.keys() & type(self).model_fields.keys()
+        return ModelConfig.layered({name: getattr(self, name) for name in shared}, where="the model")
 
     @property
     def kind(self) -> Kind:
@@ -93,110 +91,203 @@ class PlanConfig(Config):
         Raises:
             InputError: none of that name is known; the nearest is named.
         """
-        name = self.gpu.upper().replace("_", "-").replace(" ", "-")
+        name = self.gpu.upper().replace("_", "-")
         if name not in KINDS:
-            hint = f"{suggest(name, KINDS)}, or give any with --gpu-memory and --gpu-tflops"
-            raise InputError(f"no GPU {self.gpu!r} is known; {hint}")
+            near = f"{suggest(name, KINDS)} (or give --gpu-memory and --gpu-tflops)"
+            raise InputError(f"no GPU {self.gpu!r} is known; {near}")
         known = KINDS[name]
-        peak = (self.gpu_tflops,) * 2 if self.gpu_tflops else (known.bf16, known.fp32)
-        return Kind(self.gpu_memory or known.memory, *peak)
+        tflops = self.gpu_tflops
+        return Kind(self.gpu_memory or known.memory, tflops or known.bf16, tflops or known.fp32)
 
     @property
-    def share(self) -> int:
+    def rows(self) -> int:
         """Images of an update on one GPU."""
         return -(-self.batch_size // self.gpus)
 
-
-@dataclass(frozen=True)
-class Setup:
-    """How a run is laid out on its GPUs."""
-
-    shard: int
-    micro_batch_size: int
-    activation_checkpointing: Recomputation
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU by part, at the moment of an update when there are most."""
-
-    moment: str
-    weights: float
-    optimizer: float
-    gradients: float
-    weight_copies: float  # autocast's bf16 casts, or what FSDP has gathered
-    activations: float  # kept for the backward pass
-    temporaries: float  # logits, their losses and gradients, or those of the block at hand
-
-    @property
-    def parts(self) -> dict[str, float]:
-        """The parts by name."""
-        return {name: value for name, value in vars(self).items() if name != "moment"}
-
-    @property
-    def total(self) -> float:
-        """Their sum."""
-        return sum(self.parts.values())
-
-
-def peak_memory(settings: PlanConfig, setup: Setup) -> Memory:
-    """The memory of an update, or of the validation after it, at the moment that needs most."""
-    return max(_moments(settings, setup), key=lambda memory: memory.total)
-
-
-def _moments(settings: PlanConfig, setup: Setup) -> Iterator[Memory]:
-    """The moments that can be the worst; which one is depends on the shape.
-
-    A block keeps for its backward pass, in numbers of a place and a width: two residuals in fp32 (the norms' inputs),
-    two norms' outputs, queries, keys and values, attention's output, and four each of the MLP's inside before and after
-    the activation; besides, fp32 sums of attention and norms. "selective" keeps the products' and attention's outputs
-    (queries, keys, values, attention, two residual branches, the MLP's inside) and the block's input.
-    """
-    config, recomputation = settings.model, setup.activation_checkpointing
-    width, layers = config.n_embd, config.n_layer
-    t, c = setup.micro_batch_size * config.n_places, 2 if settings.precision == "bf16" else 4
-    unit = t * width
-    whole = (8 + 14 * c) * unit + (4 * config.n_head + 8) * t
-    kept = {"none": whole, "selective": (4 + 10 * c) * unit + 4 * config.n_head * t, "full": 4 * unit}[recomputation]
-    end = (4 + c) * unit + 4 * t  # the final norm's input and output
-
-    sharded, half = setup.shard > 1, c == 2
-    block, root = block_parameters(config), root_parameters(config)
-    everything, head = count_parameters(config), config.n_colors * width
-    cast, head_cast = 24 * width**2 * (half and not sharded), 2 * head * half
-    gathered, gathered_root = c * block * sharded, 4 * root * sharded
-    accumulates = setup.micro_batch_size < settings.share
-    # DDP's buckets never go; FSDP's shards grow block by block; without either, gradients come as the backward pass goes.
-    always = accumulates or (settings.gpus > 1 and not sharded)
-    orthogonalised = 12 * width**2 * layers if settings.optimizer == "muon" else 0
-    fixed = (4 * everything / setup.shard, (8 * everything - 4 * orthogonalised) / setup.shard)
-    resting = 4 * everything / setup.shard * always
-
-    def at(moment: str, gradients: float, copies: float, activations: float, temporaries: float) -> Memory:
-        return Memory(moment, *fixed, gradients, copies, activations, temporaries)
-
-    if recomputation != "none":  # what is not kept is there for a moment, while all casts are held
-        inside = (4 + (8 if recomputation == "selective" else 9) * c) * unit
-        yield at(
-            "forward pass of the last block", resting, layers * cast + gathered_root + gathered, layers * kept, inside
+    def training(self, shard: int, micro_batch_size: int, recomputation: Recomputation) -> TrainConfig:
+        """Settings of a run that is laid out so."""
+        return TrainConfig(
+            batch_size=self.batch_size,
+            micro_batch_size=micro_batch_size if micro_batch_size < self.rows else None,
+            steps=self.steps,
+            optimizer=self.optimizer,
+            precision=self.precision,
+            shard=shard,
+            activation_checkpointing=recomputation,
         )
-    # Logits in fp32 and their log-softmax; then this, its gradient, and the logits' gradient.
-    copies = head_cast + gathered_root
-    yield at("loss", resting, layers * cast + copies, layers * kept + end, 8 * config.n_colors * t)
-    held = layers * cast * (recomputation == "none") + copies
-    yield at("backward pass of the loss", resting, held, layers * kept + end, 12 * config.n_colors * t)
-    for number in sorted({layers, max(1, layers - 1), 1}):
-        # The residual's gradient, its cast, the gradient inside the MLP and that of its second matrix.
-        temporaries = (4 + c * half + 4 * c) * unit + 4 * c * width**2
-        if (
-            sharded
-        ):  # fp32 sums on their way to their owners: of the block after this, or of the last micro-batch's root
-            temporaries += 4 * block if number < layers else 4 * root * accumulates
-        gradients = resting or 4 * block * (layers - number) / setup.shard
-        gradients += 4 * head * (sharded or not always)
-        held = cast * (number if recomputation == "none" else 1) + gathered_root + gathered * min(number, 2)
-        activations = (number - 1) * kept + whole + c * unit * (recomputation == "selective")
-        yield at(f"backward pass of block {number}", gradients, held, activations, temporaries)
-    held = layers * cast + head_cast + gathered_root + 2 * gathered
-    inside = _VALIDATED * (8 + 9 * c) * unit
-    yield at("validation", resting * (not sharded and settings.gpus > 1), held, 0, inside)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What was found.
+
+    Attributes:
+        training: the first layout that fits; if none does, the one that needs least.
+        memory: on a GPU, with each kind of activation checkpointing.
+        remedy: what would fit, if nothing does.
+    """
+
+    settings: PlanConfig
+    training: TrainConfig
+    memory: Mapping[Recomputation, Memory]
+    remedy: str | None
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all updates; the blocks' second forward pass, if there is one, is counted."""
+        config, kind = self.settings.model, self.settings.kind
+        again = config.n_layer * block_flops(config) * (self.training.activation_checkpointing == "full")
+        flops = (training_flops(config) + again) * self.settings.batch_size * self.settings.steps
+        peak = kind.bf16 if self.settings.precision == "bf16" else kind.fp32
+        return flops / (self.settings.efficiency * peak * 1e12) / 3600
+
+    @property
+    def days(self) -> float:
+        """Days from start to end, validations and checkpoints apart."""
+        return self.gpu_hours / self.settings.gpus / 24
+
+    @property
+    def layout(self) -> dict[str, Any]:
+        """The settings of `igpt pretrain` that lay the run out on its GPUs, but for those at their defaults."""
+        names = ("micro_batch_size", "shard", "activation_checkpointing")
+        chosen = {name: getattr(self.training, name) for name in names}
+        return {name: value for name, value in chosen.items() if value != TrainConfig.model_fields[name].default}
+
+    def command(self, preset: str, given: Mapping[str, Any]) -> str:
+        """The command line that runs it: `given` are the settings that override the preset's."""
+        settings, gpus = self.settings, self.settings.gpus
+        node = max(size for size in range(1, _NODE + 1) if gpus % size == 0)
+        nodes = f"--nnodes {gpus // node} --rdzv-backend c10d --rdzv-endpoint HOST:29500 " if gpus > node else ""
+        launch = f"torchrun {nodes}--nproc-per-node {node} -m igpt" if gpus > 1 else "igpt"
+        overriding = {name: value for name, value in given.items() if name in _OVERRIDING}
+        flags = _flags({**overriding, "precision": settings.precision, **self.layout})
+        return f"{launch} pretrain TOKENS --model {preset} -o RUN {flags}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it in plain types; memory in bytes, but a GPU's own in GiB."""
+        settings = self.settings
+        return {
+            "settings": settings.model_dump(mode="json"),
+            "parameters": count_parameters(settings.model),
+            "training_flops_per_image": training_flops(settings.model),
+            "gpu": {**asdict(settings.kind), "usable": settings.kind.usable},
+            "fits": self.remedy is None,
+            "remedy": self.remedy,
+            "shard": self.training.shard,
+            "micro_batch_size": self.training.micro_batch_size or settings.rows,
+            "activation_checkpointing": self.training.activation_checkpointing,
+            "memory": {name: {**asdict(memory), "total": memory.total} for name, memory in self.memory.items()},
+            "gpu_hours": self.gpu_hours,
+            "days": self.days,
+        }
+
+    def lines(self, preset: str, given: Mapping[str, Any]) -> Iterator[str]:
+        """A report for people, with the command line that runs it."""
+        settings, training = self.settings, self.training
+        config, kind, name = settings.model, settings.kind, settings.gpu.upper()
+        yield (
+            f"{preset} at {config.resolution} px: {count_parameters(config) / 1e6:,.1f} M parameters, "
+            f"{training_flops(config) / 1e9:,.0f} GFLOP an image"
+        )
+        yield (
+            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images a GPU, "
+            f"{training.micro_batch_size or settings.rows} at a time, "
+            f"{f'weights shared by {training.shard}' if training.shard > 1 else 'all weights on each'}"
+        )
+        chosen = training.activation_checkpointing
+        columns = self.memory.values()
+        yield ""
+        yield _row("GiB a GPU", [f"{'* ' * (name == chosen)}{name}" for name in self.memory])
+        for part in self.memory[chosen].parts:
+            yield _row(part.replace("_", " "), [f"{memory.parts[part] / _GIB:.2f}" for memory in columns])
+        yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
+        yield f"* this activation checkpointing; most is needed at: {self.memory[chosen].moment}"
+        yield f"{kind.usable:.1f} of {kind.memory:g} GiB are counted on; the rest is for context, NCCL and fragments"
+        yield ""
+        took = f"{_number(self.gpu_hours)} GPU-hours, {_number(self.days)} days"
+        yield f"{settings.steps:,} updates at {settings.efficiency:.0%} of the peak: {took}"
+        yield f"this does not fit: {self.remedy}" if self.remedy else self.command(preset, given)
+
+
+def _row(name: str, cells: list[str]) -> str:
+    return f"{name:15}" + "".join(f"{cell:>13}" for cell in cells)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    return shlex.join(word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value)))
+
+
+def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
+    """All ways to lay a run out that the settings leave open, the best first.
+
+    Micro-batches that keep a GPU busy come before smaller ones; among them, layouts that compute no block twice (a
+    third more arithmetic) before those that do; among them, the least sharding, then the least to compute again, then
+    the largest micro-batch. Micro-batches divide a GPU's images, and powers of two are preferred.
+
+    Raises:
+        InputError: GPUs, batch, sharding and micro-batches do not go together.
+    """
+    gpus, rows = settings.gpus, settings.rows
+    if gpus > settings.batch_size:
+        raise InputError(f"{gpus} GPUs for batches of {settings.batch_size} images: at most one GPU an image")
+    if settings.shard and gpus % settings.shard:
+        raise InputError(f"--shard {settings.shard} does not divide {gpus} GPUs; take a divisor of it")
+    if settings.micro_batch_size and settings.micro_batch_size > rows:
+        raise InputError(f"--micro-batch-size {settings.micro_batch_size} is more than the {rows} images of a GPU")
+    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
+    twos = [size for size in divisors if size & (size - 1) == 0]
+    # 4 is taken for 6, but not 1 for 5
+    sizes = [size for size in divisors if size == rows or not any(two < size < 2 * two for two in twos)]
+    sizes = [settings.micro_batch_size] if settings.micro_batch_size else sizes
+    busy = [size for size in sizes if size * settings.model.n_places >= _ENOUGH or size == sizes[0]]
+    given = settings.activation_checkpointing
+    recomputations: tuple[Recomputation, ...] = (given,) if given else get_args(Recomputation)
+    shards = [settings.shard] if settings.shard else [size for size in range(1, gpus + 1) if gpus % size == 0]
+    for some in (busy, sizes[len(busy) :]):
+        for twice in (False, True):
+            again = [recomputation for recomputation in recomputations if (recomputation == "full") == twice]
+            yield from (settings.training(shard, size, one) for shard, one, size in product(shards, again, some))
+
+
+def _fitting(settings: PlanConfig) -> TrainConfig | None:
+    usable = settings.kind.usable * _GIB
+    found = (one for one in layouts(settings) if _total(settings, one) <= usable)
+    return next(found, None)
+
+
+def _total(settings: PlanConfig, training: TrainConfig) -> float:
+    return peak_memory(settings.model, training, settings.gpus).total
+
+
+def plan(settings: PlanConfig) -> Plan:
+    """Plans a run.
+
+    Raises:
+        InputError: an unknown kind of GPU, or settings that do not go together.
+    """
+    fits = _fitting(settings)
+    training = fits or min(layouts(settings), key=lambda one: _total(settings, one))
+    memory: dict[Recomputation, Memory] = {}
+    for name in get_args(Recomputation):
+        other = training.model_copy(update={"activation_checkpointing": name})
+        memory[name] = peak_memory(settings.model, other, settings.gpus)
+    return Plan(settings, training, memory, None if fits else _remedy(settings))
+
+
+def _remedy(settings: PlanConfig) -> str:
+    """What would fit where nothing does: leaving more open, more GPUs, or larger ones."""
+    freed = settings.model_copy(update={"shard": None, "micro_batch_size": None, "activation_checkpointing": None})
+    tried = [(freed, "with other settings")]
+    gpus = settings.gpus
+    while (gpus := 2 * gpus) <= settings.batch_size:
+        tried.append((freed.model_copy(update={"gpus": gpus}), f"on {gpus} GPUs"))
+    for name in sorted(KINDS, key=lambda name: KINDS[name].memory):
+        tried.append((freed.model_copy(update={"gpu": name, "gpu_memory": None}), f"with --gpu {name}"))
+    for other, words in tried:
+        if (training := _fitting(other)) is not None:
+            return f"it would {words}: {_flags(Plan(other, training, {}, None).layout) or 'the default ones'}"
+    return "it needs more and larger GPUs"

@@ -59,7 +59,8 @@ class Checkpoints:
 
     Args:
         folder: where they stand; one folder for all ranks.
-        keep: so many of the newest are kept, and the one of the best validation.
+        keep: so many of the newest are kept, and the one of the best validation; while updates are skipped, the newest
+            from before that too.
     """
 
     def __init__(self, folder: Path, team: Team, keep: int) -> None:
@@ -102,17 +103,22 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)  # a damaged one that was passed over
                 temporary.rename(path)
                 sync(path.parent)
-                self._prune(progress["step"], progress["best_step"])
+                self._prune(progress["step"], progress["best_step"], progress["bad_since"])
         except CheckpointException as error:
             raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         finally:
             if self._team.leads:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _prune(self, step: int, best_step: int) -> None:
-        """Removes all but the newest and the best; what lies beyond the present step was damaged, and passed over."""
+    def _prune(self, step: int, best_step: int, bad_since: int | None) -> None:
+        """Removes all but the newest, the best, and the newest from before what is wrong now.
+
+        What lies beyond the present step was damaged, and passed over. A checkpoint of the update before the first bad
+        one holds the very weights that gave it.
+        """
         reached = [path for path in checkpoints(self.folder) if step_of(path) <= step]
-        wanted = {*reached[: self._keep], *(path for path in reached if step_of(path) == best_step)}
+        good = [path for path in reached if bad_since is None or step_of(path) < bad_since - 1]
+        wanted = {*reached[: self._keep], *good[:1], *(path for path in reached if step_of(path) == best_step)}
         for old in set(checkpoints(self.folder)) - wanted:
             shutil.rmtree(old)
 
@@ -153,7 +159,8 @@ def _reason(error: CheckpointException) -> str:
         if isinstance(inner, OSError):
             return inner.strerror or str(inner)
         inner = inner.__cause__ or inner.__context__
-    return str(first)
+    # From another rank an exception comes without its cause, and this is the archive writer's own.
+    return "a file is cut off; is the disk full?" if "inline_container" in str(first) else str(first)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -189,7 +196,9 @@ def _check(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} has checkpoint version {state.get('version')}; this igpt reads {VERSION}")
     for name, size in state["files"].items():
         file = path / name
-        found = file.stat().st_size if file.exists() else 0
+        if not file.exists():
+            raise InputError(f"{file} is missing")
+        found = file.stat().st_size
         if found != size:
             raise InputError(f"{file} is damaged: {found} bytes, {size} were written")
     return state

@@ -25,15 +25,19 @@ from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import learning_rate
 from igpt.training.state import Checkpoints, Progress, checkpoints, step_of
 
+_ONE_WISH = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have heard themselves
+
 
 @dataclass
 class _Stop:
     number: int | None = None
+    since: float = 0.0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:  # asked a second time: do not wait for the checkpoint
+        if self.number is None:
+            self.number, self.since = number, time.monotonic()
+        elif time.monotonic() - self.since > _ONE_WISH:  # asked a second time: do not wait for the checkpoint
             raise KeyboardInterrupt
-        self.number = number
 
 
 def _end_in_time(signals: socket.socket, seconds: float, done: threading.Event, folder: Path) -> None:
@@ -200,7 +204,7 @@ class Trainer:
                 if progress.step > progress.validated and (progress.step % config.validate_every == 0 or finished):
                     self._validate(stop, shown)
                 wish = team.largest(stop.number or 0)
-                ends = finished or self._exhausted()
+                ends = (finished and progress.validated == progress.step) or self._exhausted()
                 due = progress.step % config.checkpoint_every == 0 or ends or wish
                 if due and progress.step != self._saved:
                     self._save()
@@ -275,7 +279,7 @@ class Trainer:
         bad = self.progress.bad_since or self.progress.step + 1
         self.checkpoints.finish()
         kept = [path for path in checkpoints(self.checkpoints.folder) if step_of(path) < bad - 1]
-        good = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint had been written before"
+        good = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint from before"
         raise InputError(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
 
     def _validate(self, stop: _Stop, shown: Bar) -> None:

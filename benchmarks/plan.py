@@ -1,0 +1,195 @@
+"""Memory that `igpt plan` tells against memory that is measured, for updates of the real model by the real engine.
+
+pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one; in bf16
+computed    exact, and the peak resident memory (VmHWM) of a fresh process that does nothing else, on this CPU
+ranks       exact: two processes with DDP
+gpu         the allocator's own count, eager and compiled, where there is a GPU
+
+Tensors are counted exactly by `tests/training/live_tensors.py`. Each case has a process of its own.
+"""
+
+import os
+import re
+import socket
+import sys
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import record, run, show
+
+sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
+from live_tensors import as_on_a_gpu, measure_update, update_twice
+
+from igpt.model.precision import settle_precision
+from igpt.model.transformer import ModelConfig
+from igpt.presets import MODELS
+from igpt.training.distributed import Team, team
+from igpt.training.memory import peak_memory
+from igpt.training.settings import TrainConfig
+
+KINDS = ("none", "selective", "full")
+SMALL = {"resolution": 20, "n_layer": 4, "n_embd": 256, "n_head": 4}
+# shape, settings besides precision and checkpointing, ranks
+PRETENDED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
+    ({"preset": "igpt-s"}, {"batch_size": 2}, 1),
+    ({"preset": "igpt-s", "resolution": 64}, {"batch_size": 1}, 1),
+    ({"preset": "igpt-m"}, {"batch_size": 8, "micro_batch_size": 4}, 1),
+    ({"preset": "igpt-l"}, {"batch_size": 32, "shard": 8}, 8),
+    ({"preset": "igpt-l-48"}, {"batch_size": 32, "micro_batch_size": 2, "shard": 4}, 8),
+    ({"preset": "igpt-xl"}, {"batch_size": 64, "shard": 8}, 64),
+]
+COMPUTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    *(({"preset": "igpt-s"}, {"batch_size": 2, "activation_checkpointing": kind}) for kind in KINDS),
+    ({"preset": "igpt-s", "resolution": 64}, {"batch_size": 1}),
+]
+ON_A_GPU: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({"preset": "igpt-s"}, {"batch_size": 64}),
+    ({"preset": "igpt-s", "resolution": 64}, {"batch_size": 8}),
+    ({"preset": "igpt-m"}, {"batch_size": 32, "micro_batch_size": 16}),
+    ({"preset": "igpt-l"}, {"batch_size": 16, "micro_batch_size": 8}),
+]
+
+
+def shape_of(shape: dict[str, Any]) -> ModelConfig:
+    recipe = MODELS[shape["preset"]] if "preset" in shape else {}
+    known = {key: value for key, value in recipe.items() if key in ModelConfig.model_fields}
+    return ModelConfig.layered(known, {key: value for key, value in shape.items() if key != "preset"})
+
+
+def settings_of(changes: dict[str, Any], device: str = "cpu") -> TrainConfig:
+    return TrainConfig.layered({"precision": "bf16", "compile": "no", "device": device}, changes)
+
+
+def pretended(shape: dict[str, Any], changes: dict[str, Any], ranks: int) -> dict[str, float]:
+    with as_on_a_gpu():
+        live = measure_update(shape_of(shape), settings_of(changes), ranks=ranks, pretend=True)
+    return {"measured": live.peak}
+
+
+def computed(shape: dict[str, Any], changes: dict[str, Any], ranks: int, exactly: bool) -> dict[str, float]:
+    def resident(what: str) -> int:
+        found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        assert found
+        return int(found[1]) * 1024
+
+    model, settings = shape_of(shape), settings_of(changes)
+    if exactly:
+        return {"measured": measure_update(model, settings, validate=False).peak}
+    before = resident("VmRSS")
+    for _ in update_twice(model, settings, Team(0, 1, torch.device("cpu")), validate=False):
+        pass
+    return {"resident": resident("VmHWM"), "resident_before": before}
+
+
+def ranks_of_ddp(rank: int, port: int, changes: dict[str, Any]) -> dict[str, float]:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    with team("cpu") as us, as_on_a_gpu():
+        return {"measured": measure_update(shape_of(SMALL), settings_of(changes), us).peak}
+
+
+def on_a_gpu(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]:
+    us = Team(0, 1, torch.device("cuda", 0))
+    for _ in update_twice(shape_of(shape), settings_of(changes, "cuda"), us, validate=True):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    return {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+
+
+def alone(function: Any, *arguments: Any) -> dict[str, float]:
+    """What the function gives in a fresh process."""
+    with get_context("spawn").Pool(1) as pool:
+        found: dict[str, float] = pool.apply(function, arguments)
+    return found
+
+
+def row(
+    method: str, shape: dict[str, Any], changes: dict[str, Any], ranks: int, found: dict[str, float]
+) -> dict[str, Any]:
+    model, settings = shape_of(shape), settings_of(changes)
+    told = peak_memory(model, settings, ranks)
+    predicted = told.total
+    if method == "computed" and settings.precision == "fp32":  # a CPU's scaled copies of the MLPs' weights
+        found["scaled_weights"] = 4 * 8 * model.n_embd**2 * model.n_layer
+        predicted += found["scaled_weights"]
+    made = {
+        "method": method,
+        "model": shape.get("preset", f"{model.n_layer} x {model.n_embd}"),
+        "resolution": model.resolution,
+        "ranks": ranks,
+        "precision": settings.precision,
+        "checkpointing": settings.activation_checkpointing,
+        "compiled": settings.compile == "yes",
+        **{key: changes.get(key) for key in ("batch_size", "micro_batch_size", "shard")},
+        "predicted": predicted,
+        "moment": told.moment,
+        **found,
+        "error": predicted / found["measured"] - 1,
+    }
+    print(f"{made['method']} {made['model']} {made['checkpointing']}: {made['error']:+.2%}", flush=True)
+    return made
+
+
+def main(only: tuple[str, ...] = ("pretended", "computed", "ranks", "gpu")) -> None:
+    """Compares predicted and measured memory.
+
+    Args:
+        only: kinds of measurement; results are written when all are made.
+    """
+    rows = []
+    if "pretended" in only:
+        for shape, changes, ranks in PRETENDED:
+            for kind in KINDS:
+                one = {**changes, "activation_checkpointing": kind}
+                rows.append(row("pretended", shape, one, ranks, alone(pretended, shape, one, ranks)))
+    if "computed" in only:
+        # Where a CPU cannot multiply bf16, an update in it takes minutes.
+        fast = ("fp32", "bf16") if settle_precision("auto", torch.device("cpu")) == "bf16" else ("fp32",)
+        for (shape, rest), precision in product(COMPUTED, fast):
+            changes = {**rest, "precision": precision}
+            found = {**alone(computed, shape, changes, 1, True), **alone(computed, shape, changes, 1, False)}
+            rows.append(row("computed", shape, changes, 1, found))
+    if "ranks" in only:
+        for changes in ({"batch_size": 2}, {"batch_size": 4, "micro_batch_size": 1}):
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            with get_context("spawn").Pool(2) as pool:
+                found = pool.starmap(ranks_of_ddp, [(rank, port, changes) for rank in range(2)], chunksize=1)[0]
+            rows.append(row("ranks", SMALL, changes, 2, found))
+    if "gpu" in only and torch.cuda.is_available():
+        for shape, changes in ON_A_GPU:
+            for kind in KINDS:
+                for compiled in ("no", "yes"):
+                    one = {**changes, "activation_checkpointing": kind, "compile": compiled}
+                    rows.append(row("gpu", shape, one, 1, alone(on_a_gpu, shape, one)))
+    head = (
+        "method",
+        "model",
+        "resolution",
+        "ranks",
+        "shard",
+        "micro_batch_size",
+        "precision",
+        "checkpointing",
+        "compiled",
+    )
+    cells = [
+        [*(made[key] for key in head), *(_gib(made, key) for key in ("predicted", "measured")), f"{made['error']:+.2%}"]
+        for made in rows
+    ]
+    show("Peak memory of an update, GiB", [*head, "predicted", "measured", "error"], cells)
+    if set(only) >= {"pretended", "computed", "ranks", "gpu"}:
+        record("plan", {"n": "one run a case: tensors are counted, not sampled", "unit": "bytes", "rows": rows})
+
+
+def _gib(made: dict[str, Any], key: str) -> str:
+    return f"{made[key] / 2**30:.2f}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,248 @@
+"""How train.py measures: turns of contenders, the ceiling of matrix products, and peak memory.
+
+D width, n places.
+"""
+
+import gc
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from train_contenders import ENTRIES, Job, Made, Precision
+
+from igpt.model.cost import count_parameters
+from igpt.model.objectives import autoregressive
+from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.training import engine
+from igpt.training.distributed import Team, team
+from igpt.training.settings import Recomputation
+
+TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}  # nats/pixel, of the loss at the start
+TURN_SECONDS = 0.5  # at least
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to compare.
+
+    Attributes:
+        shapes: of small, igpt-s, igpt-l; without it small and igpt-s on a CPU, igpt-s and igpt-l on a GPU.
+        contenders: by name (`--contenders all` names all); without it those that make sense on the machine.
+        rounds: turns of each, or fewer where time does not suffice.
+        minutes: for everything, roughly; without it 13 on a CPU, 9 on a GPU.
+        layers: of the model, to try things out.
+        batch_size: of all; without it the shape's, or less where an update would take too long.
+        micro_batch_size: of all; without it what should fit.
+        activation_checkpointing: igpt's.
+        keep_freed: tells glibc to keep freed memory, for all contenders.
+        memory: also measures the peak memory of each, in a process of its own (on a GPU it is always told).
+        result: name of the file in results/; without it "train" or "train-GPU".
+    """
+
+    shapes: tuple[str, ...] = ()
+    contenders: tuple[str, ...] = ()
+    rounds: int = 5
+    minutes: float | None = None
+    layers: int | None = None
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    activation_checkpointing: Recomputation = "none"
+    keep_freed: bool = True
+    memory: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    result: str | None = None
+
+
+@dataclass
+class Contender:
+    """One that trains, and what was found of it."""
+
+    name: str
+    job: Job
+    made: Made | None = None
+    updates: int = 1  # of a turn
+    last: float = 0.0  # seconds that the last turn took
+    spent: float = 0.0  # seconds of the turns after the first
+    first_counts: bool = False  # the very first update, too slow to be done twice, is what was timed
+    rates: dict[int, float] = field(default_factory=dict)  # tokens/s, by round
+    found: dict[str, Any] = field(default_factory=dict)
+    skipped: str | None = None
+
+    def due(self, allowed: float) -> bool:
+        """Whether another turn stays within so many seconds."""
+        return not self.skipped and not self.first_counts and self.spent + self.last <= allowed
+
+
+class Bench:
+    """Measures on one device."""
+
+    def __init__(self, us: Team) -> None:
+        self.us, self.gpu = us, us.device.type == "cuda"
+
+    def seconds(self, call: Callable[[], object], times: int = 1) -> float:
+        """Wall seconds of a call, device included; the mean of so many in a row."""
+        self.wait()
+        start = time.perf_counter()
+        for _ in range(times):
+            call()
+        self.wait()
+        return (time.perf_counter() - start) / times
+
+    def wait(self) -> None:
+        if self.gpu:
+            torch.cuda.synchronize()
+
+    def ceiling(self, config: ModelConfig, rows: int, precision: Precision) -> float:
+        """FLOP/s of the fastest of the layers' products, forward and for both gradients, with so many tokens."""
+        best, width = 0.0, config.n_embd
+        for inner, outer in ((width, 3 * width), (width, 4 * width), (4 * width, width)):
+            sizes = ((rows, inner), (outer, inner), (rows, outer))
+            x, w, g = (torch.randn(size, device=self.us.device).to(TYPES[precision]) for size in sizes)
+            calls = (lambda x=x, w=w: F.linear(x, w), lambda g=g, w=w: g @ w, lambda x=x, g=g: g.t() @ x)
+            for call in calls:
+                call()
+                took = self.seconds(call)
+                if took < 0.1:  # several, and the best of several
+                    took = min(took, *(self.seconds(call, 1 + int(0.02 / took)) for _ in range(3)))
+                best = max(best, 2 * rows * inner * outer / took)
+        return best
+
+    def ceiling_rows(self, config: ModelConfig, tokens: int, precision: Precision) -> int:
+        """With how many of a batch's tokens to measure the ceiling: as many as make no product too slow to repeat."""
+        rows = min(tokens, 1 << 15)
+        weight = torch.ones(4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.us.device)
+        while rows > 512:
+            inputs = torch.ones(rows, config.n_embd, dtype=TYPES[precision], device=self.us.device)
+            if self.seconds(lambda inputs=inputs: F.linear(inputs, weight)) < 0.15:
+                break
+            rows //= 2
+        return rows
+
+    def turn(
+        self, contender: Contender, number: int, tokens: Tensor, reference: float, budget: float, keep: bool
+    ) -> None:
+        """Times updates of a contender, which is made first if it is not there, and kept if `keep`."""
+        start = time.perf_counter()
+        tokens = tokens[: contender.job.batch_size]
+        while not contender.skipped and number not in contender.rates:
+            try:
+                if contender.made is None:
+                    self.prepare(contender, tokens, reference, budget)
+                else:
+                    update = contender.made.update
+                    contender.last = self.seconds(lambda update=update: update(tokens), contender.updates)
+                    contender.rates[number] = tokens.numel() / contender.last
+            except Exception as error:  # whoever cannot run here is left out, and the rest goes on
+                full = isinstance(error, torch.OutOfMemoryError) and contender.job.micro_batch_size > 1
+                if not full:
+                    contender.skipped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                    traceback.print_exc(limit=-3)
+            else:
+                continue
+            self.release([contender], forget=not keep)  # here the error's frames, and what they held, are gone
+            if full:
+                contender.job = replace(contender.job, micro_batch_size=contender.job.micro_batch_size // 2)
+        if self.gpu:
+            contender.found["peak_bytes"] = torch.cuda.max_memory_allocated()
+        if not keep or contender.first_counts:
+            self.release([contender], forget=not keep)
+        took = time.perf_counter() - start
+        contender.last = contender.last * contender.updates if keep else took
+        contender.spent += contender.last if number else 0.0
+        told = contender.skipped or f"{contender.rates[number]:,.0f} tokens/s ({took:.0f} s)"
+        print(f"round {number + 1}, {contender.name}: {told}", file=sys.stderr, flush=True)
+
+    def prepare(self, contender: Contender, tokens: Tensor, reference: float, budget: float) -> None:
+        """Makes a contender, looks whether it does the same work as the others, and warms it up."""
+        entry = ENTRIES[contender.name]
+        if self.gpu:
+            torch.cuda.reset_peak_memory_stats()
+        made = entry.make(contender.job, self.us)
+        losses: list[Tensor] = []
+        took = self.seconds(lambda: losses.append(made.update(tokens)))
+        off = float(losses[0]) - reference
+        if "loss_off" not in contender.found:  # afterwards it comes out the same
+            parameters = count_parameters(contender.job.config)
+            same = made.parameters == parameters and abs(off) <= TOLERANCE[entry.precision]
+            work = {"same_work": same, "parameters": made.parameters, "zero_biases": made.zero_biases}
+            contender.found |= {**work, "loss": float(losses[0]), "loss_off": off, "first_update_seconds": took}
+            if not same:
+                print(f"{contender.name} DOES OTHER WORK: {work}, loss off by {off}", file=sys.stderr)
+        if took > budget / 3 and not entry.compiled and not contender.rates:
+            contender.first_counts = True
+            contender.rates[0] = tokens.numel() / took
+        elif entry.compiled or took < budget / 10:
+            for _ in range(2 if entry.compiled else 1):  # the second still compiles, or faults memory in
+                took = self.seconds(lambda: made.update(tokens))
+        contender.updates = max(1, round(TURN_SECONDS / took))
+        contender.made = made
+
+    def release(self, contenders: Sequence[Contender], forget: bool = True) -> None:
+        """Gives back what contenders hold, and with `forget` compiled code, of which a process keeps few versions."""
+        for contender in contenders:
+            contender.made = None
+        if forget:
+            torch._dynamo.reset()
+        gc.collect()
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+    def free_bytes(self) -> int:
+        if self.gpu:
+            return torch.cuda.mem_get_info()[0]
+        return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
+
+    def references(self, config: ModelConfig, directory: Path, tokens: Tensor) -> list[float]:
+        """Writes the model that all start from; its loss on each image, nats/pixel, in fp32."""
+        torch.manual_seed(0)
+        model = ImageGPT(config)
+        nn.init.normal_(model.lm_head.weight, std=0.02)  # with zeros the loss would say nothing of the rest
+        model.save_pretrained(directory)
+        model.to(self.us.device).eval()
+        losses = []
+        with torch.inference_mode():
+            for image in tokens.split(1) if config.n_places > 256 else tokens.split(64):
+                summed, count = autoregressive(model, image)
+                losses += [float(summed) / count] * count
+        return losses
+
+
+def _kilobytes(file: str, key: str) -> int:
+    found = re.search(rf"^{key}:\s*(\d+) kB", Path(file).read_text(), re.MULTILINE)
+    assert found, f"{file} has {key}"
+    return int(found[1])
+
+
+def peak_growth(name: str, job: Job, settings: Settings) -> int:
+    """Bytes by which a fresh process's peak resident set outgrows what it had before the contender was made."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as process:
+        return process.submit(_peak_growth, name, job, settings).result()
+
+
+def _peak_growth(name: str, job: Job, settings: Settings) -> int:
+    set_allocator(settings)
+    with team(settings.device) as us:
+        before = _kilobytes("/proc/self/status", "VmRSS")
+        made = ENTRIES[name].make(job, us)
+        shape = (job.batch_size, job.config.n_places)
+        for _ in range(2):  # AdamW's moments come with the first
+            made.update(torch.randint(job.config.n_colors, shape))
+    return (_kilobytes("/proc/self/status", "VmHWM") - before) * 1024
+
+
+def set_allocator(settings: Settings) -> None:
+    if settings.keep_freed:
+        engine.keep_freed_memory()
+    else:
+        engine.keep_freed_memory = lambda: None  # which Engine would call

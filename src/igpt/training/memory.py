@@ -1,0 +1,127 @@
+"""How much memory an update takes on one GPU, by part, from the settings alone.
+
+Counted are the tensors that `Engine` keeps alive, operation by operation, at the moments when they are most; compiled
+blocks keep no more of them. Kernels' own workspace and the allocator's fragments come on top. `benchmarks/plan.py`
+compares it with what is measured. Bytes everywhere.
+t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a number that products are computed in.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from igpt.model.cost import block_parameters, count_parameters, root_parameters
+from igpt.model.transformer import ModelConfig
+from igpt.training.settings import TrainConfig
+
+_VALIDATED = 4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU by part, at the moment of an update when there are most.
+
+    Attributes:
+        weight_copies: autocast's bf16 casts, or what FSDP has gathered.
+        activations: what is kept for the backward pass.
+        temporaries: logits, their losses and gradients, or those of the block at hand.
+    """
+
+    moment: str
+    weights: float
+    optimizer: float
+    gradients: float
+    weight_copies: float
+    activations: float
+    temporaries: float
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """The parts by name."""
+        return {name: value for name, value in vars(self).items() if name != "moment"}
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return sum(self.parts.values())
+
+
+def kept_by_block(config: ModelConfig, settings: TrainConfig, t: int) -> float:
+    """Bytes that a block keeps from its forward pass to its backward pass.
+
+    "none": two residuals in fp32 (the norms' inputs); in the products' type the norms' outputs (2 D), queries, keys and
+    values (3 D), attention's output (D), and the MLP's inside before and after its activation (8 D); a sum a head of
+    attention and one a norm. "selective": the block's input, and the outputs of products and attention (10 D). "full":
+    its input.
+    """
+    c, unit = _bytes(settings), t * config.n_embd
+    return {
+        "none": (8 + 14 * c) * unit + (4 * config.n_head + 8) * t,
+        "selective": (4 + 10 * c) * unit + 4 * config.n_head * t,
+        "full": 4 * unit,
+    }[settings.activation_checkpointing]
+
+
+def _bytes(settings: TrainConfig) -> int:
+    return 4 if settings.precision == "fp32" else 2
+
+
+def peak_memory(config: ModelConfig, settings: TrainConfig, ranks: int) -> Memory:
+    """The memory on one of so many GPUs, at the moment of an update or of validation that needs most."""
+    return max(_moments(config, settings, ranks), key=lambda memory: memory.total)
+
+
+def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator[Memory]:
+    """The moments that can be the worst; which of them is depends on the shape."""
+    rows = -(-settings.batch_size // ranks)
+    micro = min(settings.micro_batch_size or rows, rows)
+    recomputation, shard, c = settings.activation_checkpointing, settings.shard, _bytes(settings)
+    width, layers, head = config.n_embd, config.n_layer, config.n_colors * config.n_embd
+    block, root = block_parameters(config), root_parameters(config)
+    t = micro * config.n_places
+    unit = t * width
+
+    kept = kept_by_block(config, settings, t)
+    whole = kept_by_block(config, settings.model_copy(update={"activation_checkpointing": "none"}), t)
+    end = (4 + c) * unit + 4 * t  # the final norm's input and output
+
+    sharded, half = shard > 1, c == 2
+    cast, head_cast = 24 * width**2 * (half and not sharded), 2 * head * half
+    gathered, gathered_root = c * block * sharded, 4 * root * sharded
+    # DDP's buckets never go, and what earlier micro-batches left lies beside them until both are summed. FSDP's shares
+    # grow block by block and stay between micro-batches. Alone, gradients come as the backward pass goes.
+    accumulates, replicated = micro < rows, ranks > 1 and not sharded
+    weights = 4 * count_parameters(config) / shard
+    buckets, earlier = weights * replicated, weights * accumulates
+    resting = buckets + earlier
+    orthogonalised = 12 * width**2 * layers * (settings.optimizer == "muon")
+    moments = 2 * weights - 4 * orthogonalised / shard
+
+    def at(moment: str, gradients: float, copies: float, activations: float, temporaries: float) -> Memory:
+        return Memory(moment, weights, moments, gradients, copies, activations, temporaries)
+
+    if recomputation != "none":  # what is not kept is there for a moment, while all casts are held
+        copies = layers * cast + gathered_root + gathered
+        inside = (4 + (8 if recomputation == "selective" else 9) * c) * unit
+        yield at("forward pass of the last block", resting, copies, layers * kept, inside)
+    # Logits in fp32 and their log-softmax; then this, its gradient, and the logits' gradient.
+    copies = head_cast + gathered_root
+    yield at("loss", resting, layers * cast + copies, layers * kept + end, 8 * config.n_colors * t)
+    copies += layers * cast * (recomputation == "none")
+    yield at("backward pass of the loss", resting, copies, layers * kept + end, 12 * config.n_colors * t)
+
+    ends = {layers, layers - 1, 2, 1} & set(range(1, layers + 1))  # in between, all grows or falls in line
+    for number in sorted(ends):
+        coming = 4 * block * (layers - number) / shard
+        gradients = resting - coming * bool(buckets and earlier) if resting else coming
+        gradients += 4 * head * (sharded or not resting)
+        copies = cast * (number if recomputation == "none" else 1) + gathered_root + gathered * min(number, 2)
+        activations = (number - 1) * kept + whole + c * unit * (recomputation == "selective")
+        # The residual's gradient, its cast, the gradient inside the MLP and that of its second matrix.
+        temporaries = (4 + c * half + 4 * c) * unit + 4 * c * width**2
+        if sharded:  # fp32 sums under way to their owners: of the block after this, or of the last micro-batch's root
+            temporaries += 4 * block if number < layers else 4 * root * accumulates
+        yield at(f"backward pass of block {number} of {layers}", gradients, copies, activations, temporaries)
+
+    copies = layers * cast + head_cast + gathered_root + 2 * gathered
+    inside = _VALIDATED * max((8 + 9 * c) * unit, 8 * config.n_colors * t)
+    yield at("validation", buckets, copies, 0, inside)

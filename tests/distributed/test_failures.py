@@ -1,0 +1,119 @@
+"""One of two processes is killed, fails, or is told to stop: none hangs, each says why in a line, all can go on."""
+
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from runs import Command, assert_same_run, free_port, told
+from torch.distributed import TCPStore
+
+from igpt.data.tokens import TokenDataset
+
+
+class Pair:
+    """Two ranks of a run; the store at which they meet is kept by rank 0, or here, as torchrun does."""
+
+    def __init__(self, folder: Path, *words: object, store: TCPStore | None = None) -> None:
+        self._folder, self._words = folder, words
+        self._place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
+        if store:
+            self._place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+
+    def start(self, *more: object, largest_files: tuple[int | None, int | None] = (None, None)) -> list[Command]:
+        return [self.start_rank(rank, *more, largest_file=largest) for rank, largest in enumerate(largest_files)]
+
+    def start_rank(self, rank: int, *more: object, largest_file: int | None = None) -> Command:
+        environment = {**self._place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        words = (*self._words, *more)
+        return Command(self._folder / str(rank), *words, environment=environment, largest_file=largest_file)
+
+
+def end_well(ranks: list[Command]) -> None:
+    for rank in ranks:
+        assert rank.code() == 0, rank.err
+
+
+@pytest.fixture(scope="module")
+def whole(digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Runs that nothing happens to, by how many ranks share a copy of the weights."""
+    runs = {shard: tmp_path_factory.mktemp("whole") / f"shard-{shard}" for shard in (1, 2)}
+    for shard, run in runs.items():
+        words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--shard", shard]
+        end_well(Pair(run.parent, *words).start())
+    return runs
+
+
+@pytest.fixture
+def start(digits: TokenDataset, short_flags: list[str], tmp_path: Path):
+    """Starts two ranks of the run in `tmp_path`/run."""
+
+    def ranks(shard: int, *more: object, **options) -> list[Command]:
+        words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *short_flags, "--shard", shard]
+        return Pair(tmp_path, *words, store=options.pop("store", None)).start(*more, **options)
+
+    return ranks
+
+
+@pytest.mark.parametrize(("shard", "victim"), [(1, 1), (2, 0)])
+def test_the_other_ends_when_a_rank_is_killed(
+    start, whole: dict[int, Path], tmp_path: Path, shard: int, victim: int
+) -> None:
+    ranks = start(shard)
+    ranks[0].wait_until(lambda: told(tmp_path / "run", 9))
+    ranks[victim].send(signal.SIGKILL)
+    other = ranks[1 - victim]
+    assert other.code(30) == 1
+    assert other.complaint.startswith("igpt pretrain: another rank is gone: killed, or its machine was lost")
+    assert ranks[victim].code() == -signal.SIGKILL
+    again = start(shard, "--resume")
+    end_well(again)
+    assert "resumed from" in again[0].out
+    assert_same_run(whole[shard], tmp_path / "run", tmp_path)
+
+
+@pytest.mark.parametrize(("shard", "asked"), [(1, 1), (2, 0)])
+def test_all_stop_when_one_is_asked(start, whole: dict[int, Path], tmp_path: Path, shard: int, asked: int) -> None:
+    ranks = start(shard)
+    ranks[0].wait_until(lambda: told(tmp_path / "run", 9))
+    ranks[asked].send(signal.SIGTERM)
+    for rank in ranks:
+        assert rank.code() == 128 + signal.SIGTERM, rank.err
+        assert re.search(r"stopped and saved after \d+ of 24 updates; continue with: igpt pretrain", rank.complaint)
+        assert rank.complaint.endswith("--resume")
+    end_well(start(shard, "--resume"))
+    assert_same_run(whole[shard], tmp_path / "run", tmp_path)
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_a_checkpoint_that_one_cannot_write_ends_all(start, whole: dict[int, Path], tmp_path: Path, shard: int) -> None:
+    ranks = start(shard, largest_files=(None, 40_000))
+    codes = [rank.code(30) for rank in ranks]
+    assert 2 in codes
+    assert set(codes) <= {1, 2}, "1 of a rank that has it from another"
+    for rank in ranks:
+        assert "cannot write the checkpoint" in rank.complaint
+        assert re.search("File too large|is the disk full", rank.complaint)
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()), "something half-written was left"
+    end_well(start(shard, "--resume"))
+    assert_same_run(whole[shard], tmp_path / "run", tmp_path)
+
+
+def test_what_one_says_is_told_by_the_other(start, tmp_path: Path) -> None:
+    """Only the first rank writes the model."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    failing, other = start(1, store=store, largest_files=(40_000, None))
+    assert failing.code(30) == 2
+    assert failing.complaint.startswith("igpt pretrain: cannot write")
+    assert other.code(30) == 1
+    assert other.complaint.startswith(f"igpt pretrain: rank 0: OSError: cannot write {tmp_path}/run/model")
+
+
+def test_a_mistake_of_one_is_told_by_the_other(digits: TokenDataset, short_flags: list[str], tmp_path: Path) -> None:
+    """Tokens that are not on its machine."""
+    pair = Pair(tmp_path, "pretrain")
+    more = ["-o", tmp_path / "run", "--model", "tiny", *short_flags]
+    ranks = [pair.start_rank(rank, tokens, *more) for rank, tokens in enumerate([digits.path, tmp_path / "none"])]
+    assert [rank.code(30) for rank in ranks] == [1, 2]
+    assert ranks[0].complaint == ranks[1].complaint
+    assert "none" in ranks[1].complaint

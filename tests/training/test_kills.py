@@ -1,0 +1,96 @@
+"""Runs that are killed at any moment, or told to stop while they cannot, go on to the very same end."""
+
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from runs import Command, assert_same_run, losses, told
+
+from igpt.data.prepare import PrepareConfig, prepare
+from igpt.data.tokens import TokenDataset
+from igpt.training.state import checkpoints, step_of
+
+
+def left_behind(run: Path) -> list[Path]:
+    """What was being written, under a temporary name."""
+    return [*run.glob(".*"), *(run / "checkpoints").glob(".*")]
+
+
+def saved_steps(run: Path) -> list[int]:
+    return [step_of(path) for path in checkpoints(run / "checkpoints")]
+
+
+def test_ten_kills_at_random_moments_change_nothing(
+    digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
+) -> None:
+    """After every second update, and a delay of up to two updates with their saves and validations."""
+    run = tmp_path / "run"
+    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--checkpoint-every", 1]
+    delays, cut_off = random.Random(0), 0
+    for kill in range(10):
+        command = Command(tmp_path, *words, *(["--resume"] if kill else []))
+        command.wait_until(lambda step=2 * kill + 1: max(saved_steps(run), default=0) >= step)
+        time.sleep(delays.uniform(0, 0.08))
+        command.send(signal.SIGKILL)
+        assert command.code() == -signal.SIGKILL, command.err
+        cut_off += bool(left_behind(run))
+    assert cut_off, "no kill fell into a save"
+    last = Command(tmp_path, *words, "--resume")
+    assert last.code() == 0, last.err
+    assert "resumed from" in last.out
+    assert "passed over" not in last.out, "a kill damages nothing"
+    assert_same_run(short_run, run, tmp_path)
+    assert not left_behind(run)
+
+
+@pytest.fixture(scope="module")
+def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
+    """The digits with 809 images to validate on."""
+    settings = PrepareConfig(size=8, held_out=0.45)
+    return prepare("digits", tmp_path_factory.mktemp("tokens") / "half", settings)
+
+
+def test_an_update_that_outlasts_the_deadline_is_given_up(
+    half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
+) -> None:
+    slow = ["--batch-size", 600, "--n-embd", 64, "--steps", 3, "--validate-every", 3, "--checkpoint-every", 1]
+    words = ["pretrain", half_held_out.path, "--model", "tiny", *short_flags, *slow]
+    assert Command(tmp_path, *words, "-o", tmp_path / "whole").code() == 0
+    run = tmp_path / "run"
+    command = Command(tmp_path, *words, "-o", run, "--stop-seconds", "0.1")
+    command.wait_until(lambda: saved_steps(run) == [1])
+    command.send(signal.SIGTERM)
+    assert command.code(10) == 128 + signal.SIGTERM
+    newest = run / "checkpoints" / "step-00000001"
+    assert command.complaint == f"igpt: not saved within 0.1 seconds; the newest checkpoint: {newest}"
+    assert max(losses(run)) == 1, "the second update was not waited for"
+    last = Command(tmp_path, *words, "-o", run, "--resume")
+    assert last.code() == 0, last.err
+    assert_same_run(tmp_path / "whole", run, tmp_path)
+
+
+def test_a_validation_is_cut_short_and_made_up_for(
+    half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
+) -> None:
+    """The last one too, after which nothing else is left to do."""
+    few = ["--batch-size", 4, "--micro-batch-size", 1, "--steps", 4, "--validate-every", 2]  # 4 images at a time
+    long = ["--n-layer", 4, "--validation-images", 809]
+    words = ["pretrain", half_held_out.path, "--model", "tiny", *short_flags, *few, *long]
+    assert Command(tmp_path, *words, "-o", tmp_path / "whole").code() == 0
+    run = tmp_path / "run"
+    for step in (2, 4):
+        command = Command(tmp_path, *words, "-o", run, *(["--resume"] if step > 2 else []))
+        command.wait_until(lambda step=step: told(run, step))
+        command.send(signal.SIGTERM)
+        assert command.code() == 128 + signal.SIGTERM, command.out + command.err
+        assert re.search(
+            f"stopped and saved after {step} of 4 updates; continue with: igpt pretrain", command.complaint
+        )
+        assert not told(run, step, "validation")
+        assert saved_steps(run)[0] == step
+    last = Command(tmp_path, *words, "-o", run, "--resume")
+    assert last.code() == 0, last.err
+    assert_same_run(tmp_path / "whole", run, tmp_path)
