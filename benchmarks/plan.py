@@ -3,6 +3,7 @@
 pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one; in bf16
 computed    exact, and the peak resident memory (VmHWM) of a fresh process that does nothing else, on this CPU
 ranks       exact: two processes with DDP
+compiled    what a block keeps for its backward pass, when it is compiled for this CPU
 gpu         the allocator's own count, eager and compiled, where there is a GPU
 
 Tensors are counted exactly by `tests/training/live_tensors.py`. Each case has a process of its own.
@@ -23,14 +24,17 @@ from common import record, run, show
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
 from live_tensors import as_on_a_gpu, measure_update, update_twice
 
+from igpt.model.objectives import autoregressive
 from igpt.model.precision import settle_precision
-from igpt.model.transformer import ModelConfig
+from igpt.model.transformer import ImageGPT, ModelConfig
 from igpt.presets import MODELS
 from igpt.training.distributed import Team, team
-from igpt.training.memory import peak_memory
-from igpt.training.settings import TrainConfig
+from igpt.training.engine import Engine
+from igpt.training.memory import kept_by_block, peak_memory
+from igpt.training.settings import Recomputation, TrainConfig
 
-KINDS = ("none", "selective", "full")
+METHODS = ("pretended", "computed", "ranks", "compiled", "gpu")
+KINDS: tuple[Recomputation, ...] = ("none", "selective", "full")
 SMALL = {"resolution": 20, "n_layer": 4, "n_embd": 256, "n_head": 4}
 # shape, settings besides precision and checkpointing, ranks
 PRETENDED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
@@ -100,11 +104,34 @@ def on_a_gpu(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]
     return {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
 
 
-def alone(function: Any, *arguments: Any) -> dict[str, float]:
+def kept_when_compiled(recomputation: Recomputation) -> float:
+    """Bytes a place and unit of width that a block, compiled for this CPU, keeps in bf16 for its backward pass."""
+    model = ModelConfig(resolution=24, n_layer=2, n_embd=256, n_head=4)
+    settings = settings_of({"activation_checkpointing": recomputation, "compile": "yes"})
+    engine = Engine(ImageGPT(model), settings, Team(0, 1, torch.device("cpu")), autoregressive)
+    x = torch.randn(4, model.n_places, model.n_embd, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = engine.model.h[1](engine.model.h[0](x))
+    weights = {sorted_shape(parameter) for parameter in engine.parameters}
+    todo: list[Any] = [y.grad_fn]
+    kept: dict[int, int] = {}
+    while todo:
+        node = todo.pop()
+        for tensor in getattr(node, "saved_tensors", ()):
+            if tensor is not None and sorted_shape(tensor) not in weights:
+                kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        todo += [before for before, _ in node.next_functions if before is not None]
+    return sum(kept.values()) / (model.n_layer * x.numel())
+
+
+def sorted_shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(sorted(tensor.shape))
+
+
+def alone(function: Any, *arguments: Any) -> Any:
     """What the function gives in a fresh process."""
     with get_context("spawn").Pool(1) as pool:
-        found: dict[str, float] = pool.apply(function, arguments)
-    return found
+        return pool.apply(function, arguments)
 
 
 def row(
@@ -114,7 +141,8 @@ def row(
     told = peak_memory(model, settings, ranks)
     predicted = told.total
     if method == "computed" and settings.precision == "fp32":  # a CPU's scaled copies of the MLPs' weights
-        found["scaled_weights"] = 4 * 8 * model.n_embd**2 * model.n_layer
+        blocks = model.n_layer if settings.activation_checkpointing == "none" else 1
+        found["scaled_weights"] = 4 * 8 * model.n_embd**2 * blocks
         predicted += found["scaled_weights"]
     made = {
         "method": method,
@@ -134,13 +162,13 @@ def row(
     return made
 
 
-def main(only: tuple[str, ...] = ("pretended", "computed", "ranks", "gpu")) -> None:
+def main(only: tuple[str, ...] = METHODS) -> None:
     """Compares predicted and measured memory.
 
     Args:
         only: kinds of measurement; results are written when all are made.
     """
-    rows = []
+    rows, kept = [], {}
     if "pretended" in only:
         for shape, changes, ranks in PRETENDED:
             for kind in KINDS:
@@ -161,34 +189,37 @@ def main(only: tuple[str, ...] = ("pretended", "computed", "ranks", "gpu")) -> N
             with get_context("spawn").Pool(2) as pool:
                 found = pool.starmap(ranks_of_ddp, [(rank, port, changes) for rank in range(2)], chunksize=1)[0]
             rows.append(row("ranks", SMALL, changes, 2, found))
+    if "compiled" in only:
+        small = ModelConfig(resolution=24, n_embd=256, n_head=4)
+        for kind in KINDS:
+            told = kept_by_block(small, settings_of({"activation_checkpointing": kind}), small.n_places)
+            kept[kind] = {
+                "predicted": told / (small.n_places * small.n_embd),
+                "compiled": alone(kept_when_compiled, kind),
+            }
     if "gpu" in only and torch.cuda.is_available():
         for shape, changes in ON_A_GPU:
             for kind in KINDS:
                 for compiled in ("no", "yes"):
                     one = {**changes, "activation_checkpointing": kind, "compile": compiled}
                     rows.append(row("gpu", shape, one, 1, alone(on_a_gpu, shape, one)))
-    head = (
-        "method",
-        "model",
-        "resolution",
-        "ranks",
-        "shard",
-        "micro_batch_size",
-        "precision",
-        "checkpointing",
-        "compiled",
-    )
+    head = ("method", "model", "resolution", "ranks", "shard", "precision", "checkpointing", "compiled")
     cells = [
-        [*(made[key] for key in head), *(_gib(made, key) for key in ("predicted", "measured")), f"{made['error']:+.2%}"]
+        [*(made[key] for key in head), *(_gib(made[key]) for key in ("predicted", "measured")), f"{made['error']:+.2%}"]
         for made in rows
     ]
     show("Peak memory of an update, GiB", [*head, "predicted", "measured", "error"], cells)
-    if set(only) >= {"pretended", "computed", "ranks", "gpu"}:
-        record("plan", {"n": "one run a case: tensors are counted, not sampled", "unit": "bytes", "rows": rows})
+    lines = [[kind, *(f"{value:.2f}" for value in kept[kind].values())] for kind in kept]
+    show(
+        "What a block keeps, bytes a place and unit of width in bf16", ["checkpointing", "predicted", "compiled"], lines
+    )
+    if set(only) == set(METHODS):
+        result = {"n": "one run a case: tensors are counted, not sampled", "unit": "bytes", "rows": rows, "kept": kept}
+        record("plan", result)
 
 
-def _gib(made: dict[str, Any], key: str) -> str:
-    return f"{made[key] / 2**30:.2f}"
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 if __name__ == "__main__":

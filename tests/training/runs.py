@@ -65,7 +65,7 @@ class Command:
     def send(self, number: signal.Signals) -> None:
         os.kill(self._process.pid, number)
 
-    def code(self, seconds: float = 60) -> int:
+    def code(self, seconds: float = 120) -> int:
         """The exit code, or minus the signal that ended it; it must end in time."""
         self._process.join(seconds)
         if self.runs:
@@ -75,7 +75,7 @@ class Command:
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         """Returns as soon as something has happened, which must be while the process runs."""
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while self.runs and time.monotonic() < deadline:
             if happened():
                 return

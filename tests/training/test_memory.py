@@ -13,6 +13,8 @@ from igpt.training.settings import TrainConfig
 SMALL = ModelConfig(resolution=17, n_layer=4, n_embd=128, n_head=4)
 WIDE = ModelConfig(resolution=24, n_layer=3, n_embd=512, n_head=8)
 
+DEEP = ModelConfig(resolution=8, n_layer=8, n_embd=256, n_head=4)  # gradients grow faster than activations fall
+
 
 def settings(**changes: Any) -> TrainConfig:
     return TrainConfig.layered({"batch_size": 2, "device": "cpu", "compile": "no", "precision": "bf16", **changes})
@@ -62,6 +64,7 @@ def test_muon_keeps_one_moment(changes: dict[str, Any]) -> None:
         (WIDE, {"batch_size": 32, "shard": 4, "micro_batch_size": 2}, 8),
         (WIDE, {"batch_size": 16, "shard": 8, "activation_checkpointing": "selective", "micro_batch_size": 1}, 8),
         (WIDE, {"batch_size": 16, "shard": 8, "activation_checkpointing": "full"}, 8),
+        (DEEP, {"shard": 2, "activation_checkpointing": "full"}, 2),
         (WIDE.model_copy(update={"objective": "bert"}), {}, 1),
         (ModelConfig(n_layer=24, n_embd=512, n_head=8), {"batch_size": 2}, 1),  # igpt-s
     ],
