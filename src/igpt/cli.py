@@ -11,6 +11,7 @@ from igpt.command_line import (
     Commands,
     MaybeOut,
     Out,
+    announce,
     file_settings,
     given,
     load_model,
@@ -81,7 +82,7 @@ def pretrain(
     if not (resume or model or config):
         raise InputError("name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE")
     best = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
-    print(f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}")
+    announce(f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}")
 
 
 def finetune(
@@ -107,7 +108,7 @@ def finetune(
     chosen = {"model": model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
     settings = FinetuneConfig.layered(chosen, where="the settings")
     result = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
-    print(
+    announce(
         f"{out}/model: test accuracy {result['test_accuracy']:.4f} on {result['test_images']} images, chosen at update "
         f"{result['best_step']} by validation accuracy {result['validation_accuracy']:.4f}"
     )

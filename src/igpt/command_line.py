@@ -125,6 +125,12 @@ def model_and_run(path: Path) -> tuple[Path, Path]:
     return path, Path()
 
 
+def announce(line: str) -> None:
+    """Prints what came out, once: of several processes, the leading one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line)
+
+
 def load_model(path: Path) -> "ImageGPT":
     """The model in a model directory, on a GPU if there is one."""
     import torch
@@ -151,7 +157,10 @@ def run_command(commands: Commands, words: list[str]) -> int:
         os._exit(1)  # an orderly end would wait for the rank that is gone
     except Interrupted as stop:
         resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
-        return _complain(f"{name}: {stop}; continue with: {shlex.join(['igpt', *words, *resume])}", 128 + stop.number)
+        again = f"continue with: {shlex.join(['igpt', *words, *resume])}"
+        if "WORLD_SIZE" in os.environ:  # the launcher's words are not known here
+            again = f"continue with the same command{' and --resume' if resume else ''}"
+        return _complain(f"{name}: {stop}; {again}", 128 + stop.number)
     except KeyboardInterrupt:
         return _complain(f"{name}: interrupted; what was finished is kept", 130)
     except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit

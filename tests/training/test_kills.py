@@ -91,6 +91,11 @@ def test_a_validation_is_cut_short_and_made_up_for(
         )
         assert not told(run, step, "validation")
         assert saved_steps(run)[0] == step
+        if step == 2:  # its validation is told and lost again, for no checkpoint knows of it
+            command = Command(tmp_path, *words, "-o", run, "--resume")
+            command.wait_until(lambda: told(run, 2, "validation"))
+            command.send(signal.SIGKILL)
+            assert command.code() == -signal.SIGKILL
     last = Command(tmp_path, *words, "-o", run, "--resume")
     assert last.code() == 0, last.err
     assert_same_run(tmp_path / "whole", run, tmp_path)

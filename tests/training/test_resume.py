@@ -173,6 +173,6 @@ def test_metrics_survive_a_cut_last_line(tmp_path: Path) -> None:
     with metrics.path.open("a") as file:
         file.write('{"kind": "train", "st')
     assert [line["step"] for line in read_metrics(metrics.path)] == [0, 1, 2, 3]
-    metrics.cut_after(2)
+    metrics.cut_after(2, 2)
     metrics.write("train", 3, loss=2.0)
     assert [line["loss"] for line in read_metrics(metrics.path)] == [1.0, 1.0, 1.0, 2.0]

@@ -28,11 +28,16 @@ class Metrics:
             with self.path.open("a") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
-    def cut_after(self, step: int) -> None:
-        """Drops what a killed run had written beyond the checkpoint it resumes from, and a half-written last line."""
+    def cut_after(self, step: int, validated: int) -> None:
+        """Drops what a killed run had written beyond the checkpoint it resumes from, and a half-written last line.
+
+        Args:
+            step, validated: updates done, and those after which it was last validated, by that checkpoint.
+        """
         if not self.leads or not self.path.exists():
             return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step and line["kind"] != "end"]
+        last = {"validation": validated, "end": -1}
+        kept = [line for line in read_metrics(self.path) if line["step"] <= last.get(line["kind"], step)]
         with atomic_file(self.path) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
 
@@ -60,7 +65,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(line, highlight=False)
+        self._progress.console.print(line, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -150,7 +150,7 @@ class Trainer:
         resumes = self.team.tell(resume and any(self.checkpoints.folder.glob("step-*")))
         notes = self._resume() if resumes else []
         if self.progress.step == 0:
-            self.metrics.cut_after(-1)
+            self.metrics.cut_after(-1, -1)
             if on_start:
                 on_start(self.metrics)
         self._describe()
@@ -176,7 +176,7 @@ class Trainer:
     def _resume(self) -> list[str]:
         self.progress, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
         self._saved = self.progress.step
-        self.metrics.cut_after(self.progress.step)
+        self.metrics.cut_after(self.progress.step, self.progress.validated)
         self.metrics.write("resume", self.progress.step)
         return notes
 
