@@ -32,6 +32,7 @@ HOUSE = [
     "data/batches",
     "model/precision",
     "model/checkpoint",
+    "model/norm",
     "model/transformer",
     "model/objectives",
     "model/cost",

@@ -12,16 +12,15 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from igpt.config import Config
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.checkpoint import ModelDirectory, read_directory, write_directory
+from igpt.model.norm import NORM_EPS, RMSNorm, trains_on_cpu
 
 Objective = Literal["autoregressive", "bert"]
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
-NORM_EPS = 1e-5
 _SLOPE = 1.702  # of the sigmoid in the activation
 _SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
 
@@ -136,46 +135,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _trains_on_cpu(x: Tensor) -> bool:
-    """Whether operations run one by one on a CPU, for a backward pass to come: every pass over memory counts."""
-    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-class _LeanNorm(torch.autograd.Function):
-    """An RMS norm that keeps only its input and a number a place, and writes the type that the next product reads."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor) -> Tensor:
-        mean_square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        scale = mean_square.add_(NORM_EPS).rsqrt_()  # [B, T, 1]
-        ctx.save_for_backward(x, gain, scale)
-        normal: Tensor = (x * scale).mul_(gain)
-        return normal.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else normal
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        x, gain, scale = ctx.saved_tensors
-        unit = x * scale
-        gain_gradient = (gradient * unit).flatten(0, -2).sum(0).to(gain.dtype)
-        inner = gradient * gain
-        along = (inner * unit).mean(-1, keepdim=True)
-        return unit.mul_(-along).add_(inner).mul_(scale), gain_gradient
-
-
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2) + 1e-5) * g over the last dimension."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, eps=NORM_EPS)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., D] -> [..., D]."""
-        if _trains_on_cpu(x):
-            return _LeanNorm.apply(x, self.weight)  # type: ignore[no-any-return, no-untyped-call]
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention; with a cache, of new places to all before them."""
 
@@ -211,7 +170,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
         # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
-        if _trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
+        if trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
             inner = F.linear(x, _SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else _SLOPE * self.c_fc.bias)
             return F.linear(F.silu(inner), self.c_proj.weight / _SLOPE, self.c_proj.bias)
         return self.c_proj(F.silu(_SLOPE * self.c_fc(x)) / _SLOPE)  # type: ignore[no-any-return]

@@ -111,8 +111,9 @@ class Engine:
         if team.device.type == "cpu":
             keep_freed_memory()
         compiled = config.compile == "yes" or (config.compile == "auto" and team.device.type == "cuda")
-        sums = torch.float32
-        policy = MixedPrecisionPolicy(torch.bfloat16, sums, cast_forward_inputs=False)
+        policy = MixedPrecisionPolicy()
+        if config.precision == "bf16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for name, part in model.parts():
             if any(parameter.is_meta for parameter in part.parameters()):
                 model.draw(name, team.device)
@@ -121,9 +122,7 @@ class Engine:
             if name.startswith("h."):
                 _prepare_block(part, config.activation_checkpointing, compiled)
                 if config.shard > 1:
-                    fully_shard(
-                        part, mesh=mesh, mp_policy=policy if config.precision == "bf16" else MixedPrecisionPolicy()
-                    )
+                    fully_shard(part, mesh=mesh, mp_policy=policy)
         self._call = _Call(model)
         self._training_call: nn.Module = self._call
         if config.shard > 1:
