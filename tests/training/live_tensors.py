@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from igpt.model import transformer
+from igpt.model import norm, transformer
 from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT, ModelConfig
 from igpt.training.distributed import Team
@@ -124,10 +124,10 @@ def _ranks(size: int, shard: int) -> Iterator[Team]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The operations that a GPU gets, one by one; its fused norm keeps what the CPU's lean one keeps."""
-    lean: Callable[..., Any] = transformer._LeanNorm.apply
+    lean: Callable[..., Any] = norm._LeanNorm.apply
     with (
-        patch.object(transformer, "_trains_on_cpu", lambda x: False),
-        patch.object(transformer.RMSNorm, "forward", lambda self, x: lean(x, self.weight)),
+        patch.object(transformer, "trains_on_cpu", lambda x: False),
+        patch.object(norm.RMSNorm, "forward", lambda self, x: lean(x, self.weight)),
     ):
         yield
 
