@@ -105,7 +105,9 @@ def test_model_and_tokens_that_differ(igpt, short_run: Path, photographs: Path, 
 def test_bert_model_is_not_sampled_as_autoregressive(igpt, digits: TokenDataset, tmp_path: Path) -> None:
     shape = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 16, "n_head": 2, "objective": "bert"}
     ImageGPT(ModelConfig.layered(shape), digits.palette).save_pretrained(tmp_path / "bert")
-    assert_refused(igpt("score", tmp_path / "bert", digits.path), "trained as 'autoregressive'; this one is 'bert'")
+    for command in (["score", tmp_path / "bert", digits.path], ["sample", tmp_path / "bert", "-o", tmp_path / "s.png"]):
+        assert_refused(igpt(*command), "trained as 'autoregressive'; this one is 'bert'")
+    assert not (tmp_path / "s.png").exists()
     done = igpt("complete", tmp_path / "bert", "--tokens", digits.path, "--count", 2, "-o", tmp_path / "c.png")
     assert done.returncode == 0, done.stderr  # BERT models fill instead
 
@@ -140,8 +142,8 @@ def test_numbers_out_of_range_are_refused(igpt, short_run: Path, digits: TokenDa
     assert_refused(igpt(*tiny, "--seed", 10**20), "seed")
     assert not run.exists()
     assert_refused(igpt("sample", short_run, "--seed", 10**20), "a seed lies in")
-    assert_refused(igpt("probe", short_run, digits.path, "--limit", -5), "at least one image")
-    assert_refused(igpt("probe", short_run, digits.path, "--seed", -1), "a seed lies in")
+    assert_refused(igpt("probe", short_run, digits.path, "--limit", -5), "limit = -5")
+    assert_refused(igpt("probe", short_run, digits.path, "--seed", -1), "seed = -1")
     assert_refused(igpt("prepare", "digits", "-o", tmp_path / "t", "--workers", 0), "at least one worker")
     assert_refused(igpt("sample", short_run, "-o", tmp_path / "s.json"), ".png")
     assert_refused(igpt("probe", short_run, digits.path, "--no-baselines", "-o", tmp_path), "is a folder")

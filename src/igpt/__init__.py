@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from igpt.data.palette import Palette
     from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.estimator import ImageGPTFeatures
     from igpt.model.transformer import ImageGPT, ModelConfig
 
 __version__ = "0.1.0"
-__all__ = ["ImageGPT", "ModelConfig", "Palette", "TokenDataset", "__version__"]
+__all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDataset", "__version__"]
 
 _HOMES = {
     "ImageGPT": "igpt.model.transformer",
+    "ImageGPTFeatures": "igpt.evaluation.estimator",
     "ModelConfig": "igpt.model.transformer",
     "Palette": "igpt.data.palette",
     "TokenDataset": "igpt.data.tokens",

@@ -21,6 +21,7 @@ from igpt.command_line import (
 )
 from igpt.data_commands import inspect, palette, prepare
 from igpt.errors import InputError
+from igpt.evaluation_commands import features, probe, score
 
 
 def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -> None:
@@ -108,94 +109,78 @@ def finetune(
     chosen = {"model": model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
     settings = FinetuneConfig.layered(chosen, where="the settings")
     result = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
+    for tried in result["rates"] if len(result["rates"]) > 1 else ():
+        reached = tried["validation_accuracy"]
+        announce(
+            f"learning rate {tried['learning_rate']:g}: "
+            + ("diverged" if reached is None else f"validation accuracy {reached:.4f} at update {tried['best_step']}")
+        )
+    low, high = result["test_interval_95"]
     announce(
-        f"{out}/model: test accuracy {result['test_accuracy']:.4f} on {result['test_images']} images, chosen at update "
-        f"{result['best_step']} by validation accuracy {result['validation_accuracy']:.4f}"
+        f"{out}/model: test accuracy {result['test_accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on "
+        f"{result['test_images']} images; learning rate {result['learning_rate']:g} and update {result['best_step']} "
+        f"were chosen by validation accuracy {result['validation_accuracy']:.4f}"
     )
+    if "modal" in result:
+        modal = result["modal"]
+        announce(f"masked as in training, the modal prediction of {modal['masks']} masks: {modal['accuracy']:.4f}")
+    if "fold_back" in result:
+        before = result["fold_back"]["before"]["test_accuracy"]
+        announce(f"this model was trained on validation images too; the one chosen by them has {before:.4f}")
 
 
-def probe(
+def classify(
     model: Positional[Path],
-    tokens: Positional[Path],
-    out: MaybeOut = None,
-    limit: int | None = None,
-    baselines: bool = True,
-    precision: Literal["fp32", "bf16"] = "fp32",
+    images: Positional[tuple[Path, ...]] = (),
+    top: int = 3,
+    masks: int = 0,
     seed: int = 0,
-) -> None:
-    """Fit a linear classifier to every layer's features.
-
-    Args:
-        model: run or model directory.
-        tokens: token data set with labels.
-        out: file to write; by default probe.json in the run, or here for a model without one.
-        limit: at most so many images of each split.
-        baselines: with --no-baselines, raw pixels and an untrained model are not probed.
-        precision: of the products that make the features; bf16 is faster where the processor has it.
-        seed: of the images drawn and of the untrained model.
-    """
-    from igpt.data.tokens import TokenDataset
-    from igpt.evaluation.probe import best_row
-    from igpt.evaluation.probe import probe as run
-    from igpt.files import write_json
-
-    path, home = model_and_run(model)
-    with progress_bar() as show:
-        result = run(
-            load_model(path),
-            TokenDataset(tokens),
-            limit=limit,
-            baselines=baselines,
-            precision=precision,
-            seed=seed,
-            progress=show,
-        )
-    target = out or home / "probe.json"
-    write_json(target, {"model": str(path), **result})
-    best = best_row(result)
-    for row in result["layers"]:
-        mark = " <- best on validation" if row is best else ""
-        state = "" if row["converged"] else " (not converged)"
-        print(
-            f"layer {row['layer']:3d}  validation {row['validation_accuracy']:.4f}  test {row['test_accuracy']:.4f}"
-            f"{state}{mark}"
-        )
-    print(
-        f"{target}: layer {best['layer']} reads {best['test_accuracy']:.4f} of {result['images']['test']} test images"
-    )
-
-
-def score(
-    model: Positional[Path],
-    tokens: Positional[Path],
-    split: Literal["train", "validation", "test"] = "test",
     out: MaybeOut = None,
 ) -> None:
-    """Measure how likely images are under a model, in nats/pixel.
+    """Tell the likeliest classes of images by a classifier.
 
     Args:
-        model: run or model directory of an autoregressive model.
-        tokens: token data set.
-        split: which of its images.
-        out: CSV to write, one line an image.
+        model: run or model directory that `igpt finetune` wrote.
+        images: image files.
+        top: so many classes of each image.
+        masks: of BERT models, the most frequent class under so many masks of 15 % of the pixels; 5 in the paper.
+        seed: of the masks.
+        out: JSON to write.
     """
-    from igpt.data.tokens import TokenDataset
-    from igpt.evaluation.features import require_match
-    from igpt.evaluation.likelihood import score as run
-    from igpt.evaluation.likelihood import summary
-    from igpt.files import atomic_file
+    import numpy as np
 
-    loaded, data = load_model(model_and_run(model)[0]), TokenDataset(tokens)
-    require_match(loaded, data)
-    with progress_bar() as show:
-        losses = run(loaded, data[split], progress=partial(show, "scoring"))
+    from igpt.environment import describe
+    from igpt.files import write_json
+    from igpt.model.classifier import predict
+    from igpt.pictures import tokens_of_files
+
+    if not images:
+        raise InputError("give image files to classify")
+    if top < 1:
+        raise InputError(f"--top is at least 1, not {top}")
+    path = model_and_run(model)[0]
+    loaded = load_model(path)
+    tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
+    # All have the row 0: what is said of an image does not depend on what else is asked.
+    found = predict(loaded, tokens, np.zeros(len(images), np.int64), masks=masks, seed=seed)
+    names = loaded.config.class_names or ()
+    answers = []
+    for image, (file, ranked) in enumerate(zip(images, found.ranked(), strict=True)):
+        classes = [
+            {
+                "class": names[index],
+                "probability": float(found.probabilities[image, index]),
+                "votes": int(found.votes[image, index]),
+            }
+            for index in ranked[:top].tolist()
+        ]
+        answers.append({"file": str(file), "classes": classes})
+        votes = [f" ({one['votes']} of {masks} masks)" if masks else "" for one in classes]
+        told = [f"{one['class']} {one['probability']:.4f}{said}" for one, said in zip(classes, votes, strict=True)]
+        print(f"{file}: {', '.join(told)}")
     if out:
-        with atomic_file(out) as temporary:
-            lines = (f"{index},{loss:.6f}\n" for index, loss in enumerate(losses))
-            temporary.write_text("image,nats_per_pixel\n" + "".join(lines))
-    result = summary(losses)
-    error = "" if result["standard_error"] is None else f" +- {result['standard_error']:.4f} (standard error)"
-    print(f"{result['nats_per_pixel']:.4f} nats/pixel{error} over {result['images']} {split} images")
+        about = {"format": "igpt-classify", "version": 1, "model": str(path), "masks": masks, "seed": seed}
+        write_json(out, {**about, "images": answers, "environment": describe()})
 
 
 def sample(
@@ -335,8 +320,10 @@ COMMANDS: Commands = {
     "plan": (plan, "igpt.training.plan:PlanConfig"),
     "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
     "finetune": (finetune, "igpt.training.finetune:FinetuneConfig"),
-    "probe": (probe, None),
-    "score": (score, None),
+    "classify": (classify, None),
+    "probe": (probe, "igpt.evaluation.probe:ProbeConfig"),
+    "score": (score, "igpt.data.gathered:GatherConfig"),
+    "features": (features, "igpt.data.gathered:GatherConfig"),
     "sample": (sample, None),
     "complete": (complete, None),
     "report": (report, None),

@@ -3,6 +3,7 @@
 import os
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -13,7 +14,7 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources import DIGITS
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
-from igpt.evaluation.probe import FORMAT, VERSION, best_row, probe
+from igpt.evaluation.probe import FORMAT, VERSION, ProbeConfig, best_row, probe
 from igpt.files import read_json, write_json
 from igpt.model.generate import Drawing
 from igpt.model.precision import Precision, settle_precision
@@ -88,8 +89,9 @@ def _finished(run: Path) -> bool:
 
 def _probe(model: ImageGPT, data: TokenDataset, precision: Precision) -> dict[str, Any]:
     try:
-        with progress_bar() as show:
-            return probe(model, data, limit=_PROBE_IMAGES, precision=precision, progress=show)
+        config = ProbeConfig(limit=_PROBE_IMAGES, precision=precision)
+        with progress_bar() as show, TemporaryDirectory(dir=data.path.parent, prefix=".features-") as features:
+            return probe(model, data, config, Path(features), progress=show)
     except InputError as error:  # a story without labels has no probe, and says why
         return {"format": FORMAT, "version": VERSION, "skipped": str(error)}
 

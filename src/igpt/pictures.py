@@ -1,11 +1,12 @@
-"""Samples and completions as PNG grids, with the settings they were drawn with in a JSON beside them.
+"""Samples and completions as PNG grids, with the settings they were drawn with in a JSON beside them; maps of losses.
 
 B images, n places, R resolution.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,11 +19,19 @@ from igpt.data.tokens import TokenSplit
 from igpt.data.views import load_square
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.files import write_json
+from igpt.files import atomic_file, write_json
 from igpt.model.generate import Drawing, Progress, complete, sample
 from igpt.model.transformer import ImageGPT
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLUMNS = 8
+_DPI = 200
+_SIDE = 230  # dots that a picture of a map gets, about: a whole number a pixel
+_GAP, _SEAM, _TITLE, _EDGE, _BAR, _SCALE = 14, 6, 44, 24, 28, 150  # dots; the last two: the colour bar, and with words
+_MOST = 200  # maps of a picture: matplotlib draws 65,536 dots in a direction
+_INK, _MUTED = "#1f2328", "#59636e"
 _UNKNOWN = 224  # grey level of pixels that were not kept
 
 
@@ -44,14 +53,19 @@ def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
 
 
 def tokens_of_split(split: TokenSplit, count: int) -> Tensor:
-    """`count` images spread evenly over a split: [B, n].
+    """`count` images spread evenly over a split: [B, n]; see `spread_evenly`."""
+    return torch.from_numpy(split.rows(spread_evenly(split, count)).astype(np.int64))
+
+
+def spread_evenly(split: TokenSplit, count: int) -> NDArray[np.int64]:
+    """Where `count` images stand that are spread evenly over a split: [B].
 
     Raises:
         InputError: it has not so many.
     """
     if not 1 <= count <= len(split):
         raise InputError(f"{count} images are asked for; the split {split.name!r} has {len(split)}")
-    return torch.from_numpy(split.rows(np.arange(count) * len(split) // count).astype(np.int64))
+    return np.arange(count) * len(split) // count
 
 
 def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
@@ -66,10 +80,8 @@ def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, pro
     if count < 1:
         raise InputError(f"at least one sample is drawn, not {count}")
     palette_of(model)
-    if model.config.objective == "autoregressive":
-        drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **settings, progress=progress)
-    else:
-        drawn = complete(model, torch.zeros(count, model.config.n_places, dtype=torch.long), 0, **settings)
+    model.require("autoregressive", "drawing whole images")
+    drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **settings, progress=progress)
     images = pictures(model, drawn)
     _write(path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], settings)
     return path
@@ -101,6 +113,64 @@ def draw_completions(
     rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
     _write(path, rows, {**settings, "keep_rows": keep_rows, "completions": completions})
     return path
+
+
+def require_maps(path: Path, count: int) -> None:
+    """Refuses maps as anything but PNG, and more than a picture can hold.
+
+    Raises:
+        InputError: the name ends otherwise, or the count is not 1 to 200.
+    """
+    require_png(path)
+    if not 1 <= count <= _MOST:
+        raise InputError(f"maps of 1 to {_MOST} images fit a picture, not of {count}")
+
+
+def draw_maps(model: ImageGPT, tokens: NDArray[np.uint16], losses: NDArray[np.float64], path: Path) -> None:
+    """Writes images above the losses of their pixels as PNG: tokens [B, n], losses [B, n] in nats."""
+    figure = loss_maps(pictures(model, torch.from_numpy(tokens.astype(np.int64))), losses)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=_DPI)
+
+
+def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Figure":
+    """Images [B, R, R, 3] above maps of the losses of their pixels, [B, n] in nats, with one scale of colours.
+
+    Each pair is headed by its mean. Colours reach to the loss that one pixel in 200 exceeds.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    count, side = len(originals), originals.shape[1]
+    cell = side * max(1, round(_SIDE / side))
+    columns = min(count, COLUMNS)
+    bands = math.ceil(count / columns)
+    pair = 2 * cell + _SEAM
+    band = _TITLE + pair + _GAP
+    width, height = 2 * _EDGE + columns * (cell + _GAP) + _SCALE, bands * band + 2 * _EDGE - _GAP
+    figure = Figure(figsize=(width / _DPI, height / _DPI), facecolor="white")
+    highest = float(np.quantile(losses, 0.995))
+    scale = ScalarMappable(Normalize(0, highest), "magma")
+
+    def axes(left: float, top: float, wide: float, high: float) -> Any:
+        return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
+
+    for index in range(count):
+        left = _EDGE + index % columns * (cell + _GAP)
+        top = _EDGE + index // columns * band + _TITLE
+        upper, lower = axes(left, top, cell, cell), axes(left, top + cell + _SEAM, cell, cell)
+        upper.imshow(originals[index], interpolation="nearest")
+        lower.imshow(losses[index].reshape(side, side), norm=scale.norm, cmap=scale.cmap, interpolation="nearest")
+        upper.set_title(f"{losses[index].mean():.3f} nats/pixel", fontsize=7.5, color=_INK, pad=3)
+        upper.set_axis_off()
+        lower.set_axis_off()
+    place = axes(width - _SCALE - _EDGE + _GAP, _EDGE + _TITLE, _BAR, pair)
+    bar = figure.colorbar(scale, cax=place, extend="max" if losses.max() > highest else "neither")
+    bar.set_label("loss of a pixel, nats", fontsize=7.5, color=_INK)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=7, colors=_MUTED, length=2)
+    return figure
 
 
 def _write(path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], settings: Mapping[str, Any]) -> None:

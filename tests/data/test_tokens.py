@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from igpt.data.palette import Palette
-from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, require_classes, write_manifest, write_shard
 from igpt.errors import InputError
 
 SIZES = {"train": [5, 0, 3, 1, 4], "validation": [2], "test": []}
@@ -167,6 +167,40 @@ def test_labels_that_are_needed(folder: Path):
     partly = TokenSplit("train", [np.zeros((3, 4), np.uint16)], [np.array([0, -1, -1], np.int32)])
     with pytest.raises(InputError, match="a probe needs labels, and 2 of 3 images of 'train' have none"):
         partly.require_labels("a probe")
+
+
+def test_splits_laid_end_to_end(folder: Path):
+    dataset = TokenDataset(folder)
+    train, validation = dataset["train"], dataset["validation"]
+    both = TokenSplit.joined("both", [train, validation])
+    assert (both.name, len(both), both.nbytes) == ("both", 15, train.nbytes + validation.nbytes)
+    assert np.array_equal(both.labels, np.concatenate([train.labels, validation.labels]))
+    rows = np.concatenate([validation.rows([1]), train.rows([0]), validation.rows([0])])
+    assert np.array_equal(both.rows([14, 0, 13]), rows)
+
+
+def of_classes(name: str, *labels: int) -> TokenSplit:
+    return TokenSplit(name, [np.zeros((len(labels), 4), np.uint16)], [np.array(labels, np.int32)])
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "said"),
+    [
+        ([0, 1, 2], [2, 0], None),
+        ([], [0], "a test needs images, and the split 'train' is empty"),
+        ([0, 1], [], "a test needs images, and the split 'test' is empty"),
+        ([0, 1], [0, -1], "a test needs labels, and 1 of 2 images of 'test' have none"),
+        ([1, 1], [1], "a test needs at least two classes among the training images"),
+        ([0, 2], [1, 0, 3, 3], "2 classes of the test images have no training image; a test needs every class"),
+    ],
+)
+def test_classes_that_a_classifier_needs(train: list[int], test: list[int], said: str | None):
+    splits = {"train": of_classes("train", *train), "test": of_classes("test", *test)}
+    if said is None:
+        require_classes(splits, "a test")
+        return
+    with pytest.raises(InputError, match=said):
+        require_classes(splits, "a test")
 
 
 def test_a_split_that_is_not_there(folder: Path):

@@ -129,17 +129,25 @@ def test_bf16_differs_by_its_rounding_only(
     assert_same_losses(alone["autoregressive"], tmp_path / "run", within=5e-3)
 
 
-def test_sharded_fine_tuning_gives_the_classifier_of_one_process(
-    ranks, alone: dict[str, Path], digits: TokenDataset, tmp_path: Path
+@pytest.mark.parametrize(("objective", "shard"), [("autoregressive", 2), ("bert", 1)])
+def test_fine_tuning_gives_the_classifiers_of_one_process(
+    ranks, alone: dict[str, Path], digits: TokenDataset, tmp_path: Path, objective: str, shard: int
 ) -> None:
+    """A search over learning rates, and the last training, on all images."""
     settings = {"batch_size": 10, "steps": 4, "validate_every": 4, "log_every": 1, "precision": "fp32"}
-    words = ["finetune", alone["autoregressive"], digits.path, *flags_of(settings)]
+    words = ["finetune", alone[objective], digits.path, *flags_of(settings), "--fold-back"]
+    words += ["--learning-rates", 1e-3, 3e-3]
     ranks(1, *words, "-o", tmp_path / "one")
-    ranks(2, *words, "-o", tmp_path / "two", "--shard", "2")
+    ranks(2, *words, "-o", tmp_path / "two", "--shard", shard)
     results = [json.loads((tmp_path / name / "test.json").read_text()) for name in ("one", "two")]
+    for result in results:
+        del result["environment"]
     assert results[0] == results[1]
-    losses = [[line["loss"] for line in lines(tmp_path / name, "train")] for name in ("one", "two")]
-    assert losses[1] == pytest.approx(losses[0], abs=1.5e-6)
+    assert ("modal" in results[0]) == (objective == "bert")
+    for part in ("rates/0.001", "rates/0.003", "fold-back"):
+        losses = [[line["loss"] for line in lines(tmp_path / name / part, "train")] for name in ("one", "two")]
+        assert len(losses[0]) >= 4
+        assert losses[1] == pytest.approx(losses[0], abs=1.5e-6)
 
 
 def test_groups_that_do_not_come_out_even_are_refused() -> None:

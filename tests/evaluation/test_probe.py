@@ -1,7 +1,8 @@
-"""Features, probes and likelihoods of a small trained model."""
+"""Linear probes of a small trained model: every protocol, chosen on validation, told with its uncertainty."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,13 +10,16 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
+from igpt.confidence import interval_of_share
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.evaluation.features import extract, require_match
-from igpt.evaluation.likelihood import score, summary
-from igpt.evaluation.probe import fit_linear, probe
+from igpt.evaluation.features import pooled
+from igpt.evaluation.probe import ProbeConfig, probe
 from igpt.model.transformer import ImageGPT, ModelConfig
+
+SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
+FEW = {"limit": 150, "baselines": False}
 
 
 @pytest.fixture(scope="module")
@@ -23,49 +27,60 @@ def model(short_run: Path) -> ImageGPT:
     return ImageGPT.from_pretrained(short_run / "model")
 
 
-def test_features_are_the_mean_over_places_of_every_layer(model: ImageGPT, digits: TokenDataset) -> None:
-    split = digits["test"]
-    found = extract(model, split, batch_size=7)
-    assert found.shape == (3, 180, 32)
-    tokens = torch.from_numpy(split.rows([4, 100]).astype(np.int64))
-    for layer, activations in enumerate(model.features(tokens)):
-        np.testing.assert_allclose(found[layer, [4, 100]], activations.mean(1).detach(), atol=1e-5)
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Features that several tests use."""
+    return tmp_path_factory.mktemp("features")
 
 
-def test_linear_fit_is_scikit_learns_and_chosen_on_validation() -> None:
-    generator = np.random.default_rng(0)
-    centers = generator.normal(size=(4, 10))
-    labels = {split: generator.integers(0, 4, 300).astype(np.int32) for split in ("train", "validation", "test")}
-    features = {
-        split: (centers[rows] + generator.normal(size=(300, 10)) * 1.5).astype(np.float32)
-        for split, rows in labels.items()
-    }
-    found = fit_linear(features, labels)
+def test_it_is_scikit_learns_at_every_step(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    """Fitted on training images, chosen by validation, fitted again on both, tested: layer by layer."""
+    config = ProbeConfig(baselines=False, strengths=(0.01, 1.0, 100.0))
+    result = probe(model, digits, config, kept)
+    features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1) for name in digits}
+    labels = {name: digits[name].labels for name in digits}
+    for row in result["layers"]:
+        x = {name: array[row["layer"]] for name, array in features.items()}
+        scaler = StandardScaler().fit(x["train"])
+        rivals = {
+            strength: LogisticRegression(C=strength, tol=1e-7, max_iter=20_000)
+            .fit(scaler.transform(x["train"]), labels["train"])
+            .score(scaler.transform(x["validation"]), labels["validation"])
+            for strength in config.strengths
+        }
+        assert row["converged"]
+        assert row["validation_accuracy"] == pytest.approx(rivals[row["regularisation"]], abs=0.006)
+        assert row["validation_accuracy"] >= max(rivals.values()) - 0.006, "one image of 180"
+        both = np.concatenate([x["train"], x["validation"]])
+        scaler = StandardScaler().fit(both)
+        final = LogisticRegression(C=row["regularisation"], tol=1e-7, max_iter=20_000)
+        final.fit(scaler.transform(both), np.concatenate([labels["train"], labels["validation"]]))
+        assert row["test_accuracy"] == pytest.approx(
+            final.score(scaler.transform(x["test"]), labels["test"]), abs=0.006
+        )
+        right = round(row["test_accuracy"] * 180)
+        assert row["test_interval_95"] == list(interval_of_share(right, 180))
+    assert result["layers"][1]["test_accuracy"] > 0.5, "ten classes: chance is 0.1"
+
+
+def test_without_fold_back_validation_images_only_choose(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    config = ProbeConfig(baselines=False, strengths=(1.0,), fold_back=False, layers=(1,))
+    (row,) = probe(model, digits, config, kept)["layers"]
+    features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1)[1] for name in ("train", "test")}
     scaler = StandardScaler().fit(features["train"])
-    rivals = {}
-    for strength in (0.001, 0.01, 0.1, 1.0):
-        rival = LogisticRegression(C=strength, max_iter=2000).fit(scaler.transform(features["train"]), labels["train"])
-        rivals[strength] = [
-            rival.score(scaler.transform(features[split]), labels[split]) for split in ("validation", "test")
-        ]
-    best = max(rivals, key=lambda strength: rivals[strength][0])
-    assert found["converged"]
-    assert found["regularisation"] == best
-    assert found["validation_accuracy"] == pytest.approx(rivals[best][0], abs=0.011)
-    assert found["test_accuracy"] == pytest.approx(rivals[best][1], abs=0.011)
+    rival = LogisticRegression(C=1.0, tol=1e-7, max_iter=20_000)
+    rival.fit(scaler.transform(features["train"]), digits["train"].labels)
+    expected = rival.score(scaler.transform(features["test"]), digits["test"].labels)
+    assert row["test_accuracy"] == pytest.approx(expected, abs=0.006)
+    assert row["layer"] == 1
 
 
-def test_too_few_iterations_are_reported() -> None:
-    generator = np.random.default_rng(0)
-    features = {split: generator.normal(size=(200, 20)).astype(np.float32) for split in ("train", "validation", "test")}
-    labels = {split: generator.integers(0, 5, 200).astype(np.int32) for split in features}
-    assert fit_linear(features, labels, max_iter=1)["converged"] is False
-
-
-def test_probe_command_writes_every_layer(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    done = igpt("probe", short_run, digits.path, "-o", tmp_path / "probe.json", "--limit", 150)
+def test_the_command_writes_every_protocol(igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    words = ["--limit", 150, "--concatenate", 1, 2, "--labels-per-class", 2, 8, "--features", tmp_path / "features"]
+    done = igpt("probe", short_run, digits.path, "-o", tmp_path / "probe.json", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "probe.json").read_text())
+    assert (result["format"], result["version"]) == ("igpt-probe", 2)
     assert [row["layer"] for row in result["layers"]] == [0, 1, 2]
     best = max(row["validation_accuracy"] for row in result["layers"])
     assert result["layers"][result["best_layer"]]["validation_accuracy"] == best
@@ -73,61 +88,152 @@ def test_probe_command_writes_every_layer(igpt, short_run: Path, digits: TokenDa
     assert result["layers"][1]["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
     assert result["baselines"]["raw_pixels"]["test_accuracy"] > 0.7
     assert len(result["baselines"]["untrained"]["layers"]) == 3
-    again = igpt("probe", short_run, digits.path, "-o", tmp_path / "again.json", "--limit", 150)
+    assert result["concatenated"]["layers"] == [1, 2]
+    assert [few["per_class"] for few in result["few_labels"]] == [2, 8]
+    assert result["environment"].keys() >= {"command", "igpt", "torch", "commit", "processor"}
+    assert "labels a class: test" in done.stdout
+    assert "layers 1 2" in done.stdout
+    again = igpt("probe", short_run, digits.path, "-o", tmp_path / "again.json", *words[:-2])
     assert again.returncode == 0
     other = json.loads((tmp_path / "again.json").read_text())
-    assert (other["layers"], other["baselines"]) == (result["layers"], result["baselines"])
+    assert {**other, "environment": 0} == {**result, "environment": 0}, "to the last digit"
+    assert not list(tmp_path.glob(".features-*")), "what was passing is gone"
 
 
-def test_probe_refuses_what_it_cannot_measure(model: ImageGPT, digits: TokenDataset, photographs: Path) -> None:
-    folder = photographs.parent
-    plain = prepare(str(photographs), folder / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
-    with pytest.raises(InputError, match="the palettes differ: the model has"):
-        probe(model, plain)
-    wide = prepare(str(photographs), folder / "wide", PrepareConfig(size=16, colors=17))
-    with pytest.raises(InputError, match=r"the model sees 8 px, .* has 16 px"):
-        probe(model, wide)
-    fitting = ImageGPT(ModelConfig.layered({"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1}))
-    fitting.palette = plain.palette
-    with pytest.raises(InputError, match="a probe needs labels, and 38 of 38 images of 'train' have none"):
-        probe(fitting, plain)
-    with pytest.raises(InputError, match="no palette"):
-        require_match(ImageGPT(fitting.config), plain)
-    with pytest.raises(InputError, match="at least two classes"):
-        fit_linear({"train": np.ones((3, 2), np.float32)}, {"train": np.zeros(3, np.int32)})
-    with pytest.raises(InputError, match="not finite"):
-        fit_linear({"train": np.full((3, 2), np.nan, np.float32)}, {"train": np.arange(3, dtype=np.int32)})
+def test_few_labels_are_seeded_draws_of_equal_size(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    config = ProbeConfig(baselines=False, labels_per_class=(1, 10, 60), subsets=4)
+    result = probe(model, digits, config, kept)
+    few = result["few_labels"]
+    for row in few:
+        assert row["layer"] == result["best_layer"]
+        assert row["converged"]
+        assert len(set(row["test_accuracies"])) > 1, "other draws, other accuracies"
+        assert row["mean"] == pytest.approx(np.mean(row["test_accuracies"]))
+        assert row["standard_deviation"] == pytest.approx(np.std(row["test_accuracies"], ddof=1))
+    assert few[0]["mean"] < few[1]["mean"] < few[2]["mean"], "more labels are worth something"
+    assert few[2]["mean"] < result["layers"][result["best_layer"]]["test_accuracy"] + 0.05
+    other = probe(model, digits, config.model_copy(update={"seed": 7}), kept.parent / f"{kept.name}-7")["few_labels"]
+    assert other[0]["test_accuracies"] != few[0]["test_accuracies"]
+    with pytest.raises(InputError, match=r"1000 labels a class are asked for, and one class has \d+ training images"):
+        probe(model, digits, config.model_copy(update={"labels_per_class": (1000,)}), kept)
 
 
-def test_likelihood_is_that_of_the_model(model: ImageGPT, digits: TokenDataset, tmp_path: Path, igpt) -> None:
-    split = digits["test"]
-    losses = score(model, split, batch_size=50)
-    tokens = torch.from_numpy(split.rows([3]).astype(np.int64))
-    log_probability = model(tokens).double().log_softmax(-1).gather(-1, tokens[..., None])
-    assert losses[3] == pytest.approx(-float(log_probability.detach().mean()), abs=1e-5)
-    inverted = TokenSplit("test", [(16 - split.rows(np.arange(180))).astype(np.uint16)], [split.labels])
-    assert score(model, inverted).mean() > losses.mean() + 0.3, "inverted digits are far less likely"
-    done = igpt("score", model_path(model, tmp_path), digits.path, "-o", tmp_path / "scores.csv")
-    assert done.returncode == 0, done.stderr
-    assert f"{losses.mean():.4f} nats/pixel" in done.stdout
-    lines = (tmp_path / "scores.csv").read_text().splitlines()
-    assert lines[0] == "image,nats_per_pixel"
-    assert [float(line.split(",")[1]) for line in lines[1:]] == pytest.approx(losses.tolist(), abs=1e-5)
+def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    config = ProbeConfig(baselines=False, strengths=(0.1,), concatenate=(0, 2), fold_back=False, layers=(0,))
+    row = probe(model, digits, config, kept)["concatenated"]
+    features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1) for name in ("train", "test")}
+    x = {name: np.concatenate([array[0], array[2]], axis=1) for name, array in features.items()}
+    scaler = StandardScaler().fit(x["train"])
+    rival = LogisticRegression(C=0.1, tol=1e-7, max_iter=20_000).fit(
+        scaler.transform(x["train"]), digits["train"].labels
+    )
+    expected = rival.score(scaler.transform(x["test"]), digits["test"].labels)
+    assert row["test_accuracy"] == pytest.approx(expected, abs=0.006)
 
 
-def model_path(model: ImageGPT, folder: Path) -> Path:
-    model.save_pretrained(folder / "model")
-    return folder / "model"
+def test_sgd_chooses_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    config = ProbeConfig(
+        baselines=False, solver="sgd", learning_rates=(1e30, 10.0, 1e-6), steps=400, batch_size=32, layers=(1,)
+    )
+    (row,) = probe(model, digits, config, kept)["layers"]
+    assert row["learning_rate"] == 10.0
+    assert row["iterations"] == 400
+    assert row["converged"] is False
+    (optimum,) = probe(model, digits, ProbeConfig(baselines=False, layers=(1,)), kept)["layers"]
+    assert row["test_accuracy"] > optimum["test_accuracy"] - 0.15
 
 
-def test_summary_of_likelihoods() -> None:
-    found = summary(np.array([1.0, 2.0, 3.0]))
-    assert found["nats_per_pixel"] == 2.0
-    assert found["standard_error"] == pytest.approx(1 / np.sqrt(3))
-    assert found["bits_per_pixel"] == pytest.approx(2 / np.log(2))
+def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(digits: TokenDataset, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    bert = ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"}), digits.palette)
+    plain = probe(bert, digits, ProbeConfig(**FEW), tmp_path)
+    masked = probe(bert, digits, ProbeConfig(**FEW, masks=3), tmp_path)
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == [
+        "test", "test-mask-0", "test-mask-1", "test-mask-2", "train", "train-mask-0",
+        "validation", "validation-mask-0", "validation-mask-1", "validation-mask-2",
+    ]  # fmt: skip
+    assert plain["layers"] != masked["layers"]
+    row = masked["layers"][1]
+    features = {
+        path.name: np.load(path / "layer-001.npy") for path in (tmp_path / "model").iterdir() if "mask" in path.name
+    }
+    drawn = {name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:150]) for name in digits}
+    labels = {name: digits[name].labels_of(rows) for name, rows in drawn.items()}
+    both = np.concatenate([features["train-mask-0"], features["validation-mask-0"]])
+    scaler = StandardScaler().fit(both)
+    rival = LogisticRegression(C=row["regularisation"], tol=1e-7, max_iter=20_000)
+    rival.fit(scaler.transform(both), np.concatenate([labels["train"], labels["validation"]]))
+    votes = [rival.predict(scaler.transform(features[f"test-mask-{draw}"])) for draw in range(3)]
+    counts = np.stack([(np.stack(votes) == number).sum(0) for number in range(10)], axis=1)
+    sure = counts.max(1) >= 2  # where all three differ, a draw decides
+    share = (counts.argmax(1) == labels["test"])[sure].sum() / 150
+    assert share - 0.02 <= row["test_accuracy"] <= share + (~sure).mean() + 0.02
 
 
-def test_bert_has_no_likelihood(digits: TokenDataset) -> None:
-    shape = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1, "objective": "bert"}
-    with pytest.raises(InputError, match="a likelihood needs a model trained as 'autoregressive'"):
-        score(ImageGPT(ModelConfig.layered(shape)), digits["test"])
+def changed(digits: TokenDataset, **labels: Any) -> TokenDataset:
+    """The digits with other labels in some splits."""
+    data = TokenDataset(digits.path)
+    splits = {
+        name: TokenSplit(
+            name, [digits[name].rows(np.arange(len(digits[name])))], [labels.get(name, digits[name].labels)]
+        )
+        for name in digits
+    }
+    data.__class__ = type("Changed", (TokenDataset,), {"__getitem__": lambda self, name: splits[name]})
+    return data
+
+
+def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+    train = digits["train"].labels
+    refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+        ({}, {"train": np.full_like(train, -1)}, "a probe needs labels, and 1437 of 1437 images of 'train' have none"),
+        ({}, {"train": np.zeros_like(train)}, "a probe needs at least two classes among the training images"),
+        ({}, {"train": np.minimum(train, 7)}, "2 classes of the validation images have no training image"),
+        ({"limit": 2}, {}, "of the (validation|test) images have no training image|cannot stand for 10 classes"),
+        ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
+        ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
+        ({"concatenate": (1,)}, {}, "name two or more"),
+        ({"masks": 2}, {}, "masking at test time needs a model trained as 'bert'"),
+    ]
+    for settings, labels, message in refused:
+        with pytest.raises(InputError, match=message):
+            probe(model, changed(digits, **labels), ProbeConfig.layered(settings), tmp_path / "features")
+        assert not (tmp_path / "features").exists(), "nothing is begun"
+    broken = ImageGPT(model.config, model.palette)
+    torch.nn.init.constant_(broken.wpe.weight, torch.nan)
+    with pytest.raises(InputError, match="features of the training images are not finite"):
+        probe(broken, digits, ProbeConfig(**FEW), tmp_path / "features")
+
+
+def test_fewer_images_than_classes(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+    few = changed(digits, **{name: digits[name].labels % 2 for name in digits})
+    with pytest.raises(InputError, match="9 training images cannot stand for 10 classes"):
+        probe(model, few, ProbeConfig(limit=9), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--layers", 9], "there is no layer 9"),
+        (["--strengths", 0], "strengths"),
+        (["--subsets", 1], "subsets"),
+        (["--limit", 0], "limit"),
+        (["--solver", "newton"], "solver"),
+    ],
+)
+def test_the_command_refuses_in_one_line(
+    igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, words: list[object], message: str
+) -> None:
+    done = igpt("probe", short_run, digits.path, "-o", tmp_path / "probe.json", *words)
+    assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
+    assert message in done.stderr
+    assert not (tmp_path / "probe.json").exists()
+
+
+def test_plain_images_have_nothing_to_probe(igpt: Any, photographs: Path, tmp_path: Path) -> None:
+    plain = prepare(str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
+    fitting = ImageGPT(ModelConfig.layered(SHAPE), plain.palette)
+    fitting.save_pretrained(tmp_path / "model")
+    done = igpt("probe", tmp_path / "model", plain.path, "-o", tmp_path / "probe.json")
+    assert done.returncode == 2
+    assert "a probe needs labels, and 38 of 38 images of 'train' have none" in done.stderr

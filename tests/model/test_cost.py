@@ -49,11 +49,12 @@ def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
     """PyTorch counts attention in full, also under the causal mask; the plain kernel computes nothing twice."""
     config = ModelConfig.layered({**SMALL, **more})
     model, tokens = ImageGPT(config), torch.zeros(2, config.n_places, dtype=torch.long)
+    mask = torch.ones(2, config.n_places, dtype=torch.bool) if config.objective == "bert" else None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if config.class_names:
-            loss, images = classification(model, tokens, torch.zeros(2, dtype=torch.long))
-        elif config.objective == "bert":
-            loss, images = bert(model, tokens, torch.ones(2, config.n_places, dtype=torch.bool))
+            loss, images = classification(model, tokens, torch.zeros(2, dtype=torch.long), mask)
+        elif mask is not None:
+            loss, images = bert(model, tokens, mask)
         else:
             loss, images = autoregressive(model, tokens)
         forward = counter.get_total_flops()

@@ -63,7 +63,24 @@ def test_classification_adds_the_weighted_generative_loss() -> None:
     pooled = list(model.features(tokens))[-1].mean(1)
     scores = (pooled @ model.score.weight.t()).float().log_softmax(-1)
     expected = -float(sum(scores[b, labels[b]] for b in range(4)))
-    assert float(classification(model, tokens, labels, 0.0)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(classification(model, tokens, labels, generation_weight=0.0)[0]) == pytest.approx(expected, rel=1e-6)
     generative = float(autoregressive(model, tokens)[0])
-    joint = float(classification(model, tokens, labels, 0.5)[0])
+    joint = float(classification(model, tokens, labels, generation_weight=0.5)[0])
     assert joint == pytest.approx(expected + 0.5 * generative, rel=1e-6)
+
+
+def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() -> None:
+    model = random_model(objective="bert", class_names=("a", "b", "c"))
+    tokens, labels = torch.randint(0, 7, (4, 16)), torch.tensor([0, 2, 1, 2])
+    mask = torch.from_numpy(draw_masks((4, 16), 0.3, np.random.default_rng(1)))
+    scores = (list(model.features(tokens, mask))[-1].mean(1) @ model.score.weight.t()).float().log_softmax(-1)
+    expected = -float(scores[torch.arange(4), labels].sum().detach()) + 0.5 * float(
+        bert(model, tokens, mask)[0].detach()
+    )
+    joint, count = classification(model, tokens, labels, mask, generation_weight=0.5)
+    assert count == 4
+    assert float(joint.detach()) == pytest.approx(expected, rel=1e-6)
+    unmasked = classification(model, tokens, labels, generation_weight=0.5)[0].detach()
+    alone = classification(model, tokens, labels, generation_weight=0.0)[0].detach()
+    assert float(unmasked) == float(alone), "without masks a BERT model has nothing to predict"
+    assert float(unmasked) != pytest.approx(expected, rel=1e-3)

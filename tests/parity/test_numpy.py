@@ -209,8 +209,17 @@ def test_class_head_and_joint_loss(objective: str) -> None:
         ours = model.score(model.hidden(torch.from_numpy(tokens)).mean(dim=1)).numpy()
     np.testing.assert_allclose(ours, class_logits, **TOLERANCE)
 
-    expected = float(reference_nats(class_logits, labels).mean())
-    if objective == "autoregressive":
-        expected += 0.5 * reference_autoregressive_loss(reference_logits(features, weights), tokens)
-    total, count = objectives.classification(model, torch.from_numpy(tokens), torch.from_numpy(labels), 0.5)
+    # A BERT model is fine-tuned on masked images.
+    mask = generator.random(tokens.shape) < 0.3 if objective == "bert" else None
+    if mask is not None:
+        mask[:, 0] = True
+        features = reference_features(tokens, weights, model.config.n_head, objective, mask)
+        generative = reference_bert_loss(reference_logits(features, weights), tokens, mask)
+    else:
+        generative = reference_autoregressive_loss(reference_logits(features, weights), tokens)
+    expected = float(reference_nats(reference_class_logits(features, weights), labels).mean()) + 0.5 * generative
+    masks = [] if mask is None else [torch.from_numpy(mask)]
+    total, count = objectives.classification(
+        model, torch.from_numpy(tokens), torch.from_numpy(labels), *masks, generation_weight=0.5
+    )
     assert total.item() / count == pytest.approx(expected, rel=1e-6)  # the class part is computed in float32

@@ -21,9 +21,11 @@ from transformers import (
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
+from igpt.model.classifier import class_logits
 from igpt.model.transformer import ImageGPT, ModelConfig
 
 N_COLORS, RESOLUTION, N_LAYER = 16, 4, 2
+CLASSES = ("cat", "dog", "ship")
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
 
 
@@ -142,25 +144,50 @@ def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
     assert_same(ours, theirs.train())
 
 
-def test_classifier_loads_in_transformers(tmp_path: Path) -> None:
-    names = ("cat", "dog", "ship")
+def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageClassification]:
+    """A random classifier of ours, and what transformers reads from its directory."""
     config = ModelConfig(
-        resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, class_names=names
+        resolution=RESOLUTION,
+        n_colors=N_COLORS,
+        n_layer=N_LAYER,
+        n_embd=24,
+        n_head=3,
+        class_names=CLASSES,
+        objective=objective,
     )
     ours = ImageGPT(config)
     randomize(ours, seed=6)
-    ours.save_pretrained(tmp_path / "model")
-    theirs, info = ImageGPTForImageClassification.from_pretrained(
-        tmp_path / "model", output_loading_info=True, dtype=torch.float64
-    )
+    ours.save_pretrained(path)
+    theirs, info = ImageGPTForImageClassification.from_pretrained(path, output_loading_info=True, dtype=torch.float64)
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     assert set(info["unexpected_keys"]) == {"lm_head.weight"}  # their classifier has no generative head
-    assert theirs.config.id2label == dict(enumerate(names))
+    return ours, theirs
+
+
+def test_classifier_loads_in_transformers_and_agrees_when_it_is_fed_the_start(tmp_path: Path) -> None:
+    ours, theirs = classifier(tmp_path, "autoregressive")
+    assert theirs.config.id2label == dict(enumerate(CLASSES))
     tokens = random_tokens(seed=7)
     with torch.no_grad():
-        expected = theirs(shifted(tokens)).logits
-        torch.testing.assert_close(ours.score(ours.hidden(tokens).mean(dim=1)), expected, **TOLERANCE)
+        torch.testing.assert_close(class_logits(ours, tokens), theirs(shifted(tokens)).logits, **TOLERANCE)
+
+
+def test_their_processors_tokens_give_their_classifier_something_else(tmp_path: Path) -> None:
+    """Their image processor gives the pixels unshifted and without the start: every pixel stands at a wrong place."""
+    ours, theirs = classifier(tmp_path, "autoregressive")
+    tokens = random_tokens(seed=7)
+    with torch.no_grad():
+        assert (class_logits(ours, tokens) - theirs(tokens).logits).abs().max() > 0.1
+
+
+def test_a_bert_classifier_is_none_of_theirs(tmp_path: Path) -> None:
+    """transformers has no ImageGPT without the causal mask: it reads the directory and gives noise."""
+    ours, theirs = classifier(tmp_path, "bert")
+    tokens = random_tokens(seed=7)
+    with torch.no_grad():
+        for fed in (tokens, shifted(tokens)):
+            assert (class_logits(ours, tokens) - theirs(fed).logits).abs().max() > 0.1
 
 
 def test_their_classifier_is_refused_for_want_of_a_generative_head(tmp_path: Path) -> None:

@@ -76,6 +76,16 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180}))
     assert "right on 90.0\u00a0% of 180 test images (standard error 2.2 points)" in words
     assert "chosen by validation accuracy, at step 50" in words
+    whole = {
+        "learning_rate": 1e-3,
+        "rates": [{}, {}],
+        "fold_back": {"before": {"test_accuracy": 0.89}},
+        "modal": {"masks": 5, "accuracy": 0.91},
+    }
+    words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180, **whole}))
+    assert "Its learning rate, 0.001, is the best of 2 by validation accuracy." in words
+    assert "trained anew on validation images too, for as many epochs; before that, 89.0\u00a0%." in words
+    assert "The modal prediction over 5 masks is right on 91.0\u00a0%." in words
     assert describe_classifier(of()) == ""
 
 

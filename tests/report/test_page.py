@@ -62,7 +62,7 @@ def probe_record(**changes):
 
     record = {
         "format": "igpt-probe",
-        "version": 1,
+        "version": 2,
         "classes": 10,
         "images": {"train": 1437, "validation": 180, "test": 180},
         "layers": layers(0.90, 0.961, 0.93),
@@ -221,11 +221,30 @@ def test_a_grid_of_another_layout_gets_no_count(whole):
 
 
 def test_a_skipped_probe_gives_its_reason(whole):
-    record = {"format": "igpt-probe", "version": 1, "skipped": "the images have no labels"}
+    record = {"format": "igpt-probe", "version": 2, "skipped": "the images have no labels"}
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
     assert "The probe was skipped: the images have no labels" in text
     assert "linear classifier on layer" not in text
+
+
+def test_every_protocol_of_a_probe_is_told(whole):
+    record = probe_record(
+        config={"fold_back": True},
+        concatenated={"layers": [0, 1], "test_accuracy": 0.912},
+        few_labels=[
+            {"per_class": 4, "layer": 1, "mean": 0.732, "standard_deviation": 0.015, "test_accuracies": [0.7] * 5}
+        ],
+    )
+    (whole / "probe.json").write_text(json.dumps(record))
+    text = read(write_report(whole)).text
+    assert "chosen on 180, fitted anew on both, tested on 180" in text
+    assert "Layers 0, 1 side by side: 91.2 % of the test images." in text
+    assert "4 labels a class, layer 1: 73.2 %, standard deviation 1.5 points over 5 draws." in text
+    layers = [{**row, "learning_rate": 3.0} for row in record["layers"]]
+    (whole / "probe.json").write_text(json.dumps({**record, "config": {}, "layers": layers}))
+    text = read(write_report(whole)).text
+    assert "learning rate of SGD and layer (ring) chosen on 180, tested on 180" in text
 
 
 def test_a_probe_without_baselines_says_so(whole):
@@ -282,7 +301,7 @@ def test_whatever_comes_from_files_is_escaped(whole, tmp_path):
     (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
     (whole / "environment.json").write_text(json.dumps({"igpt": evil, "command": evil}))
     (whole / "samples.json").write_text(json.dumps({"temperature": evil, "command": evil}))
-    (whole / "probe.json").write_text(json.dumps({"format": "igpt-probe", "version": 1, "skipped": f"`{evil}`"}))
+    (whole / "probe.json").write_text(json.dumps({"format": "igpt-probe", "version": 2, "skipped": f"`{evil}`"}))
     path = write_report(whole)
     page = read(path)
     assert page.all("script") == []
@@ -308,8 +327,8 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("probe.json", '{"format": "igpt-probe", "version": 2}', "format version 1"),
-        ("probe.json", '{"format": "igpt-probe", "version": 1}', "not a whole probe"),
+        ("probe.json", '{"format": "igpt-probe", "version": 1}', "format version 2"),
+        ("probe.json", '{"format": "igpt-probe", "version": 2}', "not a whole probe"),
         ("probe.json", json.dumps(probe_record(best_layer=9)), "not a whole probe"),
         ("probe.json", json.dumps(probe_record(classes="ten")), "not a whole probe"),
         ("probe.json", '{"form', "cut off"),

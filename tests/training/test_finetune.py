@@ -7,13 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import assert_same_tensors, saved
 
+from igpt.confidence import interval_of_share
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens import TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
+from igpt.model.classifier import class_logits, predict
+from igpt.model.objectives import draw_masks
+from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT, ModelConfig
-from igpt.training.finetune import FinetuneConfig, class_logits, finetune
+from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import read_metrics
+from igpt.training.state import checkpoints
 
 FLAGS = ["--steps", 120, "--batch-size", 32, "--learning-rate", "3e-3", "--validate-every", 40, "--precision", "fp32"]
 
@@ -39,6 +45,13 @@ def test_accuracy_is_real_and_chosen_on_validation(classifier: Path, digits: Tok
     errors = {line["step"]: line["error"] for line in read_metrics(classifier / "metrics.jsonl") if "error" in line}
     assert result["best_step"] == min(errors, key=lambda step: (errors[step], step))
     assert result["validation_accuracy"] == pytest.approx(1 - min(errors.values()))
+    right = round(result["test_accuracy"] * len(test))
+    assert result["test_interval_95"] == pytest.approx(interval_of_share(right, len(test)))
+    assert result["epochs"] == result["best_step"] * 32 / len(digits["train"])
+    assert (result["format"], result["version"], result["learning_rate"]) == ("igpt-finetune", 1, 3e-3)
+    assert len(result["rates"]) == 1
+    assert result["environment"]["torch"] == torch.__version__
+    assert "modal" not in result, "nothing was masked"
 
 
 def test_resume_gives_the_same_classifier(
@@ -55,19 +68,39 @@ def test_resume_gives_the_same_classifier(
     assert weights[0] == weights[1]
 
 
-@pytest.mark.parametrize("objective", ["bert", "autoregressive"])
-def test_without_a_generative_loss_it_resumes_too(objective: str, digits: TokenDataset, tmp_path: Path) -> None:
-    shape = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 16, "n_head": 2, "objective": objective}
-    ImageGPT(ModelConfig.layered(shape), digits.palette).save_pretrained(tmp_path / "model")
-    settings = {"model": tmp_path / "model", "tokens": digits.path, "generation_weight": 0.0, "steps": 6}
-    sizes = {"batch_size": 8, "precision": "fp32", "validate_every": 3, "checkpoint_every": 3}
-    config = FinetuneConfig.layered(settings, sizes)
+def fresh_model(path: Path, digits: TokenDataset, **changes: object) -> Path:
+    torch.manual_seed(0)
+    shape = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 16, "n_head": 2, **changes}
+    ImageGPT(ModelConfig.layered(shape), digits.palette).save_pretrained(path)
+    return path
+
+
+SIZES = {"batch_size": 8, "precision": "fp32", "validate_every": 3, "checkpoint_every": 3, "steps": 6, "log_every": 1}
+
+
+@pytest.mark.parametrize(
+    ("objective", "changes"),
+    [
+        ("bert", {}),
+        ("bert", {"generation_weight": 0.0}),
+        ("bert", {"mask_probability": 0.0}),
+        ("autoregressive", {"generation_weight": 0.0}),
+    ],
+)
+def test_all_losses_resume_to_the_bit(
+    objective: str, changes: dict[str, float], digits: TokenDataset, tmp_path: Path
+) -> None:
+    model = fresh_model(tmp_path / "model", digits, objective=objective)
+    config = FinetuneConfig.layered({"model": model, "tokens": digits.path, **SIZES, **changes})
     finetune(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(sorted((tmp_path / "cut" / "checkpoints").iterdir())[-1])
+    shutil.rmtree(checkpoints(tmp_path / "cut" / "checkpoints")[0])
     finetune(config, tmp_path / "cut", resume=True)
     weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
     assert weights[0] == weights[1]
+    newest = [checkpoints(tmp_path / run / "checkpoints")[0] for run in ("whole", "cut")]
+    assert newest[0].name == newest[1].name == "step-00000006"
+    assert_same_tensors(*(saved(path, tmp_path / f"{number}.pt") for number, path in enumerate(newest)))
 
 
 def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
@@ -88,21 +121,130 @@ def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: P
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6, "it had stopped early; it stays stopped"
 
 
-def test_head_starts_at_zero_so_that_all_classes_are_alike(short_run: Path, digits: TokenDataset) -> None:
-    model = ImageGPT.from_pretrained(short_run / "model")
-    with_head = ImageGPT(model.config.model_copy(update={"class_names": ("a", "b")}), model.palette)
-    assert not class_logits(with_head, digits["test"].rows([0, 1])).any()
+def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(digits: TokenDataset, tmp_path: Path) -> None:
+    model = fresh_model(tmp_path / "model", digits, objective="bert")
+    config = FinetuneConfig.layered({"model": model, "tokens": digits.path, "learning_rate": 1e-2, **SIZES, "seed": 3})
+    result = finetune(config, tmp_path / "run")
+    tuned = ImageGPT.from_pretrained(tmp_path / "run" / "model")
+    untuned = ImageGPT.from_pretrained(model)
+    assert not torch.equal(tuned.lm_head.weight, untuned.lm_head.weight), "the masked places are predicted as well"
+    recorded = FinetuneConfig.load(tmp_path / "run" / "config.yaml")
+    assert recorded.mask_probability == 0.15
+    splits = {name: (digits[name].rows(range(len(digits[name]))), digits[name].labels) for name in digits}
+    for name, key in (("test", "test_accuracy"), ("validation", "validation_accuracy")):
+        rows, labels = splits[name]
+        whole = class_logits(tuned, torch.from_numpy(rows.astype(np.int64))).argmax(1).numpy()
+        assert result[key] == pytest.approx((whole == labels).mean())
+    rows, labels = splits["test"]
+    masked = predict(tuned, rows, np.arange(len(rows)), masks=5, probability=0.15, seed=3).classes
+    assert result["modal"]["accuracy"] == pytest.approx((masked == labels).mean())
+    assert (result["modal"]["masks"], result["modal"]["images"]) == (5, len(labels))
 
 
-def test_what_does_not_fit_is_refused(short_run: Path, photographs: Path, tmp_path: Path) -> None:
-    plain = prepare(str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
-    base = {"model": short_run / "model"}
-    with pytest.raises(InputError, match="has no classes"):
-        finetune(FinetuneConfig.layered({**base, "tokens": plain.path}), tmp_path / "run")
-    other = prepare(str(photographs), tmp_path / "other", PrepareConfig(size=8, colors=17))
-    with pytest.raises(InputError, match="the palettes differ"):
-        finetune(FinetuneConfig.layered({**base, "tokens": other.path}), tmp_path / "run")
-    wide = prepare(str(photographs), tmp_path / "wide", PrepareConfig(size=16, colors=17))
-    with pytest.raises(InputError, match="the model sees 8 px"):
-        finetune(FinetuneConfig.layered({**base, "tokens": wide.path}), tmp_path / "run")
+def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
+    digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The objective gets the very masks that are drawn here, in the order of the batch's rows."""
+    import igpt.training.finetune as module
+
+    seen = []
+
+    def spy(model, tokens, labels, mask=None, **options):
+        seen.append(mask.clone())
+        return classification(model, tokens, labels, mask, **options)
+
+    classification = module.classification
+    monkeypatch.setattr(module, "classification", spy)
+    model = fresh_model(tmp_path / "model", digits, objective="bert")
+    base = {"model": model, "tokens": digits.path, **SIZES, "steps": 2, "seed": 5, "mask_probability": 0.4}
+    finetune(FinetuneConfig.layered(base, {"micro_batch_size": 3}), tmp_path / "run")
+    for step, masks in enumerate((torch.cat(seen[:3]), torch.cat(seen[3:]))):
+        drawn = draw_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
+        assert np.array_equal(masks.numpy(), drawn), f"update {step}"
+
+
+@pytest.mark.parametrize("size", [4, 12])
+def test_another_resolution_is_interpolated_to_and_told(
+    igpt, short_run: Path, photographs: Path, tmp_path: Path, size: int
+) -> None:
+    pretrained = ImageGPT.from_pretrained(short_run / "model")
+    data = prepare(str(photographs), tmp_path / "tokens", PrepareConfig(size=size, palette=str(short_run / "model")))
+    words = ["finetune", short_run, data.path, "-o", tmp_path / "run", "--steps", 2, "--batch-size", 8]
+    # The rate is zero in fp32: the weights stay what they were.
+    done = igpt(*words, "--learning-rate", "1e-60", "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    assert f"position embeddings: interpolated from 8 to {size} px" in done.stdout
+    start = read_metrics(tmp_path / "run" / "metrics.jsonl")[0]
+    result = json.loads((tmp_path / "run" / "test.json").read_text())
+    for record in (start, result):
+        assert (record["resolution"], record["pretrained_resolution"]) == (size, 8)
+    tuned = ImageGPT.from_pretrained(tmp_path / "run" / "model")
+    assert tuned.config.resolution == size
+    for name, tensor in at_resolution(pretrained, size).state_dict().items():
+        assert torch.equal(tuned.state_dict()[name], tensor), name
+
+
+def test_at_its_own_resolution_nothing_is_said(igpt, classifier: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    done = igpt("finetune", classifier, digits.path, "-o", tmp_path / "run", "--steps", 1, "--batch-size", 8)
+    assert done.returncode == 0, done.stderr
+    assert "interpolated" not in done.stdout
+
+
+def labelled(folder: Path, digits: TokenDataset, **labels: list[int]) -> Path:
+    """A data set of black images with these labels of its splits."""
+    shards = {
+        split: [write_shard(folder, split, np.zeros((len(of), 64), np.uint16), np.array(of, np.int32))]
+        for split, of in labels.items()
+    }
+    write_manifest(
+        folder,
+        resolution=8,
+        palette=digits.palette,
+        class_names=["a", "b", "c"],
+        splits=shards,
+        source="a test",
+        made={},
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "said"),
+    [
+        (([1, 1, 1], [1], [1]), "fine-tuning needs at least two classes among the training images"),
+        (([0, 1], [1], [0]), "a training image of every class; .* has 2 for 3 classes"),
+        (([0, 1, 0], [1, 2], [0]), "1 classes of the validation images have no training image"),
+        (([0, 1, 0], [1], [2]), "1 classes of the test images have no training image"),
+        (([0, 1, -1], [1], [0]), "1 of 3 images of 'train' have none"),
+        (([0, 1, 2], [], [0]), "the split 'validation' is empty"),
+    ],
+)
+def test_classes_that_do_not_allow_it_are_refused(
+    digits: TokenDataset, short_run: Path, tmp_path: Path, labels: tuple[list[int], ...], said: str
+) -> None:
+    (tmp_path / "tokens").mkdir()
+    train, validation, test = labels
+    tokens = labelled(tmp_path / "tokens", digits, train=train, validation=validation, test=test)
+    with pytest.raises(InputError, match=said):
+        finetune(FinetuneConfig(model=short_run / "model", tokens=tokens), tmp_path / "run")
     assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
+
+
+def test_what_does_not_fit_is_refused(short_run: Path, digits: TokenDataset, photographs: Path, tmp_path: Path) -> None:
+    plain = prepare(str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
+    other = prepare(str(photographs), tmp_path / "other", PrepareConfig(size=8, colors=17))
+    broken = ImageGPT.from_pretrained(short_run / "model")
+    with torch.no_grad():
+        broken.h[1].mlp.c_fc.weight[0, 3] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    base = {"model": short_run / "model", "tokens": digits.path}
+    for changes, said in (
+        ({"tokens": plain.path}, "has no classes"),
+        ({"tokens": other.path}, "the palettes differ"),
+        ({"model": tmp_path / "broken"}, r"are broken: h\.1\.mlp\.c_fc\.weight is not finite \(1 such\)"),
+        ({"mask_probability": 0.15}, "--mask-probability is for BERT models"),
+        ({"shift": 8}, "a shift of 8 does not fit"),
+    ):
+        with pytest.raises(InputError, match=said):
+            finetune(FinetuneConfig.layered(base, changes), tmp_path / "run")
+        assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"

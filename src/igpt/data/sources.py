@@ -1,8 +1,9 @@
 """Where images come from: the bundled digits, a folder, files, an archive, or a hub id; splits and classes settled."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -23,17 +24,22 @@ DIGITS = "digits"
 _METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of `datasets`' folders of images
 
 
-class SourceConfig(Config):
-    """Which images of a source are taken, and what for."""
+class ColumnConfig(Config):
+    """How a source is read."""
 
     image_column: str | None = Field(None, description="column of images; found by type when there is one")
     label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
+    stream: bool = Field(False, description="read Parquet on the Hub where it lies, and store nothing here")
+
+
+class SourceConfig(ColumnConfig):
+    """Which images of a source are taken, and what for."""
+
     train_split: str | None = Field(None, description="the source's split to train on, such as STL-10's unlabeled")
     validation_split: str | None = Field(None, description="the source's split to validate on")
     test_split: str | None = Field(None, description="the source's split to test on: validation, of ImageNet")
     held_out: float = Field(0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split")
     seed: int = Field(0, ge=0, lt=2**63, description="of the palette, of the splits and of random crops")
-    stream: bool = Field(False, description="read Parquet on the Hub where it lies, and store nothing here")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,20 @@ class Split:
         return self.reader.read(self.indices[positions])
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """Which of a source's splits are opened.
+
+    Attributes:
+        asked: whether the user named one.
+        settle: takes all there are, by their own names; returns those to open, "train" among them: by it columns are
+            found and classes numbered.
+    """
+
+    asked: bool
+    settle: Callable[[Mapping[str, Any]], dict[str, Any]]
+
+
 def open_source(source: str, config: SourceConfig | None = None) -> tuple[dict[str, Split], list[str] | None]:
     """Opens a source and settles its splits.
 
@@ -75,37 +95,79 @@ def open_source(source: str, config: SourceConfig | None = None) -> tuple[dict[s
         InputError: nothing there, no images in it, an ambiguous column, or labels that disagree between splits.
     """
     config = config or SourceConfig()
-    try:
-        readers, class_names = _open(source, config)
-    except PermissionError as error:
-        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+    choice = _Choice(bool(_asked(config)), partial(_named, config=config, source=source))
+    readers, class_names = _open(source, config, choice)
     if len(readers["train"]) == 0:
         raise InputError(f"{source} is empty: there is no image in its training split")
     return _with_held_out(readers, config, source), class_names
 
 
-def _open(source: str, config: SourceConfig) -> tuple[dict[str, Reader], list[str] | None]:
+def open_whole(source: str, config: ColumnConfig, split: str | None) -> tuple[str, list[Reader], list[str] | None]:
+    """Opens one split as the source has it, or all its images; nothing is held out.
+
+    Args:
+        source: see `open_source`.
+        split: its name in the source, or train, validation or test; None takes the test split, and all splits of a
+            source without one.
+
+    Returns:
+        the split's name ("all" for all of them), its readers, and the class names (None without labels).
+
+    Raises:
+        InputError: see `open_source`; or there is no such split.
+    """
+    wanted = dict[str, str]()  # what it is called here -> its own name
+
+    def settle(found: Mapping[str, Any]) -> dict[str, Any]:
+        known = {SPLIT_NAMES.get(name.lower(), name): name for name in found} | {name: name for name in found}
+        if split is not None and split not in known:
+            raise InputError(f"{source} has no split {split!r}; {suggest(split, known) if known else 'it has none'}")
+        reference = known.get("train", next(iter(found)))
+        taken = list(found) if split is None and "test" not in known else [known[split or "test"]]
+        wanted.update({"train" if name == reference else name: name for name in taken})
+        return {"train": found[reference]} | {key: found[name] for key, name in wanted.items()}
+
+    asked = split is not None and split.lower() not in SPLIT_NAMES
+    readers, class_names = _open(source, config, _Choice(asked, settle))
+    chosen = [readers[key] for key in wanted]
+    if sum(map(len, chosen)) == 0:
+        raise InputError(f"{source} is empty: there is no image in it")
+    name = next(iter(wanted.values()))
+    told = split is not None or SPLIT_NAMES.get(name.lower()) == "test"
+    return name if told else "all", chosen, class_names
+
+
+def _open(source: str, config: ColumnConfig, choice: _Choice) -> tuple[dict[str, Reader], list[str] | None]:
+    try:
+        return _opened(source, config, choice)
+    except PermissionError as error:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
+
+
+def _opened(source: str, config: ColumnConfig, choice: _Choice) -> tuple[dict[str, Reader], list[str] | None]:
     if source == DIGITS:
-        return readers_of({"train": _digits()}, source, config.image_column, config.label_column)
+        return readers_of(choice.settle({"train": _digits()}), source, config.image_column, config.label_column)
     path = Path(source).expanduser()
     archive = open_archive(str(path), config.label_column)
     if archive:
-        return _named(archive[0], config, source), archive[1]
+        return choice.settle(archive[0]), archive[1]
     if path.is_dir():
-        return _open_folder(path, config, source)
+        return _open_folder(path, config, choice, source)
     if path.is_file():
         if path.suffix == ".tar":
-            return _open_tars(path.parent, [path.name], config, source)
+            return _open_tars(path.parent, [path.name], config, choice)
         if path.suffix not in (".parquet", ".arrow"):
             raise InputError(
                 f"{path} is a {path.suffix or 'nameless'} file; give a folder of images or a .parquet, .arrow or .tar"
             )
     elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise InputError(f"no folder or file {source}")
-    return _open_tables(path, config, source)
+    return _open_tables(path, config, choice, source)
 
 
-def _open_folder(path: Path, config: SourceConfig, source: str) -> tuple[dict[str, Reader], list[str] | None]:
+def _open_folder(
+    path: Path, config: ColumnConfig, choice: _Choice, source: str
+) -> tuple[dict[str, Reader], list[str] | None]:
     import pyarrow as pa
 
     kinds, tars, described = Counter[str](), list[str](), False
@@ -132,13 +194,15 @@ def _open_folder(path: Path, config: SourceConfig, source: str) -> tuple[dict[st
         raise InputError(f"{path} is an empty folder; there are no images in it")
     packed = max((".parquet", ".arrow", ".tar"), key=kinds.__getitem__)
     if not kinds["image"] or kinds[packed] >= kinds["image"]:  # a picture may lie beside the file of the images
-        return _open_tars(path, tars, config, source) if kinds[".tar"] else _open_tables(path, config, source)
+        if kinds[".tar"]:
+            return _open_tars(path, tars, config, choice)
+        return _open_tables(path, config, choice, source)
     if kinds[packed] and not described:
         raise InputError(
             f"{path} holds {kinds['image']} image files and {kinds[packed]} {packed}; give one or the other"
         )
     names = names.combine_chunks()
-    splits = _named(split_folders(names, asked=bool(_asked(config))), config, source)
+    splits = choice.settle(split_folders(names, asked=choice.asked))
     if not described:
         return open_images(path, names, splits, config.image_column, config.label_column)
     files = {split: f"{top}/**".lstrip("/") for split, top in splits.items()}
@@ -147,15 +211,17 @@ def _open_folder(path: Path, config: SourceConfig, source: str) -> tuple[dict[st
 
 
 def _open_tars(
-    folder: Path, tars: list[str], config: SourceConfig, source: str
+    folder: Path, tars: list[str], config: ColumnConfig, choice: _Choice
 ) -> tuple[dict[str, Reader], list[str] | None]:
-    splits = _named(split_tars(tars, asked=bool(_asked(config))), config, source)
+    splits = choice.settle(split_tars(tars, asked=choice.asked))
     paths = {split: [folder / name for name in names] for split, names in splits.items()}
     return open_tars(paths, config.image_column, config.label_column)
 
 
-def _open_tables(path: Path, config: SourceConfig, source: str) -> tuple[dict[str, Reader], list[str] | None]:
-    tables = _named(load_tables(source, path, None, stream=config.stream), config, source)
+def _open_tables(
+    path: Path, config: ColumnConfig, choice: _Choice, source: str
+) -> tuple[dict[str, Reader], list[str] | None]:
+    tables = choice.settle(load_tables(source, path, None, stream=config.stream))
     return readers_of(tables, source, config.image_column, config.label_column)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -179,6 +179,12 @@ class TokenSplit:
         self._tokens, self._labels = tokens, labels
         self._starts = np.cumsum([0, *map(len, tokens)])
 
+    @classmethod
+    def joined(cls, name: str, splits: Sequence["TokenSplit"]) -> Self:
+        """All images of some splits, one split after the other; nothing is copied."""
+        tokens = [shard for split in splits for shard in split._tokens]
+        return cls(name, tokens, [shard for split in splits for shard in split._labels])
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 
@@ -223,6 +229,28 @@ class TokenSplit:
         missing = sum(int((labels < 0).sum()) for labels in self._label_shards())
         if missing:
             raise InputError(f"{purpose} needs labels, and {missing} of {len(self)} images of {self.name!r} have none")
+
+
+def require_classes(splits: Mapping[str, TokenSplit], purpose: str) -> None:
+    """Refuses splits, "train" among them, by which no classifier can be fitted and judged.
+
+    Raises:
+        InputError: a split is empty or lacks labels; all training images are of one class; a split has classes that
+            training lacks.
+    """
+    for split in splits.values():
+        split.require_images(purpose)
+        split.require_labels(purpose)
+    known = np.unique(splits["train"].labels)
+    if len(known) < 2:
+        raise InputError(f"{purpose} needs at least two classes among the training images")
+    for name, split in splits.items():
+        strange = np.setdiff1d(split.labels, known)
+        if len(strange):
+            raise InputError(
+                f"{len(strange)} classes of the {name} images have no training image; {purpose} needs every class in "
+                f"training (there are {len(splits['train'])} training images of {len(known)} classes)"
+            )
 
 
 class TokenDataset(Mapping[str, TokenSplit]):

@@ -1,9 +1,15 @@
 """Features for probes: every layer's normalised activations, averaged over all places, in one pass.
 
-N images, n places, L layers, D width.
+They are written to disk as they come, a file a layer, so that memory does not grow with the number of images.
+N images, B of them at a time, n places, L layers, D width.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,38 +17,169 @@ from numpy.typing import NDArray
 
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
+from igpt.files import atomic_folder, read_json, write_json
+from igpt.model.checkpoint import weights_sha256
+from igpt.model.cost import images_at_once
+from igpt.model.objectives import masks_of_rows
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 
+FORMAT, VERSION = "igpt-features", 1
+MANIFEST = "features.json"
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
+@dataclass(frozen=True)
+class Masking:
+    """Masks as a BERT model was trained with (paper, section 4.6): each place hidden with some probability, by seed.
+
+    Attributes:
+        draw: which of the masks of each image.
+    """
+
+    draw: int = 0
+    probability: float = 0.15
+    seed: int = 0
+
+
 @torch.inference_mode()
-def extract(
+def pooled(
     model: ImageGPT,
     split: TokenSplit,
     *,
+    masking: Masking | None = None,
     precision: Precision = "fp32",
-    batch_size: int = 64,
+    batch_size: int | None = None,
+    last: int | None = None,
     progress: Progress | None = None,
-) -> NDArray[np.float32]:
-    """Mean-pooled n^l of all layers (paper, section 2.3): float32 [L + 1, N, D].
+) -> Iterator[NDArray[np.float32]]:
+    """Mean-pooled n^l of all layers (paper, section 2.3), batch by batch in the order of the split: [L + 1, B, D] each.
 
-    Entry l is the normalised input of block l's attention, the last one the final norm's output. Nothing is masked,
-    for BERT models neither. `precision` is that of the products; norms, residuals and means are fp32 always.
+    Entry l is the normalised input of block l's attention, the last one the final norm's output. `precision` is that
+    of the products; norms, residuals and means are fp32 always.
+
+    Args:
+        masking: what a BERT model does not see; None: nothing is masked, for BERT models neither.
+        last: the layer after which to stop; None: L.
     """
     model.eval()
-    device, config = model.wte.weight.device, model.config
-    pooled = np.empty((config.n_layer + 1, len(split), config.n_embd), dtype=np.float32)
-    for first in range(0, len(split), batch_size):
-        rows = np.arange(first, min(first + batch_size, len(split)))
+    count = None if last is None else last + 1
+    device = model.wte.weight.device
+    size = batch_size or images_at_once(model.config)
+    for first in range(0, len(split), size):
+        rows = np.arange(first, min(first + size, len(split)))
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)
+        mask = None
+        if masking:
+            drawn = masks_of_rows(rows, tokens.shape[1], masking.probability, (masking.seed, masking.draw))
+            mask = torch.from_numpy(drawn).to(device)
         with autocast(precision, device):
-            for layer, activations in enumerate(model.features(tokens)):
-                pooled[layer, rows] = activations.float().mean(dim=1).cpu().numpy()
+            layers = [n.float().mean(dim=1) for n in islice(model.features(tokens, mask), count)]
+        yield torch.stack(layers).cpu().numpy()
         if progress:
             progress(int(rows[-1]) + 1, len(split))
-    return pooled
+
+
+def stored(
+    model: ImageGPT,
+    split: TokenSplit,
+    folder: Path,
+    *,
+    of: Mapping[str, Any],
+    masking: Masking | None = None,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+) -> list[NDArray[np.float32]]:
+    """What `pooled` gives, from files that are mapped: [N, D] for each of L + 1 layers; they are made if need be.
+
+    Args:
+        folder: gets `layer-LLL.npy` and `features.json`; it is whole or absent, whatever interrupts the work.
+        of: what else than the model and these settings the features depend on: the images.
+
+    Raises:
+        InputError: the folder holds features of something else.
+    """
+    what = {
+        "format": FORMAT,
+        "version": VERSION,
+        "shape": model.config.model_dump(mode="json"),
+        "model_sha256": weights_sha256(model.state_dict()),
+        "images": len(split),
+        "masking": asdict(masking) if masking else None,
+        "precision": precision,
+        **of,
+    }
+    files = [f"layer-{layer:03d}.npy" for layer in range(model.config.n_layer + 1)]
+    if (folder / MANIFEST).exists():
+        if read_json(folder / MANIFEST, "features") != what:
+            raise InputError(f"{folder} holds features of another model or of other images; name another folder")
+    else:
+        header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), model.config.n_embd)}
+        with atomic_folder(folder) as temporary:
+            with ExitStack() as stack:
+                opened = [stack.enter_context((temporary / name).open("wb")) for name in files]
+                for file in opened:
+                    np.lib.format.write_array_header_1_0(file, header)
+                for batch in pooled(model, split, masking=masking, precision=precision, progress=progress):
+                    for file, layer in zip(opened, batch.astype("<f4"), strict=True):
+                        file.write(layer.tobytes())
+            write_json(temporary / MANIFEST, what)
+    return [np.load(folder / name, mmap_mode="r") for name in files]
+
+
+class Rows(Protocol):
+    """Features [N, D] that are read some rows at a time: an array in memory, one mapped from a file, or several."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, D)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
+        """A slice of the rows, or those with some numbers."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Several features of the same images, side by side: [N, D_1 + D_2 + ...]."""
+
+    parts: Sequence[Rows]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Rows`."""
+        return len(self), sum(part.shape[1] for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        return np.concatenate([part[rows] for part in self.parts], axis=1)
+
+
+@dataclass(frozen=True)
+class Above:
+    """The same features of two sets of images, one after the other: [N_1 + N_2, D]."""
+
+    first: Rows
+    second: Rows
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Rows`."""
+        return len(self), self.first.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        found = np.empty((len(wanted), self.shape[1]), np.float32)
+        early = wanted < len(self.first)
+        found[early] = self.first[wanted[early]]
+        found[~early] = self.second[wanted[~early] - len(self.first)]
+        return found
 
 
 def require_match(model: ImageGPT, data: TokenDataset) -> None:

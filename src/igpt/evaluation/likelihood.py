@@ -1,39 +1,69 @@
 """How likely images are under a model, in nats/pixel.
 
-N images, n places.
+N images, B of them at a time, n places.
 """
 
+import csv
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igpt.confidence import auroc, mean_of
+from igpt.data.gathered import Gathered
 from igpt.data.tokens import TokenSplit
+from igpt.errors import InputError
+from igpt.files import atomic_file
+from igpt.model.cost import images_at_once
 from igpt.model.objectives import place_losses
+from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 
+FORMAT, VERSION = "igpt-score", 1
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @torch.inference_mode()
+def losses_of(model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32") -> NDArray[np.float64]:
+    """Negative log-likelihood of every pixel, given those before it: tokens [B, n] -> nats [B, n].
+
+    Raises:
+        InputError: a BERT model, which has no likelihood of whole images, or broken weights.
+    """
+    model.require("autoregressive", "a likelihood")
+    model.eval()
+    device = model.wte.weight.device
+    places = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    with autocast(precision, device):
+        losses: NDArray[np.float64] = place_losses(model(places), places).double().cpu().numpy()
+    if not np.isfinite(losses).all():
+        raise InputError("likelihoods are not finite; the model's weights are broken")
+    return losses
+
+
 def score(
-    model: ImageGPT, split: TokenSplit, *, batch_size: int = 64, progress: Progress | None = None
+    model: ImageGPT,
+    split: TokenSplit,
+    *,
+    precision: Precision = "fp32",
+    batch_size: int | None = None,
+    progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Negative log-likelihood of every image, mean over its places: nats/pixel, float64 [N].
 
     Raises:
-        InputError: a BERT model, which has no likelihood of whole images.
+        InputError: see `losses_of`; or there is no image.
     """
-    model.require("autoregressive", "a likelihood")
     split.require_images("a likelihood")
-    model.eval()
     losses = np.empty(len(split))
-    for first in range(0, len(split), batch_size):
-        rows = np.arange(first, min(first + batch_size, len(split)))
-        tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(model.wte.weight.device)
-        losses[rows] = place_losses(model(tokens), tokens).double().mean(dim=1).cpu().numpy()
+    size = batch_size or images_at_once(model.config)
+    for first in range(0, len(split), size):
+        rows = np.arange(first, min(first + size, len(split)))
+        losses[rows] = losses_of(model, split.rows(rows), precision=precision).mean(axis=1)
         if progress:
             progress(int(rows[-1]) + 1, len(split))
     return losses
@@ -41,6 +71,53 @@ def score(
 
 def summary(losses: NDArray[np.float64]) -> dict[str, Any]:
     """Mean nats/pixel, its standard error over images (None for one image), and bits/pixel."""
-    error = None if len(losses) < 2 else float(losses.std(ddof=1) / np.sqrt(len(losses)))
-    mean = float(losses.mean())
-    return {"images": len(losses), "nats_per_pixel": mean, "standard_error": error, "bits_per_pixel": mean / np.log(2)}
+    found = mean_of(losses)
+    return {
+        "images": found["count"],
+        "nats_per_pixel": found["mean"],
+        "standard_error": found["standard_error"],
+        "bits_per_pixel": found["mean"] / float(np.log(2)),
+    }
+
+
+def told_apart(losses: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, Any]:
+    """How well other images are told by their higher nats/pixel: see `auroc`.
+
+    Raises:
+        InputError: fewer than two images of either.
+    """
+    if min(len(losses), len(others)) < 2:
+        raise InputError(f"telling images apart needs two or more of each, not {len(losses)} and {len(others)}")
+    return auroc(losses, others)
+
+
+def require_table(path: Path) -> None:
+    """Refuses to write scores as anything but CSV or JSON lines.
+
+    Raises:
+        InputError: the name ends otherwise.
+    """
+    if path.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"scores are written as .csv or .jsonl, not as {path.name}")
+
+
+def write_scores(path: Path, images: Gathered, losses: NDArray[np.float64]) -> None:
+    """Writes a line an image, atomically, as CSV or JSON lines by the file's ending.
+
+    Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the source has classes
+    the number (`label`) and name (`class`) of the image's, empty or null of an image without.
+    """
+    labels = images.tokens.labels.tolist()
+    fields = ["index", "image", "nats_per_pixel", *(["label", "class"] if images.class_names else [])]
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, fields, lineterminator="\n")
+        if path.suffix == ".csv":
+            table.writeheader()
+        for position, (row, loss, label) in enumerate(zip(images.rows.tolist(), losses, labels, strict=True)):
+            record = {"index": row, "image": images.name_of(position), "nats_per_pixel": round(float(loss), 6)}
+            if images.class_names:
+                record |= {"label": None if label < 0 else label, "class": images.class_of(label)}
+            if path.suffix == ".csv":
+                table.writerow(record)
+            else:
+                file.write(json.dumps(record) + "\n")

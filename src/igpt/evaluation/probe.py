@@ -1,171 +1,204 @@
-"""Linear probes: how well a linear classifier reads the classes from each layer (paper, section 2.3).
+"""Linear probes: how well a linear classifier reads the classes from each layer (paper, sections 2.3 and 4).
 
-N images, C classes, D features.
+N images, C classes, D features, S settings of the solver.
 """
 
-import warnings
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
+from igpt.confidence import interval_of_share
+from igpt.config import Config
+from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.evaluation.features import extract, require_match
-from igpt.model.precision import Precision
+from igpt.evaluation.features import Above, Beside, Masking, Rows, require_match, stored
+from igpt.evaluation.regression import Classifiers, fit_lbfgs, fit_sgd
+from igpt.files import sha256_of
+from igpt.model.classifier import modal
 from igpt.model.transformer import ImageGPT
 
-FORMAT, VERSION = "igpt-probe", 1
-STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # inverse L2 strengths C of scikit-learn, tried from strong to weak
-Features = Mapping[str, NDArray[np.float32]]  # split -> [N, D]
+FORMAT, VERSION = "igpt-probe", 2
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(ge=1)]
 
 
-def fit_linear(
-    features: Features, labels: Mapping[str, NDArray[np.int32]], *, max_iter: int = 500
-) -> dict[str, float | bool]:
-    """L-BFGS logistic regression on standardised features: fitted on train, its L2 strength chosen on validation.
+class ProbeConfig(Config):
+    """Which features are probed, and how."""
 
-    Returns:
-        validation_accuracy, test_accuracy, regularisation (scikit-learn's C), and whether the solver converged.
+    layers: tuple[int, ...] = Field((), description="layers to probe; all where none is named")
+    concatenate: tuple[int, ...] = Field((), description="probe the features of these layers side by side as well")
+    labels_per_class: tuple[Count, ...] = Field((), description="probe the best layer with so few labels as well")
+    subsets: int = Field(5, ge=2, description="seeded draws of so few labels")
+    solver: Literal["lbfgs", "sgd"] = Field("lbfgs", description="sgd where the features do not fit into memory")
+    strengths: tuple[Positive, ...] = Field(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="inverse L2 strengths C to choose from (lbfgs)"
+    )
+    learning_rates: tuple[Positive, ...] = Field(
+        (30.0, 10.0, 3.0, 1.0, 0.3), min_length=1, description="learning rates to choose from (sgd)"
+    )
+    steps: int = Field(1_000_000, ge=1, description="updates of sgd")
+    batch_size: int = Field(128, ge=1, description="images of an update of sgd")
+    fold_back: bool = Field(True, description="fit the chosen setting anew on training and validation images")
+    masks: int = Field(0, ge=0, description="mask BERT's input, and take the modal prediction over so many masks")
+    limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
+    baselines: bool = Field(True, description="probe raw pixels and an untrained model of the same shape as well")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products that make the features")
+    seed: int = Field(0, ge=0, lt=2**63, description="of all draws: images, masks, the untrained model, sgd's batches")
 
-    Raises:
-        InputError: features that are not finite, or a single class.
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a split as a probe sees them.
+
+    Attributes:
+        features: of every layer, under every mask: m lists of L + 1 arrays [N, D].
+        labels: 0 .. C - 1, [N].
+        rows: their numbers in the split, by which ties between masks are broken.
     """
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.linear_model import LogisticRegression
-    from threadpoolctl import threadpool_limits
 
-    for split, array in features.items():
-        if not np.isfinite(array).all():
-            raise InputError(f"features of the {split} images are not finite; the model's weights are broken")
-    if len(np.unique(labels["train"])) < 2:
-        raise InputError("a probe needs at least two classes among the training images")
-    mean = features["train"].mean(axis=0)
-    scale = features["train"].std(axis=0)
-    scale[scale == 0] = 1
-    scaled = {split: (array - mean) / scale for split, array in features.items()}
-    best: dict[str, float | bool] = {}
-    classifier = LogisticRegression(max_iter=max_iter, warm_start=True)
-    for strength in STRENGTHS:
-        classifier.set_params(C=strength)
-        # One thread: on problems of this size a second one costs ten times what it gains.
-        with threadpool_limits(1), warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConvergenceWarning)
-            classifier.fit(scaled["train"], labels["train"])
-        accuracy = float(classifier.score(scaled["validation"], labels["validation"]))
-        if not best or accuracy > best["validation_accuracy"]:
-            best = {
-                "validation_accuracy": accuracy,
-                "test_accuracy": float(classifier.score(scaled["test"], labels["test"])),
-                "regularisation": strength,
-                "converged": not any(issubclass(warning.category, ConvergenceWarning) for warning in caught),
-            }
-    return best
+    features: Sequence[Sequence[Rows]]
+    labels: NDArray[np.int64]
+    rows: NDArray[np.int64]
 
-
-def probe_model(
-    model: ImageGPT,
-    splits: Mapping[str, TokenSplit],
-    *,
-    precision: Precision = "fp32",
-    name: str = "model",
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Probes of all L + 1 layers: a row for each, and the best layer by validation accuracy (ties: the earlier)."""
-    labels = {split: rows.labels for split, rows in splits.items()}
-    done, total = 0, sum(map(len, splits.values()))
-    features: dict[str, NDArray[np.float32]] = {}
-    for split, rows in splits.items():
-        features[split] = extract(model, rows, precision=precision)
-        done += len(rows)
-        if progress:
-            progress(f"{name}: features", done, total)
-    layers: list[dict[str, Any]] = []
-    count = len(features["train"])
-    for layer in range(count):
-        row = fit_linear({split: array[layer] for split, array in features.items()}, labels)
-        layers.append({"layer": layer, **row})
-        if progress:
-            progress(f"{name}: probes", layer + 1, count)
-    best = max(layers, key=lambda row: row["validation_accuracy"])
-    return {"layers": layers, "best_layer": best["layer"]}
+    def of(self, layers: Sequence[int]) -> "Images":
+        """The same with the features of some layers only, side by side."""
+        chosen = [[Beside([draw[layer] for layer in layers])] for draw in self.features]
+        return replace(self, features=chosen if len(layers) > 1 else [[draw[layers[0]]] for draw in self.features])
 
 
 def probe(
     model: ImageGPT,
     data: TokenDataset,
+    config: ProbeConfig,
+    features: Path,
     *,
-    limit: int | None = None,
-    baselines: bool = True,
-    precision: Precision = "fp32",
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Probes every layer of a model on a labelled data set: what `probe.json` holds.
+    """Probes the layers of a model on a labelled data set: what `probe.json` holds.
 
     Args:
-        limit: at most so many images of each split, drawn by seed.
-        baselines: probe raw pixels, and an untrained model of the same shape, as well.
-        precision: of the products that make the features.
+        features: folder that the features are written to; those that it holds already are not made again.
 
     Raises:
-        InputError: model and tokens do not match, labels are missing, or the splits' classes do not allow a probe.
+        InputError: model and tokens do not match, labels are missing, the splits' classes do not allow a probe, there
+            is no such layer, or the features are not finite.
     """
     require_match(model, data)
-    if limit is not None and limit < 1:
-        raise InputError(f"a limit is at least one image, not {limit}")
-    if not 0 <= seed < 2**63:
-        raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
-    splits = {name: _drawn(data[name], limit, seed) for name in SPLITS}
-    for rows in splits.values():
-        rows.require_images("a probe")
-        rows.require_labels("a probe")
-    _check_classes(splits)
-    result = probe_model(model, splits, precision=precision, progress=progress)
+    depth = model.config.n_layer
+    layers = config.layers or tuple(range(depth + 1))
+    for layer in (*layers, *config.concatenate):
+        if not 0 <= layer <= depth:
+            raise InputError(
+                f"there is no layer {layer}: the model's are 0 to {depth}, the last the final norm's output"
+            )
+    if len(config.concatenate) == 1:
+        raise InputError("one layer cannot be set beside itself; name two or more to concatenate")
+    if config.masks:
+        model.require("bert", "masking at test time")
+    drawn = {name: _drawn(data[name], config) for name in SPLITS}
+    require_classes({name: split for name, (split, _) in drawn.items()}, "a probe")
+    if len(drawn["train"][0]) < len(data.class_names or ()):
+        raise InputError(
+            f"{len(drawn['train'][0])} training images cannot stand for {len(data.class_names or ())} classes; "
+            "a probe needs one image a class at least"
+        )
+    say = progress or (lambda what, done, total: None)
+    known = np.unique(drawn["train"][0].labels)
+    of = {"tokens_sha256": sha256_of(data.path / MANIFEST), "limit": config.limit, "seed": config.seed}
+    found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
+    device = model.wte.weight.device
+    fit = partial(_fit, config=config, device=device)
+    result = _probe_layers(fit, found, layers, config, partial(say, "probes"))
+    if config.concatenate:
+        say("concatenated layers", 0, 1)
+        row = fit({name: images.of(config.concatenate) for name, images in found.items()})
+        result["concatenated"] = {"layers": list(config.concatenate), **row}
+    if config.labels_per_class:
+        best = {name: images.of([result["best_layer"]]) for name, images in found.items()}
+        result["few_labels"] = [
+            {"per_class": count, "layer": result["best_layer"], **few_labels(best, count, config, device)}
+            for count in config.labels_per_class
+        ]
     compared: dict[str, Any] = {}
-    if baselines:
-        pixels = {name: _pixels(data, rows) for name, rows in splits.items()}
-        if progress:
-            progress("raw pixels", 0, 1)
-        compared["raw_pixels"] = fit_linear(pixels, {name: rows.labels for name, rows in splits.items()})
-        torch.manual_seed(seed)
-        untrained = ImageGPT(model.config, model.palette).to(model.wte.weight.device)
-        compared["untrained"] = probe_model(untrained, splits, precision=precision, name="untrained", progress=progress)
+    if config.baselines:
+        say("raw pixels", 0, 1)
+        pixels = {name: replace(found[name], features=[[_pixels(data, split)]]) for name, (split, _) in drawn.items()}
+        compared["raw_pixels"] = fit(pixels)
+        torch.manual_seed(config.seed)
+        untrained = ImageGPT(model.config, model.palette).to(device)
+        theirs = _images(
+            untrained, drawn, known, config, features / "untrained", of, partial(say, "untrained: features")
+        )
+        compared["untrained"] = _probe_layers(fit, theirs, layers, config, partial(say, "untrained: probes"))
     return {
         "format": FORMAT,
         "version": VERSION,
         "tokens": str(data.path),
         "source": data.manifest["source"],
-        "seed": seed,
-        "precision": precision,
-        "classes": len(data.class_names or ()),
-        "images": {name: len(rows) for name, rows in splits.items()},
+        "config": config.model_dump(mode="json"),
+        "seed": config.seed,
+        "classes": len(known),
+        "images": {name: len(images.labels) for name, images in found.items()},
         **result,
         "baselines": compared,
         "environment": describe(),
     }
 
 
-def _drawn(split: TokenSplit, limit: int | None, seed: int) -> TokenSplit:
-    if limit is None or limit >= len(split):
-        return split
-    rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:limit])
-    return TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)])
+def _drawn(split: TokenSplit, config: ProbeConfig) -> tuple[TokenSplit, NDArray[np.int64]]:
+    """At most `limit` images of a split, and their rows."""
+    rows = np.arange(len(split))
+    if config.limit is None or config.limit >= len(split):
+        return split, rows
+    rows = np.sort(np.random.default_rng(config.seed).permutation(len(split))[: config.limit])
+    return TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)]), rows
 
 
-def _check_classes(splits: Mapping[str, TokenSplit]) -> None:
-    known = set(splits["train"].labels.tolist())
-    for name, rows in splits.items():
-        strange = set(rows.labels.tolist()) - known
-        if strange:
-            raise InputError(
-                f"{len(strange)} classes of the {name} images have no training image; a probe needs every class in "
-                f"training (there are {len(splits['train'])} training images of {len(known)} classes)"
+def _images(
+    model: ImageGPT,
+    drawn: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
+    known: NDArray[np.int32],
+    config: ProbeConfig,
+    folder: Path,
+    of: Mapping[str, Any],
+    progress: Callable[[int, int], None],
+) -> dict[str, Images]:
+    """The features of all splits; under masks, one a training image and `config.masks` of each other one."""
+    found, before = {}, 0
+    draws = {name: 1 if name == "train" else max(1, config.masks) for name in drawn}
+    total = sum(len(split) * draws[name] for name, (split, _) in drawn.items())
+    for name, (split, rows) in drawn.items():
+        features = []
+        for draw in range(draws[name]):
+            masking = Masking(draw, seed=config.seed) if config.masks else None
+            place = folder / (f"{name}-mask-{draw}" if masking else name)
+            features.append(
+                stored(
+                    model,
+                    split,
+                    place,
+                    of={**of, "split": name},
+                    masking=masking,
+                    precision=config.precision,
+                    progress=partial(_progress_after, progress, before, total),
+                )
             )
+            before += len(split)
+        found[name] = Images(features, np.searchsorted(known, split.labels), rows)
+    return found
+
+
+def _progress_after(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+    progress(before + done, total)
 
 
 def _pixels(data: TokenDataset, split: TokenSplit) -> NDArray[np.float32]:
@@ -173,7 +206,98 @@ def _pixels(data: TokenDataset, split: TokenSplit) -> NDArray[np.float32]:
     return colors.reshape(len(split), -1)
 
 
+def _probe_layers(
+    fit: Callable[[Mapping[str, Images]], dict[str, Any]],
+    found: Mapping[str, Images],
+    layers: Sequence[int],
+    config: ProbeConfig,
+    progress: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """A row for each layer, and which is the best by validation accuracy (ties: the earlier)."""
+    rows = []
+    for number, layer in enumerate(layers):
+        rows.append({"layer": layer, **fit({name: images.of([layer]) for name, images in found.items()})})
+        progress(number + 1, len(layers))
+    return {"layers": rows, "best_layer": max(rows, key=lambda row: row["validation_accuracy"])["layer"]}
+
+
+def _fit(found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
+    """Fits on the training images, chooses the setting by validation, fits again with both: accuracies of that."""
+    train, validation, test = (found[name] for name in SPLITS)
+    name, settings = (
+        ("regularisation", config.strengths) if config.solver == "lbfgs" else ("learning_rate", config.learning_rates)
+    )
+    solve: Callable[..., Classifiers] = fit_lbfgs
+    if config.solver == "sgd":
+        solve = partial(fit_sgd, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
+    fitted = solve(train.features[0][0], train.labels, settings, device=device)
+    right = _right(fitted, validation, config.seed)
+    best = int(right.argmax())
+    final, place, converged = fitted, best, fitted.converged[best]
+    if config.fold_back:
+        both = Above(train.features[0][0], validation.features[0][0])
+        labels = np.concatenate([train.labels, validation.labels])
+        final, place = solve(both, labels, settings[best : best + 1], device=device), 0
+        converged = converged and final.converged[0]
+    hits, count = int(_right(final, test, config.seed)[place]), len(test.labels)
+    return {
+        "validation_accuracy": int(right[best]) / len(validation.labels),
+        "test_accuracy": hits / count,
+        "test_interval_95": list(interval_of_share(hits, count)),
+        name: settings[best],
+        "converged": converged,
+        "iterations": fitted.iterations[best],
+    }
+
+
+def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.int64]:
+    """How many images each classifier is right on, [S]; of several masks, the modal prediction counts."""
+    predicted = np.stack([classifiers.predict(draw[0]) for draw in images.features])  # [m, S, N]
+    answers = predicted[0]
+    if len(predicted) > 1:
+        votes = (predicted[..., None] == np.arange(classifiers.coef.shape[1])).sum(axis=0)  # [S, N, C]
+        answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
+    right: NDArray[np.int64] = np.count_nonzero(answers == images.labels, axis=1)
+    return right
+
+
+def few_labels(
+    found: Mapping[str, Images], per_class: int, config: ProbeConfig, device: torch.device
+) -> dict[str, Any]:
+    """Accuracy from few labels of each class: mean and standard deviation over seeded subsets (paper, section 4.7).
+
+    The strength is the one with the best mean validation accuracy; nothing is folded back.
+
+    Raises:
+        InputError: a class has fewer training images.
+    """
+    train, test = found["train"], found["test"]
+    members = [np.flatnonzero(train.labels == number) for number in range(int(train.labels.max()) + 1)]
+    if min(map(len, members)) < per_class:
+        raise InputError(
+            f"{per_class} labels a class are asked for, and one class has {min(map(len, members))} training images"
+        )
+    right: dict[str, list[NDArray[np.int64]]] = {"validation": [], "test": []}
+    converged = []
+    for subset in range(config.subsets):
+        generator = np.random.default_rng((config.seed, per_class, subset))
+        rows = np.sort(np.concatenate([generator.permutation(each)[:per_class] for each in members]))
+        fitted = fit_lbfgs(train.features[0][0][rows], train.labels[rows], config.strengths, device=device)
+        for name, counts in right.items():
+            counts.append(_right(fitted, found[name], config.seed))
+        converged.append(fitted.converged)
+    best = int(np.sum(right["validation"], axis=0).argmax())
+    accuracies = np.array([counts[best] for counts in right["test"]]) / len(test.labels)
+    return {
+        "regularisation": config.strengths[best],
+        "converged": all(each[best] for each in converged),
+        "test_accuracies": accuracies.tolist(),
+        "mean": float(accuracies.mean()),
+        "standard_deviation": float(accuracies.std(ddof=1)),
+    }
+
+
 def best_row(result: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row of the best layer."""
-    best: Mapping[str, Any] = result["layers"][result["best_layer"]]
+    best: Mapping[str, Any] = next(row for row in result["layers"] if row["layer"] == result["best_layer"])
     return best

@@ -7,7 +7,9 @@
 This file knows the disk and the names; what the weights mean is in transformer.py.
 """
 
+import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,15 @@ def read_directory(name: str | Path) -> ModelDirectory:
         except (TypeError, ValueError) as error:
             raise InputError(f"the clusters in {preprocessor} are no palette: {error}") from None
     return ModelDirectory(config, _from_hub(_read_tensors(path)), palette)
+
+
+def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: of their names and bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _locate(name: str | Path) -> Path:

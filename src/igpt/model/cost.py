@@ -23,6 +23,11 @@ def count_parameters(config: ModelConfig) -> int:
     return config.n_layer * block_parameters(config) + root_parameters(config)
 
 
+def images_at_once(config: ModelConfig) -> int:
+    """Images whose places fill a processor when nothing is kept for a backward pass: 64 at 32 px."""
+    return max(1, 2**16 // config.n_places)
+
+
 def attended_pairs(config: ModelConfig) -> int:
     """Pairs of places that attend to each other in an image: n (n + 1) / 2 under the causal mask, n^2 for BERT."""
     n = config.n_places
@@ -43,12 +48,10 @@ def block_flops(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image, forward: those of the blocks and of the heads.
 
-    A model with classes is counted as fine-tuning uses it: its class head, once an image, and the output matrix for the
-    generative loss of autoregressive models only. Looking up embeddings is not counted.
+    A model with classes is counted as fine-tuning by the joint loss uses it: its class head, once an image, and the
+    output matrix. Looking up embeddings is not counted.
     """
-    classes = len(config.class_names or ())
-    reads_colors = not classes or config.objective == "autoregressive"
-    heads = 2 * config.n_embd * (config.n_places * config.n_colors * reads_colors + classes)
+    heads = 2 * config.n_embd * (config.n_places * config.n_colors + len(config.class_names or ()))
     return config.n_layer * block_flops(config) + heads
 
 

@@ -40,14 +40,24 @@ def draw_masks(shape: tuple[int, int], probability: float, generator: np.random.
     return mask
 
 
-def classification(model: ImageGPT, tokens: Tensor, labels: Tensor, generation_weight: float = 1.0) -> Summed:
+def masks_of_rows(rows: NDArray[np.int64], places: int, probability: float, seed: tuple[int, ...]) -> NDArray[np.bool_]:
+    """Masks [B, n] of some images by their rows [B]: the same for an image whichever others are with it."""
+    masks = [draw_masks((1, places), probability, np.random.default_rng((*seed, row))) for row in rows.tolist()]
+    return np.concatenate(masks)
+
+
+def classification(
+    model: ImageGPT, tokens: Tensor, labels: Tensor, mask: Tensor | None = None, *, generation_weight: float = 1.0
+) -> Summed:
     """Fine-tuning: class cross-entropy plus the weighted generative loss (paper, section 2.3).
 
-    The class head reads the mean over places of the final norm's output. Labels are [B] in 0 .. C-1. A BERT model has
-    no generative term here: nothing is masked.
+    The class head reads the mean over places of the final norm's output. Labels are [B] in 0 .. C-1. A BERT model may
+    be fine-tuned on masked images, mask [B, n] as in `bert`; unmasked ones have no generative loss.
     """
-    hidden = model.hidden(tokens)  # [B, n, D]
+    hidden = model.hidden(tokens, mask)  # [B, n, D]
     loss = F.cross_entropy(model.score(hidden.mean(dim=1)).float(), labels, reduction="sum")
-    if generation_weight and model.config.objective == "autoregressive":
-        loss = loss + generation_weight * place_losses(model.lm_head(hidden), tokens).mean(dim=1).sum()
+    if generation_weight and (mask is not None or model.config.objective == "autoregressive"):
+        losses = place_losses(model.lm_head(hidden), tokens)
+        generative = losses.mean(dim=1) if mask is None else (losses * mask).sum(dim=1) / mask.sum(dim=1)
+        loss = loss + generation_weight * generative.sum()
     return loss, len(tokens)

@@ -84,7 +84,20 @@ def describe_classifier(run: Run) -> str:
             f"The classifier is right on {percent(accuracy)} of {plural(count, 'test image')} (standard error "
             f"{100 * standard_error(accuracy, count):.1f} points)"
         )
-        return text + ("." if best is None else f"; it was chosen by validation accuracy, at step {number(best[0])}.")
+        text += "." if best is None else f"; it was chosen by validation accuracy, at step {number(best[0])}."
+        rates, folded, modal = test.get("rates") or (), test.get("fold_back"), test.get("modal")
+        if len(rates) > 1:
+            text += (
+                f" Its learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by validation accuracy."
+            )
+        if folded:
+            text += (
+                f" It was then trained anew on validation images too, for as many epochs; before that, "
+                f"{percent(folded['before']['test_accuracy'])}."
+            )
+        if modal:
+            text += f" The modal prediction over {modal['masks']} masks is right on {percent(modal['accuracy'])}."
+        return text
     if best is None:
         return ""
     return f"Its best validation accuracy is {percent(1 - best[1])}, at step {number(best[0])}; it is not tested yet."

@@ -16,7 +16,7 @@ from igpt.data.tokens import MANIFEST
 from igpt.errors import InputError
 from igpt.files import read_json
 
-PROBE_FORMAT, PROBE_VERSION = "igpt-probe", 1
+PROBE_FORMAT, PROBE_VERSION = "igpt-probe", 2
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def read_run(path: Path) -> Run:
     clusters = (optional_json(path / "model" / "preprocessor_config.json") or {}).get("clusters")
     probe = optional_json(path / "probe.json")
     if probe is not None and (probe.get("format"), probe.get("version")) != (PROBE_FORMAT, PROBE_VERSION):
-        raise InputError(f"{path / 'probe.json'} is not a probe of format version 1; `igpt probe` makes it anew")
+        raise InputError(
+            f"{path / 'probe.json'} is not a probe of format version {PROBE_VERSION}; `igpt probe` makes it anew"
+        )
     tokens = config.get("tokens")
     return Run(
         path,

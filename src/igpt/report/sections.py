@@ -159,26 +159,45 @@ def probe_section(run: Run) -> Section:
     source = f" of {probe['source']}" if probe.get("source") else ""
     failed = [str(layer["layer"]) for layer in layers if not layer.get("converged", True)]
     caution = f" The fit did not converge at layer {', '.join(failed)}." if failed else ""
+    setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
+    chosen = "learning rate of SGD" if setting == "learning_rate" else "strength of regularisation"
+    folded = " fitted anew on both," if (probe.get("config") or {}).get("fold_back") else ""
     caption = (
         f"Accuracy of logistic regression over the {plural(probe['classes'], 'class', 'classes')}{source}: fitted to "
-        f"{plural(count['train'], 'image')}, strength of regularisation and layer (ring) chosen on "
-        f"{number(count['validation'])}, tested on {number(count['test'])}. Band: one standard error of the test "
-        f"accuracy. Layer 0 is the input of the first block, layer {layers[-1]['layer']} the final norm.{caution}"
+        f"{plural(count['train'], 'image')}, {chosen} and layer (ring) chosen on "
+        f"{number(count['validation'])},{folded} tested on {number(count['test'])}. Band: one standard error of the "
+        f"test accuracy. Layer 0 is the input of the first block, layer {layers[-1]['layer']} the final norm.{caution}"
+        f"{_other_protocols(probe)}"
     )
     alt = "Line chart of linear probe accuracy by layer: " + ", ".join(
         f"layer {layer['layer']} {percent(layer['test_accuracy'])}" for layer in layers
     )
     rows = []
     for layer in layers:
-        strength = layer.get("regularisation")
+        strength = layer.get(setting)
         accuracies = (percent(layer["validation_accuracy"]), percent(layer["test_accuracy"]))
         rows.append((str(layer["layer"]), *accuracies, "not recorded" if strength is None else f"{strength:g}"))
-    table = Table("The numbers behind the figure", ("layer", "validation", "test", "regularisation"), rows)
+    table = Table("The numbers behind the figure", ("layer", "validation", "test", setting.replace("_", " ")), rows)
 
     def draw(**options: Any) -> "Figure":
         return figures.probe_by_layer(probe, **options)
 
     return Section(title, name, lead, _chart(draw, alt + "."), caption=caption, table=table)
+
+
+def _other_protocols(probe: dict[str, Any]) -> str:
+    """What concatenated layers and few labels have given."""
+    said = ""
+    if "concatenated" in probe:
+        together = probe["concatenated"]
+        layers = ", ".join(map(str, together["layers"]))
+        said += f" Layers {layers} side by side: {percent(together['test_accuracy'])} of the test images."
+    for few in probe.get("few_labels") or ():
+        said += (
+            f" {plural(few['per_class'], 'label')} a class, layer {few['layer']}: {percent(few['mean'])}, standard "
+            f"deviation {100 * few['standard_deviation']:.1f} points over {len(few['test_accuracies'])} draws."
+        )
+    return said
 
 
 def completions_section(run: Run) -> Section:

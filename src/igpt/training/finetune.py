@@ -1,33 +1,50 @@
-"""Fine-tunes a whole model with a class head until the validation accuracy no longer rises (paper, section 2.3)."""
+"""Fine-tunes a whole model with a class head until the validation accuracy no longer rises (paper, section 2.3).
 
+RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json; checkpoints/ if nothing is below
+RUN/rates/RATE/    a training at each of several learning rates: config.yaml, metrics.jsonl, checkpoints/, model/
+RUN/fold-back/     the same, of the last training on training and validation images
+
+B images of a batch, n places.
+"""
+
+import gc
+import math
+import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
+from igpt.confidence import accuracy_of
 from igpt.data.batches import Batch, Batches, to_device
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens import TokenDataset, TokenSplit, require_classes
+from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.files import write_json
+from igpt.files import atomic_file, write_json
+from igpt.model.checkpoint import weights_sha256
+from igpt.model.classifier import MASKED, class_logits, predict, with_head
 from igpt.model.cost import count_parameters
-from igpt.model.objectives import Summed, classification
+from igpt.model.objectives import Summed, classification, draw_masks
 from igpt.model.precision import settle_precision
-from igpt.model.transformer import ImageGPT
+from igpt.model.resolution import at_resolution
+from igpt.model.transformer import ImageGPT, ModelConfig
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
-from igpt.training.metrics import Metrics
+from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.optimizer import Schedule
 from igpt.training.run import record_run, settle_config
 from igpt.training.settings import TrainConfig
-from igpt.training.trainer import Trainer, Validation
+from igpt.training.state import Progress
+from igpt.training.trainer import Diverged, Trainer, Validation
 
-_BATCH = 256  # images at a time when nothing is kept for a backward pass
+FORMAT, VERSION = "igpt-finetune", 1
+_MODAL_MASKS = 5  # paper, section 4.6
 
 
 class FinetuneConfig(TrainConfig):
@@ -36,14 +53,35 @@ class FinetuneConfig(TrainConfig):
     model: Path = Field(description="pretrained model directory")
     tokens: Path = Field(description="token data set with labels")
     generation_weight: float = Field(1.0, ge=0, description="weight of the generative loss beside the class loss")
+    mask_probability: float | None = Field(
+        None, ge=0, lt=1, description=f"share of pixels masked for BERT models, {MASKED} by default; 0 masks none"
+    )
     flip: bool = Field(False, description="mirror images at random; the paper does on CIFAR")
     shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR")
     steps: int = Field(10_000, ge=1, description="updates at most")
     learning_rate: float = Field(3e-4, gt=0, description="learning rate")
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (), description="several, in place of one: a run for each, of which validation accuracy chooses"
+    )
+    fold_back: bool = Field(
+        False, description="train anew on training and validation images, at the rate and for the epochs chosen"
+    )
     schedule: Schedule = Field("constant", description="how the learning rate goes on from its peak")
     validate_every: int = Field(250, ge=1, description="updates between validations; the best model is kept")
     checkpoint_every: int = Field(250, ge=1, description="updates between checkpoints")
     patience: int | None = Field(5, ge=1, description="stop after so many validations without a better one")
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _once(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(rates)) < len(rates):
+            raise ValueError("a learning rate is named twice")
+        return rates
+
+    @property
+    def in_folders(self) -> bool:
+        """Whether every training has a folder of its own in the run's."""
+        return bool(self.learning_rates) or self.fold_back
 
 
 def finetune(
@@ -51,80 +89,246 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tunes a model on a labelled data set, or continues an interrupted run.
 
+    A BERT model is trained on masked images and judged on whole ones. Where the tokens' resolution is not the model's,
+    its position embeddings are interpolated.
+
     Args:
-        run: the run directory; RUN/model becomes the best classifier by validation accuracy.
+        run: the run directory; RUN/model becomes the best classifier by validation accuracy, or with `fold_back` the
+            one trained on validation images too.
         given: settings that must be the recorded ones when resuming (default: the tokens alone).
-        resume: continue `run` with its recorded settings.
+        resume: continue `run` with its recorded settings; learning rates that have come to their end are not repeated.
 
     Returns:
-        what RUN/test.json holds: test accuracy, images, and the update the classifier was chosen at.
+        what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the chosen one.
 
     Raises:
-        InputError: model and tokens do not match, or labels are missing.
+        InputError: model and tokens do not match or have changed, labels are missing, the classes do not allow it, or
+            every learning rate diverged.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
     with team(config.device) as us:
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
+        if config.learning_rates and "learning_rate" in (given or {}):
+            raise InputError("give one --learning-rate, or several to choose from with --learning-rates")
         data = TokenDataset(config.tokens)
         if data.class_names is None:
             raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
-        for name in ("train", "validation", "test"):
-            data[name].require_images("fine-tuning")
-            data[name].require_labels("fine-tuning")
+        require_classes({name: data[name] for name in ("train", "validation", "test")}, "fine-tuning")
+        if len(data["train"]) < len(data.class_names):
+            raise InputError(
+                f"fine-tuning needs a training image of every class; {config.tokens} has {len(data['train'])} for "
+                f"{len(data.class_names)} classes"
+            )
+        pretrained = _pretrained(config, data)
         precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
-        config = config.model_copy(update={"precision": precision})
-        torch.manual_seed(config.seed)
-        model = _with_head(config, data)
-        train = Batches(
-            data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
-        )
+        masked = _mask_probability(config, pretrained.config)
+        config = config.model_copy(update={"precision": precision, "mask_probability": masked})
+        checksum, shape = weights_sha256(pretrained.state_dict()), pretrained.config
+        del pretrained  # every training reads the weights anew, for it changes them
+        if resume:
+            record_run(run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum)
+        if us.leads and shape.resolution != data.resolution:
+            print(f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px")
+        return _Finetuning(config, run, data, us, shape, recorded=resume).complete()
+
+
+def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
+    if pretrained.objective == "bert":
+        return MASKED if config.mask_probability is None else config.mask_probability
+    if config.mask_probability:
+        raise InputError("--mask-probability is for BERT models; this one is autoregressive, and nothing is masked")
+    return 0.0
+
+
+def _pretrained(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
+    model = ImageGPT.from_pretrained(config.model)
+    if model.palette is not None:
+        model.palette.require_same(data.palette, "the model", str(config.tokens))
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"the weights in {config.model} are broken: {broken[0]} is not finite ({len(broken)} such)")
+    return model
+
+
+@dataclass(frozen=True)
+class _Tried:
+    """A learning rate, where it was trained, and the least validation error it reached (infinite if it diverged)."""
+
+    config: FinetuneConfig
+    folder: Path
+    error: float
+    best_step: int
+
+    def to_json(self) -> dict[str, Any]:
+        accuracy = 1 - self.error if math.isfinite(self.error) else None
+        rate = self.config.learning_rate
+        return {"learning_rate": rate, "validation_accuracy": accuracy, "best_step": self.best_step}
+
+
+@dataclass
+class _Finetuning:
+    """One or several trainings of the same model, and what comes of them.
+
+    Args:
+        pretrained: the model's shape.
+        recorded: whether the run directory holds its settings already.
+    """
+
+    config: FinetuneConfig
+    run: Path
+    data: TokenDataset
+    us: Team
+    pretrained: ModelConfig
+    recorded: bool
+
+    def complete(self) -> dict[str, Any]:
+        """Trains, chooses, tests and writes; what an interrupted call had done is found, or done again."""
+        config, data = self.config, self.data
+        tried = [self._try(rate) for rate in config.learning_rates or (config.learning_rate,)]
+        best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
+        if not math.isfinite(best.error):
+            raise Diverged("every learning rate came to losses that are not finite; start another run with lower ones")
+        tested = self._tested(best.folder / "model")
+        result = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": str(config.model),
+            "tokens": str(config.tokens),
+            "seed": config.seed,
+            "pretrained_resolution": self.pretrained.resolution,
+            "resolution": data.resolution,
+            "rates": [one.to_json() for one in tried],
+            **best.to_json(),
+            "epochs": best.best_step * config.batch_size / len(data["train"]),
+            "validation_images": len(data["validation"]),
+            **tested,
+        }
+        folder = best.folder
+        if config.fold_back:
+            folder, steps = self._fold_back(best)
+            result |= {**self._tested(folder / "model"), "fold_back": {"steps": steps, "before": tested}}
+        if self.us.leads:
+            if config.in_folders:
+                ImageGPT.from_pretrained(folder / "model").save_pretrained(self.run / "model")
+                with atomic_file(self.run / "metrics.jsonl") as temporary:
+                    shutil.copyfile(best.folder / "metrics.jsonl", temporary)
+                chosen = {"learning_rate": best.config.learning_rate}
+                config.model_copy(update=chosen).save(self.run / "config.yaml")
+            write_json(self.run / "test.json", {**result, "environment": describe()})
+        return result
+
+    def _try(self, rate: float) -> _Tried:
+        config = self.config.model_copy(update={"learning_rate": rate, "learning_rates": (), "fold_back": False})
+        folder = self.run / "rates" / str(rate) if self.config.in_folders else self.run
+        try:
+            progress = self._train(config, folder, self.data["train"], "error")
+        except Diverged as error:
+            if len(self.config.learning_rates) < 2:
+                raise
+            if self.us.leads:
+                print(f"learning rate {rate} is out: {error}")
+            return _Tried(config, folder, math.inf, 0)
+        assert progress.best is not None, "the last update is validated"
+        return _Tried(config, folder, progress.best, progress.best_step)
+
+    def _fold_back(self, best: _Tried) -> tuple[Path, int]:
+        """Trains anew on training and validation images, for the chosen epochs rounded up to a whole update.
+
+        Nothing is left to choose by: the model after the last update is kept.
+        """
+        train = TokenSplit.joined("train+validation", [self.data["train"], self.data["validation"]])
+        steps = -(-best.best_step * len(train) // len(self.data["train"]))
+        config = best.config.model_copy(update={"steps": steps, "validate_every": steps, "patience": None})
+        self._train(config, self.run / "fold-back", train, "error_on_trained")
+        return self.run / "fold-back", steps
+
+    def _train(self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str) -> Progress:
+        """One training, from its newest checkpoint if there is one; one that has ended in a folder is not repeated.
+
+        Args:
+            error: what the share of wrong validation images is called.
+        """
+        data, us = self.data, self.us
+        if self.config.in_folders and (ended := us.tell(_ended(folder))):
+            return ended
+        gc.collect()  # blocks refer to themselves; those of the training before are in the way
+        model, checksum = _classifier(config, data)
+        batches = Batches(train, data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device)
         engine = Engine(model, config, us, partial(classification, generation_weight=config.generation_weight))
-        record_run(run, config, config.tokens, resume=resume, leads=us.leads)
+        record_run(self.run, self.config, config.tokens, resume=self.recorded, leads=us.leads, model_sha256=checksum)
+        self.recorded = True
+        if self.config.in_folders and us.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            config.save(folder / "config.yaml")
         us.wait()
         validation = data["validation"]
         trainer = Trainer(
             engine,
-            batches=partial(_batch, train),
-            validation=Validation("error", _errors, len(validation), partial(_validation_batch, validation, us)),
-            run=run,
-            warmup=config.warmup(len(train.split)),
-            title="fine-tuning",
+            batches=partial(_batch, batches, config),
+            validation=Validation(error, _errors, len(validation), partial(_validation_batch, validation, us)),
+            run=folder,
+            warmup=config.warmup(len(train)),
+            title=f"fine-tuning at {config.learning_rate:g}",
         )
-        progress = trainer.train(resume=resume, on_start=partial(_start_line, model, data))
-    best = ImageGPT.from_pretrained(run / "model").to(us.device)
-    result = {
-        "test_accuracy": accuracy(best, data["test"]),
-        "test_images": len(data["test"]),
-        "validation_accuracy": 1 - (progress.best or 0.0),
-        "best_step": progress.best_step,
-    }
-    if us.leads:
-        write_json(run / "test.json", result)
-    return result
+        return trainer.train(resume=True, on_start=partial(self._start_line, model.config, len(train)))
+
+    def _start_line(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
+        metrics.write(
+            "start",
+            0,
+            source=self.data.manifest["source"],
+            parameters=count_parameters(shape),
+            train_images=train_images,
+            validation_images=len(self.data["validation"]),
+            classes=len(self.data.class_names or ()),
+            resolution=shape.resolution,
+            pretrained_resolution=self.pretrained.resolution,
+        )
+
+    def _tested(self, path: Path) -> dict[str, Any]:
+        """Accuracy on the test images; of a BERT model trained on masked images, that of its modal prediction too."""
+        test, us = self.data["test"], self.us
+        model = ImageGPT.from_pretrained(path).to(us.device)
+        rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
+
+        def accuracy(**masking: Any) -> dict[str, Any]:
+            right = (predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)).sum()
+            return accuracy_of(int(us.sum(torch.tensor(right, device=us.device))), len(test))
+
+        result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy().items()}
+        if self.config.mask_probability:
+            masking = {"masks": _MODAL_MASKS, "probability": self.config.mask_probability, "seed": self.config.seed}
+            result["modal"] = {**masking, **accuracy(**masking)}
+        return result
 
 
-def _with_head(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
-    """The pretrained weights with a class head that starts at zero."""
-    pretrained = ImageGPT.from_pretrained(config.model)
-    if pretrained.config.resolution != data.resolution:
-        raise InputError(
-            f"the model sees {pretrained.config.resolution} px, {config.tokens} has {data.resolution} px; prepare the "
-            f"images with --size {pretrained.config.resolution}"
-        )
-    if pretrained.palette is not None:
-        pretrained.palette.require_same(data.palette, "the model", str(config.tokens))
-    shape = pretrained.config.model_copy(update={"class_names": tuple(data.class_names or ())})
-    model = ImageGPT(shape, data.palette)
-    trunk = {name: tensor for name, tensor in pretrained.state_dict().items() if name != "score.weight"}
-    model.load_state_dict(trunk, strict=False)
-    if shape.objective == "bert" or not config.generation_weight:
+def _ended(folder: Path) -> Progress | None:
+    """How a training ended, if it has."""
+    path = folder / "metrics.jsonl"
+    lines = read_metrics(path) if path.exists() else []
+    if not lines or lines[-1]["kind"] != "end":
+        return None
+    return Progress(best=lines[-1]["best"], best_step=lines[-1]["best_step"])
+
+
+def _classifier(config: FinetuneConfig, data: TokenDataset) -> tuple[ImageGPT, str]:
+    """The pretrained weights at the tokens' resolution, with a class head that starts at zero; their checksum."""
+    pretrained = _pretrained(config, data)
+    checksum = weights_sha256(pretrained.state_dict())
+    model = with_head(at_resolution(pretrained, data.resolution), tuple(data.class_names or ()), data.palette)
+    if not config.generation_weight or (model.config.objective == "bert" and not config.mask_probability):
         model.lm_head.requires_grad_(False)  # nothing in the loss reads it
-    return model
+    return model, checksum
 
 
-def _batch(train: Batches, step: int) -> Batch:
-    return train.tokens(step), train.labels(step)
+def _batch(batches: Batches, config: FinetuneConfig, step: int) -> Batch:
+    tokens, labels = batches.tokens(step), batches.labels(step)
+    if not config.mask_probability:
+        return tokens, labels
+    generator = np.random.default_rng((config.seed, step, 2))
+    masks = draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
+    return tokens, labels, to_device(masks, batches.device)
 
 
 def _validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Batch:
@@ -134,38 +338,5 @@ def _validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Bat
 
 
 def _errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
-    """Images [B] whose likeliest class is not their label."""
-    return (_logits(model, tokens).argmax(dim=1) != labels).sum(), len(tokens)
-
-
-def _logits(model: ImageGPT, tokens: Tensor) -> Tensor:
-    logits: Tensor = model.score(model.hidden(tokens).mean(dim=1)).float()
-    return logits
-
-
-@torch.inference_mode()
-def class_logits(model: ImageGPT, tokens: NDArray[np.uint16]) -> Tensor:
-    """Logits of the classes, [N, C], of token images [N, n], all at once."""
-    return _logits(model, to_device(tokens.astype(np.int64), model.wte.weight.device))
-
-
-def accuracy(model: ImageGPT, split: TokenSplit) -> float:
-    """Share of a split's images whose likeliest class is their label."""
-    right = 0
-    for first in range(0, len(split), _BATCH):
-        rows = np.arange(first, min(first + _BATCH, len(split)))
-        predicted = class_logits(model, split.rows(rows)).argmax(dim=1).cpu().numpy()
-        right += int((predicted == split.labels_of(rows)).sum())
-    return right / len(split)
-
-
-def _start_line(model: ImageGPT, data: TokenDataset, metrics: Metrics) -> None:
-    metrics.write(
-        "start",
-        0,
-        source=data.manifest["source"],
-        parameters=count_parameters(model.config),
-        train_images=len(data["train"]),
-        validation_images=len(data["validation"]),
-        classes=len(data.class_names or ()),
-    )
+    """Images [B] whose likeliest class is not their label; nothing is masked."""
+    return (class_logits(model, tokens).argmax(dim=1) != labels).sum(), len(tokens)

@@ -1,7 +1,8 @@
 """The run directory: which settings a run has, and what it was made with.
 
 config.yaml        all settings, resolved; with the tokens they repeat the run
-environment.json   versions, machine, command, commit, and the checksum of the tokens' manifest
+environment.json   versions, machine, command, commit, and the checksums of what was given: the tokens' manifest, and
+                   the weights of a model to be fine-tuned
 """
 
 from collections.abc import Mapping
@@ -49,17 +50,27 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     return before.model_copy(update=moved)
 
 
-def record_run(run: Path, config: TrainConfig, tokens: Path, *, resume: bool, leads: bool) -> None:
-    """Writes what the run is; to resume, the tokens must be the ones it began with.
+def record_run(
+    run: Path, config: TrainConfig, tokens: Path, *, resume: bool, leads: bool, model_sha256: str | None = None
+) -> None:
+    """Writes what the run is; to resume, tokens and model must be the ones it began with.
+
+    Args:
+        model_sha256: of the weights it begins with, if they are not drawn.
 
     Raises:
-        InputError: the tokens have changed.
+        InputError: the tokens or the model have changed.
     """
-    checksum = sha256_of(tokens / MANIFEST)
+    checksums = {"tokens_sha256": sha256_of(tokens / MANIFEST)}
+    if model_sha256:
+        checksums["model_sha256"] = model_sha256
     if resume:
-        if read_json(run / "environment.json", "run")["tokens_sha256"] != checksum:
+        recorded = read_json(run / "environment.json", "run")
+        if recorded["tokens_sha256"] != checksums["tokens_sha256"]:
             raise InputError(f"{tokens} is not the data set that {run} was started with, or it has changed since")
+        if recorded.get("model_sha256", model_sha256) != model_sha256:
+            raise InputError(f"the model is not the one that {run} was started with, or it has changed since")
     elif leads:
         run.mkdir(parents=True, exist_ok=True)
-        write_json(run / "environment.json", {**describe(), "tokens_sha256": checksum})
+        write_json(run / "environment.json", {**describe(), **checksums})
         config.save(run / "config.yaml")

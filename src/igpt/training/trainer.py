@@ -28,6 +28,10 @@ from igpt.training.state import Checkpoints, Progress, checkpoints, step_of
 _ONE_WISH = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have heard themselves
 
 
+class Diverged(InputError):  # noqa: N818  as its siblings in errors.py
+    """A run has come to losses or gradients that are not finite; the message says where, and what to resume from."""
+
+
 @dataclass
 class _Stop:
     number: int | None = None
@@ -139,7 +143,7 @@ class Trainer:
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
-            InputError: too many losses or gradients were not finite; the step and the last good checkpoint are named.
+            Diverged: too many losses or gradients were not finite; the step and the last good checkpoint are named.
         """
         self.config, self.team = self.engine.config, self.engine.team
         self.metrics = Metrics(self.run / "metrics.jsonl", self.team.leads)
@@ -280,7 +284,7 @@ class Trainer:
         self.checkpoints.finish()
         kept = [path for path in checkpoints(self.checkpoints.folder) if step_of(path) < bad - 1]
         good = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint from before"
-        raise InputError(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
+        raise Diverged(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
 
     def _validate(self, stop: _Stop, shown: Bar) -> None:
         """Validates and keeps the best model; leaves it undone when the run is to stop."""

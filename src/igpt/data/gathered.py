@@ -1,0 +1,167 @@
+"""Images that a model is to judge or describe: a split of a token data set, or any images, tokenised in memory.
+
+N images, n places.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from igpt.data.archives import TokenRows
+from igpt.data.palette import Palette
+from igpt.data.prepare import PrepareConfig, require_few
+from igpt.data.sources import ColumnConfig, open_whole
+from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.views import Transform
+from igpt.errors import InputError
+
+Progress = Callable[[int, int], None]  # (images done, images in all)
+
+
+class GatherConfig(ColumnConfig):
+    """Which images of a source are taken."""
+
+    split: str | None = Field(None, description="split to take; by default test, or all images of a source without it")
+    limit: int | None = Field(None, ge=1, description="at most so many images, drawn by seed")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the images drawn")
+    max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Images as tokens, and where they come from.
+
+    Attributes:
+        source: as it was given.
+        split: which of its splits; "all" for all images of a source without a test split.
+        tokens: with labels, -1 where an image has none.
+        rows: where each image stands in the split, [N].
+        names: of the images, in the same order; None where only tokens are known.
+        class_names: of the labels; None without labels.
+        palette_error: `mse` a channel in 8-bit levels and `psnr_db` (None without error) that the palette makes, and
+            `measured_on`: "these images", or "training images" of a token data set. None where it is not known.
+        skipped: images that do not decode, with the reasons.
+    """
+
+    source: str
+    split: str
+    tokens: TokenSplit
+    rows: NDArray[np.int64]
+    names: list[str] | None
+    class_names: list[str] | None
+    palette_error: dict[str, Any] | None
+    skipped: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name_of(self, position: int) -> str:
+        """How a person finds an image: its file's name, or its row."""
+        return self.names[position] if self.names else f"row {self.rows[position]}"
+
+    def class_of(self, label: int) -> str | None:
+        """The name of a class; None of an image without."""
+        return None if self.class_names is None or label < 0 else self.class_names[label]
+
+    def to_json(self) -> dict[str, Any]:
+        """What results are written with."""
+        told = {"source": self.source, "split": self.split, "images": len(self), "palette_error": self.palette_error}
+        return told | {"skipped": self.skipped}
+
+
+def gather_tokens(data: TokenDataset, config: GatherConfig) -> Gathered:
+    """Images of a token data set; they stay on the disk, unless some are drawn.
+
+    Raises:
+        InputError: no such split, no images in it, or settings that only images have.
+    """
+    if config.image_column or config.label_column or config.stream:
+        raise InputError(f"{data.path} holds tokens: --image-column, --label-column and --stream are for images")
+    split = data[config.split or "test"]
+    split.require_images("this")
+    rows = _drawn(len(split), config)
+    if len(rows) < len(split):
+        split = TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)])
+    error = data.manifest["made"].get("palette_error") or None
+    if error:
+        error = {"mse": error["mse"], "psnr_db": error["psnr_db"], "measured_on": "training images"}
+    return Gathered(str(data.path), split.name, split, rows, None, data.class_names, error, [])
+
+
+def gather_images(
+    source: str, palette: Palette, resolution: int, config: GatherConfig, progress: Progress | None = None
+) -> Gathered:
+    """Images of any source as tokens in memory, 2 n bytes each; nothing is held out, and nothing is stored.
+
+    Args:
+        source: see `open_source`.
+        palette, resolution: of the model.
+
+    Raises:
+        InputError: what the source has wrong, or too many of its images that do not decode.
+    """
+    name, readers, class_names = open_whole(source, config, config.split)
+    if isinstance(readers[0], TokenRows):
+        raise InputError(f"{source} holds tokens without their palette; igpt prepare makes a token data set of them")
+    wanted = _drawn(sum(map(len, readers)), config)
+    transform, limits = Transform(resolution), PrepareConfig(max_bad=config.max_bad)
+    tokens = np.empty((len(wanted), resolution**2), dtype=np.uint16)
+    rows, labels, names, skipped = list[int](), list[int](), list[str](), list[str]()
+    first, squares = 0, 0
+    for reader in readers:
+        inside = wanted[(wanted >= first) & (wanted < first + len(reader))]
+        for row, (image, label) in zip(inside.tolist(), reader.read(inside - first), strict=False):
+            if label >= (known := len(class_names or ())):
+                raise InputError(f"{reader.name_of(row - first)} has the class {label}, and there are {known} (from 0)")
+            try:
+                square = transform(image)[0]
+            except InputError as error:
+                skipped.append(f"{reader.name_of(row - first)}: {error}")
+                require_few(skipped, int(config.max_bad * len(wanted)), limits)
+                continue
+            found = palette.transform(square)
+            squares += int(((square.astype(np.int64) - palette.inverse_transform(found)) ** 2).sum())
+            tokens[len(rows)] = found.reshape(-1)
+            rows.append(row)
+            labels.append(label)
+            names.append(_name(image, row))
+            if progress:
+                progress(len(rows) + len(skipped), len(wanted))
+        first += len(reader)
+    if len(rows) + len(skipped) < len(wanted):
+        raise InputError(f"the images of {source} have become fewer while they were read")
+    if not rows:
+        raise InputError(f"no image of {source} decodes; the first: {skipped[0]}")
+    split = TokenSplit(name, [tokens[: len(rows)]], [np.array(labels, dtype=np.int32)])
+    return Gathered(
+        source,
+        name,
+        split,
+        np.array(rows, dtype=np.int64),
+        names,
+        class_names,
+        {**_error(squares / (3 * resolution**2 * len(rows))), "measured_on": "these images"},
+        skipped,
+    )
+
+
+def _drawn(count: int, config: GatherConfig) -> NDArray[np.int64]:
+    if config.limit is None or config.limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(config.seed).permutation(count)[: config.limit])
+
+
+def _error(mse: float) -> dict[str, float | None]:
+    return {"mse": mse, "psnr_db": float(10 * np.log10(255**2 / mse)) if mse else None}
+
+
+def _name(image: Any, row: int) -> str:
+    """The path of an undecoded image, or its row: to ask the reader would mean to read tables and tars again."""
+    path = image.get("path") if isinstance(image, dict) else image
+    told = str(path) if isinstance(path, str | Path) else ""
+    return told.encode(errors="backslashreplace").decode() or f"row {row}"  # a tar's names may be no UTF-8

@@ -1,0 +1,281 @@
+"""The commands that judge and use models: probe, score, features."""
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from igpt.command_line import MaybeOut, Out, Show, file_settings, given, load_model, model_and_run, progress_bar
+from igpt.errors import InputError
+
+if TYPE_CHECKING:
+    from igpt.data.gathered import GatherConfig, Gathered
+    from igpt.model.transformer import ImageGPT
+
+
+def probe(
+    model: Positional[Path],
+    tokens: Positional[Path],
+    flags: Any,
+    out: MaybeOut = None,
+    config: Path | None = None,
+    features: Path | None = None,
+    fold_back: bool = True,
+    baselines: bool = True,
+) -> None:
+    """Fit a linear classifier to every layer's features.
+
+    Args:
+        model: run or model directory.
+        tokens: token data set with labels.
+        out: file to write; by default probe.json in the run, or here for a model without one.
+        config: settings in YAML or JSON; flags override them.
+        features: folder to keep the features in; those that it holds already are not made again.
+        fold_back: with --no-fold-back, validation images only choose, and nothing is fitted to them.
+        baselines: with --no-baselines, raw pixels and an untrained model are not probed.
+    """
+    from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.probe import FORMAT, ProbeConfig, best_row
+    from igpt.evaluation.probe import probe as run
+    from igpt.files import write_json
+
+    path, home = model_and_run(model)
+    switches = {} if fold_back else {"fold_back": False}
+    switches |= {} if baselines else {"baselines": False}
+    settings = ProbeConfig.layered(file_settings(config), given(flags), switches, where="the settings")
+    target = out or home / "probe.json"
+    _require_writable(target, FORMAT)
+    loaded, data = load_model(path), TokenDataset(tokens)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with progress_bar() as show, TemporaryDirectory(dir=target.parent, prefix=".features-") as passing:
+        result = run(loaded, data, settings, features or Path(passing), progress=show)
+    write_json(target, {"model": str(path), **result})
+    best, images = best_row(result), result["images"]["test"]
+    for row in result["layers"]:
+        mark = " <- best on validation" if row is best else ""
+        print(f"layer {row['layer']:3d}  {_accuracies(row)}{mark}")
+    if "concatenated" in result:
+        together = result["concatenated"]
+        print(f"layers {' '.join(map(str, together['layers']))}  {_accuracies(together)}")
+    for few in result.get("few_labels", ()):
+        print(
+            f"layer {few['layer']:3d}  {few['per_class']} labels a class: test {few['mean']:.4f} "
+            f"+- {few['standard_deviation']:.4f} (standard deviation of {len(few['test_accuracies'])} draws)"
+        )
+    low, high = best["test_interval_95"]
+    print(
+        f"{target}: layer {best['layer']} reads {best['test_accuracy']:.4f} of {images} test images "
+        f"(95 % interval {low:.4f} to {high:.4f})"
+    )
+
+
+def _accuracies(row: Mapping[str, Any]) -> str:
+    state = "" if row["converged"] else " (not converged)"
+    return f"validation {row['validation_accuracy']:.4f}  test {row['test_accuracy']:.4f}{state}"
+
+
+def score(
+    model: Positional[Path],
+    source: Positional[str],
+    flags: Any,
+    out: MaybeOut = None,
+    maps: Path | None = None,
+    count: int = 8,
+    against: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Measure how likely images are under a model, in nats/pixel.
+
+    Args:
+        model: run or model directory of an autoregressive model.
+        source: token data set, or any source of images that igpt prepare takes.
+        out: .csv or .jsonl to write, a line an image, with the summary in a .json beside it; without it, the summary
+            is score.json in the run, or here for a model without one.
+        maps: PNG to write: images above the losses of their pixels.
+        count: how many images it shows, evenly over all.
+        against: a second source, of which the test images are taken, or all where there are none: how well are they
+            told by their higher nats/pixel?
+        precision: of the products; bf16 is faster where the processor has it.
+    """
+    from igpt.data.gathered import GatherConfig
+    from igpt.evaluation.likelihood import FORMAT, VERSION, losses_of, require_table, summary, told_apart, write_scores
+    from igpt.evaluation.likelihood import score as run
+    from igpt.files import write_json
+    from igpt.pictures import draw_maps, require_maps, spread_evenly
+
+    settings = GatherConfig.layered(given(flags), where="the settings")
+    path, home = model_and_run(model)
+    target = out.with_suffix(".json") if out else home / "score.json"
+    if out:
+        require_table(out)
+        _require_writable(out)
+    if maps:
+        require_maps(maps, count)
+        _require_writable(maps)
+    _require_writable(target, FORMAT)
+    loaded = load_model(path)
+    loaded.require("autoregressive", "a likelihood")
+    result: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": str(path)}
+    with progress_bar() as show:
+        images = _gathered(loaded, source, settings, show)
+        if maps:
+            shown = spread_evenly(images.tokens, count)
+        losses = run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
+        result |= {**images.to_json(), **summary(losses)}
+        if against:
+            others = _gathered(loaded, against, settings.model_copy(update={"split": None}), show)
+            theirs = run(loaded, others.tokens, precision=precision, progress=partial(show, "scoring"))
+            told = told_apart(losses, theirs)
+            result["against"] = {**others.to_json(), **summary(theirs), **told}
+    if maps:
+        tokens = images.tokens.rows(shown)
+        draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)
+        result["maps"] = {"file": str(maps), "rows": images.rows[shown].tolist()}
+    if out:
+        write_scores(out, images, losses)
+    result |= _made_with(loaded, settings, precision)
+    write_json(target, result)
+    print(_likelihood(result))
+    if against:
+        print(_likelihood(result["against"]))
+        low, high = told["interval_95"]
+        print(f"told apart by the higher nats/pixel: AUROC {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})")
+        _tell_skipped(others, target)
+    _tell_skipped(images, target)
+    print(
+        f"{target}: the summary{f'; {out}: every image' if out else ''}{f'; {maps}: losses by pixel' if maps else ''}"
+    )
+
+
+def features(
+    model: Positional[Path],
+    source: Positional[str],
+    out: Out,
+    flags: Any,
+    layer: int | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Write the features of images for other programs: one layer's activations, averaged over all places.
+
+    Args:
+        model: run or model directory.
+        source: token data set, or any source of images that igpt prepare takes.
+        out: .npz or .parquet to write, with how it was made in a .json beside it.
+        layer: 0 is the first block's input, the last one the final norm's output; by default the best-probing layer,
+            where the run has a probe.json.
+        precision: of the products; bf16 is faster where the processor has it.
+    """
+    from igpt.data.gathered import GatherConfig
+    from igpt.evaluation.export import (
+        FORMAT,
+        VERSION,
+        best_layer,
+        require_features_file,
+        require_layer,
+        write_features,
+    )
+    from igpt.evaluation.features import pooled
+    from igpt.files import write_json
+
+    settings = GatherConfig.layered(given(flags), where="the settings")
+    require_features_file(out)
+    _require_writable(out)
+    _require_writable(out.with_suffix(".json"), FORMAT)
+    path, home = model_and_run(model)
+    loaded = load_model(path)
+    last = loaded.config.n_layer
+    if layer is None and path == home / "model":
+        layer = best_layer(home)
+    if layer is None:
+        raise InputError(f"name a layer (--layer 0 to {last}); a run that igpt probe has judged is taken at its best")
+    require_layer(layer, last)
+    with progress_bar() as show:
+        images = _gathered(loaded, source, settings, show)
+        made = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": str(path),
+            "layer": layer,
+            "layers": last,
+            "width": loaded.config.n_embd,
+            **images.to_json(),
+            "class_names": images.class_names,
+            **_made_with(loaded, settings, precision),
+        }
+        progress = partial(show, "features")
+        batches = pooled(loaded, images.tokens, precision=precision, last=layer, progress=progress)
+        write_features(out, images, (batch[layer] for batch in batches), made)
+    write_json(out.with_suffix(".json"), made)
+    _tell_skipped(images, out.with_suffix(".json"))
+    print(f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}")
+
+
+def _gathered(model: "ImageGPT", source: str, settings: "GatherConfig", show: Show) -> "Gathered":
+    """The images of a source in the model's tokens: a token data set that matches the model, or any images."""
+    from igpt.data.gathered import gather_images, gather_tokens
+    from igpt.data.tokens import FORMAT, MANIFEST, TokenDataset
+    from igpt.evaluation.features import require_match
+    from igpt.files import read_json
+    from igpt.pictures import palette_of
+
+    path = Path(source).expanduser()
+    # A folder of images may have a dataset.json too: StyleGAN's tools write one.
+    if (path / MANIFEST).exists() and read_json(path / MANIFEST, "token data set").get("format") == FORMAT:
+        data = TokenDataset(path)
+        require_match(model, data)
+        return gather_tokens(data, settings)
+    progress = partial(show, "tokenising")
+    return gather_images(source, palette_of(model), model.config.resolution, settings, progress)
+
+
+def _made_with(model: "ImageGPT", settings: "GatherConfig", precision: str) -> dict[str, Any]:
+    from igpt.environment import describe
+    from igpt.pictures import palette_of
+
+    return {
+        "resolution": model.config.resolution,
+        "palette": {"colors": model.config.n_colors, "fingerprint": palette_of(model).fingerprint},
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "precision": precision,
+        "environment": describe(),
+    }
+
+
+def _require_writable(path: Path, kind: str | None = None) -> None:
+    """Refuses a file that cannot be written before the work for it is done, and JSON of another kind than `kind`."""
+    from igpt.files import read_json
+
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the name of a file to write is needed")
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
+    if kind and path.exists() and read_json(path, kind).get("format") != kind:
+        raise InputError(f"{path} holds something else already ({kind} would be written there); choose another -o")
+
+
+def _likelihood(result: Mapping[str, Any]) -> str:
+    spread = "" if result["standard_error"] is None else f" +- {result['standard_error']:.4f} (standard error)"
+    split = "" if result["split"] == "all" else f"{result['split']} "
+    palette = result["palette_error"]
+    if palette is None:
+        words = "what the palette costs is unknown"
+    elif palette["psnr_db"] is None:
+        words = f"the palette is exact on {palette['measured_on']}"
+    else:
+        error = f"{palette['mse']:.1f} a channel, {palette['psnr_db']:.1f} dB PSNR"
+        words = f"the palette's mean squared error on {palette['measured_on']} is {error}"
+    return (
+        f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} bits/pixel, over "
+        f"{result['images']} {split}images of {result['source']}; {words}"
+    )
+
+
+def _tell_skipped(images: "Gathered", target: Path) -> None:
+    if images.skipped:
+        print(f"{len(images.skipped)} images did not decode and are listed in {target}, the first: {images.skipped[0]}")

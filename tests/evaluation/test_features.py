@@ -1,0 +1,132 @@
+"""Features of all layers in one pass: what they are, under masks too, and how they lie on the disk."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from igpt.data.prepare import PrepareConfig, prepare
+from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.errors import InputError
+from igpt.evaluation import features
+from igpt.evaluation.features import Above, Beside, Masking, pooled, require_match, stored
+from igpt.model.transformer import ImageGPT, ModelConfig
+
+SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
+
+
+@pytest.fixture(scope="module")
+def model(short_run: Path) -> ImageGPT:
+    return ImageGPT.from_pretrained(short_run / "model")
+
+
+@pytest.fixture(scope="module")
+def bert(digits: TokenDataset) -> ImageGPT:
+    torch.manual_seed(1)
+    return ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"}), digits.palette)
+
+
+def test_they_are_the_mean_over_places_of_every_layer(model: ImageGPT, digits: TokenDataset) -> None:
+    split = digits["test"]
+    found = np.concatenate(list(pooled(model, split, batch_size=7)), axis=1)
+    assert found.shape == (3, 180, 32)
+    tokens = torch.from_numpy(split.rows([4, 100]).astype(np.int64))
+    for layer, activations in enumerate(model.features(tokens)):
+        np.testing.assert_allclose(found[layer, [4, 100]], activations.mean(1).detach(), atol=1e-5)
+
+
+def test_bert_sees_all_unless_it_is_masked(bert: ImageGPT, digits: TokenDataset) -> None:
+    split = digits["test"]
+    tokens = torch.from_numpy(split.rows([5]).astype(np.int64))
+    (whole,) = pooled(bert, split, batch_size=180)
+    expected = [layer.mean(1).detach() for layer in bert.features(tokens)]
+    np.testing.assert_allclose(whole[:, 5], torch.cat(expected), atol=1e-5)
+    hidden = [np.concatenate(list(pooled(bert, split, masking=Masking(draw), batch_size=180)), 1) for draw in (0, 1)]
+    assert np.abs(hidden[0] - whole).max() > 1e-3
+    assert np.abs(hidden[0] - hidden[1]).max() > 1e-3
+    again = np.concatenate(list(pooled(bert, split, masking=Masking(1), batch_size=7)), axis=1)
+    np.testing.assert_allclose(again, hidden[1], atol=1e-5, err_msg="an image's mask does not depend on its batch")
+
+
+def test_they_are_written_once_and_read_from_the_disk(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
+    (whole,) = pooled(model, digits["test"], batch_size=180)
+    assert all(isinstance(layer, np.memmap) and layer.dtype == np.float32 for layer in first)
+    np.testing.assert_allclose(np.stack(first), whole, atol=1e-5)
+    monkeypatch.setattr(features, "pooled", None)  # it cannot be called
+    again = stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
+    np.testing.assert_array_equal(np.stack(again), np.stack(first))
+
+
+def test_those_of_something_else_are_refused(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+    stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
+    other = ImageGPT(model.config, model.palette)
+    wrong = [
+        {"model": other},
+        {"split": digits["validation"].__class__("test", [digits["test"].rows([0])], [digits["test"].labels_of([0])])},
+        {"of": {"tokens": 2}},
+        {"precision": "bf16"},
+    ]
+    for change in wrong:
+        given = {"model": model, "split": digits["test"], "of": {"tokens": 1}, **change}
+        with pytest.raises(InputError, match="holds features of another model or of other images"):
+            stored(given.pop("model"), given.pop("split"), tmp_path / "test", **given)
+
+
+def test_interrupted_they_are_absent(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stored(model, digits["test"], tmp_path / "home" / "test", of={}, progress=stops)
+    assert not list((tmp_path / "home").iterdir())
+
+
+def test_memory_does_not_grow_with_the_images(model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is fifty times what a batch holds: resident memory may not follow it."""
+    rows = np.zeros((64, 64), np.uint16)
+    split = TokenSplit("test", [rows] * 100, [np.zeros(64, np.int32)] * 100)
+
+    def resident() -> int:
+        fields = Path("/proc/self/statm").read_text().split()
+        return (int(fields[1]) - int(fields[2])) * 4096  # without pages of files
+
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("resident memory is read from /proc")
+    monkeypatch.setattr(features, "images_at_once", lambda config: 64)
+    sizes: list[int] = []
+    layers = stored(model, split, tmp_path / "test", of={}, progress=lambda done, total: sizes.append(resident()))
+    written = sum(layer.nbytes for layer in layers)
+    assert written > 2e6
+    assert sizes[-1] - sizes[10] < written / 2
+    assert json.loads((tmp_path / "test" / "features.json").read_text())["images"] == 6400
+
+
+def test_tokens_that_do_not_fit_are_refused(digits: TokenDataset, photographs: Path, model: ImageGPT) -> None:
+    folder = photographs.parent
+    other = prepare(str(photographs), folder / "coloured", PrepareConfig(size=8, colors=17))
+    with pytest.raises(InputError, match="the palettes differ: the model has"):
+        require_match(model, other)
+    wide = prepare(str(photographs), folder / "wider", PrepareConfig(size=16, colors=17))
+    with pytest.raises(InputError, match=r"the model sees 8 px, .* has 16 px"):
+        require_match(model, wide)
+    with pytest.raises(InputError, match="no palette"):
+        require_match(ImageGPT(model.config), digits)
+
+
+def test_features_beside_and_above_each_other_read_as_one_array(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
+    np.save(tmp_path / "a.npy", values[:, :2])
+    beside = Beside([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
+    above = Above(beside, values[:20])
+    whole = np.concatenate([values, values[:20]])
+    assert (beside.shape, above.shape, len(above)) == ((50, 6), (70, 6), 70)
+    some = np.array([69, 0, 49, 50])
+    for rows in (slice(0, 10), slice(45, 60), slice(64, 999), some):
+        np.testing.assert_array_equal(above[rows], whole[rows])
