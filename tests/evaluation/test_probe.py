@@ -43,7 +43,7 @@ def test_it_is_scikit_learns_at_every_step(model: ImageGPT, digits: TokenDataset
         x = {name: array[row["layer"]] for name, array in features.items()}
         scaler = StandardScaler().fit(x["train"])
         rivals = {
-            strength: LogisticRegression(C=strength, tol=1e-7, max_iter=20_000)
+            strength: LogisticRegression(C=strength, solver="newton-cholesky", tol=1e-9)
             .fit(scaler.transform(x["train"]), labels["train"])
             .score(scaler.transform(x["validation"]), labels["validation"])
             for strength in config.strengths
@@ -53,7 +53,7 @@ def test_it_is_scikit_learns_at_every_step(model: ImageGPT, digits: TokenDataset
         assert row["validation_accuracy"] >= max(rivals.values()) - 0.006, "one image of 180"
         both = np.concatenate([x["train"], x["validation"]])
         scaler = StandardScaler().fit(both)
-        final = LogisticRegression(C=row["regularisation"], tol=1e-7, max_iter=20_000)
+        final = LogisticRegression(C=row["regularisation"], solver="newton-cholesky", tol=1e-9)
         final.fit(scaler.transform(both), np.concatenate([labels["train"], labels["validation"]]))
         assert row["test_accuracy"] == pytest.approx(
             final.score(scaler.transform(x["test"]), labels["test"]), abs=0.006
@@ -68,7 +68,7 @@ def test_without_fold_back_validation_images_only_choose(model: ImageGPT, digits
     (row,) = probe(model, digits, config, kept)["layers"]
     features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1)[1] for name in ("train", "test")}
     scaler = StandardScaler().fit(features["train"])
-    rival = LogisticRegression(C=1.0, tol=1e-7, max_iter=20_000)
+    rival = LogisticRegression(C=1.0, solver="newton-cholesky", tol=1e-9)
     rival.fit(scaler.transform(features["train"]), digits["train"].labels)
     expected = rival.score(scaler.transform(features["test"]), digits["test"].labels)
     assert row["test_accuracy"] == pytest.approx(expected, abs=0.006)
@@ -124,7 +124,7 @@ def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDatas
     features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1) for name in ("train", "test")}
     x = {name: np.concatenate([array[0], array[2]], axis=1) for name, array in features.items()}
     scaler = StandardScaler().fit(x["train"])
-    rival = LogisticRegression(C=0.1, tol=1e-7, max_iter=20_000).fit(
+    rival = LogisticRegression(C=0.1, solver="newton-cholesky", tol=1e-9).fit(
         scaler.transform(x["train"]), digits["train"].labels
     )
     expected = rival.score(scaler.transform(x["test"]), digits["test"].labels)
@@ -161,7 +161,7 @@ def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(digits: TokenDataset,
     labels = {name: digits[name].labels_of(rows) for name, rows in drawn.items()}
     both = np.concatenate([features["train-mask-0"], features["validation-mask-0"]])
     scaler = StandardScaler().fit(both)
-    rival = LogisticRegression(C=row["regularisation"], tol=1e-7, max_iter=20_000)
+    rival = LogisticRegression(C=row["regularisation"], solver="newton-cholesky", tol=1e-9)
     rival.fit(scaler.transform(both), np.concatenate([labels["train"], labels["validation"]]))
     votes = [rival.predict(scaler.transform(features[f"test-mask-{draw}"])) for draw in range(3)]
     counts = np.stack([(np.stack(votes) == number).sum(0) for number in range(10)], axis=1)
@@ -237,3 +237,14 @@ def test_plain_images_have_nothing_to_probe(igpt: Any, photographs: Path, tmp_pa
     done = igpt("probe", tmp_path / "model", plain.path, "-o", tmp_path / "probe.json")
     assert done.returncode == 2
     assert "a probe needs labels, and 38 of 38 images of 'train' have none" in done.stderr
+
+
+def test_kept_features_serve_other_settings_and_seeds(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+    first = probe(model, digits, ProbeConfig(strengths=(1.0,)), tmp_path)
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    again = probe(model, digits, ProbeConfig(strengths=(1.0,), seed=5), tmp_path)
+    assert again["layers"] == first["layers"], "nothing is drawn"
+    assert again["baselines"]["untrained"] != first["baselines"]["untrained"], "another model"
+    assert {path: path.stat().st_mtime_ns for path in made} == made
+    with pytest.raises(InputError, match="holds features of another model or of other images"):
+        probe(model, digits, ProbeConfig(limit=150), tmp_path)

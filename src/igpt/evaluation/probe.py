@@ -113,7 +113,7 @@ def probe(
         )
     say = progress or (lambda what, done, total: None)
     known = np.unique(drawn["train"][0].labels)
-    of = {"tokens_sha256": sha256_of(data.path / MANIFEST), "limit": config.limit, "seed": config.seed}
+    of = {"tokens_sha256": sha256_of(data.path / MANIFEST), "drawn": config.limit and [config.limit, config.seed]}
     found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
     device = model.wte.weight.device
     fit = partial(_fit, config=config, device=device)
@@ -135,9 +135,8 @@ def probe(
         compared["raw_pixels"] = fit(pixels)
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
-        theirs = _images(
-            untrained, drawn, known, config, features / "untrained", of, partial(say, "untrained: features")
-        )
+        place = features / f"untrained-{config.seed}"
+        theirs = _images(untrained, drawn, known, config, place, of, partial(say, "untrained: features"))
         compared["untrained"] = _probe_layers(fit, theirs, layers, config, partial(say, "untrained: probes"))
     return {
         "format": FORMAT,
@@ -255,7 +254,8 @@ def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.in
     predicted = np.stack([classifiers.predict(draw[0]) for draw in images.features])  # [m, S, N]
     answers = predicted[0]
     if len(predicted) > 1:
-        votes = (predicted[..., None] == np.arange(classifiers.coef.shape[1])).sum(axis=0)  # [S, N, C]
+        classes = np.arange(classifiers.coef.shape[1])
+        votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))  # S of [N, C]
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
     right: NDArray[np.int64] = np.count_nonzero(answers == images.labels, axis=1)
     return right
