@@ -17,6 +17,7 @@ from igpt.command_line import (
     load_model,
     model_and_run,
     progress_bar,
+    require_writable,
     run_command,
 )
 from igpt.data_commands import inspect, palette, prepare
@@ -78,7 +79,7 @@ def pretrain(
     from igpt.training.pretrain import pretrain as run
 
     named = dict(preset(model)) if model else {}
-    chosen = {"tokens": tokens, **named, **file_settings(config), **given(flags)}
+    chosen = {**named, **file_settings(config), "tokens": tokens, **given(flags)}
     settings = PretrainConfig.layered(chosen, where="the settings")
     if not (resume or model or config):
         raise InputError("name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE")
@@ -106,7 +107,12 @@ def finetune(
     from igpt.training.finetune import FinetuneConfig
     from igpt.training.finetune import finetune as run
 
-    chosen = {"model": model_and_run(model)[0], "tokens": tokens, **file_settings(config), **given(flags)}
+    asked = given(flags)
+    if "learning_rates" in asked and ("learning_rate" in asked or not asked["learning_rates"]):
+        raise InputError("give one --learning-rate, or several to choose from with --learning-rates")
+    if "learning_rate" in asked:
+        asked["learning_rates"] = ()
+    chosen = {**file_settings(config), "model": model_and_run(model)[0], "tokens": tokens, **asked}
     settings = FinetuneConfig.layered(chosen, where="the settings")
     result = run(settings, out, given={key: getattr(settings, key) for key in chosen}, resume=resume)
     for tried in result["rates"] if len(result["rates"]) > 1 else ():
@@ -151,13 +157,15 @@ def classify(
 
     from igpt.environment import describe
     from igpt.files import write_json
-    from igpt.model.classifier import predict
+    from igpt.model.classifier import FORMAT, VERSION, predict
     from igpt.pictures import tokens_of_files
 
     if not images:
         raise InputError("give image files to classify")
     if top < 1:
         raise InputError(f"--top is at least 1, not {top}")
+    if out:
+        require_writable(out, FORMAT)
     path = model_and_run(model)[0]
     loaded = load_model(path)
     tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
@@ -179,7 +187,7 @@ def classify(
         told = [f"{one['class']} {one['probability']:.4f}{said}" for one, said in zip(classes, votes, strict=True)]
         print(f"{file}: {', '.join(told)}")
     if out:
-        about = {"format": "igpt-classify", "version": 1, "model": str(path), "masks": masks, "seed": seed}
+        about = {"format": FORMAT, "version": VERSION, "model": str(path), "masks": masks, "seed": seed}
         write_json(out, {**about, "images": answers, "environment": describe()})
 
 

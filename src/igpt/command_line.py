@@ -18,6 +18,7 @@ import tyro
 from igpt import __version__
 from igpt.config import Config, read_settings
 from igpt.errors import InputError, Interrupted, LostRank, suggest
+from igpt.files import folder_to_read, read_json
 
 if TYPE_CHECKING:
     from igpt.model.transformer import ImageGPT
@@ -118,11 +119,22 @@ def progress_bar() -> Iterator[Show]:
 
 def model_and_run(path: Path) -> tuple[Path, Path]:
     """The model directory that a run or model directory means, and where its results belong."""
-    if (path / "model" / "config.json").exists():
+    if (folder_to_read(path / "model") / "config.json").exists():
         return path / "model", path
     if path.name == "model" and (path.parent / "config.yaml").exists():
         return path, path.parent
     return path, Path()
+
+
+def require_writable(path: Path, kind: str | None = None) -> None:
+    """Refuses a file that cannot be written before the work for it is done, and JSON of another kind than `kind`."""
+    home = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; the name of a file to write is needed")
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
+    if kind and path.exists() and read_json(path, kind).get("format") != kind:
+        raise InputError(f"{path} holds something else already ({kind} would be written there); choose another -o")
 
 
 def announce(line: str) -> None:

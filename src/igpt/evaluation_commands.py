@@ -1,6 +1,5 @@
 """The commands that judge and use models: probe, score, features."""
 
-import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -9,7 +8,17 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
 
-from igpt.command_line import MaybeOut, Out, Show, file_settings, given, load_model, model_and_run, progress_bar
+from igpt.command_line import (
+    MaybeOut,
+    Out,
+    Show,
+    file_settings,
+    given,
+    load_model,
+    model_and_run,
+    progress_bar,
+    require_writable,
+)
 from igpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,7 +57,7 @@ def probe(
     switches |= {} if baselines else {"baselines": False}
     settings = ProbeConfig.layered(file_settings(config), given(flags), switches, where="the settings")
     target = out or home / "probe.json"
-    _require_writable(target, FORMAT)
+    require_writable(target, FORMAT)
     loaded, data = load_model(path), TokenDataset(tokens)
     target.parent.mkdir(parents=True, exist_ok=True)
     with progress_bar() as show, TemporaryDirectory(dir=target.parent, prefix=".features-") as passing:
@@ -112,11 +121,11 @@ def score(
     target = out.with_suffix(".json") if out else home / "score.json"
     if out:
         require_table(out)
-        _require_writable(out)
+        require_writable(out)
     if maps:
         require_maps(maps, count)
-        _require_writable(maps)
-    _require_writable(target, FORMAT)
+        require_writable(maps)
+    require_writable(target, FORMAT)
     loaded = load_model(path)
     loaded.require("autoregressive", "a likelihood")
     result: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": str(path)}
@@ -183,8 +192,8 @@ def features(
 
     settings = GatherConfig.layered(given(flags), where="the settings")
     require_features_file(out)
-    _require_writable(out)
-    _require_writable(out.with_suffix(".json"), FORMAT)
+    require_writable(out)
+    require_writable(out.with_suffix(".json"), FORMAT)
     path, home = model_and_run(model)
     loaded = load_model(path)
     last = loaded.config.n_layer
@@ -244,19 +253,6 @@ def _made_with(model: "ImageGPT", settings: "GatherConfig", precision: str) -> d
         "precision": precision,
         "environment": describe(),
     }
-
-
-def _require_writable(path: Path, kind: str | None = None) -> None:
-    """Refuses a file that cannot be written before the work for it is done, and JSON of another kind than `kind`."""
-    from igpt.files import read_json
-
-    home = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; the name of a file to write is needed")
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
-    if kind and path.exists() and read_json(path, kind).get("format") != kind:
-        raise InputError(f"{path} holds something else already ({kind} would be written there); choose another -o")
 
 
 def _likelihood(result: Mapping[str, Any]) -> str:

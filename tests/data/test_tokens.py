@@ -184,23 +184,25 @@ def of_classes(name: str, *labels: int) -> TokenSplit:
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "said"),
+    ("classes", "train", "test", "said"),
     [
-        ([0, 1, 2], [2, 0], None),
-        ([], [0], "a test needs images, and the split 'train' is empty"),
-        ([0, 1], [], "a test needs images, and the split 'test' is empty"),
-        ([0, 1], [0, -1], "a test needs labels, and 1 of 2 images of 'test' have none"),
-        ([1, 1], [1], "a test needs at least two classes among the training images"),
-        ([0, 2], [1, 0, 3, 3], "2 classes of the test images have no training image; a test needs every class"),
+        (3, [0, 1, 2], [2, 0], None),
+        (2, [], [0], "a test needs images, and the split 'train' is empty"),
+        (2, [0, 1], [], "a test needs images, and the split 'test' is empty"),
+        (2, [0, 1], [0, -1], "a test needs labels, and 1 of 2 images of 'test' have none"),
+        (2, [1, 1], [1], "a test needs at least two classes among the training images"),
+        (3, [0, 1], [0], "a test needs a training image of every class; there are 2 for 3"),
+        (3, [0, 1, 3], [0], "there are 3 classes .from 0., and a training image has the label 3"),
+        (3, [0, 2, 2], [1, 0, 3, 3], "2 classes of the test images have no training image; a test needs every class"),
     ],
 )
-def test_classes_that_a_classifier_needs(train: list[int], test: list[int], said: str | None):
+def test_classes_that_a_classifier_needs(classes: int, train: list[int], test: list[int], said: str | None):
     splits = {"train": of_classes("train", *train), "test": of_classes("test", *test)}
     if said is None:
-        require_classes(splits, "a test")
+        require_classes(splits, classes, "a test")
         return
     with pytest.raises(InputError, match=said):
-        require_classes(splits, "a test")
+        require_classes(splits, classes, "a test")
 
 
 def test_a_split_that_is_not_there(folder: Path):

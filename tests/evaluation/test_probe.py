@@ -198,7 +198,7 @@ def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset,
         ({}, {"train": np.full_like(train, -1)}, "a probe needs labels, and 1437 of 1437 images of 'train' have none"),
         ({}, {"train": np.zeros_like(train)}, "a probe needs at least two classes among the training images"),
         ({}, {"train": np.minimum(train, 7)}, "2 classes of the validation images have no training image"),
-        ({"limit": 2}, {}, "of the (validation|test) images have no training image|cannot stand for 10 classes"),
+        ({"limit": 2}, {}, "of the (validation|test) images have no training image|every class; there are 2 for 10"),
         ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
         ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
         ({"concatenate": (1,)}, {}, "name two or more"),
@@ -216,7 +216,7 @@ def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset,
 
 def test_fewer_images_than_classes(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
     few = changed(digits, **{name: digits[name].labels % 2 for name in digits})
-    with pytest.raises(InputError, match="9 training images cannot stand for 10 classes"):
+    with pytest.raises(InputError, match="a training image of every class; there are 9 for 10"):
         probe(model, few, ProbeConfig(limit=9), tmp_path)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from runs import assert_same_tensors, saved
 
 from igpt.confidence import interval_of_share
+from igpt.data.batches import Batches
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
@@ -163,6 +165,59 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
         assert np.array_equal(masks.numpy(), drawn), f"update {step}"
 
 
+def test_every_setting_reaches_the_training(
+    digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Images are varied and losses weighed as asked; every weight is trained, at one rate; the seed is told."""
+    import igpt.training.finetune as module
+
+    seen: list[Any] = []
+
+    def spy(model, tokens, labels, mask=None, **options):
+        seen.append((tokens.clone(), options))
+        return classification(model, tokens, labels, mask, **options)
+
+    classification = module.classification
+    monkeypatch.setattr(module, "classification", spy)
+    model = fresh_model(tmp_path / "model", digits, objective="autoregressive")
+    settings = {"model": model, "tokens": digits.path, **SIZES, "steps": 4, "seed": 5, "flip": True, "shift": 2}
+    config = FinetuneConfig.layered(settings, {"generation_weight": 0.25, "log_every": 1})
+    result = finetune(config, tmp_path / "run")
+    batches = Batches(digits["train"], 8, 8, 5, flip=True, shift=2)
+    for step, (tokens, options) in enumerate(seen):
+        assert torch.equal(tokens, batches.tokens(step))
+        assert options == {"generation_weight": 0.25}
+    assert len(seen) == 4
+    before, after = (ImageGPT.from_pretrained(path).state_dict() for path in (model, tmp_path / "run" / "model"))
+    assert not [name for name, tensor in before.items() if torch.equal(tensor, after[name])], "all weights are trained"
+    assert result["seed"] == 5
+    rates = {
+        line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line
+    }
+    assert rates == {config.learning_rate}
+    assert (config.schedule, FinetuneConfig.model_fields["patience"].default) == ("constant", 5)
+
+
+def test_the_mode_is_over_masks_as_in_training(digits: TokenDataset, tmp_path: Path) -> None:
+    model = fresh_model(tmp_path / "model", digits, objective="bert")
+    base = {"model": model, "tokens": digits.path, **SIZES, "steps": 3, "seed": 5, "mask_probability": 0.4}
+    modal = finetune(FinetuneConfig.layered(base), tmp_path / "run")["modal"]
+    assert (modal["probability"], modal["seed"]) == (0.4, 5)
+    test = digits["test"]
+    rows = np.arange(len(test))
+    tuned = ImageGPT.from_pretrained(tmp_path / "run" / "model")
+    found = predict(tuned, test.rows(rows), rows, masks=5, probability=0.4, seed=5)
+    assert modal["accuracy"] == pytest.approx((found.classes == test.labels).mean())
+
+
+def test_fold_back_repeats_a_constant_rate_only(digits: TokenDataset, tmp_path: Path) -> None:
+    model = fresh_model(tmp_path / "model", digits, objective="autoregressive")
+    config = FinetuneConfig(model=model, tokens=digits.path, fold_back=True, schedule="cosine")
+    with pytest.raises(InputError, match="--fold-back repeats a constant rate"):
+        finetune(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("size", [4, 12])
 def test_another_resolution_is_interpolated_to_and_told(
     igpt, short_run: Path, photographs: Path, tmp_path: Path, size: int
@@ -212,7 +267,7 @@ def labelled(folder: Path, digits: TokenDataset, **labels: list[int]) -> Path:
     ("labels", "said"),
     [
         (([1, 1, 1], [1], [1]), "fine-tuning needs at least two classes among the training images"),
-        (([0, 1], [1], [0]), "a training image of every class; .* has 2 for 3 classes"),
+        (([0, 1], [1], [0]), "a training image of every class; there are 2 for 3"),
         (([0, 1, 0], [1, 2], [0]), "1 classes of the validation images have no training image"),
         (([0, 1, 0], [1], [2]), "1 classes of the test images have no training image"),
         (([0, 1, -1], [1], [0]), "1 of 3 images of 'train' have none"),

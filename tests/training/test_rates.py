@@ -193,6 +193,7 @@ def test_a_model_that_changes_on_the_way_is_refused(short_run: Path, digits: Tok
     shutil.copytree(short_run / "model", tmp_path / "model")
     config = FinetuneConfig.layered({"model": tmp_path / "model", "tokens": digits.path, "fold_back": True}, SETTINGS)
     finetune(config, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "ended")
     shutil.rmtree(tmp_path / "run" / "fold-back")
     model = ImageGPT.from_pretrained(tmp_path / "model")
     with torch.no_grad():
@@ -201,6 +202,8 @@ def test_a_model_that_changes_on_the_way_is_refused(short_run: Path, digits: Tok
     with pytest.raises(InputError, match=r"the model is not the one that .* was started with"):
         finetune(config, tmp_path / "run", resume=True)
     assert not (tmp_path / "run" / "fold-back").exists()
+    with pytest.raises(InputError, match=r"the model is not the one that .* was started with"):
+        finetune(config, tmp_path / "ended", resume=True)
 
 
 def test_a_signal_says_how_to_go_on(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
@@ -251,12 +254,37 @@ def test_a_rate_that_diverges_is_out(igpt, short_run: Path, digits: TokenDataset
     assert "the last good checkpoint" in done.stderr or "there is no checkpoint" in done.stderr
 
 
+def test_weights_that_are_broken_never_win(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    """Too few updates for the skipped ones to be too many: what NaN logits answer must not count as a class."""
+    small = flags_of({**SETTINGS, "steps": 6, "validate_every": 2})
+    words = ["finetune", short_run, digits.path, "-o", tmp_path / "run", *small, "--learning-rates"]
+    done = igpt(*words, "1e10", "1e-3")
+    assert done.returncode == 0, done.stderr
+    assert "learning rate 10000000000.0 is out: the validation error is nan" in done.stdout
+    assert result_of(tmp_path / "run")["learning_rate"] == 1e-3
+
+
+def test_files_give_way_to_words(igpt, searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    """The settings of a search serve another run, of another model, with one rate or others."""
+    shutil.copytree(short_run / "model", tmp_path / "other")
+    words = ["finetune", tmp_path / "other", digits.path, "--config", searched / "config.yaml", "--steps", 2]
+    done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1e-4")
+    assert done.returncode == 0, done.stderr
+    recorded = read_settings(tmp_path / "one" / "config.yaml")
+    assert Path(recorded["model"]) == tmp_path / "other"
+    assert (recorded["learning_rate"], recorded["learning_rates"]) == (1e-4, [])
+    done = igpt(*words, "-o", tmp_path / "two", "--learning-rates", "1e-4", "1e-3")
+    assert done.returncode == 0, done.stderr
+    assert [one["learning_rate"] for one in result_of(tmp_path / "two")["rates"]] == [1e-4, 1e-3]
+
+
 def test_rates_that_do_not_fit_are_refused(short_run: Path, digits: TokenDataset, igpt, tmp_path: Path) -> None:
     words = ["finetune", short_run, digits.path, "-o", tmp_path / "run"]
     for more, said in (
         (["--learning-rates", "1e-3", "0.001"], "a learning rate is named twice"),
         (["--learning-rates", "1e-3", "0"], "greater than 0"),
         (["--learning-rates", "1e-3", "--learning-rate", "1e-3"], "give one --learning-rate, or several"),
+        (["--learning-rates"], "give one --learning-rate, or several"),
     ):
         done = igpt(*words, *more)
         assert done.returncode == 2
@@ -268,6 +296,7 @@ def test_runs_are_not_mixed_up(igpt, searched: Path, short_run: Path, digits: To
     words = ["finetune", short_run, digits.path, "-o", searched]
     assert "exists already" in igpt(*words).stderr
     assert "was started with learning_rates" in igpt(*words, "--learning-rates", 1e-3, 1e-2, "--resume").stderr
+    assert "was begun by igpt pretrain" in igpt(*words[:3], "-o", short_run, "--resume").stderr
     part = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path})
     with pytest.raises(InputError, match=r"environment\.json is missing"):
         finetune(part, searched / "fold-back", resume=True)

@@ -231,17 +231,23 @@ class TokenSplit:
             raise InputError(f"{purpose} needs labels, and {missing} of {len(self)} images of {self.name!r} have none")
 
 
-def require_classes(splits: Mapping[str, TokenSplit], purpose: str) -> None:
+def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str) -> None:
     """Refuses splits, "train" among them, by which no classifier can be fitted and judged.
 
     Raises:
-        InputError: a split is empty or lacks labels; all training images are of one class; a split has classes that
-            training lacks.
+        InputError: a split is empty or lacks labels; there are fewer training images than classes, or all are of one
+            class; a split has classes that training lacks, or that are not among the `classes` that have names.
     """
     for split in splits.values():
         split.require_images(purpose)
         split.require_labels(purpose)
+    if len(splits["train"]) < classes:
+        raise InputError(
+            f"{purpose} needs a training image of every class; there are {len(splits['train'])} for {classes}"
+        )
     known = np.unique(splits["train"].labels)
+    if known[-1] >= classes:
+        raise InputError(f"there are {classes} classes (from 0), and a training image has the label {known[-1]}")
     if len(known) < 2:
         raise InputError(f"{purpose} needs at least two classes among the training images")
     for name, split in splits.items():

@@ -21,6 +21,7 @@ from igpt.model.cost import images_at_once
 from igpt.model.objectives import masks_of_rows
 from igpt.model.transformer import ImageGPT
 
+FORMAT, VERSION = "igpt-classify", 1  # of answers in JSON
 MASKED = 0.15  # share of the places that is masked (paper, section 4.6)
 
 

@@ -87,6 +87,9 @@ def read_run(path: Path) -> Run:
     Raises:
         InputError: it is none (`config.yaml` or `metrics.jsonl` is missing), or a file in it is damaged.
     """
+    tried = sorted((path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime)
+    if tried and not (path / "metrics.jsonl").exists():
+        raise InputError(f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` tells of the newest")
     for name in ("config.yaml", "metrics.jsonl"):
         if not (path / name).is_file():
             raise InputError(f"{path} is no run directory: {name} is missing; `igpt pretrain` writes one")

@@ -131,7 +131,11 @@ def accuracy_section(run: Run) -> Section:
     title, name = "Accuracy during fine-tuning", "accuracy"
     validation, images = history(run.metrics, "validation", "error"), run.start.get("validation_images")
     if not validation:
-        return Section(title, name, absent="Not validated yet; `igpt finetune` does so as it trains.")
+        trained = history(run.metrics, "validation", "error_on_trained")
+        why = "Not validated yet; `igpt finetune` does so as it trains."
+        return Section(
+            title, name, absent="Nothing was held out: validation images were trained on." if trained else why
+        )
     among = plural(images, "validation image") if isinstance(images, int) else "the validation images"
     caption = (
         f"Share of {among} whose class is predicted rightly, {plural(len(validation), 'point')}; the best is ringed."

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from igpt.confidence import accuracy_of
 from igpt.data.batches import Batch, Batches, to_device
-from igpt.data.tokens import TokenDataset, TokenSplit, require_classes
+from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
@@ -96,7 +96,8 @@ def finetune(
         run: the run directory; RUN/model becomes the best classifier by validation accuracy, or with `fold_back` the
             one trained on validation images too.
         given: settings that must be the recorded ones when resuming (default: the tokens alone).
-        resume: continue `run` with its recorded settings; learning rates that have come to their end are not repeated.
+        resume: continue `run` with its recorded settings; learning rates that have come to their end are not repeated
+            (one that diverged goes on from its newest checkpoint, to the same end).
 
     Returns:
         what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the chosen one.
@@ -109,17 +110,12 @@ def finetune(
     with team(config.device) as us:
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
-        if config.learning_rates and "learning_rate" in (given or {}):
-            raise InputError("give one --learning-rate, or several to choose from with --learning-rates")
+        if config.fold_back and config.schedule != "constant":
+            raise InputError("--fold-back repeats a constant rate; leave --schedule or --fold-back out")
         data = TokenDataset(config.tokens)
         if data.class_names is None:
             raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
-        require_classes({name: data[name] for name in ("train", "validation", "test")}, "fine-tuning")
-        if len(data["train"]) < len(data.class_names):
-            raise InputError(
-                f"fine-tuning needs a training image of every class; {config.tokens} has {len(data['train'])} for "
-                f"{len(data.class_names)} classes"
-            )
+        require_classes({name: data[name] for name in SPLITS}, len(data.class_names), "fine-tuning")
         pretrained = _pretrained(config, data)
         precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
         masked = _mask_probability(config, pretrained.config)
@@ -196,6 +192,7 @@ class _Finetuning:
             "model": str(config.model),
             "tokens": str(config.tokens),
             "seed": config.seed,
+            "precision": config.precision,
             "pretrained_resolution": self.pretrained.resolution,
             "resolution": data.resolution,
             "rates": [one.to_json() for one in tried],
@@ -239,7 +236,7 @@ class _Finetuning:
         """
         train = TokenSplit.joined("train+validation", [self.data["train"], self.data["validation"]])
         steps = -(-best.best_step * len(train) // len(self.data["train"]))
-        config = best.config.model_copy(update={"steps": steps, "validate_every": steps, "patience": None})
+        config = best.config.model_copy(update={"steps": steps, "validate_every": steps})
         self._train(config, self.run / "fold-back", train, "error_on_trained")
         return self.run / "fold-back", steps
 
@@ -307,7 +304,7 @@ def _ended(folder: Path) -> Progress | None:
     """How a training ended, if it has."""
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
-    if not lines or lines[-1]["kind"] != "end":
+    if not lines or lines[-1]["kind"] != "end" or not (folder / "model").exists():
         return None
     return Progress(best=lines[-1]["best"], best_step=lines[-1]["best_step"])
 
@@ -338,5 +335,7 @@ def _validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Bat
 
 
 def _errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
-    """Images [B] whose likeliest class is not their label; nothing is masked."""
-    return (class_logits(model, tokens).argmax(dim=1) != labels).sum(), len(tokens)
+    """Images [B] whose likeliest class is not their label, NaN where logits are not finite; nothing is masked."""
+    logits = class_logits(model, tokens)
+    wrong = (logits.argmax(dim=1) != labels).sum().double()
+    return torch.where(logits.isfinite().all(), wrong, torch.nan), len(tokens)

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from igpt.config import read_settings
 from igpt.data.tokens import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import read_json, sha256_of, write_json
 from igpt.training.settings import TrainConfig
 
+_OF_A_RUN = ("config.yaml", "metrics.jsonl", "checkpoints", "model", "rates", "fold-back", "test.json")
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 
@@ -31,11 +33,14 @@ def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume:
     """
     recorded = run / "config.yaml"
     if not resume:
-        if any((run / name).exists() for name in (recorded.name, "metrics.jsonl", "checkpoints", "model")):
+        if any((run / name).exists() for name in _OF_A_RUN):
             raise InputError(f"{run} exists already; --resume continues it, or choose another -o")
         return config
     if not recorded.exists():
         raise InputError(f"there is no run to resume at {run}: config.yaml is missing; start it without --resume")
+    if ("generation_weight" in read_settings(recorded)) != ("generation_weight" in type(config).model_fields):
+        other = "pretrain" if "generation_weight" in type(config).model_fields else "finetune"
+        raise InputError(f"{run} was begun by igpt {other}, which continues it with --resume; choose another -o")
     before = type(config).load(recorded)
     moved: dict[str, Any] = {}
     for key, value in given.items():
