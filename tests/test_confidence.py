@@ -21,5 +21,11 @@ def test_an_accuracy_stands_with_its_images_and_interval() -> None:
 
 def test_a_mean_stands_with_its_standard_error() -> None:
     values = np.array([1.0, 2.0, 4.0])
-    assert mean_of(values) == {"mean": pytest.approx(7 / 3), "standard_error": pytest.approx(sem(values)), "count": 3}
+    error = sem(values)
+    assert mean_of(values) == {
+        "mean": pytest.approx(7 / 3),
+        "standard_error": pytest.approx(error),
+        "interval_95": pytest.approx([7 / 3 - 1.96 * error, 7 / 3 + 1.96 * error], abs=1e-3),
+        "count": 3,
+    }
     assert mean_of(values[:1])["standard_error"] is None

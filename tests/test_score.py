@@ -130,21 +130,26 @@ def test_two_sources_are_told_apart(
 ) -> None:
     done = igpt("score", run, digits.path, "--against", photographs)
     assert done.returncode == 0, done.stderr
-    told = read(run / "score.json")["against"]
-    assert (told["images"], told["split"], told["source"]) == (48, "all", str(photographs))
+    others = read(run / "score.json")["against"]
+    told = others["told_apart"]
+    assert (others["images"], others["split"], others["source"]) == (48, "all", str(photographs))
     assert igpt("score", run, photographs, "-o", run / "other.csv").returncode == 0
     with (run / "other.csv").open(newline="") as file:
         theirs = [float(row["nats_per_pixel"]) for row in csv.DictReader(file)]
     ours = score(model, digits["test"])
     expected = roc_auc_score([0] * 180 + [1] * 48, np.concatenate([ours, theirs]))
     assert told["auroc"] == pytest.approx(expected, abs=1e-4)
-    assert told["nats_per_pixel"] == pytest.approx(np.mean(theirs), abs=1e-5)
+    assert others["nats_per_pixel"] == pytest.approx(np.mean(theirs), abs=1e-5)
+    assert others["standard_error"] == pytest.approx(np.std(theirs, ddof=1) / 48**0.5, abs=1e-5)
     low, high = told["interval_95"]
     assert f"AUROC {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})" in done.stdout
     assert done.stdout.count("palette") == 2, "beside each of the two likelihoods"
-    backwards = igpt("score", run, photographs, "--against", digits.path)
+    # The split is that of the first source; the second has none of the name.
+    done = igpt("score", run, digits.path, "--split", "validation", "--against", photographs)
+    assert done.returncode == 0, done.stderr
+    backwards = igpt("score", run, photographs, "--label-column", "none", "--against", digits.path)
     assert backwards.returncode == 0, backwards.stderr
-    assert read(run / "score.json")["against"]["auroc"] == pytest.approx(1 - told["auroc"], abs=1e-9)
+    assert read(run / "score.json")["against"]["told_apart"]["auroc"] == pytest.approx(1 - told["auroc"], abs=1e-9)
 
 
 def test_bad_images_are_told(igpt: Run, run: Path, photographs: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, make_dataclass
@@ -135,6 +136,20 @@ def require_writable(path: Path, kind: str | None = None) -> None:
         raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
     if kind and path.exists() and read_json(path, kind).get("format") != kind:
         raise InputError(f"{path} holds something else already ({kind} would be written there); choose another -o")
+
+
+@contextlib.contextmanager
+def passing_folder(target: Path) -> Iterator[Path]:
+    """The name of a folder beside a file to be written, for what is needed until then.
+
+    It is removed at the end, and if that was cut off, at the next time.
+    """
+    folder = target.with_name(f".{target.name}.passing")
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def announce(line: str) -> None:

@@ -27,9 +27,11 @@ def accuracy_of(right: int, count: int) -> dict[str, Any]:
 
 
 def mean_of(values: NDArray[np.float64]) -> dict[str, Any]:
-    """A mean over independent values as results are written: with its standard error (None of one value)."""
+    """A mean over independent values as results are written: with its standard error and interval (None of one)."""
+    mean = float(values.mean())
     error = None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
-    return {"mean": float(values.mean()), "standard_error": error, "count": len(values)}
+    interval = None if error is None else [mean - _Z * error, mean + _Z * error]
+    return {"mean": mean, "standard_error": error, "interval_95": interval, "count": len(values)}
 
 
 def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, Any]:
@@ -37,8 +39,8 @@ def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, 
 
     The area under the receiver operating characteristic: the share of pairs in which the second kind's is higher, ties
     counting half. Its variance is DeLong's (Biometrics 44, 1988), by ranks (Sun and Xu, IEEE Signal Processing Letters
-    21, 2014); the interval is the normal one of its logit, which stays within 0 and 1. Where all pairs agree, DeLong's
-    variance is 0, and the interval is that of as many independent pairs as there are.
+    21, 2014); the interval is the normal one of its logit, which stays within 0 and 1. Where DeLong's
+    variance is 0, as when all pairs agree, the interval is that of as many independent pairs as there are.
 
     Args:
         lower, higher: of the first kind [M] and of the second [N], independent, two or more each.
@@ -52,7 +54,7 @@ def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, 
     above = 1 - (ranks[:first] - rankdata(lower)) / second  # [M]: the share of the second kind above each of the first
     area = float(below.mean())
     error = math.sqrt(below.var(ddof=1) / second + above.var(ddof=1) / first)
-    if area in (0, 1):
+    if not error:
         pairs = min(first, second)
         interval = interval_of_share(round(area * pairs), pairs)
     else:

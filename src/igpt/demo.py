@@ -3,13 +3,12 @@
 import os
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from igpt.command_line import load_model, progress_bar
+from igpt.command_line import load_model, passing_folder, progress_bar
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources import DIGITS
 from igpt.data.tokens import TokenDataset
@@ -90,8 +89,8 @@ def _finished(run: Path) -> bool:
 def _probe(model: ImageGPT, data: TokenDataset, precision: Precision) -> dict[str, Any]:
     try:
         config = ProbeConfig(limit=_PROBE_IMAGES, precision=precision)
-        with progress_bar() as show, TemporaryDirectory(dir=data.path.parent, prefix=".features-") as features:
-            return probe(model, data, config, Path(features), progress=show)
+        with progress_bar() as show, passing_folder(data.path.parent / "probe.json") as features:
+            return probe(model, data, config, features, progress=show)
     except InputError as error:  # a story without labels has no probe, and says why
         return {"format": FORMAT, "version": VERSION, "skipped": str(error)}
 

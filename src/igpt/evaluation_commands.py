@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 from tyro.conf import Positional
@@ -16,6 +15,7 @@ from igpt.command_line import (
     given,
     load_model,
     model_and_run,
+    passing_folder,
     progress_bar,
     require_writable,
 )
@@ -59,9 +59,8 @@ def probe(
     target = out or home / "probe.json"
     require_writable(target, FORMAT)
     loaded, data = load_model(path), TokenDataset(tokens)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with progress_bar() as show, TemporaryDirectory(dir=target.parent, prefix=".features-") as passing:
-        result = run(loaded, data, settings, features or Path(passing), progress=show)
+    with progress_bar() as show, passing_folder(target) as passing:
+        result = run(loaded, data, settings, features or passing, progress=show)
     write_json(target, {"model": str(path), **result})
     best, images = best_row(result), result["images"]["test"]
     for row in result["layers"]:
@@ -93,7 +92,7 @@ def score(
     flags: Any,
     out: MaybeOut = None,
     maps: Path | None = None,
-    count: int = 8,
+    count: int | None = None,
     against: str | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
 ) -> None:
@@ -105,7 +104,7 @@ def score(
         out: .csv or .jsonl to write, a line an image, with the summary in a .json beside it; without it, the summary
             is score.json in the run, or here for a model without one.
         maps: PNG to write: images above the losses of their pixels.
-        count: how many images it shows, evenly over all.
+        count: how many images it shows, evenly over all; by default 8, or as many as there are.
         against: a second source, of which the test images are taken, or all where there are none: how well are they
             told by their higher nats/pixel?
         precision: of the products; bf16 is faster where the processor has it.
@@ -123,7 +122,7 @@ def score(
         require_table(out)
         require_writable(out)
     if maps:
-        require_maps(maps, count)
+        require_maps(maps, 8 if count is None else count)
         require_writable(maps)
     require_writable(target, FORMAT)
     loaded = load_model(path)
@@ -132,14 +131,20 @@ def score(
     with progress_bar() as show:
         images = _gathered(loaded, source, settings, show)
         if maps:
-            shown = spread_evenly(images.tokens, count)
+            shown = spread_evenly(images.tokens, min(8, len(images)) if count is None else count)
         losses = run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
         result |= {**images.to_json(), **summary(losses)}
         if against:
-            others = _gathered(loaded, against, settings.model_copy(update={"split": None}), show)
+            plain = {
+                "split": None,
+                "image_column": None,
+                "label_column": None,
+                "stream": False,
+            }  # they are of the first
+            others = _gathered(loaded, against, settings.model_copy(update=plain), show)
             theirs = run(loaded, others.tokens, precision=precision, progress=partial(show, "scoring"))
             told = told_apart(losses, theirs)
-            result["against"] = {**others.to_json(), **summary(theirs), **told}
+            result["against"] = {**others.to_json(), **summary(theirs), "told_apart": told}
     if maps:
         tokens = images.tokens.rows(shown)
         draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)

@@ -1,14 +1,18 @@
 """Features of all layers in one pass: what they are, under masks too, and how they lie on the disk."""
 
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation import features
 from igpt.evaluation.features import Above, Beside, Masking, pooled, require_match, stored
@@ -88,24 +92,29 @@ def test_interrupted_they_are_absent(
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_memory_does_not_grow_with_the_images(model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written is fifty times what a batch holds: resident memory may not follow it."""
-    rows = np.zeros((64, 64), np.uint16)
-    split = TokenSplit("test", [rows] * 100, [np.zeros(64, np.int32)] * 100)
+def test_no_more_than_a_batch_or_two_are_in_memory(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Batch(np.ndarray):
+        """An array that can be watched."""
 
-    def resident() -> int:
-        fields = Path("/proc/self/statm").read_text().split()
-        return (int(fields[1]) - int(fields[2])) * 4096  # without pages of files
+    alive, most = list[weakref.ref[Batch]](), 0
 
-    if not Path("/proc/self/statm").exists():
-        pytest.skip("resident memory is read from /proc")
-    monkeypatch.setattr(features, "images_at_once", lambda config: 64)
-    sizes: list[int] = []
-    layers = stored(model, split, tmp_path / "test", of={}, progress=lambda done, total: sizes.append(resident()))
-    written = sum(layer.nbytes for layer in layers)
-    assert written > 2e6
-    assert sizes[-1] - sizes[10] < written / 2
-    assert json.loads((tmp_path / "test" / "features.json").read_text())["images"] == 6400
+    def watched(*arguments: Any, **options: Any) -> Iterator[NDArray[np.float32]]:
+        nonlocal most
+        for batch in made(*arguments, **options, batch_size=4):
+            seen = batch.view(Batch)
+            alive.append(weakref.ref(seen))
+            most = max(most, sum(one() is not None for one in alive))
+            yield seen
+
+    made = features.pooled
+    monkeypatch.setattr(features, "pooled", watched)
+    found = stored(model, digits["test"], tmp_path / "test", of={})
+    assert most <= 2, "of 45"
+    (whole,) = made(model, digits["test"], batch_size=180)
+    np.testing.assert_allclose(np.stack(found), whole, atol=1e-5)
+    assert json.loads((tmp_path / "test" / "features.json").read_text())["images"] == 180
 
 
 def test_tokens_that_do_not_fit_are_refused(digits: TokenDataset, photographs: Path, model: ImageGPT) -> None:

@@ -17,7 +17,7 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.evaluation.probe import ProbeConfig, probe
+from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, probe
 from igpt.model.transformer import ImageGPT, ModelConfig
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
@@ -106,7 +106,7 @@ def test_the_command_writes_every_protocol(igpt: Any, short_run: Path, digits: T
     assert again.returncode == 0
     other = json.loads((tmp_path / "again.json").read_text())
     assert {**other, "environment": 0} == {**result, "environment": 0}, "to the last digit"
-    assert not list(tmp_path.glob(".features-*")), "what was passing is gone"
+    assert not list(tmp_path.glob(".*")), "what was passing is gone"
 
 
 def test_few_labels_are_seeded_draws_of_equal_size(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
@@ -201,7 +201,7 @@ def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset,
         ({"limit": 2}, {}, "of the (validation|test) images have no training image|every class; there are 2 for 10"),
         ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
         ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
-        ({"concatenate": (1,)}, {}, "name two or more"),
+        ({"concatenate": (1,)}, {}, "two or more to concatenate"),
         ({"masks": 2}, {}, "masking at test time needs a model trained as 'bert'"),
     ]
     for settings, labels, message in refused:
@@ -257,3 +257,71 @@ def test_kept_features_serve_other_settings_and_seeds(model: ImageGPT, digits: T
     assert {path: path.stat().st_mtime_ns for path in made} == made
     with pytest.raises(InputError, match="holds features of another model or of other images"):
         probe(model, digits, ProbeConfig(limit=150), tmp_path)
+
+
+def test_nothing_is_chosen_by_the_test_images(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    """With their labels shuffled, all that is chosen stays, and so do the accuracies on validation images."""
+    config = ProbeConfig(baselines=False, labels_per_class=(3,), strengths=(1e-5, 1e-2, 10.0))
+    permuted = np.random.default_rng(0).permutation(digits["test"].labels)
+    true, shuffled = (probe(model, data, config, kept) for data in (digits, changed(digits, test=permuted)))
+    for key in ("validation_accuracy", "regularisation", "converged", "iterations"):
+        assert [row[key] for row in true["layers"]] == [row[key] for row in shuffled["layers"]]
+    assert true["best_layer"] == shuffled["best_layer"]
+    assert true["few_labels"][0]["regularisation"] == shuffled["few_labels"][0]["regularisation"]
+    assert max(row["test_accuracy"] for row in shuffled["layers"]) < 0.25, "or nothing was shuffled"
+
+
+def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
+    """Two features, of which strong regularisation reads the one and weak regularisation the other as well."""
+    generator = np.random.default_rng(1)
+    labels = generator.integers(0, 2, 400)
+    sign = 2.0 * labels - 1
+    strong = 0.5 * sign + generator.normal(size=400)
+    weak = 0.05 * sign + 0.001 * generator.normal(size=400)
+    rows = np.arange(400)
+    train = np.stack([strong, strong + weak], axis=1).astype(np.float32)
+    good = np.stack([strong, strong + weak], axis=1).astype(np.float32)
+    bad = np.stack([strong, strong - weak], axis=1).astype(np.float32)  # what only weak regularisation learns misleads
+    for validation, test, expected in ((good, bad, 1e4), (bad, good, 1e-4)):
+        found = {"train": train, "validation": validation, "test": test}
+        images = {name: Images([[features]], labels, rows) for name, features in found.items()}
+        config = ProbeConfig(strengths=(1e-4, 1e4), fold_back=False)
+        row = fit_and_test(images, config=config, device=torch.device("cpu"))
+        assert row["regularisation"] == expected
+        few = few_labels(images, 100, config, torch.device("cpu"))
+        assert few["regularisation"] == expected
+
+
+def test_folders_of_others_and_damaged_features_are_refused(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
+    config = ProbeConfig(**FEW, layers=(1,))
+    theirs = tmp_path / "code" / "model" / "train" / "thesis.txt"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("mine")
+    with pytest.raises(InputError, match="holds something else than features"):
+        probe(model, digits, config, tmp_path / "code")
+    assert theirs.read_text() == "mine"
+    model.save_pretrained(tmp_path / "run" / "model")
+    with pytest.raises(InputError, match="is a run; name a folder of its own"):
+        probe(model, digits, config, tmp_path / "run")
+    probe(model, digits, config, tmp_path / "kept")
+    file = tmp_path / "kept" / "model" / "test" / "layer-001.npy"
+    whole = file.read_bytes()
+    for damage in (whole[:100], whole[:3000], None):
+        file.unlink() if damage is None else file.write_bytes(damage)
+        with pytest.raises(InputError, match=r"layer-001\.npy is missing or cut off; remove"):
+            probe(model, digits, config, tmp_path / "kept")
+
+
+def test_features_of_test_images_that_are_not_finite_are_refused(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
+    config = ProbeConfig(**FEW, layers=(1,))
+    probe(model, digits, config, tmp_path)
+    file = tmp_path / "model" / "test" / "layer-001.npy"
+    features = np.load(file)
+    features[7, 3] = np.nan
+    np.save(file, features)
+    with pytest.raises(InputError, match="features are not finite"):
+        probe(model, digits, config, tmp_path)

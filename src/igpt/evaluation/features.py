@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igpt.data.palette import Palette
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, write_json
@@ -110,6 +111,8 @@ def stored(
         **of,
     }
     files = [f"layer-{layer:03d}.npy" for layer in range(model.config.n_layer + 1)]
+    if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} holds something else than features; name another folder")
     if (folder / MANIFEST).exists():
         if read_json(folder / MANIFEST, "features") != what:
             raise InputError(f"{folder} holds features of another model or of other images; name another folder")
@@ -124,7 +127,40 @@ def stored(
                     for file, layer in zip(opened, batch.astype("<f4"), strict=True):
                         file.write(layer.tobytes())
             write_json(temporary / MANIFEST, what)
-    return [np.load(folder / name, mmap_mode="r") for name in files]
+    return [_mapped(folder / name, (len(split), model.config.n_embd)) for name in files]
+
+
+def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    try:
+        array: NDArray[np.float32] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError):
+        raise InputError(
+            f"{path} is missing or cut off; remove {path.parent}, and its features are made anew"
+        ) from None
+    if array.shape != shape:
+        raise InputError(f"{path} does not hold {shape}; remove {path.parent}, and its features are made anew")
+    return array
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The colours of images as features, in [-1, 1], decoded as they are read: [N, 3 n]."""
+
+    split: TokenSplit
+    palette: Palette
+    places: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """See `Rows`."""
+        return len(self), 3 * self.places
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, rows: Any) -> NDArray[np.float32]:
+        wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
+        return self.palette.centers_[self.split.rows(wanted)].reshape(len(wanted), -1)
 
 
 class Rows(Protocol):

@@ -70,12 +70,13 @@ def score(
 
 
 def summary(losses: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean nats/pixel, its standard error over images (None for one image), and bits/pixel."""
+    """Mean nats/pixel, its standard error over images and 95 % interval (None for one image), and bits/pixel."""
     found = mean_of(losses)
     return {
         "images": found["count"],
         "nats_per_pixel": found["mean"],
         "standard_error": found["standard_error"],
+        "interval_95": found["interval_95"],
         "bits_per_pixel": found["mean"] / float(np.log(2)),
     }
 

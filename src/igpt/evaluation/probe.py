@@ -19,7 +19,7 @@ from igpt.config import Config
 from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.evaluation.features import Above, Beside, Masking, Rows, require_match, stored
+from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
 from igpt.evaluation.regression import Classifiers, fit_lbfgs, fit_sgd
 from igpt.files import sha256_of
 from igpt.model.classifier import modal
@@ -100,18 +100,20 @@ def probe(
             raise InputError(
                 f"there is no layer {layer}: the model's are 0 to {depth}, the last the final norm's output"
             )
-    if len(config.concatenate) == 1:
-        raise InputError("one layer cannot be set beside itself; name two or more to concatenate")
+    if len(config.concatenate) == 1 or any(len(set(named)) < len(named) for named in (layers, config.concatenate)):
+        raise InputError("name each layer once, and two or more to concatenate")
     if config.masks:
         model.require("bert", "masking at test time")
     drawn = {name: _drawn(data[name], config) for name in SPLITS}
     require_classes({name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe")
+    if (features / "model" / "config.json").exists():
+        raise InputError(f"{features} is a run; name a folder of its own for the features")
     say = progress or (lambda what, done, total: None)
     known = np.unique(drawn["train"][0].labels)
     of = {"tokens_sha256": sha256_of(data.path / MANIFEST), "drawn": config.limit and [config.limit, config.seed]}
     found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
     device = model.wte.weight.device
-    fit = partial(_fit, config=config, device=device)
+    fit = partial(fit_and_test, config=config, device=device)
     result = _probe_layers(fit, found, layers, config, partial(say, "probes"))
     if config.concatenate:
         say("concatenated layers", 0, 1)
@@ -126,7 +128,11 @@ def probe(
     compared: dict[str, Any] = {}
     if config.baselines:
         say("raw pixels", 0, 1)
-        pixels = {name: replace(found[name], features=[[_pixels(data, split)]]) for name, (split, _) in drawn.items()}
+        places = model.config.n_places
+        pixels = {
+            name: replace(found[name], features=[[Pixels(split, data.palette, places)]])
+            for name, (split, _) in drawn.items()
+        }
         compared["raw_pixels"] = fit(pixels)
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
@@ -195,11 +201,6 @@ def _progress_after(progress: Callable[[int, int], None], before: int, total: in
     progress(before + done, total)
 
 
-def _pixels(data: TokenDataset, split: TokenSplit) -> NDArray[np.float32]:
-    colors = data.palette.centers_[split.rows(np.arange(len(split)))]  # [N, n, 3]
-    return colors.reshape(len(split), -1)
-
-
 def _probe_layers(
     fit: Callable[[Mapping[str, Images]], dict[str, Any]],
     found: Mapping[str, Images],
@@ -215,8 +216,8 @@ def _probe_layers(
     return {"layers": rows, "best_layer": max(rows, key=lambda row: row["validation_accuracy"])["layer"]}
 
 
-def _fit(found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
-    """Fits on the training images, chooses the setting by validation, fits again with both: accuracies of that."""
+def fit_and_test(found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
+    """Fits on the training images, chooses the setting by validation, fits it on both: a row of `probe.json`."""
     train, validation, test = (found[name] for name in SPLITS)
     name, settings = (
         ("regularisation", config.strengths) if config.solver == "lbfgs" else ("learning_rate", config.learning_rates)

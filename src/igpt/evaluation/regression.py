@@ -46,15 +46,19 @@ class Classifiers:
     iterations: list[int]
 
     def predict(self, features: Rows) -> NDArray[np.int64]:
-        """The likeliest class of every row, by each classifier: [N, D] -> [S, N]."""
+        """The likeliest class of every row, by each classifier: [N, D] -> [S, N].
+
+        Raises:
+            InputError: features that are not finite.
+        """
         settings, classes, width = self.coef.shape
         weights = self.coef.reshape(-1, width).t()
-        found = [
-            torch.addmm(self.intercept.reshape(-1), (rows - self.mean) / self.scale, weights)
-            .view(-1, settings, classes)
-            .argmax(dim=2)
-            for rows in _read(features, self.mean.device)
-        ]
+        found = []
+        for rows in _read(features, self.mean.device):
+            if not bool(rows.isfinite().all()):
+                raise InputError("features are not finite; the model's weights are broken")
+            logits = torch.addmm(self.intercept.reshape(-1), (rows - self.mean) / self.scale, weights)
+            found.append(logits.view(-1, settings, classes).argmax(dim=2))
         return torch.cat(found).t().cpu().numpy()
 
 
@@ -80,7 +84,7 @@ def fit_lbfgs(
         labels: 0 .. C - 1, [N].
         strengths: scikit-learn's C, inverse strengths of the regularisation.
         device: where to compute (default: the CPU).
-        tolerance: of the gradient's norm, in the scaled coordinates.
+        tolerance: of the gradient's norm in the scaled coordinates, relative to a loss below 1.
 
     Raises:
         InputError: features that are not finite.
@@ -129,7 +133,7 @@ def _lbfgs(
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
     iterations, stuck = torch.zeros(len(start), dtype=torch.int64), torch.zeros_like(value, dtype=torch.bool)
     for _ in range(max_iterations):
-        live = (gradient.flatten(1).norm(dim=1) > tolerance) & ~stuck
+        live = (gradient.flatten(1).norm(dim=1) > tolerance * value.clamp(max=1)) & ~stuck
         if not live.any():
             break
         direction, taken = -gradient, []
@@ -150,7 +154,7 @@ def _lbfgs(
         del pairs[:-_HISTORY]
         point, value, gradient = next_point, next_value, next_gradient
         iterations += moving.cpu()
-    converged = gradient.flatten(1).norm(dim=1) <= tolerance
+    converged = gradient.flatten(1).norm(dim=1) <= tolerance * value.clamp(max=1)
     return point, value, converged.tolist(), iterations.tolist()
 
 
@@ -259,7 +263,7 @@ def fit_sgd(
 ) -> Classifiers:
     """Logistic regression by SGD with momentum 0.9 and a cosine to 0, for every learning rate (paper, section 3.2).
 
-    No more of the features than a batch is held. They are standardised and divided by sqrt(D), so that an image's have
+    No more than some thousand rows are held. Features are standardised and divided by sqrt(D), so that an image's have
     a norm of about 1; nothing is regularised but by the end of the steps.
 
     Raises:
