@@ -9,7 +9,7 @@ from igpt.files import read_json
 
 
 def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
-    done = igpt("demo", "-o", tmp_path / "run", "--steps", 12)
+    done = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
     assert done.returncode == 0, done.stderr
     for words in (
         "validation loss, nats/pixel",
@@ -23,7 +23,7 @@ def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
         assert words in done.stdout, words
     assert (tmp_path / "run" / "report.html").exists()
     before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
-    again = igpt("demo", "-o", tmp_path / "run", "--steps", 12)
+    again = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before, "done twice"
 
