@@ -2,9 +2,10 @@
 
 import csv
 import json
-import os
 import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -215,9 +216,26 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written(igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    done = igpt("score", run, digits.path, "-o", tmp_path / "locked" / "s.csv")
-    assert done.returncode == 2
-    assert "cannot be written" in done.stderr
+def test_a_folder_that_may_not_be_written() -> None:
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from igpt.command_line import require_writable\n"
+        "if os.getuid() == 0: os.setuid(65534)\n"  # root may write everywhere
+        "for name in sys.argv[1:]:\n"
+        "    try: require_writable(Path(name))\n"
+        "    except ValueError as error: print(error)\n"
+        "    else: print('fine')\n"
+    )
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to others
+        locked, free = Path(home) / "locked", Path(home) / "free"
+        locked.mkdir()
+        free.mkdir()
+        Path(home).chmod(0o755)
+        locked.chmod(0o555)
+        free.chmod(0o777)
+        command = [sys.executable, "-c", program, str(locked / "s.csv"), str(free / "s.csv")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    first, second = done.stdout.splitlines()
+    assert first == f"{locked / 's.csv'} cannot be written: {locked} is no folder that may be written to", done
+    assert second == "fine"
