@@ -20,6 +20,7 @@ from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, write_json
 from igpt.model.checkpoint import weights_sha256
+from igpt.model.classifier import MASKED
 from igpt.model.cost import images_at_once
 from igpt.model.objectives import masks_of_rows
 from igpt.model.precision import Precision, autocast
@@ -39,7 +40,7 @@ class Masking:
     """
 
     draw: int = 0
-    probability: float = 0.15
+    probability: float = MASKED
     seed: int = 0
 
 
