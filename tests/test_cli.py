@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -185,3 +186,21 @@ def test_output_into_a_closed_pipe_is_quiet() -> None:
         text=True,
     )
     assert "Traceback" not in done.stderr
+
+
+def test_completing_by_a_mask_keeps_its_dark_pixels(
+    igpt: Callable[..., subprocess.CompletedProcess[str]], short_run: Path, tmp_path: Path
+) -> None:
+    picture, mask, out = tmp_path / "picture.png", tmp_path / "mask.png", tmp_path / "out.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(picture)
+    hidden = np.zeros((8, 8), np.uint8)
+    hidden[2:5, 3:6] = 255
+    Image.fromarray(hidden).save(mask)
+    done = igpt("complete", short_run, picture, "--mask", mask, "--completions", 2, "-o", out, "--precision", "fp32")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(out.with_suffix(".json").read_text())
+    assert settings["kept_pixels"] == 64 - 9
+    assert settings["precision"] == "fp32"
+    both = igpt("complete", short_run, picture, "--mask", mask, "--keep-rows", 2, "-o", out)
+    assert both.returncode == 2
+    assert "not both" in both.stderr

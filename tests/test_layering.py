@@ -41,6 +41,7 @@ HOUSE = [
     "model/resolution",
     "model/classifier",
     "model/openai",
+    "model/decoder",
     "model/generate",
     "training/optimizer",
     "training/settings",

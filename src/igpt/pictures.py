@@ -32,7 +32,7 @@ _SIDE = 230  # dots that a picture of a map gets, about: a whole number a pixel
 _GAP, _SEAM, _TITLE, _EDGE, _BAR, _SCALE = 14, 6, 44, 24, 28, 150  # dots; the last two: the colour bar, and with words
 _MOST = 200  # maps of a picture: matplotlib draws 65,536 dots in a direction
 _INK, _MUTED = "#1f2328", "#59636e"
-_UNKNOWN = 224  # grey level of pixels that were not kept
+UNKNOWN = 224  # grey level of pixels that were not kept
 
 
 def palette_of(model: ImageGPT) -> Palette:
@@ -75,7 +75,7 @@ def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
 
 
 def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
-    """Writes `count` samples as a PNG grid; `settings` are those of `sample`."""
+    """Writes `count` samples as a PNG grid; `settings` are those of `draw`."""
     require_png(path)
     if count < 1:
         raise InputError(f"at least one sample is drawn, not {count}")
@@ -91,28 +91,37 @@ def draw_completions(
     model: ImageGPT,
     originals: Tensor,
     path: Path,
-    keep_rows: int,
+    keep: int | Tensor,
     completions: int,
     settings: Drawing,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a PNG grid, a row an image: the original, the rows that were kept, and `completions` drawings.
+    """Writes a PNG grid, a row an image: the original, what was kept, and `completions` drawings.
 
     Args:
         originals: tokens [B, n].
-        settings: those of `sample`.
+        keep: rows from the top, or the known places, bool [n].
+        settings: those of `draw`.
     """
     require_png(path)
     if completions < 1:
         raise InputError(f"at least one completion is drawn, not {completions}")
-    drawn = complete(model, originals.repeat_interleave(completions, 0), keep_rows, **settings, progress=progress)
+    drawn = complete(model, originals.repeat_interleave(completions, 0), keep, **settings, progress=progress)
     whole = pictures(model, originals)
-    kept = whole.copy()
-    kept[:, keep_rows:] = _UNKNOWN
+    side = whole.shape[1]
+    known = np.repeat(np.arange(side) < keep, side) if isinstance(keep, int) else keep.numpy()
+    kept = np.where(known.reshape(side, side)[..., None], whole, np.uint8(UNKNOWN))
     filled = pictures(model, drawn).reshape(len(whole), completions, *whole.shape[1:])
     rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
-    _write(path, rows, {**settings, "keep_rows": keep_rows, "completions": completions})
+    told = {"keep_rows": keep} if isinstance(keep, int) else {"kept_pixels": int(known.sum())}
+    _write(path, rows, {**settings, **told, "completions": completions})
     return path
+
+
+def mask_of_file(model: ImageGPT, path: Path) -> Tensor:
+    """The places that a mask keeps, bool [n]: where its square, at the model's size, is darker than grey."""
+    grey = load_square(path, model.config.resolution).mean(axis=-1)
+    return torch.from_numpy(grey.reshape(-1) < 128)
 
 
 def require_maps(path: Path, count: int) -> None:

@@ -89,23 +89,6 @@ def test_attention_is_the_same_whichever_way_is_taken(places: int, dtype: torch.
     torch.testing.assert_close(attention(q, k, v, True).double(), expected, rtol=0, atol=tolerance)
 
 
-def test_new_places_attend_to_the_cache_as_to_the_whole() -> None:
-    model = random_model(5)
-    tokens = random_tokens(model, 6, 2)
-    n, config = model.config.n_places, model.config
-    inputs = torch.cat([torch.full((2, 1), config.n_colors), tokens[:, :-1]], dim=1)
-    shape = (2, config.n_head, n, config.n_embd // config.n_head)
-    caches = [(torch.full(shape, torch.nan).double(), torch.full(shape, torch.nan).double()) for _ in model.h]
-    pieces = []
-    with torch.no_grad():
-        for start, end in [(0, 6), *((place, place + 1) for place in range(6, n))]:
-            x = model.embed_at(inputs[:, start:end], start)
-            for block, cache in zip(model.h, caches, strict=True):
-                x = block(x, cache, start)
-            pieces.append(model.lm_head(model.ln_f(x)))
-        torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
 def test_last_feature_gives_the_logits(objective: str) -> None:
     model = random_model(7, objective=objective)

@@ -28,6 +28,11 @@ def images_at_once(config: ModelConfig) -> int:
     return max(1, 2**16 // config.n_places)
 
 
+def cache_bytes(config: ModelConfig, number: int) -> int:
+    """Bytes of an image's keys and values in all layers, of numbers of so many bytes."""
+    return 2 * config.n_layer * config.n_places * config.n_embd * number
+
+
 def attended_pairs(config: ModelConfig) -> int:
     """Pairs of places that attend to each other in an image: n (n + 1) / 2 under the causal mask, n^2 for BERT."""
     n = config.n_places

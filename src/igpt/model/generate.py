@@ -1,59 +1,57 @@
-"""Sampling and completing images: a key-value cache for autoregressive models, iterative filling for BERT's.
+"""Drawing images and parts of them: place by place by autoregressive models, in rounds of filling by BERT models.
 
-B batch, T places, n places of an image, V colours.
+    for step in draw(model, tokens, known):  # row by row, as it comes
+        ...
+    images = complete(model, tokens, keep=16)  # or all at once
+
+B batch, T places, n places of an image, R resolution, V colours.
 """
 
 import math
-from collections.abc import Callable
-from typing import TypedDict, Unpack
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple, TypedDict, Unpack
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from igpt.errors import InputError
-from igpt.model.transformer import ImageGPT, LayerCache
+from igpt.model.cost import cache_bytes
+from igpt.model.decoder import Decoder, require_finite
+from igpt.model.precision import Precision, autocast, settle_precision
+from igpt.model.transformer import ImageGPT
 
 Progress = Callable[[int, int], None]  # (places done, places in all)
+_CACHE = 4 * 2**30  # bytes of keys and values at a time on a CPU
 
 
 class Drawing(TypedDict, total=False):
-    """How colours are drawn; see `choose` and `sample`."""
+    """How colours are drawn; see `draw`."""
 
     temperature: float
     top_k: int | None
     top_p: float | None
     seed: int
+    rounds: int
+    precision: Precision | Literal["auto"]
 
 
-class Decoder:
-    """One step at a time through an autoregressive model, with preallocated keys and values of all layers."""
+class Drawn(NamedTuple):
+    """Images in the making.
 
-    def __init__(self, model: ImageGPT, batch: int) -> None:
-        model.require("autoregressive", "sampling pixel by pixel")
-        config, weight = model.config, model.wte.weight
-        shape = (batch, config.n_head, config.n_places, config.n_embd // config.n_head)
-        self.model = model
-        self.caches: list[LayerCache] = [
-            (weight.new_empty(shape), weight.new_empty(shape)) for _ in range(config.n_layer)
-        ]
-        self.filled = 0
+    Attributes:
+        tokens: [B, n]; what stands at places that are not known does not matter.
+        known: bool [B, n].
+    """
 
-    def __call__(self, inputs: Tensor) -> Tensor:
-        """Takes inputs [B, T] (V is the start token) at the next places; gives the logits after them: [B, T, V].
-
-        The first call may take any T; later ones take one place.
-        """
-        x = self.model.embed_at(inputs, self.filled)
-        for block, cache in zip(self.model.h, self.caches, strict=True):
-            x = block(x, cache, self.filled)
-        self.filled += inputs.shape[1]
-        return self.model.lm_head(self.model.ln_f(x))  # type: ignore[no-any-return]
+    tokens: Tensor
+    known: Tensor
 
 
-def choose(
-    logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator
-) -> Tensor:
-    """Draws a colour from logits [B, V]: [B]. Temperature 0 takes the likeliest.
+def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """The colours that numbers from [0, 1) choose: logits [..., V], uniform [...] -> [...].
+
+    The number is looked up in the cumulated probabilities. Temperature 0 takes the likeliest colour.
 
     Args:
         top_k: only the k likeliest colours.
@@ -61,20 +59,53 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float()
+    logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(-1)
         beyond = probability.cumsum(-1) - probability >= top_p  # the likeliest colour always stays
-        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(1, order, beyond), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+    reached = logits.softmax(-1).cumsum(-1)
+    return (reached <= uniform[..., None] * reached[..., -1:]).sum(-1)
 
 
-def _check(temperature: float, top_k: int | None, top_p: float | None, seed: int) -> None:
+def draw(
+    model: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    *,
+    by: Literal["row", "pixel"] = "row",
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    rounds: int = 16,
+    precision: Precision | Literal["auto"] = "auto",
+    first: int = 0,
+) -> Iterator[Drawn]:
+    """Draws the places of images that are not known, and yields the images as they become.
+
+    An autoregressive model goes on from what is known in raster order: a place sees all before it, known or drawn, and
+    none after it. A BERT model sees all that is known, and settles the places that it is surest of first.
+    Closing the iterator ends the work. All images are drawn in one batch.
+
+    Args:
+        tokens: [B, n]; what stands at unknown places does not matter.
+        known: bool [n] or [B, n]; these places stay as they are.
+        by: of an autoregressive model, whether every row or every pixel is worth a step. A BERT model's are its rounds.
+        temperature, top_k, top_p: see `choose`; by default plain sampling, as in the paper.
+        seed: image b draws by (seed, first + b), whatever else is in the batch.
+        rounds: in how many steps a BERT model fills.
+        precision: of products and of the cache; "auto" takes bf16 where the processor is faster with it.
+        first: number of the first image.
+
+    Raises:
+        InputError: a setting out of its range, tokens of another size, or broken weights.
+    """
     if not 0 <= seed < 2**63:
         raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
     if not (temperature >= 0 and math.isfinite(temperature)):
@@ -83,113 +114,141 @@ def _check(temperature: float, top_k: int | None, top_p: float | None, seed: int
         raise InputError(f"top-k is at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top-p lies in (0, 1], not {top_p}")
-
-
-@torch.inference_mode()
-def sample(
-    model: ImageGPT,
-    prefix: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Continues images pixel by pixel; by default plain sampling, as in the paper.
-
-    Args:
-        prefix: the first P pixels of each image, [B, P] with P in 0 .. n; P = 0 draws whole images.
-
-    Returns:
-        whole images, [B, n]; the prefix is kept.
-
-    Raises:
-        InputError: a BERT model, or a setting out of its range.
-    """
-    _check(temperature, top_k, top_p, seed)
-    n = model.config.n_places
-    if prefix.shape[1] > n:
-        raise InputError(f"a prefix of {prefix.shape[1]} pixels is longer than an image of {n}")
+    if rounds < 1:
+        raise InputError(f"filling takes at least one round, not {rounds}")
+    batch, n = tokens.shape
+    if n != model.config.n_places:
+        raise InputError(f"images of {n} pixels do not fit a model of {model.config.n_places}")
     device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = prefix.new_empty((len(prefix), n), dtype=torch.long, device=device)
-    tokens[:, : prefix.shape[1]] = prefix
-    decoder = Decoder(model, len(prefix))
-    start = tokens.new_full((len(prefix), 1), model.config.n_colors)
-    inputs = torch.cat([start, tokens[:, : prefix.shape[1]]], dim=1)
-    for place in range(prefix.shape[1], n):
-        tokens[:, place] = choose(decoder(inputs)[:, -1], temperature, top_k, top_p, generator)
-        inputs = tokens[:, place : place + 1]
-        if progress:
-            progress(place + 1 - prefix.shape[1], n - prefix.shape[1])
-    return tokens
+    tokens, known = tokens.to(device, torch.long).clone(), known.to(device).expand(batch, n)
+    kind = settle_precision(precision, device)
+    streams = [np.random.default_rng((seed, first + image)) for image in range(batch)]
+    chosen = (temperature, top_k, top_p)
+    if model.config.objective == "bert":
+        return _fill(model, tokens, known.clone(), rounds, kind, streams, chosen)
+    return _continue(model, tokens, known, n if by == "pixel" else model.config.resolution, kind, streams, chosen)
 
 
 @torch.inference_mode()
-def fill(
+def _continue(
     model: ImageGPT,
     tokens: Tensor,
     known: Tensor,
-    *,
-    rounds: int = 16,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> Tensor:
-    """Fills the unknown places of images with a BERT model, the most confident ones first, over some rounds.
-
-    In every round each open place draws a colour; those whose colour is likeliest are kept, so many that the open
-    places shrink along a quarter cosine (arXiv 2202.04200, section 3.2).
-
-    Args:
-        tokens: [B, n]; what stands at unknown places does not matter.
-        known: bool [n], the places to keep, the same in all images.
-
-    Raises:
-        InputError: an autoregressive model, or a setting out of its range.
-    """
-    model.require("bert", "filling masked places")
-    _check(temperature, top_k, top_p, seed)
-    if rounds < 1:
-        raise InputError(f"filling takes at least one round, not {rounds}")
-    device = model.wte.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
-    tokens = tokens.to(device, torch.long).clone()
+    steps: int,
+    precision: Precision,
+    streams: list[np.random.Generator],
+    chosen: tuple[float, int | None, float | None],
+) -> Iterator[Drawn]:
     batch, n = tokens.shape
-    unknown = (~known).to(device).expand(batch, n).clone()
-    total = int((~known).sum())
+    uniform = torch.from_numpy(np.stack([stream.random(n) for stream in streams])).to(tokens.device)
+    open_places = torch.nonzero(~known.all(0))[:, 0].tolist()
+    if not open_places:
+        yield Drawn(tokens, known)
+        return
+    sequence = torch.cat([tokens.new_full((batch, 1), model.config.n_colors), tokens], dim=1)  # the start, then pixels
+    decoder = Decoder(model, batch, precision)
+    decoder.prefill(sequence[:, : open_places[0]])
+
+    def settle(place: Tensor, logits: Tensor) -> None:
+        """Writes the colours of a place, [1], behind those before it."""
+        drawn = choose(logits, uniform.index_select(1, place)[:, 0], *chosen)
+        kept = sequence.index_select(1, place + 1)
+        sequence.index_copy_(1, place + 1, torch.where(known.index_select(1, place), kept, drawn[:, None]))
+
+    width = n // steps
+    for place in range(open_places[0], open_places[-1] + 1):
+        decoder.advance(sequence, settle)
+        if (place + 1) % width == 0 or place == open_places[-1]:
+            done = torch.arange(n, device=tokens.device) <= place
+            yield Drawn(sequence[:, 1:].clone(), known | done)
+
+
+@torch.inference_mode()
+def _fill(
+    model: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    rounds: int,
+    precision: Precision,
+    streams: list[np.random.Generator],
+    chosen: tuple[float, int | None, float | None],
+) -> Iterator[Drawn]:
+    """In every round each open place draws a colour; those whose colour is likeliest are kept, so many that the open
+    places shrink along a quarter cosine (arXiv 2202.04200, section 3.2).
+    """
+    n = tokens.shape[1]
+    if known.all():
+        yield Drawn(tokens, known)
+        return
+    total = (~known).sum(1, keepdim=True)  # [B, 1]
     for index in range(rounds):
-        keep_open = int(total * math.cos(math.pi / 2 * (index + 1) / rounds)) if index + 1 < rounds else 0
-        logits = model(tokens.masked_fill(unknown, 0), unknown)  # [B, n, V]
-        drawn = choose(logits.flatten(0, 1), temperature, top_k, top_p, generator).view(batch, n)
-        confidence = logits.log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
-        order = confidence.masked_fill(~unknown, torch.inf).argsort(dim=1)  # least confident first
-        tokens = torch.where(unknown, drawn, tokens)
-        still = torch.zeros_like(unknown).scatter_(1, order[:, :keep_open], True)
-        unknown &= still
-        if progress:
-            progress(total - keep_open, total)
-    return tokens
+        uniform = torch.from_numpy(np.stack([stream.random(n) for stream in streams])).to(tokens.device)
+        share = math.cos(math.pi / 2 * (index + 1) / rounds) if index + 1 < rounds else 0.0
+        with autocast(precision, tokens.device):
+            logits = model(tokens.masked_fill(~known, 0), ~known)  # [B, n, V]
+        require_finite(logits)
+        drawn = choose(logits, uniform, *chosen)
+        confidence = logits.float().log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
+        order = confidence.masked_fill(known, torch.inf).argsort(dim=1)  # least confident first
+        rank = torch.empty_like(order).scatter_(1, order, torch.arange(n, device=order.device).expand_as(order))
+        tokens = torch.where(known, tokens, drawn)
+        known = known | (rank >= (total * share).long())
+        yield Drawn(tokens, known)
 
 
 def complete(
-    model: ImageGPT, tokens: Tensor, keep_rows: int, *, progress: Progress | None = None, **drawing: Unpack[Drawing]
+    model: ImageGPT,
+    tokens: Tensor,
+    keep: int | Tensor,
+    *,
+    progress: Progress | None = None,
+    **drawing: Unpack[Drawing],
 ) -> Tensor:
-    """Keeps the first rows of images [B, n] and lets the model draw the rest, by whichever objective it has.
+    """Keeps rows or places of images and lets the model draw the rest, by whichever objective it has: [B, n].
 
     Args:
-        drawing: temperature, top_k, top_p and seed of `sample` and `fill`.
+        tokens: [B, n].
+        keep: how many rows from the top; or the known places, bool [n] or [B, n].
+        progress: is told how many places are done.
+        drawing: settings of `draw`.
 
     Raises:
-        InputError: `keep_rows` is not in 0 .. resolution, or a setting is out of its range.
+        InputError: `keep` is not in 0 .. resolution, or see `draw`.
     """
+    batch, n = tokens.shape
     resolution = model.config.resolution
-    if not 0 <= keep_rows <= resolution:
-        raise InputError(f"rows to keep lie in 0..{resolution} for this model, not {keep_rows}")
-    kept = keep_rows * resolution
-    if model.config.objective == "autoregressive":
-        return sample(model, tokens[:, :kept], progress=progress, **drawing)
-    return fill(model, tokens, torch.arange(tokens.shape[1]) < kept, progress=progress, **drawing)
+    if isinstance(keep, int):
+        if not 0 <= keep <= resolution:
+            raise InputError(f"rows to keep lie in 0..{resolution} for this model, not {keep}")
+        keep = torch.arange(n) < keep * resolution
+    keep = keep.expand(batch, n)
+    size = _at_once(model)
+    parts = []
+    for first in range(0, batch, size):
+        rows = slice(first, first + size)
+        for step in draw(model, tokens[rows], keep[rows], first=first, **drawing):
+            if progress:
+                progress(first * n + int(step.known.sum()), batch * n)
+        parts.append(step.tokens)
+    return torch.cat(parts)
+
+
+def sample(model: ImageGPT, prefix: Tensor, *, progress: Progress | None = None, **drawing: Unpack[Drawing]) -> Tensor:
+    """Continues images from their first P pixels, [B, P] with P in 0 .. n; P = 0 draws whole images: [B, n].
+
+    Raises:
+        InputError: a BERT model, which draws nothing from nothing; or see `draw`.
+    """
+    model.require("autoregressive", "drawing whole images")
+    n, given = model.config.n_places, prefix.shape[1]
+    if given > n:
+        raise InputError(f"a prefix of {given} pixels is longer than an image of {n}")
+    tokens = torch.cat([prefix.long(), torch.zeros(len(prefix), n - given, dtype=torch.long, device=prefix.device)], 1)
+    return complete(model, tokens, torch.arange(n) < given, progress=progress, **drawing)
+
+
+def _at_once(model: ImageGPT) -> int:
+    """How many images' keys and values fit into memory at a time."""
+    device = model.wte.weight.device
+    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CACHE
+    return max(1, room // cache_bytes(model.config, model.wte.weight.element_size()))

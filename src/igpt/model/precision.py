@@ -2,19 +2,20 @@
 
 import time
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Literal
 
 import torch
 
 Precision = Literal["bf16", "fp32"]
-_TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def matmul_rate(precision: Precision, device: torch.device) -> float:
     """FLOP/s of a large product as linear layers have it, measured: the best of up to five in a quarter of a second."""
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 512, 1024)
-    left = torch.ones(rows, inner, dtype=_TYPES[precision], device=device)
-    right = torch.ones(columns, inner, dtype=_TYPES[precision], device=device).t()
+    left = torch.ones(rows, inner, dtype=TYPES[precision], device=device)
+    right = torch.ones(columns, inner, dtype=TYPES[precision], device=device).t()
     seconds: list[float] = []
     while len(seconds) < 6 and sum(seconds) < 0.25:  # the first one also chooses a kernel
         started = time.perf_counter()
@@ -31,6 +32,12 @@ def settle_precision(precision: Precision | Literal["auto"], device: torch.devic
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return _faster_on_a_cpu()
+
+
+@cache
+def _faster_on_a_cpu() -> Precision:
+    device = torch.device("cpu")
     return "bf16" if matmul_rate("bf16", device) > 1.25 * matmul_rate("fp32", device) else "fp32"
 
 

@@ -21,7 +21,7 @@ from igpt.model.norm import NORM_EPS, RMSNorm, trains_on_cpu
 
 Objective = Literal["autoregressive", "bert"]
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
-_SLOPE = 1.702  # of the sigmoid in the activation
+SLOPE = 1.702  # of the sigmoid in the activation
 _SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
 
 
@@ -136,7 +136,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; with a cache, of new places to all before them."""
+    """Multi-head self-attention."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -145,18 +145,13 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
-        """[B, T, D] -> [B, T, D]; `cache` is written at places start .. start + T - 1 and read up to there."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`."""
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, K]
         q, k, v = qkv.unbind(0)
-        causal = self.causal
         if cache is not None:
-            end = start + x.shape[1]
-            assert start == 0 or x.shape[1] == 1, "a cache is filled from the start, then place by place"
-            cache[0][:, :, start:end], cache[1][:, :, start:end] = k, v
-            k, v = cache[0][:, :, :end], cache[1][:, :, :end]
-            causal = start == 0
-        return self.c_proj(attention(q, k, v, causal).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+            cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = k, v
+        return self.c_proj(attention(q, k, v, self.causal).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 class MLP(nn.Module):
@@ -171,9 +166,9 @@ class MLP(nn.Module):
         """[B, T, D] -> [B, T, D]."""
         # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
         if trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
-            inner = F.linear(x, _SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else _SLOPE * self.c_fc.bias)
-            return F.linear(F.silu(inner), self.c_proj.weight / _SLOPE, self.c_proj.bias)
-        return self.c_proj(F.silu(_SLOPE * self.c_fc(x)) / _SLOPE)  # type: ignore[no-any-return]
+            inner = F.linear(x, SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else SLOPE * self.c_fc.bias)
+            return F.linear(F.silu(inner), self.c_proj.weight / SLOPE, self.c_proj.bias)
+        return self.c_proj(F.silu(SLOPE * self.c_fc(x)) / SLOPE)  # type: ignore[no-any-return]
 
 
 class Block(nn.Module):
@@ -186,9 +181,9 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None, start: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        x = x + self.attn(self.ln_1(x), cache, start)
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -260,15 +255,15 @@ class ImageGPT(nn.Module):
         if self.config.objective == "autoregressive":
             assert mask is None, "an autoregressive model takes no mask"
             start = tokens.new_full((tokens.shape[0], 1), self.config.n_colors)
-            return self.embed_at(torch.cat([start, tokens[:, :-1]], dim=1), 0)
+            return self.embed_inputs(torch.cat([start, tokens[:, :-1]], dim=1))
         x = self.wte(tokens)
         if mask is not None:
             x = x.masked_fill(mask[..., None], 0.0)
         return x + self.wpe.weight[: tokens.shape[1]]  # type: ignore[no-any-return]
 
-    def embed_at(self, inputs: Tensor, start: int) -> Tensor:
-        """Embeddings of inputs [B, T] (V: the start) that enter at places start .. start + T - 1: [B, T, D]."""
-        return self.wte(inputs) + self.wpe.weight[start : start + inputs.shape[1]]  # type: ignore[no-any-return]
+    def embed_inputs(self, inputs: Tensor) -> Tensor:
+        """Embeddings of inputs [B, T], the start (V) and pixels, at the first T places: [B, T, D]."""
+        return self.wte(inputs) + self.wpe.weight[: inputs.shape[1]]  # type: ignore[no-any-return]
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The final norm's output: tokens [B, T] -> [B, T, D]."""

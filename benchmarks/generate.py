@@ -1,0 +1,160 @@
+"""How fast images are drawn from iGPT-S at 32 px, beside transformers' `generate` and a full pass for every pixel.
+
+    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024 tokens
+    python benchmarks/generate.py --batches 1 64 256           # GPU
+
+Weights are random; no speed depends on them. Contenders take turns. The bound is what a step must read (weights and
+the cache so far) over the rate at which this machine reads memory, measured here. A full pass costs the same at every
+place (the released code runs all n of them), so that few are timed; transformers' cost a token is taken from all of its
+tokens, or with --most from the first so many of both.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import common
+import torch
+from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+from igpt.model.cost import cache_bytes, count_parameters
+from igpt.model.generate import complete
+from igpt.model.precision import settle_precision
+from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.presets import preset
+
+
+def read_rate(device: torch.device) -> float:
+    """Bytes/s at which memory is read: the best of ten sums over 1 GiB."""
+    block = torch.ones(2**28, device=device)
+    seconds = []
+    for _ in range(10):
+        _wait(device)
+        started = time.perf_counter()
+        block.sum()
+        _wait(device)
+        seconds.append(time.perf_counter() - started)
+    return block.numel() * 4 / min(seconds)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def step_bytes(config: ModelConfig, batch: int, tokens: int, number: int) -> float:
+    """Bytes that a step reads on average over the first so many: weights but the embeddings', and half the cache."""
+    read = count_parameters(config) - (config.n_colors + 1 + config.n_places) * config.n_embd
+    return number * read + batch * cache_bytes(config, number) * tokens / config.n_places / 2
+
+
+def main(
+    model: str = "igpt-s",
+    batches: tuple[int, ...] = (1, 16),
+    rounds: int = 3,
+    most: int | None = None,
+    result: str = "generate",
+) -> None:
+    """Measures tokens/s.
+
+    Args:
+        model: preset.
+        batches: images at a time.
+        rounds: medians are over so many turns.
+        most: draw the first so many tokens only.
+        result: name of the JSON.
+    """
+    settings = {key: value for key, value in preset(model).items() if key in ModelConfig.model_fields}
+    config = ModelConfig.layered(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    ours = ImageGPT(config)
+    torch.nn.init.normal_(ours.lm_head.weight, std=0.2)
+    ours = ours.to(device).eval()
+    theirs = {}
+    shape = {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
+    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        hub = ImageGPTConfig(vocab_size=config.n_colors + 1, n_positions=config.n_places, **shape)
+        theirs[name] = ImageGPTForCausalImageModeling(hub).to(device, kind).eval()
+    rate = read_rate(device)
+    precision = settle_precision("auto", device)
+    # Emulated bf16 would take an hour here: it is timed on a few tokens.
+    tokens = min(most or config.n_places, config.n_places)
+    theirs_tokens = min(tokens, config.n_places - 1)  # their model has no place for the last pixel beside the start
+    rows: list[dict[str, Any]] = []
+    for batch in batches:
+        start = torch.full((batch, 1), config.n_colors, device=device)
+        empty = torch.zeros(batch, config.n_places, dtype=torch.long, device=device)
+
+        def draw(kind: str, many: int = tokens, images: torch.Tensor = empty) -> None:
+            places = torch.arange(config.n_places, device=device)
+            complete(ours, images, places >= many, precision=kind)
+
+        def generate(kind: str, many: int = theirs_tokens, first: torch.Tensor = start) -> None:
+            length = {"max_new_tokens": many, "min_new_tokens": many}
+            theirs[kind].generate(first, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **length)
+
+        @torch.inference_mode()
+        def full(images: torch.Tensor = empty) -> None:
+            theirs["fp32"](images, use_cache=False)
+
+        def timed(call: Callable[[], None]) -> Callable[[], None]:
+            def run() -> None:
+                call()
+                _wait(device)
+
+            return run
+
+        contenders = {"ours fp32": timed(lambda: draw("fp32"))}
+        if precision == "bf16":
+            contenders["ours bf16"] = timed(lambda: draw("bf16"))
+            contenders["transformers bf16"] = timed(lambda: generate("bf16"))
+        contenders["transformers fp32"] = timed(lambda: generate("fp32"))
+        contenders["full pass"] = timed(full)
+        draw(precision, 8)
+        seconds = common.interleaved(contenders, rounds)
+        if precision == "fp32":
+            seconds["transformers bf16"] = common.interleaved({"": timed(lambda: generate("bf16", 16))}, 1)[""]
+        drawn = {"full pass": 1, "transformers bf16": theirs_tokens if precision == "bf16" else 16}
+        best = f"ours {precision}"
+        speeds = {}
+        for name, value in seconds.items():
+            done = drawn.get(name, tokens if name.startswith("ours") else theirs_tokens)
+            speeds[name] = batch * done / value
+        rival = max(value for name, value in speeds.items() if name.startswith("transformers"))
+        number = 2 if precision == "bf16" else 4
+        bound = batch * rate / step_bytes(config, batch, tokens, number)
+        for name, speed in speeds.items():
+            share = bound if name == best else None
+            rows.append(
+                {
+                    "batch": batch,
+                    "contender": name,
+                    "tokens_per_second": speed,
+                    "tokens_timed": drawn.get(name, tokens),
+                    "seconds": seconds[name],
+                    "best_over_this": speeds[best] / speed,
+                    "share_of_bound": speed / share if share else None,
+                }
+            )
+        print(f"batch {batch}: {speeds[best] / rival:.2f} times the better of transformers", flush=True)
+    common.show(
+        f"{model} at {config.resolution} px, {tokens} tokens, tokens/s; memory is read at {rate / 1e9:.1f} GB/s",
+        ["batch, contender", "tokens/s", "ours / this", "of the bound"],
+        [
+            [
+                f"{row['batch']}, {row['contender']}",
+                f"{row['tokens_per_second']:.1f}",
+                f"{row['best_over_this']:.2f}",
+                f"{row['share_of_bound']:.0%}" if row["share_of_bound"] else "",
+            ]
+            for row in rows
+        ],
+    )
+    told = {"model": model, "tokens": tokens, "rounds": rounds, "bytes_per_second": rate, "threads": os.cpu_count()}
+    common.record(result, {**told, "precision": precision, "rows": rows})
+
+
+if __name__ == "__main__":
+    common.run(main)
