@@ -43,6 +43,7 @@ HOUSE = [
     "model/openai",
     "model/decoder",
     "model/generate",
+    "training/muon",
     "training/optimizer",
     "training/settings",
     "training/distributed",

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from igpt.training.muon import Muon
+
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "constant"]
 
@@ -29,9 +31,8 @@ def make_optimizers(
 ) -> list[Optimizer]:
     """The optimisers that share a model's parameters out among them; the learning rate is set before every update.
 
-    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices (Jordan et al. 2024; scaled to
-    AdamW's step size, arXiv 2502.16982, so that one learning rate serves both) and leaves the rest to AdamW. Decay
-    applies to matrices only (not to gains), and is 0 in the paper.
+    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices and leaves the rest to
+    AdamW. Decay applies to matrices only (not to gains), and is 0 in the paper.
     """
     named = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
     hidden = [
@@ -45,8 +46,7 @@ def make_optimizers(
     ]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if hidden:
-        muon = torch.optim.Muon(hidden, lr=0.0, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(muon)
+        optimizers.append(Muon(hidden, weight_decay))
     return optimizers
 
 
