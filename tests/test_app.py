@@ -1,12 +1,13 @@
-"""The web page, served on loopback and called as a browser would: its pictures are the model's, mistakes are words."""
+"""The web page, served on loopback and called by a program: its pictures are the model's, mistakes are words."""
 
+import base64
+import io
 import json
 import re
+import shutil
 import socket
 import sys
-import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -18,12 +19,16 @@ from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from igpt.app import build, start
 from igpt.data.palette import Palette
+from igpt.data.tokens import TokenDataset
 from igpt.data.views import load_square
 from igpt.errors import InputError
-from igpt.model.generate import complete
+from igpt.evaluation.readout import Readout
+from igpt.model.classifier import predict
+from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT, ModelConfig
 from igpt.pictures import pictures, tokens_of_files
@@ -68,56 +73,70 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def small(path: str, resolution: int = 8) -> NDArray[np.uint8]:
-    """A picture of the page at the model's resolution; every pixel of it stands as a square of one colour."""
-    large = np.asarray(Image.open(path))
-    scale = len(large) // resolution
-    picture = large[::scale, ::scale]
-    np.testing.assert_array_equal(picture.repeat(scale, 0).repeat(scale, 1), large)
-    return picture
+def small(shown: dict[str, Any]) -> NDArray[np.uint8]:
+    """A picture of the page; it comes at the model's resolution."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["picture"].partition(",")[2]))))
 
 
-def drawn(gallery: list[dict[str, Any]]) -> NDArray[np.uint8]:
-    return np.stack([small(item["image"]) for item in gallery])
+def drawn(shown: list[dict[str, Any]]) -> NDArray[np.uint8]:
+    return np.stack([small(picture) for picture in shown])
+
+
+def all_drawn(model: ImageGPT, tokens: Tensor, known: Tensor, **settings: Any) -> NDArray[np.uint8]:
+    *_, last = draw(model, tokens, known, **settings)
+    return pictures(model, last.tokens)
 
 
 def test_score_shows_the_models_view_and_its_losses(client: Client, model: ImageGPT, photo: Path) -> None:
-    seen, surprise, words = client.predict(handle_file(photo), api_name="/score")
+    seen, words, surprise = client.predict(handle_file(photo), api_name="/score")
     np.testing.assert_array_equal(small(seen), GREYS.inverse_transform(GREYS.transform(load_square(photo, 8))))
+    assert seen["hidden"] == "0" * 64
     tokens = tokens_of_files(model, [photo])
     with torch.inference_mode():
         losses = place_losses(model(tokens), tokens)[0].double().numpy()
     assert f"{losses.mean():.4f} nats/pixel" in words
     assert f"{losses.mean() / np.log(2):.4f} bits/pixel" in words
     assert f"{np.log(17):.2f} nats" in words
-    brightness = small(surprise).astype(int).sum(axis=-1).reshape(-1)[np.argsort(losses)]
+    brightness = small(surprise[0]).astype(int).sum(axis=-1).reshape(-1)[np.argsort(losses)]
     assert (np.diff(brightness) >= 0).all()
     assert brightness[0] < brightness[-1]
 
 
 def test_completions_keep_rows_and_follow_the_seed(client: Client, model: ImageGPT, photo: Path) -> None:
-    gallery, words = client.predict(handle_file(photo), 3, 2, 1.0, 5, api_name="/complete")
-    assert "2 of 2" in words
-    assert [item["caption"] for item in gallery] == ["seed 5", "seed 6"]
+    shown, words = client.predict(handle_file(photo), 3, None, 2, 1.0, 5, api_name="/complete")
+    assert words.startswith("2 drawings, seed 5, in ")
+    assert [picture["caption"] for picture in shown] == ["original", "drawing 1", "drawing 2"]
     tokens = tokens_of_files(model, [photo])
-    expected = torch.cat([complete(model, tokens, 3, seed=seed) for seed in (5, 6)])
-    np.testing.assert_array_equal(drawn(gallery), pictures(model, expected))
-    np.testing.assert_array_equal(drawn(gallery)[:, :3], pictures(model, tokens)[:, :3].repeat(2, 0))
-    assert (drawn(gallery)[0] != drawn(gallery)[1]).any()
-    again, _ = client.predict(handle_file(photo), 3, 1, 1.0, 6, api_name="/complete")
-    np.testing.assert_array_equal(drawn(again)[0], drawn(gallery)[1])
+    original, rows = pictures(model, tokens), torch.arange(64) < 24
+    expected = np.concatenate([original, all_drawn(model, tokens.repeat(2, 1), rows, seed=5)])
+    np.testing.assert_array_equal(drawn(shown), expected)
+    np.testing.assert_array_equal(expected[:, :3], original[:, :3].repeat(3, 0))
+    assert (expected[1] != expected[2]).any()
+    again, words = client.predict(handle_file(photo), 3, None, 1, 1.0, 5, api_name="/complete")
+    assert words.startswith("1 drawing, seed 5")
+    np.testing.assert_array_equal(drawn(again), expected[:2])
+
+
+def test_completions_keep_what_is_not_hidden(client: Client, model: ImageGPT, photo: Path) -> None:
+    known = torch.from_numpy(np.random.default_rng(0).random(64) < 0.5)
+    view = {"hidden": "".join("0" if one else "1" for one in known)}
+    shown, _ = client.predict(handle_file(photo), 3, view, 2, 1.0, 0, api_name="/complete")
+    tokens = tokens_of_files(model, [photo])
+    np.testing.assert_array_equal(drawn(shown)[1:], all_drawn(model, tokens.repeat(2, 1), known))
+    kept = known.view(8, 8).numpy()
+    np.testing.assert_array_equal(drawn(shown)[1][kept], pictures(model, tokens)[0][kept])
 
 
 def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
-    gallery, _ = client.predict(2, 0.5, 3, api_name="/sample")
-    nothing = torch.zeros(1, 64, dtype=torch.long)
-    expected = torch.cat([complete(model, nothing, 0, temperature=0.5, seed=seed) for seed in (3, 4)])
-    np.testing.assert_array_equal(drawn(gallery), pictures(model, expected))
+    shown, _ = client.predict(2, 0.5, 3, api_name="/sample")
+    nothing = torch.zeros(2, 64, dtype=torch.long)
+    expected = all_drawn(model, nothing, nothing[0] > 0, temperature=0.5, seed=3)
+    np.testing.assert_array_equal(drawn(shown), expected)
 
 
 def test_all_rows_kept_give_the_image_back(client: Client, model: ImageGPT, photo: Path) -> None:
-    gallery, _ = client.predict(handle_file(photo), 8, 1, 1.0, 0, api_name="/complete")
-    np.testing.assert_array_equal(drawn(gallery), pictures(model, tokens_of_files(model, [photo])))
+    shown, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
+    np.testing.assert_array_equal(drawn(shown), pictures(model, tokens_of_files(model, [photo])).repeat(2, 0))
 
 
 def test_mistakes_are_told_in_words(
@@ -131,17 +150,20 @@ def test_mistakes_are_told_in_words(
         with pytest.raises(AppError, match=reason):
             client.predict(handle_file(file), api_name="/score")
         with pytest.raises(AppError, match=reason):
-            client.predict(handle_file(file), 4, 1, 1.0, 0, api_name="/complete")
+            client.predict(handle_file(file), 4, None, 1, 1.0, 0, api_name="/complete")
     with pytest.raises(AppError, match="choose an image first"):
-        client.predict(None, 4, 1, 1.0, 0, api_name="/complete")
+        client.predict(None, 4, None, 1, 1.0, 0, api_name="/complete")
+    for hidden in ("1" * 63, "2" * 64):
+        with pytest.raises(AppError, match="64 characters, 1 for hidden"):
+            client.predict(handle_file(photo), 4, {"hidden": hidden}, 1, 1.0, 0, api_name="/complete")
     assert "Traceback" not in capfd.readouterr().err
     for rows, count, temperature, seed in ((99, 1, 1, 0), (-1, 1, 1, 0), (4, 9, 1, 0), (4, 1, -1, 0), (4, 1, 1, -1)):
         with pytest.raises(AppError, match=r"(greater|less) than (maximum|minimum) value"):
-            client.predict(handle_file(photo), rows, count, temperature, seed, api_name="/complete")
+            client.predict(handle_file(photo), rows, None, count, temperature, seed, api_name="/complete")
 
 
 def test_no_image_shows_nothing(client: Client) -> None:
-    assert client.predict(None, api_name="/score") == (None, None, "")
+    assert client.predict(None, api_name="/score") == (None, "", [])
 
 
 def test_page_asks_no_other_machine_for_anything(client: Client) -> None:
@@ -160,33 +182,46 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
     model = make_model(objective="bert")
     for client in serve(model, tmp_path):
         assert set(client.view_api(return_format="dict", print_info=False)["named_endpoints"]) == {"/view", "/complete"}
-        original = pictures(model, tokens_of_files(model, [photo]))
-        np.testing.assert_array_equal(small(client.predict(handle_file(photo), api_name="/view")), original[0])
-        gallery, _ = client.predict(handle_file(photo), 5, 2, 1.0, 0, api_name="/complete")
-        np.testing.assert_array_equal(drawn(gallery)[:, :5], original[:, :5].repeat(2, 0))
-        expected = complete(model, tokens_of_files(model, [photo]), 5, seed=1)
-        np.testing.assert_array_equal(drawn(gallery)[1:], pictures(model, expected))
+        tokens = tokens_of_files(model, [photo])
+        seen, words = client.predict(handle_file(photo), api_name="/view")
+        np.testing.assert_array_equal(small(seen), pictures(model, tokens)[0])
+        assert not words
+        job = client.submit(handle_file(photo), 5, None, 2, 1.0, 0, api_name="/complete")
+        shown, _ = job.result()
+        expected = all_drawn(model, tokens.repeat(2, 1), torch.arange(64) < 40)
+        np.testing.assert_array_equal(drawn(shown)[1:], expected)
+        assert any(re.fullmatch(r"\d+% of the hidden pixels drawn \.\.\.", words) for _, words in job.outputs())
 
 
-def drawing_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "igpt drawing"]
+def test_classifier_tells_the_class_with_its_probability(photo: Path, tmp_path: Path) -> None:
+    model = make_model(class_names=("cat", "dog", "fox", "hen"))
+    torch.nn.init.normal_(model.score.weight, std=0.5)
+    found = predict(model, tokens_of_files(model, [photo]).numpy().astype(np.uint16), np.zeros(1, np.int64))
+    for client in serve(model, tmp_path):
+        *_, label = client.predict(handle_file(photo), api_name="/score")
+        assert label["label"] == ("cat", "dog", "fox", "hen")[found.classes[0]]
+        told = [entry["confidence"] for entry in label["confidences"]]
+        np.testing.assert_allclose(told, np.sort(found.probabilities[0])[::-1][:3])
 
 
-def test_stop_ends_the_work_within_a_drawing(tmp_path: Path) -> None:
-    for client in serve(make_model(resolution=64, n_layer=16), tmp_path):  # a drawing takes many seconds
-        job = client.submit(8, 1.0, 0, api_name="/sample")
-        deadline = time.monotonic() + 20
-        while not drawing_threads() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        time.sleep(0.6)
-        assert drawing_threads()
-        job.cancel()
-        deadline = time.monotonic() + 2
-        while drawing_threads() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert not drawing_threads()
-        words = [output[1] for output in job.outputs()]
-        assert any(re.fullmatch(r"Drawing 1 of 8: \d+% \.\.\.", word) for word in words)
+def test_a_probed_runs_page_tells_the_class_too(
+    igpt: Callable[..., Any], short_run: Path, digits: TokenDataset, photo: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    done = igpt("probe", run, digits.path, "--layers", 1, "--no-baselines", "--strengths", 0.1)
+    assert done.returncode == 0, done.stderr
+    model = ImageGPT.from_pretrained(run / "model")
+    page = start(model, LOOPBACK, 0, run)
+    try:
+        client = Client(page.local_url, verbose=False, analytics_enabled=False, download_files=tmp_path)
+        *_, label = client.predict(handle_file(photo), api_name="/score")
+    finally:
+        page.close(verbose=False)
+    expected = Readout.load(run / "probe.safetensors").probabilities(model, tokens_of_files(model, [photo]))[0]
+    assert label["label"] == (digits.class_names or [])[int(expected.argmax())]
+    told = [entry["confidence"] for entry in label["confidences"]]
+    np.testing.assert_allclose(told, expected.sort(descending=True).values[:3].numpy(), atol=1e-6)
 
 
 def test_address_that_cannot_be_had_is_named(model: ImageGPT) -> None:

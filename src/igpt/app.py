@@ -1,139 +1,188 @@
-"""A web page for a trained model (Gradio): it completes, scores and draws images. Nothing leaves the machine.
-
-n places, R resolution.
-"""
+"""A web page for a trained model (Gradio): it completes, scores and draws images. Nothing leaves the machine."""
 
 import errno
 import html
-import math
 import os
 import socket
-import threading
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
-from contextlib import contextmanager
-from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
-from igpt.data.grids import image_grid
-from igpt.data.views import Transform
 from igpt.errors import InputError
-from igpt.evaluation.likelihood import summary
-from igpt.model.generate import complete
-from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
-from igpt.pictures import palette_of, pictures
+from igpt.page import markup
+from igpt.page.about import about
+from igpt.page.answers import classes, drawings, known_places, read, readout_of, score, view, write_examples
+from igpt.pictures import palette_of
+from igpt.report.figures import encode
 
 if TYPE_CHECKING:
     import gradio as gr
 
 _UPLOAD = 20  # MB at most
 _WAITING = 8  # requests at most in the queue; who comes then is told so
-_HOUR = 3600  # seconds; older uploads and drawings are deleted from the disk
-_SIDE = 256  # pixels on the screen that a picture gets at least
-_POLL = 0.25  # seconds between two words on the progress
-_STYLE = """
-.pixels img { image-rendering: pixelated; }
-.pixels .image-container:has(img), .pixels .grid-wrap { padding-top: 2.2rem; } /* labels lie beside the pixels */
-.pixels .thumbnail-item, .pixels .thumbnail-item img { border-radius: 0; }
-.pixels .thumbnail-item .caption-label { display: none; }
-footer .divider { display: none; }
-"""
+_AT_ONCE = 2  # drawings at once; further ones wait, and see their place in the queue
+_TURN = "Waiting for a turn ..."  # until the first words of the work
+_HOUR = 3600  # seconds; older uploads are deleted from the disk
 
 
-def build(model: ImageGPT) -> "gr.Blocks":
+def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
     """The page, not yet served. Its endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
 
+    Args:
+        run: the model's run directory, of which the page tells; its test images are the examples.
+
     Raises:
-        InputError: the model has no palette, or gradio is not installed.
+        InputError: the model has no palette, gradio is not installed, or a file of the run is damaged.
     """
     if find_spec("gradio") is None:
         raise InputError("the web page needs gradio: pip install 'igpt[app]'")
     import gradio as gr
 
     palette_of(model)
-    config, scored = model.config, model.config.objective == "autoregressive"
-    pixels: dict[str, Any] = {"format": "png", "elem_classes": "pixels"}  # Gradio's own format changes colours
-
-    def look(file: str | None) -> Any:
-        if file is None:
-            return (None, None, "") if scored else None
-        with _told():
-            tokens = _read(model, file)
-        seen = _enlarge(pictures(model, tokens)[0])
-        return (seen, *_score(model, tokens)) if scored else seen
-
-    def completions(file: str | None, *settings: Any) -> Iterator[Any]:
-        with _told():
-            if file is None:
-                raise InputError("choose an image first")
-            yield from _draw(model, _read(model, file), *settings)
-
-    def samples(*settings: Any) -> Iterator[Any]:
-        with _told():
-            yield from _draw(model, torch.zeros(1, config.n_places, dtype=torch.long), 0, *settings)
-
-    def picture(label: str) -> Any:
-        return gr.Image(label=label, interactive=False, buttons=["download"], min_width=130, **pixels)
-
+    story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
     page = gr.Blocks(title="igpt", analytics_enabled=False, delete_cache=(_HOUR, _HOUR))
     with page:
-        gr.Markdown(
-            f"# Completing images\n{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} million "
-            f"parameters, trained to predict {'every pixel from those before it' if scored else 'hidden pixels'}, in "
-            f"images of {config.resolution} by {config.resolution} pixels and {config.n_colors} colours. Choose an "
-            "image: its middle square is brought to that size, and the model draws what is below the rows you keep."
-        )
-        with gr.Row():
-            with gr.Column(min_width=300):
-                file = gr.File(label=f"Image, at most {_UPLOAD} MB", file_types=["image"], height=140)
-                with gr.Row():
-                    shown = [picture("Model's view"), picture("Loss")] if scored else [picture("Model's view")]
-                if scored:
-                    shown.append(gr.Markdown())
-            with gr.Column(min_width=300):
-                rows = gr.Slider(0, config.resolution, config.resolution // 2, step=1, label="Rows to keep")
-                count = gr.Slider(1, 8, 4, step=1, label="Drawings")
-                info = "1 draws as the model learned, 0 takes the likeliest colours."
-                temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info=info)
-                info = "The same seed and settings give the same drawing; further drawings take the seeds after it."
-                seed = gr.Number(0, precision=0, minimum=0, maximum=2**53, label="Seed", info=info)
-                with gr.Row():
-                    complete_button = gr.Button("Complete", variant="primary", min_width=80)
-                    sample_button = gr.Button("Sample", min_width=80, visible=scored)
-                    stop_button = gr.Button("Stop", min_width=80)
-                words = gr.Markdown()
-                gallery = gr.Gallery(label="Drawings", buttons=["download", "download_all"], **pixels)
-        file.change(look, file, shown, api_name="score" if scored else "view", show_progress="hidden")
-        # One drawing at a time, whoever asked for it; looking at an image need not wait for it.
-        queue: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": 1, "show_progress_on": words}
-        settings, drawn = [count, temperature, seed], [gallery, words]
-        work: list[Any] = [
-            complete_button.click(completions, [file, rows, *settings], drawn, api_name="complete", **queue)
-        ]
-        if scored:
-            work.append(sample_button.click(samples, settings, drawn, api_name="sample", **queue))
-        stopping = stop_button.click(None, cancels=work, api_visibility="private")
-        stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
+        if story is None:
+            _workbench(model, run)
+        else:
+            with gr.Tab("Draw"):
+                _workbench(model, run)
+            with gr.Tab("About this model"):
+                gr.HTML(story, apply_default_css=False)
     page.queue(max_size=_WAITING)
     return page
 
 
-def start(model: ImageGPT, host: str, port: int) -> "gr.Blocks":
+def _workbench(model: ImageGPT, run: Path | None) -> None:
+    """The image on the left, what the model draws on the right."""
+    import gradio as gr
+
+    config, scored = model.config, model.config.objective == "autoregressive"
+    readout = readout_of(model, run)
+    classified = readout is not None or config.class_names is not None
+
+    def look(file: str | None) -> Iterator[list[Any]]:
+        def answers() -> Iterator[list[Any]]:
+            yield nothing("" if file is None else "Reading the image ...")
+            if file is not None:
+                tokens = read(model, file)
+                losses, said = score(model, tokens) if scored else ([], "")
+                ranked = [classes(model, tokens, readout)] if classified else []
+                yield [view(model, tokens), said, *[losses] * scored, *ranked]
+
+        def nothing(said: str) -> list[Any]:
+            return [None, said, *[[]] * scored, *[None] * classified]
+
+        yield from _told(answers(), nothing)
+
+    def completions(file: str | None, rows: int, seen: Any, *settings: Any) -> Iterator[list[Any]]:
+        def answers() -> Iterator[list[Any]]:
+            if file is None:
+                raise InputError("choose an image first")
+            tokens = read(model, file)
+            yield from drawings(model, tokens, known_places(model, rows, seen), *settings, original=True)
+
+        yield from _told(answers(), lambda said: [gr.skip(), said])
+
+    def samples(*settings: Any) -> Iterator[list[Any]]:
+        nothing = torch.zeros(1, config.n_places, dtype=torch.long)
+        answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
+        yield from _told(answers, lambda said: [gr.skip(), said])
+
+    plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
+    still = {**plain, "js_on_load": None}
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    gr.Markdown(
+        f"# Completing images\n{millions:.1f} million parameters, trained to predict "
+        f"{'every pixel from those before it' if scored else 'hidden pixels'}, in images of {config.resolution} by "
+        f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle square is brought to "
+        "that size, and the model draws the pixels that you hide."
+    )
+    with gr.Row():
+        with gr.Column(min_width=300):
+            file = gr.File(label=f"Image, at most {_UPLOAD} MB", file_types=["image"], height=140)
+            _examples(model, run, file)
+            rows = gr.Slider(
+                0,
+                config.resolution,
+                config.resolution // 2,
+                step=1,
+                label="Rows to keep",
+                info="What is below them is hidden. Or paint on the picture what shall be hidden."
+                + scored * " The model sees only what lies above a pixel, or left of it in its row.",
+            )
+            with gr.Row():
+                with gr.Column(min_width=200):
+                    seen = gr.HTML(html_template=markup.VIEW, js_on_load=markup.PAINT, **plain)
+                with gr.Column(min_width=200):
+                    lost = gr.HTML([], html_template=markup.PICTURES, visible=scored, **still)
+            said = gr.Markdown()
+            by = f"Class, by a linear probe of layer {readout.layer}" if readout else "Class"
+            label = gr.Label(label=by, num_top_classes=3, visible=classified)
+        with gr.Column(min_width=300):
+            with gr.Row():
+                count = gr.Slider(1, 8, 4, step=1, label="Drawings", min_width=130)
+                info = "1: as learned; 0: the likeliest colours."
+                temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info=info, min_width=130)
+            info = "The same seed and settings give the same drawings."
+            seed = gr.Number(0, precision=0, minimum=0, maximum=2**53, label="Seed", info=info)
+            with gr.Row():
+                complete_button = gr.Button("Complete", variant="primary", min_width=80)
+                sample_button = gr.Button("Sample", min_width=80, visible=scored)
+                stop_button = gr.Button("Stop", min_width=80)
+            words = gr.Markdown(elem_classes="igpt-words")
+            drawn = gr.HTML([], html_template=markup.PICTURES, **still)
+    looks = [seen, said, *[lost] * scored, *[label] * classified]
+    looking = file.change(look, file, looks, api_name="score" if scored else "view", show_progress="hidden")
+    keeping: dict[str, Any] = {"js": markup.KEEP_ROWS, "show_progress": "hidden", "api_visibility": "private"}
+    looking.success(None, [rows, seen], seen, **keeping)
+    rows.change(None, [rows, seen], seen, **keeping)
+    queue: dict[str, Any] = {"concurrency_id": "drawing", "concurrency_limit": _AT_ONCE, "show_progress": "hidden"}
+    settings, results = [count, temperature, seed], [drawn, words]
+    starts: list[tuple[Any, Any, list[Any], str]] = [
+        (complete_button, completions, [file, rows, seen, *settings], "complete")
+    ]
+    if scored:
+        starts.append((sample_button, samples, settings, "sample"))
+    work = []
+    for button, answer, inputs, name in starts:
+        button.click(None, None, words, js=f"() => {_TURN!r}", api_visibility="private")
+        work.append(button.click(answer, inputs, results, api_name=name, **queue))
+    stopping = stop_button.click(None, cancels=work, api_visibility="private")
+    stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
+
+
+def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
+    """Test images to take instead of a file, if the run's tokens are at hand."""
+    import gradio as gr
+
+    folder = tempfile.TemporaryDirectory(prefix="igpt-")
+    paths = [] if run is None else write_examples(model, run, Path(folder.name))
+    if not paths:
+        return
+    shown = [encode(Image.open(path)) for path in paths]
+
+    def choose(event: gr.EventData) -> str:
+        return str(Path(folder.name) / paths[event.index].name)
+
+    examples = gr.HTML(shown, html_template=markup.EXAMPLES, js_on_load=markup.CHOOSE, apply_default_css=False)
+    examples.select(choose, None, file, show_progress="hidden", api_visibility="private")
+
+
+def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr.Blocks":
     """Serves the page at host:port and returns; `close()` of what it returns ends it.
 
     Raises:
         InputError: the port is in use, nothing can listen at this address, or see `build`.
     """
-    page = build(model)
+    page = build(model, run)
     import gradio as gr
 
     try:  # Gradio would call every reason a lack of free ports
@@ -149,19 +198,19 @@ def start(model: ImageGPT, host: str, port: int) -> "gr.Blocks":
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     look = gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))  # no font from elsewhere
     off = {"share": False, "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False}
-    options: dict[str, Any] = {**off, "footer_links": ["api"], "max_file_size": f"{_UPLOAD}mb", "css": _STYLE}
+    options: dict[str, Any] = {**off, "footer_links": ["api"], "max_file_size": f"{_UPLOAD}mb", "css": markup.STYLE}
     options |= {"theme": look.set(block_info_text_color="*neutral_500"), "prevent_thread_lock": True, "quiet": True}
     page.launch(server_name=f"[{host}]" if ":" in host else host, server_port=port, **options)
     return page
 
 
-def serve(model: ImageGPT, host: str, port: int) -> None:
+def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> None:
     """Serves the page at host:port until Ctrl-C.
 
     Raises:
         InputError: see `start`.
     """
-    page = start(model, host, port)
+    page = start(model, host, port, run)
     print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
     try:
         while True:
@@ -170,83 +219,13 @@ def serve(model: ImageGPT, host: str, port: int) -> None:
         page.close(verbose=False)
 
 
-@contextmanager
-def _told() -> Iterator[None]:
-    """Shows a user's mistake on the page, which takes messages for HTML."""
+def _told(answers: Iterator[Any], on_page: Callable[[str], list[Any]]) -> Iterator[list[Any]]:
+    """Passes answers on, and says a user's mistake in their place and in a note; the page takes words for HTML."""
     import gradio as gr
 
     try:
-        yield
+        yield from answers
     except InputError as error:
-        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from None
-
-
-def _read(model: ImageGPT, file: str) -> Tensor:
-    """An uploaded image at the model's resolution and in its palette: tokens [1, n]."""
-    square = Transform(model.config.resolution)(file)
-    return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
-
-
-def _enlarge(picture: NDArray[np.uint8]) -> Image.Image:
-    return image_grid([[picture]], scale=math.ceil(_SIDE / len(picture)), gap=0)
-
-
-def _draw(model: ImageGPT, tokens: Tensor, rows: int, count: int, temperature: float, seed: int) -> Iterator[Any]:
-    """Yields all pictures drawn so far, with captions, and words on the progress.
-
-    One is drawn after the other, not all in a batch: each shows as soon as it is done, and has a seed of its own.
-    """
-    import gradio as gr
-
-    gallery: list[tuple[Image.Image, str]] = []
-    yield gallery, f"Drawing 1 of {count} ..."
-    for drawing in range(count):
-        for state in _watch(partial(complete, model, tokens, rows, temperature=temperature, seed=seed + drawing)):
-            if isinstance(state, float):
-                yield gr.skip(), f"Drawing {drawing + 1} of {count}: {state:.0%} ..."
-            else:
-                gallery.append((_enlarge(pictures(model, state)[0]), f"seed {seed + drawing}"))
-                yield gallery, f"{drawing + 1} of {count} drawn."
-
-
-def _watch(work: Callable[..., Tensor]) -> Iterator[float | Tensor]:
-    """Runs `work(progress=...)` in a thread; yields the share that is done now and then, and at last its result.
-
-    Closing the iterator, as Gradio does when a user presses Stop or leaves, ends the work at its next place.
-    """
-    share, stopped, result = [0.0], threading.Event(), Future[Tensor]()
-
-    def report(done: int, total: int) -> None:
-        if stopped.is_set() or not threading.main_thread().is_alive():  # the latter: the program is ending
-            raise InterruptedError
-        share[0] = done / total
-
-    def run() -> None:
-        try:
-            result.set_result(work(progress=report))
-        except BaseException as error:
-            result.set_exception(error)
-
-    threading.Thread(target=run, name="igpt drawing").start()
-    try:
-        while not wait([result], _POLL).done:
-            yield share[0]
-        yield result.result()
-    finally:
-        stopped.set()
-
-
-@torch.inference_mode()
-def _score(model: ImageGPT, tokens: Tensor) -> tuple[Image.Image, str]:
-    """The losses of an image, tokens [1, n], as a picture and in words."""
-    from matplotlib import colormaps
-
-    tokens = tokens.to(model.wte.weight.device)
-    losses = place_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
-    result, blind = summary(losses.mean(keepdims=True)), math.log(model.config.n_colors)
-    shares = (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)  # of a palette of one colour: 0
-    return _enlarge((255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)), (
-        f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} bits/pixel) on average. Pixels "
-        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or more, as much as a blind "
-        f"guess among {model.config.n_colors} colours."
-    )
+        said = html.escape(str(error), quote=False)
+        yield on_page(said[:1].upper() + said[1:] + ".")
+        raise gr.Error(said, print_exception=False) from None

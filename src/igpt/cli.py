@@ -22,7 +22,8 @@ from igpt.command_line import (
 )
 from igpt.data_commands import inspect, palette, prepare
 from igpt.errors import InputError
-from igpt.evaluation_commands import features, probe, score
+from igpt.evaluation_commands import evaluate, features, probe, score
+from igpt.hub_commands import card, push
 
 
 def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -> None:
@@ -341,10 +342,13 @@ COMMANDS: Commands = {
     "classify": (classify, None),
     "probe": (probe, "igpt.evaluation.probe:ProbeConfig"),
     "score": (score, "igpt.data.gathered:GatherConfig"),
+    "evaluate": (evaluate, None),
     "features": (features, "igpt.data.gathered:GatherConfig"),
     "sample": (sample, None),
     "complete": (complete, None),
     "report": (report, None),
+    "card": (card, None),
+    "push": (push, None),
     "import": (import_openai, None),
     "app": (app, None),
 }

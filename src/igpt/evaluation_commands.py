@@ -1,4 +1,4 @@
-"""The commands that judge and use models: probe, score, features."""
+"""The commands that judge and use models: probe, score, evaluate, features."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -60,7 +60,8 @@ def probe(
     require_writable(target, FORMAT)
     loaded, data = load_model(path), TokenDataset(tokens)
     with progress_bar() as show, passing_folder(target) as passing:
-        result = run(loaded, data, settings, features or passing, progress=show)
+        readout = target.with_suffix(".safetensors")
+        result = run(loaded, data, settings, features or passing, readout=readout, progress=show)
     write_json(target, {"model": str(path), **result})
     best, images = best_row(result), result["images"]["test"]
     for row in result["layers"]:
@@ -162,6 +163,65 @@ def score(
     _tell_skipped(images, target)
     print(
         f"{target}: the summary{f'; {out}: every image' if out else ''}{f'; {maps}: losses by pixel' if maps else ''}"
+    )
+
+
+def evaluate(
+    model: Positional[Path],
+    name: Positional[str],
+    out: MaybeOut = None,
+    limit: int | None = None,
+    seed: int = 0,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> None:
+    """Repeat a published figure: nats/pixel on the test images of OpenAI's released arrays.
+
+    Args:
+        model: run or model directory of an autoregressive model.
+        name: what the arrays' names begin with: downloads/imagenet for downloads/imagenet_teX.npy, with
+            kmeans_centers.npy beside it.
+        out: JSON to write; by default published.json in the run, or here for a model without one.
+        limit: at most so many images, drawn by seed, for an estimate.
+        seed: of the images drawn.
+        precision: of the products; bf16 is faster where the processor has it, and rounds the fourth digit.
+    """
+    from igpt.data.archives import TokenRows, open_archive
+    from igpt.data.gathered import GatherConfig
+    from igpt.evaluation.likelihood import score as run
+    from igpt.evaluation.likelihood import summary
+    from igpt.evaluation.published import FORMAT, VERSION, compared, published_loss
+    from igpt.files import write_json
+
+    asked = {"split": "test", "label_column": "none", "limit": limit, "seed": seed}
+    settings = GatherConfig.layered(asked, where="the settings")
+    path, home = model_and_run(model)
+    target = out or home / "published.json"
+    require_writable(target, FORMAT)
+    arrays = open_archive(name, "none")
+    if arrays is None or not isinstance(arrays[0].get("test"), TokenRows):
+        raise InputError(f"no released arrays: {name}_teX.npy is missing; give what their names begin with")
+    loaded = load_model(path)
+    loaded.require("autoregressive", "a likelihood")
+    with progress_bar() as show:
+        images = _gathered(loaded, name, settings, show)
+        found = summary(run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring")))
+    result = {"format": FORMAT, "version": VERSION, "model": str(path), **images.to_json(), **found}
+    published = published_loss(loaded.config, name)
+    if published:
+        result["published"] = compared(found, published, whole=limit is None)
+    write_json(target, result | _made_with(loaded, settings, precision))
+    print(_likelihood(result))
+    print(_beside_published(result.get("published"), name))
+    print(f"{target}: the result")
+
+
+def _beside_published(told: Mapping[str, Any] | None, name: str) -> str:
+    if told is None:
+        return f"nothing was published for a model of this shape on {Path(name).name}"
+    verdict = "agrees" if told["agrees"] else "does not agree"
+    return (
+        f"published for {told['model']}: {told['nats_per_pixel']:.4f} nats/pixel; this one {verdict} within "
+        f"{told['within']} (difference {told['difference']:+.4f})"
     )
 
 

@@ -163,8 +163,47 @@ def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write
     assert "has no split 'dogs'; it has none" in refusal(write_folder("flat", "a.png"), palette, split="dogs")
     assert "has no split 'test'; choose from: train" in refusal(tmp_path / "flat", palette, split="test")
     assert "has no column 'picture'" in refusal(tmp_path / "flat", palette, image_column="picture")
-    np.save(tmp_path / "set_trX.npy", np.zeros((20, 36), np.uint8))
-    assert "holds tokens without their palette; igpt prepare" in refusal(tmp_path / "set", palette)
+
+
+def test_ready_tokens_are_taken_if_they_are_of_the_palette(tmp_path: Path, palette: Palette) -> None:
+    """OpenAI's arrays: any of the three parts, integers of any type, with kmeans_centers.npy beside them."""
+    generator = np.random.default_rng(0)
+    parts = {short: generator.integers(0, 32, (count, 36)) for short, count in (("tr", 20), ("te", 7))}
+    np.save(tmp_path / "kmeans_centers.npy", palette.centers_.astype(np.float64))
+    np.save(tmp_path / "set_teX.npy", parts["te"])
+    np.save(tmp_path / "set_teY.npy", np.arange(7) % 3)
+    found = gather_images(str(tmp_path / "set"), palette, 6, ALL)
+    np.testing.assert_array_equal(found.tokens.rows(np.arange(7)), parts["te"])
+    assert (found.split, found.palette_error, found.class_names, found.name_of(2)) == (
+        "test",
+        None,
+        list("012"),
+        "row 2",
+    )
+    assert found.tokens.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
+    np.save(tmp_path / "set_trX.npy", parts["tr"].astype(np.uint8))
+    assert len(gather_images(str(tmp_path / "set"), palette, 6, GatherConfig(split="train"))) == 20
+    assert len(gather_images(str(tmp_path / "set"), palette, 6, ALL)) == 7
+    few = gather_images(str(tmp_path / "set"), palette, 6, GatherConfig(limit=3, seed=1))
+    np.testing.assert_array_equal(few.tokens.rows(np.arange(3)), parts["te"][few.rows])
+
+
+def test_ready_tokens_of_something_else_are_refused(tmp_path: Path, palette: Palette) -> None:
+    source = tmp_path / "set"
+    np.save(tmp_path / "set_teX.npy", np.zeros((5, 36), np.int64))
+    assert "set holds tokens; their palette, kmeans_centers.npy, is to lie beside them" in refusal(source, palette)
+    np.save(tmp_path / "kmeans_centers.npy", palette.centers_[::-1])
+    said = refusal(source, palette)
+    assert "kmeans_centers.npy has " in said
+    assert f"the model has {palette.fingerprint[:12]} (32 colours)" in said
+    np.save(tmp_path / "kmeans_centers.npy", palette.centers_)
+    assert "has no split 'train'; " in refusal(source, palette, split="train")
+    for wrong in (-1, 32):
+        np.save(tmp_path / "set_teX.npy", np.array([[0] * 36, [wrong] * 36]))
+        said = refusal(source, palette, max_bad=1)
+        assert f"set_teX.npy row 1 holds tokens {wrong} to {wrong}, and the palette has 32 colours (from 0)" in said
+    np.save(tmp_path / "set_teX.npy", np.zeros((5, 16), np.int64))
+    assert "set holds tokens of 4 px, and the model's are of 6 px" in refusal(source, palette)
 
 
 def test_tokens_stay_where_they_are(digits: TokenDataset, tmp_path: Path) -> None:

@@ -7,128 +7,22 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import datasets
 import pyarrow.parquet as pq
 import pytest
+from small_hub import FOREIGN, Hub, serving
 
-SHA = "0123456789abcdef0123456789abcdef01234567"
 Picture = Callable[..., bytes]
-
-
-@dataclass
-class Hub:
-    """Data sets by id, each the contents of its files by path; and what was sent of them.
-
-    Attributes:
-        log: the path of the file, the first byte and the last one, of each answer that held data.
-        closed: whether data are refused.
-    """
-
-    sets: dict[str, dict[str, bytes]] = field(default_factory=dict)
-    address: str = ""
-    log: list[tuple[str, int, int]] = field(default_factory=list)
-    closed: bool = False
-
-    def sent(self, ending: str) -> int:
-        """How many bytes of the files whose paths end so were sent."""
-        return sum(last + 1 - first for path, first, last in self.log if path.endswith(ending))
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers what `datasets` and `huggingface_hub` ask about public data sets; for all else, nothing is there."""
-
-    protocol_version = "HTTP/1.1"
-
-    def __init__(self, hub: Hub, *arguments: Any) -> None:
-        self.hub = hub
-        super().__init__(*arguments)
-
-    def log_message(self, *_: object) -> None:
-        """Keeps the console clean."""
-
-    def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        url = urlsplit(self.path)
-        match = re.fullmatch(r"/(?:api/)?datasets/([^/]+/[^/]+)(?:/([\w-]+)/[^/]+(?:/(.+))?)?", unquote(url.path))
-        name, verb, path = match.groups() if match else ("", "", "")
-        files = self.hub.sets.get(name)
-        if files is None:
-            self.send(404, headers={"X-Error-Code": "RepoNotFound"})
-        elif verb == "resolve":
-            self.send_file(path, files.get(path))
-        elif verb == "tree":
-            recursive = parse_qs(url.query).get("recursive", [""])[0].lower() in ("true", "1")
-            self.send_json([entry for entry in tree(files) if lies_in(entry["path"], path or "", recursive=recursive)])
-        elif verb == "paths-info":
-            wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode())["paths"]
-            self.send_json([entry for entry in tree(files) if entry["path"] in wanted])
-        else:
-            siblings = [{"rfilename": path} for path in files]
-            self.send_json({"id": name, "sha": SHA, "private": False, "tags": [], "siblings": siblings})
-
-    do_GET = do_HEAD = do_POST = answer  # noqa: N815
-
-    def send_file(self, path: str, content: bytes | None) -> None:
-        if content is None:
-            self.send(404, headers={"X-Error-Code": "EntryNotFound", "X-Repo-Commit": SHA})
-            return
-        if self.hub.closed:
-            self.send(403)
-            return
-        headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        status, first, last = 200, 0, len(content) - 1
-        if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            status, first, last = 206, int(match[1]), min(int(match[2] or last), last)
-            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
-        if self.command == "GET":
-            self.hub.log.append((path, first, last))
-        self.send(status, content[first : last + 1], headers)
-
-    def send_json(self, value: object) -> None:
-        self.send(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
-
-    def send(self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {**(headers or {}), "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
-
-
-def tree(files: Mapping[str, bytes]) -> list[dict[str, Any]]:
-    folders = {str(parent): b"" for path in files for parent in Path(path).parents if parent != Path()}
-    return [
-        {"type": kind, "path": path, "oid": hashlib.sha1(content).hexdigest(), "size": len(content)}
-        for kind, found in (("directory", folders), ("file", files))
-        for path, content in found.items()
-    ]
-
-
-def lies_in(path: str, folder: str, *, recursive: bool) -> bool:
-    inner = path.removeprefix(f"{folder}/") if folder else path
-    return (inner != path or not folder) and (recursive or "/" not in inner)
 
 
 @pytest.fixture(scope="module")
 def served() -> Iterator[Hub]:
-    hub = Hub()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, hub)) as server:
-        hub.address = f"http://127.0.0.1:{server.server_port}"
-        thread = Thread(target=server.serve_forever, args=(0.05,))
-        thread.start()
+    with serving() as hub:
         yield hub
-        server.shutdown()
-        thread.join()
 
 
 SPLITS = {"train": range(300), "validation": range(300, 340), "unlabeled": range(340, 400)}
@@ -229,10 +123,8 @@ def started(hub: Hub, tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     """Starts the program with this Hub and an empty cache."""
 
     def start(*sources: tuple[str, dict[str, object]], rows: list[int] | None = None) -> "subprocess.Popen[str]":
-        foreign = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_CACHE", "HF_HUB_CACHE")
-        environment = {key: value for key, value in os.environ.items() if key not in foreign}
-        environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
-        environment |= {"HF_UPDATE_DOWNLOAD_COUNTS": "0"}
+        environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+        environment |= hub.environment(tmp_path / "home")
         command = [sys.executable, "-c", PROGRAM, json.dumps(rows), json.dumps(sources)]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=pipe)

@@ -17,7 +17,8 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, probe
+from igpt.evaluation.probe import Images, ProbeConfig, best_row, few_labels, fit_and_test, probe
+from igpt.evaluation.readout import Readout
 from igpt.model.transformer import ImageGPT, ModelConfig
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
@@ -70,6 +71,26 @@ def test_it_is_scikit_learns_at_every_step(model: ImageGPT, digits: TokenDataset
         right = round(row["test_accuracy"] * 180)
         assert row["test_interval_95"] == list(interval_of_share(right, 180))
     assert result["layers"][1]["test_accuracy"] > 0.5, "ten classes: chance is 0.1"
+
+
+def test_the_classifier_that_was_tested_is_kept(
+    model: ImageGPT, digits: TokenDataset, kept: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "probe.safetensors"
+    result = probe(model, digits, ProbeConfig(baselines=False, strengths=(0.1,)), kept, readout=path)
+    readout = Readout.load(path)
+    assert readout.layer == result["best_layer"]
+    assert readout.class_names == tuple(digits.class_names or ())
+    tokens = torch.from_numpy(digits["test"].rows(range(180)).astype(np.int64))
+    found = readout.probabilities(model, tokens)
+    torch.testing.assert_close(found.sum(1), torch.ones(180))
+    share = float((found.argmax(1).numpy() == digits["test"].labels).mean())
+    assert share == pytest.approx(best_row(result)["test_accuracy"], abs=1e-9)
+    with pytest.raises(InputError, match="probe is of another model"):
+        readout.probabilities(ImageGPT(ModelConfig.layered({**SHAPE, "n_embd": 16})), tokens)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="damaged"):
+        Readout.load(path)
 
 
 def test_without_fold_back_validation_images_only_choose(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
@@ -286,7 +307,7 @@ def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
         found = {"train": train, "validation": validation, "test": test}
         images = {name: Images([[features]], labels, rows) for name, features in found.items()}
         config = ProbeConfig(strengths=(1e-4, 1e4), fold_back=False)
-        row = fit_and_test(images, config=config, device=torch.device("cpu"))
+        row, _ = fit_and_test(images, config=config, device=torch.device("cpu"))
         assert row["regularisation"] == expected
         few = few_labels(images, 100, config, torch.device("cpu"))
         assert few["regularisation"] == expected

@@ -260,6 +260,48 @@ def test_what_is_wrong_is_said_in_one_sentence(
     assert len(message) < 300 + len(str(path))
 
 
+class Intruder:
+    """What makes a folder when it is unpickled."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
+def test_a_pickle_runs_no_code(good_directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(good_directory, path)
+    tensors = load_file(path / "model.safetensors")
+    torch.save({**tensors, "more": Intruder(tmp_path / "made")}, path / "pytorch_model.bin")
+    ImageGPT.from_pretrained(path)  # it is not looked at where there is safetensors
+    (path / "model.safetensors").unlink()
+    for name in ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin"):
+        with pytest.raises(InputError, match="cannot be read safely; convert it to safetensors"):
+            ImageGPT.from_pretrained(path)
+        assert not (tmp_path / "made").exists()
+        (path / "pytorch_model.bin").replace(path / name)
+    torch.load(path / name, weights_only=False)
+    assert (tmp_path / "made").exists(), "the intruder can do what it is said to do"
+
+
+@pytest.mark.parametrize(("stem", "ending"), [("model", "safetensors"), ("pytorch_model", "bin")])
+def test_weights_in_parts(good_directory: Path, stem: str, ending: str, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(good_directory, path)
+    whole, tensors = ImageGPT.from_pretrained(path), load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    for part in range(3):
+        some = {name: tensors[name] for name in sorted(tensors)[part::3]}
+        file = path / f"{stem}-{part + 1:05d}-of-00003.{ending}"
+        save_file(some, file) if ending == "safetensors" else torch.save(some, file)
+    assert_same(ImageGPT.from_pretrained(path), whole)
+    (path / f"{stem}-00002-of-00003.{ending}").unlink()
+    with pytest.raises(InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 parts\)"):
+        ImageGPT.from_pretrained(path)
+
+
 def test_a_file_is_no_directory(good_directory: Path) -> None:
     with pytest.raises(InputError, match="no model directory"):
         ImageGPT.from_pretrained(good_directory / "model.safetensors")
@@ -389,7 +431,9 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
             seconds, _, message = output.decode().strip().partition(" ")
             assert process.returncode == 0, errors.decode()
             assert "no model directory someone/model here, and the Hub cannot give it" in message, kind
-            assert message.endswith("download it elsewhere and give the folder's path")
+            assert "there is no network, or it broke" in message, kind
+            assert message.endswith("/someone/model) and give the path of their folder")
+            assert "\n" not in message
             assert float(seconds) < 30, kind
     finally:
         for process in processes.values():

@@ -4,6 +4,8 @@ The checkpoints in fixtures/openai were written by TensorFlow from the released 
 TensorFlow would not write, `write_bundle` below does, byte by byte from the format's definition.
 """
 
+import json
+import math
 import shutil
 import struct
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.model.openai import load_openai, read_bundle
-from igpt.model.transformer import ImageGPT
+from igpt.model.cost import count_parameters
+from igpt.model.openai import _infer_config, _masked_crc32c, _read_index, load_openai, read_bundle
+from igpt.model.transformer import ImageGPT, ModelConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "openai"
 OBJECTIVES = ("autoregressive", "bert")
@@ -105,16 +108,40 @@ def nested(field, content):
     return varint(field << 3 | 2) + varint(len(content)) + content
 
 
+def entry(kind, shape, offset, size, checksum):
+    """What an index says of a variable."""
+    sides = b"".join(nested(2, b"\x08" + varint(side)) for side in shape)
+    place = b"\x20" + varint(offset) + b"\x28" + varint(size)
+    return b"\x08" + varint(kind) + nested(2, sides) + place + b"\x35" + struct.pack("<I", checksum)
+
+
 def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"\x08\x01"):
     """A checkpoint of one shard. `arrays`: by name; `header`: one shard, no more said."""
     data, rows = b"", {"": header}
     kinds = {"float32": 1, "int64": 9, "float16": 19}
     for name, array in sorted(arrays.items()):
         content = array.tobytes()
-        shape = b"".join(nested(2, b"\x08" + varint(side)) for side in array.shape)
-        entry = b"\x08" + varint(kinds[str(array.dtype)]) + nested(2, shape) + b"\x20" + varint(len(data))
-        rows[name] = entry + b"\x28" + varint(len(content)) + b"\x35" + struct.pack("<I", masked_crc32c(content))
+        rows[name] = entry(kinds[str(array.dtype)], array.shape, len(data), len(content), masked_crc32c(content))
         data += content
+    prefix.with_name(prefix.name + ".data-00000-of-00001").write_bytes(data)
+    return write_index(prefix, rows, rows_per_block, compression)
+
+
+def write_zeros(prefix, shapes):
+    """A checkpoint of float32 zeros, whose data take no room on the disk."""
+    size, rows, checksums = 0, {"": b"\x08\x01"}, {}
+    for name, shape in sorted(shapes.items()):
+        count = 4 * math.prod(shape)
+        if count not in checksums:
+            checksums[count] = _masked_crc32c(bytes(count))
+        rows[name] = entry(1, shape, size, count, checksums[count])
+        size += count
+    with prefix.with_name(prefix.name + ".data-00000-of-00001").open("wb") as file:
+        file.truncate(size)
+    return write_index(prefix, rows)
+
+
+def write_index(prefix, rows, rows_per_block=100, compression=0):
     table = b""
 
     def add_block(pairs):
@@ -138,7 +165,6 @@ def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"
     prefix.with_name(prefix.name + ".index").write_bytes(
         table + footer.ljust(40, b"\0") + struct.pack("<Q", 0xDB4775248B80FB57)
     )
-    prefix.with_name(prefix.name + ".data-00000-of-00001").write_bytes(data)
     return prefix
 
 
@@ -315,3 +341,98 @@ def test_palette_that_does_not_fit(tmp_path):
     message = refusal(load_openai, prefix, tmp_path / "kmeans_centers.npy")
     assert "the palette has 512 colours, the model 8" in message
     assert "no palette at" in refusal(load_openai, prefix, tmp_path / "absent.npy")
+
+
+# The published sizes.
+
+PUBLISHED = {
+    "S": (24, 512, 8, 76),
+    "M": (36, 1024, 8, 455),
+    "L": (48, 1536, 16, 1362),
+}  # layers, width, heads, millions
+
+
+def published_shapes(size, objective, resolution=32):
+    """The variables of a released checkpoint, as its graph names and shapes them (openai/image-gpt, src/model.py)."""
+    layers, width, heads, _ = PUBLISHED[size]
+    shapes = {"wte": (512, width), "wtet": (512, width), "wpe": (resolution**2, width), "ln_f/g": (width,)}
+    if objective == "autoregressive":
+        shapes["sos"] = (width,)
+    for layer in range(layers):
+        block = {"ln_1/g": (width,), "ln_2/g": (width,)}
+        block |= {f"attn/{name}_proj": (heads, width // heads, width) for name in "qkvc"}
+        block |= {"mlp/c_fc/w": (width, 4 * width), "mlp/c_proj/w": (4 * width, width)}
+        shapes |= {f"h{layer}/{name}": shape for name, shape in block.items()}
+    return {f"model/{name}": shape for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_index_of_a_published_size(tmp_path, size, objective):
+    """Read from an index as the released ones are; the data, gigabytes of them, need not be there for that."""
+    layers, width, heads, millions = PUBLISHED[size]
+    shapes = published_shapes(size, objective)
+    slots = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in ("Adam", "Adam_1")}
+    rows = {name: entry(1, shape, 0, 4 * math.prod(shape), 0) for name, shape in (shapes | slots).items()}
+    prefix = write_index(tmp_path / "model.ckpt-1000000", {"": b"\x08\x20", **dict(sorted(rows.items()))})
+    found = {name: one.shape for name, one in _read_index(prefix).items()}
+    assert found == shapes | slots
+    config = _infer_config(found, str(prefix), objective)
+    assert config == ModelConfig(
+        resolution=32, n_colors=512, n_layer=layers, n_embd=width, n_head=heads, objective=objective
+    )
+    stored = sum(map(math.prod, shapes.values()))
+    assert stored // 10**6 == millions
+    start = width if objective == "bert" else 0  # of a BERT model, ours has a row that is never looked up
+    assert count_parameters(config) == stored + start
+
+
+def test_index_of_l_at_48_pixels(tmp_path):
+    config = _infer_config(published_shapes("L", "autoregressive", 48), "x", "autoregressive")
+    assert (config.resolution, config.n_places, config.n_layer) == (48, 2304, 48)
+
+
+def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, monkeypatch):
+    """S as released, but with zeros for weights: all 512 colours are as likely, ln 512 nats."""
+    monkeypatch.chdir(tmp_path)
+    write_zeros(tmp_path / "model.ckpt-1000000", published_shapes("S", "autoregressive"))
+    np.save("kmeans_centers.npy", np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
+    np.save("imagenet_teX.npy", np.random.default_rng(1).integers(0, 512, (1, 1024)))
+    done = igpt("import", "model.ckpt-1000000", "--clusters", "kmeans_centers.npy", "-o", "igpt-s")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "igpt-s: 76.6 M parameters\n"
+    done = igpt("evaluate", "igpt-s", "imagenet")
+    assert done.returncode == 0, done.stderr
+    assert "6.2383 nats/pixel, 9.0000 bits/pixel, over 1 test images of imagenet" in done.stdout
+    said = "published for igpt-s: 2.0895 nats/pixel; this one does not agree within four digits (difference +4.1488)"
+    assert said in done.stdout
+    told = json.loads((tmp_path / "published.json").read_text())["published"]
+    assert (told["agrees"], told["model"]) == (False, "igpt-s")
+    assert told["difference"] == pytest.approx(math.log(512) - 2.0895, abs=1e-6)
+
+
+def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, colours in (("eight.npy", 8), ("nine.npy", 9)):
+        np.save(name, np.random.default_rng(0).uniform(-1, 1, (colours, 3)))
+    (tmp_path / "taken").mkdir()
+    shutil.copytree(FIXTURES / "bert", "bert")
+    (tmp_path / "bert" / "model.ckpt-7.data-00001-of-00002").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    for words, message in (
+        ((checkpoint, "-o", "taken"), "taken exists already; remove it or choose another -o"),
+        ((checkpoint, "-o", "model", "--clusters", "nine.npy"), "the palette has 9 colours, the model 8"),
+        ((checkpoint, "-o", "model", "--clusters", "ten.npy"), "no palette at ten.npy"),
+        ((checkpoint, "-o", "model", "--clusters", f"{checkpoint}.index"), "is not a palette"),
+        ((f"{checkpoint}.index", "-o", "model"), "give the path without endings"),
+        (("nowhere", "-o", "model"), "no checkpoint: nowhere.index is missing"),
+        (("bert/model.ckpt-7", "-o", "model"), "its objective can only be 'bert'"),
+        (("bert/model.ckpt-7", "-o", "model", "--objective", "bert"), "data-00001-of-00002 is missing"),
+    ):
+        done = igpt("import", *words)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
+        assert message in done.stderr, words
+        assert sorted(tmp_path.rglob("*")) == before, words
+    done = igpt("import", checkpoint, "--clusters", "eight.npy", "-o", "deep/model")
+    assert done.returncode == 0, done.stderr
+    assert ImageGPT.from_pretrained("deep/model").config.n_colors == 8

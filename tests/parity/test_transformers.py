@@ -14,14 +14,18 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     AutoImageProcessor,
+    AutoModel,
     ImageGPTConfig,
     ImageGPTForCausalImageModeling,
     ImageGPTForImageClassification,
+    ImageGPTImageProcessor,
+    pipeline,
 )
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits
+from igpt.model.generate import sample
 from igpt.model.transformer import ImageGPT, ModelConfig
 
 N_COLORS, RESOLUTION, N_LAYER = 16, 4, 2
@@ -144,6 +148,51 @@ def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
     assert_same(ours, theirs.train())
 
 
+@pytest.mark.parametrize("biases", ["zero", "one", "all"])
+def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -> None:
+    """From a model with dropout in its configuration, as theirs have it by default; one bias alone is kept with all."""
+    theirs = ImageGPTForCausalImageModeling(hub_config())
+    randomize(theirs, seed=9)
+    for name, parameter in theirs.named_parameters():
+        if name.endswith(".bias") and biases != "all":
+            nn.init.zeros_(parameter)
+    if biases == "one":
+        theirs.transformer.h[1].mlp.c_fc.bias.data[5] = 1e-30
+    theirs.save_pretrained(tmp_path / "theirs")
+    written = json.loads((tmp_path / "theirs" / "config.json").read_text())
+    assert [written[f"{place}_pdrop"] for place in ("resid", "embd", "attn")] == [0.1, 0.1, 0.1]
+    ours = ImageGPT.from_pretrained(tmp_path / "theirs")
+    assert ours.config.bias == (biases != "zero")
+    assert_same(ours.train(), theirs)  # there is no dropout in ours
+    ours.save_pretrained(tmp_path / "ours")
+    back = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "ours", dtype=torch.float64)
+    expected = theirs.state_dict()
+    assert back.state_dict().keys() == expected.keys()
+    for name, tensor in back.state_dict().items():
+        assert torch.equal(tensor, expected[name]), name
+    again = ImageGPT.from_pretrained(tmp_path / "ours").state_dict()
+    assert again.keys() == ours.state_dict().keys()
+    assert all(torch.equal(tensor, ours.state_dict()[name]) for name, tensor in again.items())
+
+
+@pytest.mark.parametrize("given", [0, 5])
+def test_both_draw_the_same_images(given: int, tmp_path: Path) -> None:
+    """From the start token and from a prefix, the likeliest colour at every place, in one precision."""
+    ours = ImageGPT(ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3))
+    randomize(ours, seed=10)
+    ours.save_pretrained(tmp_path)
+    theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=torch.float64)
+    prefix = random_tokens(seed=11, images=6)[:, :given]
+    fed = torch.cat([torch.full((6, 1), N_COLORS), prefix], dim=1)
+    drawn = theirs.generate(fed, do_sample=False, max_length=RESOLUTION**2 + 1)[:, 1:]
+    assert drawn.shape == (6, RESOLUTION**2)
+    assert torch.equal(drawn, sample(ours, prefix, temperature=0))
+    assert torch.equal(drawn[:, :given], prefix)
+    assert len(drawn[0].unique()) > 3, "a model that repeats one colour shows little"
+    if given:
+        assert len(drawn.unique(dim=0)) == 6
+
+
 def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageClassification]:
     """A random classifier of ours, and what transformers reads from its directory."""
     config = ModelConfig(
@@ -155,7 +204,7 @@ def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageCl
         class_names=CLASSES,
         objective=objective,
     )
-    ours = ImageGPT(config)
+    ours = ImageGPT(config, Palette.from_centers(np.random.default_rng(6).uniform(-1, 1, (N_COLORS, 3))))
     randomize(ours, seed=6)
     ours.save_pretrained(path)
     theirs, info = ImageGPTForImageClassification.from_pretrained(path, output_loading_info=True, dtype=torch.float64)
@@ -227,3 +276,35 @@ def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
 
     processor.save_pretrained(tmp_path / "processor")
     assert Palette.load(tmp_path / "processor").fingerprint == palette.fingerprint
+
+
+class ShiftedProcessor(ImageGPTImageProcessor):
+    """Their image processor, and what their models are to be fed: docs/manual.md."""
+
+    def __call__(self, images: Any, **options: Any) -> Any:
+        found = super().__call__(images, **options)
+        tokens = torch.as_tensor(found["input_ids"]).flatten(1)
+        start = torch.full((len(tokens), 1), len(self.clusters))
+        found["input_ids"] = torch.cat([start, tokens[:, :-1]], dim=1)
+        return found
+
+
+def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Path) -> None:
+    """As they are, they feed every pixel at the wrong place: other classes' probabilities, other features."""
+    ours, _ = classifier(tmp_path, "autoregressive")
+    assert ours.palette is not None
+    pixels = np.random.default_rng(12).integers(0, 256, (3, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    images = [Image.fromarray(image) for image in pixels]
+    tokens = torch.from_numpy(ours.palette.transform(pixels).reshape(3, -1).astype(np.int64))
+    with torch.no_grad():
+        probabilities = class_logits(ours, tokens).softmax(-1)
+        *_, features = ours.features(tokens)
+    for processor, agrees in ((None, False), (ShiftedProcessor.from_pretrained(tmp_path), True)):
+        chosen = {"model": str(tmp_path), "image_processor": processor, "dtype": torch.float64}
+        told = pipeline("image-classification", **chosen)(images)
+        theirs = torch.tensor([[{c["label"]: c["score"] for c in image}[name] for name in CLASSES] for image in told])
+        assert ((theirs - probabilities).abs().max() < 1e-6) == agrees
+        found = torch.tensor(pipeline("image-feature-extraction", **chosen)(images))[:, 0]
+        assert found.shape == features.shape
+        assert ((found - features).abs().max() < 1e-5) == agrees
+    assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ImageGPTModel"

@@ -148,7 +148,8 @@ def token_palette(source: str) -> Path | None:
 
 def _token_prefix(source: str) -> Path | None:
     path = Path(source).expanduser()
-    return path if not path.exists() and Path(f"{path}_trX.npy").is_file() else None
+    stored = any(Path(f"{path}_{short}X.npy").is_file() for short in _TOKEN_FILES.values())
+    return path if stored and not path.exists() else None
 
 
 def _find(path: Path) -> tuple[_Layout, Path] | None:

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.data.archives import TokenRows
+from igpt.data.archives import TokenRows, token_palette
 from igpt.data.palette import Palette
 from igpt.data.prepare import PrepareConfig, require_few
+from igpt.data.readers import Reader
 from igpt.data.sources import ColumnConfig, open_whole
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.data.views import Transform
@@ -99,15 +100,16 @@ def gather_images(
     """Images of any source as tokens in memory, 2 n bytes each; nothing is held out, and nothing is stored.
 
     Args:
-        source: see `open_source`.
+        source: see `open_source`. OpenAI's arrays hold tokens already: they are taken if they are of this palette.
         palette, resolution: of the model.
 
     Raises:
         InputError: what the source has wrong, or too many of its images that do not decode.
     """
     name, readers, class_names = open_whole(source, config, config.split)
-    if isinstance(readers[0], TokenRows):
-        raise InputError(f"{source} holds tokens without their palette; igpt prepare makes a token data set of them")
+    ready = isinstance(readers[0], TokenRows)
+    if ready:
+        _require_fit(source, readers[0], palette, resolution)
     wanted = _drawn(sum(map(len, readers)), config)
     transform, limits = Transform(resolution), PrepareConfig(max_bad=config.max_bad)
     tokens = np.empty((len(wanted), resolution**2), dtype=np.uint16)
@@ -118,15 +120,16 @@ def gather_images(
         for row, (image, label) in zip(inside.tolist(), reader.read(inside - first), strict=False):
             if label >= (known := len(class_names or ())):
                 raise InputError(f"{reader.name_of(row - first)} has the class {label}, and there are {known} (from 0)")
+            if ready and not 0 <= image.min() <= image.max() < len(palette):
+                found = f"{reader.name_of(row - first)} holds tokens {image.min()} to {image.max()}"
+                raise InputError(f"{found}, and the palette has {len(palette)} colours (from 0)")
             try:
-                square = transform(image)[0]
+                tokens[len(rows)], lost = (image, 0) if ready else _quantised(transform(image)[0], palette)
             except InputError as error:
                 skipped.append(f"{reader.name_of(row - first)}: {error}")
                 require_few(skipped, int(config.max_bad * len(wanted)), limits)
                 continue
-            found = palette.transform(square)
-            squares += int(((square.astype(np.int64) - palette.inverse_transform(found)) ** 2).sum())
-            tokens[len(rows)] = found.reshape(-1)
+            squares += lost
             rows.append(row)
             labels.append(label)
             names.append(_name(image, row))
@@ -145,9 +148,31 @@ def gather_images(
         np.array(rows, dtype=np.int64),
         names,
         class_names,
-        {**_error(squares / (3 * resolution**2 * len(rows))), "measured_on": "these images"},
+        None if ready else {**_error(squares / (3 * resolution**2 * len(rows))), "measured_on": "these images"},
         skipped,
     )
+
+
+def _require_fit(source: str, reader: Reader, palette: Palette, resolution: int) -> None:
+    """Refuses ready tokens that do not mean to this model what they say."""
+    assert isinstance(reader, TokenRows)
+    if reader.resolution != resolution:
+        raise InputError(f"{source} holds tokens of {reader.resolution} px, and the model's are of {resolution} px")
+    path = token_palette(source)
+    if path is None:
+        raise InputError(f"{source} holds tokens; their palette, kmeans_centers.npy, is to lie beside them")
+    theirs = Palette.load(path)
+    if theirs.fingerprint != palette.fingerprint:
+        raise InputError(
+            f"the palettes differ: {path} has {theirs.fingerprint[:12]} ({len(theirs)} colours), the model has "
+            f"{palette.fingerprint[:12]} ({len(palette)} colours); tokens of one mean nothing in the other"
+        )
+
+
+def _quantised(square: NDArray[np.uint8], palette: Palette) -> tuple[NDArray[np.uint16], int]:
+    """The tokens of an image [R, R, 3], [n], and the sum of squares that the palette loses."""
+    found = palette.transform(square)
+    return found.reshape(-1), int(((square.astype(np.int64) - palette.inverse_transform(found)) ** 2).sum())
 
 
 def _drawn(count: int, config: GatherConfig) -> NDArray[np.int64]:

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from igpt.errors import InputError
 from igpt.files import atomic_file, read_json
+from igpt.hub import download
 
 Floats = NDArray[np.float64]
 
@@ -182,20 +183,7 @@ def _locate(name: str | Path) -> Path:
     is_path = given.count("/") != 1 or given.startswith(("/", ".", "~")) or given.endswith((".npy", ".npz", ".json"))
     if is_path or path.exists():
         return path
-    from huggingface_hub import constants, hf_hub_download, model_info
-
-    silence: Exception | None = None
-    try:  # hf_hub_download alone would try a silent network for minutes
-        model_info(given, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # the network fails in many ways, proxies among them; the cache may have the file
-        silence = error
-    try:
-        return Path(hf_hub_download(given, "preprocessor_config.json", local_files_only=silence is not None))
-    except Exception as error:
-        raise InputError(
-            f"no palette {name} here, and the Hub cannot give it ({type(silence or error).__name__}); "
-            "download its preprocessor_config.json elsewhere and give that file's path"
-        ) from None
+    return download(given, "palette", "preprocessor_config.json") / "preprocessor_config.json"
 
 
 def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:

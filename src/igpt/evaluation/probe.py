@@ -20,6 +20,7 @@ from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, require
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
+from igpt.evaluation.readout import Readout
 from igpt.evaluation.regression import Classifiers, fit_lbfgs, fit_sgd
 from igpt.files import sha256_of
 from igpt.model.classifier import modal
@@ -81,11 +82,13 @@ def probe(
     config: ProbeConfig,
     features: Path,
     *,
+    readout: Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Probes the layers of a model on a labelled data set: what `probe.json` holds.
 
     Args:
+        readout: file to keep the best layer's classifier in; see `Readout`.
         features: folder that the features are written to; those that it holds already are not made again.
 
     Raises:
@@ -114,15 +117,18 @@ def probe(
     found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
     device = model.wte.weight.device
     fit = partial(fit_and_test, config=config, device=device)
-    result = _probe_layers(fit, found, layers, config, partial(say, "probes"))
+    result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
+    if readout:
+        names = tuple((data.class_names or [])[number] for number in known)
+        Readout.of(best, result["best_layer"], names).save(readout)
     if config.concatenate:
         say("concatenated layers", 0, 1)
-        row = fit({name: images.of(config.concatenate) for name, images in found.items()})
+        row, _ = fit({name: images.of(config.concatenate) for name, images in found.items()})
         result["concatenated"] = {"layers": list(config.concatenate), **row}
     if config.labels_per_class:
-        best = {name: images.of([result["best_layer"]]) for name, images in found.items()}
+        chosen = {name: images.of([result["best_layer"]]) for name, images in found.items()}
         result["few_labels"] = [
-            {"per_class": count, "layer": result["best_layer"], **few_labels(best, count, config, device)}
+            {"per_class": count, "layer": result["best_layer"], **few_labels(chosen, count, config, device)}
             for count in config.labels_per_class
         ]
     compared: dict[str, Any] = {}
@@ -133,12 +139,12 @@ def probe(
             name: replace(found[name], features=[[Pixels(split, data.palette, places)]])
             for name, (split, _) in drawn.items()
         }
-        compared["raw_pixels"] = fit(pixels)
+        compared["raw_pixels"], _ = fit(pixels)
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
         place = features / f"untrained-{config.seed}"
         theirs = _images(untrained, drawn, known, config, place, of, partial(say, "untrained: features"))
-        compared["untrained"] = _probe_layers(fit, theirs, layers, config, partial(say, "untrained: probes"))
+        compared["untrained"], _ = _probe_layers(fit, theirs, layers, partial(say, "untrained: probes"))
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -202,22 +208,30 @@ def _progress_after(progress: Callable[[int, int], None], before: int, total: in
 
 
 def _probe_layers(
-    fit: Callable[[Mapping[str, Images]], dict[str, Any]],
+    fit: Callable[[Mapping[str, Images]], tuple[dict[str, Any], Classifiers]],
     found: Mapping[str, Images],
     layers: Sequence[int],
-    config: ProbeConfig,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
-    """A row for each layer, and which is the best by validation accuracy (ties: the earlier)."""
-    rows = []
+) -> tuple[dict[str, Any], Classifiers]:
+    """A row for each layer, which is the best by validation accuracy (ties: the earlier), and its classifier."""
+    rows, fitted = [], []
     for number, layer in enumerate(layers):
-        rows.append({"layer": layer, **fit({name: images.of([layer]) for name, images in found.items()})})
+        row, classifier = fit({name: images.of([layer]) for name, images in found.items()})
+        rows.append({"layer": layer, **row})
+        fitted.append(classifier)
         progress(number + 1, len(layers))
-    return {"layers": rows, "best_layer": max(rows, key=lambda row: row["validation_accuracy"])["layer"]}
+    best = max(range(len(rows)), key=lambda number: rows[number]["validation_accuracy"])
+    return {"layers": rows, "best_layer": rows[best]["layer"]}, fitted[best]
 
 
-def fit_and_test(found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device) -> dict[str, Any]:
-    """Fits on the training images, chooses the setting by validation, fits it on both: a row of `probe.json`."""
+def fit_and_test(
+    found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device
+) -> tuple[dict[str, Any], Classifiers]:
+    """Fits on the training images, chooses the setting by validation, fits it on both.
+
+    Returns:
+        a row of `probe.json`, and the classifier that was tested.
+    """
     train, validation, test = (found[name] for name in SPLITS)
     name, settings = (
         ("regularisation", config.strengths) if config.solver == "lbfgs" else ("learning_rate", config.learning_rates)
@@ -235,7 +249,7 @@ def fit_and_test(found: Mapping[str, Images], *, config: ProbeConfig, device: to
         final, place = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
     hits, count = int(_right(final, test, config.seed)[place]), len(test.labels)
-    return {
+    row = {
         "validation_accuracy": int(right[best]) / len(validation.labels),
         "test_accuracy": hits / count,
         "test_interval_95": list(interval_of_share(hits, count)),
@@ -243,6 +257,7 @@ def fit_and_test(found: Mapping[str, Images], *, config: ProbeConfig, device: to
         "converged": converged,
         "iterations": fitted.iterations[best],
     }
+    return row, final.only(place)
 
 
 def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.int64]:

@@ -6,7 +6,7 @@ is what takes the time: every row that is read serves all of them.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -44,6 +44,18 @@ class Classifiers:
     loss: Tensor
     converged: list[bool]
     iterations: list[int]
+
+    def only(self, setting: int) -> "Classifiers":
+        """One of them."""
+        some = slice(setting, setting + 1)
+        return replace(
+            self,
+            coef=self.coef[some],
+            intercept=self.intercept[some],
+            loss=self.loss[some],
+            converged=self.converged[some],
+            iterations=self.iterations[some],
+        )
 
     def predict(self, features: Rows) -> NDArray[np.int64]:
         """The likeliest class of every row, by each classifier: [N, D] -> [S, N].

@@ -9,7 +9,8 @@ This file knows the disk and the names; what the weights mean is in transformer.
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import Tensor
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.files import atomic_folder, folder_to_read, read_json
+from igpt.hub import download
 
 VERSION = 1
 _CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -73,13 +75,7 @@ def read_directory(name: str | Path) -> ModelDirectory:
         InputError: nothing there, a later format, a damaged file, or an architecture that is not ImageGPT.
     """
     path = _locate(name)
-    config = read_json(path / "config.json", "model")
-    if config.get("model_type") != "imagegpt":
-        raise InputError(f"{name} holds a model of type {config.get('model_type')!r}; 'imagegpt' is needed")
-    ours = config.get("igpt", {})
-    version = ours.get("version", VERSION) if isinstance(ours, dict) else ours
-    if version != VERSION:
-        raise InputError(f"{name} has model format version {version}; this igpt reads {VERSION}")
+    config = _read_config(path, name)
     palette = None
     preprocessor = path / "preprocessor_config.json"
     if preprocessor.exists():
@@ -101,47 +97,73 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _locate(name: str | Path) -> Path:
+    """The folder of a model; of one on the Hub, weights are downloaded only when its config.json fits."""
     path = folder_to_read(Path(name).expanduser())
     if path.is_dir():
         return path
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:
         raise InputError(f"no model directory {name}; `igpt pretrain` writes one as RUN/model")
-    from huggingface_hub import constants, model_info, snapshot_download
+    _read_config(download(str(name), "model directory", "config.json"), name)
+    return download(str(name), "model directory", "config.json", _besides_config)
 
-    silence: Exception | None = None
-    try:  # snapshot_download has no time limit of its own: where packets vanish it would wait for ever
-        model_info(str(name), timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # the network fails in many ways, proxies among them; the cache may have the model
-        silence = error
-    patterns = ["*.json", "*.safetensors", "pytorch_model.bin"]
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=patterns, local_files_only=silence is not None))
-    except Exception as error:
-        raise InputError(
-            f"no model directory {name} here, and the Hub cannot give it ({type(silence or error).__name__}); "
-            "download it elsewhere and give the folder's path"
-        ) from None
+
+def _read_config(path: Path, name: str | Path) -> dict[str, Any]:
+    """A model's config.json; what is no ImageGPT, or of a later format, is refused."""
+    config = read_json(path / "config.json", "model")
+    if config.get("model_type") != "imagegpt":
+        raise InputError(f"{name} holds a model of type {config.get('model_type')!r}; 'imagegpt' is needed")
+    ours = config.get("igpt", {})
+    version = ours.get("version", VERSION) if isinstance(ours, dict) else ours
+    if version != VERSION:
+        raise InputError(f"{name} has model format version {version}; this igpt reads {VERSION}")
+    return config
+
+
+def _besides_config(files: Collection[str]) -> list[str]:
+    """Of the files of a model, those with its palette and its weights."""
+    return [name for name in ("preprocessor_config.json",) if name in files] + _weights(files)
+
+
+def _weights(files: Collection[str]) -> list[str]:
+    """Of the files of a model, those with its weights, as transformers names them: one, or all parts of one."""
+    for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if f"{stem}.{ending}" in files:
+            return [f"{stem}.{ending}"]
+        found = (re.fullmatch(rf"{stem}-\d{{5}}-of-(\d{{5}})\.{ending}", file) for file in files)
+        if count := max((int(match[1]) for match in found if match), default=0):
+            parts = [f"{stem}-{part:05d}-of-{count:05d}.{ending}" for part in range(1, count + 1)]
+            if missing := [part for part in parts if part not in files]:
+                raise InputError(f"{missing[0]} is missing ({len(missing)} of {count} parts); download them anew")
+            return parts
+    raise InputError("no weights are there: model.safetensors is missing")
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    # transformers cuts large models up.
-    for part in sorted(path.glob("model-*-of-*.safetensors")) + sorted(path.glob("model.safetensors")):
-        try:
-            tensors.update(load_file(part))
-        except SafetensorError as error:
-            raise InputError(f"{part} is damaged ({error}); write or download it anew") from None
-    if tensors:
-        return tensors
-    pickled = path / "pytorch_model.bin"
-    if not pickled.exists():
-        raise InputError(f"no weights in {path}: model.safetensors is missing")
     try:
-        tensors = torch.load(pickled, map_location="cpu", weights_only=True)
+        files = _weights([file.name for file in path.iterdir()])
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= _read_safetensors(path / file) if file.endswith(".safetensors") else _read_pickle(path / file)
+    return tensors
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} is damaged ({error}); write or download it anew") from None
+
+
+def _read_pickle(file: Path) -> dict[str, Tensor]:
+    """Named tensors; a pickle that holds anything else is refused before any of it runs."""
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever unpickling raises, the file is at fault
-        raise InputError(f"{pickled} cannot be read safely; convert it to safetensors ({error!r:.200})") from None
+        raise InputError(f"{file} cannot be read safely; convert it to safetensors ({error!r:.200})") from None
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise InputError(f"{pickled} holds something else than named tensors; a model's state dict is needed")
+        raise InputError(f"{file} holds something else than named tensors; a model's state dict is needed")
     return tensors
 
 

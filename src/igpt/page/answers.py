@@ -1,0 +1,165 @@
+"""What the web page answers: an image as the model sees it, its losses and class, and drawings as they grow.
+
+B drawings, n places, R resolution.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from igpt.config import read_settings
+from igpt.data.tokens import MANIFEST, TokenDataset
+from igpt.data.views import Transform
+from igpt.errors import InputError
+from igpt.evaluation.features import require_match
+from igpt.evaluation.likelihood import summary
+from igpt.evaluation.readout import Readout
+from igpt.model.classifier import predict
+from igpt.model.generate import draw
+from igpt.model.objectives import place_losses
+from igpt.model.transformer import ImageGPT
+from igpt.pictures import palette_of, pictures, tokens_of_split
+from igpt.report.figures import encode
+
+Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
+_EXAMPLES = 8
+
+
+def read(model: ImageGPT, file: str) -> Tensor:
+    """An uploaded image at the model's resolution and in its palette: tokens [1, n].
+
+    Raises:
+        InputError: it does not decode.
+    """
+    square = Transform(model.config.resolution)(file)
+    return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
+
+
+def view(model: ImageGPT, tokens: Tensor) -> Shown:
+    """The model's view of an image, tokens [1, n], no pixel of it hidden."""
+    return {"picture": encode(Image.fromarray(pictures(model, tokens)[0])), "hidden": "0" * tokens.shape[1]}
+
+
+def known_places(model: ImageGPT, rows: int, seen: Shown | None) -> Tensor:
+    """Which places a drawing keeps, bool [n]: those that are not hidden, or without a view, the first rows.
+
+    Raises:
+        InputError: the view is not one of this model.
+    """
+    n = model.config.n_places
+    if not seen:
+        return torch.arange(n) < rows * model.config.resolution
+    hidden = seen.get("hidden", "")
+    if len(hidden) != n or set(hidden) - {"0", "1"}:
+        raise InputError(f"hidden pixels are given by {n} characters, 1 for hidden and 0 for kept")
+    return torch.tensor([one == "0" for one in hidden])
+
+
+def drawings(
+    model: ImageGPT, tokens: Tensor, known: Tensor, count: int, temperature: float, seed: int, *, original: bool
+) -> Iterator[list[Any]]:
+    """Draws the open places `count` times, all at once: the pictures so far, and words on the progress.
+
+    Closing the iterator ends the work.
+
+    Args:
+        tokens: [1, n].
+        known: the places to keep, bool [n].
+        original: show the image itself first.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+    start, side, n = time.monotonic(), model.config.resolution, len(known)
+    first = _shown(model, tokens, torch.ones(1, n, dtype=torch.bool), ["original"]) if original else []
+    captions = [f"drawing {number + 1}" for number in range(count)]
+    batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
+    yield [first + _shown(model, batch, settled, captions), "Starting ..."]
+    for state in draw(model, batch, known, temperature=temperature, seed=seed):
+        batch, settled = state.tokens.cpu(), state.known.cpu()
+        whole = settled[0].view(side, side).all(dim=1)
+        if whole.all():
+            continue
+        if model.config.objective == "autoregressive":
+            words = f"Row {int(whole.int().argmin()) + 1} of {side} ..."
+        else:
+            words = f"{float(settled[0, ~known].float().mean()):.0%} of the hidden pixels drawn ..."
+        yield [first + _shown(model, batch, settled, captions), words]
+    many = "1 drawing" if count == 1 else f"{count} drawings"
+    took = f"{many}, seed {seed}, in {time.monotonic() - start:.1f} s."
+    yield [first + _shown(model, batch, torch.ones_like(settled), captions), took]
+
+
+def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
+    """Pictures with captions; places that are not settled are clear."""
+    clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
+    colors = pictures(model, tokens.where(settled, 0))
+    images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
+    return [
+        {"caption": caption, "picture": encode(Image.fromarray(image if image[..., 3].min() == 0 else image[..., :3]))}
+        for caption, image in zip(captions, images, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
+    """The losses of an image, tokens [1, n], as a picture and in words."""
+    from matplotlib import colormaps
+
+    tokens = tokens.to(model.wte.weight.device)
+    losses = place_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
+    result, blind = summary(losses.mean(keepdims=True)), math.log(model.config.n_colors)
+    shares = (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)  # of a palette of one colour: 0
+    colors: NDArray[np.uint8] = (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
+    return [{"caption": "loss of each pixel", "picture": encode(Image.fromarray(colors))}], (
+        f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} bits/pixel) on average. Pixels "
+        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or more, as much as a blind "
+        f"guess among {model.config.n_colors} colours."
+    )
+
+
+def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
+    """The classifier that a run's probe has left, unless the model is a classifier itself.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    path = run and run / "probe.safetensors"
+    return Readout.load(path) if path and path.is_file() and model.config.class_names is None else None
+
+
+def classes(model: ImageGPT, tokens: Tensor, readout: Readout | None) -> dict[str, float]:
+    """The probability of every class, for an image, tokens [1, n]: by a probe's classifier, or the model's own head."""
+    if readout:
+        return dict(zip(readout.class_names, readout.probabilities(model, tokens)[0].tolist(), strict=True))
+    found = predict(model, tokens.numpy().astype(np.uint16), np.zeros(1, np.int64))
+    return dict(zip(model.config.class_names or (), found.probabilities[0].tolist(), strict=True))
+
+
+def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
+    """Writes some test images of the run's tokens as PNG at the model's resolution; none where the tokens are gone."""
+    settings = read_settings(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    tokens = settings.get("tokens")
+    if not tokens or not (Path(str(tokens)) / MANIFEST).is_file():
+        return []
+    data = TokenDataset(Path(str(tokens)))
+    try:
+        require_match(model, data)
+    except InputError:  # made anew since, for another model
+        return []
+    if not len(data["test"]):
+        return []
+    files = []
+    chosen: Any = pictures(model, tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"]))))
+    for number, picture in enumerate(chosen):
+        files.append(folder / f"example-{number + 1}.png")
+        Image.fromarray(picture).save(files[-1])
+    return files

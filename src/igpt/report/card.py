@@ -1,0 +1,288 @@
+"""The model card of a run, RUN/README.md, written from the run's files alone, and its way to the Hub with the model.
+
+It says what a stranger asks: which data, which objective, how good beside what, how to use it, and what it is not.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from igpt.errors import InputError
+from igpt.files import atomic_file, folder_to_read
+from igpt.hub import require_name, upload
+from igpt.report.findings import (
+    describe_classifier,
+    describe_loss,
+    describe_model,
+    describe_probe,
+    describe_sampling,
+    describe_state,
+    number,
+    percent,
+    plural,
+    short_source,
+)
+from igpt.report.record import Run, optional_json, read_run
+from igpt.report.sections import Table, key_tables
+
+CARD = "README.md"
+_LIBRARY = "library_name: igpt"  # by this line a card is known from a README of another kind
+_PICTURES = ("completions.png", "samples.png")
+_TOLD = ("metrics.jsonl", "probe.json", "test.json", "score.json", *_PICTURES)  # what a card tells of
+_MOST_CLASSES = 20  # that are named
+
+
+def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
+    """Writes `run/README.md` and returns its path; a card that is there is replaced.
+
+    Args:
+        run: a run directory with a model.
+        name: USER/NAME, as the card's examples load the model.
+        license: its identifier on the Hub, such as apache-2.0; nothing is said of one by default.
+
+    Raises:
+        InputError: a bad name, no run with a model, a damaged file in it, or another README.md is there.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    require_name(name)
+    path = run / CARD
+    if path.exists() and _LIBRARY not in path.read_text("utf-8", errors="replace"):
+        raise InputError(f"{path} is no model card that igpt wrote; move it elsewhere")
+    text = files("igpt.report").joinpath("card.md.j2").read_text("utf-8")
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    card = environment.from_string(text).render(_contents(_with_model(run), name, license))
+    with atomic_file(path) as temporary:
+        temporary.write_text(card, encoding="utf-8")
+    return path
+
+
+def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
+    """Uploads a run's model directory, card and pictures to the Hub in one commit, and returns the address.
+
+    A card that is there goes up as it is, whoever has edited it; otherwise it is written first (`write_card`).
+
+    Args:
+        run: a run directory with a model.
+        name: USER/NAME; the repository is made where there is none.
+        private: of a new repository; one that is there already must be private.
+
+    Raises:
+        InputError: see `write_card` and `igpt.hub.upload`.
+    """
+    require_name(name)
+    if not (run / CARD).exists():
+        write_card(run, name)
+    model = folder_to_read(_with_model(run).path / "model")
+    pictures = [run / picture for picture in _PICTURES if (run / picture).exists()]
+    sent = {file.name: file for file in [*sorted(model.iterdir()), run / CARD, *pictures]}
+    return upload(name, sent, private=private, message="Model trained with igpt")
+
+
+def doubts(run: Path, name: str) -> list[str]:
+    """What may be wrong with a card that is there: the name in it, or its age."""
+    path = run / CARD
+    newer = [file for file in _TOLD if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime]
+    found = [f"is older than {', '.join(newer)}"] if newer else []
+    return found if name in path.read_text("utf-8", errors="replace") else [*found, f"does not name {name}"]
+
+
+def _with_model(path: Path) -> Run:
+    run = read_run(path)
+    if not run.saved:
+        raise InputError(f"{path} holds no model yet; igpt pretrain writes one at its first validation")
+    return run
+
+
+def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
+    """What the template shows, in its words."""
+    objective, classes = str(run.shape["objective"]), _classes(run)
+    task = "unconditional-image-generation" if objective == "autoregressive" else "image-feature-extraction"
+    task = "image-classification" if classes else task
+    front: dict[str, Any] = {"license": license} if license else {}
+    front |= {"library_name": "igpt", "pipeline_tag": task, "tags": ["imagegpt", "image-gpt", objective]}
+    try:
+        probed = run.probe if run.probe and "skipped" not in run.probe else None
+        findings = [describe_classifier(run) if run.finetuned else describe_loss(run)]
+        findings += [describe_probe(probed)] if probed else []
+        tables = _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else [])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # all else is read leniently
+        raise InputError(
+            f"{run.path / 'probe.json'} is not a whole probe ({error}); igpt probe makes it anew"
+        ) from None
+    return {
+        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "title": _plain(f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on {short_source(run.source)}"),
+        "description": describe_model(run),
+        "findings": [sentence for sentence in findings if sentence],
+        "state": describe_state(run),
+        "pictures": _pictures(run),
+        "data": _data(run),
+        "training": _training(run),
+        "tables": tables,
+        "score": _score(run),
+        "name": name,
+        "objective": objective,
+        "classifier": bool(classes),
+        "joint": bool(run.config.get("generation_weight")),
+        "resolution": run.shape["resolution"],
+        "colors": run.shape["n_colors"],
+        "layer": probed["best_layer"] if probed else run.shape["n_layer"] // 2,
+        "version": run.environment.get("igpt"),
+    }
+
+
+def _classes(run: Run) -> list[str]:
+    if run.saved.get("architectures") != ["ImageGPTForImageClassification"]:
+        return []
+    return [str(name) for _, name in sorted(run.saved.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+
+
+def _data(run: Run) -> list[tuple[str, str]]:
+    """What the model has seen, by name."""
+    rows = [("source", _code(short_source(run.source)))]
+    splits = run.manifest.get("splits") or {}
+    counts = {split: found.get("count") for split, found in splits.items() if isinstance(found, dict)}
+    counts = counts or {"train": run.start.get("train_images"), "validation": run.start.get("validation_images")}
+    rows += [(f"{split} images", number(count)) for split, count in counts.items() if isinstance(count, int)]
+    resolution = run.shape["resolution"]
+    rows.append(("resolution", f"{resolution} \N{MULTIPLICATION SIGN} {resolution} pixels"))
+    if run.palette is not None:
+        rows.append(("palette", f"{len(run.palette)} colours, fingerprint `{run.palette.fingerprint[:12]}`"))
+    error = (run.manifest.get("made") or {}).get("palette_error")
+    if isinstance(error, dict) and isinstance(error.get("mse"), int | float):
+        exact, psnr = error.get("psnr_db") is None, f"{error.get('psnr_db') or 0:.1f} dB PSNR"
+        rows.append(("error of the palette", "none" if exact else f"{error['mse']:.1f} a channel (squared), {psnr}"))
+    classes = _classes(run)
+    if classes:
+        more = f", and {len(classes) - _MOST_CLASSES} more" if len(classes) > _MOST_CLASSES else ""
+        rows.append((plural(len(classes), "class", "classes"), ", ".join(map(_code, classes[:_MOST_CLASSES])) + more))
+    return rows
+
+
+def _training(run: Run) -> list[tuple[str, str]]:
+    """How it was trained, by name."""
+    config, environment = run.config, run.environment
+    rows = [
+        (words, _code(config[key]))
+        for key, words in _SETTINGS.items()
+        if config.get(key) not in (None, 0, False) or (key == "seed" and key in config)
+    ]
+    machine = environment.get("gpu") or environment.get("processor")
+    ranks = next((record["ranks"] for record in run.metrics if isinstance(record.get("ranks"), int)), 1)
+    if machine:
+        rows.append(("machine", f"{_code(machine)}" + (f", {ranks} processes" if ranks > 1 else "")))
+    versions = [f"{name} {environment[name]}" for name in ("igpt", "torch") if environment.get(name)]
+    return rows + ([("software", ", ".join(versions))] if versions else [])
+
+
+_SETTINGS = {
+    "batch_size": "images an update",
+    "optimizer": "optimiser",
+    "learning_rate": "learning rate",
+    "schedule": "schedule",
+    "warmup_steps": "warm-up updates",
+    "betas": "betas",
+    "weight_decay": "weight decay",
+    "grad_clip": "gradients clipped at",
+    "generation_weight": "weight of the generative loss",
+    "flip": "mirrored at random",
+    "shift": "shifted at random, pixels",
+    "precision": "precision",
+    "seed": "seed",
+}
+
+
+def _accuracies(run: Run) -> list[Table]:
+    """A classifier's accuracy on the test images."""
+    test = run.test or {}
+    if not isinstance(test.get("test_accuracy"), int | float):
+        return []
+    found = {"This classifier": (test["test_accuracy"], test.get("test_interval_95"))}
+    if modal := test.get("modal"):
+        words = f"Modal prediction over {modal['masks']} masks"
+        found[words] = (modal["accuracy"], modal.get("interval_95"))
+    if folded := test.get("fold_back"):
+        before = folded["before"]
+        found["Before validation images were trained on too"] = (
+            before["test_accuracy"],
+            before.get("test_interval_95"),
+        )
+    rows = [
+        (words, percent(share), " to ".join(map(percent, interval or ()))) for words, (share, interval) in found.items()
+    ]
+    caption = f"Classes of {plural(test['test_images'], 'test image')} (higher is better)"
+    return [Table(caption, ("", "accuracy", "95 % interval"), rows)]
+
+
+def _by_layer(probe: Mapping[str, Any]) -> Table:
+    """The accuracy of every layer's linear probe."""
+
+    def row(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
+        interval = " to ".join(map(percent, found.get("test_interval_95") or ()))
+        return (label, percent(found["validation_accuracy"]), percent(found["test_accuracy"]), interval)
+
+    rows = [
+        row(f"{layer['layer']}{' (chosen)' if layer['layer'] == probe['best_layer'] else ''}", layer)
+        for layer in probe["layers"]
+    ]
+    if "concatenated" in probe:
+        together = probe["concatenated"]
+        rows.append(row(f"{', '.join(map(str, together['layers']))} side by side", together))
+    for few in probe.get("few_labels") or ():
+        spread = f"\N{PLUS-MINUS SIGN} {100 * few['standard_deviation']:.1f} (standard deviation)"
+        rows.append((f"{few['layer']}, {plural(few['per_class'], 'label')} a class", "", percent(few["mean"]), spread))
+    caption = "Linear probe of every layer (0: input of the first block; the last: the final norm)"
+    return Table(caption, ("layer", "validation", "test", "95 % interval"), rows)
+
+
+def _score(run: Run) -> str:
+    """What `igpt score` found, in a sentence."""
+    found = optional_json(run.path / "score.json") or {}
+    if found.get("format") != "igpt-score" or not isinstance(found.get("nats_per_pixel"), int | float):
+        return ""
+    error = found.get("standard_error")
+    spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f} (standard error)"
+    split = "" if found.get("split") == "all" else f"{found.get('split')} "
+    source = str(found.get("source"))
+    source = run.source if source == str(run.config.get("tokens")) else source
+    return (
+        f"{plural(found['images'], f'{split}image')} of {_code(short_source(source))}: "
+        f"{found['nats_per_pixel']:.4f} nats/pixel{spread}."
+    )
+
+
+def _pictures(run: Run) -> list[dict[str, str]]:
+    """The run's pictures that are there, each with a caption."""
+    found = []
+    for file in _PICTURES:
+        path = run.path / file
+        if not path.exists():
+            continue
+        how = optional_json(path.with_suffix(".json")) or {}
+        drawn = describe_sampling(how)
+        if file.startswith("samples"):
+            caption = f"Drawn by the model from nothing{drawn}."
+        else:
+            kept = how.get("keep_rows")
+            rows = "" if kept is None else f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
+            caption = f"Left to right: the original, what was kept of it{rows}, and completions by the model{drawn}."
+        found.append({"file": file, "name": path.stem.capitalize(), "caption": caption})
+    return found
+
+
+def _code(value: Any) -> str:
+    """Words of others as Markdown's code, which leaves them as they are."""
+    listed = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
+    return "`" + " ".join(listed.replace("`", "'").split()) + "`"
+
+
+def _plain(text: str) -> str:
+    """Text without a meaning in Markdown."""
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,248 @@
+"""The model card: what it says is what the run's files say, and what it tells people to do works."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from igpt.data.tokens import TokenDataset
+from igpt.errors import InputError
+from igpt.model.classifier import class_logits
+from igpt.model.transformer import ImageGPT
+from igpt.report.card import doubts, write_card
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+NAME = "someone/digits"
+
+
+@pytest.fixture(scope="module")
+def whole(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with all that a card can tell of."""
+    run = tmp_path_factory.mktemp("card") / "whole"
+    shutil.copytree(short_run, run)
+    for words in (
+        ("probe", run, digits.path, "--limit", 200, "--concatenate", 0, 2, "--labels-per-class", 4),
+        ("score", run, digits.path, "--limit", 30),
+        ("sample", run, "--count", 4),
+        ("complete", run, "--tokens", digits.path, "--count", 2, "--completions", 3),
+    ):
+        done = igpt(*words)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def classifier(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("card") / "classes"
+    few = ("--steps", 4, "--batch-size", 8, "--validate-every", 2, "--precision", "fp32")
+    done = igpt("finetune", short_run, digits.path, "-o", run, *few)
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+@pytest.fixture(scope="module")
+def bert(igpt: Run, digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("card") / "bert"
+    done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--objective", "bert")
+    assert done.returncode == 0, done.stderr
+    return run
+
+
+def front_of(card: str) -> dict[str, object]:
+    assert card.startswith("---\n")
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def rows_of(card: str) -> list[list[str]]:
+    """The cells of all tables."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+
+
+def facts_of(card: str) -> dict[str, str]:
+    return dict(re.findall(r"^- ([^:\n]+): (.+)$", card, re.MULTILINE))
+
+
+def blocks_of(card: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", card, re.DOTALL)
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f}\u00a0%"
+
+
+def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> None:
+    card = write_card(whole, NAME, license="cc-by-4.0").read_text()
+    assert front_of(card) == {
+        "license": "cc-by-4.0",
+        "library_name": "igpt",
+        "pipeline_tag": "unconditional-image-generation",
+        "tags": ["imagegpt", "image-gpt", "autoregressive"],
+    }
+    assert "\n# Image GPT trained on digits\n" in card
+    facts = facts_of(card)
+    assert {facts[f"{split} images"] for split in ("train", "validation", "test")} == {"1,437", "180"}
+    assert facts["palette"] == f"17 colours, fingerprint `{digits.palette.fingerprint[:12]}`"
+    assert (facts["resolution"], facts["source"]) == ("8 \u00d7 8 pixels", "`digits`")
+    assert (facts["learning rate"], facts["betas"], facts["seed"]) == ("`0.003`", "`0.9, 0.95`", "`0`")
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    best = min(record["loss"] for record in records if record["kind"] == "validation")
+    rows = rows_of(card)
+    assert ["This model", f"{best:.3f}", f"{best / np.log(2):.3f}"] in rows
+    assert ["Colour frequencies alone", f"{records[0]['unigram_loss']:.3f}"] in [row[:2] for row in rows]
+    probe = json.loads((whole / "probe.json").read_text())
+    for layer in probe["layers"]:
+        mark = " (chosen)" if layer["layer"] == probe["best_layer"] else ""
+        low, high = layer["test_interval_95"]
+        accuracies = [percent(layer["validation_accuracy"]), percent(layer["test_accuracy"])]
+        assert [f"{layer['layer']}{mark}", *accuracies, f"{percent(low)} to {percent(high)}"] in rows
+    assert percent(probe["concatenated"]["test_accuracy"]) in next(row for row in rows if row[0] == "0, 2 side by side")
+    assert any(row[0].endswith(", 4 labels a class") for row in rows)
+    score = json.loads((whole / "score.json").read_text())
+    assert f"30 test images of `digits`: {score['nats_per_pixel']:.4f} nats/pixel \u00b1 " in card
+    assert "![Samples](samples.png)" in card
+    assert "![Completions](completions.png)" in card
+    assert "(the upper 4 of 8 pixel rows)" in card
+    assert "The objective is autoregressive: every pixel is predicted from those before it." in card
+    assert str(whole) not in card
+    assert str(digits.path.parent) not in card, "where things lie on this machine is nobody's business"
+    assert "\n\n\n" not in card
+    assert "license" not in front_of(write_card(whole, NAME).read_text())
+
+
+def test_a_run_that_has_shown_nothing_yet_has_a_card(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    card = write_card(run, NAME).read_text()
+    assert "![" not in card
+    assert "95 % interval" not in card
+    assert "This model" in card
+
+
+def picture_of(folder: Path, digits: TokenDataset) -> torch.Tensor:
+    """Writes a test image as photo.png and into photos/, and gives its tokens [1, 64]."""
+    tokens = digits["test"].rows([5])
+    image = Image.fromarray(digits.palette.inverse_transform(tokens).reshape(8, 8, 3))
+    (folder / "photos").mkdir()
+    image.save(folder / "photo.png")
+    image.save(folder / "photos" / "a.png")
+    return torch.from_numpy(tokens.astype(np.int64))
+
+
+def do_what_it_says(card: str, run: Path, igpt: Run) -> list[dict[str, object]]:
+    """Runs the card's commands and programs, here, on the model as it would come down; the variables of each."""
+    shutil.copytree(run / "model", "down")
+    card = card.replace(NAME, "./down")
+    for line in blocks_of(card, "bash")[0].splitlines():
+        done = igpt(*line.split()[1:])
+        assert done.returncode == 0, (line, done.stderr)
+    found = []
+    for program in blocks_of(card, "python"):
+        variables: dict[str, object] = {}
+        exec(program, variables)
+        found.append(variables)
+    return found
+
+
+def test_what_it_says_to_do_works(
+    igpt: Run, whole: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = write_card(whole, NAME).read_text()
+    monkeypatch.chdir(tmp_path)
+    tokens = picture_of(tmp_path, digits)
+    ours, theirs = do_what_it_says(card, whole, igpt)
+    assert ours["pixels"].shape == (4, 8, 8, 3)
+    assert torch.equal(theirs["tokens"], tokens)
+    torch.testing.assert_close(theirs["logits"], ours["model"](tokens), rtol=0, atol=1e-4)
+    best = json.loads((whole / "probe.json").read_text())["best_layer"]
+    assert json.loads((tmp_path / "features.json").read_text())["layer"] == best
+    assert (tmp_path / "completions.png").exists()
+
+
+def test_a_classifier_s_card(
+    igpt: Run, classifier: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = write_card(classifier, NAME).read_text()
+    assert front_of(card)["pipeline_tag"] == "image-classification"
+    test = json.loads((classifier / "test.json").read_text())
+    low, high = test["test_interval_95"]
+    row = ["This classifier", percent(test["test_accuracy"]), f"{percent(low)} to {percent(high)}"]
+    assert row in rows_of(card)
+    assert "Classes of 180 test images" in card
+    assert facts_of(card)["10 classes"] == ", ".join(f"`{digit}`" for digit in range(10))
+    assert "trained by the class loss\nand the generative one together." in card
+    monkeypatch.chdir(tmp_path)
+    tokens = picture_of(tmp_path, digits)
+    ours, theirs = do_what_it_says(card, classifier, igpt)
+    expected = class_logits(ImageGPT.from_pretrained(classifier / "model"), tokens)
+    torch.testing.assert_close(ours["probabilities"], expected.softmax(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(theirs["logits"], expected, rtol=0, atol=1e-4)
+
+
+def test_a_bert_model_s_card(
+    igpt: Run, bert: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = write_card(bert, NAME).read_text()
+    assert front_of(card)["pipeline_tag"] == "image-feature-extraction"
+    assert "what it computes of this model is noise" in card
+    assert "from transformers" not in card
+    assert "Validation loss per masked pixel" in card
+    monkeypatch.chdir(tmp_path)
+    picture_of(tmp_path, digits)
+    (ours,) = do_what_it_says(card, bert, igpt)
+    assert [tuple(layer.shape) for layer in ours["features"]] == [(1, 32)] * 3
+
+
+def test_names_of_others_do_not_break_it(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    start = {**json.loads(lines[0]), "source": "/home/me/my `odd` | <b>*set*\n# of images"}
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(start), *lines[1:]]) + "\n")
+    card = write_card(run, NAME).read_text()
+    (title,) = re.findall(r"^# .*$", card, re.MULTILINE)
+    assert title == r"# Image GPT trained on my \`odd\` \| \<b\>\*set\* \# of images"
+    assert facts_of(card)["source"] == "`my 'odd' | <b>*set* # of images`"
+    assert "/home/me" not in card
+
+
+def test_what_a_card_is_not_written_over_or_of(
+    igpt: Run, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    (run / "README.md").write_text("my notes")
+    with pytest.raises(InputError, match="is no model card that igpt wrote; move it elsewhere"):
+        write_card(run, NAME)
+    assert (run / "README.md").read_text() == "my notes"
+    (run / "README.md").unlink()
+    with pytest.raises(InputError, match="cannot name a model on the Hub"):
+        write_card(run, "digits")
+    shutil.rmtree(run / "model")
+    with pytest.raises(InputError, match="holds no model yet"):
+        write_card(run, NAME)
+    with pytest.raises(InputError, match="is no run directory"):
+        write_card(short_run / "model", NAME)
+    assert not (run / "README.md").exists()
+    done = igpt("card", run, NAME)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_a_card_that_is_old_or_of_another_name_is_told(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    card = write_card(run, NAME)
+    assert doubts(run, NAME) == []
+    assert doubts(run, "someone/else") == ["does not name someone/else"]
+    (run / "probe.json").write_text("{}")
+    later = card.stat().st_mtime + 1
+    os.utime(run / "probe.json", (later, later))
+    assert doubts(run, NAME) == ["is older than probe.json"]
