@@ -84,7 +84,7 @@ def read(hub: Hub, tmp_path: Path) -> Read:
     def run(*words: str, **more: str) -> list[Any]:
         command = [sys.executable, "-c", PROGRAM, *words]
         environment = surroundings(hub, tmp_path / "home", **more)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 

@@ -50,7 +50,7 @@ def push(hub: Hub, tmp_path: Path) -> Push:
         surroundings |= hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_someone"} | more
         surroundings = {key: value for key, value in surroundings.items() if value}
         command = [sys.executable, *program, *map(str, words)]
-        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+        return subprocess.run(command, env=surroundings, capture_output=True, text=True, timeout=300, cwd=tmp_path)
 
     return start  # type: ignore[return-value]
 
