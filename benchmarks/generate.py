@@ -119,9 +119,9 @@ def main(
         drawn = {"full pass": 1, "transformers bf16": theirs_tokens if precision == "bf16" else 16}
         best = f"ours {precision}"
         speeds = {}
+        timed_tokens = {name: drawn.get(name, tokens if name.startswith("ours") else theirs_tokens) for name in seconds}
         for name, value in seconds.items():
-            done = drawn.get(name, tokens if name.startswith("ours") else theirs_tokens)
-            speeds[name] = batch * done / value
+            speeds[name] = batch * timed_tokens[name] / value
         rival = max(value for name, value in speeds.items() if name.startswith("transformers"))
         number = 2 if precision == "bf16" else 4
         bound = batch * rate / step_bytes(config, batch, tokens, number)
@@ -132,7 +132,7 @@ def main(
                     "batch": batch,
                     "contender": name,
                     "tokens_per_second": speed,
-                    "tokens_timed": drawn.get(name, tokens),
+                    "tokens_timed": timed_tokens[name],
                     "seconds": seconds[name],
                     "best_over_this": speeds[best] / speed,
                     "share_of_bound": speed / share if share else None,

@@ -1,5 +1,7 @@
 """Generation against the full forward pass, and its settings."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -97,12 +99,51 @@ def test_known_pixels_anywhere_and_of_each_image_are_kept_and_seen_by_those_afte
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
 def test_many_images_are_drawn_in_several_batches(objective: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, originals = random_model(objective), torch.randint(0, 11, (5, 36))
-    whole = complete(model, originals, 2)
+    whole = complete(model, originals, 2, precision="fp32")
     monkeypatch.setattr("igpt.model.generate._CACHE", 2 * cache_bytes(model.config, 8))
+    if objective == "bert":
+        monkeypatch.setattr("igpt.model.generate.images_at_once", lambda config: 2)
+    sizes: list[int] = []
+
+    def counted(model: ImageGPT, tokens: torch.Tensor, *rest: object, **settings: object) -> object:
+        sizes.append(len(tokens))
+        return draw(model, tokens, *rest, **settings)
+
+    monkeypatch.setattr("igpt.model.generate.draw", counted)
     told = []
-    assert torch.equal(complete(model, originals, 2, progress=lambda done, total: told.append((done, total))), whole)
+    again = complete(model, originals, 2, precision="fp32", progress=lambda done, total: told.append((done, total)))
+    assert torch.equal(again, whole)
+    assert sizes == [2, 2, 1]
     assert told[-1] == (180, 180)
     assert told == sorted(told)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.7}], ids=str)
+def test_captured_steps_draw_what_the_processor_draws(settings: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    shape = {"resolution": 14, "n_colors": 11, "n_layer": 3, "n_embd": 24, "n_head": 3}  # 196 places: four captures
+    model = ImageGPT(ModelConfig.layered(shape)).double()
+    originals, known = torch.randint(0, 11, (3, 196)), torch.arange(196) < 20
+    expected = complete(model, originals, known, precision="fp32", **settings)
+    model.cuda()
+    assert torch.equal(complete(model, originals, known, precision="fp32", **settings).cpu(), expected)
+    with ThreadPoolExecutor(2) as pool:
+        jobs = [pool.submit(complete, model, originals, known, precision="fp32", **settings) for _ in range(2)]
+        assert all(torch.equal(job.result().cpu(), expected) for job in jobs)
+
+
+def test_top_k_takes_no_more_of_equal_colours() -> None:
+    logits = torch.zeros(1000, 5)
+    uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
+    assert len(choose(logits, uniform, 1.0, 2, None).unique()) == 2
+
+
+def test_weights_that_break_later_are_seen() -> None:
+    model = random_model()
+    torch.nn.init.constant_(model.wpe.weight[30], torch.nan)
+    with pytest.raises(InputError, match="weights are broken"):
+        complete(model, torch.zeros(1, 36, dtype=torch.long), 2)
 
 
 def test_broken_weights_draw_nothing() -> None:

@@ -3,6 +3,7 @@
 B batch, T places, n places of an image, D width, H heads, K head width, V colours.
 """
 
+import threading
 from collections.abc import Callable
 from functools import cache
 
@@ -16,6 +17,7 @@ from igpt.model.precision import TYPES, Precision, autocast
 from igpt.model.transformer import SLOPE, Block, ImageGPT, LayerCache
 
 _BUCKET = 64  # places by which a GPU's captured steps grow
+_CAPTURE = threading.Lock()
 Settle = Callable[[Tensor, Tensor], None]  # (place [1], logits [B, V]): writes what comes at this place
 
 
@@ -57,7 +59,7 @@ class Decoder:
     """Logits of one place after the other.
 
     `prefill` takes the places that are known, then every `advance` takes one more. On a GPU the steps are captured as
-    CUDA graphs: nothing of a step needs the host.
+    CUDA graphs: nothing of a step needs the host. It holds a second copy of the blocks' weights.
 
     Raises:
         InputError: a BERT model.
@@ -78,6 +80,7 @@ class Decoder:
         self.head = _Product(model.lm_head.weight * model.ln_f.weight, None, kind, batch)
         self.place = torch.zeros(1, dtype=torch.long, device=weight.device)  # of the next step
         self.filled = 0  # the same, known to the host
+        self.finite = torch.ones((), dtype=torch.bool, device=weight.device)  # whether all logits were
         self.warm = False
         self.captured: dict[int, torch.cuda.CUDAGraph] = {}  # by the places that a step reads
 
@@ -117,34 +120,37 @@ class Decoder:
         """
         assert self.filled < self.model.config.n_places, "an image is full"
 
-        def step(span: int) -> Tensor:
+        def step(span: int) -> None:
             logits = self.logits(sequence.index_select(1, self.place)[:, 0], span)
+            self.finite &= logits.isfinite().all()
             settle(self.place, logits)
             self.place += 1
-            return logits
 
         span = self.filled + 1
         if sequence.device.type == "cuda":
             span = min(-(-span // _BUCKET) * _BUCKET, self.model.config.n_places)
         if sequence.device.type == "cpu" or not self.warm:  # a first step by itself warms the kernels up
-            require_finite(step(span))
+            step(span)
             self.warm = True
         else:
             if span not in self.captured:
                 self.captured[span] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.captured[span]):
+                # Graphs run one after the other and leave nothing in their pool, so that they may share it. Another
+                # thread may draw meanwhile, but only one may capture.
+                pool = next(iter(self.captured.values())).pool() if len(self.captured) > 1 else None
+                with _CAPTURE, torch.cuda.graph(self.captured[span], pool=pool, capture_error_mode="thread_local"):
                     step(span)
             self.captured[span].replay()
         self.filled += 1
 
 
-def require_finite(logits: Tensor) -> None:
-    """Refuses to draw by what is no number.
+def require_finite(finite: Tensor) -> None:
+    """Refuses to go on by logits that are no numbers.
 
     Raises:
         InputError: the model's weights are broken.
     """
-    if not logits.isfinite().all():
+    if not finite.all():
         raise InputError("the logits are not finite; the model's weights are broken")
 
 

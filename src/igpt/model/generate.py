@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from igpt.errors import InputError
-from igpt.model.cost import cache_bytes
+from igpt.model.cost import cache_bytes, count_parameters, images_at_once
 from igpt.model.decoder import Decoder, require_finite
 from igpt.model.precision import Precision, autocast, settle_precision
 from igpt.model.transformer import ImageGPT
@@ -62,8 +62,8 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
     logits = logits.double()
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature  # at most 0: no temperature overflows
     if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
+        likeliest = logits.topk(min(top_k, logits.shape[-1])).indices  # of equal ones, not all
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, likeliest, logits.gather(-1, likeliest))
     if top_p is not None:
         ordered, order = logits.sort(descending=True)
         probability = ordered.softmax(-1)
@@ -159,6 +159,7 @@ def _continue(
     for place in range(open_places[0], open_places[-1] + 1):
         decoder.advance(sequence, settle)
         if (place + 1) % width == 0 or place == open_places[-1]:
+            require_finite(decoder.finite)
             done = torch.arange(n, device=tokens.device) <= place
             yield Drawn(sequence[:, 1:].clone(), known | done)
 
@@ -186,7 +187,7 @@ def _fill(
         share = math.cos(math.pi / 2 * (index + 1) / rounds) if index + 1 < rounds else 0.0
         with autocast(precision, tokens.device):
             logits = model(tokens.masked_fill(~known, 0), ~known)  # [B, n, V]
-        require_finite(logits)
+        require_finite(logits.isfinite())
         drawn = choose(logits, uniform, *chosen)
         confidence = logits.float().log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         order = confidence.masked_fill(known, torch.inf).argsort(dim=1)  # least confident first
@@ -222,7 +223,7 @@ def complete(
             raise InputError(f"rows to keep lie in 0..{resolution} for this model, not {keep}")
         keep = torch.arange(n) < keep * resolution
     keep = keep.expand(batch, n)
-    size = _at_once(model)
+    size = _at_once(model, drawing.get("precision", "auto"))
     parts = []
     for first in range(0, batch, size):
         rows = slice(first, first + size)
@@ -247,8 +248,16 @@ def sample(model: ImageGPT, prefix: Tensor, *, progress: Progress | None = None,
     return complete(model, tokens, torch.arange(n) < given, progress=progress, **drawing)
 
 
-def _at_once(model: ImageGPT) -> int:
-    """How many images' keys and values fit into memory at a time."""
-    device = model.wte.weight.device
-    room = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CACHE
-    return max(1, room // cache_bytes(model.config, model.wte.weight.element_size()))
+def _at_once(model: ImageGPT, precision: Precision | Literal["auto"]) -> int:
+    """How many images are drawn at a time: of an autoregressive model, as many as have room for keys and values."""
+    config, weight = model.config, model.wte.weight
+    device, most = weight.device, images_at_once(config)
+    if config.objective == "bert":
+        return most
+    number = 2 if settle_precision(precision, device) == "bf16" else weight.element_size()
+    room = _CACHE
+    if device.type == "cuda":  # what PyTorch holds without using it is free too
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        room = (free - torch.cuda.memory_allocated(device) - number * count_parameters(config)) // 2
+    # What lies before the first step is read at once, which takes more than the cache of a model with few layers.
+    return max(1, min(room // cache_bytes(config, number), 8 * most))

@@ -64,7 +64,7 @@ def known_places(model: ImageGPT, rows: int, seen: Shown | None) -> Tensor:
 
 
 def drawings(
-    model: ImageGPT, tokens: Tensor, known: Tensor, count: int, temperature: float, seed: int, *, original: bool
+    model: ImageGPT, tokens: Tensor, known: Tensor, count: int, temperature: float, seed: int | None, *, original: bool
 ) -> Iterator[list[Any]]:
     """Draws the open places `count` times, all at once: the pictures so far, and words on the progress.
 
@@ -78,6 +78,8 @@ def drawings(
     Raises:
         InputError: a setting is out of its range.
     """
+    if seed is None:  # an emptied field
+        raise InputError("give a seed, a whole number from 0")
     start, side, n = time.monotonic(), model.config.resolution, len(known)
     first = _shown(model, tokens, torch.ones(1, n, dtype=torch.bool), ["original"]) if original else []
     captions = [f"drawing {number + 1}" for number in range(count)]

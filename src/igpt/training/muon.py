@@ -57,6 +57,7 @@ def orthogonalise(matrix: Tensor, kind: torch.dtype) -> Tensor:
 
 @cache
 def _kind(device: str) -> torch.dtype:
-    """bf16, or fp32 on processors without it."""
-    native = device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """bf16, or fp32 on processors where oneDNN does not have it."""
+    here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    native = device != "cpu" or (here and torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if native else torch.float32
