@@ -153,6 +153,8 @@ def test_mistakes_are_told_in_words(
             client.predict(handle_file(file), 4, None, 1, 1.0, 0, api_name="/complete")
     with pytest.raises(AppError, match="choose an image first"):
         client.predict(None, 4, None, 1, 1.0, 0, api_name="/complete")
+    with pytest.raises(AppError, match="give a seed"):
+        client.predict(handle_file(photo), 4, None, 1, 1.0, None, api_name="/complete")
     for hidden in ("1" * 63, "2" * 64):
         with pytest.raises(AppError, match="64 characters, 1 for hidden"):
             client.predict(handle_file(photo), 4, {"hidden": hidden}, 1, 1.0, 0, api_name="/complete")
