@@ -80,6 +80,7 @@ HOUSE = [
     "page/answers",
     "app",
     "data_commands",
+    "drawing_commands",
     "evaluation_commands",
     "hub_commands",
     "cli",

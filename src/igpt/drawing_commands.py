@@ -1,0 +1,115 @@
+"""The commands that draw: sample, complete, app."""
+
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from igpt.command_line import MaybeOut, load_model, model_and_run, progress_bar
+from igpt.errors import InputError
+
+
+def sample(
+    model: Positional[Path],
+    out: MaybeOut = None,
+    count: int = 16,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Draw images from a model.
+
+    Args:
+        model: run or model directory.
+        out: PNG to write; by default samples.png in the run, or here for a model without one.
+        count: images.
+        temperature: 1 is the model's own distribution, as in the paper; 0 takes the likeliest colours.
+        top_k: only the k likeliest colours of every pixel.
+        top_p: only the likeliest colours that together reach this probability.
+        seed: the same seed gives the same images.
+        precision: of the products; auto takes bf16 where the processor is faster with it.
+    """
+    from igpt.model.generate import Drawing
+    from igpt.pictures import draw_samples
+
+    path, home = model_and_run(model)
+    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision)
+    with progress_bar() as show:
+        target = draw_samples(load_model(path), out or home / "samples.png", count, drawing, partial(show, "sampling"))
+    print(f"{target}: {count} samples")
+
+
+def complete(
+    model: Positional[Path],
+    images: Positional[tuple[Path, ...]] = (),
+    tokens: Path | None = None,
+    count: int = 8,
+    keep_rows: int | None = None,
+    mask: Path | None = None,
+    completions: int = 4,
+    out: MaybeOut = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+) -> None:
+    """Keep the upper rows of images, or what a mask leaves, and let a model draw the rest.
+
+    Args:
+        model: run or model directory.
+        images: image files.
+        tokens: token data set whose test images are taken instead, evenly over the split.
+        count: how many of them.
+        keep_rows: rows to keep, at the model's resolution; the upper half by default.
+        mask: picture whose bright pixels are drawn and whose dark ones are kept, instead of rows.
+        completions: drawings of each image.
+        out: PNG to write; by default completions.png in the run, or here for a model without one.
+        temperature: 1 is the model's own distribution; 0 takes the likeliest colours.
+        top_k: only the k likeliest colours of every pixel.
+        top_p: only the likeliest colours that together reach this probability.
+        seed: the same seed gives the same drawings.
+        precision: of the products; auto takes bf16 where the processor is faster with it.
+    """
+    from igpt.data.tokens import TokenDataset
+    from igpt.evaluation.features import require_match
+    from igpt.model.generate import Drawing
+    from igpt.pictures import draw_completions, mask_of_file, tokens_of_files, tokens_of_split
+
+    path, home = model_and_run(model)
+    loaded = load_model(path)
+    if bool(images) == bool(tokens):
+        raise InputError("give image files to complete, or --tokens with a token data set")
+    if mask and keep_rows is not None:
+        raise InputError("give --keep-rows or --mask, not both")
+    if tokens:
+        data = TokenDataset(tokens)
+        require_match(loaded, data)
+        originals = tokens_of_split(data["test"], count)
+    else:
+        originals = tokens_of_files(loaded, images)
+    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision)
+    keep = mask_of_file(loaded, mask) if mask else loaded.config.resolution // 2 if keep_rows is None else keep_rows
+    with progress_bar() as show:
+        target = draw_completions(
+            loaded, originals, out or home / "completions.png", keep, completions, drawing, partial(show, "completing")
+        )
+    kept = f"by {mask}" if mask else f"{keep} rows"
+    print(f"{target}: from left to right, each original, what was kept ({kept}), {completions} completions")
+
+
+def app(model: Positional[Path], host: str = "127.0.0.1", port: int = 7860) -> None:
+    """Open a web page that completes, scores and draws images.
+
+    Args:
+        model: run or model directory.
+        host: address to listen at; loopback only by default.
+        port: port to listen at.
+    """
+    from igpt.app import serve
+
+    path, home = model_and_run(model)
+    serve(load_model(path), host, port, home if path == home / "model" else None)
