@@ -126,7 +126,7 @@ def draw(
     chosen = (temperature, top_k, top_p)
     if model.config.objective == "bert":
         return _fill(model, tokens, known.clone(), rounds, kind, streams, chosen)
-    return _continue(model, tokens, known, n if by == "pixel" else model.config.resolution, kind, streams, chosen)
+    return _continue(model, tokens, known, 1 if by == "pixel" else model.config.resolution, kind, streams, chosen)
 
 
 @torch.inference_mode()
@@ -134,7 +134,7 @@ def _continue(
     model: ImageGPT,
     tokens: Tensor,
     known: Tensor,
-    steps: int,
+    stride: int,
     precision: Precision,
     streams: list[np.random.Generator],
     chosen: tuple[float, int | None, float | None],
@@ -155,10 +155,9 @@ def _continue(
         kept = sequence.index_select(1, place + 1)
         sequence.index_copy_(1, place + 1, torch.where(known.index_select(1, place), kept, drawn[:, None]))
 
-    width = n // steps
     for place in range(open_places[0], open_places[-1] + 1):
         decoder.advance(sequence, settle)
-        if (place + 1) % width == 0 or place == open_places[-1]:
+        if (place + 1) % stride == 0 or place == open_places[-1]:
             require_finite(decoder.finite)
             done = torch.arange(n, device=tokens.device) <= place
             yield Drawn(sequence[:, 1:].clone(), known | done)
