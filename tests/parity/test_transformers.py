@@ -279,7 +279,7 @@ def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
 
 
 class ShiftedProcessor(ImageGPTImageProcessor):
-    """Their image processor, and what their models are to be fed: docs/manual.md."""
+    """Their image processor, and what their models are to be fed: docs/hub.md."""
 
     def __call__(self, images: Any, **options: Any) -> Any:
         found = super().__call__(images, **options)

@@ -99,7 +99,8 @@ class Batches:
     """Training batches of a split, each a pure function of (seed, step).
 
     Args:
-        flip, shift: see `vary`.
+        flip: see `vary`.
+        shift: see `vary`.
         device: where the batches are wanted.
         held_bytes: a split with at most so many bytes of tokens is held on the device, if they take no more than a
             quarter of a GPU's free memory. The batches do not depend on it.

@@ -211,6 +211,16 @@ class TokenSplit:
     def _label_shards(self) -> Iterator[NDArray[np.int32]]:
         return (_window(shard, np.arange(len(shard)))[0] for shard in self._labels if len(shard))
 
+    def subset(self, indices: ArrayLike) -> Self:
+        """Some images, in the order asked for, in memory."""
+        return type(self)(self.name, [self.rows(indices)], [self.labels_of(indices)])
+
+    def spread(self, count: int | None) -> Self:
+        """At most so many images, spread evenly over all; all of them where `count` is None or no less."""
+        if count is None or count >= len(self):
+            return self
+        return self.subset(np.arange(count) * len(self) // count)
+
     def require_images(self, purpose: str) -> None:
         """Refuses an empty split.
 
@@ -229,6 +239,20 @@ class TokenSplit:
         missing = sum(int((labels < 0).sum()) for labels in self._label_shards())
         if missing:
             raise InputError(f"{purpose} needs labels, and {missing} of {len(self)} images of {self.name!r} have none")
+
+
+def few_of_each(labels: NDArray[np.integer[Any]], per_class: int, seed: Sequence[int]) -> NDArray[np.int64]:
+    """The numbers of so few images of each class, drawn by `seed`: ascending, [C per_class].
+
+    Raises:
+        InputError: a class has fewer images.
+    """
+    members = [np.flatnonzero(labels == number) for number in np.unique(labels)]
+    fewest = min(map(len, members))
+    if fewest < per_class:
+        raise InputError(f"{per_class} labels a class are asked for, and one class has {fewest} training images")
+    generator = np.random.default_rng(seed)
+    return np.sort(np.concatenate([generator.permutation(each)[:per_class] for each in members]))
 
 
 def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str) -> None:

@@ -1,6 +1,8 @@
 """A model directory, in the Hub's ImageGPT layout, so that transformers reads what we write and the reverse.
 
     config.json                transformers' ImageGPTConfig keys, and ours under "igpt" (format version, objective)
+                               a variant (variants.py) has its settings there, and model_type "igpt": transformers,
+                               which does not compute it, refuses it
     model.safetensors          transformers' names; its Conv1D matrices are transposed [in, out]
     preprocessor_config.json   the palette ("clusters") and the resolution
 
@@ -110,7 +112,7 @@ def _locate(name: str | Path) -> Path:
 def _read_config(path: Path, name: str | Path) -> dict[str, Any]:
     """A model's config.json; what is no ImageGPT, or of a later format, is refused."""
     config = read_json(path / "config.json", "model")
-    if config.get("model_type") != "imagegpt":
+    if config.get("model_type") not in ("imagegpt", "igpt"):
         raise InputError(f"{name} holds a model of type {config.get('model_type')!r}; 'imagegpt' is needed")
     ours = config.get("igpt", {})
     version = ours.get("version", VERSION) if isinstance(ours, dict) else ours

@@ -7,20 +7,24 @@ from igpt.model.transformer import ModelConfig
 
 
 def block_parameters(config: ModelConfig) -> int:
-    """Parameters of one block: four matrices of 12 D^2 in all, their biases if there are any, two gains."""
+    """Parameters of one block: four matrices of 12 D^2 in all, their biases if there are any, two gains.
+
+    The two scalars of a value residual are left to `count_parameters`: the first block has none.
+    """
     width = config.n_embd
     return 12 * width**2 + (9 * width if config.bias else 0) + 2 * width
 
 
 def root_parameters(config: ModelConfig) -> int:
     """Parameters outside the blocks: embeddings of colours, start and places, the final gain, and the heads."""
-    classes = len(config.class_names or ())
-    return config.n_embd * (config.n_colors + 1 + config.n_places + 1 + config.n_colors + classes)
+    classes, places = len(config.class_names or ()), config.n_places if config.positions == "learned" else 0
+    return config.n_embd * (config.n_colors + 1 + places + 1 + config.n_colors + classes)
 
 
 def count_parameters(config: ModelConfig) -> int:
     """Parameters of a model; ImageGPT itself is not built for it."""
-    return config.n_layer * block_parameters(config) + root_parameters(config)
+    mixes = 2 * (config.n_layer - 1) if config.value_residual else 0
+    return config.n_layer * block_parameters(config) + mixes + root_parameters(config)
 
 
 def images_at_once(config: ModelConfig) -> int:
@@ -44,7 +48,7 @@ def block_flops(config: ModelConfig) -> int:
 
     Counted are the products of the weights at every place, and attention's two (queries with keys, weights with values)
     over the pairs that must be computed: under the causal mask half of them, whatever a kernel does with the other
-    half. Norms, softmax and the activation are not counted.
+    half. Norms, softmax, rotary turns and the activation are not counted.
     """
     width = config.n_embd
     return 2 * (config.n_places * 12 * width**2 + 2 * attended_pairs(config) * width)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt.errors import InputError
-from igpt.model.norm import NORM_EPS
 from igpt.model.precision import TYPES, Precision, autocast
 from igpt.model.transformer import SLOPE, Block, ImageGPT, LayerCache
+from igpt.model.variants import normalise
 
 _BUCKET = 64  # places by which a GPU's captured steps grow
 _CAPTURE = threading.Lock()
@@ -49,10 +49,17 @@ class _Step:
             bias = None if layer.bias is None else layer.bias * after
             return _Product(layer.weight * before * after, bias, kind, rows)
 
+        self.vary, self.relu2 = block.attn.vary, block.mlp.activation == "relu2"
+        slope = 1.0 if self.relu2 else SLOPE
         self.qkv = product(block.attn.c_attn, block.ln_1.weight)
         self.out = product(block.attn.c_proj)
-        self.inner = product(block.mlp.c_fc, block.ln_2.weight, SLOPE)
-        self.outer = product(block.mlp.c_proj, 1 / SLOPE)
+        self.inner = product(block.mlp.c_fc, block.ln_2.weight, slope)
+        self.outer = product(block.mlp.c_proj, 1 / slope)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP of normalised x, [B, D] -> [B, D]."""
+        inner = self.inner(x)
+        return self.outer(F.relu(inner).square() if self.relu2 else F.silu(inner))
 
 
 class Decoder:
@@ -92,25 +99,28 @@ class Decoder:
         self.place.fill_(self.filled)
         if self.filled:
             with autocast(self.precision, inputs.device):
-                x = self.model.embed_inputs(inputs)
+                x, first = self.model.embed_inputs(inputs), None
                 for block, cache in zip(self.model.h, self.caches, strict=True):
-                    x = block(x, cache)
+                    x, first = block(x, first, cache)
 
     @torch.inference_mode()
     def logits(self, inputs: Tensor, span: int) -> Tensor:
         """Of what comes at the next place, [B, V], where inputs [B] enter; `span` places of the cache are read."""
         batch, width, heads = len(inputs), self.model.config.n_embd, self.model.config.n_head
-        x = self.model.wte(inputs) + self.model.wpe.weight.index_select(0, self.place)  # [B, D]
+        x, first = self.model.wte(inputs), None  # [B, D]
+        if self.model.config.positions == "learned":
+            x = x + self.model.wpe.weight.index_select(0, self.place)
         exact = span == self.filled + 1 and x.device.type == "cpu"
         mask = None if exact else (torch.arange(span, device=x.device) <= self.place)[None, None, None]
         for step, (keys, values) in zip(self.steps, self.caches, strict=True):
-            q, k, v = step.qkv(_norm(x)).view(batch, 3, heads, 1, -1).unbind(1)  # [B, H, 1, K]
+            q, k, v = step.qkv(normalise(x)).view(batch, 3, heads, 1, -1).unbind(1)  # [B, H, 1, K]
+            q, k, v, first = step.vary(q, k, v, first, self.place)
             keys.index_copy_(2, self.place, k)
             values.index_copy_(2, self.place, v)
             read = F.scaled_dot_product_attention(q, keys[:, :, :span], values[:, :, :span], attn_mask=mask)
             x = x + step.out(read.reshape(batch, width))
-            x = x + step.outer(F.silu(step.inner(_norm(x))))
-        return self.head(_norm(x))
+            x = x + step.mlp(normalise(x))
+        return self.head(normalise(x))
 
     @torch.inference_mode()
     def advance(self, sequence: Tensor, settle: Settle) -> None:
@@ -161,7 +171,3 @@ def _packable() -> set[torch.dtype]:
         return set()
     halves = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
     return {torch.float32, *halves}
-
-
-def _norm(x: Tensor) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)

@@ -97,7 +97,9 @@ def draw(
         tokens: [B, n]; what stands at unknown places does not matter.
         known: bool [n] or [B, n]; these places stay as they are.
         by: of an autoregressive model, whether every row or every pixel is worth a step. A BERT model's are its rounds.
-        temperature, top_k, top_p: see `choose`; by default plain sampling, as in the paper.
+        temperature: see `choose`; by default plain sampling, as in the paper.
+        top_k: see `choose`.
+        top_p: see `choose`.
         seed: image b draws by (seed, first + b), whatever else is in the batch.
         rounds: in how many steps a BERT model fills.
         precision: of products and of the cache; "auto" takes bf16 where the processor is faster with it.

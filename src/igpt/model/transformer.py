@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from igpt.config import Config
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.checkpoint import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import NORM_EPS, RMSNorm, trains_on_cpu
+from igpt.model.variants import Variants, normalise, turn
 
 Objective = Literal["autoregressive", "bert"]
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
@@ -25,8 +25,8 @@ SLOPE = 1.702  # of the sigmoid in the activation
 _SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
 
 
-class ModelConfig(Config):
-    """Shape and objective of a model."""
+class ModelConfig(Variants):
+    """Shape and objective of a model, and where it differs from the paper's."""
 
     resolution: int = Field(32, ge=1, description="image side in pixels")
     n_colors: int = Field(512, ge=1, description="palette size")
@@ -41,6 +41,8 @@ class ModelConfig(Config):
     def _heads_divide_width(self) -> Self:
         if self.n_embd % self.n_head:
             raise ValueError(f"{self.n_head} heads do not divide a width of {self.n_embd}")
+        if self.positions == "rotary" and (head := self.n_embd // self.n_head) % 4:
+            raise ValueError(f"rotary positions turn quarters of a head, and its width of {head} is not divisible by 4")
         return self
 
     @property
@@ -49,7 +51,7 @@ class ModelConfig(Config):
         return self.resolution**2
 
     def to_hub(self) -> dict[str, Any]:
-        """The `config.json` of transformers' ImageGPT, ours beside it."""
+        """The `config.json` of transformers' ImageGPT, ours beside it; of a variant, one that transformers refuses."""
         hub: dict[str, Any] = {
             "model_type": "imagegpt",
             "architectures": [
@@ -74,6 +76,9 @@ class ModelConfig(Config):
         if self.class_names is not None:
             hub["id2label"] = dict(enumerate(self.class_names))
             hub["label2id"] = {name: index for index, name in enumerate(self.class_names)}
+        if not self.faithful:
+            hub |= {"model_type": "igpt", "activation_function": "see igpt"}
+            hub["igpt"] |= self.variants.model_dump()
         return hub
 
     @classmethod
@@ -83,12 +88,13 @@ class ModelConfig(Config):
         Raises:
             InputError: a variant of ImageGPT that this model does not compute.
         """
+        ours, foreign = hub.get("igpt", {}), hub.get("model_type") != "igpt"
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if not isinstance(hub.get(key), int) or hub[key] < 1:
                 raise InputError(f"config.json has {key} = {hub.get(key)!r}; a positive whole number is needed")
         width, places = hub["n_embd"], hub["n_positions"]
         unlike = {
-            "activation_function": hub.get("activation_function", "quick_gelu") != "quick_gelu",
+            "activation_function": foreign and hub.get("activation_function", "quick_gelu") != "quick_gelu",
             "n_inner": hub.get("n_inner") not in (None, 4 * width),
             "scale_attn_weights": not hub.get("scale_attn_weights", True),
             "scale_attn_by_inverse_layer_idx": bool(hub.get("scale_attn_by_inverse_layer_idx")),
@@ -104,7 +110,7 @@ class ModelConfig(Config):
             "n_layer": hub["n_layer"],
             "n_embd": width,
             "n_head": hub["n_head"],
-            "objective": hub.get("igpt", {}).get("objective", "autoregressive"),
+            "objective": ours.get("objective", "autoregressive"),
             "bias": any(name.endswith(".bias") for name in tensors),
         }
         if "score.weight" in tensors:
@@ -112,6 +118,9 @@ class ModelConfig(Config):
             if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
                 raise InputError(f"config.json has id2label = {labels!r}; the classes by number are needed")
             settings["class_names"] = tuple(labels[key] for key in sorted(labels, key=int))
+        if not foreign:
+            varied = {key: value for key, value in ours.items() if key not in ("version", "objective", "resolution")}
+            settings |= Variants.layered(varied, where="config.json").model_dump()
         return cls.layered(settings, where="config.json")
 
 
@@ -136,34 +145,65 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention."""
+    """Multi-head self-attention of one layer, numbered from 0."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.n_head = config.n_head
+        self.config, self.n_head = config, config.n_head
         self.causal = config.objective == "autoregressive"
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        if config.value_residual and layer > 0:
+            self.mix = nn.Parameter(torch.empty(2))  # of this layer's values and the first one's
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`."""
+    def forward(self, x: Tensor, first: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`.
+
+        `first` is what `vary` has given to the layers before, and is given on.
+        """
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, K]
         q, k, v = qkv.unbind(0)
+        q, k, v, first = self.vary(q, k, v, first)
         if cache is not None:
             cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = k, v
-        return self.c_proj(attention(q, k, v, self.causal).transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.c_proj(attention(q, k, v, self.causal).transpose(1, 2).flatten(2)), first
+
+    def vary(
+        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a variant makes of queries, keys and values, each [B, H, T, K]; the paper's model leaves them be.
+
+        Args:
+            first: the first layer's values (None to that layer, and without value residual), which are the fourth of
+                what is returned (Zhou et al. 2024, arXiv 2410.17897).
+            places: those that are predicted, [T]; all from 0 on by default.
+        """
+        config = self.config
+        if config.qk_norm:
+            q, k = normalise(q), normalise(k)
+        if config.positions == "rotary":
+            places = torch.arange(q.shape[-2], device=q.device) if places is None else places
+            q, k = turn(q, places, config.resolution), turn(k, places, config.resolution)
+        if config.value_residual:
+            if first is None:
+                return q, k, v, v
+            v = self.mix[0] * v + self.mix[1] * first
+        return q, k, v, first
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between."""
+    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between, or a variant's activation."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.activation = config.activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
+        if self.activation == "relu2":
+            return self.c_proj(F.relu(self.c_fc(x)).square())  # type: ignore[no-any-return]
         # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
         if trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
             inner = F.linear(x, SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else SLOPE * self.c_fc.bias)
@@ -174,17 +214,21 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Pre-norm block: x + attn(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.ln_1 = RMSNorm(config.n_embd)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+    def forward(
+        self, x: Tensor, first: Tensor | None = None, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, T, D] -> [B, T, D], and what the next block takes as `first` (see `Attention.vary`)."""
+        attended, first = self.attn(self.ln_1(x), first, cache)
+        x = x + attended
+        del attended  # it would outlast the MLP
+        return x + self.mlp(self.ln_2(x)), first
 
 
 class ImageGPT(nn.Module):
@@ -193,21 +237,24 @@ class ImageGPT(nn.Module):
     Args:
         config: shape and objective.
         palette: the colours that its tokens index; it travels with the model.
+        from_palette: draw embeddings of colours that begin as linear functions of the palette's.
 
     A freshly made model has the paper's initial weights, drawn from torch's global generator. Made on the meta
     device, it has none until `draw` gives them.
     """
 
-    def __init__(self, config: ModelConfig, palette: Palette | None = None) -> None:
+    def __init__(self, config: ModelConfig, palette: Palette | None = None, from_palette: bool = False) -> None:
         super().__init__()
         if palette is not None and len(palette) != config.n_colors:
             raise InputError(f"the palette has {len(palette)} colours, the model {config.n_colors}")
         self.config = config
         self.palette = palette
+        self.from_palette = from_palette
         with torch.device("meta"):  # what PyTorch would draw is not wanted
             self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)  # its last row is the start of a sequence
-            self.wpe = nn.Embedding(config.n_places, config.n_embd)
-            self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+            if config.positions == "learned":
+                self.wpe = nn.Embedding(config.n_places, config.n_embd)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = RMSNorm(config.n_embd)
             self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
             if config.class_names is not None:
@@ -244,13 +291,19 @@ class ImageGPT(nn.Module):
             if deviation is not None:
                 parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=deviation))
             else:
-                parameter.fill_(1.0 if ".ln_" in f".{path}" else 0.0)
+                parameter.fill_(1.0 if ".ln_" in f".{path}" else 0.5 if path.endswith("attn.mix") else 0.0)
+        if name == "wte" and self.from_palette:
+            assert self.palette is not None, "embeddings from the palette need one"
+            colors = torch.from_numpy(self.palette.centers_).float()  # [V, 3], in -1 .. 1
+            projection = torch.empty(3, width, device="cpu").normal_(std=deviations["wte.weight"])
+            size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)  # with it, the deviation is the usual one
+            self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What enters the first block: tokens [B, T] -> [B, T, D].
 
         Autoregressive: the start embedding, then the tokens but the last. BERT: the tokens, with zeros at the places
-        where `mask` [B, T] is True. Position embeddings are added.
+        where `mask` [B, T] is True. Position embeddings are added, if the model has any.
         """
         if self.config.objective == "autoregressive":
             assert mask is None, "an autoregressive model takes no mask"
@@ -259,17 +312,20 @@ class ImageGPT(nn.Module):
         x = self.wte(tokens)
         if mask is not None:
             x = x.masked_fill(mask[..., None], 0.0)
-        return x + self.wpe.weight[: tokens.shape[1]]  # type: ignore[no-any-return]
+        return self._with_places(x)
 
     def embed_inputs(self, inputs: Tensor) -> Tensor:
         """Embeddings of inputs [B, T], the start (V) and pixels, at the first T places: [B, T, D]."""
-        return self.wte(inputs) + self.wpe.weight[: inputs.shape[1]]  # type: ignore[no-any-return]
+        return self._with_places(self.wte(inputs))
+
+    def _with_places(self, x: Tensor) -> Tensor:
+        return x + self.wpe.weight[: x.shape[1]] if self.config.positions == "learned" else x
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """The final norm's output: tokens [B, T] -> [B, T, D]."""
-        x = self.embed(tokens, mask)
+        x, first = self.embed(tokens, mask), None
         for block in self.h:
-            x = block(x)
+            x, first = block(x, first)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -285,11 +341,11 @@ class ImageGPT(nn.Module):
 
         n^l is the normalised input of block l's attention, and at last the final norm's output (paper, section 2.3).
         """
-        x = self.embed(tokens, mask)
+        x, first = self.embed(tokens, mask), None
         for block in self.h:
             assert isinstance(block, Block)
             yield block.ln_1(x)
-            x = block(x)
+            x, first = block(x, first)
         yield self.ln_f(x)
 
     def save_pretrained(self, path: str | Path, tensors: dict[str, Tensor] | None = None) -> None:

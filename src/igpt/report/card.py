@@ -129,6 +129,7 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
         "score": _score(run),
         "name": name,
         "objective": objective,
+        "variant": run.saved.get("model_type") == "igpt",
         "classifier": bool(classes),
         "joint": bool(run.config.get("generation_weight")),
         "resolution": run.shape["resolution"],

@@ -78,7 +78,7 @@ def _prepare_block(block: nn.Module, recomputation: Recomputation, compiled: boo
 
     DDP's and FSDP's hooks stay around what is compiled.
     """
-    forward: Callable[..., Tensor] = block.forward
+    forward: Callable[..., Any] = block.forward
     if recomputation != "none":
         contexts: dict[str, Any] = {}
         if recomputation == "selective":

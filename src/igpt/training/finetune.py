@@ -23,7 +23,7 @@ from torch import Tensor
 
 from igpt.confidence import accuracy_of
 from igpt.data.batches import Batch, Batches, to_device
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, require_classes
+from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
@@ -63,6 +63,11 @@ class FinetuneConfig(TrainConfig):
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (), description="several, in place of one: a run for each, of which validation accuracy chooses"
     )
+    labels_per_class: int | None = Field(
+        None, ge=1, description="train on so few images of each class only: the first draw of igpt probe by that seed"
+    )
+    validation_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
+    test_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
     fold_back: bool = Field(
         False, description="train anew on training and validation images, at the rate and for the epochs chosen"
     )
@@ -112,10 +117,18 @@ def finetune(
         us.wait()  # no rank may take the directory that another makes for an old one
         if config.fold_back and config.schedule != "constant":
             raise InputError("--fold-back repeats a constant rate; leave --schedule or --fold-back out")
+        if config.fold_back and config.labels_per_class:
+            raise InputError("--fold-back would add every validation label to the few; leave it out")
         data = TokenDataset(config.tokens)
         if data.class_names is None:
             raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
-        require_classes({name: data[name] for name in SPLITS}, len(data.class_names), "fine-tuning")
+        splits = {name: data[name] for name in SPLITS}
+        require_classes(splits, len(data.class_names), "fine-tuning")
+        if config.labels_per_class:
+            labels, seed = splits["train"].labels, (config.seed, config.labels_per_class, 0)
+            splits["train"] = splits["train"].subset(few_of_each(labels, config.labels_per_class, seed))
+        splits["validation"] = splits["validation"].spread(config.validation_images)
+        splits["test"] = splits["test"].spread(config.test_images)
         pretrained = _pretrained(config, data)
         precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
         masked = _mask_probability(config, pretrained.config)
@@ -126,7 +139,7 @@ def finetune(
             record_run(run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum)
         if us.leads and shape.resolution != data.resolution:
             print(f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px")
-        return _Finetuning(config, run, data, us, shape, recorded=resume).complete()
+        return _Finetuning(config, run, data, splits, us, shape, recorded=resume).complete()
 
 
 def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
@@ -167,6 +180,7 @@ class _Finetuning:
     """One or several trainings of the same model, and what comes of them.
 
     Args:
+        splits: the images that are trained on, chosen by, tested on.
         pretrained: the model's shape.
         recorded: whether the run directory holds its settings already.
     """
@@ -174,13 +188,14 @@ class _Finetuning:
     config: FinetuneConfig
     run: Path
     data: TokenDataset
+    splits: Mapping[str, TokenSplit]
     us: Team
     pretrained: ModelConfig
     recorded: bool
 
     def complete(self) -> dict[str, Any]:
         """Trains, chooses, tests and writes; what an interrupted call had done is found, or done again."""
-        config, data = self.config, self.data
+        config, splits = self.config, self.splits
         tried = [self._try(rate) for rate in config.learning_rates or (config.learning_rate,)]
         best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
         if not math.isfinite(best.error):
@@ -194,11 +209,13 @@ class _Finetuning:
             "seed": config.seed,
             "precision": config.precision,
             "pretrained_resolution": self.pretrained.resolution,
-            "resolution": data.resolution,
+            "resolution": self.data.resolution,
             "rates": [one.to_json() for one in tried],
             **best.to_json(),
-            "epochs": best.best_step * config.batch_size / len(data["train"]),
-            "validation_images": len(data["validation"]),
+            "epochs": best.best_step * config.batch_size / len(splits["train"]),
+            "labels_per_class": config.labels_per_class,
+            "train_images": len(splits["train"]),
+            "validation_images": len(splits["validation"]),
             **tested,
         }
         folder = best.folder
@@ -219,7 +236,7 @@ class _Finetuning:
         config = self.config.model_copy(update={"learning_rate": rate, "learning_rates": (), "fold_back": False})
         folder = self.run / "rates" / str(rate) if self.config.in_folders else self.run
         try:
-            progress = self._train(config, folder, self.data["train"], "error")
+            progress = self._train(config, folder, self.splits["train"], "error")
         except Diverged as error:
             if len(self.config.learning_rates) < 2:
                 raise
@@ -234,8 +251,8 @@ class _Finetuning:
 
         Nothing is left to choose by: the model after the last update is kept.
         """
-        train = TokenSplit.joined("train+validation", [self.data["train"], self.data["validation"]])
-        steps = -(-best.best_step * len(train) // len(self.data["train"]))
+        train = TokenSplit.joined("train+validation", [self.splits["train"], self.splits["validation"]])
+        steps = -(-best.best_step * len(train) // len(self.splits["train"]))
         config = best.config.model_copy(update={"steps": steps, "validate_every": steps})
         self._train(config, self.run / "fold-back", train, "error_on_trained")
         return self.run / "fold-back", steps
@@ -259,7 +276,7 @@ class _Finetuning:
             folder.mkdir(parents=True, exist_ok=True)
             config.save(folder / "config.yaml")
         us.wait()
-        validation = data["validation"]
+        validation = self.splits["validation"]
         trainer = Trainer(
             engine,
             batches=partial(_batch, batches, config),
@@ -277,7 +294,7 @@ class _Finetuning:
             source=self.data.manifest["source"],
             parameters=count_parameters(shape),
             train_images=train_images,
-            validation_images=len(self.data["validation"]),
+            validation_images=len(self.splits["validation"]),
             classes=len(self.data.class_names or ()),
             resolution=shape.resolution,
             pretrained_resolution=self.pretrained.resolution,
@@ -285,7 +302,7 @@ class _Finetuning:
 
     def _tested(self, path: Path) -> dict[str, Any]:
         """Accuracy on the test images; of a BERT model trained on masked images, that of its modal prediction too."""
-        test, us = self.data["test"], self.us
+        test, us = self.splits["test"], self.us
         model = ImageGPT.from_pretrained(path).to(us.device)
         rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
 

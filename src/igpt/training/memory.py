@@ -2,7 +2,7 @@
 
 Counted are the tensors that `Engine` keeps alive, operation by operation, at the moments when they are most; compiled
 blocks keep no more of them. Kernels' own workspace and the allocator's fragments come on top. `benchmarks/plan.py`
-compares it with what is measured. Bytes everywhere.
+compares it with what is measured. The model is the paper's, no variant of it. Bytes everywhere.
 t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a number that products are computed in.
 """
 

@@ -11,19 +11,20 @@ from torch.optim import Optimizer
 from igpt.training.muon import Muon
 
 OptimizerName = Literal["adamw", "muon"]
-Schedule = Literal["cosine", "constant"]
+Schedule = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: Schedule) -> float:
     """The learning rate of update number `step` (from 0): a linear rise over `warmup` updates, then the schedule.
 
-    "cosine" falls to 0 at `total` (paper, section 3.3); "constant" stays at `peak`.
+    "cosine" falls to 0 at `total` (paper, section 3.3), and so does "linear"; "constant" stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
     if schedule == "constant":
         return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    return peak * (1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def make_optimizers(

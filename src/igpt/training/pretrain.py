@@ -16,6 +16,7 @@ from igpt.model.cost import count_parameters
 from igpt.model.objectives import autoregressive, bert, draw_masks
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT, ModelConfig, Objective
+from igpt.model.variants import Variants
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.metrics import Metrics
@@ -26,7 +27,7 @@ from igpt.training.trainer import Trainer, Validation
 _VALIDATION_MASKS = (0.15, 0)  # probability and seed: the same for all runs, whose losses can then be compared
 
 
-class PretrainConfig(TrainConfig):
+class PretrainConfig(Variants, TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
 
     tokens: Path = Field(description="token data set")
@@ -35,6 +36,7 @@ class PretrainConfig(TrainConfig):
     n_embd: int = Field(512, ge=1, description="width")
     n_head: int = Field(8, ge=1, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
+    start_from_palette: bool = Field(False, description="let embeddings begin alike for like colours")
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
     flip: bool = Field(False, description="mirror images at random; the paper does not for pretraining")
     shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random")
@@ -70,7 +72,7 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         objective = autoregressive if config.objective == "autoregressive" else bert
         torch.manual_seed(config.seed)
         with torch.device("meta"):  # the engine draws the weights, where they belong
-            model = ImageGPT(shape, data.palette)
+            model = ImageGPT(shape, data.palette, config.start_from_palette)
         engine = Engine(model, config, us, objective)
         record_run(run, config, config.tokens, resume=resume, leads=us.leads)
         us.wait()
@@ -100,6 +102,7 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
             "n_head": config.n_head,
             "objective": config.objective,
         },
+        config.variants.model_dump(),
         where="the model",
     )
 

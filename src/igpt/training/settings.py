@@ -1,8 +1,8 @@
 """Settings that every kind of training has, and which of them say how, not what, is computed."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from igpt.config import Config
 from igpt.training.optimizer import OptimizerName, Schedule
@@ -56,8 +56,17 @@ class TrainConfig(Config):
     validate_every: int = Field(1000, ge=1, description="updates between validations; the best model is kept")
     checkpoint_every: int = Field(1000, ge=1, description="updates between checkpoints")
     keep_checkpoints: int = Field(2, ge=1, description="newest checkpoints to keep, beside the best one")
+    snapshots: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="updates after which the model is validated and kept in RUN/snapshots; 0: as it was drawn"
+    )
     stop_seconds: float = Field(25, gt=0, description="after Ctrl-C or SIGTERM, time to save before the run is ended")
     patience: int | None = Field(None, ge=1, description="stop after so many validations without a better one")
+
+    @model_validator(mode="after")
+    def _snapshots_are_reached(self) -> Self:
+        if beyond := [step for step in self.snapshots if step > self.steps]:
+            raise ValueError(f"a snapshot after {beyond[0]} updates is asked for, and there are {self.steps}")
+        return self
 
     def warmup(self, images: int) -> int:
         """Updates of warm-up, for a training split of so many images."""

@@ -205,8 +205,12 @@ class Trainer:
         while True:
             with clock.paused():
                 finished = progress.step == config.steps
-                if progress.step > progress.validated and (progress.step % config.validate_every == 0 or finished):
+                kept = progress.step in config.snapshots
+                validates = finished or kept or progress.step % config.validate_every == 0
+                if progress.step > progress.validated and validates:
                     self._validate(stop, shown)
+                if kept:
+                    self._keep_model(self.run / "snapshots" / f"step-{progress.step:08d}")
                 wish = team.largest(stop.number or 0)
                 ends = (finished and progress.validated == progress.step) or self._exhausted()
                 due = progress.step % config.checkpoint_every == 0 or ends or wish
@@ -305,13 +309,16 @@ class Trainer:
         progress.validations_without_better = 0 if better else progress.validations_without_better + 1
         if better:
             progress.best, progress.best_step = found, progress.step
-            weights = self.engine.weights()
-            if team.leads:
-                self.engine.model.save_pretrained(self.run / "model", weights)
+            self._keep_model(self.run / "model")
         self.metrics.write("validation", progress.step, **{validation.name: found, "best": better})
         shown.say(
             f"update {progress.step}: validation {validation.name} {found:.4f}{' (best so far)' if better else ''}"
         )
+
+    def _keep_model(self, path: Path) -> None:
+        weights = self.engine.weights()
+        if self.team.leads:
+            self.engine.model.save_pretrained(path, weights)
 
     def _save(self) -> None:
         self._read()

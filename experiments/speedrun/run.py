@@ -1,0 +1,350 @@
+"""The speedrun: the least training time to a fixed validation loss on CIFAR-10's tokens, one improvement at a time.
+
+    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy --out DIR
+
+Every training is `igpt pretrain` in a process of its own, with one thread; two run at a time, one a core. What is done
+(DIR/results) is not repeated; what was interrupted is begun anew, since its clock would lack what was lost.
+The summary comes last: records.json, and the table in README.md, both beside this file. Only training time counts.
+"""
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import tyro
+import yaml
+
+from igpt.data.palette import Palette
+from igpt.data.tokens import MANIFEST, TokenDataset
+from igpt.environment import describe
+from igpt.errors import InputError, suggest
+from igpt.files import atomic_file, read_json, write_json
+from igpt.training.metrics import read_metrics
+
+HERE = Path(__file__).parent
+AT_A_TIME = 2  # trainings, of one thread each
+MARKS = ("<!-- records -->", "<!-- end of records -->")
+
+# What all entries have: a model that a core trains in minutes, and how it is looked at.
+COMMON: Mapping[str, Any] = {
+    "resolution": 32,
+    "n_layer": 4,
+    "n_embd": 128,
+    "n_head": 4,
+    "device": "cpu",
+    "compile": "no",
+    "precision": "fp32",
+    "validation_images": 128,
+    "keep_checkpoints": 1,
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One way to train.
+
+    Attributes:
+        over: the entry whose settings `change` alters; the first has none.
+        what: the improvement, for the table.
+    """
+
+    name: str
+    over: str | None
+    what: str
+    change: Mapping[str, Any]
+
+
+# One improvement each. Where one is not kept, the next names as `over` the last one that is.
+ENTRIES = (
+    Entry(
+        "faithful",
+        None,
+        "the paper's recipe: AdamW (0.9, 0.95), cosine to 0 after a warm-up, learned positions",
+        {
+            "batch_size": 8,
+            "steps": 120,
+            "warmup_steps": 12,
+            "learning_rate": 3e-3,
+            "schedule": "cosine",
+            "optimizer": "adamw",
+            "validate_every": 5,
+        },
+    ),
+    Entry(
+        "batch",
+        "faithful",
+        "4 images an update in place of 8, and learning rate 2e-3",
+        {"batch_size": 4, "steps": 200, "warmup_steps": 20, "learning_rate": 2e-3, "validate_every": 10},
+    ),
+    Entry("muon", "batch", "Muon, learning rate 5e-3", {"optimizer": "muon", "learning_rate": 5e-3, "steps": 180}),
+    Entry("start_from_palette", "muon", "embeddings begin alike for like colours", {"start_from_palette": True}),
+    Entry("rotary", "start_from_palette", "rotary positions of rows and columns", {"positions": "rotary"}),
+    Entry("qk_norm", "rotary", "RMS norm of queries and keys", {"qk_norm": True}),
+    Entry("relu2", "qk_norm", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
+    Entry("value_residual", "relu2", "values mixed with the first block's", {"value_residual": True}),
+    Entry("linear", "value_residual", "learning rate falls linearly", {"schedule": "linear"}),
+)
+NAMES = {entry.name: entry for entry in ENTRIES}
+
+
+def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
+    """The settings of an entry, those that it is over included.
+
+    Args:
+        steps: to try it with so few updates.
+
+    Raises:
+        InputError: there is no such entry.
+    """
+    if name not in NAMES:
+        raise InputError(f"no entry {name!r}; {suggest(name, NAMES)}")
+    entry = NAMES[name]
+    settings = {**(settings_of(entry.over) if entry.over else COMMON), **entry.change}
+    if steps is not None:
+        settings |= {"steps": steps, "warmup_steps": 1, "validate_every": 1, "validation_images": 2}
+    # A line of metrics with every validation tells when it was; a checkpoint is not needed before the end.
+    return {**settings, "log_every": settings["validate_every"], "checkpoint_every": settings["steps"]}
+
+
+def prepare(data: str, palette: Path, tokens: Path) -> None:
+    """Makes the token data set if it is not there.
+
+    Raises:
+        InputError: the source cannot be prepared, or the tokens that are there have another palette.
+    """
+    if not (tokens / MANIFEST).exists():
+        _igpt(tokens.parent / "prepare.txt", "prepare", data, "-o", tokens, "--size", 32, "--palette", palette)
+    if TokenDataset(tokens).palette.fingerprint != Palette.load(palette).fingerprint:
+        raise InputError(f"the tokens in {tokens} have another palette than {palette}; choose another --out")
+
+
+def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any]:
+    """Trains an entry, and writes and returns its result; one that is there already is returned as it is.
+
+    Raises:
+        InputError: the training failed, or the result that is there was made with other settings.
+    """
+    settings = {**settings_of(name, steps), "seed": seed}
+    path = out / "results" / f"{name}-{seed}.json"
+    if path.exists():
+        result = read_json(path, "result")
+        if result["settings"] != settings:
+            raise InputError(f"{path} was made with other settings; delete it, or choose another --out")
+        return result
+    run = out / "runs" / f"{name}-{seed}"
+    shutil.rmtree(run, ignore_errors=True)
+    for folder in (path.parent, run.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+    recipe = run.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    _igpt(run.with_suffix(".txt"), "pretrain", out / "tokens", "-o", run, "--config", recipe)
+    result = {
+        "entry": name,
+        "seed": seed,
+        "settings": settings,
+        **measured(read_metrics(run / "metrics.jsonl"), settings["batch_size"]),
+        "environment": {**read_json(run / "environment.json", "run"), "threads": 1, "trainings_at_a_time": AT_A_TIME},
+    }
+    write_json(path, result)
+    return result
+
+
+def done_before(out: Path, seeds: Sequence[int], steps: int | None = None) -> list[dict[str, Any]]:
+    """All results that are there, but for those of entries that have other settings now."""
+    found = []
+    for name, seed in product(NAMES, seeds):
+        path = out / "results" / f"{name}-{seed}.json"
+        result = read_json(path, "result") if path.exists() else None
+        if result and result["settings"] == {**settings_of(name, steps), "seed": seed}:
+            found.append(result)
+    return found
+
+
+def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+    """What metrics tell of a training: every validation with the seconds of training before it, and the speed."""
+    seconds = {line["step"]: line["seconds"] for line in lines if line["kind"] == "train"}
+    curve = [
+        {"step": line["step"], "seconds": seconds[line["step"]], "loss": line["loss"]}
+        for line in lines
+        if line["kind"] == "validation"
+    ]
+    last = curve[-1]
+    return {"curve": curve, "images_per_second": batch_size * last["step"] / last["seconds"]}
+
+
+def _igpt(log: Path, *words: object) -> None:
+    """Runs a command of `igpt` with one thread; what it says goes to a file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "igpt", *map(str, words)]
+    with log.open("w") as said:
+        done = subprocess.run(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        told = log.read_text().strip().splitlines()
+        raise InputError(f"igpt {words[0]} ended with {done.returncode}: {told[-1] if told else ''} ({log})")
+
+
+def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> float | None:
+    """The mean of the first entry's final losses; None until all its seeds are done."""
+    final = {result["seed"]: result["curve"][-1]["loss"] for result in results if result["entry"] == ENTRIES[0].name}
+    return mean(final[seed] for seed in seeds) if final.keys() >= set(seeds) else None
+
+
+def record(result: Mapping[str, Any], target: float | None, sets_target: bool = False) -> dict[str, Any]:
+    """One training's record: when a validation first came to the target, if any did.
+
+    Args:
+        sets_target: its own final loss made the target: its time is that of all of it.
+    """
+    curve, environment = result["curve"], result["environment"]
+    reached = [point for point in curve if target is not None and point["loss"] <= target]
+    at = curve[-1] if sets_target else reached[0] if reached else None
+    return {
+        "entry": result["entry"],
+        "seed": result["seed"],
+        "reached": at is not None,
+        "seconds": at and at["seconds"],
+        "updates": at and at["step"],
+        "final_loss": curve[-1]["loss"],
+        "images_per_second": result["images_per_second"],
+        "settings": result["settings"],
+        "commit": environment["commit"],
+        "date": environment["started"][:10],
+    }
+
+
+def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
+    """Whether an entry is an improvement: all its seeds reach the target, in less time by the median than its base's.
+
+    None of the first entry, and while one of the two is not done.
+    """
+    over = NAMES[name].over
+    mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
+    if not mine or not others:
+        return None
+    times = [median(one["seconds"] if one["reached"] else math.inf for one in some) for some in (mine, others)]
+    return all(one["reached"] for one in mine) and times[0] < times[1]
+
+
+def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
+    """The records in Markdown, an entry a row."""
+    rows = [
+        "| entry | over | what changed | seconds (range) | updates | final loss | images/s | kept | date | commit |",
+        "|---|---|---|---:|---:|---:|---:|---|---|---|",
+    ]
+    for entry in ENTRIES:
+        some = [one for one in records if one["entry"] == entry.name]
+        if not some:
+            continue
+        times = sorted(one["seconds"] for one in some if one["reached"])
+        updates = [one["updates"] for one in some if one["reached"]]
+        took = f"{median(times):.0f} ({times[0]:.0f} to {times[-1]:.0f})" if times else "not reached"
+        if times and len(times) < len(some):
+            took += f", {len(some) - len(times)} of {len(some)} not reached"
+        losses = sorted(one["final_loss"] for one in some)
+        cells = [
+            entry.name,
+            entry.over or "",
+            entry.what,
+            took,
+            f"{median(updates):.0f}" if updates else "",
+            f"{mean(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})",
+            f"{mean(one['images_per_second'] for one in some):.1f}",
+            {True: "yes", False: "no", None: ""}[kept(entry.name, records)],
+            max(one["date"] for one in some),
+            ", ".join(sorted({f"`{one['commit']}`" for one in some})),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    aim = "not set yet" if target is None else f"a validation loss of {target:.4f} nats/pixel"
+    return "\n".join([f"Target: {aim}.", "", *rows])
+
+
+def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None) -> dict[str, Any]:
+    """All records, and what they are measured by; without a target, the first entry sets it."""
+    given = target is not None
+    aim = target if given else target_of(results, seeds)
+    first = ENTRIES[0].name
+    return {
+        "target": aim,
+        "target_from": "given" if given else f"mean of the final losses of {first}, seeds {list(seeds)}",
+        "how": f"{AT_A_TIME} trainings at a time, of one thread each; seconds of training alone",
+        "records": [record(one, aim, one["entry"] == first and not given and aim is not None) for one in results],
+        "machine": describe(),
+    }
+
+
+def write_table(text: str, readme: Path) -> None:
+    """Puts the table between the marks in a file."""
+    before, rest = readme.read_text().split(MARKS[0])
+    after = rest.split(MARKS[1])[1]
+    with atomic_file(readme) as temporary:
+        temporary.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+def main(
+    data: str,
+    out: Path,
+    palette: Path = HERE / "palette.npy",
+    seeds: tuple[int, ...] = (0, 1, 2),
+    only: tuple[str, ...] = (),
+    target: float | None = None,
+    minutes: float | None = None,
+    steps: int | None = None,
+) -> None:
+    """Trains what is not done yet, and writes the records.
+
+    Args:
+        data: CIFAR-10, as `igpt prepare` takes it.
+        out: folder for tokens, runs and results.
+        palette: of all entries.
+        seeds: of the weights and of the order of images.
+        only: entries to train; all by default. The summary is of all that is there.
+        target: validation loss to reach; by default what the first entry ends with, by the mean over its seeds.
+        minutes: begin no training after so long; 0 only makes the summary.
+        steps: only try the entries with so few updates; the table is printed and nothing recorded.
+    """
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    for name in only:
+        settings_of(name)
+    wanted = [entry.name for entry in ENTRIES if not only or entry.name in only]
+
+    def job(name: str, seed: int) -> str:
+        if time.monotonic() >= deadline and not (out / "results" / f"{name}-{seed}.json").exists():
+            return f"{name}, seed {seed}: left for another time"
+        try:
+            last = train(name, seed, out, steps)["curve"][-1]
+        except InputError as error:
+            return f"{name}, seed {seed}: {error}"
+        return f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} updates, {last['seconds']:.0f} s"
+
+    if minutes != 0:
+        prepare(data, palette, out / "tokens")
+    pool = ThreadPoolExecutor(AT_A_TIME)
+    try:
+        for done in as_completed([pool.submit(job, name, seed) for name, seed in product(wanted, seeds)]):
+            print(done.result(), flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    summary = summarise(done_before(out, seeds, steps), seeds, target)
+    text = table(summary["records"], summary["target"])
+    print(f"\n{text}")
+    if steps is None:
+        write_json(HERE / "records.json", summary)
+        write_table(text, HERE / "README.md")
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

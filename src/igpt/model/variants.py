@@ -1,0 +1,60 @@
+"""What a model may have in place of the paper's: positions that turn, normalised queries and keys, and so on.
+
+T places, K head width, R resolution.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from igpt.config import Config
+from igpt.model.norm import NORM_EPS
+
+Positions = Literal["learned", "rotary"]
+Activation = Literal["quick_gelu", "relu2"]
+_BASE = 100.0  # of the wavelengths, for grids of some tens of places (arXiv 2403.13298)
+
+
+class Variants(Config):
+    """In which respects a model differs from the paper's; by default in none."""
+
+    positions: Positions = Field("learned", description="of places: an embedding each, or turned queries and keys")
+    qk_norm: bool = Field(False, description="RMS norm of every head's queries and keys")
+    activation: Activation = Field("quick_gelu", description="between the MLP's layers; relu2 is relu(x)^2")
+    value_residual: bool = Field(False, description="mix each block's values with the first block's")
+
+    @property
+    def faithful(self) -> bool:
+        """Whether it is the paper's model, which transformers' ImageGPT computes too."""
+        return self.variants == Variants()
+
+    @property
+    def variants(self) -> "Variants":
+        """These settings alone."""
+        return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
+
+
+def normalise(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a gain (arXiv 2302.05442 has queries and keys normalised)."""
+    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
+
+
+def turn(x: Tensor, places: Tensor, resolution: int) -> Tensor:
+    """Rotary positions of a grid: [..., T, K] at `places` [T] -> [..., T, K], K divisible by 4.
+
+    The first half of K turns with the row of a place, the second half with its column: each as K/4 pairs of numbers,
+    pair p by the angle (row or column) / 100^(4p/K). The product of a query and a key, both turned, then depends on
+    their offset alone (arXiv 2104.09864; of two axes, 2403.13298).
+    """
+    quarter = x.shape[-1] // 4
+    frequencies = _BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)
+    axes = torch.stack([places // resolution, places % resolution], dim=-1)  # [T, 2]
+    angles = axes[..., None] * frequencies  # [T, 2, K/4]
+    kind = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = angles.cos().to(kind), angles.sin().to(kind)
+    one, other = x.reshape(*x.shape[:-1], 2, 2, quarter).unbind(-2)  # [..., T, 2, K/4]
+    turned = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-2)
+    return turned.flatten(-3).to(x.dtype)

@@ -1,0 +1,299 @@
+"""Variants of the model, together and apart: against NumPy, step by step, read back, at other sizes.
+
+B batch, T places, D width, H heads, K head width, R resolution.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.model.classifier import with_head
+from igpt.model.cost import count_parameters, forward_flops
+from igpt.model.decoder import Decoder
+from igpt.model.generate import complete, sample
+from igpt.model.resolution import at_resolution
+from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.variants import turn
+
+APART: dict[str, dict[str, Any]] = {
+    "rotary": {"positions": "rotary"},
+    "qk_norm": {"qk_norm": True},
+    "relu2": {"activation": "relu2"},
+    "value_residual": {"value_residual": True},
+}
+VARIANTS = {**APART, "together": {name: value for one in APART.values() for name, value in one.items()}}
+PALETTE = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (11, 3)))
+all_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+def config_of(variant: dict[str, Any], **more: Any) -> ModelConfig:
+    return ModelConfig.layered(
+        {"resolution": 5, "n_colors": 11, "n_layer": 3, "n_embd": 24, "n_head": 3}, variant, more
+    )
+
+
+def random_model(variant: dict[str, Any], **more: Any) -> ImageGPT:
+    """A float64 model whose every weight is random."""
+    model = ImageGPT(config_of(variant, **more), PALETTE).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        center = 1.0 if "ln_" in name else 0.0
+        parameter.data = center + 0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+    return model
+
+
+def random_tokens(model: ImageGPT, images: int) -> Tensor:
+    return torch.randint(0, 11, (images, model.config.n_places), generator=torch.Generator().manual_seed(2))
+
+
+# A plain computation: one image and one head at a time, pairs of numbers as complex ones.
+
+Array = NDArray[np.float64]
+
+
+def norm(x: Array) -> Array:
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
+
+
+def turned(x: Array, resolution: int) -> Array:
+    """[T, K]: number p of a half goes with number p + K/4."""
+    quarter = x.shape[1] // 4
+    result = np.empty_like(x)
+    for place in range(len(x)):
+        for half, distance in enumerate((place // resolution, place % resolution)):
+            for pair in range(quarter):
+                one = 2 * half * quarter + pair
+                angle = distance / 100 ** (pair / quarter)
+                product = complex(x[place, one], x[place, one + quarter]) * np.exp(1j * angle)
+                result[place, one], result[place, one + quarter] = product.real, product.imag
+    return result
+
+
+def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
+    """Of one image, [T, V]."""
+    config = model.config
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    bert = config.objective == "bert"
+    x = weights["wte.weight"][tokens if bert else [config.n_colors, *tokens[:-1]]]
+    if config.positions == "learned":
+        x = x + weights["wpe.weight"][: len(x)]
+    head, first = config.n_embd // config.n_head, None
+    for layer in range(config.n_layer):
+        at = f"h.{layer}."
+        q, k, v = np.split(norm(x) * weights[at + "ln_1.weight"] @ weights[at + "attn.c_attn.weight"].T, 3, axis=1)
+        if config.value_residual:
+            if first is None:
+                first = v
+            else:
+                own, others = weights[at + "attn.mix"]
+                v = own * v + others * first
+        read = np.empty_like(x)
+        for number in range(config.n_head):
+            some = slice(number * head, (number + 1) * head)
+            one, other = q[:, some], k[:, some]
+            if config.qk_norm:
+                one, other = norm(one), norm(other)
+            if config.positions == "rotary":
+                one, other = turned(one, config.resolution), turned(other, config.resolution)
+            scores = np.exp(one @ other.T / np.sqrt(head))
+            scores = scores if bert else np.tril(scores)
+            read[:, some] = scores / scores.sum(1, keepdims=True) @ v[:, some]
+        x = x + read @ weights[at + "attn.c_proj.weight"].T
+        inner = norm(x) * weights[at + "ln_2.weight"] @ weights[at + "mlp.c_fc.weight"].T
+        inner = np.maximum(inner, 0) ** 2 if config.activation == "relu2" else inner / (1 + np.exp(-1.702 * inner))
+        x = x + inner @ weights[at + "mlp.c_proj.weight"].T
+    return norm(x) * weights["ln_f.weight"] @ weights["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("objective", ["autoregressive", "bert"])
+@all_variants
+def test_against_a_plain_computation(variant: dict[str, Any], objective: str) -> None:
+    model = random_model(variant, objective=objective)
+    tokens = random_tokens(model, 2)
+    for places in (25, 13):
+        with torch.no_grad():
+            logits = model(tokens[:, :places]).numpy()
+        for image in range(2):
+            expected = plain_logits(model, tokens[image, :places].numpy())
+            np.testing.assert_allclose(logits[image], expected, rtol=0, atol=1e-11)
+
+
+def test_a_turned_product_depends_on_the_offset_alone() -> None:
+    generator = torch.Generator().manual_seed(3)
+    q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
+    places = torch.arange(49)
+    scores = turn(q.expand(49, 8), places, 7) @ turn(k.expand(49, 8), places, 7).T
+    grid = scores.reshape(7, 7, 7, 7)  # row, column of the query; of the key
+    found = {}
+    for at in np.ndindex(7, 7, 7, 7):
+        offset = (at[0] - at[2], at[1] - at[3])
+        assert grid[at].item() == pytest.approx(found.setdefault(offset, grid[at].item()), abs=1e-12)
+    assert len({round(score, 9) for score in found.values()}) == 13 * 13, "each offset has its own"
+
+
+@all_variants
+def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(variant: dict[str, Any]) -> None:
+    model = random_model(variant)
+    tokens = random_tokens(model, 1).repeat(25, 1)
+    changed = tokens.clone()
+    changed.diagonal().copy_((tokens.diagonal() + 1) % 11)
+    with torch.no_grad():
+        seen = (model(changed) - model(tokens)).abs().amax(-1)
+    after = torch.ones(25, 25, dtype=torch.bool).triu(1)
+    assert (seen[~after] == 0).all()
+    assert (seen[after] > 1e-9).all()
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 12])
+@all_variants
+def test_cached_logits_equal_the_full_forward_at_every_place(variant: dict[str, Any], prefix: int) -> None:
+    model = random_model(variant)
+    tokens = random_tokens(model, 3)
+    sequence = torch.cat([torch.full((3, 1), 11), tokens], 1)
+    said: list[Tensor] = []
+    decoder = Decoder(model, 3)
+    decoder.prefill(sequence[:, :prefix])
+    for _ in range(prefix, 25):
+        decoder.advance(sequence, lambda place, logits: said.append(logits))
+    torch.testing.assert_close(torch.stack(said, 1), model(tokens)[:, prefix:], rtol=0, atol=1e-12)
+
+
+@all_variants
+def test_drawing_in_bf16(variant: dict[str, Any]) -> None:
+    model = random_model(variant).float()
+    tokens = random_tokens(model, 2)
+    drawn = complete(model, tokens, 2, precision="bf16", seed=1)
+    assert torch.equal(drawn[:, :10], tokens[:, :10])
+    assert sample(model, tokens[:, :0], precision="bf16").shape == (2, 25)
+
+
+@all_variants
+def test_a_bert_variant_fills(variant: dict[str, Any]) -> None:
+    model = random_model(variant, objective="bert")
+    tokens = random_tokens(model, 2)
+    drawn = complete(model, tokens, 2, rounds=3, precision="fp32")
+    assert torch.equal(drawn[:, :10], tokens[:, :10])
+
+
+@all_variants
+def test_the_last_feature_gives_the_logits_and_all_parameters_learn(variant: dict[str, Any]) -> None:
+    model = random_model(variant)
+    tokens = random_tokens(model, 2)
+    features = list(model.features(tokens))
+    assert len(features) == 4
+    logits = model(tokens)
+    assert torch.equal(model.lm_head(features[-1]), logits)
+    logits.square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("more", [{}, {"class_names": ("a", "b")}, {"bias": True}], ids=str)
+@all_variants
+def test_parameters_are_those_counted(variant: dict[str, Any], more: dict[str, Any]) -> None:
+    config = config_of(variant, **more)
+    with torch.device("meta"):
+        model = ImageGPT(config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert forward_flops(config) == forward_flops(config_of({}, **more)), "no matrix product comes or goes"
+
+
+@pytest.mark.parametrize("more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str)
+@all_variants
+def test_what_is_written_is_read_and_transformers_refuses_it(
+    variant: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    model = random_model(variant, **more)
+    model.save_pretrained(tmp_path)
+    read = ImageGPT.from_pretrained(tmp_path)
+    assert read.config == model.config
+    assert list(read.state_dict()) == list(model.state_dict())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor), name
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["model_type"] == "igpt"
+    assert {name: written["igpt"][name] for name in variant} == variant
+    transformers = pytest.importorskip("transformers")
+    for read_by in (transformers.AutoConfig, transformers.ImageGPTForCausalImageModeling):
+        with pytest.raises((ValueError, KeyError), match="igpt"):
+            read_by.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"positions": "sung"}, "positions = 'sung': Input should be 'learned' or 'rotary'"),
+        ({"activation": "tanh"}, "activation = 'tanh': Input should be 'quick_gelu' or 'relu2'"),
+        ({"twist": 1}, "unknown key 'twist' in config.json"),
+        ({"version": 2}, "model format version 2; this igpt reads 1"),
+    ],
+    ids=str,
+)
+def test_an_unknown_variant_is_refused_in_a_sentence(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    random_model(VARIANTS["together"]).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["igpt"] |= change
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=words) as caught:
+        ImageGPT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_papers_model_says_nothing_of_variants() -> None:
+    hub = config_of({}).to_hub()
+    assert (hub["model_type"], hub["activation_function"]) == ("imagegpt", "quick_gelu")
+    assert hub["igpt"] == {"objective": "autoregressive", "resolution": 5}
+
+
+@all_variants
+def test_another_resolution_and_a_class_head(variant: dict[str, Any]) -> None:
+    model = random_model(variant)
+    larger = with_head(at_resolution(model, 7), ("a", "b"), PALETTE)
+    assert larger.config == model.config.model_copy(update={"resolution": 7, "class_names": ("a", "b")})
+    assert larger(torch.zeros(1, 49, dtype=torch.long)).shape == (1, 49, 11)
+    same = at_resolution(model, 5)
+    assert torch.equal(same(random_tokens(model, 2)), model(random_tokens(model, 2)))
+
+
+def test_heads_whose_quarters_are_not_whole_do_not_turn() -> None:
+    with pytest.raises(InputError, match="its width of 6 is not divisible by 4"):
+        config_of(APART["rotary"], n_head=4)
+
+
+def test_initial_mixes_are_halves_and_change_no_other_draw() -> None:
+    models = []
+    for variant in ({}, APART["value_residual"]):
+        torch.manual_seed(4)
+        models.append(ImageGPT(config_of(variant)))
+    plain, mixing = (model.state_dict() for model in models)
+    assert mixing.keys() - plain.keys() == {"h.1.attn.mix", "h.2.attn.mix"}
+    for name, tensor in mixing.items():
+        assert torch.equal(tensor, plain[name] if name in plain else torch.tensor([0.5, 0.5])), name
+
+
+def test_embeddings_from_the_palette() -> None:
+    """Linear in the colours, as large as the usual ones, and for each seed their own."""
+    palette = Palette.from_centers(np.random.default_rng(5).uniform(-1, 1, (300, 3)))
+    config = config_of({}, n_colors=300, n_embd=96)
+    drawn = []
+    for seed in (6, 6, 7):
+        torch.manual_seed(seed)
+        drawn.append(ImageGPT(config, palette, from_palette=True).wte.weight.detach())
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.allclose(drawn[0], drawn[2])
+    colours, start = drawn[0][:-1].double().numpy(), drawn[0][-1]
+    _, residual, rank, _ = np.linalg.lstsq(palette.centers_.astype(np.float64), colours, rcond=None)
+    assert rank == 3
+    assert residual.max() < 1e-10
+    assert colours.std() == pytest.approx(0.02, rel=0.2)
+    assert start.std().item() == pytest.approx(0.02, rel=0.4)

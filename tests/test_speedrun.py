@@ -1,0 +1,134 @@
+"""The speedrun's entries are settings that pretraining takes, and its table says what the records say."""
+
+import json
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from igpt.data.palette import Palette
+from igpt.errors import InputError
+from igpt.training.pretrain import PretrainConfig
+
+FOLDER = Path(__file__).parents[1] / "experiments" / "speedrun"
+
+
+@pytest.fixture(scope="module")
+def speedrun() -> ModuleType:
+    spec = spec_from_file_location("speedrun", FOLDER / "run.py")
+    module = sys.modules["speedrun"] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dict[str, Any]:
+    """A validation every 10 updates of 4 images, so many seconds an update."""
+    lines: list[dict[str, Any]] = [{"kind": "start", "step": 0}]
+    for number, loss in enumerate(losses, 1):
+        step = 10 * number
+        lines.append({"kind": "train", "step": step, "loss": 9.0, "seconds": rate * step})
+        lines.append({"kind": "validation", "step": step, "loss": loss})
+    environment = {"commit": "abc1234", "started": f"2026-01-0{seed + 1}T00:00:00+00:00"}
+    return {"entry": entry, "seed": seed, "settings": {}, "lines": lines, "environment": environment}
+
+
+@pytest.fixture
+def results(speedrun: ModuleType) -> list[dict[str, Any]]:
+    made = [
+        result("faithful", 0, [5.0, 4.5, 4.1]),
+        result("faithful", 1, [5.0, 4.5, 3.9]),
+        result("batch", 0, [4.4, 4.0, 3.7]),
+        result("batch", 1, [4.4, 3.9, 3.8], rate=2.5),
+        result("muon", 0, [3.9, 3.8, 3.7]),
+        result("muon", 1, [4.9, 4.8, 4.7]),
+        result("rotary", 0, [4.9, 4.8, 4.7]),
+    ]
+    return [{**one, **speedrun.measured(one["lines"], 4)} for one in made]
+
+
+def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path: Path) -> None:
+    seen = []
+    for entry in speedrun.ENTRIES:
+        settings = speedrun.settings_of(entry.name)
+        config = PretrainConfig.layered(settings, {"tokens": tmp_path, "seed": 1})
+        assert config.steps % config.validate_every == 0
+        assert config.log_every == config.validate_every
+        assert config.warmup(45_000) < config.steps
+        assert settings not in seen
+        seen.append(settings)
+        assert entry.over in [None, *speedrun.NAMES][: len(seen)], "what it stands over comes before it"
+        PretrainConfig.layered(speedrun.settings_of(entry.name, 2), {"tokens": tmp_path})
+    assert len(speedrun.NAMES) == len(speedrun.ENTRIES)
+    assert PretrainConfig.layered(seen[0], {"tokens": tmp_path}).faithful
+    with pytest.raises(InputError, match="no entry 'mun'"):
+        speedrun.settings_of("mun")
+
+
+def test_the_palette_is_there() -> None:
+    assert len(Palette.load(FOLDER / "palette.npy")) == 512
+
+
+def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+    summary = speedrun.summarise(results, (0, 1), None)
+    assert summary["target"] == pytest.approx(4.0)
+    told = {(one["entry"], one["seed"]): (one["reached"], one["seconds"], one["updates"]) for one in summary["records"]}
+    assert told == {
+        ("faithful", 0): (True, 60.0, 30),
+        ("faithful", 1): (True, 60.0, 30),
+        ("batch", 0): (True, 40.0, 20),
+        ("batch", 1): (True, 50.0, 20),
+        ("muon", 0): (True, 20.0, 10),
+        ("muon", 1): (False, None, None),
+        ("rotary", 0): (False, None, None),
+    }
+    lines = speedrun.table(summary["records"], summary["target"]).splitlines()
+    assert lines[0] == "Target: a validation loss of 4.0000 nats/pixel."
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
+    found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert list(found) == ["faithful", "batch", "muon", "rotary"]
+    time = "seconds (range)"
+    assert [row[time] for row in found.values()] == [
+        "60 (60 to 60)",
+        "45 (40 to 50)",
+        "20 (20 to 20), 1 of 2 not reached",
+        "not reached",
+    ]
+    assert [row["kept"] for row in found.values()] == ["", "yes", "no", ""]
+    assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
+    assert found["batch"]["images/s"] == "1.8"
+    assert found["batch"]["updates"] == "20"
+    assert (found["batch"]["date"], found["batch"]["commit"]) == ("2026-01-02", "`abc1234`")
+
+
+def test_a_given_target_and_one_that_is_not_set_yet(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+    given = speedrun.summarise(results, (0, 1), 4.5)
+    assert [one["updates"] for one in given["records"]] == [20, 20, 10, 10, 10, None, None]
+    unset = speedrun.summarise(results[1:], (0, 1), None)
+    assert unset["target"] is None
+    assert not any(one["reached"] for one in unset["records"])
+    assert "not set yet" in speedrun.table(unset["records"], None)
+
+
+def test_the_table_stands_between_its_marks(speedrun: ModuleType, tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    text = (FOLDER / "README.md").read_text()
+    readme.write_text(text)
+    for table in ("| one |", "| two |"):
+        speedrun.write_table(table, readme)
+    before, after = text.split(speedrun.MARKS[0])[0], text.split(speedrun.MARKS[1])[1]
+    assert readme.read_text() == f"{before}{speedrun.MARKS[0]}\n| two |\n{speedrun.MARKS[1]}{after}"
+
+
+def test_a_result_of_other_settings_is_not_taken(speedrun: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "muon-0.json").write_text('{"settings": {"steps": 3}}')
+    with pytest.raises(InputError, match=r"muon-0\.json was made with other settings"):
+        speedrun.train("muon", 0, tmp_path)
+    assert speedrun.done_before(tmp_path, (0, 1)) == []
+    settings = {**speedrun.settings_of("muon"), "seed": 0}
+    (tmp_path / "results" / "muon-0.json").write_text(json.dumps({"settings": settings}))
+    assert speedrun.train("muon", 0, tmp_path) == {"settings": settings}
+    assert speedrun.done_before(tmp_path, (0, 1)) == [{"settings": settings}]
