@@ -38,6 +38,32 @@ def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -
     tell(data, out or Path("runs", "demo" if data == "digits" else f"demo-{Path(data).resolve().name}"), steps)
 
 
+def reproduce(
+    out: MaybeOut = None,
+    scale: Literal["cpu", "gpu"] = "cpu",
+    corpus: str = "zh-plus/tiny-imagenet",
+    labelled: str = "uoft-cs/cifar10",
+    minutes: float | None = None,
+    jobs: int | None = None,
+    rehearsal: bool = False,
+) -> None:
+    """Ask the paper's questions of one's own images: pretrain, probe, fine-tune, draw, and write one page of answers.
+
+    Args:
+        out: folder of the reproduction, runs/reproduction-SCALE by default; what is in it already is not done again.
+        scale: cpu: at most an hour on two cores; gpu: half an hour on an H100.
+        corpus: unlabelled images to pretrain on, any source that igpt prepare takes; labels it has are probed as well.
+        labelled: images with labels, to judge by.
+        minutes: stop after so many, with all saved; the same command goes on.
+        jobs: steps side by side, by default two on CPUs and one on a GPU.
+        rehearsal: every step at toy length, to see that all run.
+    """
+    from igpt.reproduction.reproduce import reproduce as run
+
+    asked = Path("runs", f"reproduction-{scale}") if out is None else out
+    run(asked, scale, corpus, labelled, main, minutes=minutes, jobs=jobs, rehearsal=rehearsal)
+
+
 def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:
     """Tell what a pretraining run needs: memory, time, and settings that fit into the GPUs.
 
@@ -227,6 +253,7 @@ def import_openai(
 
 COMMANDS: Commands = {
     "demo": (demo, None),
+    "reproduce": (reproduce, None),
     "palette": (palette, "igpt.data.fit:PaletteConfig"),
     "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
     "inspect": (inspect, None),

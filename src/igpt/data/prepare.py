@@ -10,7 +10,7 @@ R-NNNNN.done.json     their record, written last
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class PrepareConfig(PaletteConfig):
     views: int = Field(
         0, ge=0, le=1000, description="random crops of each training image (paper); 0: its centre square"
     )
+    limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
 
 
@@ -200,6 +201,7 @@ def _make_shards(
     if workers < 1:
         raise InputError(f"at least one worker is needed, not {workers}")
     splits, class_names = open_source(source, config)
+    splits = {name: _limited(split, config) for name, split in splits.items()}
     if config.views and isinstance(splits["train"].reader, TokenRows):
         raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
     given = given_palette(source, splits["train"], config)
@@ -251,6 +253,13 @@ def require_new(out: Path, source: str | None = None) -> None:
         raise InputError(f"{out} exists already; remove it or choose another -o")
     if source and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise InputError(f"{out} would lie among the images of {source}; choose another -o")
+
+
+def _limited(split: Split, config: PrepareConfig) -> Split:
+    if config.limit is None or config.limit >= len(split):
+        return split
+    drawn = np.random.default_rng(config.seed).permutation(len(split))[: config.limit]
+    return replace(split, indices=split.indices[np.sort(drawn)])
 
 
 def _readers(splits: Mapping[str, Split]) -> list[Reader]:

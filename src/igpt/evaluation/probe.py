@@ -16,7 +16,7 @@ from pydantic import Field
 
 from igpt.confidence import interval_of_share
 from igpt.config import Config
-from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, require_classes
+from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
@@ -140,6 +140,10 @@ def probe(
             for name, (split, _) in drawn.items()
         }
         compared["raw_pixels"], _ = fit(pixels)
+        if config.labels_per_class:
+            compared["raw_pixels"]["few_labels"] = [
+                {"per_class": count, **few_labels(pixels, count, config, device)} for count in config.labels_per_class
+            ]
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
         place = features / f"untrained-{config.seed}"
@@ -166,7 +170,7 @@ def _drawn(split: TokenSplit, config: ProbeConfig) -> tuple[TokenSplit, NDArray[
     if config.limit is None or config.limit >= len(split):
         return split, rows
     rows = np.sort(np.random.default_rng(config.seed).permutation(len(split))[: config.limit])
-    return TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)]), rows
+    return split.subset(rows), rows
 
 
 def _images(
@@ -283,16 +287,10 @@ def few_labels(
         InputError: a class has fewer training images.
     """
     train, test = found["train"], found["test"]
-    members = [np.flatnonzero(train.labels == number) for number in range(int(train.labels.max()) + 1)]
-    if min(map(len, members)) < per_class:
-        raise InputError(
-            f"{per_class} labels a class are asked for, and one class has {min(map(len, members))} training images"
-        )
     right: dict[str, list[NDArray[np.int64]]] = {"validation": [], "test": []}
     converged = []
     for subset in range(config.subsets):
-        generator = np.random.default_rng((config.seed, per_class, subset))
-        rows = np.sort(np.concatenate([generator.permutation(each)[:per_class] for each in members]))
+        rows = few_of_each(train.labels, per_class, (config.seed, per_class, subset))
         fitted = fit_lbfgs(train.features[0][0][rows], train.labels[rows], config.strengths, device=device)
         for name, counts in right.items():
             counts.append(_right(fitted, found[name], config.seed))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upright
 _HEIGHT, _LEFT, _TOP, _BOTTOM = 3.3, 0.62, 0.12, 0.52  # inches
-_FONT = 9.5  # points
+FONT = 9.5  # points
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def loss_curve(
         metrics: the records of `metrics.jsonl`.
         unit: of the losses, for the axis.
     """
-    figure, axes = _canvas(look, width)
+    figure, axes = canvas(look, width)
     train, validation = history(metrics, "train"), history(metrics, "validation")
     labels: list[tuple[float, str, str]] = []
     for name, value in baselines(metrics).items():
@@ -83,37 +83,37 @@ def loss_curve(
         labels.append((_last(losses), "validation", look.main))
     best = best_validation(metrics)
     if best is not None:
-        _ring(axes, *best, look)
+        ring(axes, *best, look)
     steps = [record["step"] for record in train + validation]
     axes.set_xlim(0, max(steps, default=1) or 1)
-    low, high = _span([line.get_ydata() for line in axes.get_lines()])
+    low, high = span([line.get_ydata() for line in axes.get_lines()])
     # Room below the curve: the words on the best step stand there.
     axes.set_ylim(low - 0.16 * (high - low), high + 0.05 * (high - low))
     if best is not None:
         _note(axes, *best, f"best {best[1]:.3f}, step {best[0]:,}", look, above=False)
     axes.set_xlabel("training step", color=look.ink)
     axes.set_ylabel(f"loss, {unit}", color=look.ink)
-    _label_ends(axes, labels, width)
+    label_ends(axes, labels, width)
     return figure
 
 
 def accuracy_curve(metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
     """Validation accuracy of a classifier by step of fine-tuning, in percent; the best is ringed."""
-    figure, axes = _canvas(look, width)
+    figure, axes = canvas(look, width)
     records = history(metrics, "validation", "error")
     shown = [{"step": record["step"], "accuracy": 100 * (1 - record["error"])} for record in records]
     _, values = _line(axes, shown, "accuracy", "validation", look.main, linewidth=2, marker="o", markersize=3.5)
-    low, high = _span([values])
+    low, high = span([values])
     axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
     axes.set_xlim(0, shown[-1]["step"])
     best = best_validation(metrics, "error")
     if best is not None:
         top = 100 * (1 - best[1])
-        _ring(axes, best[0], top, look)
+        ring(axes, best[0], top, look)
         _note(axes, best[0], top, f"best {top:.1f} %, step {best[0]:,}", look, above=True)
     axes.set_xlabel("training step", color=look.ink)
     axes.set_ylabel("validation accuracy, %", color=look.ink)
-    _label_ends(axes, [(_last(values), "validation", look.main)], width)
+    label_ends(axes, [(_last(values), "validation", look.main)], width)
     return figure
 
 
@@ -126,7 +126,7 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     Args:
         probe: what `probe.json` holds.
     """
-    figure, axes = _canvas(look, width)
+    figure, axes = canvas(look, width)
     layers, count = probe["layers"], probe["images"]["test"]
     known = probe.get("baselines") or {}
     labels: list[tuple[float, str, str]] = []
@@ -146,8 +146,8 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     error = np.array([100 * standard_error(value / 100, count) for value in values])
     axes.fill_between(steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0)
     chosen = chosen_layer(probe)
-    _ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
-    low, high = _span([*(line.get_ydata() for line in axes.get_lines()), values - error, values + error])
+    ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
+    low, high = span([*(line.get_ydata() for line in axes.get_lines()), values - error, values + error])
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
     text = f"layer {chosen['layer']}: {100 * chosen['test_accuracy']:.1f} %"
@@ -156,23 +156,29 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     _note(axes, chosen["layer"], 100 * chosen["test_accuracy"], text, look, above=above)
     axes.set_xlabel("layer", color=look.ink)
     axes.set_ylabel("accuracy, %", color=look.ink)
-    _label_ends(axes, labels, width)
+    label_ends(axes, labels, width)
     return figure
 
 
 def encode(figure: "Figure | Image.Image") -> str:
     """A data URI: SVG with real text for a figure, PNG for a picture. The same input gives the same characters."""
-    buffer = io.BytesIO()
     if isinstance(figure, Image.Image):
+        buffer = io.BytesIO()
         figure.save(buffer, format="PNG", optimize=True)
         return data_uri(buffer.getvalue(), "image/png")
+    return data_uri(svg(figure), "image/svg+xml")
+
+
+def svg(figure: "Figure", *, transparent: bool = True) -> bytes:
+    """A figure as SVG with real text, on no ground or on white; the same figure gives the same bytes."""
     import matplotlib
 
+    buffer = io.BytesIO()
     fonts = ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"]
     # matplotlib takes these three from its settings alone; they are put back at once.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.sans-serif": fonts}):
-        figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata={"Date": None, "Creator": None})
-    return data_uri(buffer.getvalue(), "image/svg+xml")
+        figure.savefig(buffer, format="svg", transparent=transparent, dpi=200, metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
 
 
 def data_uri(content: bytes, media_type: str) -> str:
@@ -180,7 +186,7 @@ def data_uri(content: bytes, media_type: str) -> str:
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
-def _canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
+def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     """A figure of fixed margins: the labels at the lines' ends need theirs, and their heights are known from it."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -192,15 +198,15 @@ def _canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(look.muted)
-    axes.tick_params(colors=look.ink, labelsize=_FONT, length=0, pad=5)
+    axes.tick_params(colors=look.ink, labelsize=FONT, length=0, pad=5)
     axes.tick_params(axis="x", length=3, color=look.muted)
     axes.grid(axis="y", color=look.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, integer=True, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.label.set_fontsize(_FONT)
-    axes.yaxis.label.set_fontsize(_FONT)
+    axes.xaxis.label.set_fontsize(FONT)
+    axes.yaxis.label.set_fontsize(FONT)
     return figure, axes
 
 
@@ -215,9 +221,10 @@ def _line(
     return x, y
 
 
-def _ring(axes: "Axes", x: float, y: float, look: Look) -> None:
-    ring: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
-    axes.plot([x], [y], linestyle="none", color=look.main, label="best", clip_on=False, zorder=4, **ring)
+def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None) -> None:
+    """Rings a point, the best one."""
+    style: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
+    axes.plot([x], [y], linestyle="none", color=color or look.main, label="best", clip_on=False, zorder=4, **style)
 
 
 def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: bool) -> None:
@@ -233,7 +240,7 @@ def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: boo
         ha=place,
         va="bottom" if above else "top",
         color=look.main,
-        fontsize=_FONT,
+        fontsize=FONT,
         fontweight="bold",
         annotation_clip=False,
         bbox={"facecolor": look.paper, "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
@@ -246,7 +253,7 @@ def _last(values: NDArray[np.float64]) -> float:
     return float(finite[-1]) if len(finite) else math.nan
 
 
-def _span(values: Iterable[Any]) -> tuple[float, float]:
+def span(values: Iterable[Any]) -> tuple[float, float]:
     """Least and greatest finite value; never equal, so that an axis can be made of them."""
     every = np.concatenate([np.empty(0), *(np.asarray(some, dtype=np.float64) for some in values)])
     finite = every[np.isfinite(every)]
@@ -254,13 +261,13 @@ def _span(values: Iterable[Any]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 0.5, high + 0.5)
 
 
-def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float) -> None:
+def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float) -> None:
     """Writes what the lines are at their right ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     points = 72 * (_HEIGHT - _TOP - _BOTTOM)
     wanted = sorted(((value - low) / (high - low) * points, text, color) for value, text, color in labels)
     wanted = [entry for entry in wanted if math.isfinite(entry[0])]
-    heights = [1.18 * _FONT * (1 + text.count("\n")) for _, text, _ in wanted]
+    heights = [1.18 * FONT * (1 + text.count("\n")) for _, text, _ in wanted]
     middles = spread([place for place, _, _ in wanted], heights)
     for middle, (_, text, color) in zip(middles, wanted, strict=True):
         axes.annotate(
@@ -271,7 +278,7 @@ def _label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float
             textcoords="offset points",
             va="center",
             color=color,
-            fontsize=_FONT,
+            fontsize=FONT,
             linespacing=1.1,
         )
 

@@ -123,7 +123,7 @@ def loss_section(run: Run) -> Section:
     def draw(**options: Any) -> "Figure":
         return figures.loss_curve(run.metrics, unit=run.unit, **options)
 
-    return Section(title, name, chart=_chart(draw, alt), caption=caption)
+    return Section(title, name, chart=chart(draw, alt), caption=caption)
 
 
 def accuracy_section(run: Run) -> Section:
@@ -145,7 +145,7 @@ def accuracy_section(run: Run) -> Section:
     def draw(**options: Any) -> "Figure":
         return figures.accuracy_curve(run.metrics, **options)
 
-    return Section(title, name, chart=_chart(draw, alt), caption=caption)
+    return Section(title, name, chart=chart(draw, alt), caption=caption)
 
 
 def probe_section(run: Run) -> Section:
@@ -186,7 +186,7 @@ def probe_section(run: Run) -> Section:
     def draw(**options: Any) -> "Figure":
         return figures.probe_by_layer(probe, **options)
 
-    return Section(title, name, lead, _chart(draw, alt + "."), caption=caption, table=table)
+    return Section(title, name, lead, chart(draw, alt + "."), caption=caption, table=table)
 
 
 def _other_protocols(probe: dict[str, Any]) -> str:
@@ -266,7 +266,9 @@ def fact_tables(run: Run) -> list[Table]:
     ]
 
 
-def _chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
+def chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
+    """A figure in its four versions."""
+
     def version(look: figures.Look, width: float) -> str:
         return figures.encode(draw(look=look, width=width))
 

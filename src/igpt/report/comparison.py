@@ -1,0 +1,85 @@
+"""Figures that compare several models by the plot data of a question's answer: lines, and groups of points.
+
+Every point has its 95 % interval; series keep apart by colour, marker and dash.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from igpt.report.figures import FONT, LIGHT, WIDE, Look, canvas, label_ends, ring, span
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
+_GREEN = {LIGHT.paper: "#1a7f37", "other": "#5fd07f"}
+
+
+def draw(plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
+    """The figure of a plot of kind "lines" or "groups".
+
+    Args:
+        plot: "x", "y": labels; "series": lists "x", "y", "low", "high", a "name" and perhaps a "ring" (a point's
+            number); "categories" of groups; "falling" if x goes down to the right.
+    """
+    figure, axes = canvas(look, width)
+    every = [np.array(one[key], float) for one in plot["series"] for key in ("low", "high")]
+    low, high = span(every)
+    axes.set_ylim(low - 0.06 * (high - low), high + 0.06 * (high - low))
+    if plot["kind"] == "lines":
+        _lines(axes, plot, look, width)
+    else:
+        _groups(axes, plot, look)
+    axes.set_xlabel(plot["x"], color=look.ink)
+    axes.set_ylabel(plot["y"], color=look.ink)
+    return figure
+
+
+def _colors(look: Look) -> tuple[str, ...]:
+    return look.main, look.other, _GREEN.get(look.paper, _GREEN["other"]), look.muted
+
+
+def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    labels = []
+    xs = [value for one in plot["series"] for value in one["x"]]
+    margin = 0.02 * (max(xs) - min(xs) or 1)
+    axes.set_xlim(min(xs) - margin, max(xs) + margin)
+    if plot.get("falling"):
+        axes.invert_xaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_formatter("{x:.2g}")
+    for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
+        style: dict[str, Any] = {"linestyle": _DASHES[number], "marker": _MARKERS[number], "markersize": 4.5}
+        axes.plot(one["x"], one["y"], color=color, label=one["name"], clip_on=False, linewidth=1.8, **style)
+        axes.fill_between(one["x"], one["low"], one["high"], color=color, alpha=0.13, linewidth=0)
+        if one.get("ring") is not None:
+            ring(axes, one["x"][one["ring"]], one["y"][one["ring"]], look, color=color)
+        labels.append((one["y"][-1], one["name"], color))
+    label_ends(axes, labels, width)
+
+
+def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look) -> None:
+    """Points side by side in every category; a legend above, for they have no ends to write their names at."""
+    count = len(plot["series"])
+    for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
+        x = np.array(one["x"], float) + (number - (count - 1) / 2) * 0.13
+        y = np.array(one["y"], float)
+        bars = np.abs(np.array([y - one["low"], one["high"] - y]))
+        axes.errorbar(
+            x, y, bars, fmt=_MARKERS[number], color=color, label=one["name"], markersize=6, capsize=3, linewidth=1.4
+        )
+    axes.set_xlim(-0.5, len(plot["categories"]) - 0.5)
+    axes.set_xticks(range(len(plot["categories"])), plot["categories"])
+    axes.legend(
+        loc="upper left",
+        bbox_to_anchor=(0.0, 1.0),
+        frameon=False,
+        fontsize=FONT,
+        labelcolor=look.ink,
+        handletextpad=0.3,
+    )

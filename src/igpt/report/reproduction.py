@@ -1,0 +1,249 @@
+"""The page of a reproduction, as self-contained HTML and as Markdown with pictures beside it, from its evidence."""
+
+import io
+from collections.abc import Mapping
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from igpt.errors import InputError
+from igpt.files import atomic_file, atomic_folder
+from igpt.report import comparison, figures
+from igpt.report.findings import duration, number, plural
+from igpt.report.record import flat
+from igpt.report.sections import Picture, Section, Table, chart
+
+FIGURES = "figures"
+_HELD = {
+    "yes": "held",
+    "in part": "held in part",
+    "no": "did not hold",
+    "undecided": "undecided at this size",
+    "shown": "shown",
+    "not yet": "not done yet",
+}
+_PAPER = {  # Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images, of L at 32 px
+    "pretraining images": "1.28 M (ImageNet)",
+    "images seen by a model": "128 M",
+    "parameters": "76 M to 6.8 B",
+    "operations of the largest run": "1.1e21 (L at 32 px)",
+    "resolution, colours": "32, 48 and 64 px, 512",
+}
+
+
+def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
+    """Writes `report.html`, and `report.md` with `figures/`; returns the former.
+
+    Args:
+        folder: of the reproduction, with `pictures/` in it.
+        evidence: what `evidence.json` holds.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("igpt.report").joinpath("page.html.j2").read_text("utf-8"))
+    sections = [section for asked in evidence["questions"] for section in _sections(asked, folder)]
+    page = {
+        "title": "Generative pretraining from pixels: which of its findings hold here",
+        "run": folder.resolve().name,
+        "description": _description(evidence),
+        "findings": [],
+        "state": _cost(evidence),
+        "tables": [_verdicts(evidence), _beside_the_paper(evidence)],
+        "sections": sections,
+        "details": [_models(evidence), _machine(evidence), _steps(evidence)],
+        "trained_by": f"igpt {evidence['environment']['igpt']}",
+    }
+    with atomic_file(folder / "report.html") as temporary:
+        temporary.write_text(template.render(page), encoding="utf-8")
+    with atomic_folder(folder / FIGURES) as temporary:
+        for asked in evidence["questions"]:
+            for name, content in _figure_files(asked, folder).items():
+                (temporary / name).write_bytes(content)
+    with atomic_file(folder / "report.md") as temporary:
+        temporary.write_text(_markdown(page, evidence, folder), encoding="utf-8")
+    return folder / "report.html"
+
+
+def _description(evidence: Mapping[str, Any]) -> str:
+    models = evidence["models"]
+    if not models:
+        return "Nothing has been trained yet."
+    smallest, largest = (f"{extreme(model['parameters'] for model in models) / 1e6:.2g} M" for extreme in (min, max))
+    side = round(models[0]["places"] ** 0.5)
+    rehearsal = " This is a rehearsal at toy length: its numbers mean nothing." if evidence["rehearsal"] else ""
+    images, size = number(models[0]["train_images"]), f"{side} \N{MULTIPLICATION SIGN} {side} pixels"
+    return (
+        f"Transformers of {smallest} to {largest} parameters, pretrained without labels on {images} images of "
+        f"{_short(evidence['corpus'])} at {size}, and judged on {_short(evidence['labelled'])}.{rehearsal}"
+    )
+
+
+def _largest(models: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(models, key=lambda model: int(model["parameters"]))
+
+
+def _short(source: str) -> str:
+    return Path(source).name if Path(source).is_absolute() else source
+
+
+def _cost(evidence: Mapping[str, Any]) -> str:
+    machine, seconds = evidence["environment"], [step["seconds"] for step in evidence["steps"].values()]
+    where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
+    side_by_side = evidence["side_by_side"] or 1
+    return (
+        f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in all, {side_by_side} side by side "
+        f"({duration(sum(seconds) / side_by_side)} by the clock, if never idle), on {where}; torch {machine['torch']}, "
+        f"commit {machine['commit'] or 'unknown'}, {machine['started'][:10]}."
+    )
+
+
+def _verdicts(evidence: Mapping[str, Any]) -> Table:
+    rows = [(asked["asks"], _HELD[asked["held"]]) for asked in evidence["questions"]]
+    return Table("The paper's findings", ("question", "here"), rows)
+
+
+def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
+    models = evidence["models"]
+    here = dict.fromkeys(_PAPER, "not yet")
+    if models:
+        largest, small = _largest(models), min(models, key=lambda model: int(model["parameters"]))
+        sides = sorted({round(model["places"] ** 0.5) for model in models})
+        here = {
+            "pretraining images": number(largest["train_images"]),
+            "images seen by a model": number(max(model["images_seen"] for model in models)),
+            "parameters": f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M",
+            "operations of the largest run": f"{max(model['flops'] for model in models):.1e}",
+            "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
+        }
+    return Table("Data and compute", ("", "paper", "here"), [(name, _PAPER[name], here[name]) for name in _PAPER])
+
+
+def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
+    title, name = asked["asks"], asked["name"]
+    lead = f"Paper: {asked['paper']} Here: {_HELD[asked['held']]}. {asked['verdict']}"
+    if asked.get("tried"):
+        lead += f" Tried: {asked['tried']}"
+    if asked["held"] == "not yet":
+        return [Section(title, name, absent=f"{asked['verdict']} `igpt reproduce` goes on with the same command.")]
+    table = Table("The numbers", tuple(asked["table"]["head"]), [tuple(row) for row in asked["table"]["rows"]])
+    if asked["plot"]["kind"] != "pictures":
+        draw = partial(comparison.draw, asked["plot"])
+        bars = " Bands and bars: 95 % intervals." + (" Ring: the layer chosen." if name == "layers" else "")
+        alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
+        return [Section(title, name, lead, chart(draw, alt), caption=asked["how"] + bars, table=table)]
+    samples, completions = (_stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions"))
+    updates = ", ".join(map(number, asked["plot"]["steps"]))
+    return [
+        Section(
+            title,
+            name,
+            lead,
+            picture=_picture(samples, f"Rows of samples after {updates} updates."),
+            caption=f"Samples; from top to bottom after {updates} updates. {asked['how']}",
+            table=table,
+        ),
+        Section(
+            "How it completes photographs",
+            "completions",
+            picture=_picture(completions, f"Completions after {updates} updates."),
+            caption=f"Original, what was kept, two completions; from left to right after {updates} updates.",
+        ),
+    ]
+
+
+def _picture(image: Image.Image, alt: str) -> Picture:
+    return Picture(figures.encode(image), *image.size, alt)
+
+
+def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
+    """The pictures of all steps: samples below each other, completions side by side."""
+    found = []
+    for step in steps:
+        path = folder / "pictures" / f"{kind}-{step}.png"
+        try:
+            with Image.open(path, formats=["PNG"]) as picture:
+                found.append(picture.convert("RGB"))
+        except (OSError, SyntaxError) as error:
+            raise InputError(
+                f"{path} is not a readable PNG picture ({error}); remove steps.json's line on it"
+            ) from None
+    gap = 0 if kind == "samples" else 12
+    across = kind == "completions"
+    width = sum(one.width + gap for one in found) - gap if across else max(one.width for one in found)
+    height = max(one.height for one in found) if across else sum(one.height for one in found)
+    sheet, at = Image.new("RGBA", (width, height)), 0
+    for one in found:
+        sheet.paste(one, (at, 0) if across else (0, at))
+        at += one.width + gap if across else one.height
+    return sheet
+
+
+def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
+    """Pictures for the Markdown, on white: no page's colours are known there."""
+    if asked["held"] == "not yet":
+        return {}
+    if asked["plot"]["kind"] != "pictures":
+        return {f"{asked['name']}.svg": figures.svg(comparison.draw(asked["plot"]), transparent=False)}
+    found = {}
+    for kind in ("samples", "completions"):
+        buffer = io.BytesIO()
+        _stacked(folder, kind, asked["plot"]["steps"]).save(buffer, format="PNG", optimize=True)
+        found[f"{kind}.png"] = buffer.getvalue()
+    return found
+
+
+def _models(evidence: Mapping[str, Any]) -> Table:
+    rows = []
+    for model in evidence["models"]:
+        layers, width, heads = model["shape"]
+        side = round(model["places"] ** 0.5)
+        rows.append(
+            (
+                model["name"],
+                f"{layers} layers, width {width}, {plural(heads, 'head')}, {number(model['parameters'])} parameters, "
+                f"{side} px; {number(model['images_seen'])} images seen in {duration(model['seconds'])}; validation "
+                f"loss {model['validation_loss']:.3f} (colour frequencies {model['unigram_loss']:.3f})",
+            )
+        )
+    return Table("Pretrained models", (), rows)
+
+
+def _machine(evidence: Mapping[str, Any]) -> Table:
+    rows = [(key, "none" if value is None else str(value)) for key, value in flat(evidence["environment"]).items()]
+    return Table("Machine and software", (), rows)
+
+
+def _steps(evidence: Mapping[str, Any]) -> Table:
+    return Table("Steps", (), [(name, duration(step["seconds"])) for name, step in evidence["steps"].items()])
+
+
+def _markdown(page: Mapping[str, Any], evidence: Mapping[str, Any], folder: Path) -> str:
+    lines = [f"# {page['title']}", "", page["description"], "", page["state"], ""]
+    for table in page["tables"]:
+        lines += _markdown_table(table)
+    for section in page["sections"]:
+        lines += [f"## {section.title}", ""]
+        if section.absent:
+            lines += [section.absent, ""]
+            continue
+        lines += [section.lead, ""] if section.lead else []
+        name = "samples" if section.name == "pictures" else section.name
+        file = f"{name}.{'svg' if section.chart else 'png'}"
+        alt = section.chart.alt if section.chart else section.picture.alt
+        lines += [f"![{alt}]({FIGURES}/{file})", "", section.caption, ""]
+        lines += _markdown_table(section.table) if section.table else []
+    lines += ["## What was trained, on what", ""]
+    for table in page["details"]:
+        lines += _markdown_table(Table(table.caption, ("", ""), table.rows))
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(table: Table) -> list[str]:
+    def line(cells: tuple[str, ...]) -> str:
+        return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+
+    return [f"{table.caption}:", "", line(table.head), "|" + "---|" * len(table.head), *map(line, table.rows), ""]

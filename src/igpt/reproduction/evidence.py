@@ -1,0 +1,166 @@
+"""What the steps of a reproduction have measured, and the form in which a question's answer is recorded.
+
+Accuracies are shares from 0 to 1 until they become cells and figures, where they are percent; losses are nats/pixel.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from igpt.confidence import interval_of_share
+from igpt.files import read_json
+from igpt.reproduction.runner import is_done, records
+from igpt.reproduction.scale import Scale
+from igpt.training.metrics import read_metrics
+
+Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
+_Z = 1.96
+
+
+@dataclass(frozen=True)
+class Share:
+    """A measured accuracy with its 95 % interval.
+
+    Attributes:
+        n: how it was measured, for a table: test images, or draws.
+        error: its standard error.
+    """
+
+    value: float
+    low: float
+    high: float
+    error: float
+    n: str
+
+    @property
+    def cell(self) -> str:
+        """As a table has it."""
+        return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
+
+
+def of_images(value: float, count: int) -> Share:
+    """An accuracy on so many test images, with Wilson's interval."""
+    low, high = interval_of_share(round(value * count), count)
+    return Share(value, low, high, math.sqrt(value * (1 - value) / count), f"{count:,} images")
+
+
+def of_draws(values: Sequence[float], count: int) -> Share:
+    """The mean accuracy over draws of the labels, each on `count` test images, with Student's interval."""
+    from scipy.stats import t
+
+    draws, mean = len(values), float(np.mean(values))
+    error = float(np.std(values, ddof=1)) / math.sqrt(draws) if draws > 1 else math.nan
+    half = float(t.ppf(0.975, draws - 1)) * error if draws > 1 else math.nan
+    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), error, f"{draws} draws, {count:,} images")
+
+
+def difference(first: Share, second: Share) -> tuple[float, float]:
+    """first - second in points, and half of its 95 % interval, as if they were measured on different images.
+
+    They mostly share their test images, so that the true interval is narrower.
+    """
+    return 100 * (first.value - second.value), 100 * _Z * math.hypot(first.error, second.error)
+
+
+def points(first: Share, second: Share) -> str:
+    """The difference of two accuracies in words."""
+    found, half = difference(first, second)
+    return f"{found:+.1f} ± {half:.1f} points"
+
+
+def clearly(first: Share, second: Share) -> bool:
+    """Whether the first is higher by more than the interval of the difference."""
+    found, half = difference(first, second)
+    return found > half
+
+
+@dataclass(frozen=True)
+class Results:
+    """The files of a reproduction, read when they are asked for; KeyError where a step has not been done."""
+
+    folder: Path
+    scale: Scale
+
+    def _done(self, name: str) -> None:
+        if not is_done(records(self.folder).get(name)):
+            raise KeyError(name)
+
+    def probe(self, name: str) -> dict[str, Any]:
+        """A probe.json."""
+        self._done(f"probes/{name}")
+        return read_json(self.folder / "probes" / f"{name}.json", "probe")
+
+    def has(self, name: str) -> bool:
+        """Whether a step has a result."""
+        record = records(self.folder).get(name)
+        return record is not None and record["ended"] == "done"
+
+    def best(self, probe: Mapping[str, Any]) -> Share:
+        """The test accuracy of the layer that validation has chosen."""
+        row = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
+        return of_images(row["test_accuracy"], probe["images"]["test"])
+
+    def losses(self, run: str) -> dict[int, float]:
+        """Validation loss by update."""
+        self._done(f"runs/{run}")
+        lines = read_metrics(self.folder / "runs" / run / "metrics.jsonl")
+        return {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
+
+    def finetuned(self, start: str, labels: str | int) -> Share:
+        """Test accuracy after fine-tuning; over all draws where there are several."""
+        names = (
+            [f"{start}-all"] if labels == "all" else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
+        )
+        for name in names:
+            self._done(f"finetuned/{name}")
+        found = [read_json(self.folder / "finetuned" / name / "test.json", "result") for name in names]
+        if labels == "all":
+            return of_images(found[0]["test_accuracy"], found[0]["test_images"])
+        return of_draws([one["test_accuracy"] for one in found], found[0]["test_images"])
+
+
+def question(
+    name: str,
+    asks: str,
+    paper: str,
+    held: Held,
+    verdict: str,
+    plot: Mapping[str, Any],
+    table: Mapping[str, Any],
+    how: str,
+) -> dict[str, Any]:
+    """An answered question as evidence.json has it.
+
+    Args:
+        paper: what the paper found.
+        held: whether it held here.
+        plot: "kind" lines or groups, "x" and "y" labels, "series", for groups their "categories".
+        table: "head" and "rows".
+        how: what was measured how: n, seeds, protocol.
+    """
+    return {
+        "name": name,
+        "asks": asks,
+        "paper": paper,
+        "held": held,
+        "verdict": verdict,
+        "plot": plot,
+        "table": table,
+        "how": how,
+    }
+
+
+def series(name: str, x: Sequence[float], shares: Sequence[Share], ring: int | None = None) -> dict[str, Any]:
+    """A line or a group of points with their intervals, in percent."""
+    return {
+        "name": name,
+        "x": list(x),
+        "y": [round(100 * share.value, 3) for share in shares],
+        "low": [round(100 * share.low, 3) for share in shares],
+        "high": [round(100 * share.high, 3) for share in shares],
+        "ring": ring,
+    }

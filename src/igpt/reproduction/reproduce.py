@@ -1,0 +1,125 @@
+"""One call that runs what is missing of a reproduction and writes its page."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from igpt.environment import describe
+from igpt.errors import InputError
+from igpt.files import write_json
+from igpt.report.reproduction import write_page
+from igpt.reproduction.evidence import Results, question
+from igpt.reproduction.questions import QUESTIONS
+from igpt.reproduction.runner import Command, records, run
+from igpt.reproduction.scale import Scale
+from igpt.reproduction.scale import scale as named
+from igpt.reproduction.steps import steps
+from igpt.training.metrics import read_metrics
+
+FORMAT, VERSION = "igpt-reproduction", 1
+EVIDENCE, NOTES = "evidence.json", "notes.yaml"
+
+
+def reproduce(
+    out: Path,
+    scale: str,
+    corpus: str,
+    labelled: str,
+    command: Command,
+    *,
+    minutes: float | None = None,
+    jobs: int | None = None,
+    rehearsal: bool = False,
+) -> bool:
+    """Runs the steps that are not done yet, and writes the page of what has come out so far.
+
+    Args:
+        out: folder of the reproduction.
+        scale: "cpu" or "gpu".
+        corpus, labelled: sources of unlabelled and of labelled images; see `open_source`.
+        command: runs the words of a command line, see `run`.
+        minutes: stop after so many; the same call goes on.
+        jobs: steps side by side, if not the scale's.
+        rehearsal: every step at toy length.
+
+    Returns:
+        whether all is done.
+
+    Raises:
+        InputError: a step failed, or `out` holds another reproduction.
+        Interrupted: on Ctrl-C or SIGTERM.
+    """
+    console = Console(highlight=False)
+    chosen = named(scale, rehearsal=rehearsal)
+    if minutes is not None and minutes <= 0:
+        raise InputError(f"--minutes is more than 0, not {minutes:g}")
+    if jobs is not None and jobs < 1:
+        raise InputError(f"--jobs is at least 1, not {jobs}")
+    sources = [str(Path(source).resolve()) if Path(source).exists() else source for source in (corpus, labelled)]
+    planned = steps(chosen, *sources)
+    done = run(planned, out, command, jobs=jobs or chosen.jobs, minutes=minutes, say=console.print)
+    about = {"scale": scale, "rehearsal": rehearsal, "corpus": corpus, "labelled": labelled, "colors": chosen.colors}
+    evidence = gather(out, chosen, about)
+    write_json(out / EVIDENCE, evidence)
+    console.print(f"{write_page(out, evidence)}: the answers, with figures")
+    return done
+
+
+def gather(folder: Path, scale: Scale, about: Mapping[str, Any]) -> dict[str, Any]:
+    """What evidence.json holds: all that can be said of what is done.
+
+    Args:
+        about: what the reproduction is of: scale, sources, whether it is a rehearsal.
+    """
+    results, answered = Results(folder, scale), []
+    for name, asks, paper, answer in QUESTIONS:
+        try:
+            answered.append(answer(results, name, asks, paper))
+        except KeyError as missing:
+            answered.append(question(name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""))
+    notes_path = folder / NOTES
+    notes = yaml.safe_load(notes_path.read_text("utf-8")) if notes_path.exists() else {}
+    known = records(folder)
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        **about,
+        "complete": all(one["held"] != "not yet" for one in answered),
+        "questions": [{**one, "tried": (notes or {}).get(one["name"])} for one in answered],
+        "models": _models(results),
+        "steps": {name: {"seconds": record["seconds"]} for name, record in known.items()},
+        "side_by_side": max((record["side_by_side"] for record in known.values()), default=None),
+        "environment": describe(),
+    }
+
+
+def _models(results: Results) -> list[dict[str, Any]]:
+    """What was pretrained, at what cost."""
+    scale, found = results.scale, []
+    names = [*scale.sizes, "bert", *(f"at-{side}" for side in scale.resolutions)]
+    for name in names:
+        if not results.has(f"runs/{name}"):
+            continue
+        lines = read_metrics(results.folder / "runs" / name / "metrics.jsonl")
+        kinds = {line["kind"]: line for line in lines}
+        start, end, machine = kinds["start"], kinds["end"], kinds["machine"]
+        size = scale.main if name == "bert" else scale.resolution_size if name.startswith("at-") else name
+        images = end["step"] * int(str(scale.recipe["batch-size"]))
+        found.append(
+            {
+                "name": name,
+                "shape": list(scale.sizes[size]),
+                "places": start["places"],
+                "parameters": start["parameters"],
+                "train_images": start["train_images"],
+                "images_seen": images,
+                "flops": images * machine["flops_per_image"],
+                "seconds": end["seconds"],
+                "validation_loss": end["best"],
+                "unigram_loss": start["unigram_loss"],
+            }
+        )
+    return found

@@ -1,0 +1,264 @@
+"""Runs the steps of a reproduction: side by side, each once, and from where they were stopped.
+
+steps.json       of every step that ran: its command, how it ended, the seconds of all its runs together
+logs/NAME.log    what it said
+
+Steps run in processes forked from one that has imported all that they need.
+"""
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import get_context, parent_process
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from igpt.errors import InputError, Interrupted
+from igpt.files import read_json, write_json
+from igpt.reproduction.steps import Step
+
+RECORD, LOGS, LOCK = "steps.json", "logs", ".lock"
+_IMPORTED = ["igpt.cli", "igpt.training.pretrain", "igpt.training.finetune", "igpt.evaluation.probe", "igpt.pictures"]
+FORMAT, VERSION = "igpt-reproduction-steps", 1
+Command = Callable[[list[str]], int]  # the words of a command line -> its exit code
+Say = Callable[[str], None]
+
+
+@dataclass
+class _Running:
+    step: Step
+    process: ForkServerProcess
+    ready: Connection  # closed at the other end when signals are heard there
+    began: float = field(default_factory=time.monotonic)
+
+
+def run(steps: Sequence[Step], folder: Path, command: Command, *, jobs: int, minutes: float | None, say: Say) -> bool:
+    """Runs what is not done yet.
+
+    Args:
+        folder: of the reproduction; commands run in it.
+        command: runs one; a function of a module, that a process of its own can import.
+        jobs: steps side by side; the cores are shared out among them.
+        minutes: after so many the steps that run are stopped; the next call goes on.
+        say: is told what begins and ends.
+
+    Returns:
+        whether all steps are done.
+
+    Raises:
+        InputError: a step failed, the folder holds results of other commands, or another process works in it.
+        Interrupted: on Ctrl-C or SIGTERM, when the steps that ran have been stopped.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / LOCK, blocking=False), _signals() as stop:
+            return _Runner(steps, folder, command, jobs, say, stop).run(minutes)
+    except Timeout:
+        raise InputError(f"another igpt reproduce works in {folder}; wait for it, or choose another -o") from None
+
+
+def records(folder: Path) -> dict[str, dict[str, Any]]:
+    """By name, what is recorded of the steps that ran.
+
+    Raises:
+        InputError: the record is damaged, or of another version.
+    """
+    if not (folder / RECORD).exists():
+        return {}
+    found = read_json(folder / RECORD, "reproduction")
+    if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
+        raise InputError(f"{folder / RECORD} has version {found.get('version')}; this igpt reads {VERSION}")
+    return dict(found["steps"])
+
+
+def is_done(record: dict[str, Any] | None) -> bool:
+    """Whether nothing is left to do of a step."""
+    return record is not None and record["ended"] in ("done", "skipped")
+
+
+@dataclass
+class _Stop:
+    number: int | None = None
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None:  # asked a second time
+            raise KeyboardInterrupt
+        self.number = number
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Turns Ctrl-C and SIGTERM into a wish."""
+    stop = _Stop()
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Runner:
+    def __init__(self, steps: Sequence[Step], folder: Path, command: Command, jobs: int, say: Say, stop: _Stop) -> None:
+        self.folder, self.command, self.jobs, self.say, self.stop = folder, command, jobs, say, stop
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.records = records(folder)
+        for step in steps:
+            known = self.records.get(step.name)
+            if known and tuple(known["command"]) != step.words:
+                raise InputError(
+                    f"{folder} holds {step.name} by another command (igpt {' '.join(known['command'])}); "
+                    f"choose another -o"
+                )
+        self.total = len(steps)
+        self.done = {step.name for step in steps if is_done(self.records.get(step.name))}
+        self.waiting = [step for step in steps if step.name not in self.done]
+        self.running: list[_Running] = []
+
+    def run(self, minutes: float | None) -> bool:
+        end = None if minutes is None else time.monotonic() + 60 * minutes
+        if self.done and self.waiting:
+            self.say(f"{len(self.done)} of {self.total} steps are done already")
+        with _threads(self.threads):
+            while self.waiting or self.running:
+                self._begin()
+                left = 0.5 if end is None else min(0.5, max(0.0, end - time.monotonic()))
+                wait([one.process.sentinel for one in self.running], timeout=left)
+                self._collect()
+                late = end is not None and time.monotonic() >= end and (self.waiting or self.running)
+                if self.stop.number is not None or late:
+                    break
+            else:
+                return True
+            self._stop_all()
+        reached = f"{len(self.done)} of {self.total} steps are done"
+        if self.stop.number is not None:
+            raise Interrupted(self.stop.number, reached)
+        self.say(f"stopped after {minutes:g} minutes: {reached}; the same command goes on")
+        return False
+
+    def _begin(self) -> None:
+        """Starts the next steps whose inputs are there, as many as may run side by side."""
+        for step in list(self.waiting):
+            if len(self.running) >= self.jobs:
+                return
+            if not self.done.issuperset(step.after):
+                continue
+            self.waiting.remove(step)
+            if step.labels and not _has_labels(self.folder / step.labels):
+                self._record(step, "skipped", 0.0)
+                self.say(f"{step.name}: skipped, {step.labels} has no labels")
+                continue
+            words = [*step.words, *(["--resume"] if step.run and (self.folder / step.name).exists() else [])]
+            log = Path(LOGS, f"{step.name.replace('/', '-')}.log")
+            (self.folder / LOGS).mkdir(exist_ok=True)
+            context = get_context("forkserver")
+            ready, begun = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(self.command, words, self.folder, log, self.threads, begun))
+            process.start()
+            begun.close()
+            self.running.append(_Running(step, process, ready))
+
+    def _collect(self) -> None:
+        """Records the steps that have ended.
+
+        Raises:
+            InputError: one of them failed; the others are stopped.
+        """
+        for one in [one for one in self.running if not one.process.is_alive()]:
+            self.running.remove(one)
+            seconds = time.monotonic() - one.began
+            if one.process.exitcode == 0:
+                self._record(one.step, "done", seconds)
+                self.say(f"{len(self.done)}/{self.total} {one.step.name}: {seconds:.0f} s")
+                continue
+            self._record(one.step, "failed", seconds)
+            if self.stop.number is not None:
+                continue
+            self._stop_all()
+            log = self.folder / LOGS / f"{one.step.name.replace('/', '-')}.log"
+            lines = log.read_text().strip().splitlines() if log.exists() else []
+            raise InputError(
+                f"the step {one.step.name} failed (exit code {one.process.exitcode}): "
+                f"{lines[-1] if lines else 'it said nothing'}; all that it said is in {log}"
+            )
+
+    def _stop_all(self) -> None:
+        """Asks what runs to save and end, and waits for it."""
+        for one in self.running:
+            wait([one.ready, one.process.sentinel])
+            if one.process.pid is not None and one.process.is_alive():
+                os.kill(one.process.pid, signal.SIGINT)
+        for one in self.running:
+            one.process.join()
+            seconds = time.monotonic() - one.began
+            self._record(one.step, "done" if one.process.exitcode == 0 else "stopped", seconds)
+        self.running.clear()
+
+    def _record(self, step: Step, ended: str, seconds: float) -> None:
+        if ended in ("done", "skipped"):
+            self.done.add(step.name)
+        before = self.records.get(step.name, {}).get("seconds", 0.0)
+        self.records[step.name] = {
+            "command": step.words,
+            "ended": ended,
+            "seconds": round(before + seconds, 1),
+            "side_by_side": self.jobs,
+        }
+        write_json(self.folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": self.records})
+
+
+def _has_labels(tokens: Path) -> bool:
+    from igpt.data.tokens import TokenDataset
+
+    return TokenDataset(tokens).class_names is not None
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """What the process that all steps are forked from imports has so many threads, where it asks only then."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _child(command: Command, words: list[str], folder: Path, log: Path, threads: int, begun: Connection) -> None:
+    """A command in a process of its own, that ends when the one that began it does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
+    begun.close()
+    import torch
+
+    torch.set_num_threads(threads)
+    os.chdir(folder)
+    with log.open("a", encoding="utf-8") as said:
+        print(f"$ igpt {' '.join(words)}", file=said, flush=True)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(said.fileno(), stream.fileno())
+    parent = parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    sys.exit(command(words))
+
+
+def _end_with(sentinel: int) -> None:
+    wait([sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)

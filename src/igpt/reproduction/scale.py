@@ -1,0 +1,187 @@
+"""How large a reproduction is: shapes, lengths and numbers of images, for two CPU cores and for one GPU."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from igpt.errors import InputError, suggest
+
+Shape = tuple[int, int, int]  # blocks, width, heads
+Flags = Mapping[str, object]  # flags of a command, without the dashes
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Everything that is chosen.
+
+    Attributes:
+        resolutions: of the question what a higher resolution gives; the first is that of all other questions.
+        corpus_images, labelled_images: at most so many of each split become tokens.
+        sizes: of the models that are compared, the smallest first.
+        main: the size that is trained as BERT too, and fine-tuned.
+        recipe: of all pretraining.
+        updates: of pretraining, and `snapshots`: after how many a model is probed as well.
+        resolution_size, resolution_updates: of the models at several resolutions.
+        probe_images, snapshot_images: of each split, for the probes of finished models and of snapshots.
+        finetuning: of all fine-tuning, and what the training with all labels and with few adds to it.
+        few: labels of a class, and how often they are drawn.
+        masks: of a BERT model at test time, for the modal prediction.
+        drawn: pictures of a row.
+        jobs: steps side by side.
+    """
+
+    colors: int
+    resolutions: tuple[int, ...]
+    corpus_images: int | None
+    labelled_images: int | None
+    sizes: dict[str, Shape]
+    main: str
+    recipe: Flags
+    updates: int
+    snapshots: tuple[int, ...]
+    resolution_size: str
+    resolution_updates: int
+    probe_images: int
+    snapshot_images: int
+    finetuning: Flags
+    with_all: Flags
+    with_few: Flags
+    few: tuple[int, ...]
+    draws: int
+    masks: int
+    drawn: int
+    jobs: int
+
+
+_CPU = Scale(
+    colors=128,
+    resolutions=(16, 24, 32),
+    corpus_images=None,
+    labelled_images=None,
+    sizes={"small": (3, 64, 2), "medium": (4, 96, 3), "large": (6, 128, 4)},
+    main="medium",
+    recipe={
+        "batch-size": 16,
+        "warmup-steps": 50,
+        "optimizer": "muon",
+        "learning-rate": 5e-3,
+        "flip": True,
+        "log-every": 25,
+        "validate-every": 200,
+        "validation-images": 512,
+        "checkpoint-every": 100,
+    },
+    updates=800,
+    snapshots=(50, 100, 200, 400, 800),
+    resolution_size="small",
+    resolution_updates=300,
+    probe_images=3000,
+    snapshot_images=1200,
+    finetuning={"batch-size": 16, "optimizer": "adamw", "flip": True, "log-every": 25, "test-images": 2000},
+    with_all={
+        "steps": 250,
+        "learning-rates": (1e-3, 3e-3),
+        "shift": 2,
+        "validate-every": 125,
+        "checkpoint-every": 125,
+        "validation-images": 500,
+    },
+    with_few={
+        "test-images": 1000,
+        "steps": 60,
+        "learning-rate": 1e-3,
+        "shift": 2,
+        "validate-every": 15,
+        "checkpoint-every": 30,
+        "validation-images": 300,
+    },
+    few=(4, 25),
+    draws=3,
+    masks=5,
+    drawn=8,
+    jobs=2,
+)
+
+# By arithmetic for half an hour on an H200; see the manual. The corpus is what 60 MB of packed tokens hold.
+_GPU = replace(
+    _CPU,
+    colors=512,
+    resolutions=(32, 16, 24),
+    corpus_images=40_000,
+    labelled_images=7_500,
+    sizes={"small": (8, 256, 4), "medium": (12, 384, 6), "large": (24, 512, 8)},
+    main="large",
+    recipe={
+        "batch-size": 128,
+        "warmup-steps": 200,
+        "learning-rate": 3e-3,
+        "flip": True,
+        "log-every": 50,
+        "validate-every": 500,
+        "validation-images": 2000,
+        "checkpoint-every": 500,
+    },
+    updates=2000,
+    snapshots=(100, 250, 500, 1000, 2000),
+    resolution_size="small",
+    resolution_updates=1000,
+    probe_images=7_500,
+    snapshot_images=4000,
+    finetuning={"batch-size": 128, "flip": True, "log-every": 25},
+    with_all={
+        "steps": 300,
+        "learning-rates": (1e-4, 3e-4),
+        "shift": 4,
+        "validate-every": 50,
+        "checkpoint-every": 100,
+        "validation-images": 2000,
+    },
+    with_few={
+        "steps": 60,
+        "learning-rate": 3e-4,
+        "shift": 4,
+        "validate-every": 15,
+        "checkpoint-every": 60,
+        "validation-images": 1000,
+    },
+    draws=5,
+    jobs=1,
+)
+
+ScaleName = Literal["cpu", "gpu"]
+_SCALES: Mapping[str, Scale] = {"cpu": _CPU, "gpu": _GPU}
+
+
+def scale(name: str, *, rehearsal: bool = False) -> Scale:
+    """The scale of a name; for a rehearsal, the same steps at toy length.
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    if name not in _SCALES:
+        raise InputError(f"no scale {name!r}; {suggest(name, _SCALES)}")
+    full = _SCALES[name]
+    if not rehearsal:
+        return full
+    short = {"log-every": 1, "validate-every": 2, "checkpoint-every": 2, "validation-images": 20}
+    return replace(
+        full,
+        colors=16,
+        resolutions=tuple(side // 4 for side in full.resolutions),
+        corpus_images=4000,
+        labelled_images=200,
+        sizes={size: (2, 16 * number, 2) for number, size in enumerate(full.sizes, 1)},
+        recipe={**full.recipe, "batch-size": 8, "warmup-steps": 2, **short},
+        updates=4,
+        snapshots=(1, 2, 4),
+        resolution_updates=2,
+        probe_images=4000,
+        snapshot_images=60,
+        finetuning={**full.finetuning, "batch-size": 8, "test-images": 20},
+        with_all={**full.with_all, "steps": 2, **short},
+        with_few={**full.with_few, "steps": 2, "test-images": 20, **short},
+        few=(1, 2),
+        draws=2,
+        masks=2,
+        drawn=2,
+    )

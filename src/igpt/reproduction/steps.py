@@ -1,0 +1,155 @@
+"""The steps of a reproduction: commands of igpt, run in its folder, each after those whose results it reads.
+
+tokens/corpus-R, tokens/labelled-R     token data sets at resolution R
+runs/SIZE, runs/bert, runs/at-R        pretraining
+probes/NAME.json                       linear probes of what stands in runs/NAME, or in a snapshot: NAME-STEP
+finetuned/START-LABELS[-DRAW]          fine-tuning from "ar", "bert" or "scratch"
+pictures/NAME.png                      samples and completions
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from igpt.reproduction.scale import Flags, Scale
+
+CORPUS, LABELLED = "tokens/corpus-{}", "tokens/labelled-{}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command.
+
+    Attributes:
+        name: where its result stands in the reproduction's folder.
+        words: of the command line, after `igpt`.
+        after: the names of the steps whose results it reads.
+        run: whether the result is a run directory, that an interrupted command continues with --resume.
+        labels: a token data set without whose labels there is nothing to do.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    after: tuple[str, ...] = ()
+    run: bool = False
+    labels: str | None = None
+
+
+def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
+    """All steps, in the order in which they should begin.
+
+    Args:
+        corpus: source of unlabelled images (its labels serve a probe, where it has some).
+        labelled: source of labelled images.
+    """
+    return [
+        *_tokens(scale, corpus, labelled),
+        *_pretraining(scale),
+        *_probes(scale),
+        *_finetuning(scale),
+        *_drawing(scale),
+    ]
+
+
+def snapshot(run: str, step: int) -> str:
+    """The model that `run` had after so many updates."""
+    return f"{run}/snapshots/step-{step:08d}"
+
+
+def _flags(*several: Flags) -> tuple[str, ...]:
+    """Flags of a command line; the later ones override the former."""
+    words: list[str] = []
+    for name, value in {name: value for flags in several for name, value in flags.items()}.items():
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value != ():
+            words += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return tuple(words)
+
+
+def _tokens(scale: Scale, corpus: str, labelled: str) -> Iterator[Step]:
+    first = CORPUS.format(scale.resolutions[0])
+    for side in scale.resolutions:
+        for folder, source, limit in (
+            (CORPUS, corpus, scale.corpus_images),
+            (LABELLED, labelled, scale.labelled_images),
+        ):
+            name = folder.format(side)
+            colors: Flags = {"colors": scale.colors} if name == first else {"palette": first}
+            held: Flags = {"held-out": 0.02} if folder == CORPUS else {}
+            flags = _flags({"size": side, "limit": limit, "seed": 0}, colors, held)
+            yield Step(name, ("prepare", source, "-o", name, *flags), () if name == first else (first,))
+
+
+def _pretraining(scale: Scale) -> Iterator[Step]:
+    corpus = CORPUS.format(scale.resolutions[0])
+    for size in (*reversed(scale.sizes), "bert"):
+        kept: Flags = {"snapshots": (*((0,) if size == scale.main else ()), *scale.snapshots)}
+        if size == "bert":
+            kept = {"objective": "bert"}
+        yield _pretrain(scale, f"runs/{size}", scale.main if size == "bert" else size, corpus, scale.updates, kept)
+    for side in scale.resolutions:
+        yield _pretrain(
+            scale, f"runs/at-{side}", scale.resolution_size, CORPUS.format(side), scale.resolution_updates, {}
+        )
+
+
+def _pretrain(scale: Scale, run: str, size: str, tokens: str, updates: int, more: Flags) -> Step:
+    layers, width, heads = scale.sizes[size]
+    shape = {"n-layer": layers, "n-embd": width, "n-head": heads, "steps": updates, "seed": 0}
+    words = ("pretrain", tokens, "-o", run, "--model", "tiny", *_flags(scale.recipe, shape, more))
+    return Step(run, words, (tokens,), run=True)
+
+
+def _probes(scale: Scale) -> Iterator[Step]:
+    side = scale.resolutions[0]
+    labelled = LABELLED.format(side)
+    for size in reversed(scale.sizes):
+        more: Flags = {"labels-per-class": scale.few} if size == scale.main else {"no-baselines": True}
+        yield _probe(f"probes/{size}", f"runs/{size}", labelled, scale.probe_images, more)
+        for step in scale.snapshots:
+            yield _probe(
+                f"probes/{size}-{step}", f"runs/{size}", labelled, scale.snapshot_images, {"no-baselines": True}, step
+            )
+    yield _probe("probes/bert", "runs/bert", labelled, scale.probe_images, {"no-baselines": True})
+    own = CORPUS.format(side)
+    yield _probe("probes/own", f"runs/{scale.main}", own, scale.probe_images, {"no-baselines": True})
+    for side in scale.resolutions:
+        tokens = LABELLED.format(side)
+        yield _probe(f"probes/at-{side}", f"runs/at-{side}", tokens, scale.snapshot_images, {})
+
+
+def _probe(name: str, run: str, tokens: str, images: int, more: Flags, step: int | None = None) -> Step:
+    model = run if step is None else snapshot(run, step)
+    words = ("probe", model, tokens, "-o", f"{name}.json", *_flags({"limit": images}, more))
+    return Step(name, words, (run, tokens), labels=tokens)
+
+
+def _finetuning(scale: Scale) -> Iterator[Step]:
+    main = f"runs/{scale.main}"
+    starts = {"ar": (main, main), "scratch": (snapshot(main, 0), main), "bert": ("runs/bert", "runs/bert")}
+    tokens = LABELLED.format(scale.resolutions[0])
+    for start, (model, run) in starts.items():
+        kind: Flags = {"generation-weight": 0.0} if start == "scratch" else {}
+        name = f"finetuned/{start}-all"
+        flags = _flags(scale.finetuning, scale.with_all, kind, {"seed": 0})
+        yield Step(name, ("finetune", model, tokens, "-o", name, *flags), (run, tokens), run=True)
+        if start == "bert":
+            continue
+        for count in scale.few:
+            for draw in range(scale.draws):
+                name = f"finetuned/{start}-{count}-{draw}"
+                flags = _flags(scale.finetuning, scale.with_few, kind, {"labels-per-class": count, "seed": draw})
+                yield Step(name, ("finetune", model, tokens, "-o", name, *flags), (run, tokens), run=True)
+
+
+def _drawing(scale: Scale) -> Iterator[Step]:
+    size = next(reversed(scale.sizes))
+    run, tokens = f"runs/{size}", CORPUS.format(scale.resolutions[0])
+    for step in scale.snapshots:
+        model = snapshot(run, step)
+        name = f"pictures/samples-{step}"
+        flags = _flags({"count": scale.drawn, "seed": 0})
+        yield Step(name, ("sample", model, "-o", f"{name}.png", *flags), (run,))
+        name = f"pictures/completions-{step}"
+        flags = _flags({"tokens": tokens, "count": scale.drawn // 2, "completions": 2, "seed": 0})
+        yield Step(name, ("complete", model, "-o", f"{name}.png", *flags), (run, tokens))

@@ -1,0 +1,37 @@
+"""A command line for the runner's tests, in a module that a process of its own can import."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+
+def command(words: list[str]) -> int:
+    """`write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it is there), `threads FILE`, `slow FILE`."""
+    verb, name = words[:2]
+    path = Path(name)
+    if verb == "write":
+        path.write_text(path.read_text() + "again\n" if path.exists() else "once\n")
+    elif verb == "need":
+        return 0 if path.exists() else 2
+    elif verb == "fail":
+        print(" ".join(words[1:]))
+        return 2
+    elif verb == "wait":
+        end = time.monotonic() + 60
+        while not path.exists():
+            if time.monotonic() > end:
+                return 1
+            time.sleep(0.02)
+    elif verb == "threads":
+        path.write_text(os.environ["OMP_NUM_THREADS"])
+    elif verb == "slow":
+        path.write_text(str(os.getpid()))
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            path.with_suffix(".stopped").write_text(" ".join(words))
+            return 130
+    else:
+        signal.raise_signal(signal.SIGKILL)
+    return 0

@@ -1,0 +1,181 @@
+"""Verdicts on results that are made up so that the answer is known, and what the intervals leave open."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt.confidence import interval_of_share
+from igpt.reproduction.evidence import Results, clearly, difference, of_draws, of_images
+from igpt.reproduction.questions import QUESTIONS
+from igpt.reproduction.runner import FORMAT, RECORD, VERSION
+from igpt.reproduction.scale import Scale, scale
+
+SCALE = scale("cpu", rehearsal=True)
+SIZES = list(SCALE.sizes)
+
+
+class Made:
+    """A folder of results; every step that is written counts as done."""
+
+    def __init__(self, folder: Path, scale: Scale = SCALE) -> None:
+        self.folder, self.scale, self.steps = folder, scale, dict[str, Any]()
+
+    def _record(self, name: str, path: str, value: str) -> None:
+        target = self.folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(value)
+        self.steps[name] = {"command": [], "ended": "done", "seconds": 1.0, "side_by_side": 1}
+        record = {"format": FORMAT, "version": VERSION, "steps": self.steps}
+        (self.folder / RECORD).write_text(json.dumps(record))
+
+    def probe(self, name: str, accuracies: list[float], best: int, images: int = 2000, **more: Any) -> None:
+        layers = [{"layer": layer, "test_accuracy": value} for layer, value in enumerate(accuracies)]
+        counts = dict.fromkeys(("train", "validation", "test"), images)
+        value = {"layers": layers, "best_layer": best, "images": counts, "classes": 10, **more}
+        self._record(f"probes/{name}", f"probes/{name}.json", json.dumps(value))
+
+    def run(self, name: str, losses: dict[int, float]) -> None:
+        lines = [json.dumps({"kind": "validation", "step": step, "loss": loss}) for step, loss in losses.items()]
+        self._record(f"runs/{name}", f"runs/{name}/metrics.jsonl", "\n".join(lines))
+
+    def finetuned(self, name: str, accuracy: float, images: int = 2000) -> None:
+        value = json.dumps({"test_accuracy": accuracy, "test_images": images})
+        self._record(f"finetuned/{name}", f"finetuned/{name}/test.json", value)
+
+    def answer(self, name: str) -> dict[str, Any]:
+        found = {asked: (asks, paper, answer) for asked, asks, paper, answer in QUESTIONS}
+        asks, paper, answer = found[name]
+        return answer(Results(self.folder, self.scale), name, asks, paper)
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    return Made(tmp_path)
+
+
+def test_intervals() -> None:
+    share = of_images(0.5, 400)
+    assert (share.low, share.high) == interval_of_share(200, 400)
+    assert share.error == pytest.approx(0.025)
+    found, half = difference(of_images(0.6, 400), share)
+    assert found == pytest.approx(10)
+    assert half == pytest.approx(196 * (0.025**2 + 0.6 * 0.4 / 400) ** 0.5, rel=1e-3)
+    assert clearly(of_images(0.6, 400), share)
+    assert not clearly(of_images(0.55, 400), share)
+    draws = of_draws([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
+    assert draws.value == pytest.approx(0.2)
+    assert draws.high - draws.value == pytest.approx(4.303 * 0.1 / 3**0.5, rel=1e-3)
+    assert draws.n == "3 draws, 50 images"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "best", "held"),
+    [
+        ([0.3, 0.4, 0.5, 0.4], 2, "yes"),
+        ([0.3, 0.4, 0.5, 0.49], 2, "in part"),  # the last layer is not clearly worse
+        ([0.3, 0.4, 0.45, 0.5], 3, "no"),
+        ([0.5, 0.4, 0.3, 0.3], 0, "in part"),  # the last is worse, but the first is best
+        ([0.3, 0.5, 0.3, 0.5, 0.4], 3, "in part"),  # two peaks
+    ],
+)
+def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> None:
+    for size in SIZES:
+        made.probe(size, accuracies, best)
+    answer = made.answer("layers")
+    assert answer["held"] == held
+    assert f"layer {best} of {len(accuracies) - 1}" in answer["verdict"]
+    assert answer["plot"]["series"][0]["ring"] == best
+    assert len(answer["table"]["rows"]) == len(SIZES) * len(accuracies)
+
+
+def along_training(made: Made, lead: float, gain: float) -> dict[str, Any]:
+    """Sizes whose losses overlap, each `lead` better than the one before at equal loss."""
+    for place, size in enumerate(SIZES):
+        losses = {step: 3.0 - 0.5 * number - 0.2 * place for number, step in enumerate(SCALE.snapshots)}
+        made.run(size, losses)
+        for step, loss in losses.items():
+            made.probe(f"{size}-{step}", [0.2, 0.3 + gain * (3.0 - loss) + lead * place], 1)
+    return made.answer("loss")
+
+
+def test_lower_loss_and_larger_models(made: Made) -> None:
+    answer = along_training(made, lead=0.1, gain=0.1)
+    assert answer["held"] == "yes"
+    assert "the larger model wins at equal loss" in answer["verdict"]
+    assert f"{SIZES[1]} against {SIZES[0]} at equal loss: +10.0 ±" in answer["verdict"]
+    assert answer["plot"]["falling"]
+
+
+def test_size_makes_no_difference(made: Made) -> None:
+    answer = along_training(made, lead=0.0, gain=0.1)
+    assert answer["held"] == "in part"
+    assert "undecided" in answer["verdict"]
+
+
+def test_a_larger_model_that_loses(made: Made) -> None:
+    answer = along_training(made, lead=-0.1, gain=0.1)
+    assert "at equal loss the larger model loses" in answer["verdict"]
+
+
+def test_better_loss_and_worse_features(made: Made) -> None:
+    assert along_training(made, lead=0.0, gain=-0.05)["held"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("ar", "bert", "ar_tuned", "bert_tuned", "held"),
+    [
+        (0.5, 0.4, 0.6, 0.6, "yes"),
+        (0.5, 0.4, 0.7, 0.55, "in part"),  # BERT stays behind
+        (0.5, 0.49, 0.6, 0.6, "undecided"),
+        (0.4, 0.5, 0.6, 0.6, "no"),
+    ],
+)
+def test_bert(made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: float, held: str) -> None:
+    made.probe(SCALE.main, [0.1, ar], 1)
+    made.probe("bert", [0.1, bert], 1)
+    made.finetuned("ar-all", ar_tuned)
+    made.finetuned("bert-all", bert_tuned)
+    assert made.answer("bert")["held"] == held
+
+
+def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dict[str, Any]:
+    few = [{"test_accuracies": [0.3, 0.301]} for _ in SCALE.few]
+    pixels = {"test_accuracy": raw, "few_labels": [{"test_accuracies": [raw, raw + 0.001]} for _ in SCALE.few]}
+    made.probe(SCALE.main, [0.1, 0.4], 1, few_labels=few, baselines={"raw_pixels": pixels})
+    for start, value in (("ar", tuned), ("scratch", scratch)):
+        made.finetuned(f"{start}-all", value)
+        for labels in SCALE.few:
+            for draw in range(SCALE.draws):
+                made.finetuned(f"{start}-{labels}-{draw}", value + 0.001 * draw)
+    return made.answer("finetuning")
+
+
+def test_finetuning_wins_throughout(made: Made) -> None:
+    answer = by_labels(made, tuned=0.6, scratch=0.35)
+    assert answer["held"] == "yes"
+    assert answer["plot"]["categories"] == [*(f"{few} a class" for few in SCALE.few), "all"]
+    assert len(answer["table"]["rows"]) == 4 * (len(SCALE.few) + 1)
+
+
+def test_finetuning_loses(made: Made) -> None:
+    assert by_labels(made, tuned=0.15, scratch=0.35)["held"] == "no"
+
+
+@pytest.mark.parametrize(("low", "high", "held"), [(0.3, 0.4, "yes"), (0.4, 0.3, "no"), (0.3, 0.31, "undecided")])
+def test_resolution(made: Made, low: float, high: float, held: str) -> None:
+    sides = sorted(SCALE.resolutions)
+    for side in sides:
+        other = {
+            "raw_pixels": {"test_accuracy": 0.2},
+            "untrained": {"layers": [{"layer": 0, "test_accuracy": 0.2}], "best_layer": 0},
+        }
+        made.probe(f"at-{side}", [0.1, {sides[0]: low, sides[-1]: high}.get(side, low)], 1, baselines=other)
+    assert made.answer("resolution")["held"] == held
+
+
+def test_what_is_not_done_is_named(made: Made) -> None:
+    made.probe(SIZES[0], [0.1, 0.2], 1)
+    with pytest.raises(KeyError, match=f"probes/{SIZES[1]}"):
+        made.answer("layers")

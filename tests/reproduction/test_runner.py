@@ -1,0 +1,159 @@
+"""Steps run once, in order, side by side, and go on after every kind of end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from commands import command
+
+from igpt.errors import InputError, Interrupted
+from igpt.reproduction.runner import LOGS, RECORD, records, run
+from igpt.reproduction.steps import Step
+
+
+def go(steps: list[Step], folder: Path, jobs: int = 2, minutes: float | None = None) -> tuple[bool, list[str]]:
+    said: list[str] = []
+    return run(steps, folder, command, jobs=jobs, minutes=minutes, say=said.append), said
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+
+
+def test_steps_come_after_what_they_read_and_run_once(tmp_path: Path) -> None:
+    steps = [
+        Step("last", ("need", "b"), after=("second",)),
+        Step("second", ("write", "b"), after=("first",)),
+        Step("first", ("write", "a")),
+    ]
+    assert go(steps, tmp_path)[0]
+    assert go(steps, tmp_path)[0]
+    assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "once\n"
+    assert [record["ended"] for record in records(tmp_path).values()] == ["done"] * 3
+    assert (tmp_path / LOGS / "first.log").read_text() == "$ igpt write a\n"
+
+
+def test_side_by_side_and_not(tmp_path: Path) -> None:
+    """The first step waits for what the second one makes."""
+    steps = [Step("waits", ("wait", "made")), Step("makes", ("write", "made"))]
+    assert go(steps, tmp_path / "two", jobs=2)[0]
+    done, said = go(steps, tmp_path / "one", jobs=1, minutes=0.02)
+    assert not done
+    assert "0 of 2 steps are done; the same command goes on" in said[-1]
+    assert records(tmp_path / "one")["waits"]["ended"] == "stopped"
+
+
+def test_the_cores_are_shared_out(tmp_path: Path) -> None:
+    before = os.environ.get("OMP_NUM_THREADS")
+    go([Step("a", ("threads", "a"))], tmp_path, jobs=2)
+    assert int((tmp_path / "a").read_text()) == max(1, (os.cpu_count() or 1) // 2)
+    assert os.environ.get("OMP_NUM_THREADS") == before
+
+
+def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
+    steps = [
+        Step("slow", ("slow", "pid")),
+        Step("bad", ("fail", "no", "such", "file"), after=("good",)),
+        Step("good", ("wait", "pid")),
+    ]
+    with pytest.raises(InputError, match=r"step bad failed \(exit code 2\): no such file; all .*bad\.log"):
+        go(steps, tmp_path)
+    assert (tmp_path / "pid.stopped").exists()
+    ended = {name: record["ended"] for name, record in records(tmp_path).items()}
+    assert ended == {"slow": "stopped", "bad": "failed", "good": "done"}
+
+
+def test_a_killed_step_is_told_too(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"step dies failed \(exit code -9\): \$ igpt kill me"):
+        go([Step("dies", ("kill", "me"))], tmp_path)
+
+
+def stopped(steps: list[Step], folder: Path, when: Path) -> str:
+    """Runs steps until a file is there, then sends SIGTERM; what is said of it."""
+
+    def send() -> None:
+        until(when.exists)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(Interrupted) as stop:
+        go(steps, folder)
+    thread.join()
+    when.unlink()
+    return str(stop.value)
+
+
+def test_a_run_directory_is_continued(tmp_path: Path) -> None:
+    step = Step("run", ("slow", "run/pid"), run=True)
+    (tmp_path / "run").mkdir()
+    stopped([step], tmp_path, tmp_path / "run" / "pid")
+    assert (tmp_path / "run" / "pid.stopped").read_text() == "slow run/pid --resume"
+
+
+def test_other_commands_are_refused(tmp_path: Path) -> None:
+    go([Step("a", ("write", "a"))], tmp_path)
+    with pytest.raises(InputError, match=r"holds a by another command \(igpt write a\); choose another -o"):
+        go([Step("a", ("write", "b"))], tmp_path)
+
+
+def test_seconds_add_up(tmp_path: Path) -> None:
+    step = Step("a", ("slow", "a"))
+    stopped([step], tmp_path, tmp_path / "a")
+    first = records(tmp_path)["a"]["seconds"]
+    stopped([step], tmp_path, tmp_path / "a")
+    assert records(tmp_path)["a"]["seconds"] > first > 0
+
+
+def test_a_signal_stops_all(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    assert stopped([Step("slow", ("slow", "pid"))], tmp_path, tmp_path / "pid") == "0 of 1 steps are done"
+    assert (tmp_path / "pid.stopped").exists()
+    assert records(tmp_path)["slow"]["ended"] == "stopped"
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> None:
+    code = (
+        "from pathlib import Path; from commands import command; from igpt.reproduction.runner import run;"
+        "from igpt.reproduction.steps import Step;"
+        f"run([Step('slow', ('slow', 'pid'))], Path({str(tmp_path)!r}), command, jobs=1, minutes=None, say=print)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    child = int((tmp_path / "pid").read_text())
+    with pytest.raises(InputError, match="another igpt reproduce works in"):
+        go([Step("slow", ("slow", "pid"))], tmp_path)
+    process.kill()
+    process.wait()
+    until(lambda: not Path(f"/proc/{child}").exists() or _is_zombie(child))
+    assert not (tmp_path / RECORD).exists()
+    assert go([Step("slow", ("write", "pid"))], tmp_path)[0], "the lock went with its owner"
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def test_the_record_is_versioned(tmp_path: Path) -> None:
+    go([Step("a", ("write", "a"))], tmp_path)
+    written = json.loads((tmp_path / RECORD).read_text())
+    assert (written["format"], written["version"]) == ("igpt-reproduction-steps", 1)
+    written["version"] = 2
+    (tmp_path / RECORD).write_text(json.dumps(written))
+    with pytest.raises(InputError, match=r"steps.json has version 2; this igpt reads 1"):
+        go([Step("a", ("write", "a"))], tmp_path)
