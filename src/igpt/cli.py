@@ -45,23 +45,25 @@ def reproduce(
     labelled: str = "uoft-cs/cifar10",
     minutes: float | None = None,
     jobs: int | None = None,
+    tokens_only: bool = False,
     rehearsal: bool = False,
 ) -> None:
     """Ask the paper's questions of one's own images: pretrain, probe, fine-tune, draw, and write one page of answers.
 
     Args:
         out: folder of the reproduction, runs/reproduction-SCALE by default; what is in it already is not done again.
-        scale: cpu: at most an hour on two cores; gpu: half an hour on an H100.
+        scale: cpu: at most an hour on two cores; gpu: some half an hour on an H100, by arithmetic.
         corpus: unlabelled images to pretrain on, any source that igpt prepare takes; labels it has are probed as well.
         labelled: images with labels, to judge by.
         minutes: stop after so many, with all saved; the same command goes on.
-        jobs: steps side by side, by default two on CPUs and one on a GPU.
+        jobs: steps side by side, two by default.
+        tokens_only: prepare the tokens and stop; where the images are not, the same command then does the rest.
         rehearsal: every step at toy length, to see that all run.
     """
     from igpt.reproduction.reproduce import reproduce as run
 
     asked = Path("runs", f"reproduction-{scale}") if out is None else out
-    run(asked, scale, corpus, labelled, main, minutes=minutes, jobs=jobs, rehearsal=rehearsal)
+    run(asked, scale, corpus, labelled, main, minutes=minutes, jobs=jobs, rehearsal=rehearsal, tokens_only=tokens_only)
 
 
 def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:

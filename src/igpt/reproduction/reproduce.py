@@ -1,6 +1,7 @@
 """One call that runs what is missing of a reproduction and writes its page."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def reproduce(
     minutes: float | None = None,
     jobs: int | None = None,
     rehearsal: bool = False,
+    tokens_only: bool = False,
 ) -> bool:
     """Runs the steps that are not done yet, and writes the page of what has come out so far.
 
@@ -44,6 +46,7 @@ def reproduce(
         minutes: stop after so many; the same call goes on.
         jobs: steps side by side, if not the scale's.
         rehearsal: every step at toy length.
+        tokens_only: prepare the tokens; without the images, and elsewhere, the same call then does the rest.
 
     Returns:
         whether all is done.
@@ -58,13 +61,14 @@ def reproduce(
         raise InputError(f"--minutes is more than 0, not {minutes:g}")
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is at least 1, not {jobs}")
-    sources = [str(Path(source).resolve()) if Path(source).exists() else source for source in (corpus, labelled)]
-    planned = steps(chosen, *sources)
-    done = run(planned, out, command, jobs=jobs or chosen.jobs, minutes=minutes, say=console.print)
+    planned = [step for step in steps(chosen, corpus, labelled) if step.name.startswith("tokens/") or not tokens_only]
+    places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
+    told = partial(console.print, soft_wrap=True)
+    done = run(planned, out, command, places=places, jobs=jobs or chosen.jobs, minutes=minutes, say=told)
     about = {"scale": scale, "rehearsal": rehearsal, "corpus": corpus, "labelled": labelled, "colors": chosen.colors}
     evidence = gather(out, chosen, about)
     write_json(out / EVIDENCE, evidence)
-    console.print(f"{write_page(out, evidence)}: the answers, with figures")
+    told(f"{write_page(out, evidence)}: the answers, with figures")
     return done
 
 

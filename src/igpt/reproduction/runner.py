@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import get_context, parent_process
@@ -42,12 +42,22 @@ class _Running:
     began: float = field(default_factory=time.monotonic)
 
 
-def run(steps: Sequence[Step], folder: Path, command: Command, *, jobs: int, minutes: float | None, say: Say) -> bool:
+def run(
+    steps: Sequence[Step],
+    folder: Path,
+    command: Command,
+    *,
+    places: Mapping[str, Path] | None = None,
+    jobs: int,
+    minutes: float | None = None,
+    say: Say,
+) -> bool:
     """Runs what is not done yet.
 
     Args:
         folder: of the reproduction; commands run in it.
         command: runs one; a function of a module, that a process of its own can import.
+        places: words of commands that mean paths from here, with the paths that they mean.
         jobs: steps side by side; the cores are shared out among them.
         minutes: after so many the steps that run are stopped; the next call goes on.
         say: is told what begins and ends.
@@ -62,7 +72,7 @@ def run(steps: Sequence[Step], folder: Path, command: Command, *, jobs: int, min
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(folder / LOCK, blocking=False), _signals() as stop:
-            return _Runner(steps, folder, command, jobs, say, stop).run(minutes)
+            return _Runner(steps, folder, command, places or {}, jobs, say, stop).run(minutes)
     except Timeout:
         raise InputError(f"another igpt reproduce works in {folder}; wait for it, or choose another -o") from None
 
@@ -109,8 +119,18 @@ def _signals() -> Iterator[_Stop]:
 
 
 class _Runner:
-    def __init__(self, steps: Sequence[Step], folder: Path, command: Command, jobs: int, say: Say, stop: _Stop) -> None:
-        self.folder, self.command, self.jobs, self.say, self.stop = folder, command, jobs, say, stop
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        folder: Path,
+        command: Command,
+        places: Mapping[str, Path],
+        jobs: int,
+        say: Say,
+        stop: _Stop,
+    ) -> None:
+        self.folder, self.command, self.places = folder, command, places
+        self.jobs, self.say, self.stop = jobs, say, stop
         self.threads = max(1, (os.cpu_count() or 1) // jobs)
         self.records = records(folder)
         for step in steps:
@@ -159,7 +179,8 @@ class _Runner:
                 self._record(step, "skipped", 0.0)
                 self.say(f"{step.name}: skipped, {step.labels} has no labels")
                 continue
-            words = [*step.words, *(["--resume"] if step.run and (self.folder / step.name).exists() else [])]
+            words = [str(self.places.get(word, word)) for word in step.words]
+            words += ["--resume"] if step.run and (self.folder / step.name).exists() else []
             log = Path(LOGS, f"{step.name.replace('/', '-')}.log")
             (self.folder / LOGS).mkdir(exist_ok=True)
             context = get_context("forkserver")

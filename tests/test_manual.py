@@ -1,0 +1,136 @@
+"""The manual: its commands and flags exist, its Python runs, its pages and pictures are there."""
+
+import contextlib
+import importlib.util
+import io
+import re
+import shlex
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from igpt.cli import COMMANDS
+from igpt.data.tokens import TokenDataset
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+FLAG = re.compile(r"--?[a-z][\w-]*")
+ELSEWHERE = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--strict", "--help", "--version"}
+
+
+def script(name: str) -> ModuleType:
+    """One of the programs in docs/."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def flags() -> Any:
+    return script("flags").flags
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    return [block for language, block in BLOCK.findall(text) if language in languages]
+
+
+def igpt_commands(text: str) -> list[list[str]]:
+    """The words behind `igpt` of every example in a page: lines after a `$ `, and all lines of `bash` blocks."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    lines += re.findall(r"^\$ (.*)", "\n".join(blocks(text, "console")).replace("\\\n", " "), flags=re.MULTILINE)
+    found = [re.search(r"^(?:torchrun .*-m )?igpt (.*)", line) for line in lines]
+    return [shlex.split(match[1], comments=True) for match in found if match]
+
+
+def test_every_command_has_its_section_with_an_example_and_its_flags() -> None:
+    sections: dict[str, str] = {}
+    for page in (DOCS / "commands").glob("*.md"):
+        text = BLOCK.sub(lambda block: block[0].replace("\n#", "\n "), page.read_text())  # comments are no headings
+        for part in re.split(r"^(?=##? )", text, flags=re.MULTILINE):
+            title, _, below = part.partition("\n")
+            sections[title.lstrip("# ")] = below
+    for command in COMMANDS:
+        section = sections.get(command, "")
+        assert f"<!-- flags: {command} -->" in section, f"igpt {command} has no section of its own"
+        assert command in {words[0] for words in igpt_commands(section)}, f"there is no example of igpt {command}"
+
+
+def test_every_flag_of_an_example_exists(flags: Any) -> None:
+    seen = 0
+    for page in PAGES:
+        text = page.read_text()
+        for command, *words in igpt_commands(text):
+            assert command in COMMANDS, f"{page}: igpt {command}"
+            known = {name for flag in flags(command) for name in flag.names}
+            given = {word for word in words if FLAG.fullmatch(word)}
+            shown_as_mistakes = set(re.findall(rf"igpt {command}: Unrecognized options: (--[\w-]+)", text))
+            assert given - known == given & shown_as_mistakes, f"{page}: igpt {command} has no {given - known}"
+            seen += len(given)
+    assert seen > 100
+
+
+def test_every_flag_of_the_text_exists(flags: Any) -> None:
+    known = {name for command in COMMANDS for flag in flags(command) for name in flag.names} | ELSEWHERE
+    for page in PAGES:
+        if page.name != "LOG.md":  # it speaks of what was, too
+            text = BLOCK.sub("", page.read_text())
+            named = {word for code in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"--[a-z][\w-]*", code)}
+            assert named <= known, f"{page}: {named - known}"
+
+
+def test_the_tables_have_every_setting(flags: Any) -> None:
+    from igpt.training.pretrain import PretrainConfig
+
+    named = {name for flag in flags("pretrain") for name in flag.names}
+    for setting in PretrainConfig.model_fields:
+        assert setting == "tokens" or f"--{setting.replace('_', '-')}" in named, setting
+    (chosen,) = (flag for flag in flags("pretrain") if "--objective" in flag.names)
+    assert (chosen.value, chosen.default) == ("autoregressive,bert", "autoregressive")
+    (several,) = (flag for flag in flags("probe") if "--strengths" in flag.names)
+    assert several.value == "FLOAT ..."
+    assert all(flag.words for command in COMMANDS for flag in flags(command))
+
+
+def test_pages_and_links_are_there() -> None:
+    nav = script("examples").pages()
+    assert {page for page in nav if not page.exists()} == set()
+    assert {page for page in PAGES if page not in nav} == set()
+    for page in PAGES:
+        text = BLOCK.sub("", page.read_text())
+        for link in re.findall(r"\]\(([^)#\s]+)", text):
+            assert "://" in link or (page.parent / link).exists(), f"{page} links to {link}"
+
+
+def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
+    drawn = script("pictures")
+    drawn.OUT = tmp_path
+    for draw in drawn.ALL:
+        draw()
+    made = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert made == {file.name: file.read_text() for file in (DOCS / "pictures").glob("*.svg")}
+
+
+def test_small_pictures() -> None:
+    for picture in (DOCS / "pictures").iterdir():
+        assert picture.stat().st_size < 32_000, picture
+
+
+@pytest.mark.parametrize("page", ["extending/objective", "extending/source", "extending/model", "python/index"])
+def test_python_as_written(page: str, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that begin with an import are whole programs; the others are parts of files."""
+    monkeypatch.chdir(tmp_path)
+    Path("tokens").mkdir()
+    Path("tokens/digits").symlink_to(digits.path)
+    programs = [
+        code for code in blocks((DOCS / f"{page}.md").read_text(), "python") if code.startswith(("import ", "from "))
+    ]
+    assert programs
+    for code in programs:
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(code, page, "exec"), {"__name__": "an_example"})
