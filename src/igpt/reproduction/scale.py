@@ -32,8 +32,8 @@ class Scale:
 
     colors: int
     resolutions: tuple[int, ...]
-    corpus_images: int | None
-    labelled_images: int | None
+    corpus_images: int
+    labelled_images: int
     sizes: dict[str, Shape]
     main: str
     recipe: Flags
@@ -56,8 +56,8 @@ class Scale:
 _CPU = Scale(
     colors=128,
     resolutions=(16, 24, 32),
-    corpus_images=None,
-    labelled_images=None,
+    corpus_images=20_000,
+    labelled_images=10_000,
     sizes={"small": (3, 64, 2), "medium": (4, 96, 3), "large": (6, 128, 4)},
     main="medium",
     recipe={

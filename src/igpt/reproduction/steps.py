@@ -41,9 +41,12 @@ def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
         corpus: source of unlabelled images (its labels serve a probe, where it has some).
         labelled: source of labelled images.
     """
+    first, *others = scale.resolutions
     return [
-        *_tokens(scale, corpus, labelled),
+        *_tokens(scale, first, corpus, labelled),
         *_pretraining(scale),
+        *(step for side in others for step in _tokens(scale, side, corpus, labelled)),
+        *(_at_resolution(scale, side) for side in scale.resolutions),
         *_probes(scale),
         *_finetuning(scale),
         *_drawing(scale),
@@ -66,31 +69,31 @@ def _flags(*several: Flags) -> tuple[str, ...]:
     return tuple(words)
 
 
-def _tokens(scale: Scale, corpus: str, labelled: str) -> Iterator[Step]:
+def _tokens(scale: Scale, side: int, corpus: str, labelled: str) -> Iterator[Step]:
+    """All in the palette of the corpus at the first resolution."""
     first = CORPUS.format(scale.resolutions[0])
-    for side in scale.resolutions:
-        for folder, source, limit in (
-            (CORPUS, corpus, scale.corpus_images),
-            (LABELLED, labelled, scale.labelled_images),
-        ):
-            name = folder.format(side)
-            colors: Flags = {"colors": scale.colors} if name == first else {"palette": first}
-            held: Flags = {"held-out": 0.02} if folder == CORPUS else {}
-            flags = _flags({"size": side, "limit": limit, "seed": 0}, colors, held)
-            yield Step(name, ("prepare", source, "-o", name, *flags), () if name == first else (first,))
+    for folder, source, limit in (
+        (CORPUS, corpus, scale.corpus_images),
+        (LABELLED, labelled, scale.labelled_images),
+    ):
+        name = folder.format(side)
+        colors: Flags = {"colors": scale.colors} if name == first else {"palette": first}
+        held: Flags = {"held-out": 0.02} if folder == CORPUS else {}
+        flags = _flags({"size": side, "limit": limit, "seed": 0, "workers": 1}, colors, held)
+        yield Step(name, ("prepare", source, "-o", name, *flags), () if name == first else (first,))
 
 
 def _pretraining(scale: Scale) -> Iterator[Step]:
     corpus = CORPUS.format(scale.resolutions[0])
-    for size in (*reversed(scale.sizes), "bert"):
+    for size in reversed(scale.sizes):
         kept: Flags = {"snapshots": (*((0,) if size == scale.main else ()), *scale.snapshots)}
-        if size == "bert":
-            kept = {"objective": "bert"}
-        yield _pretrain(scale, f"runs/{size}", scale.main if size == "bert" else size, corpus, scale.updates, kept)
-    for side in scale.resolutions:
-        yield _pretrain(
-            scale, f"runs/at-{side}", scale.resolution_size, CORPUS.format(side), scale.resolution_updates, {}
-        )
+        yield _pretrain(scale, f"runs/{size}", size, corpus, scale.updates, kept)
+    yield _pretrain(scale, "runs/bert", scale.main, corpus, scale.updates, {"objective": "bert"})
+
+
+def _at_resolution(scale: Scale, side: int) -> Step:
+    tokens = CORPUS.format(side)
+    return _pretrain(scale, f"runs/at-{side}", scale.resolution_size, tokens, scale.resolution_updates, {})
 
 
 def _pretrain(scale: Scale, run: str, size: str, tokens: str, updates: int, more: Flags) -> Step:
