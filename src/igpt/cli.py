@@ -61,9 +61,11 @@ def reproduce(
         rehearsal: every step at toy length, to see that all run.
     """
     from igpt.reproduction.reproduce import reproduce as run
+    from igpt.reproduction.scale import scale as named
 
     asked = Path("runs", f"reproduction-{scale}") if out is None else out
-    run(asked, scale, corpus, labelled, main, minutes=minutes, jobs=jobs, rehearsal=rehearsal, tokens_only=tokens_only)
+    chosen = named(scale, rehearsal=rehearsal)
+    run(asked, chosen, corpus, labelled, main, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
 
 
 def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:

@@ -107,6 +107,21 @@ def test_other_commands_are_refused(tmp_path: Path) -> None:
         go([Step("a", ("write", "b"))], tmp_path)
 
 
+def test_what_failed_may_be_asked_otherwise(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the step a failed"):
+        go([Step("a", ("fail", "wrong"))], tmp_path)
+    assert go([Step("a", ("write", "a"))], tmp_path)[0]
+
+
+def test_sources_are_found_from_where_the_user_is(tmp_path: Path) -> None:
+    """Records say what the user said; commands run in the folder."""
+    step, said = Step("a", ("need", "here")), list[str]()
+    (tmp_path / "there").touch()
+    places = {"here": tmp_path / "there"}
+    assert run([step], tmp_path / "out", command, places=places, jobs=1, say=said.append)
+    assert records(tmp_path / "out")["a"]["command"] == ["need", "here"]
+
+
 def test_seconds_add_up(tmp_path: Path) -> None:
     step = Step("a", ("slow", "a"))
     stopped([step], tmp_path, tmp_path / "a")

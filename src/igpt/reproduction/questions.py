@@ -138,7 +138,8 @@ def _loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[
 def _rank_correlation(first: list[float], second: list[float]) -> float:
     from scipy.stats import spearmanr
 
-    return float(spearmanr(first, second).statistic)
+    constant = min(len(set(first)), len(set(second))) < 2
+    return 0.0 if constant else float(spearmanr(first, second).statistic)
 
 
 def _at_equal_loss(

@@ -1,6 +1,5 @@
 """One call that runs what is missing of a reproduction and writes its page."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from igpt.reproduction.evidence import Results, question
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import Command, records, run
 from igpt.reproduction.scale import Scale
-from igpt.reproduction.scale import scale as named
 from igpt.reproduction.steps import steps
 from igpt.training.metrics import read_metrics
 
@@ -26,26 +24,24 @@ EVIDENCE, NOTES = "evidence.json", "notes.yaml"
 
 def reproduce(
     out: Path,
-    scale: str,
+    scale: Scale,
     corpus: str,
     labelled: str,
     command: Command,
     *,
     minutes: float | None = None,
     jobs: int | None = None,
-    rehearsal: bool = False,
     tokens_only: bool = False,
 ) -> bool:
     """Runs the steps that are not done yet, and writes the page of what has come out so far.
 
     Args:
         out: folder of the reproduction.
-        scale: "cpu" or "gpu".
+        scale: see `igpt.reproduction.scale.scale`.
         corpus, labelled: sources of unlabelled and of labelled images; see `open_source`.
         command: runs the words of a command line, see `run`.
         minutes: stop after so many; the same call goes on.
         jobs: steps side by side, if not the scale's.
-        rehearsal: every step at toy length.
         tokens_only: prepare the tokens; without the images, and elsewhere, the same call then does the rest.
 
     Returns:
@@ -56,28 +52,22 @@ def reproduce(
         Interrupted: on Ctrl-C or SIGTERM.
     """
     console = Console(highlight=False)
-    chosen = named(scale, rehearsal=rehearsal)
     if minutes is not None and minutes <= 0:
         raise InputError(f"--minutes is more than 0, not {minutes:g}")
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is at least 1, not {jobs}")
-    planned = [step for step in steps(chosen, corpus, labelled) if step.name.startswith("tokens/") or not tokens_only]
+    planned = [step for step in steps(scale, corpus, labelled) if step.name.startswith("tokens/") or not tokens_only]
     places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
     told = partial(console.print, soft_wrap=True)
-    done = run(planned, out, command, places=places, jobs=jobs or chosen.jobs, minutes=minutes, say=told)
-    about = {"scale": scale, "rehearsal": rehearsal, "corpus": corpus, "labelled": labelled, "colors": chosen.colors}
-    evidence = gather(out, chosen, about)
+    done = run(planned, out, command, places=places, jobs=jobs or scale.jobs, minutes=minutes, say=told)
+    evidence = gather(out, scale, corpus, labelled)
     write_json(out / EVIDENCE, evidence)
     told(f"{write_page(out, evidence)}: the answers, with figures")
     return done
 
 
-def gather(folder: Path, scale: Scale, about: Mapping[str, Any]) -> dict[str, Any]:
-    """What evidence.json holds: all that can be said of what is done.
-
-    Args:
-        about: what the reproduction is of: scale, sources, whether it is a rehearsal.
-    """
+def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, Any]:
+    """What evidence.json holds: all that can be said of what is done."""
     results, answered = Results(folder, scale), []
     for name, asks, paper, answer in QUESTIONS:
         try:
@@ -90,7 +80,11 @@ def gather(folder: Path, scale: Scale, about: Mapping[str, Any]) -> dict[str, An
     return {
         "format": FORMAT,
         "version": VERSION,
-        **about,
+        "scale": scale.name,
+        "rehearsal": scale.rehearsal,
+        "corpus": corpus,
+        "labelled": labelled,
+        "colors": scale.colors,
         "complete": all(one["held"] != "not yet" for one in answered),
         "questions": [{**one, "tried": (notes or {}).get(one["name"])} for one in answered],
         "models": _models(results),

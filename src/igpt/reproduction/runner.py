@@ -135,7 +135,7 @@ class _Runner:
         self.records = records(folder)
         for step in steps:
             known = self.records.get(step.name)
-            if known and tuple(known["command"]) != step.words:
+            if known and known["ended"] != "failed" and tuple(known["command"]) != step.words:
                 raise InputError(
                     f"{folder} holds {step.name} by another command (igpt {' '.join(known['command'])}); "
                     f"choose another -o"

@@ -15,6 +15,7 @@ class Scale:
     """Everything that is chosen.
 
     Attributes:
+        rehearsal: whether lengths are toys, and numbers mean nothing.
         resolutions: of the question what a higher resolution gives; the first is that of all other questions.
         corpus_images, labelled_images: at most so many of each split become tokens.
         sizes: of the models that are compared, the smallest first.
@@ -30,6 +31,8 @@ class Scale:
         jobs: steps side by side.
     """
 
+    name: str
+    rehearsal: bool
     colors: int
     resolutions: tuple[int, ...]
     corpus_images: int
@@ -54,6 +57,8 @@ class Scale:
 
 
 _CPU = Scale(
+    name="cpu",
+    rehearsal=False,
     colors=128,
     resolutions=(16, 24, 32),
     corpus_images=20_000,
@@ -105,6 +110,7 @@ _CPU = Scale(
 # Half an hour on an H100 by arithmetic, not measured. Packed, so many images at three resolutions are 55 MB.
 _GPU = replace(
     _CPU,
+    name="gpu",
     colors=512,
     resolutions=(32, 16, 24),
     corpus_images=25_000,
@@ -150,7 +156,7 @@ _GPU = replace(
 )
 
 ScaleName = Literal["cpu", "gpu"]
-_SCALES: Mapping[str, Scale] = {"cpu": _CPU, "gpu": _GPU}
+_SCALES = {one.name: one for one in (_CPU, _GPU)}
 
 
 def scale(name: str, *, rehearsal: bool = False) -> Scale:
@@ -167,6 +173,7 @@ def scale(name: str, *, rehearsal: bool = False) -> Scale:
     short = {"log-every": 1, "validate-every": 2, "checkpoint-every": 2, "validation-images": 20}
     return replace(
         full,
+        rehearsal=True,
         colors=16,
         resolutions=tuple(side // 4 for side in full.resolutions),
         corpus_images=4000,

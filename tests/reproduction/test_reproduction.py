@@ -1,0 +1,158 @@
+"""The whole of it at toy length: every step by the real commands, in two sittings, and the page that they make."""
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from igpt.cli import main
+from igpt.report.reproduction import write_page
+from igpt.reproduction.evidence import Results
+from igpt.reproduction.questions import QUESTIONS
+from igpt.reproduction.reproduce import gather, reproduce
+from igpt.reproduction.runner import records
+from igpt.reproduction.scale import Scale, scale
+from igpt.reproduction.steps import steps
+
+SMALL = replace(
+    scale("cpu", rehearsal=True),
+    resolutions=(4, 6),
+    sizes={"small": (2, 8, 1), "large": (3, 16, 2)},
+    main="large",
+    updates=2,
+    snapshots=(1, 2),
+    few=(1,),
+)
+NOTES = "layers: twice as many updates, without a difference\n"
+
+
+@pytest.fixture(scope="module")
+def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokens first; then the images are gone, and all else follows."""
+    home = tmp_path_factory.mktemp("reproduction")
+    images, out = home / "images", home / "out"
+    shutil.copytree(photographs, images)
+    assert reproduce(out, SMALL, str(images), str(images), main, tokens_only=True)
+    shutil.rmtree(images)
+    (out / "notes.yaml").write_text(NOTES)
+    assert reproduce(out, SMALL, str(images), str(images), main, jobs=2)
+    return out
+
+
+def test_every_step_is_done_once(folder: Path) -> None:
+    source = str(folder.parent / "images")
+    planned = steps(SMALL, source, source)
+    known = records(folder)
+    assert {step.name for step in planned} == set(known)
+    assert {record["ended"] for record in known.values()} == {"done"}
+    for step in planned:
+        assert tuple(known[step.name]["command"]) == step.words
+        made = folder / step.name
+        assert made.is_dir() or made.with_suffix(".json").exists() or made.with_suffix(".png").exists(), step.name
+    assert reproduce(folder, SMALL, source, source, main)
+    assert records(folder) == known, "a second call has nothing to do"
+
+
+def test_the_evidence_is_whole(folder: Path) -> None:
+    evidence = json.loads((folder / "evidence.json").read_text())
+    assert (evidence["format"], evidence["version"], evidence["complete"]) == ("igpt-reproduction", 1, True)
+    assert [asked["name"] for asked in evidence["questions"]] == [name for name, *_ in QUESTIONS]
+    for asked in evidence["questions"]:
+        assert asked["held"] in ("yes", "in part", "no", "undecided", "shown")
+        assert asked["table"]["rows"]
+        assert asked["how"]
+        assert all(len(row) == len(asked["table"]["head"]) for row in asked["table"]["rows"])
+    assert [model["name"] for model in evidence["models"]] == ["small", "large", "bert", "at-4", "at-6"]
+    assert evidence["models"][1]["images_seen"] == 16
+    assert evidence["questions"][0]["tried"] == "twice as many updates, without a difference"
+    own = next(row for row in evidence["questions"][0]["table"]["rows"] if "own 2 classes" in row[0])
+    assert own[1].endswith(")")
+
+
+def test_the_figures_say_what_the_files_say(folder: Path) -> None:
+    """The numbers behind a verdict, from the steps' own files."""
+    results = Results(folder, SMALL)
+    probe = json.loads((folder / "probes" / "large.json").read_text())
+    best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
+    assert results.best(results.probe("large")).value == best["test_accuracy"]
+    lines = [json.loads(line) for line in (folder / "runs" / "large" / "metrics.jsonl").read_text().splitlines()]
+    assert results.losses("large")[2] == next(
+        line["loss"] for line in lines if line["kind"] == "validation" and line["step"] == 2
+    )
+    tests = [json.loads((folder / f"finetuned/ar-1-{draw}/test.json").read_text()) for draw in range(SMALL.draws)]
+    assert {test["train_images"] for test in tests} == {2}, "one label of each of two classes"
+    mean = sum(test["test_accuracy"] for test in tests) / SMALL.draws
+    assert results.finetuned("ar", 1).value == pytest.approx(mean)
+
+
+def test_the_page_is_whole_and_by_itself(folder: Path) -> None:
+    text = (folder / "report.html").read_text()
+    assert "This is a rehearsal at toy length: its numbers mean nothing." in text
+    for name, *_ in QUESTIONS:
+        assert f'<section id="{name}">' in text
+    assert "Tried: twice as many updates" in text
+    assert not re.search(r'(src|href|srcset)="(?!data:)', text), "nothing is loaded"
+    assert text.count("<h2>") == len(QUESTIONS) + 2  # completions, and what it was made with
+
+
+def test_the_markdown_refers_to_its_figures(folder: Path) -> None:
+    text = (folder / "report.md").read_text()
+    found = re.findall(r"!\[[^\]]+\]\((figures/[\w.]+)\)", text)
+    assert len(found) == len(QUESTIONS) + 1
+    for name in found:
+        assert (folder / name).stat().st_size > 100
+    for line in text.splitlines():
+        if line.startswith("|---"):
+            width = line.count("|")
+        elif line.startswith("|"):
+            cells = line.count("|")
+    assert width == cells
+
+
+def test_the_same_evidence_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
+    before = {name: (folder / name).read_bytes() for name in ("report.html", "report.md", "figures/layers.svg")}
+    write_page(folder, json.loads((folder / "evidence.json").read_text()))
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokens").mkdir()
+    evidence = gather(tmp_path, SMALL, "photographs", "photographs")
+    assert not evidence["complete"]
+    text = write_page(tmp_path, evidence).read_text()
+    assert "The step &#39;probes/small&#39; is not done yet." in text
+    assert "Nothing has been trained yet." in text
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_the_graph_has_what_every_step_reads(name: str, rehearsal: bool) -> None:
+    chosen: Scale = scale(name, rehearsal=rehearsal)
+    done: set[str] = set()
+    for step in steps(chosen, "corpus", "labelled"):
+        assert done.issuperset(step.after), step
+        assert step.name not in done
+        done.add(step.name)
+    assert chosen.main in chosen.sizes
+    assert chosen.resolution_size in chosen.sizes
+    assert max(chosen.snapshots) == chosen.updates, "the last snapshot is the end of training"
+    assert len(chosen.sizes) >= 3
+
+
+def test_mistakes(igpt, tmp_path: Path) -> None:
+    for words, line in (
+        (["--scale", "tpu"], "invalid choice"),
+        (["--minutes", "0"], "igpt reproduce: --minutes is more than 0, not 0"),
+        (["--jobs", "0"], "igpt reproduce: --jobs is at least 1, not 0"),
+        (
+            ["--rehearsal", "--corpus", str(tmp_path / "none")],
+            r"the step tokens/corpus-4 failed \(exit code 2\): .*none",
+        ),
+    ):
+        done = igpt("reproduce", "-o", tmp_path / "out", *words)
+        assert done.returncode == 2
+        assert re.search(line, done.stderr), done.stderr
+        assert done.stderr.count("\n") == 1
