@@ -183,7 +183,8 @@ def run_command(commands: Commands, words: list[str]) -> int:
         sys.stdout.flush()
         os._exit(1)  # an orderly end would wait for the rank that is gone
     except Interrupted as stop:
-        resume = [] if words[0] == "demo" or "--resume" in words else ["--resume"]
+        by_itself = words[0] in ("demo", "reproduce")  # they go on without being told to
+        resume = [] if by_itself or "--resume" in words else ["--resume"]
         again = f"continue with: {shlex.join(['igpt', *words, *resume])}"
         if "WORLD_SIZE" in os.environ:  # the launcher's words are not known here
             again = f"continue with the same command{' and --resume' if resume else ''}"

@@ -625,3 +625,16 @@ def test_settings_out_of_range(settings: dict[str, object], message: str):
 def test_no_workers(pictures: str, tmp_path: Path):
     with pytest.raises(InputError, match="at least one worker is needed, not 0"):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=0)
+
+
+def test_at_most_so_many_of_each_split(pictures: str, tmp_path: Path):
+    """They are drawn by seed from what would be there without a limit, in the same order."""
+    given = {"size": 8, "colors": 4}
+    whole = prepare(pictures, tmp_path / "whole", PrepareConfig(**given))
+    few = prepare(pictures, tmp_path / "few", PrepareConfig(**given, limit=5))
+    assert {name: len(few[name]) for name in few} == {name: min(5, len(whole[name])) for name in whole}
+    assert few.manifest["made"]["config"]["limit"] == 5
+    drawn = np.sort(np.random.default_rng(0).permutation(len(whole["train"]))[:5])
+    assert few["train"].labels.tolist() == whole["train"].labels[drawn].tolist()
+    again = prepare(pictures, tmp_path / "again", PrepareConfig(**given, limit=5, palette=str(whole.path)))
+    assert (again["train"].rows(range(5)) == whole["train"].rows(drawn)).all()

@@ -14,7 +14,7 @@ from threadpoolctl import threadpool_limits
 
 from igpt.confidence import interval_of_share
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
 from igpt.evaluation.probe import Images, ProbeConfig, best_row, few_labels, fit_and_test, probe
@@ -146,6 +146,18 @@ def test_few_labels_are_seeded_draws_of_equal_size(model: ImageGPT, digits: Toke
     assert other[0]["test_accuracies"] != few[0]["test_accuracies"]
     with pytest.raises(InputError, match=r"1000 labels a class are asked for, and one class has \d+ training images"):
         probe(model, digits, config.model_copy(update={"labels_per_class": (1000,)}), kept)
+
+
+def test_raw_pixels_are_probed_with_few_labels_too(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    config = ProbeConfig(labels_per_class=(5,), subsets=2, strengths=(0.1,), layers=(0,))
+    row = probe(model, digits, config, kept)["baselines"]["raw_pixels"]["few_labels"][0]
+    pixels = {name: digits.palette.centers_[digits[name].rows(np.arange(len(digits[name])))] for name in SPLITS}
+    for subset, accuracy in enumerate(row["test_accuracies"]):
+        rows = few_of_each(digits["train"].labels, 5, (0, 5, subset))
+        scaler = StandardScaler().fit(pixels["train"][rows].reshape(50, -1))
+        train, test = (scaler.transform(x.reshape(len(x), -1)) for x in (pixels["train"][rows], pixels["test"]))
+        rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000).fit(train, digits["train"].labels[rows])
+        assert accuracy == pytest.approx(rival.score(test, digits["test"].labels), abs=0.012)
 
 
 def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:

@@ -1,6 +1,7 @@
 """Fine-tuning by the command line: it learns, chooses by validation, resumes, and refuses what does not fit."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from runs import assert_same_tensors, saved
 from igpt.confidence import interval_of_share
 from igpt.data.batches import Batches
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset, write_manifest, write_shard
+from igpt.data.tokens import TokenDataset, few_of_each, write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
 from igpt.model.objectives import draw_masks
@@ -303,3 +304,42 @@ def test_what_does_not_fit_is_refused(short_run: Path, digits: TokenDataset, pho
         with pytest.raises(InputError, match=said):
             finetune(FinetuneConfig.layered(base, changes), tmp_path / "run")
         assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
+
+
+def test_few_labels_and_few_images_to_judge_by(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+    """The images that are trained on are the first draw of a probe by the same seed."""
+    few = ["--labels-per-class", 2, "--validation-images", 30, "--test-images", 20, "--seed", 3]
+    short = ["--steps", 4, "--batch-size", 8, "--validate-every", 2, "--precision", "fp32"]
+    done = igpt("finetune", short_run, digits.path, "-o", tmp_path / "run", *few, *short)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "run" / "test.json").read_text())
+    assert [result[name] for name in ("labels_per_class", "train_images", "validation_images", "test_images")] == [
+        2, 20, 30, 20
+    ]  # fmt: skip
+    assert result["epochs"] == result["best_step"] * 8 / 20
+    labels = digits["train"].labels
+    rows = few_of_each(labels, 2, (3, 2, 0))
+    assert np.bincount(labels[rows]).tolist() == [2] * 10
+    assert (rows != few_of_each(labels, 2, (3, 2, 1))).any()
+    test = digits["test"].spread(20)
+    model = ImageGPT.from_pretrained(tmp_path / "run" / "model")
+    predicted = predict(model, test.rows(np.arange(20)), np.arange(20)).classes
+    assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
+    rows = np.arange(20) * len(digits["test"]) // 20
+    assert (test.rows(np.arange(20)) == digits["test"].rows(rows)).all(), "spread evenly"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--labels-per-class", 1000], r"1000 labels a class are asked for, and one class has \d+ training images"),
+        (["--labels-per-class", 2, "--fold-back"], "--fold-back would add every validation label to the few"),
+    ],
+)
+def test_few_labels_that_do_not_go(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path, words: list[Any], line: str
+) -> None:
+    done = igpt("finetune", short_run, digits.path, "-o", tmp_path / "run", *words)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert re.search(line, done.stderr)
+    assert not (tmp_path / "run" / "config.yaml").exists()

@@ -8,6 +8,7 @@ import torch
 
 from igpt.data.tokens import TokenDataset
 from igpt.model.cost import training_flops
+from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.presets import MODELS
 from igpt.training.distributed import Team
@@ -79,3 +80,31 @@ def test_images_and_utilisation_are_told(short_run: Path) -> None:
         achieved = line["images_per_second"] * machine["flops_per_image"]
         assert line["utilisation"] == pytest.approx(achieved / machine["matmul_flops_per_second"])
         assert 0 < line["utilisation"] < 1
+
+
+def test_snapshots_are_the_model_as_it_was(igpt, digits: TokenDataset, short_flags: list[str], tmp_path: Path) -> None:
+    """Before the first update it is what is drawn; at the best one it is the best model; their losses are recorded."""
+    run = tmp_path / "run"
+    done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--snapshots", 0, 5, 24)
+    assert done.returncode == 0, done.stderr
+    kept = {path.name: ImageGPT.from_pretrained(path) for path in (run / "snapshots").iterdir()}
+    assert sorted(kept) == ["step-00000000", "step-00000005", "step-00000024"]
+    torch.manual_seed(0)
+    drawn = ImageGPT(kept["step-00000000"].config, digits.palette).state_dict()
+    assert all(torch.equal(drawn[name], tensor) for name, tensor in kept["step-00000000"].state_dict().items())
+    validated = {line["step"]: line["loss"] for line in lines(run, "validation")}
+    assert sorted(validated) == [5, 8, 16, 24]
+    best = ImageGPT.from_pretrained(run / "model").state_dict()
+    assert min(validated, key=lambda step: validated[step]) == 24
+    assert all(torch.equal(best[name], tensor) for name, tensor in kept["step-00000024"].state_dict().items())
+    checked = _validation_tokens(digits["validation"], PretrainConfig.load(run / "config.yaml"))
+    with torch.no_grad():
+        total, count = autoregressive(kept["step-00000005"], torch.from_numpy(checked.astype("int64")))
+    assert float(total / count) == pytest.approx(validated[5], abs=1e-6)
+
+
+def test_a_snapshot_beyond_the_end_is_refused(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+    done = igpt("pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--snapshots", 300)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "a snapshot after 300 updates is asked for, and there are 200" in done.stderr
+    assert not (tmp_path / "run").exists()

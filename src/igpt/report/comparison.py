@@ -52,7 +52,7 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
     if plot.get("falling"):
         axes.invert_xaxis()
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, steps=[1, 2, 2.5, 5, 10]))
-        axes.xaxis.set_major_formatter("{x:.2g}")
+        axes.xaxis.set_major_formatter("{x:.3g}")
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
         style: dict[str, Any] = {"linestyle": _DASHES[number], "marker": _MARKERS[number], "markersize": 4.5}
         axes.plot(one["x"], one["y"], color=color, label=one["name"], clip_on=False, linewidth=1.8, **style)
@@ -64,7 +64,7 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
 
 
 def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look) -> None:
-    """Points side by side in every category; a legend above, for they have no ends to write their names at."""
+    """Points side by side in every category; a legend beside them, for they have no ends to write their names at."""
     count = len(plot["series"])
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
         x = np.array(one["x"], float) + (number - (count - 1) / 2) * 0.13
@@ -76,10 +76,5 @@ def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look) -> None:
     axes.set_xlim(-0.5, len(plot["categories"]) - 0.5)
     axes.set_xticks(range(len(plot["categories"])), plot["categories"])
     axes.legend(
-        loc="upper left",
-        bbox_to_anchor=(0.0, 1.0),
-        frameon=False,
-        fontsize=FONT,
-        labelcolor=look.ink,
-        handletextpad=0.3,
+        loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False, fontsize=FONT, labelcolor=look.ink, handlelength=1
     )
