@@ -31,7 +31,7 @@ def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dic
         step = 10 * number
         lines.append({"kind": "train", "step": step, "loss": 9.0, "seconds": rate * step})
         lines.append({"kind": "validation", "step": step, "loss": loss})
-    environment = {"commit": "abc1234", "started": f"2026-01-0{seed + 1}T00:00:00+00:00"}
+    environment = {"processor": "one", "commit": "abc1234", "started": f"2026-01-0{seed + 1}T00:00:00+00:00"}
     return {"entry": entry, "seed": seed, "settings": {}, "lines": lines, "environment": environment}
 
 
@@ -56,6 +56,7 @@ def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path:
         config = PretrainConfig.layered(settings, {"tokens": tmp_path, "seed": 1})
         assert config.steps % config.validate_every == 0
         assert config.log_every == config.validate_every
+        assert config.validate_every * config.batch_size == 80
         assert config.warmup(45_000) < config.steps
         assert settings not in seen
         seen.append(settings)
@@ -96,7 +97,7 @@ def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, A
         "20 (20 to 20), 1 of 2 not reached",
         "not reached",
     ]
-    assert [row["kept"] for row in found.values()] == ["", "yes", "no", ""]
+    assert [row["kept"] for row in found.values()] == ["", "yes", "no", ""]  # rotary stands over what is not done
     assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
     assert found["batch"]["images/s"] == "1.8"
     assert found["batch"]["updates"] == "20"
@@ -132,3 +133,14 @@ def test_a_result_of_other_settings_is_not_taken(speedrun: ModuleType, tmp_path:
     (tmp_path / "results" / "muon-0.json").write_text(json.dumps({"settings": settings}))
     assert speedrun.train("muon", 0, tmp_path) == {"settings": settings}
     assert speedrun.done_before(tmp_path, (0, 1)) == [{"settings": settings}]
+
+
+def test_one_seed_of_two_decides_nothing(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+    records = speedrun.summarise([one for one in results if (one["entry"], one["seed"]) != ("batch", 1)], (0, 1), 4.0)
+    assert speedrun.kept("batch", records["records"]) is None
+
+
+def test_several_processors_are_not_compared(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+    results[-1]["environment"] = {**results[-1]["environment"], "processor": "two"}
+    with pytest.raises(InputError, match="several processors cannot be compared: one, two"):
+        speedrun.summarise(results, (0, 1), None)

@@ -32,7 +32,7 @@ from igpt.files import atomic_file, read_json, write_json
 from igpt.training.metrics import read_metrics
 
 HERE = Path(__file__).parent
-AT_A_TIME = 2  # trainings, of one thread each
+AT_A_TIME = 2  # trainings at most, of one thread each
 MARKS = ("<!-- records -->", "<!-- end of records -->")
 
 # What all entries have: a model that a core trains in minutes, and how it is looked at.
@@ -64,7 +64,8 @@ class Entry:
     change: Mapping[str, Any]
 
 
-# One improvement each. Where one is not kept, the next names as `over` the last one that is.
+# One improvement each, with the length that it wants; all are validated after every 80 images. Where one is not kept,
+# the next names as `over` the last one that is.
 ENTRIES = (
     Entry(
         "faithful",
@@ -77,7 +78,7 @@ ENTRIES = (
             "learning_rate": 3e-3,
             "schedule": "cosine",
             "optimizer": "adamw",
-            "validate_every": 20,
+            "validate_every": 10,
         },
     ),
     Entry(
@@ -90,7 +91,7 @@ ENTRIES = (
         "muon",
         "batch",
         "Muon, learning rate 5e-3",
-        {"optimizer": "muon", "learning_rate": 5e-3, "steps": 160, "warmup_steps": 16, "validate_every": 10},
+        {"optimizer": "muon", "learning_rate": 5e-3, "steps": 160, "warmup_steps": 16},
     ),
     Entry("start_from_palette", "muon", "embeddings begin alike for like colours", {"start_from_palette": True}),
     Entry("rotary", "start_from_palette", "rotary positions of rows and columns", {"positions": "rotary"}),
@@ -230,11 +231,11 @@ def record(result: Mapping[str, Any], target: float | None, sets_target: bool = 
 def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
     """Whether an entry is an improvement: all its seeds reach the target, in less time by the median than its base's.
 
-    None of the first entry, and while one of the two is not done.
+    None of the first entry, and while the two have not been trained with the same seeds.
     """
     over = NAMES[name].over
     mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
-    if not mine or not others:
+    if not mine or {one["seed"] for one in mine} != {one["seed"] for one in others}:
         return None
     times = [median(one["seconds"] if one["reached"] else math.inf for one in some) for some in (mine, others)]
     return all(one["reached"] for one in mine) and times[0] < times[1]
@@ -275,13 +276,18 @@ def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
 
 def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None) -> dict[str, Any]:
     """All records, and what they are measured by; without a target, the first entry sets it."""
+    processors = sorted({one["environment"]["processor"] for one in results})
+    if len(processors) > 1:
+        raise InputError(
+            f"results of several processors cannot be compared: {', '.join(processors)}; choose another --out"
+        )
     given = target is not None
     aim = target if given else target_of(results, seeds)
     first = ENTRIES[0].name
     return {
         "target": aim,
         "target_from": "given" if given else f"mean of the final losses of {first}, seeds {list(seeds)}",
-        "how": f"{AT_A_TIME} trainings at a time, of one thread each; seconds of training alone",
+        "how": f"at most {AT_A_TIME} trainings at a time, of one thread each; seconds of training alone",
         "records": [record(one, aim, one["entry"] == first and not given and aim is not None) for one in results],
         "machine": describe(),
     }
@@ -331,6 +337,8 @@ def main(
             return f"{name}, seed {seed}: {error}"
         return f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} updates, {last['seconds']:.0f} s"
 
+    if steps is not None:
+        out = out / "try"
     if minutes != 0:
         prepare(data, palette, out / "tokens")
     pool = ThreadPoolExecutor(AT_A_TIME)

@@ -51,11 +51,11 @@ def reproduce(
     """Ask the paper's questions of one's own images: pretrain, probe, fine-tune, draw, and write one page of answers.
 
     Args:
-        out: folder of the reproduction, runs/reproduction-SCALE by default; what is in it already is not done again.
+        out: folder of it, runs/reproduction-SCALE (or rehearsal-SCALE) by default; what is in it is not done again.
         scale: cpu: at most an hour on two cores; gpu: some half an hour on an H100, by arithmetic.
         corpus: unlabelled images to pretrain on, any source that igpt prepare takes; labels it has are probed as well.
         labelled: images with labels, to judge by.
-        minutes: stop after so many, with all saved; the same command goes on.
+        minutes: stop after so many; the same command goes on, from where training was, and with other steps anew.
         jobs: steps side by side, two by default.
         tokens_only: prepare the tokens and stop; where the images are not, the same command then does the rest.
         rehearsal: every step at toy length, to see that all run.
@@ -63,7 +63,7 @@ def reproduce(
     from igpt.reproduction.reproduce import reproduce as run
     from igpt.reproduction.scale import scale as named
 
-    asked = Path("runs", f"reproduction-{scale}") if out is None else out
+    asked = out or Path("runs", f"{'rehearsal' if rehearsal else 'reproduction'}-{scale}")
     chosen = named(scale, rehearsal=rehearsal)
     run(asked, chosen, corpus, labelled, main, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
 

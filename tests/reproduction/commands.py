@@ -12,6 +12,8 @@ def command(words: list[str]) -> int:
     path = Path(name)
     if verb == "write":
         path.write_text(path.read_text() + "again\n" if path.exists() else "once\n")
+    elif verb == "prepare":
+        path.write_text(words[2])
     elif verb == "need":
         return 0 if path.exists() else 2
     elif verb == "fail":

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from igpt.cli import main
 from igpt.report.reproduction import write_page
@@ -67,6 +68,7 @@ def test_the_evidence_is_whole(folder: Path) -> None:
         assert all(len(row) == len(asked["table"]["head"]) for row in asked["table"]["rows"])
     assert [model["name"] for model in evidence["models"]] == ["small", "large", "bert", "at-4", "at-6"]
     assert evidence["models"][1]["images_seen"] == 16
+    assert [machine["torch"] for machine in evidence["machines"]] == [torch.__version__]
     assert evidence["questions"][0]["tried"] == "twice as many updates, without a difference"
     own = next(row for row in evidence["questions"][0]["table"]["rows"] if "own 2 classes" in row[0])
     assert own[1].endswith(")")
@@ -75,9 +77,9 @@ def test_the_evidence_is_whole(folder: Path) -> None:
 def test_the_figures_say_what_the_files_say(folder: Path) -> None:
     """The numbers behind a verdict, from the steps' own files."""
     results = Results(folder, SMALL)
-    probe = json.loads((folder / "probes" / "large.json").read_text())
+    probe = json.loads((folder / "probes" / "main.json").read_text())
     best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
-    assert results.best(results.probe("large")).value == best["test_accuracy"]
+    assert results.best(results.probe("main")).value == best["test_accuracy"]
     lines = [json.loads(line) for line in (folder / "runs" / "large" / "metrics.jsonl").read_text().splitlines()]
     assert results.losses("large")[2] == next(
         line["loss"] for line in lines if line["kind"] == "validation" and line["step"] == 2
@@ -123,7 +125,7 @@ def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
     evidence = gather(tmp_path, SMALL, "photographs", "photographs")
     assert not evidence["complete"]
     text = write_page(tmp_path, evidence).read_text()
-    assert "The step &#39;probes/small&#39; is not done yet." in text
+    assert "The step &#39;probes/small is not done yet." in text
     assert "Nothing has been trained yet." in text
 
 

@@ -14,7 +14,7 @@ import pytest
 from commands import command
 
 from igpt.errors import InputError, Interrupted
-from igpt.reproduction.runner import LOGS, RECORD, records, run
+from igpt.reproduction.runner import LOGS, RECORD, StepsFailed, records, run
 from igpt.reproduction.steps import Step
 
 
@@ -60,17 +60,44 @@ def test_the_cores_are_shared_out(tmp_path: Path) -> None:
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
-def test_a_failure_is_told_and_stops_the_others(tmp_path: Path) -> None:
+def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
+    steps = [
+        Step("bad", ("fail", "no", "such", "file")),
+        Step("after it", ("write", "never"), after=("bad",)),
+        Step("apart", ("write", "a")),
+        Step("later", ("need", "a"), after=("apart",)),
+    ]
+    told = r"step bad failed \(exit code 2\): no such file; all .*bad\.log \(2 of 4 steps are done\)"
+    with pytest.raises(StepsFailed, match=told):
+        go(steps, tmp_path, jobs=1)
+    ended = {name: record["ended"] for name, record in records(tmp_path).items()}
+    assert ended == {"bad": "failed", "apart": "done", "later": "done"}
+    assert not (tmp_path / "never").exists()
+    steps[0] = Step("bad", ("write", "mended"))
+    assert go(steps, tmp_path)[0]
+    assert (tmp_path / "a").read_text() == "once\n"
+
+
+def test_what_goes_wrong_here_leaves_nothing_running(tmp_path: Path) -> None:
+    """Tokens whose manifest is damaged, found while another step runs."""
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "dataset.json").write_text("{")
     steps = [
         Step("slow", ("slow", "pid")),
-        Step("bad", ("fail", "no", "such", "file"), after=("good",)),
-        Step("good", ("wait", "pid")),
+        Step("first", ("wait", "pid")),
+        Step("second", ("write", "x"), after=("first",), labels="tokens"),
     ]
-    with pytest.raises(InputError, match=r"step bad failed \(exit code 2\): no such file; all .*bad\.log"):
+    with pytest.raises(InputError, match="not readable as JSON"):
         go(steps, tmp_path)
     assert (tmp_path / "pid.stopped").exists()
-    ended = {name: record["ended"] for name, record in records(tmp_path).items()}
-    assert ended == {"slow": "stopped", "bad": "failed", "good": "done"}
+    assert records(tmp_path)["slow"]["ended"] == "stopped"
+
+
+def test_a_folder_that_prepare_has_finished_is_taken(tmp_path: Path) -> None:
+    """A kill may fall between the end of a step and its record."""
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "dataset.json").touch()
+    assert go([Step("tokens", ("prepare", "source", "-o", "tokens"))], tmp_path)[0]
 
 
 def test_a_killed_step_is_told_too(tmp_path: Path) -> None:
@@ -97,6 +124,7 @@ def stopped(steps: list[Step], folder: Path, when: Path) -> str:
 def test_a_run_directory_is_continued(tmp_path: Path) -> None:
     step = Step("run", ("slow", "run/pid"), run=True)
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
     stopped([step], tmp_path, tmp_path / "run" / "pid")
     assert (tmp_path / "run" / "pid.stopped").read_text() == "slow run/pid --resume"
 
@@ -114,12 +142,12 @@ def test_what_failed_may_be_asked_otherwise(tmp_path: Path) -> None:
 
 
 def test_sources_are_found_from_where_the_user_is(tmp_path: Path) -> None:
-    """Records say what the user said; commands run in the folder."""
-    step, said = Step("a", ("need", "here")), list[str]()
-    (tmp_path / "there").touch()
+    """Records say what the user said; prepare, which runs in the folder, gets the path."""
+    step, said = Step("a", ("prepare", "here", "here")), list[str]()
     places = {"here": tmp_path / "there"}
     assert run([step], tmp_path / "out", command, places=places, jobs=1, say=said.append)
-    assert records(tmp_path / "out")["a"]["command"] == ["need", "here"]
+    assert (tmp_path / "there").read_text() == "here"
+    assert records(tmp_path / "out")["a"]["command"] == ["prepare", "here", "here"]
 
 
 def test_seconds_add_up(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _require_alike(one: dict[str, Any], other: dict[str, Any], names: str) -> No
     for key in ("palette", "config", "images", "class_names", "shard_images", "fingerprints"):
         a, b = one.get(key), other.get(key)
         if key == "config" and a and b:  # where the palette lies does not matter, nor how many might have been bad
-            a, b = (value | {"palette": None, "max_bad": None} for value in (a, b))
+            a, b = ({"limit": None} | value | {"palette": None, "max_bad": None} for value in (a, b))
         if a != b:
             name = "the images themselves (their names or sizes)" if key == "fingerprints" else key
             advice = "fit one first (igpt palette) and give it to all" if key == "palette" else "make one of them anew"

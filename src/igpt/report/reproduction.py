@@ -13,7 +13,6 @@ from igpt.errors import InputError
 from igpt.files import atomic_file, atomic_folder
 from igpt.report import comparison, figures
 from igpt.report.findings import duration, number, plural
-from igpt.report.record import flat
 from igpt.report.sections import Picture, Section, Table, chart
 
 FIGURES = "figures"
@@ -91,14 +90,18 @@ def _short(source: str) -> str:
 
 
 def _cost(evidence: Mapping[str, Any]) -> str:
-    machine, seconds = evidence["environment"], [step["seconds"] for step in evidence["steps"].values()]
-    where = machine["gpu"] or f"{machine['cores']} cores of {machine['processor']}"
-    side_by_side = evidence["side_by_side"] or 1
+    seconds, side_by_side = [step["seconds"] for step in evidence["steps"].values()], evidence["side_by_side"] or 1
+    told = list(dict.fromkeys(map(_where, evidence["machines"])))
     return (
         f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in all, {side_by_side} side by side "
-        f"({duration(sum(seconds) / side_by_side)} by the clock, if never idle), on {where}; torch {machine['torch']}, "
-        f"commit {machine['commit'] or 'unknown'}, {machine['started'][:10]}."
+        f"({duration(sum(seconds) / side_by_side)} by the clock, if never idle){f' on {told[0]}' if told else ''}"
+        f"{f', and later on {told[1:]}' if told[1:] else ''}."
     )
+
+
+def _where(machine: Mapping[str, Any]) -> str:
+    processor = machine["gpu"] or f"{plural(machine['cores'], 'core')} of {machine['processor']}"
+    return f"{processor} (igpt {machine['igpt']}, torch {machine['torch']})"
 
 
 def _verdicts(evidence: Mapping[str, Any]) -> Table:
@@ -213,7 +216,10 @@ def _models(evidence: Mapping[str, Any]) -> Table:
 
 
 def _machine(evidence: Mapping[str, Any]) -> Table:
-    rows = [(key, "none" if value is None else str(value)) for key, value in flat(evidence["environment"]).items()]
+    rows = [
+        (key, str(value)) for machine in evidence["machines"] for key, value in machine.items() if value is not None
+    ]
+    rows.append(("written", evidence["environment"]["started"]))
     return Table("Machine and software", (), rows)
 
 

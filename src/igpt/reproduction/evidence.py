@@ -13,12 +13,15 @@ import numpy as np
 
 from igpt.confidence import interval_of_share
 from igpt.files import read_json
-from igpt.reproduction.runner import is_done, records
+from igpt.reproduction.runner import records
 from igpt.reproduction.scale import Scale
 from igpt.training.metrics import read_metrics
 
 Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
-_Z = 1.96
+
+
+class NotDone(Exception):  # noqa: N818  it is no error
+    """A step whose result is wanted is not done yet; the message is its name."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,17 @@ class Share:
 
     Attributes:
         n: how it was measured, for a table: test images, or draws.
-        error: its standard error.
     """
 
     value: float
     low: float
     high: float
-    error: float
     n: str
+
+    @property
+    def half(self) -> float:
+        """The longer arm of the interval: the other one may have been cut off at 0 or 1."""
+        return max(self.high - self.value, self.value - self.low)
 
     @property
     def cell(self) -> str:
@@ -44,18 +50,21 @@ class Share:
 
 def of_images(value: float, count: int) -> Share:
     """An accuracy on so many test images, with Wilson's interval."""
-    low, high = interval_of_share(round(value * count), count)
-    return Share(value, low, high, math.sqrt(value * (1 - value) / count), f"{count:,} images")
+    return Share(value, *interval_of_share(round(value * count), count), f"{count:,} images")
 
 
 def of_draws(values: Sequence[float], count: int) -> Share:
-    """The mean accuracy over draws of the labels, each on `count` test images, with Student's interval."""
+    """The mean accuracy over two or more draws of the labels, all on the same `count` test images.
+
+    The interval is Student's over the draws and Wilson's over the images, added in squares: the draws share the images,
+    so that their spread does not hold the images' part.
+    """
     from scipy.stats import t
 
     draws, mean = len(values), float(np.mean(values))
-    error = float(np.std(values, ddof=1)) / math.sqrt(draws) if draws > 1 else math.nan
-    half = float(t.ppf(0.975, draws - 1)) * error if draws > 1 else math.nan
-    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), error, f"{draws} draws, {count:,} images")
+    of_labels = float(t.ppf(0.975, draws - 1)) * float(np.std(values, ddof=1)) / math.sqrt(draws)
+    half = math.hypot(of_labels, of_images(mean, count).half)
+    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), f"{draws} draws, {count:,} images")
 
 
 def difference(first: Share, second: Share) -> tuple[float, float]:
@@ -63,7 +72,7 @@ def difference(first: Share, second: Share) -> tuple[float, float]:
 
     They mostly share their test images, so that the true interval is narrower.
     """
-    return 100 * (first.value - second.value), 100 * _Z * math.hypot(first.error, second.error)
+    return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
 
 
 def points(first: Share, second: Share) -> str:
@@ -80,24 +89,29 @@ def clearly(first: Share, second: Share) -> bool:
 
 @dataclass(frozen=True)
 class Results:
-    """The files of a reproduction, read when they are asked for; KeyError where a step has not been done."""
+    """The files of a reproduction, read when they are asked for; NotDone where a step has no result."""
 
     folder: Path
     scale: Scale
-
-    def _done(self, name: str) -> None:
-        if not is_done(records(self.folder).get(name)):
-            raise KeyError(name)
-
-    def probe(self, name: str) -> dict[str, Any]:
-        """A probe.json."""
-        self._done(f"probes/{name}")
-        return read_json(self.folder / "probes" / f"{name}.json", "probe")
 
     def has(self, name: str) -> bool:
         """Whether a step has a result."""
         record = records(self.folder).get(name)
         return record is not None and record["ended"] == "done"
+
+    def require(self, name: str) -> None:
+        """Refuses to go on without the result of a step.
+
+        Raises:
+            NotDone: there is none.
+        """
+        if not self.has(name):
+            raise NotDone(name)
+
+    def probe(self, name: str) -> dict[str, Any]:
+        """A probe.json."""
+        self.require(f"probes/{name}")
+        return read_json(self.folder / "probes" / f"{name}.json", "probe")
 
     def best(self, probe: Mapping[str, Any]) -> Share:
         """The test accuracy of the layer that validation has chosen."""
@@ -106,7 +120,7 @@ class Results:
 
     def losses(self, run: str) -> dict[int, float]:
         """Validation loss by update."""
-        self._done(f"runs/{run}")
+        self.require(f"runs/{run}")
         lines = read_metrics(self.folder / "runs" / run / "metrics.jsonl")
         return {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
 
@@ -116,7 +130,7 @@ class Results:
             [f"{start}-all"] if labels == "all" else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
         )
         for name in names:
-            self._done(f"finetuned/{name}")
+            self.require(f"finetuned/{name}")
         found = [read_json(self.folder / "finetuned" / name / "test.json", "result") for name in names]
         if labels == "all":
             return of_images(found[0]["test_accuracy"], found[0]["test_images"])

@@ -4,32 +4,42 @@ An answer claims no more than its intervals allow; what they leave open is undec
 """
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
 
-from igpt.reproduction.evidence import Held, Results, Share, clearly, of_draws, of_images, points, question, series
+from igpt.reproduction.evidence import (
+    Held,
+    Results,
+    Share,
+    clearly,
+    difference,
+    of_draws,
+    of_images,
+    points,
+    question,
+    series,
+)
 
 Answer = Callable[[Results, str, str, str], dict[str, Any]]
 
 
 def _by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    lines, rows, said, verdicts = [], [], [], []
+    lines, rows, said = [], [], []
+    found: list[Held] = []
     for size in results.scale.sizes:
-        probe = results.probe(size)
+        probe = results.probe("main" if size == results.scale.main else f"{size}-{results.scale.updates}")
         count, layers = probe["images"]["test"], probe["layers"]
         shares = [of_images(row["test_accuracy"], count) for row in layers]
         numbers = [row["layer"] for row in layers]
         peak = numbers.index(probe["best_layer"])
         lines.append(series(size, numbers, shares, peak))
-        inside, one_peak = 0 < peak < len(shares) - 1, _one_peak(shares, peak)
-        worse = clearly(shares[peak], shares[-1])
-        verdicts.append((inside, one_peak, worse))
+        found.append(_peak(shares, peak))
         said.append(
-            f"{size}: layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} %, "
-            f"{points(shares[peak], shares[-1])} above the last"
+            f"{size}: best at layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} %, "
+            f"{points(shares[peak], shares[-1])} from the last"
         )
         rows += [
             [f"{size}, layer {number}{' (chosen)' if number == probe['best_layer'] else ''}", share.cell, share.n]
@@ -37,37 +47,43 @@ def _by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, A
         ]
     if results.has("probes/own"):
         own = results.probe("own")
-        rows.append(
-            [
-                f"{results.scale.main} on the corpus' own {own['classes']} classes",
-                results.best(own).cell,
-                f"{own['images']['test']:,} images",
-            ]
-        )
-    inside, one_peak, worse = (sum(column) for column in zip(*verdicts, strict=True))
-    total = len(verdicts)
-    held: Held = "yes" if inside == worse == one_peak == total else "in part" if inside or worse else "no"
+        best = results.best(own)
+        rows.append([f"{results.scale.main} on the corpus' own {own['classes']} classes", best.cell, best.n])
+    held = together(found)
+    total = len(found)
     verdict = (
-        f"{_of(inside, total)} models are read best at a layer inside; in {_of(one_peak, total)} accuracy rises to "
-        f"the peak and falls after it, as far as the intervals tell; in {_of(worse, total)} the last layer is worse by "
-        f"more than the interval. {'; '.join(said)}."
+        f"{_of(found.count('yes'), total)} models have a single peak inside that is above the last layer by more than "
+        f"the interval; {_of(found.count('no'), total)} clearly have not, the others leave it open. {'; '.join(said)}."
     )
     plot = {"kind": "lines", "x": "layer", "y": "probe accuracy, %", "series": lines}
     how = (
-        f"One pretraining run of each size (seed 0). Logistic regression on features averaged over places, "
-        f"{probe['images']['train']:,} training and as many validation images (folded back), of which drawn by seed 0; "
-        f"layer and strength chosen on validation. Intervals: Wilson's, 95 %, over test images."
+        "One pretraining run of each size (seed 0). Logistic regression on features averaged over places; as many "
+        "training as test images, layer and strength chosen on as many validation images, which are then fitted to as "
+        "well; images drawn by seed 0. Intervals: Wilson's, 95 %, over test images."
     )
     return question(
         name, asks, paper, held, verdict, plot, {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}, how
     )
 
 
-def _one_peak(shares: list[Share], peak: int) -> bool:
-    """Whether no step towards the peak is a clear fall, and none after it a clear rise."""
-    falls = any(clearly(first, second) for first, second in pairwise(shares[: peak + 1]))
-    rises = any(clearly(second, first) for first, second in pairwise(shares[peak:]))
-    return not falls and not rises
+def _peak(shares: list[Share], peak: int) -> Held:
+    """Whether accuracies by layer have one peak, inside and clearly above the last; `peak` was chosen on validation."""
+    last, inner = shares[-1], max(shares[1:-1], key=lambda share: share.value, default=shares[peak])
+    # Of two layers on one side of the peak, the one nearer to it must not be clearly the worse one.
+    dents = any(clearly(further, nearer) for further, nearer in combinations(shares[: peak + 1], 2))
+    dents |= any(clearly(further, nearer) for nearer, further in combinations(shares[peak:], 2))
+    if dents or any(clearly(end, inner) for end in (shares[0], last)):
+        return "no"
+    return "yes" if 0 < peak < len(shares) - 1 and clearly(shares[peak], last) else "undecided"
+
+
+def together(found: Sequence[Held]) -> Held:
+    """What several answers to one question come to."""
+    if set(found) == {"yes"}:
+        return "yes"
+    if "yes" in found:
+        return "in part"
+    return "no" if "no" in found else "undecided"
 
 
 def _of(count: int, total: int) -> str:
@@ -87,38 +103,33 @@ def _loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[
             [f"{size}, update {step}", f"{loss:.3f}", share.cell, share.n]
             for (step, _), (loss, share) in zip(taken, curve, strict=True)
         ]
-    better = 0
+    better: list[Held] = []
     for size, curve in curves.items():
         correlation = _rank_correlation([-loss for loss, _ in curve], [share.value for _, share in curve])
-        better += correlation > 0.5 and clearly(curve[-1][1], curve[0][1])
+        first, last = curve[0][1], curve[-1][1]
+        up = correlation > 0.5 and clearly(last, first)
+        better.append("yes" if up else "no" if clearly(first, last) else "undecided")
         said.append(
-            f"{size}: rank correlation {correlation:.2f} over {len(curve)} points, "
-            f"{points(curve[-1][1], curve[0][1])} from first to last"
+            f"{size}: rank correlation {correlation:.2f} over {len(curve)} points, {points(last, first)} from first "
+            "to last"
         )
     ahead: list[Held] = []
     for smaller, larger in pairwise(curves):
         gain = _at_equal_loss(curves[smaller], curves[larger])
         if gain is None:
+            ahead.append("undecided")
             said.append(f"{larger} against {smaller}: their losses do not overlap")
             continue
         value, half, count = gain
         ahead.append("yes" if value > half else "no" if value < -half else "undecided")
         said.append(f"{larger} against {smaller} at equal loss: {value:+.1f} ± {half:.1f} points over {count} points")
-    size_wins = bool(ahead) and all(one == "yes" for one in ahead)
-    held: Held = "yes" if better == len(curves) and size_wins else "in part" if better or "yes" in ahead else "no"
-    loss_words = (
-        "Lower loss goes with better features"
-        if better == len(curves)
-        else (f"Lower loss goes clearly with better features in {_of(better, len(curves))} sizes")
+    held = together([*better, *ahead])
+    verdict = (
+        f"Lower loss clearly goes with better features in {_of(better.count('yes'), len(better))} sizes, and clearly "
+        f"not in {better.count('no')}; at equal loss the larger model is clearly ahead in "
+        f"{_of(ahead.count('yes'), len(ahead))} pairs of sizes, and clearly behind in {ahead.count('no')}. "
+        f"{'; '.join(said)}."
     )
-    size_words = (
-        "the larger model wins at equal loss"
-        if size_wins
-        else "at equal loss the larger model loses"
-        if "no" in ahead
-        else "whether the larger model wins at equal loss is undecided here"
-    )
-    verdict = f"{loss_words}; {size_words}. {'; '.join(said)}."
     plot = {
         "kind": "lines",
         "x": "validation loss, nats/pixel (better to the right)",
@@ -151,33 +162,39 @@ def _at_equal_loss(
     inside = [(loss, share) for loss, share in larger if losses[0] <= loss <= losses[-1]]
     if not inside:
         return None
-    leads, variances = [], []
+    leads, halves = [], []
     for loss, share in inside:
         leads.append(share.value - float(np.interp(loss, losses, [each.value for _, each in order])))
-        variances.append(share.error**2 + float(np.interp(loss, losses, [each.error for _, each in order])) ** 2)
-    # The images are the same for all points, so that their errors are not independent: the mean variance stands.
-    return 100 * float(np.mean(leads)), 196 * math.sqrt(float(np.mean(variances))), len(inside)
+        halves.append(math.hypot(share.half, float(np.interp(loss, losses, [each.half for _, each in order]))))
+    # The images are the same for all points, so that averaging over points makes nothing surer.
+    return 100 * float(np.mean(leads)), 100 * float(np.mean(halves)), len(inside)
 
 
 def _bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    probes = [results.best(results.probe(run)) for run in (results.scale.main, "bert")]
+    probes = [results.best(results.probe(run)) for run in ("main", "bert")]
     tuned = [results.finetuned(start, "all") for start in ("ar", "bert")]
-    gaps = [probes[0].value - probes[1].value, tuned[0].value - tuned[1].value]
     worse, behind = clearly(probes[0], probes[1]), clearly(tuned[0], tuned[1])
-    closer = gaps[1] < gaps[0]
+    (before, uncertain), (after, unsure) = difference(*probes), difference(*tuned)
+    closer = before - after > math.hypot(uncertain, unsure)
     held: Held = (
         "yes"
         if worse and closer and not behind
-        else "no"
-        if clearly(probes[1], probes[0])
         else "in part"
         if worse
+        else "no"
+        if clearly(probes[1], probes[0])
         else "undecided"
     )
-    change = "BERT has caught up" if closer and not behind else "the gap is smaller then" if closer else "it has not"
+    change = (
+        "BERT has caught up"
+        if closer and not behind
+        else "the gap is clearly smaller"
+        if closer
+        else "not clearly less"
+    )
     verdict = (
-        f"Autoregressive minus BERT: {points(*probes)} under the probe{'' if worse else ', which decides nothing'}, "
-        f"{points(*tuned)} after fine-tuning{f'; {change}' if worse else ''}."
+        f"Autoregressive minus BERT: {points(*probes)} under the probe{'' if worse else ', not clearly better'}, "
+        f"{points(*tuned)} after fine-tuning{f': {change}' if worse else ''}."
     )
     categories = ["linear probe", "fine-tuned"]
     lines = [
@@ -190,10 +207,12 @@ def _bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         for kind, share in zip(("autoregressive", "BERT"), pair, strict=True)
     ]
     plot = {"kind": "groups", "x": "", "y": "test accuracy, %", "categories": categories, "series": lines}
+    masks = results.scale.masks
+    sees = f"{masks} masked versions, of which the modal prediction counts" if masks else "whole images"
     how = (
         f"The {results.scale.main} size, as many updates of the same batches for both, one run each (seed 0); BERT's "
-        "masks are 15 %. Probe: best layer by validation, whole images. Fine-tuning: the same updates and learning "
-        "rates, chosen by validation accuracy; BERT is tested on whole images."
+        f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
+        "learning rates, chosen by validation accuracy; BERT is tested on whole images."
     )
     return question(
         name,
@@ -208,7 +227,7 @@ def _bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
 
 
 def _finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    scale, probe = results.scale, results.probe(results.scale.main)
+    scale, probe = results.scale, results.probe("main")
     raw = probe["baselines"]["raw_pixels"]
     count = probe["images"]["test"]
     found: dict[str, list[Share]] = {"fine-tuned": [], "linear probe": [], "from scratch": [], "raw pixels": []}
@@ -233,7 +252,7 @@ def _finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str,
             + ", ".join(f"{other} {100 * share.value:.1f} % ({points(ours, share)})" for other, share in others.items())
         )
     comparisons = 3 * len(categories)
-    held: Held = "yes" if wins == comparisons else "in part" if wins > losses else "no" if losses else "undecided"
+    held: Held = "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
     verdict = (
         f"Fine-tuning is clearly ahead in {_of(wins, comparisons)} comparisons and clearly behind in {losses}. "
         f"{'; '.join(said)}."
@@ -279,13 +298,6 @@ def _resolution(results: Results, name: str, asks: str, paper: str) -> dict[str,
     sides = sorted(results.scale.resolutions)
     probes = {side: results.probe(f"at-{side}") for side in sides}
     ours = [results.best(probes[side]) for side in sides]
-    untrained = [
-        results.best({**probes[side]["baselines"]["untrained"], "images": probes[side]["images"]}) for side in sides
-    ]
-    raw = [
-        of_images(probes[side]["baselines"]["raw_pixels"]["test_accuracy"], probes[side]["images"]["test"])
-        for side in sides
-    ]
     first, last = ours[0], ours[-1]
     held: Held = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
@@ -294,18 +306,13 @@ def _resolution(results: Results, name: str, asks: str, paper: str) -> dict[str,
         + ", ".join(f"{side} px {100 * share.value:.1f} %" for side, share in zip(sides, ours, strict=True))
         + "."
     )
-    kinds = {"pretrained": ours, "untrained": untrained, "raw pixels": raw}
-    rows = [
-        [f"{side} px", kind, share.cell, share.n]
-        for kind, shares in kinds.items()
-        for side, share in zip(sides, shares, strict=True)
-    ]
+    rows = [[f"{side} px", share.cell, share.n] for side, share in zip(sides, ours, strict=True)]
     plot = {
         "kind": "groups",
         "x": "resolution",
         "y": "probe accuracy, %",
         "categories": [f"{side} px" for side in sides],
-        "series": [series(kind, list(range(len(sides))), shares) for kind, shares in kinds.items()],
+        "series": [series("best layer", list(range(len(sides))), ours)],
     }
     how = (
         f"The {results.scale.resolution_size} size, {results.scale.resolution_updates:,} updates of the same images "
@@ -319,7 +326,7 @@ def _resolution(results: Results, name: str, asks: str, paper: str) -> dict[str,
         held,
         verdict,
         plot,
-        {"head": ["resolution", "features", "test accuracy, % (95 %)", "n"], "rows": rows},
+        {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows},
         how,
     )
 
@@ -329,8 +336,7 @@ def _pictures(results: Results, name: str, asks: str, paper: str) -> dict[str, A
     losses, steps = results.losses(size), results.scale.snapshots
     for step in steps:
         for kind in ("samples", "completions"):
-            if not results.has(f"pictures/{kind}-{step}"):
-                raise KeyError(f"pictures/{kind}-{step}")
+            results.require(f"pictures/{kind}-{step}")
     rows = [[str(step), f"{losses[step]:.3f}"] for step in steps]
     verdict = (
         f"From update {steps[0]} to {steps[-1]} the loss goes from {losses[steps[0]]:.3f} to {losses[steps[-1]]:.3f} "

@@ -4,16 +4,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 
+from igpt.config import read_settings
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import write_json
 from igpt.report.reproduction import write_page
-from igpt.reproduction.evidence import Results, question
+from igpt.reproduction.evidence import NotDone, Results, question
 from igpt.reproduction.questions import QUESTIONS
-from igpt.reproduction.runner import Command, records, run
+from igpt.reproduction.runner import Command, StepsFailed, records, run
 from igpt.reproduction.scale import Scale
 from igpt.reproduction.steps import steps
 from igpt.training.metrics import read_metrics
@@ -48,7 +48,7 @@ def reproduce(
         whether all is done.
 
     Raises:
-        InputError: a step failed, or `out` holds another reproduction.
+        InputError: steps failed, or `out` holds another reproduction.
         Interrupted: on Ctrl-C or SIGTERM.
     """
     console = Console(highlight=False)
@@ -59,10 +59,16 @@ def reproduce(
     planned = [step for step in steps(scale, corpus, labelled) if step.name.startswith("tokens/") or not tokens_only]
     places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
     told = partial(console.print, soft_wrap=True)
-    done = run(planned, out, command, places=places, jobs=jobs or scale.jobs, minutes=minutes, say=told)
+    failed: StepsFailed | None = None
+    try:
+        done = run(planned, out, command, places=places, jobs=jobs or scale.jobs, minutes=minutes, say=told)
+    except StepsFailed as failure:  # the page tells of all else
+        failed = failure
     evidence = gather(out, scale, corpus, labelled)
     write_json(out / EVIDENCE, evidence)
     told(f"{write_page(out, evidence)}: the answers, with figures")
+    if failed:
+        raise failed
     return done
 
 
@@ -72,10 +78,10 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
     for name, asks, paper, answer in QUESTIONS:
         try:
             answered.append(answer(results, name, asks, paper))
-        except KeyError as missing:
+        except NotDone as missing:
             answered.append(question(name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""))
     notes_path = folder / NOTES
-    notes = yaml.safe_load(notes_path.read_text("utf-8")) if notes_path.exists() else {}
+    notes = read_settings(notes_path) if notes_path.exists() else {}
     known = records(folder)
     return {
         "format": FORMAT,
@@ -86,10 +92,11 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
         "labelled": labelled,
         "colors": scale.colors,
         "complete": all(one["held"] != "not yet" for one in answered),
-        "questions": [{**one, "tried": (notes or {}).get(one["name"])} for one in answered],
+        "questions": [{**one, "tried": notes.get(one["name"])} for one in answered],
         "models": _models(results),
         "steps": {name: {"seconds": record["seconds"]} for name, record in known.items()},
         "side_by_side": max((record["side_by_side"] for record in known.values()), default=None),
+        "machines": [dict(pairs) for pairs in dict.fromkeys(tuple(one["machine"].items()) for one in known.values())],
         "environment": describe(),
     }
 

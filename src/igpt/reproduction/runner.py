@@ -23,6 +23,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from igpt.data.tokens import MANIFEST, TokenDataset
+from igpt.environment import describe
 from igpt.errors import InputError, Interrupted
 from igpt.files import read_json, write_json
 from igpt.reproduction.steps import Step
@@ -32,6 +34,10 @@ _IMPORTED = ["igpt.cli", "igpt.training.pretrain", "igpt.training.finetune", "ig
 FORMAT, VERSION = "igpt-reproduction-steps", 1
 Command = Callable[[list[str]], int]  # the words of a command line -> its exit code
 Say = Callable[[str], None]
+
+
+class StepsFailed(InputError):  # noqa: N818  as its siblings in errors.py
+    """Steps of a reproduction have failed; the message says which, and why the first did."""
 
 
 @dataclass
@@ -57,7 +63,7 @@ def run(
     Args:
         folder: of the reproduction; commands run in it.
         command: runs one; a function of a module, that a process of its own can import.
-        places: words of commands that mean paths from here, with the paths that they mean.
+        places: sources of `igpt prepare` that are paths from here, with the absolute ones.
         jobs: steps side by side; the cores are shared out among them.
         minutes: after so many the steps that run are stopped; the next call goes on.
         say: is told what begins and ends.
@@ -66,7 +72,8 @@ def run(
         whether all steps are done.
 
     Raises:
-        InputError: a step failed, the folder holds results of other commands, or another process works in it.
+        StepsFailed: some failed; all that does not need them is done.
+        InputError: the folder holds results of other commands, or another process works in it.
         Interrupted: on Ctrl-C or SIGTERM, when the steps that ran have been stopped.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +98,7 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(found["steps"])
 
 
-def is_done(record: dict[str, Any] | None) -> bool:
+def settled(record: Mapping[str, Any] | None) -> bool:
     """Whether nothing is left to do of a step."""
     return record is not None and record["ended"] in ("done", "skipped")
 
@@ -131,7 +138,8 @@ class _Runner:
     ) -> None:
         self.folder, self.command, self.places = folder, command, places
         self.jobs, self.say, self.stop = jobs, say, stop
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.threads = max(1, _cores() // jobs)
+        self.machine = {key: value for key, value in describe().items() if key not in ("command", "started")}
         self.records = records(folder)
         for step in steps:
             known = self.records.get(step.name)
@@ -141,61 +149,78 @@ class _Runner:
                     f"choose another -o"
                 )
         self.total = len(steps)
-        self.done = {step.name for step in steps if is_done(self.records.get(step.name))}
+        self.done = {step.name for step in steps if settled(self.records.get(step.name))}
         self.waiting = [step for step in steps if step.name not in self.done]
         self.running: list[_Running] = []
+        self.failures: list[str] = []
 
     def run(self, minutes: float | None) -> bool:
         end = None if minutes is None else time.monotonic() + 60 * minutes
         if self.done and self.waiting:
             self.say(f"{len(self.done)} of {self.total} steps are done already")
-        with _threads(self.threads):
-            while self.waiting or self.running:
-                self._begin()
-                left = 0.5 if end is None else min(0.5, max(0.0, end - time.monotonic()))
-                wait([one.process.sentinel for one in self.running], timeout=left)
-                self._collect()
-                late = end is not None and time.monotonic() >= end and (self.waiting or self.running)
-                if self.stop.number is not None or late:
-                    break
-            else:
-                return True
+        try:
+            with _threads(self.threads):
+                late = self._work(end)
+        finally:  # whatever went wrong here, nothing runs on behind our back
             self._stop_all()
         reached = f"{len(self.done)} of {self.total} steps are done"
         if self.stop.number is not None:
             raise Interrupted(self.stop.number, reached)
-        self.say(f"stopped after {minutes:g} minutes: {reached}; the same command goes on")
+        if self.failures:
+            several = f" ({len(self.failures)} steps failed; {reached})" if len(self.failures) > 1 else f" ({reached})"
+            raise StepsFailed(self.failures[0] + several)
+        if late:
+            self.say(f"stopped after {minutes:g} minutes: {reached}; the same command goes on")
+        return not late
+
+    def _work(self, end: float | None) -> bool:
+        """Runs steps until none is left whose inputs are there, a stop is wished for, or time is up (then True)."""
+        while self._begin() or self.running:
+            left = 0.5 if end is None else min(0.5, max(0.0, end - time.monotonic()))
+            wait([one.process.sentinel for one in self.running], timeout=left)
+            self._collect()
+            if self.stop.number is not None:
+                return False
+            if end is not None and time.monotonic() >= end and (self.waiting or self.running):
+                return True
         return False
 
-    def _begin(self) -> None:
-        """Starts the next steps whose inputs are there, as many as may run side by side."""
+    def _begin(self) -> bool:
+        """Starts the next steps whose inputs are there, as many as may run side by side; whether it settled any."""
+        began = False
         for step in list(self.waiting):
             if len(self.running) >= self.jobs:
-                return
+                break
             if not self.done.issuperset(step.after):
                 continue
             self.waiting.remove(step)
+            began = True
             if step.labels and not _has_labels(self.folder / step.labels):
                 self._record(step, "skipped", 0.0)
                 self.say(f"{step.name}: skipped, {step.labels} has no labels")
-                continue
-            words = [str(self.places.get(word, word)) for word in step.words]
-            words += ["--resume"] if step.run and (self.folder / step.name).exists() else []
-            log = Path(LOGS, f"{step.name.replace('/', '-')}.log")
-            (self.folder / LOGS).mkdir(exist_ok=True)
-            context = get_context("forkserver")
-            ready, begun = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(self.command, words, self.folder, log, self.threads, begun))
-            process.start()
-            begun.close()
-            self.running.append(_Running(step, process, ready))
+            elif step.words[0] == "prepare" and (self.folder / step.name / MANIFEST).exists():
+                self._record(step, "done", 0.0)  # it ended together with whoever should have recorded it
+            else:
+                self._start(step)
+        return began
+
+    def _start(self, step: Step) -> None:
+        words = list(step.words)
+        if words[0] == "prepare":
+            words[1] = str(self.places.get(words[1], words[1]))
+        words += ["--resume"] if step.run and (self.folder / step.name / "config.yaml").exists() else []
+        (self.folder / LOGS).mkdir(exist_ok=True)
+        context = get_context("forkserver")
+        ready, begun = context.Pipe(duplex=False)
+        process = context.Process(
+            target=_child, args=(self.command, words, self.folder, _log(step), self.threads, begun)
+        )
+        process.start()
+        begun.close()
+        self.running.append(_Running(step, process, ready))
 
     def _collect(self) -> None:
-        """Records the steps that have ended.
-
-        Raises:
-            InputError: one of them failed; the others are stopped.
-        """
+        """Records the steps that have ended."""
         for one in [one for one in self.running if not one.process.is_alive()]:
             self.running.remove(one)
             seconds = time.monotonic() - one.began
@@ -203,16 +228,15 @@ class _Runner:
                 self._record(one.step, "done", seconds)
                 self.say(f"{len(self.done)}/{self.total} {one.step.name}: {seconds:.0f} s")
                 continue
-            self._record(one.step, "failed", seconds)
-            if self.stop.number is not None:
-                continue
-            self._stop_all()
-            log = self.folder / LOGS / f"{one.step.name.replace('/', '-')}.log"
+            self._record(one.step, "failed" if self.stop.number is None else "stopped", seconds)
+            log = self.folder / _log(one.step)
             lines = log.read_text().strip().splitlines() if log.exists() else []
-            raise InputError(
+            failure = (
                 f"the step {one.step.name} failed (exit code {one.process.exitcode}): "
                 f"{lines[-1] if lines else 'it said nothing'}; all that it said is in {log}"
             )
+            self.failures.append(failure)
+            self.say(failure)
 
     def _stop_all(self) -> None:
         """Asks what runs to save and end, and waits for it."""
@@ -235,13 +259,20 @@ class _Runner:
             "ended": ended,
             "seconds": round(before + seconds, 1),
             "side_by_side": self.jobs,
+            "machine": self.machine,
         }
         write_json(self.folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": self.records})
 
 
-def _has_labels(tokens: Path) -> bool:
-    from igpt.data.tokens import TokenDataset
+def _log(step: Step) -> Path:
+    return Path(LOGS, f"{step.name.replace('/', '-')}.log")
 
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has_labels(tokens: Path) -> bool:
     return TokenDataset(tokens).class_names is not None
 
 
@@ -277,7 +308,8 @@ def _child(command: Command, words: list[str], folder: Path, log: Path, threads:
     parent = parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    sys.exit(command(words))
+    with FileLock(log.with_suffix(".lock")):  # one whose parent was killed may still be saving
+        sys.exit(command(words))
 
 
 def _end_with(sentinel: int) -> None:

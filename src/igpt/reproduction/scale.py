@@ -23,10 +23,10 @@ class Scale:
         recipe: of all pretraining.
         updates: of pretraining, and `snapshots`: after how many a model is probed as well.
         resolution_size, resolution_updates: of the models at several resolutions.
-        probe_images, snapshot_images: of each split, for the probes of finished models and of snapshots.
+        probe_images: of each split, for the probes of the main size and of BERT; snapshot_images: for all others.
         finetuning: of all fine-tuning, and what the training with all labels and with few adds to it.
         few: labels of a class, and how often they are drawn.
-        masks: of a BERT model at test time, for the modal prediction.
+        masks: of a BERT model under the probe, for the modal prediction; 0 shows it whole images.
         drawn: pictures of a row.
         jobs: steps side by side.
     """
@@ -80,30 +80,30 @@ _CPU = Scale(
     snapshots=(50, 100, 200, 400, 800),
     resolution_size="small",
     resolution_updates=200,
-    probe_images=2500,
+    probe_images=2000,
     snapshot_images=1000,
     finetuning={"batch-size": 16, "optimizer": "adamw", "flip": True, "log-every": 25, "test-images": 2000},
     with_all={
-        "steps": 200,
+        "steps": 150,
         "learning-rates": (1e-3, 3e-3),
         "shift": 2,
-        "validate-every": 100,
-        "checkpoint-every": 100,
+        "validate-every": 75,
+        "checkpoint-every": 75,
         "validation-images": 500,
     },
     with_few={
-        "test-images": 1000,
-        "steps": 45,
+        "test-images": 500,
+        "steps": 30,
         "learning-rate": 1e-3,
         "shift": 2,
         "validate-every": 15,
-        "checkpoint-every": 45,
-        "validation-images": 200,
+        "checkpoint-every": 30,
+        "validation-images": 100,
     },
     few=(4, 25),
     draws=3,
-    masks=5,
-    drawn=8,
+    masks=0,  # five would take as many times as long
+    drawn=6,
     jobs=2,
 )
 
@@ -131,6 +131,7 @@ _GPU = replace(
     },
     updates=1500,
     snapshots=(100, 250, 500, 1000, 1500),
+    masks=5,
     resolution_size="small",
     resolution_updates=800,
     probe_images=5_000,
@@ -190,6 +191,5 @@ def scale(name: str, *, rehearsal: bool = False) -> Scale:
         with_few={**full.with_few, "steps": 2, "test-images": 20, **short},
         few=(1, 2),
         draws=2,
-        masks=2,
         drawn=2,
     )

@@ -2,7 +2,7 @@
 
 tokens/corpus-R, tokens/labelled-R     token data sets at resolution R
 runs/SIZE, runs/bert, runs/at-R        pretraining
-probes/NAME.json                       linear probes of what stands in runs/NAME, or in a snapshot: NAME-STEP
+probes/NAME.json                       linear probes: SIZE-STEP of a snapshot, main, bert, at-R; own: the corpus' labels
 finetuned/START-LABELS[-DRAW]          fine-tuning from "ar", "bert" or "scratch"
 pictures/NAME.png                      samples and completions
 """
@@ -107,18 +107,18 @@ def _probes(scale: Scale) -> Iterator[Step]:
     side = scale.resolutions[0]
     labelled = LABELLED.format(side)
     for size in reversed(scale.sizes):
-        more: Flags = {"labels-per-class": scale.few} if size == scale.main else {"no-baselines": True}
-        yield _probe(f"probes/{size}", f"runs/{size}", labelled, scale.probe_images, more)
         for step in scale.snapshots:
-            yield _probe(
-                f"probes/{size}-{step}", f"runs/{size}", labelled, scale.snapshot_images, {"no-baselines": True}, step
-            )
-    yield _probe("probes/bert", "runs/bert", labelled, scale.probe_images, {"no-baselines": True})
+            name = f"probes/{size}-{step}"
+            yield _probe(name, f"runs/{size}", labelled, scale.snapshot_images, {"no-baselines": True}, step)
+    few: Flags = {"labels-per-class": scale.few}
+    yield _probe("probes/main", f"runs/{scale.main}", labelled, scale.probe_images, few)
+    masked: Flags = {"masks": scale.masks or None, "no-baselines": True}
+    yield _probe("probes/bert", "runs/bert", labelled, scale.probe_images, masked)
     own = CORPUS.format(side)
     yield _probe("probes/own", f"runs/{scale.main}", own, scale.probe_images, {"no-baselines": True})
     for side in scale.resolutions:
         tokens = LABELLED.format(side)
-        yield _probe(f"probes/at-{side}", f"runs/at-{side}", tokens, scale.snapshot_images, {})
+        yield _probe(f"probes/at-{side}", f"runs/at-{side}", tokens, scale.snapshot_images, {"no-baselines": True})
 
 
 def _probe(name: str, run: str, tokens: str, images: int, more: Flags, step: int | None = None) -> Step:

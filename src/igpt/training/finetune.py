@@ -64,7 +64,9 @@ class FinetuneConfig(TrainConfig):
         (), description="several, in place of one: a run for each, of which validation accuracy chooses"
     )
     labels_per_class: int | None = Field(
-        None, ge=1, description="train on so few images of each class only: the first draw of igpt probe by that seed"
+        None,
+        ge=1,
+        description="train on so few images of each class only, drawn by seed as the first draw of igpt probe is",
     )
     validation_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
     test_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
@@ -251,7 +253,7 @@ class _Finetuning:
 
         Nothing is left to choose by: the model after the last update is kept.
         """
-        train = TokenSplit.joined("train+validation", [self.splits["train"], self.splits["validation"]])
+        train = TokenSplit.joined("train+validation", [self.splits["train"], self.data["validation"]])
         steps = -(-best.best_step * len(train) // len(self.splits["train"]))
         config = best.config.model_copy(update={"steps": steps, "validate_every": steps})
         self._train(config, self.run / "fold-back", train, "error_on_trained")
