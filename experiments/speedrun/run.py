@@ -96,9 +96,12 @@ ENTRIES = (
     Entry("start_from_palette", "muon", "embeddings begin alike for like colours", {"start_from_palette": True}),
     Entry("rotary", "start_from_palette", "rotary positions of rows and columns", {"positions": "rotary"}),
     Entry("qk_norm", "rotary", "RMS norm of queries and keys", {"qk_norm": True}),
-    Entry("relu2", "qk_norm", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
-    Entry("value_residual", "relu2", "values mixed with the first block's", {"value_residual": True}),
-    Entry("linear", "value_residual", "learning rate falls linearly", {"schedule": "linear"}),
+    Entry("shorter", "start_from_palette", "half as many updates planned", {"steps": 80, "warmup_steps": 8}),
+    Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
+    Entry("relu2", "shorter", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
+    Entry("value_residual", "shorter", "values mixed with the first block's", {"value_residual": True}),
+    Entry("linear", "shorter", "learning rate falls linearly", {"schedule": "linear"}),
+    Entry("faster", "shorter", "learning rate 8e-3", {"learning_rate": 8e-3}),
 )
 NAMES = {entry.name: entry for entry in ENTRIES}
 
@@ -205,21 +208,34 @@ def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> flo
     return mean(final[seed] for seed in seeds) if final.keys() >= set(seeds) else None
 
 
+def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[float, int] | None:
+    """Seconds and updates until a validation curve came to the target, between two validations by straight lines."""
+    before: Mapping[str, Any] | None = None
+    for point in curve:
+        if target is not None and point["loss"] <= target:
+            if before is None:
+                return point["seconds"], point["step"]
+            part = (before["loss"] - target) / (before["loss"] - point["loss"])
+            seconds, step = (before[key] + part * (point[key] - before[key]) for key in ("seconds", "step"))
+            return seconds, round(step)
+        before = point
+    return None
+
+
 def record(result: Mapping[str, Any], target: float | None, sets_target: bool = False) -> dict[str, Any]:
-    """One training's record: when a validation first came to the target, if any did.
+    """One training's record: when it came to the target, if it did.
 
     Args:
         sets_target: its own final loss made the target: its time is that of all of it.
     """
     curve, environment = result["curve"], result["environment"]
-    reached = [point for point in curve if target is not None and point["loss"] <= target]
-    at = curve[-1] if sets_target else reached[0] if reached else None
+    at = (curve[-1]["seconds"], curve[-1]["step"]) if sets_target else crossing(curve, target)
     return {
         "entry": result["entry"],
         "seed": result["seed"],
         "reached": at is not None,
-        "seconds": at and at["seconds"],
-        "updates": at and at["step"],
+        "seconds": at and at[0],
+        "updates": at and at[1],
         "final_loss": curve[-1]["loss"],
         "images_per_second": result["images_per_second"],
         "settings": result["settings"],
@@ -229,8 +245,9 @@ def record(result: Mapping[str, Any], target: float | None, sets_target: bool = 
 
 
 def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Whether an entry is an improvement: all its seeds reach the target, in less time by the median than its base's.
+    """Whether an entry is an improvement: by the median over the seeds it is at the target sooner than its base.
 
+    A seed that does not come to the target takes for ever.
     None of the first entry, and while the two have not been trained with the same seeds.
     """
     over = NAMES[name].over
@@ -238,7 +255,7 @@ def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
     if not mine or {one["seed"] for one in mine} != {one["seed"] for one in others}:
         return None
     times = [median(one["seconds"] if one["reached"] else math.inf for one in some) for some in (mine, others)]
-    return all(one["reached"] for one in mine) and times[0] < times[1]
+    return times[0] < times[1]
 
 
 def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
