@@ -98,10 +98,9 @@ ENTRIES = (
     Entry("qk_norm", "rotary", "RMS norm of queries and keys", {"qk_norm": True}),
     Entry("shorter", "start_from_palette", "half as many updates planned", {"steps": 80, "warmup_steps": 8}),
     Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
-    Entry("relu2", "shorter", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
-    Entry("value_residual", "shorter", "values mixed with the first block's", {"value_residual": True}),
-    Entry("linear", "shorter", "learning rate falls linearly", {"schedule": "linear"}),
-    Entry("faster", "shorter", "learning rate 8e-3", {"learning_rate": 8e-3}),
+    Entry("relu2", "start_from_palette", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
+    Entry("value_residual", "start_from_palette", "values mixed with the first block's", {"value_residual": True}),
+    Entry("rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}),
 )
 NAMES = {entry.name: entry for entry in ENTRIES}
 
