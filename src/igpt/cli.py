@@ -100,7 +100,7 @@ def pretrain(
     Args:
         tokens: token data set (`igpt prepare`).
         out: run directory to make, or to continue with --resume.
-        model: preset of shape and recipe: igpt-s, -m, -l, -l-48, -xl, gpu-hour, or for CPUs tiny, digits, photos.
+        model: preset of shape and recipe: igpt-s, -m, -l, -l-48, -xl, gpu-hour; for CPUs tiny, digits, photos, modern.
         config: settings in YAML or JSON over the preset; flags override both.
         resume: continue an interrupted run from its newest whole checkpoint.
     """
