@@ -101,6 +101,7 @@ ENTRIES = (
     Entry("relu2", "start_from_palette", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
     Entry("value_residual", "start_from_palette", "values mixed with the first block's", {"value_residual": True}),
     Entry("rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}),
+    Entry("rate_residual", "rate", "values mixed with the first block's, once more", {"value_residual": True}),
 )
 NAMES = {entry.name: entry for entry in ENTRIES}
 
