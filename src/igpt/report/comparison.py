@@ -32,7 +32,7 @@ def draw(plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE) ->
     if plot["kind"] == "lines":
         _lines(axes, plot, look, width)
     else:
-        _groups(axes, plot, look)
+        _groups(axes, plot, look, width)
     axes.set_xlabel(plot["x"], color=look.ink)
     axes.set_ylabel(plot["y"], color=look.ink)
     return figure
@@ -63,7 +63,7 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
     label_ends(axes, labels, width)
 
 
-def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look) -> None:
+def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> None:
     """Points side by side in every category; a legend beside them, for they have no ends to write their names at."""
     count = len(plot["series"])
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
@@ -75,6 +75,8 @@ def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look) -> None:
         )
     axes.set_xlim(-0.5, len(plot["categories"]) - 0.5)
     axes.set_xticks(range(len(plot["categories"])), plot["categories"])
+    box = axes.get_position()
+    axes.set_position((box.x0, box.y0, box.width - 0.3 / width, box.height))  # for long names
     axes.legend(
         loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False, fontsize=FONT, labelcolor=look.ink, handlelength=1
     )
