@@ -12,7 +12,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from igpt.confidence import interval_of_share
+from igpt.confidence import interval_of_share, unpacked
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each
 from igpt.errors import InputError
@@ -158,6 +158,23 @@ def test_raw_pixels_are_probed_with_few_labels_too(model: ImageGPT, digits: Toke
         train, test = (scaler.transform(x.reshape(len(x), -1)) for x in (pixels["train"][rows], pixels["test"]))
         rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000).fit(train, digits["train"].labels[rows])
         assert accuracy == pytest.approx(rival.score(test, digits["test"].labels), abs=0.012)
+
+
+def test_more_test_images_than_others(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    """They are drawn as all others are, and each answer is kept."""
+    config = ProbeConfig(baselines=False, strengths=(0.1,), layers=(1,), fold_back=False, limit=60, test_images=150)
+    result = probe(model, digits, config, kept.parent / f"{kept.name}-more")
+    assert result["images"] == {"train": 60, "validation": 60, "test": 150}
+    rows = {name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:60]) for name in ("train",)}
+    rows["test"] = np.sort(np.random.default_rng(0).permutation(len(digits["test"]))[:150])
+    x = {name: np.concatenate([batch[1] for batch in pooled(model, digits[name])])[rows[name]] for name in rows}
+    scaler = StandardScaler().fit(x["train"])
+    rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000)
+    rival.fit(scaler.transform(x["train"]), digits["train"].labels[rows["train"]])
+    answers = rival.predict(scaler.transform(x["test"])) == digits["test"].labels[rows["test"]]
+    found = unpacked(result["layers"][0]["test_right"], 150)
+    assert found.mean() == result["layers"][0]["test_accuracy"]
+    assert (found == answers).mean() > 0.99
 
 
 def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:

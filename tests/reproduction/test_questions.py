@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
+import numpy as np
 import pytest
 
-from igpt.confidence import interval_of_share
+from igpt.confidence import interval_of_share, packed
 from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_draws, of_images
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION
@@ -14,6 +16,12 @@ from igpt.reproduction.scale import Scale, scale
 
 SCALE = scale("cpu", rehearsal=True)
 SIZES = list(SCALE.sizes)
+
+
+def row(accuracy: float, images: int, name: str) -> dict[str, Any]:
+    """A row of results: right on images that are drawn by its name, so that two rows differ as on different images."""
+    right = np.random.default_rng(crc32(name.encode())).permutation(images) < round(accuracy * images)
+    return {"test_accuracy": float(right.mean()), "test_right": packed(right)}
 
 
 class Made:
@@ -31,17 +39,18 @@ class Made:
         (self.folder / RECORD).write_text(json.dumps(record))
 
     def probe(self, name: str, accuracies: list[float], best: int, images: int = 2000, **more: Any) -> None:
-        layers = [{"layer": layer, "test_accuracy": value} for layer, value in enumerate(accuracies)]
+        layers = [{"layer": layer, **row(value, images, f"{name}, {layer}")} for layer, value in enumerate(accuracies)]
         counts = dict.fromkeys(("train", "validation", "test"), images)
-        value = {"layers": layers, "best_layer": best, "images": counts, "classes": 10, **more}
-        self._record(f"probes/{name}", f"probes/{name}.json", json.dumps(value))
+        config = {"limit": images, "test_images": None, "seed": 0}
+        about = {"best_layer": best, "images": counts, "classes": 10, "tokens": "tokens", "config": config}
+        self._record(f"probes/{name}", f"probes/{name}.json", json.dumps({"layers": layers, **about, **more}))
 
     def run(self, name: str, losses: dict[int, float]) -> None:
         lines = [json.dumps({"kind": "validation", "step": step, "loss": loss}) for step, loss in losses.items()]
         self._record(f"runs/{name}", f"runs/{name}/metrics.jsonl", "\n".join(lines))
 
     def finetuned(self, name: str, accuracy: float, images: int = 2000) -> None:
-        value = json.dumps({"test_accuracy": accuracy, "test_images": images})
+        value = json.dumps({**row(accuracy, images, name), "test_images": images, "tokens": "tokens"})
         self._record(f"finetuned/{name}", f"finetuned/{name}/test.json", value)
 
     def answer(self, name: str) -> dict[str, Any]:
@@ -157,7 +166,7 @@ def test_bert(made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: f
 
 def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dict[str, Any]:
     few = [{"test_accuracies": [0.3, 0.301]} for _ in SCALE.few]
-    pixels = {"test_accuracy": raw, "few_labels": [{"test_accuracies": [raw, raw + 0.001]} for _ in SCALE.few]}
+    pixels = {**row(raw, 2000, "raw"), "few_labels": [{"test_accuracies": [raw, raw + 0.001]} for _ in SCALE.few]}
     made.probe("main", [0.1, 0.4], 1, few_labels=few, baselines={"raw_pixels": pixels})
     for start, value in (("ar", tuned), ("scratch", scratch)):
         made.finetuned(f"{start}-all", value)

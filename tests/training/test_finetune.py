@@ -11,7 +11,7 @@ import pytest
 import torch
 from runs import assert_same_tensors, saved
 
-from igpt.confidence import interval_of_share
+from igpt.confidence import interval_of_share, unpacked
 from igpt.data.batches import Batches
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset, few_of_each, write_manifest, write_shard
@@ -44,6 +44,7 @@ def test_accuracy_is_real_and_chosen_on_validation(classifier: Path, digits: Tok
         tokens = torch.from_numpy(test.rows(np.arange(len(test))).astype(np.int64))
         predicted = (list(model.features(tokens))[-1].mean(1) @ model.score.weight.t()).argmax(1).numpy()
     assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
+    assert (unpacked(result["test_right"], len(test)) == (predicted == test.labels)).all()
     assert result["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
     errors = {line["step"]: line["error"] for line in read_metrics(classifier / "metrics.jsonl") if "error" in line}
     assert result["best_step"] == min(errors, key=lambda step: (errors[step], step))

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.confidence import interval_of_share
+from igpt.confidence import interval_of_share, packed
 from igpt.config import Config
 from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
 from igpt.environment import describe
@@ -51,6 +51,7 @@ class ProbeConfig(Config):
     fold_back: bool = Field(True, description="fit the chosen setting anew on training and validation images")
     masks: int = Field(0, ge=0, description="mask BERT's input, and take the modal prediction over so many masks")
     limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
+    test_images: int | None = Field(None, ge=1, description="at most so many test images, in place of --limit")
     baselines: bool = Field(True, description="probe raw pixels and an untrained model of the same shape as well")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products that make the features")
     seed: int = Field(0, ge=0, lt=2**63, description="of all draws: images, masks, the untrained model, sgd's batches")
@@ -107,13 +108,18 @@ def probe(
         raise InputError("name each layer once, and two or more to concatenate")
     if config.masks:
         model.require("bert", "masking at test time")
-    drawn = {name: _drawn(data[name], config) for name in SPLITS}
+    limits = dict.fromkeys(SPLITS, config.limit) | ({"test": config.test_images} if config.test_images else {})
+    drawn = {name: _drawn(data[name], limits[name], config.seed) for name in SPLITS}
     require_classes({name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe")
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
     say = progress or (lambda what, done, total: None)
     known = np.unique(drawn["train"][0].labels)
-    of = {"tokens_sha256": sha256_of(data.path / MANIFEST), "drawn": config.limit and [config.limit, config.seed]}
+    checksum = sha256_of(data.path / MANIFEST)
+    of = {
+        name: {"tokens_sha256": checksum, "drawn": limit and [limit, config.seed], "split": name}
+        for name, limit in limits.items()
+    }
     found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
     device = model.wte.weight.device
     fit = partial(fit_and_test, config=config, device=device)
@@ -164,12 +170,12 @@ def probe(
     }
 
 
-def _drawn(split: TokenSplit, config: ProbeConfig) -> tuple[TokenSplit, NDArray[np.int64]]:
+def _drawn(split: TokenSplit, limit: int | None, seed: int) -> tuple[TokenSplit, NDArray[np.int64]]:
     """At most `limit` images of a split, and their rows."""
     rows = np.arange(len(split))
-    if config.limit is None or config.limit >= len(split):
+    if limit is None or limit >= len(split):
         return split, rows
-    rows = np.sort(np.random.default_rng(config.seed).permutation(len(split))[: config.limit])
+    rows = np.sort(np.random.default_rng(seed).permutation(len(split))[:limit])
     return split.subset(rows), rows
 
 
@@ -179,7 +185,7 @@ def _images(
     known: NDArray[np.int32],
     config: ProbeConfig,
     folder: Path,
-    of: Mapping[str, Any],
+    of: Mapping[str, Mapping[str, Any]],
     progress: Callable[[int, int], None],
 ) -> dict[str, Images]:
     """The features of all splits; under masks, one a training image and `config.masks` of each other one."""
@@ -196,7 +202,7 @@ def _images(
                     model,
                     split,
                     place,
-                    of={**of, "split": name},
+                    of=of[name],
                     masking=masking,
                     precision=config.precision,
                     progress=partial(_progress_after, progress, before, total),
@@ -244,7 +250,7 @@ def fit_and_test(
     if config.solver == "sgd":
         solve = partial(fit_sgd, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
     fitted = solve(train.features[0][0], train.labels, settings, device=device)
-    right = _right(fitted, validation, config.seed)
+    right = _right(fitted, validation, config.seed).sum(axis=1)
     best = int(right.argmax())
     final, place, converged = fitted, best, fitted.converged[best]
     if config.fold_back:
@@ -252,11 +258,13 @@ def fit_and_test(
         labels = np.concatenate([train.labels, validation.labels])
         final, place = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
-    hits, count = int(_right(final, test, config.seed)[place]), len(test.labels)
+    answers, count = _right(final, test, config.seed)[place], len(test.labels)
+    hits = int(answers.sum())
     row = {
         "validation_accuracy": int(right[best]) / len(validation.labels),
         "test_accuracy": hits / count,
         "test_interval_95": list(interval_of_share(hits, count)),
+        "test_right": packed(answers),
         name: settings[best],
         "converged": converged,
         "iterations": fitted.iterations[best],
@@ -264,15 +272,15 @@ def fit_and_test(
     return row, final.only(place)
 
 
-def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.int64]:
-    """How many images each classifier is right on, [S]; of several masks, the modal prediction counts."""
+def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
+    """Which images each classifier is right on, [S, N]; of several masks, the modal prediction counts."""
     predicted = np.stack([classifiers.predict(draw[0]) for draw in images.features])  # [m, S, N]
     answers = predicted[0]
     if len(predicted) > 1:
         classes = np.arange(classifiers.coef.shape[1])
         votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))  # S of [N, C]
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
-    right: NDArray[np.int64] = np.count_nonzero(answers == images.labels, axis=1)
+    right: NDArray[np.bool_] = answers == images.labels
     return right
 
 
@@ -293,7 +301,7 @@ def few_labels(
         rows = few_of_each(train.labels, per_class, (config.seed, per_class, subset))
         fitted = fit_lbfgs(train.features[0][0][rows], train.labels[rows], config.strengths, device=device)
         for name, counts in right.items():
-            counts.append(_right(fitted, found[name], config.seed))
+            counts.append(_right(fitted, found[name], config.seed).sum(axis=1))
         converged.append(fitted.converged)
     best = int(np.sum(right["validation"], axis=0).argmax())
     accuracies = np.array([counts[best] for counts in right["test"]]) / len(test.labels)

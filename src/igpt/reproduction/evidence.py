@@ -5,13 +5,14 @@ Accuracies are shares from 0 to 1 until they become cells and figures, where the
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
-from igpt.confidence import interval_of_share
+from igpt.confidence import interval_of_share, paired_difference, unpacked
 from igpt.files import read_json
 from igpt.reproduction.runner import records
 from igpt.reproduction.scale import Scale
@@ -30,12 +31,16 @@ class Share:
 
     Attributes:
         n: how it was measured, for a table: test images, or draws.
+        right: which of its test images were answered rightly, [N]; None of a mean over draws.
+        images: what tells these images from others.
     """
 
     value: float
     low: float
     high: float
     n: str
+    right: NDArray[np.bool_] | None = field(default=None, repr=False, compare=False)
+    images: tuple[Any, ...] = ()
 
     @property
     def half(self) -> float:
@@ -53,6 +58,20 @@ def of_images(value: float, count: int) -> Share:
     return Share(value, *interval_of_share(round(value * count), count), f"{count:,} images")
 
 
+def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
+    """The test accuracy in a row of a probe.json."""
+    count, config = probe["images"]["test"], probe["config"]
+    images = (probe["tokens"], config["limit"], config["test_images"], config["seed"])
+    return replace(of_images(row["test_accuracy"], count), right=unpacked(row["test_right"], count), images=images)
+
+
+def of_test(test: Mapping[str, Any]) -> Share:
+    """The accuracy in a test.json."""
+    count = test["test_images"]
+    share = of_images(test["test_accuracy"], count)
+    return replace(share, right=unpacked(test["test_right"], count), images=(test["tokens"], count))
+
+
 def of_draws(values: Sequence[float], count: int) -> Share:
     """The mean accuracy over two or more draws of the labels, all on the same `count` test images.
 
@@ -68,10 +87,13 @@ def of_draws(values: Sequence[float], count: int) -> Share:
 
 
 def difference(first: Share, second: Share) -> tuple[float, float]:
-    """first - second in points, and half of its 95 % interval, as if they were measured on different images.
+    """first - second in points, and half of its 95 % interval: paired where both were measured on the same images.
 
-    They mostly share their test images, so that the true interval is narrower.
+    Elsewhere the intervals are added in squares, as of different images; where some are shared, that is too wide.
     """
+    if first.right is not None and second.right is not None and first.images == second.images:
+        found, half = paired_difference(first.right, second.right)
+        return 100 * found, 100 * half
     return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
 
 
@@ -115,8 +137,7 @@ class Results:
 
     def best(self, probe: Mapping[str, Any]) -> Share:
         """The test accuracy of the layer that validation has chosen."""
-        row = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
-        return of_images(row["test_accuracy"], probe["images"]["test"])
+        return of_row(next(row for row in probe["layers"] if row["layer"] == probe["best_layer"]), probe)
 
     def losses(self, run: str) -> dict[int, float]:
         """Validation loss by update."""
@@ -133,7 +154,7 @@ class Results:
             self.require(f"finetuned/{name}")
         found = [read_json(self.folder / "finetuned" / name / "test.json", "result") for name in names]
         if labels == "all":
-            return of_images(found[0]["test_accuracy"], found[0]["test_images"])
+            return of_test(found[0])
         return of_draws([one["test_accuracy"] for one in found], found[0]["test_images"])
 
 

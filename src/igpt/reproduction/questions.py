@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from igpt.confidence import mean_of
 from igpt.reproduction.evidence import (
     Held,
     Results,
@@ -17,7 +18,7 @@ from igpt.reproduction.evidence import (
     clearly,
     difference,
     of_draws,
-    of_images,
+    of_row,
     points,
     question,
     series,
@@ -31,8 +32,8 @@ def _by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, A
     found: list[Held] = []
     for size in results.scale.sizes:
         probe = results.probe("main" if size == results.scale.main else f"{size}-{results.scale.updates}")
-        count, layers = probe["images"]["test"], probe["layers"]
-        shares = [of_images(row["test_accuracy"], count) for row in layers]
+        layers = probe["layers"]
+        shares = [of_row(row, probe) for row in layers]
         numbers = [row["layer"] for row in layers]
         peak = numbers.index(probe["best_layer"])
         lines.append(series(size, numbers, shares, peak))
@@ -59,7 +60,7 @@ def _by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, A
     how = (
         "One pretraining run of each size (seed 0). Logistic regression on features averaged over places; as many "
         "training as test images, layer and strength chosen on as many validation images, which are then fitted to as "
-        "well; images drawn by seed 0. Intervals: Wilson's, 95 %, over test images."
+        "well; images drawn by seed 0. Intervals: Wilson's, 95 %, over test images; of differences, paired."
     )
     return question(
         name, asks, paper, held, verdict, plot, {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}, how
@@ -156,18 +157,25 @@ def _rank_correlation(first: list[float], second: list[float]) -> float:
 def _at_equal_loss(
     smaller: list[tuple[float, Share]], larger: list[tuple[float, Share]]
 ) -> tuple[float, float, int] | None:
-    """Mean lead of the larger model in points where both reach a loss, half its interval, and over how many points."""
+    """Mean lead of the larger model in points where both reach a loss, half its interval, and over how many points.
+
+    The interval is over the test images, which are the same at all points.
+    """
     order = sorted(smaller, key=lambda point: point[0])
     losses = np.array([loss for loss, _ in order])
+    rights = np.array([share.right for _, share in order], dtype=np.float64)  # [points, N]
     inside = [(loss, share) for loss, share in larger if losses[0] <= loss <= losses[-1]]
     if not inside:
         return None
-    leads, halves = [], []
+    leads = []  # of every point, by image
     for loss, share in inside:
-        leads.append(share.value - float(np.interp(loss, losses, [each.value for _, each in order])))
-        halves.append(math.hypot(share.half, float(np.interp(loss, losses, [each.half for _, each in order]))))
-    # The images are the same for all points, so that averaging over points makes nothing surer.
-    return 100 * float(np.mean(leads)), 100 * float(np.mean(halves)), len(inside)
+        after = min(max(1, int(np.searchsorted(losses, loss))), len(losses) - 1)
+        part = (loss - losses[after - 1]) / (losses[after] - losses[after - 1])
+        assert share.right is not None
+        leads.append(share.right - (1 - part) * rights[after - 1] - part * rights[after])
+    found = mean_of(np.mean(leads, axis=0))
+    low, high = found["interval_95"]
+    return 100 * found["mean"], 50 * (high - low), len(inside)
 
 
 def _bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
@@ -239,7 +247,7 @@ def _finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str,
     found["fine-tuned"].append(results.finetuned("ar", "all"))
     found["from scratch"].append(results.finetuned("scratch", "all"))
     found["linear probe"].append(results.best(probe))
-    found["raw pixels"].append(of_images(raw["test_accuracy"], count))
+    found["raw pixels"].append(of_row(raw, probe))
     categories = [*(f"{few} a class" for few in scale.few), "all"]
     said, wins, losses = [], 0, 0
     for position, labels in enumerate(categories):

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from igpt.confidence import accuracy_of
+from igpt.confidence import accuracy_of, packed
 from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
 from igpt.environment import describe
@@ -308,14 +309,18 @@ class _Finetuning:
         model = ImageGPT.from_pretrained(path).to(us.device)
         rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
 
-        def accuracy(**masking: Any) -> dict[str, Any]:
-            right = (predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)).sum()
-            return accuracy_of(int(us.sum(torch.tensor(right, device=us.device))), len(test))
+        def right(**masking: Any) -> NDArray[np.bool_]:
+            answers = torch.zeros(len(test), dtype=torch.int32, device=us.device)
+            hits = predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)
+            answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
+            return us.sum(answers).cpu().numpy().astype(bool)
 
-        result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy().items()}
+        whole = right()
+        result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}
+        result["test_right"] = packed(whole)
         if self.config.mask_probability:
             masking = {"masks": _MODAL_MASKS, "probability": self.config.mask_probability, "seed": self.config.seed}
-            result["modal"] = {**masking, **accuracy(**masking)}
+            result["modal"] = {**masking, **accuracy_of(right(**masking))}
         return result
 
 
