@@ -125,7 +125,7 @@ def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
     evidence = gather(tmp_path, SMALL, "photographs", "photographs")
     assert not evidence["complete"]
     text = write_page(tmp_path, evidence).read_text()
-    assert "The step &#39;probes/small is not done yet." in text
+    assert "The step probes/main is not done yet." in text
     assert "Nothing has been trained yet." in text
 
 

@@ -301,7 +301,8 @@ def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         raise InputError(f"{folder} exists and holds no unfinished work; remove it or choose another -o")
     plan = read_json(folder / PLAN, "plan")
     # Work that bad images stopped may go on with more of them: what is done does not depend on it.
-    begun = plan | {"config": {"limit": None} | plan.get("config", {}) | {"max_bad": wanted["config"]["max_bad"]}}
+    config = plan.get("config", {})
+    begun = plan | {"config": config | {"limit": config.get("limit"), "max_bad": wanted["config"]["max_bad"]}}
     if {key: begun.get(key) for key in wanted} != wanted:
         raise InputError(
             f"{folder} holds unfinished work with other settings or images; remove it or choose another -o"
