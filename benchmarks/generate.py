@@ -18,10 +18,11 @@ import common
 import torch
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import cache_bytes, count_parameters
 from igpt.model.generate import complete
 from igpt.model.precision import settle_precision
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.presets import preset
 
 

@@ -24,9 +24,10 @@ from common import record, run, show
 sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
 from live_tensors import as_on_a_gpu, measure_update, update_twice
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.precision import settle_precision
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.presets import MODELS
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine

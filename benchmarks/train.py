@@ -28,8 +28,8 @@ from train_contenders import ENTRIES, Job, Precision, activation_bytes
 from train_turns import TYPES, Bench, Contender, Settings, peak_growth, set_allocator
 
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import count_parameters, training_flops
-from igpt.model.transformer import ModelConfig
 from igpt.training.distributed import team
 
 

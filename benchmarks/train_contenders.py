@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine
 from igpt.training.settings import Recomputation, TrainConfig

@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_contenders import ENTRIES, Job, Made, Precision
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import place_losses
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training import engine
 from igpt.training.distributed import Team, team
 from igpt.training.settings import Recomputation

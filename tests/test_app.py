@@ -28,9 +28,10 @@ from igpt.data.views import load_square
 from igpt.errors import InputError
 from igpt.evaluation.readout import Readout
 from igpt.model.classifier import predict
+from igpt.model.configuration import ModelConfig
 from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.pictures import pictures, tokens_of_files
 
 GREYS = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))

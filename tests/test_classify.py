@@ -10,7 +10,8 @@ from PIL import Image
 
 from igpt.data.tokens import TokenDataset
 from igpt.model.classifier import class_logits, predict
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 CLASSES = ("up", "down", "left", "right")
 

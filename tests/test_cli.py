@@ -14,7 +14,8 @@ from PIL import Image
 
 from igpt.cli import COMMANDS
 from igpt.data.tokens import TokenDataset
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.presets import MODELS
 
 

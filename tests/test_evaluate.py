@@ -12,7 +12,8 @@ import torch
 
 from igpt.data.palette import Palette
 from igpt.evaluation.published import compared, published_loss
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.presets import preset
 
 Run = Callable[..., subprocess.CompletedProcess[str]]

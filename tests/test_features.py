@@ -13,7 +13,8 @@ import torch
 
 from igpt.data.tokens import TokenDataset
 from igpt.evaluation.features import pooled
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

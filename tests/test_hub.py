@@ -19,7 +19,8 @@ from small_hub import FOREIGN, Hub, serving
 from igpt.data.palette import Palette
 from igpt.hub import require_name
 from igpt.model.checkpoint import weights_sha256
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 # Of each model in turn: the checksum of its weights and its palette's fingerprint, or what is wrong.
 PROGRAM = """

@@ -20,6 +20,7 @@ HOUSE = [
     "data/views",
     "data/grids",
     "data/tokens",
+    "data/labels",
     "data/readers",
     "data/folders",
     "data/tables",
@@ -37,6 +38,7 @@ HOUSE = [
     "model/checkpoint",
     "model/norm",
     "model/variants",
+    "model/configuration",
     "model/transformer",
     "model/objectives",
     "model/cost",
@@ -55,6 +57,7 @@ HOUSE = [
     "training/run",
     "training/trainer",
     "training/pretrain",
+    "training/classes",
     "training/finetune",
     "training/memory",
     "training/plan",
@@ -78,6 +81,8 @@ HOUSE = [
     "reproduction/steps",
     "reproduction/runner",
     "reproduction/evidence",
+    "reproduction/features",
+    "reproduction/transfer",
     "reproduction/questions",
     "reproduction/reproduce",
     "presets",
@@ -135,7 +140,7 @@ def test_evaluation_never_imports_training_nor_report_torch() -> None:
 
 def test_files_fit_in_the_head() -> None:
     long = {str(path): len(path.read_text().splitlines()) for path in HOME.rglob("*.py")}
-    assert not {path: lines for path, lines in long.items() if lines > 420}
+    assert not {path: lines for path, lines in long.items() if lines > 350}
 
 
 def test_training_needs_few_packages() -> None:

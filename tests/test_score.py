@@ -18,7 +18,8 @@ from sklearn.metrics import roc_auc_score
 from igpt.data.tokens import TokenDataset
 from igpt.data.views import load_square
 from igpt.evaluation.likelihood import losses_of, score
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from igpt.data.palette import Palette
     from igpt.data.tokens import TokenDataset
     from igpt.evaluation.estimator import ImageGPTFeatures
-    from igpt.model.transformer import ImageGPT, ModelConfig
+    from igpt.model.configuration import ModelConfig
+    from igpt.model.transformer import ImageGPT
 
 __version__ = "0.1.0"
 __all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDataset", "__version__"]
@@ -15,7 +16,7 @@ __all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDatas
 _HOMES = {
     "ImageGPT": "igpt.model.transformer",
     "ImageGPTFeatures": "igpt.evaluation.estimator",
-    "ModelConfig": "igpt.model.transformer",
+    "ModelConfig": "igpt.model.configuration",
     "Palette": "igpt.data.palette",
     "TokenDataset": "igpt.data.tokens",
 }

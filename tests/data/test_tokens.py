@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from igpt.data.labels import require_classes
 from igpt.data.palette import Palette
-from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, require_classes, write_manifest, write_shard
+from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.errors import InputError
 
 SIZES = {"train": [5, 0, 3, 1, 4], "validation": [2], "test": []}

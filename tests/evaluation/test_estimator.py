@@ -27,7 +27,8 @@ from igpt import ImageGPTFeatures
 from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation import features
 from igpt.evaluation.features import Above, Beside, Masking, pooled, require_match, stored
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
 

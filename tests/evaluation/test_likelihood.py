@@ -11,7 +11,8 @@ from igpt.confidence import auroc
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.likelihood import losses_of, score, summary, told_apart
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.pictures import loss_maps, pictures, spread_evenly
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1}

@@ -13,13 +13,15 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from igpt.confidence import interval_of_share, unpacked
+from igpt.data.labels import few_of_each
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each
+from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
 from igpt.evaluation.probe import Images, ProbeConfig, best_row, few_labels, fit_and_test, probe
 from igpt.evaluation.readout import Readout
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
 FEW = {"limit": 150, "baselines": False}

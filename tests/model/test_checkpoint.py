@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 N_COLORS = 11
 
@@ -313,7 +314,8 @@ SAVE_FOR_EVER_AND_GET_KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 torch.set_num_threads(1)
 path = Path(sys.argv[1])

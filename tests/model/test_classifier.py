@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import Predictions, class_logits, modal, predict, with_head
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import masks_of_rows
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 CLASSES = ("cat", "dog", "ship")
 PALETTE = Palette.from_centers(np.linspace(-1, 1, 21).reshape(7, 3))

@@ -7,9 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import attended_pairs, count_parameters, forward_flops, training_flops
 from igpt.model.objectives import autoregressive, bert, classification
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.presets import MODELS
 
 SMALL = {"resolution": 8, "n_colors": 32, "n_layer": 2, "n_embd": 48, "n_head": 3}

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import cache_bytes
 from igpt.model.decoder import Decoder
 from igpt.model.generate import choose, complete, draw, sample
 from igpt.model.precision import Precision
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 
 def random_model(objective: str = "autoregressive", bias: bool = False) -> ImageGPT:

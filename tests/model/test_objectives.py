@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive, bert, classification, draw_masks
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 
 def random_model(**changes: object) -> ImageGPT:

@@ -16,9 +16,10 @@ import torch
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.openai import _infer_config, _masked_crc32c, _read_index, load_openai, read_bundle
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "openai"
 OBJECTIVES = ("autoregressive", "bert")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.resolution import at_resolution
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 
 def model_of(resolution: int, **changes: object) -> ImageGPT:

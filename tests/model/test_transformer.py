@@ -9,8 +9,9 @@ from torch import Tensor
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive, bert
-from igpt.model.transformer import ImageGPT, ModelConfig, attention, plain_attention
+from igpt.model.transformer import ImageGPT, attention, plain_attention
 
 
 def random_model(seed: int, **settings: object) -> ImageGPT:

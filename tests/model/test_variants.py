@@ -16,11 +16,12 @@ from torch import Tensor
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import with_head
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import count_parameters, forward_flops
 from igpt.model.decoder import Decoder
 from igpt.model.generate import complete, sample
 from igpt.model.resolution import at_resolution
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.model.variants import turn
 
 APART: dict[str, dict[str, Any]] = {

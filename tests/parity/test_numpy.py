@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from igpt.model import objectives
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.configuration import ModelConfig
+from igpt.model.transformer import ImageGPT
 
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
 

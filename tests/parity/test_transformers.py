@@ -25,8 +25,9 @@ from transformers import (
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits
+from igpt.model.configuration import ModelConfig
 from igpt.model.generate import sample
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 
 N_COLORS, RESOLUTION, N_LAYER = 16, 4, 2
 CLASSES = ("cat", "dog", "ship")

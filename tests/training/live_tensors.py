@@ -21,8 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from igpt.model import norm, transformer
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive, bert
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine
 from igpt.training.settings import TrainConfig

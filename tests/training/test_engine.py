@@ -11,8 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive, bert
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine
 from igpt.training.settings import TrainConfig

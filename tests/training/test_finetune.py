@@ -13,13 +13,15 @@ from runs import assert_same_tensors, saved
 
 from igpt.confidence import interval_of_share, unpacked
 from igpt.data.batches import Batches
+from igpt.data.labels import few_of_each
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset, few_of_each, write_manifest, write_shard
+from igpt.data.tokens import TokenDataset, write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import draw_masks
 from igpt.model.resolution import at_resolution
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import read_metrics
 from igpt.training.state import checkpoints

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from live_tensors import as_on_a_gpu, measure_update
 
-from igpt.model.transformer import ModelConfig
+from igpt.model.configuration import ModelConfig
 from igpt.training.memory import kept_by_block, peak_memory
 from igpt.training.settings import TrainConfig
 

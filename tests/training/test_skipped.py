@@ -12,8 +12,9 @@ from torch import Tensor
 
 from igpt.data.batches import Batch
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import Summed, autoregressive
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine
 from igpt.training.metrics import read_metrics

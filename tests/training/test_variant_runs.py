@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from igpt.data.tokens import TokenDataset
+from igpt.model.configuration import ModelConfig
 from igpt.model.objectives import autoregressive
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
 from igpt.report.card import write_card
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine

@@ -16,7 +16,8 @@ from pydantic import Field
 
 from igpt.confidence import interval_of_share, packed
 from igpt.config import Config
-from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
+from igpt.data.labels import few_of_each, require_classes
+from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored

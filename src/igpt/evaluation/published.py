@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt.model.transformer import ModelConfig
+from igpt.model.configuration import ModelConfig
 
 FORMAT, VERSION = "igpt-published", 1
 _SOURCE = "github.com/openai/image-gpt"

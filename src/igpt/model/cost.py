@@ -3,7 +3,7 @@
 T places, D width, V colours, L layers, C classes; n = T places of an image.
 """
 
-from igpt.model.transformer import ModelConfig
+from igpt.model.configuration import ModelConfig
 
 
 def block_parameters(config: ModelConfig) -> int:

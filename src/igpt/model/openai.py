@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.model.transformer import ImageGPT, ModelConfig, Objective
+from igpt.model.configuration import ModelConfig, Objective
+from igpt.model.transformer import ImageGPT
 
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # by TensorFlow's DataType: plain numbers
 _MAGIC, _FOOTER = 0xDB4775248B80FB57.to_bytes(8, "little"), 48  # how a table ends, and how many bytes its end has

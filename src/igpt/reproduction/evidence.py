@@ -109,6 +109,15 @@ def clearly(first: Share, second: Share) -> bool:
     return found > half
 
 
+def together(found: Sequence[Held]) -> Held:
+    """What several answers to one question come to."""
+    if set(found) == {"yes"}:
+        return "yes"
+    if "yes" in found:
+        return "in part"
+    return "no" if "no" in found else "undecided"
+
+
 @dataclass(frozen=True)
 class Results:
     """The files of a reproduction, read when they are asked for; NotDone where a step has no result."""

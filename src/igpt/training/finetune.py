@@ -3,8 +3,6 @@
 RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json; checkpoints/ if nothing is below
 RUN/rates/RATE/    a training at each of several learning rates: config.yaml, metrics.jsonl, checkpoints/, model/
 RUN/fold-back/     the same, of the last training on training and validation images
-
-B images of a batch, n places.
 """
 
 import gc
@@ -16,25 +14,22 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from pydantic import Field, field_validator
-from torch import Tensor
 
-from igpt.confidence import accuracy_of, packed
-from igpt.data.batches import Batch, Batches, to_device
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, few_of_each, require_classes
+from igpt.data.batches import Batches
+from igpt.data.labels import few_of_each, require_classes
+from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
 from igpt.model.checkpoint import weights_sha256
-from igpt.model.classifier import MASKED, class_logits, predict, with_head
+from igpt.model.classifier import MASKED
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import count_parameters
-from igpt.model.objectives import Summed, classification, draw_masks
+from igpt.model.objectives import classification
 from igpt.model.precision import settle_precision
-from igpt.model.resolution import at_resolution
-from igpt.model.transformer import ImageGPT, ModelConfig
+from igpt.model.transformer import ImageGPT
+from igpt.training.classes import accuracies, errors, new_classifier, pretrained_model, training_batch, validation_batch
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.metrics import Metrics, read_metrics
@@ -45,7 +40,6 @@ from igpt.training.state import Progress
 from igpt.training.trainer import Diverged, Trainer, Validation
 
 FORMAT, VERSION = "igpt-finetune", 1
-_MODAL_MASKS = 5  # paper, section 4.6
 
 
 class FinetuneConfig(TrainConfig):
@@ -132,7 +126,7 @@ def finetune(
             splits["train"] = splits["train"].subset(few_of_each(labels, config.labels_per_class, seed))
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)
-        pretrained = _pretrained(config, data)
+        pretrained = pretrained_model(config.model, data)
         precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})
@@ -151,16 +145,6 @@ def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
     if config.mask_probability:
         raise InputError("--mask-probability is for BERT models; this one is autoregressive, and nothing is masked")
     return 0.0
-
-
-def _pretrained(config: FinetuneConfig, data: TokenDataset) -> ImageGPT:
-    model = ImageGPT.from_pretrained(config.model)
-    if model.palette is not None:
-        model.palette.require_same(data.palette, "the model", str(config.tokens))
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise InputError(f"the weights in {config.model} are broken: {broken[0]} is not finite ({len(broken)} such)")
-    return model
 
 
 @dataclass(frozen=True)
@@ -203,7 +187,7 @@ class _Finetuning:
         best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
         if not math.isfinite(best.error):
             raise Diverged("every learning rate came to losses that are not finite; start another run with lower ones")
-        tested = self._tested(best.folder / "model")
+        tested = self._tested(best.folder)
         result = {
             "format": FORMAT,
             "version": VERSION,
@@ -224,7 +208,7 @@ class _Finetuning:
         folder = best.folder
         if config.fold_back:
             folder, steps = self._fold_back(best)
-            result |= {**self._tested(folder / "model"), "fold_back": {"steps": steps, "before": tested}}
+            result |= {**self._tested(folder), "fold_back": {"steps": steps, "before": tested}}
         if self.us.leads:
             if config.in_folders:
                 ImageGPT.from_pretrained(folder / "model").save_pretrained(self.run / "model")
@@ -270,7 +254,9 @@ class _Finetuning:
         if self.config.in_folders and (ended := us.tell(_ended(folder))):
             return ended
         gc.collect()  # blocks refer to themselves; those of the training before are in the way
-        model, checksum = _classifier(config, data)
+        masked = config.mask_probability or 0.0
+        generates = config.generation_weight > 0 and (self.pretrained.objective != "bert" or masked > 0)
+        model, checksum = new_classifier(config.model, data, generates=generates)
         batches = Batches(train, data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device)
         engine = Engine(model, config, us, partial(classification, generation_weight=config.generation_weight))
         record_run(self.run, self.config, config.tokens, resume=self.recorded, leads=us.leads, model_sha256=checksum)
@@ -282,13 +268,17 @@ class _Finetuning:
         validation = self.splits["validation"]
         trainer = Trainer(
             engine,
-            batches=partial(_batch, batches, config),
-            validation=Validation(error, _errors, len(validation), partial(_validation_batch, validation, us)),
+            batches=partial(training_batch, batches, masked, config.seed),
+            validation=Validation(error, errors, len(validation), partial(validation_batch, validation, us)),
             run=folder,
             warmup=config.warmup(len(train)),
             title=f"fine-tuning at {config.learning_rate:g}",
         )
         return trainer.train(resume=True, on_start=partial(self._start_line, model.config, len(train)))
+
+    def _tested(self, folder: Path) -> dict[str, Any]:
+        config = self.config
+        return accuracies(folder / "model", self.splits["test"], self.us, config.mask_probability or 0.0, config.seed)
 
     def _start_line(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
         metrics.write(
@@ -303,26 +293,6 @@ class _Finetuning:
             pretrained_resolution=self.pretrained.resolution,
         )
 
-    def _tested(self, path: Path) -> dict[str, Any]:
-        """Accuracy on the test images; of a BERT model trained on masked images, that of its modal prediction too."""
-        test, us = self.splits["test"], self.us
-        model = ImageGPT.from_pretrained(path).to(us.device)
-        rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
-
-        def right(**masking: Any) -> NDArray[np.bool_]:
-            answers = torch.zeros(len(test), dtype=torch.int32, device=us.device)
-            hits = predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)
-            answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
-            return us.sum(answers).cpu().numpy().astype(bool)
-
-        whole = right()
-        result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}
-        result["test_right"] = packed(whole)
-        if self.config.mask_probability:
-            masking = {"masks": _MODAL_MASKS, "probability": self.config.mask_probability, "seed": self.config.seed}
-            result["modal"] = {**masking, **accuracy_of(right(**masking))}
-        return result
-
 
 def _ended(folder: Path) -> Progress | None:
     """How a training ended, if it has."""
@@ -331,35 +301,3 @@ def _ended(folder: Path) -> Progress | None:
     if not lines or lines[-1]["kind"] != "end" or not (folder / "model").exists():
         return None
     return Progress(best=lines[-1]["best"], best_step=lines[-1]["best_step"])
-
-
-def _classifier(config: FinetuneConfig, data: TokenDataset) -> tuple[ImageGPT, str]:
-    """The pretrained weights at the tokens' resolution, with a class head that starts at zero; their checksum."""
-    pretrained = _pretrained(config, data)
-    checksum = weights_sha256(pretrained.state_dict())
-    model = with_head(at_resolution(pretrained, data.resolution), tuple(data.class_names or ()), data.palette)
-    if not config.generation_weight or (model.config.objective == "bert" and not config.mask_probability):
-        model.lm_head.requires_grad_(False)  # nothing in the loss reads it
-    return model, checksum
-
-
-def _batch(batches: Batches, config: FinetuneConfig, step: int) -> Batch:
-    tokens, labels = batches.tokens(step), batches.labels(step)
-    if not config.mask_probability:
-        return tokens, labels
-    generator = np.random.default_rng((config.seed, step, 2))
-    masks = draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
-    return tokens, labels, to_device(masks, batches.device)
-
-
-def _validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Batch:
-    rows = np.arange(first, last)
-    arrays = split.rows(rows), split.labels_of(rows)
-    return tuple(to_device(array.astype(np.int64), us.device) for array in arrays)
-
-
-def _errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
-    """Images [B] whose likeliest class is not their label, NaN where logits are not finite; nothing is masked."""
-    logits = class_logits(model, tokens)
-    wrong = (logits.argmax(dim=1) != labels).sum().double()
-    return torch.where(logits.isfinite().all(), wrong, torch.nan), len(tokens)

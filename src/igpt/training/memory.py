@@ -9,8 +9,8 @@ t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a n
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from igpt.model.configuration import ModelConfig
 from igpt.model.cost import block_parameters, count_parameters, root_parameters
-from igpt.model.transformer import ModelConfig
 from igpt.training.settings import TrainConfig
 
 _VALIDATED = 4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it

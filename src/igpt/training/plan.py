@@ -10,8 +10,8 @@ from pydantic import Field
 
 from igpt.config import Config
 from igpt.errors import InputError, suggest
+from igpt.model.configuration import ModelConfig, Objective
 from igpt.model.cost import block_flops, count_parameters, training_flops
-from igpt.model.transformer import ModelConfig, Objective
 from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
 from igpt.training.settings import Recomputation, TrainConfig

@@ -12,10 +12,11 @@ from pydantic import Field
 from igpt.data.batches import Batch, Batches, to_device
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
+from igpt.model.configuration import ModelConfig, Objective
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import autoregressive, bert, draw_masks
 from igpt.model.precision import settle_precision
-from igpt.model.transformer import ImageGPT, ModelConfig, Objective
+from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine

@@ -1,0 +1,143 @@
+"""What fine-tuning says: beside the probe, for both objectives, and beside training from scratch."""
+
+import math
+from typing import Any
+
+from igpt.reproduction.evidence import (
+    Held,
+    Results,
+    Share,
+    clearly,
+    difference,
+    of_draws,
+    of_row,
+    points,
+    question,
+    series,
+)
+
+
+def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
+    """Both objectives under the probe and after fine-tuning."""
+    probes = [results.best(results.probe(run)) for run in ("main", "bert")]
+    tuned = [results.finetuned(start, "all") for start in ("ar", "bert")]
+    worse, behind = clearly(probes[0], probes[1]), clearly(tuned[0], tuned[1])
+    (before, uncertain), (after, unsure) = difference(*probes), difference(*tuned)
+    closer = before - after > math.hypot(uncertain, unsure)
+    held: Held = (
+        "yes"
+        if worse and closer and not behind
+        else "in part"
+        if worse
+        else "no"
+        if clearly(probes[1], probes[0])
+        else "undecided"
+    )
+    change = (
+        "BERT has caught up"
+        if closer and not behind
+        else "the gap is clearly smaller"
+        if closer
+        else "not clearly less"
+    )
+    verdict = (
+        f"Autoregressive minus BERT: {points(*probes)} under the probe{'' if worse else ', not clearly better'}, "
+        f"{points(*tuned)} after fine-tuning{f': {change}' if worse else ''}."
+    )
+    categories = ["linear probe", "fine-tuned"]
+    lines = [
+        series("autoregressive", [0, 1], [probes[0], tuned[0]]),
+        series("BERT", [0, 1], [probes[1], tuned[1]]),
+    ]
+    rows = [
+        [kind, what, share.cell, share.n]
+        for what, pair in (("linear probe", probes), ("fine-tuned", tuned))
+        for kind, share in zip(("autoregressive", "BERT"), pair, strict=True)
+    ]
+    plot = {"kind": "groups", "x": "", "y": "test accuracy, %", "categories": categories, "series": lines}
+    masks = results.scale.masks
+    sees = f"{masks} masked versions, of which the modal prediction counts" if masks else "whole images"
+    how = (
+        f"The {results.scale.main} size, as many updates of the same batches for both, one run each (seed 0); BERT's "
+        f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
+        "learning rates, chosen by validation accuracy; BERT is tested on whole images."
+    )
+    return question(
+        name,
+        asks,
+        paper,
+        held,
+        verdict,
+        plot,
+        {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows},
+        how,
+    )
+
+
+def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
+    """Fine-tuning beside the probe, training from scratch and raw pixels, with all labels and few."""
+    scale, probe = results.scale, results.probe("main")
+    raw = probe["baselines"]["raw_pixels"]
+    count = probe["images"]["test"]
+    found: dict[str, list[Share]] = {"fine-tuned": [], "linear probe": [], "from scratch": [], "raw pixels": []}
+    for position, few in enumerate(scale.few):
+        found["fine-tuned"].append(results.finetuned("ar", few))
+        found["from scratch"].append(results.finetuned("scratch", few))
+        found["linear probe"].append(of_draws(probe["few_labels"][position]["test_accuracies"], count))
+        found["raw pixels"].append(of_draws(raw["few_labels"][position]["test_accuracies"], count))
+    found["fine-tuned"].append(results.finetuned("ar", "all"))
+    found["from scratch"].append(results.finetuned("scratch", "all"))
+    found["linear probe"].append(results.best(probe))
+    found["raw pixels"].append(of_row(raw, probe))
+    categories = [*(f"{few} a class" for few in scale.few), "all"]
+    said, wins, losses = [], 0, 0
+    for position, labels in enumerate(categories):
+        ours = found["fine-tuned"][position]
+        others = {other: found[other][position] for other in ("linear probe", "from scratch", "raw pixels")}
+        wins += sum(clearly(ours, other) for other in others.values())
+        losses += sum(clearly(other, ours) for other in others.values())
+        said.append(
+            f"{labels}: fine-tuned {100 * ours.value:.1f} %, "
+            + ", ".join(f"{other} {100 * share.value:.1f} % ({points(ours, share)})" for other, share in others.items())
+        )
+    comparisons = 3 * len(categories)
+    held: Held = "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
+    verdict = (
+        f"Fine-tuning is clearly ahead in {wins} of {comparisons} comparisons and clearly behind in {losses}. "
+        f"{'; '.join(said)}."
+    )
+    rows = [
+        [kind, labels, share.cell, share.n]
+        for kind, shares in found.items()
+        for labels, share in zip(categories, shares, strict=True)
+    ]
+    plot = {
+        "kind": "groups",
+        "x": "labels",
+        "y": "test accuracy, %",
+        "categories": categories,
+        "series": [series(kind, list(range(len(shares))), shares) for kind, shares in found.items()],
+    }
+    seen = int(str(scale.finetuning["batch-size"])) * int(str(scale.with_all["steps"]))
+    fitted = probe["images"]["train"] + probe["images"]["validation"]
+    how = (
+        f"The {scale.main} size. All labels: fine-tuning and training from scratch see at most {seen:,} images, at "
+        f"learning rates {' and '.join(f'{rate:g}' for rate in _rates(scale.with_all))}, chosen with the update by "
+        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,}. Few labels: every draw trains anew; "
+        "the mean over draws with Student's interval. Fine-tuning uses the joint loss; training from scratch begins "
+        "with the initial weights of pretraining and uses the class loss alone."
+    )
+    return question(
+        name,
+        asks,
+        paper,
+        held,
+        verdict,
+        plot,
+        {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows},
+        how,
+    )
+
+
+def _rates(flags: Any) -> tuple[float, ...]:
+    return tuple(flags.get("learning-rates") or (flags["learning-rate"],))
