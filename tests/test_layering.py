@@ -10,6 +10,7 @@ import igpt
 HOME = Path(igpt.__file__).parent
 HOUSE = [
     "errors",
+    "allocator",
     "files",
     "hub",
     "environment",

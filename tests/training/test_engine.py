@@ -112,7 +112,7 @@ def test_freed_memory_is_kept_for_the_next_tensor() -> None:
     """Page faults of 64-MB products, one after the other: 16 k each, of 4-kB pages, when memory is given back."""
     code = """
 import resource, torch
-from igpt.training.engine import keep_freed_memory
+from igpt.allocator import keep_freed_memory
 torch.set_num_threads(1)
 def faults():
     left = torch.ones(16 << 20)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igpt.allocator import keep_freed_memory
 from igpt.data.palette import Palette
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
@@ -67,6 +68,8 @@ def pooled(
     model.eval()
     count = None if last is None else last + 1
     device = model.wte.weight.device
+    if device.type == "cpu":
+        keep_freed_memory()
     size = batch_size or images_at_once(model.config)
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))

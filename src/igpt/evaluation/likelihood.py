@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from igpt.allocator import keep_freed_memory
 from igpt.confidence import auroc, mean_of
 from igpt.data.gathered import Gathered
 from igpt.data.tokens import TokenSplit
@@ -60,6 +61,8 @@ def score(
     """
     split.require_images("a likelihood")
     losses = np.empty(len(split))
+    if model.wte.weight.device.type == "cpu":
+        keep_freed_memory()
     size = batch_size or images_at_once(model.config)
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))

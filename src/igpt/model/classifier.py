@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from igpt.allocator import keep_freed_memory
 from igpt.data.palette import Palette
 from igpt.errors import InputError
 from igpt.model.cost import images_at_once
@@ -97,6 +98,8 @@ def predict(
     device, places, classes = model.wte.weight.device, model.config.n_places, len(model.config.class_names)
     probabilities = np.zeros((len(rows), classes))
     votes = np.zeros((len(rows), classes), np.int64)
+    if device.type == "cpu":
+        keep_freed_memory()
     size = images_at_once(model.config)
     for first in range(0, len(rows), size):
         some = slice(first, first + size)

@@ -4,8 +4,6 @@ Rows of a batch are shared out among the ranks, and each rank's rows among micro
 of the whole batch, so that the update is the same however they are shared. B images of a batch, n places.
 """
 
-import ctypes
-import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from igpt.allocator import keep_freed_memory
 from igpt.data.batches import Batch
 from igpt.errors import InputError
 from igpt.model.objectives import Summed
@@ -41,20 +40,6 @@ _KEPT = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
-
-
-def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next tensor, where it would give it back and fault it in anew.
-
-    Every large tensor of an update on a CPU gains from it (docs/LOG.md); elsewhere than on Linux with glibc, nothing is
-    done.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-        mallopt(top_pad, 64 << 20)
 
 
 class _Call(nn.Module):
