@@ -38,8 +38,13 @@ class Made:
         record = {"format": FORMAT, "version": VERSION, "steps": self.steps}
         (self.folder / RECORD).write_text(json.dumps(record))
 
-    def probe(self, name: str, accuracies: list[float], best: int, images: int = 2000, **more: Any) -> None:
-        layers = [{"layer": layer, **row(value, images, f"{name}, {layer}")} for layer, value in enumerate(accuracies)]
+    def probe(
+        self, name: str, accuracies: list[float], best: int, images: int = 2000, right: str = "", **more: Any
+    ) -> None:
+        layers = [
+            {"layer": layer, **row(value, images, f"{right or name}, {layer}")}
+            for layer, value in enumerate(accuracies)
+        ]
         counts = dict.fromkeys(("train", "validation", "test"), images)
         config = {"limit": images, "test_images": None, "seed": 0}
         about = {"best_layer": best, "images": counts, "classes": 10, "tokens": "tokens", "config": config}
@@ -197,6 +202,14 @@ def test_resolution(made: Made, low: float, high: float, held: str) -> None:
     for side in sides:
         made.probe(f"at-{side}", [0.1, {sides[0]: low, sides[-1]: high}.get(side, low)], 1)
     assert made.answer("resolution")["held"] == held
+
+
+def test_resolutions_are_compared_image_by_image(made: Made) -> None:
+    sides = sorted(SCALE.resolutions)
+    for side in sides:  # the higher resolution is right on all images of the lower one, and on twenty more
+        values = [0.1, 0.31 if side == sides[-1] else 0.3]
+        made.probe(f"at-{side}", values, 1, right="all", tokens=f"tokens/labelled-{side}")
+    assert made.answer("resolution")["held"] == "yes"
 
 
 def test_what_is_not_done_is_named(made: Made) -> None:

@@ -30,6 +30,8 @@ _PAPER = {  # Chen et al. 2020, sections 3 and 4; the operations are 6 x paramet
     "parameters": "76 M to 6.8 B",
     "operations of the largest run": "1.1e21 (L at 32 px)",
     "resolution, colours": "32, 48 and 64 px, 512",
+    "positions": "an embedding of each",
+    "optimiser": "Adam",
 }
 
 
@@ -114,6 +116,7 @@ def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
     here = dict.fromkeys(_PAPER, "not yet")
     if models:
         largest, small = _largest(models), min(models, key=lambda model: int(model["parameters"]))
+        rotary = evidence["recipe"].get("positions") == "rotary"
         sides = sorted({round(model["places"] ** 0.5) for model in models})
         here = {
             "pretraining images": number(largest["train_images"]),
@@ -121,6 +124,8 @@ def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
             "parameters": f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M",
             "operations of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
+            "positions": "turned queries and keys, by row and column" if rotary else _PAPER["positions"],
+            "optimiser": "Muon" if evidence["recipe"].get("optimizer") == "muon" else "AdamW without decay",
         }
     return Table("Data and compute", ("", "paper", "here"), [(name, _PAPER[name], here[name]) for name in _PAPER])
 

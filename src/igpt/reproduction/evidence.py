@@ -61,7 +61,7 @@ def of_images(value: float, count: int) -> Share:
 def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
     """The test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
-    images = (probe["tokens"], config["limit"], config["test_images"], config["seed"])
+    images = (probe["tokens"], config["test_images"] or config["limit"], config["seed"])
     return replace(of_images(row["test_accuracy"], count), right=unpacked(row["test_right"], count), images=images)
 
 

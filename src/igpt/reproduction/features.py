@@ -1,5 +1,6 @@
 """What linear probes say of features: by layer, by loss and size, by resolution."""
 
+from dataclasses import replace
 from itertools import combinations, pairwise
 from typing import Any
 
@@ -35,15 +36,17 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
         rows.append([f"{results.scale.main} on the corpus' own {own['classes']} classes", best.cell, best.n])
     held = together(found)
     total = len(found)
+    fitted, elsewhere = 2 * results.scale.probe_images, 2 * results.scale.snapshot_images
     verdict = (
         f"{found.count('yes')} of {total} models have a single peak inside that is above the last layer by more than "
         f"the interval; {found.count('no')} of {total} clearly have not, the others leave it open. {'; '.join(said)}."
     )
     plot = {"kind": "lines", "x": "layer", "y": "probe accuracy, %", "series": lines}
     how = (
-        "One pretraining run of each size (seed 0). Logistic regression on features averaged over places; as many "
-        "training as test images, layer and strength chosen on as many validation images, which are then fitted to as "
-        "well; images drawn by seed 0. Intervals: Wilson's, 95 %, over test images; of differences, paired."
+        "One pretraining run of each size (seed 0). Logistic regression on features averaged over places, "
+        f"fitted to {fitted:,} images ({elsewhere:,} of the other sizes), half of them validation images that had "
+        "chosen layer and strength; images drawn by seed 0. Intervals: Wilson's, 95 %, over test images; of "
+        "differences, paired."
     )
     return question(
         name, asks, paper, held, verdict, plot, {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}, how
@@ -153,7 +156,8 @@ def resolution(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     """Probe accuracy by resolution."""
     sides = sorted(results.scale.resolutions)
     probes = {side: results.probe(f"at-{side}") for side in sides}
-    ours = [results.best(probes[side]) for side in sides]
+    best = [results.best(probes[side]) for side in sides]
+    ours = [replace(share, images=share.images[1:]) for share in best]  # of every data set the same ones, in its order
     first, last = ours[0], ours[-1]
     held: Held = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
@@ -172,8 +176,8 @@ def resolution(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     }
     how = (
         f"The {results.scale.resolution_size} size, {results.scale.resolution_updates:,} updates of the same images "
-        "at every resolution, in the same palette, one run each (seed 0); losses at different resolutions cannot be "
-        "compared."
+        "at every resolution, in the same palette, one run each (seed 0), probed on the same test images; losses "
+        "at different resolutions cannot be compared."
     )
     return question(
         name,

@@ -24,6 +24,7 @@ class Scale:
         updates: of pretraining, and `snapshots`: after how many a model is probed as well.
         resolution_size, resolution_updates: of the models at several resolutions.
         probe_images: of each split, for the probes of the main size and of BERT; snapshot_images: for all others.
+        test_images: of all probes.
         finetuning: of all fine-tuning, and what the training with all labels and with few adds to it.
         few: labels of a class, and how often they are drawn.
         masks: of a BERT model under the probe, for the modal prediction; 0 shows it whole images.
@@ -46,6 +47,7 @@ class Scale:
     resolution_updates: int
     probe_images: int
     snapshot_images: int
+    test_images: int
     finetuning: Flags
     with_all: Flags
     with_few: Flags
@@ -63,45 +65,53 @@ _CPU = Scale(
     resolutions=(16, 24, 32),
     corpus_images=20_000,
     labelled_images=10_000,
-    sizes={"small": (3, 64, 2), "medium": (4, 96, 3), "large": (6, 128, 4)},
+    sizes={"small": (4, 32, 1), "medium": (6, 64, 2), "large": (8, 96, 3)},
     main="medium",
     recipe={
-        "batch-size": 16,
-        "warmup-steps": 50,
+        "batch-size": 8,
+        "warmup-steps": 100,
         "optimizer": "muon",
-        "learning-rate": 5e-3,
+        "learning-rate": 7e-3,
+        "positions": "rotary",
+        "start-from-palette": True,
         "flip": True,
-        "log-every": 25,
-        "validate-every": 200,
+        "log-every": 50,
+        "validate-every": 500,
         "validation-images": 512,
-        "checkpoint-every": 100,
+        "checkpoint-every": 250,
     },
-    updates=800,
-    snapshots=(50, 100, 200, 400, 800),
+    updates=1000,
+    snapshots=(100, 250, 500, 1000),
     resolution_size="small",
-    resolution_updates=200,
+    resolution_updates=600,
     probe_images=2000,
-    snapshot_images=1000,
-    finetuning={"batch-size": 16, "optimizer": "adamw", "flip": True, "log-every": 25, "test-images": 2000},
+    snapshot_images=1500,
+    test_images=3000,
+    finetuning={
+        "batch-size": 4,
+        "optimizer": "muon",
+        "schedule": "cosine",
+        "learning-rate": 3e-3,
+        "warmup-steps": 50,
+        "flip": True,
+        "log-every": 50,
+    },
     with_all={
-        "steps": 150,
-        "learning-rates": (1e-3, 3e-3),
-        "shift": 2,
-        "validate-every": 75,
-        "checkpoint-every": 75,
+        "steps": 2000,
+        "validate-every": 400,
+        "checkpoint-every": 400,
         "validation-images": 500,
+        "test-images": 3000,
     },
     with_few={
-        "test-images": 500,
-        "steps": 30,
-        "learning-rate": 1e-3,
-        "shift": 2,
-        "validate-every": 15,
-        "checkpoint-every": 30,
+        "steps": 100,
+        "validate-every": 50,
+        "checkpoint-every": 100,
         "validation-images": 100,
+        "test-images": 500,
     },
     few=(4, 25),
-    draws=3,
+    draws=4,
     masks=0,  # five would take as many times as long
     drawn=6,
     jobs=2,
@@ -136,6 +146,7 @@ _GPU = replace(
     resolution_updates=800,
     probe_images=5_000,
     snapshot_images=4000,
+    test_images=5_000,
     finetuning={"batch-size": 128, "micro-batch-size": 64, "flip": True, "log-every": 25},
     with_all={
         "steps": 200,
@@ -186,6 +197,7 @@ def scale(name: str, *, rehearsal: bool = False) -> Scale:
         resolution_updates=2,
         probe_images=4000,
         snapshot_images=60,
+        test_images=60,
         finetuning={**full.finetuning, "batch-size": 8, "test-images": 20},
         with_all={**full.with_all, "steps": 2, **short},
         with_few={**full.with_few, "steps": 2, "test-images": 20, **short},

@@ -106,24 +106,23 @@ def _pretrain(scale: Scale, run: str, size: str, tokens: str, updates: int, more
 def _probes(scale: Scale) -> Iterator[Step]:
     side = scale.resolutions[0]
     labelled = LABELLED.format(side)
+    many: Flags = {"limit": scale.probe_images, "test-images": scale.test_images}
+    layers: Flags = {**many, "no-baselines": True}
+    fewer: Flags = {**layers, "limit": scale.snapshot_images}
     for size in reversed(scale.sizes):
         for step in scale.snapshots:
-            name = f"probes/{size}-{step}"
-            yield _probe(name, f"runs/{size}", labelled, scale.snapshot_images, {"no-baselines": True}, step)
-    few: Flags = {"labels-per-class": scale.few}
-    yield _probe("probes/main", f"runs/{scale.main}", labelled, scale.probe_images, few)
-    masked: Flags = {"masks": scale.masks or None, "no-baselines": True}
-    yield _probe("probes/bert", "runs/bert", labelled, scale.probe_images, masked)
-    own = CORPUS.format(side)
-    yield _probe("probes/own", f"runs/{scale.main}", own, scale.probe_images, {"no-baselines": True})
+            run = f"runs/{size}"
+            yield _probe(f"probes/{size}-{step}", run, labelled, fewer, model=snapshot(run, step))
+    main = f"runs/{scale.main}"
+    yield _probe("probes/main", main, labelled, {**many, "labels-per-class": scale.few})
+    yield _probe("probes/bert", "runs/bert", labelled, {**layers, "masks": scale.masks or None})
+    yield _probe("probes/own", main, CORPUS.format(side), layers)
     for side in scale.resolutions:
-        tokens = LABELLED.format(side)
-        yield _probe(f"probes/at-{side}", f"runs/at-{side}", tokens, scale.snapshot_images, {"no-baselines": True})
+        yield _probe(f"probes/at-{side}", f"runs/at-{side}", LABELLED.format(side), fewer)
 
 
-def _probe(name: str, run: str, tokens: str, images: int, more: Flags, step: int | None = None) -> Step:
-    model = run if step is None else snapshot(run, step)
-    words = ("probe", model, tokens, "-o", f"{name}.json", *_flags({"limit": images}, more))
+def _probe(name: str, run: str, tokens: str, flags: Flags, model: str = "") -> Step:
+    words = ("probe", model or run, tokens, "-o", f"{name}.json", *_flags(flags))
     return Step(name, words, (run, tokens), labels=tokens)
 
 

@@ -60,7 +60,7 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
     how = (
         f"The {results.scale.main} size, as many updates of the same batches for both, one run each (seed 0); BERT's "
         f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
-        "learning rates, chosen by validation accuracy; BERT is tested on whole images."
+        "learning rates for both, chosen by validation accuracy; BERT is tested on whole images."
     )
     return question(
         name,
@@ -118,14 +118,17 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "categories": categories,
         "series": [series(kind, list(range(len(shares))), shares) for kind, shares in found.items()],
     }
-    seen = int(str(scale.finetuning["batch-size"])) * int(str(scale.with_all["steps"]))
+    flags: dict[str, Any] = {**scale.finetuning, **scale.with_all}
+    rates = [f"{rate:g}" for rate in flags.get("learning-rates", ())]
+    at = f"learning rates {' and '.join(rates)}" if rates else f"a learning rate of {flags['learning-rate']:g}"
+    seen = flags["batch-size"] * flags["steps"]
     fitted = probe["images"]["train"] + probe["images"]["validation"]
     how = (
         f"The {scale.main} size. All labels: fine-tuning and training from scratch see at most {seen:,} images, at "
-        f"learning rates {' and '.join(f'{rate:g}' for rate in _rates(scale.with_all))}, chosen with the update by "
-        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,}. Few labels: every draw trains anew; "
-        "the mean over draws with Student's interval. Fine-tuning uses the joint loss; training from scratch begins "
-        "with the initial weights of pretraining and uses the class loss alone."
+        f"{at}; the update{' and the rate are' if rates else ' is'} chosen by validation accuracy; the probe and raw "
+        f"pixels are fitted to {fitted:,}. Few labels: every draw trains anew; the mean over draws with Student's "
+        "interval. Fine-tuning uses the joint loss; training from scratch begins with the initial weights of "
+        "pretraining and uses the class loss alone."
     )
     return question(
         name,
@@ -137,7 +140,3 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows},
         how,
     )
-
-
-def _rates(flags: Any) -> tuple[float, ...]:
-    return tuple(flags.get("learning-rates") or (flags["learning-rate"],))
