@@ -2,15 +2,21 @@
 
 import json
 import sys
+from collections.abc import Callable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 from igpt.data.palette import Palette
+from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
+from igpt.evaluation.likelihood import score
+from igpt.model.transformer import ImageGPT
+from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "speedrun"
@@ -144,3 +150,23 @@ def test_several_processors_are_not_compared(speedrun: ModuleType, results: list
     results[-1]["environment"] = {**results[-1]["environment"], "processor": "two"}
     with pytest.raises(InputError, match="several processors cannot be compared: one, two"):
         speedrun.summarise(results, (0, 1), None)
+
+
+def test_averages_of_snapshots(
+    speedrun: ModuleType, igpt: Callable[..., Any], digits: TokenDataset, tmp_path: Path
+) -> None:
+    flags = ["--model", "tiny", "--n-layer", 1, "--n-embd", 8, "--steps", 4, "--validate-every", 2, "--log-every", 2]
+    flags += ["--validation-images", 5, "--precision", "fp32", "--learning-rate", 0.1, "--warmup-steps", 0]
+    done = igpt("pretrain", digits.path, "-o", tmp_path / "run", *flags, "--snapshots", 1, 2, 3, 4)
+    assert done.returncode == 0, done.stderr
+    curve = speedrun.measured(read_metrics(tmp_path / "run" / "metrics.jsonl"), 32)["curve"]
+    assert [point["step"] for point in curve] == [2, 4], "what is validated for a snapshot alone is left out"
+    alone, of_two = (speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2))
+    assert [point["loss"] for point in alone] == pytest.approx([point["loss"] for point in curve], abs=1e-5)
+    assert [(point["step"], point["seconds"]) for point in of_two] == [(one["step"], one["seconds"]) for one in curve]
+    model, other = (ImageGPT.from_pretrained(tmp_path / f"run/snapshots/step-0000000{step}") for step in (3, 4))
+    with torch.no_grad():
+        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
+            mine.lerp_(its, 0.5)
+    assert of_two[1]["loss"] == pytest.approx(score(model, digits["validation"].spread(5)).mean(), abs=1e-5)
+    assert abs(of_two[1]["loss"] - alone[1]["loss"]) > 1e-3

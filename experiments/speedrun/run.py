@@ -21,15 +21,19 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import torch
 import tyro
 import yaml
 
 from igpt.data.palette import Palette
-from igpt.data.tokens import MANIFEST, TokenDataset
+from igpt.data.tokens import MANIFEST, TokenDataset, TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError, suggest
+from igpt.evaluation.likelihood import score
 from igpt.files import atomic_file, read_json, write_json
+from igpt.model.transformer import ImageGPT
 from igpt.training.metrics import read_metrics
+from igpt.training.pretrain import PretrainConfig
 
 HERE = Path(__file__).parent
 AT_A_TIME = 2  # trainings at most, of one thread each
@@ -56,12 +60,14 @@ class Entry:
     Attributes:
         over: the entry whose settings `change` alters; the first has none.
         what: the improvement, for the table.
+        average: judged are means of the weights of so many snapshots, the last ones before each validation.
     """
 
     name: str
     over: str | None
     what: str
     change: Mapping[str, Any]
+    average: int = 1
 
 
 # One improvement each, with the length that it wants; all are validated after every 80 images. Where one is not kept,
@@ -102,6 +108,14 @@ ENTRIES = (
     Entry("value_residual", "start_from_palette", "values mixed with the first block's", {"value_residual": True}),
     Entry("rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}),
     Entry("rate_residual", "rate", "values mixed with the first block's, once more", {"value_residual": True}),
+    Entry("rate_rotary", "rate_residual", "rotary positions, a third time", {"positions": "rotary"}),
+    Entry(
+        "averaged",
+        "rate_residual",
+        "mean weights of the last 3 of 5 updates each",
+        {"snapshots": [*range(5, 165, 5)]},
+        3,
+    ),
 )
 NAMES = {entry.name: entry for entry in ENTRIES}
 
@@ -121,6 +135,7 @@ def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
     settings = {**(settings_of(entry.over) if entry.over else COMMON), **entry.change}
     if steps is not None:
         settings |= {"steps": steps, "warmup_steps": 1, "validate_every": 1, "validation_images": 2}
+        settings |= {"snapshots": [*range(1, steps + 1)]} if "snapshots" in settings else {}
     # A line of metrics with every validation tells when it was; a checkpoint is not needed before the end.
     return {**settings, "log_every": settings["validate_every"], "checkpoint_every": settings["steps"]}
 
@@ -164,8 +179,27 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
         **measured(read_metrics(run / "metrics.jsonl"), settings["batch_size"]),
         "environment": {**read_json(run / "environment.json", "run"), "threads": 1, "trainings_at_a_time": AT_A_TIME},
     }
+    if (count := NAMES[name].average) > 1:
+        result["curve"] = averaged(run, TokenDataset(out / "tokens")["validation"], result["curve"], count)
     write_json(path, result)
     return result
+
+
+def averaged(run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+    """The validations of a run, of the mean weights of the last `count` snapshots up to each of them.
+
+    Making and judging a mean takes no training time.
+    """
+    config = PretrainConfig.load(run / "config.yaml")
+    images, kept, found = validation.spread(config.validation_images), sorted((run / "snapshots").iterdir()), []
+    for point in curve:
+        last = [path for path in kept if int(path.name.split("-")[1]) <= point["step"]][-count:]
+        models = [ImageGPT.from_pretrained(path) for path in last]
+        weights = [model.state_dict() for model in models]
+        means = {name: torch.stack([one[name] for one in weights]).mean(dim=0) for name in weights[0]}
+        models[0].load_state_dict(means)
+        found.append({**point, "loss": float(score(models[0], images).mean())})
+    return found
 
 
 def done_before(out: Path, seeds: Sequence[int], steps: int | None = None) -> list[dict[str, Any]]:
@@ -185,7 +219,7 @@ def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, A
     curve = [
         {"step": line["step"], "seconds": seconds[line["step"]], "loss": line["loss"]}
         for line in lines
-        if line["kind"] == "validation"
+        if line["kind"] == "validation" and line["step"] in seconds  # not those of snapshots between them
     ]
     last = curve[-1]
     return {"curve": curve, "images_per_second": batch_size * last["step"] / last["seconds"]}
