@@ -4,10 +4,16 @@ import contextlib
 import io
 import os
 import subprocess
-import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
+# Before anything reads them, and for all processes that tests start: two test processes share two cores.
+os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"gradio-{os.getpid()}")
+
+import datasets
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -16,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from igpt.cli import main
+from igpt.data import palette
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset
 
@@ -42,6 +49,28 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache of data sets that leaves the user's alone."""
+    cache = str(tmp_path_factory.mktemp("datasets-cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setenv("HF_DATASETS_CACHE", cache)  # of processes that the tests start
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _tables_once() -> Iterator[None]:
+    """The table of all colours, half a second for 512, is the same for the same palette: made once for some of them."""
+    made = lru_cache(6)(lambda centers, shape: _nearest_table(np.frombuffer(centers, np.float32).reshape(shape)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(palette, "_nearest_table", lambda centers: made(centers.tobytes(), centers.shape))
+        yield
+
+
+_nearest_table = palette._nearest_table
+
+
 @pytest.fixture(scope="session")
 def short() -> dict[str, object]:
     """Settings of a pretraining run of a second or two."""
@@ -58,18 +87,6 @@ def short_flags(short: dict[str, object]) -> list[str]:
 def digits(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     """The bundled digits as tokens."""
     return prepare("digits", tmp_path_factory.mktemp("tokens") / "digits", PrepareConfig(size=8))
-
-
-@pytest.fixture(scope="session")
-def igpt_process() -> Run:
-    """Runs the command line in a process of its own."""
-
-    def run(*words: object, timeout: float = 120, **options: object) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "igpt", *map(str, words)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, **options)  # type: ignore[call-overload, no-any-return]
-
-    return run
 
 
 @pytest.fixture(scope="session")

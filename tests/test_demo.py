@@ -4,8 +4,16 @@ from pathlib import Path
 
 import pytest
 
+from igpt import demo
 from igpt.data.tokens import TokenDataset
 from igpt.files import read_json
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the demo draws and probes, in small."""
+    for name, number in (("_PROBE_IMAGES", 150), ("_COMPLETED", 2), ("_COMPLETIONS", 2), ("_SAMPLES", 4)):
+        monkeypatch.setattr(demo, name, number)
 
 
 def test_the_story_of_digits(igpt, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from igpt.pictures import pictures, tokens_of_files
 
 LOOPBACK = "127.0.0.1"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-PATIENCE = 10_000  # milliseconds for what should take a fraction of one
+PATIENCE = 60_000  # milliseconds for what should take a fraction of a second
 PHONE = {"width": 390, "height": 844}
 # A picture's pixels, row after row, as [red, green, blue, opacity].
 READ = """async (image) => {
@@ -54,7 +54,7 @@ class Work:
                     self.closed.wait(0.02)
                     yield state
                 if row == self.hold_after:
-                    assert self.go_on.wait(PATIENCE / 1000)
+                    assert self.go_on.wait(2 * PATIENCE / 1000)
         except GeneratorExit:
             self.closed.set()
             raise
@@ -225,9 +225,9 @@ def test_painted_pixels_are_drawn_and_only_they(visit: Visit, model: ImageGPT, p
         page.mouse.up()
 
     stroke(2, 1, 6)
-    expect(page.get_by_text("6 of 64 pixels are hidden")).to_be_visible()
+    expect(page.get_by_text("6 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
     stroke(2, 6, 6)  # on a hidden one: shown again
-    expect(page.get_by_text("5 of 64 pixels are hidden")).to_be_visible()
+    expect(page.get_by_text("5 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
     known = torch.ones(64, dtype=torch.bool)
     known[17:22] = False
     np.testing.assert_array_equal(pixels(canvas(page))[..., 3].ravel() == 255, known)
@@ -249,7 +249,7 @@ def test_text_named_png_is_told_and_the_page_goes_on(visit: Visit, photo: Path, 
     text.write_text("<b>no image</b>")
     upload(page, text)
     expect(page.get_by_text("not an image in a known format").first).to_be_visible(timeout=PATIENCE)
-    expect(canvas(page)).to_be_hidden()
+    expect(canvas(page)).to_be_hidden(timeout=PATIENCE)
     page.get_by_role("button", name="Clear").first.click()
     upload_and_see(page, photo)
     complete(page)
@@ -302,7 +302,7 @@ def test_work_ends_when_it_is_stopped_or_its_tab_is_closed(visit: Visit, photo: 
     else:
         page.get_by_role("button", name="Stop").click()
         say(page, "Stopped.")
-    assert work.closed.wait(10)
+    assert work.closed.wait(PATIENCE / 1000)
 
 
 def test_run_is_told_of(visit: Visit) -> None:

@@ -70,8 +70,7 @@ class Entry:
     average: int = 1
 
 
-# One improvement each, with the length that it wants; all are validated after every 80 images. Where one is not kept,
-# the next names as `over` the last one that is.
+# One improvement each, with the length that it wants; all are validated after every 80 images.
 ENTRIES = (
     Entry(
         "faithful",
@@ -140,6 +139,12 @@ def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
     return {**settings, "log_every": settings["validate_every"], "checkpoint_every": settings["steps"]}
 
 
+def _asked(name: str, seed: int, steps: int | None) -> dict[str, Any]:
+    """All that a result depends on."""
+    average = NAMES[name].average
+    return {**settings_of(name, steps), "seed": seed} | ({"average": average} if average > 1 else {})
+
+
 def prepare(data: str, palette: Path, tokens: Path) -> None:
     """Makes the token data set if it is not there.
 
@@ -158,7 +163,7 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
     Raises:
         InputError: the training failed, or the result that is there was made with other settings.
     """
-    settings = {**settings_of(name, steps), "seed": seed}
+    settings = _asked(name, seed, steps)
     path = out / "results" / f"{name}-{seed}.json"
     if path.exists():
         result = read_json(path, "result")
@@ -170,7 +175,7 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
     for folder in (path.parent, run.parent):
         folder.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(settings, sort_keys=False))
+    recipe.write_text(yaml.safe_dump({**settings_of(name, steps), "seed": seed}, sort_keys=False))
     _igpt(run.with_suffix(".txt"), "pretrain", out / "tokens", "-o", run, "--config", recipe)
     result = {
         "entry": name,
@@ -208,7 +213,7 @@ def done_before(out: Path, seeds: Sequence[int], steps: int | None = None) -> li
     for name, seed in product(NAMES, seeds):
         path = out / "results" / f"{name}-{seed}.json"
         result = read_json(path, "result") if path.exists() else None
-        if result and result["settings"] == {**settings_of(name, steps), "seed": seed}:
+        if result and result["settings"] == _asked(name, seed, steps):
             found.append(result)
     return found
 
@@ -374,6 +379,7 @@ def main(
         minutes: begin no training after so long; 0 only makes the summary.
         steps: only try the entries with so few updates; the table is printed and nothing recorded.
     """
+    failures: list[str] = []
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for name in only:
         settings_of(name)
@@ -385,7 +391,8 @@ def main(
         try:
             last = train(name, seed, out, steps)["curve"][-1]
         except InputError as error:
-            return f"{name}, seed {seed}: {error}"
+            failures.append(f"{name}, seed {seed}: {error}")
+            return failures[-1]
         return f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} updates, {last['seconds']:.0f} s"
 
     if steps is not None:
@@ -404,6 +411,8 @@ def main(
     if steps is None:
         write_json(HERE / "records.json", summary)
         write_table(text, HERE / "README.md")
+    if failures:
+        raise InputError(f"{len(failures)} trainings failed; the first was {failures[0]}")
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tu
     """The difference of two accuracies on the same images, and half of its 95 % confidence interval.
 
     Only the images on which one is right and the other wrong make it uncertain (the normal interval of their mean).
+
+    Args:
+        first, second: which answers are right, [N], or several such that are averaged, [..., N].
     """
-    apart = first.astype(np.float64) - second
+    apart = (first.astype(np.float64) - second).reshape(-1, first.shape[-1]).mean(axis=0)
     return float(apart.mean()), _Z * float(apart.std(ddof=1)) / math.sqrt(len(apart))
 
 

@@ -27,6 +27,7 @@ from igpt.training.pretrain import PretrainConfig, pretrain
 _DIGITS = PrepareConfig(size=8)
 _PHOTOS = PrepareConfig(size=16, colors=128)
 _PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
+_COMPLETED, _COMPLETIONS, _SAMPLES = 8, 6, 32
 _DRAWING: Drawing = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
 
 
@@ -59,10 +60,12 @@ def tell(source: str, run: Path, steps: int | None = None) -> None:
     console.print("[bold]4. Complete and sample[/]")
     if not (run / "samples.png").exists():
         with progress_bar() as show:
-            originals = tokens_of_split(data["test"], min(8, len(data["test"])))
+            originals = tokens_of_split(data["test"], min(_COMPLETED, len(data["test"])))
             half = data.resolution // 2
-            draw_completions(model, originals, run / "completions.png", half, 6, _DRAWING, partial(show, "completing"))
-            draw_samples(model, run / "samples.png", 32, _DRAWING, partial(show, "sampling"))
+            draw_completions(
+                model, originals, run / "completions.png", half, _COMPLETIONS, _DRAWING, partial(show, "completing")
+            )
+            draw_samples(model, run / "samples.png", _SAMPLES, _DRAWING, partial(show, "sampling"))
     page = write_report(run)
     console.print(_table(run))
     console.print(f"The report, with pictures: {page}", soft_wrap=True)

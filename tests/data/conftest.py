@@ -1,7 +1,7 @@
-"""Real images where the checkout has them, images made on the spot, and a cache that leaves the user's alone."""
+"""Real images where the checkout has them, and images made on the spot."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -12,15 +12,6 @@ import pytest
 from PIL import Image
 
 Write = Callable[..., Path]
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    cache = str(tmp_path_factory.mktemp("datasets-cache"))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
-        patch.setenv("HF_DATASETS_CACHE", cache)  # of processes that the tests start
-        yield
 
 
 @pytest.fixture(scope="session")

@@ -118,12 +118,13 @@ def test_no_more_than_a_batch_or_two_are_in_memory(
     assert json.loads((tmp_path / "test" / "features.json").read_text())["images"] == 180
 
 
-def test_tokens_that_do_not_fit_are_refused(digits: TokenDataset, photographs: Path, model: ImageGPT) -> None:
-    folder = photographs.parent
-    other = prepare(str(photographs), folder / "coloured", PrepareConfig(size=8, colors=17))
+def test_tokens_that_do_not_fit_are_refused(
+    digits: TokenDataset, photographs: Path, model: ImageGPT, tmp_path: Path
+) -> None:
+    other = prepare(str(photographs), tmp_path / "coloured", PrepareConfig(size=8, colors=17))
     with pytest.raises(InputError, match="the palettes differ: the model has"):
         require_match(model, other)
-    wide = prepare(str(photographs), folder / "wider", PrepareConfig(size=16, colors=17))
+    wide = prepare(str(photographs), tmp_path / "wider", PrepareConfig(size=16, colors=17))
     with pytest.raises(InputError, match=r"the model sees 8 px, .* has 16 px"):
         require_match(model, wide)
     with pytest.raises(InputError, match="no palette"):

@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import torch
+
 
 def command(words: list[str]) -> int:
     """`write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it is there), `threads FILE`, `slow FILE`."""
@@ -26,10 +28,10 @@ def command(words: list[str]) -> int:
                 return 1
             time.sleep(0.02)
     elif verb == "threads":
-        path.write_text(os.environ["OMP_NUM_THREADS"])
+        path.write_text(str(torch.get_num_threads()))
     elif verb == "slow":
-        path.write_text(str(os.getpid()))
         try:
+            path.write_text(str(os.getpid()))
             time.sleep(60)
         except KeyboardInterrupt:
             path.with_suffix(".stopped").write_text(" ".join(words))

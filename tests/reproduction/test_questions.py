@@ -1,6 +1,7 @@
 """Verdicts on results that are made up so that the answer is known, and what the intervals leave open."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from igpt.confidence import interval_of_share, packed
+from igpt.errors import InputError
 from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_draws, of_images
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION
@@ -54,8 +56,8 @@ class Made:
         lines = [json.dumps({"kind": "validation", "step": step, "loss": loss}) for step, loss in losses.items()]
         self._record(f"runs/{name}", f"runs/{name}/metrics.jsonl", "\n".join(lines))
 
-    def finetuned(self, name: str, accuracy: float, images: int = 2000) -> None:
-        value = json.dumps({**row(accuracy, images, name), "test_images": images, "tokens": "tokens"})
+    def finetuned(self, name: str, accuracy: float, images: int = 2000, right: str = "") -> None:
+        value = json.dumps({**row(accuracy, images, right or name), "test_images": images, "tokens": "tokens"})
         self._record(f"finetuned/{name}", f"finetuned/{name}/test.json", value)
 
     def answer(self, name: str) -> dict[str, Any]:
@@ -88,6 +90,34 @@ def test_intervals() -> None:
     assert same.half == pytest.approx(of_images(0.1, 1000).half), "the images' part stays when all draws agree"
 
 
+def test_draws_are_compared_draw_by_draw(made: Made) -> None:
+    """The same draws on the same images: only what is right once and wrong once is uncertain."""
+    wins = [[40, 60], [50, 70], [60, 80]]  # right answers of 100, by draw; every image of the lower is the higher's too
+    for draw, pair in enumerate(wins):
+        for start, count in zip(("scratch", "ar"), pair, strict=True):
+            made.finetuned(f"{start}-4-{draw}", count / 100, images=100, right=f"{draw}")
+    results = Results(made.folder, replace(SCALE, draws=3))
+    first, second = results.finetuned("ar", 4), results.finetuned("scratch", 4)
+    found, half = difference(first, second)
+    assert found == pytest.approx(20)
+    each = np.mean(np.asarray(first.right, float) - second.right, axis=0)  # 20 points in every draw: no part of theirs
+    assert half == pytest.approx(196 * each.std(ddof=1) / 10, rel=1e-3)
+    assert half < np.hypot(100 * first.half, 100 * second.half) / 3
+    assert difference(first, replace(second, images=())) == pytest.approx((20, 100 * np.hypot(first.half, second.half)))
+    spread = replace(second, right=np.roll(second.right, 1, axis=0))
+    assert difference(first, spread)[1] > 10, "draws that differ count"
+
+
+def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
+    made.finetuned("ar-all", 0.5)
+    path = made.folder / "finetuned/ar-all/test.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "test_right"})
+    )
+    with pytest.raises(InputError, match="a fine-tuning here was made by an earlier igpt"):
+        Results(made.folder, SCALE).finetuned("ar", "all")
+
+
 @pytest.mark.parametrize(
     ("accuracies", "best", "held"),
     [
@@ -95,6 +125,7 @@ def test_intervals() -> None:
         ([0.3, 0.4, 0.5, 0.49], 2, "undecided"),  # the last layer is not clearly worse
         ([0.3, 0.4, 0.49, 0.5], 3, "undecided"),  # nor clearly better
         ([0.3, 0.4, 0.45, 0.5], 3, "no"),
+        ([0.3, 0.45, 0.5, 0.4], 1, "yes"),  # one peak, beside the layer that validation chose
         ([0.5, 0.4, 0.3, 0.3], 0, "no"),  # the first is clearly best
         ([0.3, 0.5, 0.3, 0.5, 0.4], 3, "no"),  # two peaks
         ([0.48, 0.46, 0.44, 0.42, 0.53, 0.4], 4, "no"),  # no single step of the fall is clear, all together are

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from igpt.cli import main
+from igpt.errors import InputError
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Results
 from igpt.reproduction.questions import QUESTIONS
@@ -106,18 +107,30 @@ def test_the_markdown_refers_to_its_figures(folder: Path) -> None:
     assert len(found) == len(QUESTIONS) + 1
     for name in found:
         assert (folder / name).stat().st_size > 100
-    for line in text.splitlines():
-        if line.startswith("|---"):
-            width = line.count("|")
-        elif line.startswith("|"):
-            cells = line.count("|")
-    assert width == cells
+    tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)]
+    assert len(tables) > len(QUESTIONS)
+    for table in tables:
+        assert table[1].startswith("|---")
+        assert {row.count("|") for row in table} == {table[0].count("|")}
 
 
 def test_the_same_evidence_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
     before = {name: (folder / name).read_bytes() for name in ("report.html", "report.md", "figures/layers.svg")}
     write_page(folder, json.loads((folder / "evidence.json").read_text()))
     assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
+    evidence = json.loads((folder / "evidence.json").read_text())
+    (tmp_path / "pictures").symlink_to(folder / "pictures")
+    evidence["machines"].append({**evidence["machines"][0], "gpu": "H200"})
+    assert ", elsewhere on H200 (igpt " in write_page(tmp_path, evidence).read_text()
+
+
+def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes.yaml").write_text("layer: more\n")
+    with pytest.raises(InputError, match=r"notes\.yaml: there is no question 'layer'; did you mean 'layers'"):
+        reproduce(tmp_path, SMALL, "photographs", "photographs", main)
 
 
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:

@@ -55,8 +55,9 @@ def test_side_by_side_and_not(tmp_path: Path) -> None:
 
 def test_the_cores_are_shared_out(tmp_path: Path) -> None:
     before = os.environ.get("OMP_NUM_THREADS")
-    go([Step("a", ("threads", "a"))], tmp_path, jobs=2)
-    assert int((tmp_path / "a").read_text()) == max(1, (os.cpu_count() or 1) // 2)
+    for jobs in (1, 2, 64):
+        go([Step(f"{jobs}", ("threads", f"{jobs}"))], tmp_path, jobs=jobs)
+        assert int((tmp_path / f"{jobs}").read_text()) == max(1, len(os.sched_getaffinity(0)) // jobs)
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
@@ -78,17 +79,25 @@ def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "once\n"
 
 
+def test_what_may_fail_is_skipped_when_it_is_refused(tmp_path: Path) -> None:
+    steps = [Step("own", ("fail", "no labels"), optional=True), Step("else", ("write", "a"))]
+    done, said = go(steps, tmp_path, jobs=1)
+    assert done
+    assert said[0] == "own: skipped (no labels)"
+    assert {name: record["ended"] for name, record in records(tmp_path).items()} == {"own": "skipped", "else": "done"}
+    with pytest.raises(InputError, match="step own failed"):
+        go([Step("own", ("kill", "me"), optional=True)], tmp_path / "other")
+
+
 def test_what_goes_wrong_here_leaves_nothing_running(tmp_path: Path) -> None:
-    """Tokens whose manifest is damaged, found while another step runs."""
-    (tmp_path / "tokens").mkdir()
-    (tmp_path / "tokens" / "dataset.json").write_text("{")
-    steps = [
-        Step("slow", ("slow", "pid")),
-        Step("first", ("wait", "pid")),
-        Step("second", ("write", "x"), after=("first",), labels="tokens"),
-    ]
-    with pytest.raises(InputError, match="not readable as JSON"):
-        go(steps, tmp_path)
+    """Another step has ended, and nobody can be told of it."""
+    steps = [Step("slow", ("slow", "pid")), Step("first", ("wait", "pid"))]
+
+    def say(line: str) -> None:
+        raise OSError("the terminal is gone")
+
+    with pytest.raises(OSError, match="the terminal is gone"):
+        run(steps, tmp_path, command, jobs=2, say=say)
     assert (tmp_path / "pid.stopped").exists()
     assert records(tmp_path)["slow"]["ended"] == "stopped"
 
@@ -119,6 +128,31 @@ def stopped(steps: list[Step], folder: Path, when: Path) -> str:
     thread.join()
     when.unlink()
     return str(stop.value)
+
+
+def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
+    """There all processes get it at once, and a step may end before it is asked to."""
+    folder = str(tmp_path)
+    code = (
+        "from pathlib import Path; from commands import command; from igpt.reproduction.runner import run;"
+        "from igpt.reproduction.steps import Step;"
+        f"run([Step('slow', ('slow', 'pid'))], Path({folder!r}), command, jobs=1, minutes=None, say=print)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    os.killpg(process.pid, signal.SIGINT)
+    said, wrong = process.communicate(timeout=60)
+    assert "failed" not in said
+    assert "Interrupted" in wrong.splitlines()[-1]
+    assert records(tmp_path)["slow"]["ended"] == "stopped"
 
 
 def test_a_run_directory_is_continued(tmp_path: Path) -> None:

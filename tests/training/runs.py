@@ -3,6 +3,7 @@
 A server process has imported all that a run needs, with one thread, and forks for every command.
 """
 
+import contextlib
 import os
 import resource
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import count
 from multiprocessing import forkserver, get_context
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -100,14 +102,21 @@ def _child(words: list[str], out: Path, err: Path, environment: dict[str, str], 
     if largest_file is not None:  # stands for a disk that fills up
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    torch.set_num_threads(1)  # the server may have been started for something else
     sys.exit(main(words))
+
+
+# Below those that the system gives out by itself, and others for every process that tests.
+_PORTS = count(20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")))
 
 
 def free_port() -> str:
     """A port at which ranks may meet."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
+    for port in _PORTS:
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return str(port)
+    raise AssertionError("there is no port left")
 
 
 def told(run: Path, step: int, kind: str = "train") -> bool:

@@ -22,7 +22,7 @@ def test_killed_before_the_first_checkpoint_then_resumed(
 ) -> None:
     """Later kills: test_kills.py."""
     run = tmp_path / "run"
-    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags]
+    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--checkpoint-every", 24]
     command = Command(tmp_path, *words)
     command.wait_until(lambda: told(run, 3))
     command.send(signal.SIGKILL)
@@ -39,7 +39,7 @@ def test_signal_saves_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "stopped"
     command = Command(tmp_path, "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
-    command.wait_until(lambda: told(run, 9))
+    command.wait_until(lambda: told(run, 7))
     command.send(number)
     assert command.code() == 128 + number
     said, _, words = command.complaint.partition("continue with: igpt ")

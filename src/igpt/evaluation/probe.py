@@ -110,7 +110,7 @@ def probe(
     if config.masks:
         model.require("bert", "masking at test time")
     limits = dict.fromkeys(SPLITS, config.limit) | ({"test": config.test_images} if config.test_images else {})
-    drawn = {name: _drawn(data[name], limits[name], config.seed) for name in SPLITS}
+    drawn = {name: draw_images(data[name], limits[name], config.seed) for name in SPLITS}
     require_classes({name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe")
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
@@ -171,7 +171,7 @@ def probe(
     }
 
 
-def _drawn(split: TokenSplit, limit: int | None, seed: int) -> tuple[TokenSplit, NDArray[np.int64]]:
+def draw_images(split: TokenSplit, limit: int | None, seed: int) -> tuple[TokenSplit, NDArray[np.int64]]:
     """At most `limit` images of a split, and their rows."""
     rows = np.arange(len(split))
     if limit is None or limit >= len(split):

@@ -11,6 +11,7 @@ Precision = Literal["bf16", "fp32"]
 TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
+@cache
 def matmul_rate(precision: Precision, device: torch.device) -> float:
     """FLOP/s of a large product as linear layers have it, measured: the best of up to five in a quarter of a second."""
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 512, 1024)

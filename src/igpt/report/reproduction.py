@@ -24,11 +24,11 @@ _HELD = {
     "shown": "shown",
     "not yet": "not done yet",
 }
-_PAPER = {  # Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images, of L at 32 px
+_PAPER = {  # Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images
     "pretraining images": "1.28 M (ImageNet)",
     "images seen by a model": "128 M",
     "parameters": "76 M to 6.8 B",
-    "operations of the largest run": "1.1e21 (L at 32 px)",
+    "operations of the largest run": "2.1e22 (XL at 64 px)",
     "resolution, colours": "32, 48 and 64 px, 512",
     "positions": "an embedding of each",
     "optimiser": "Adam",
@@ -94,10 +94,11 @@ def _short(source: str) -> str:
 def _cost(evidence: Mapping[str, Any]) -> str:
     seconds, side_by_side = [step["seconds"] for step in evidence["steps"].values()], evidence["side_by_side"] or 1
     told = list(dict.fromkeys(map(_where, evidence["machines"])))
+    elsewhere = f", elsewhere on {' and '.join(told[1:])}" if told[1:] else ""
     return (
         f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in all, {side_by_side} side by side "
         f"({duration(sum(seconds) / side_by_side)} by the clock, if never idle){f' on {told[0]}' if told else ''}"
-        f"{f', and later on {told[1:]}' if told[1:] else ''}."
+        f"{elsewhere}."
     )
 
 

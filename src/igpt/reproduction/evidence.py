@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from igpt.confidence import interval_of_share, paired_difference, unpacked
+from igpt.errors import InputError
 from igpt.files import read_json
 from igpt.reproduction.runner import records
 from igpt.reproduction.scale import Scale
@@ -31,8 +32,8 @@ class Share:
 
     Attributes:
         n: how it was measured, for a table: test images, or draws.
-        right: which of its test images were answered rightly, [N]; None of a mean over draws.
-        images: what tells these images from others.
+        right: which test images were answered rightly, [N], or in every draw of the labels, [draws, N], where known.
+        images: what tells these images, and these draws, from others.
     """
 
     value: float
@@ -62,14 +63,22 @@ def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
     """The test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
     images = (probe["tokens"], config["test_images"] or config["limit"], config["seed"])
-    return replace(of_images(row["test_accuracy"], count), right=unpacked(row["test_right"], count), images=images)
+    return replace(of_images(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images)
 
 
 def of_test(test: Mapping[str, Any]) -> Share:
     """The accuracy in a test.json."""
     count = test["test_images"]
     share = of_images(test["test_accuracy"], count)
-    return replace(share, right=unpacked(test["test_right"], count), images=(test["tokens"], count))
+    return replace(share, right=_right(test, count, "fine-tuning"), images=(test["tokens"], count))
+
+
+def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
+    if "test_right" not in result:
+        raise InputError(
+            f"a {kind} here was made by an earlier igpt and does not say what was right; choose another -o"
+        )
+    return unpacked(result["test_right"], count)
 
 
 def of_draws(values: Sequence[float], count: int) -> Share:
@@ -78,23 +87,30 @@ def of_draws(values: Sequence[float], count: int) -> Share:
     The interval is Student's over the draws and Wilson's over the images, added in squares: the draws share the images,
     so that their spread does not hold the images' part.
     """
+    mean = float(np.mean(values))
+    half = math.hypot(_half_of_draws(np.asarray(values)), of_images(mean, count).half)
+    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), f"{len(values)} draws, {count:,} images")
+
+
+def _half_of_draws(values: NDArray[np.float64]) -> float:
+    """Half of Student's 95 % interval of a mean."""
     from scipy.stats import t
 
-    draws, mean = len(values), float(np.mean(values))
-    of_labels = float(t.ppf(0.975, draws - 1)) * float(np.std(values, ddof=1)) / math.sqrt(draws)
-    half = math.hypot(of_labels, of_images(mean, count).half)
-    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), f"{draws} draws, {count:,} images")
+    return float(t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def difference(first: Share, second: Share) -> tuple[float, float]:
     """first - second in points, and half of its 95 % interval: paired where both were measured on the same images.
 
-    Elsewhere the intervals are added in squares, as of different images; where some are shared, that is too wide.
+    Draws are paired too, and their part and the images' added in squares. Elsewhere the intervals are, as of different
+    images; where some are shared, that is too wide.
     """
-    if first.right is not None and second.right is not None and first.images == second.images:
-        found, half = paired_difference(first.right, second.right)
-        return 100 * found, 100 * half
-    return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
+    if first.right is None or second.right is None or first.images != second.images:
+        return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
+    found, half = paired_difference(first.right, second.right)
+    if first.right.ndim > 1:
+        half = math.hypot(half, _half_of_draws(first.right.mean(axis=1) - second.right.mean(axis=1)))
+    return 100 * found, 100 * half
 
 
 def points(first: Share, second: Share) -> str:
@@ -162,9 +178,12 @@ class Results:
         for name in names:
             self.require(f"finetuned/{name}")
         found = [read_json(self.folder / "finetuned" / name / "test.json", "result") for name in names]
+        shares = [of_test(one) for one in found]
         if labels == "all":
-            return of_test(found[0])
-        return of_draws([one["test_accuracy"] for one in found], found[0]["test_images"])
+            return shares[0]
+        right = np.stack([share.right for share in shares if share.right is not None])
+        together = of_draws([share.value for share in shares], right.shape[1])
+        return replace(together, right=right, images=(*shares[0].images, labels))
 
 
 def question(

@@ -1,5 +1,6 @@
 """One call that runs what is missing of a reproduction and writes its page."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,15 +8,18 @@ from typing import Any
 from rich.console import Console
 
 from igpt.config import read_settings
+from igpt.data.labels import few_of_each, require_classes
+from igpt.data.tokens import TokenDataset
 from igpt.environment import describe
-from igpt.errors import InputError
+from igpt.errors import InputError, suggest
+from igpt.evaluation.probe import draw_images
 from igpt.files import write_json
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import NotDone, Results, question
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import Command, StepsFailed, records, run
 from igpt.reproduction.scale import Scale
-from igpt.reproduction.steps import steps
+from igpt.reproduction.steps import LABELLED, steps
 from igpt.training.metrics import read_metrics
 
 FORMAT, VERSION = "igpt-reproduction", 1
@@ -48,7 +52,7 @@ def reproduce(
         whether all is done.
 
     Raises:
-        InputError: steps failed, or `out` holds another reproduction.
+        InputError: steps failed, `out` holds another reproduction, or the labelled images have too few labels.
         Interrupted: on Ctrl-C or SIGTERM.
     """
     console = Console(highlight=False)
@@ -56,17 +60,26 @@ def reproduce(
         raise InputError(f"--minutes is more than 0, not {minutes:g}")
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is at least 1, not {jobs}")
-    planned = [step for step in steps(scale, corpus, labelled) if step.name.startswith("tokens/") or not tokens_only]
+    planned = steps(scale, corpus, labelled)
+    tokens = [step for step in planned if step.name.startswith("tokens/")]
+    _notes(out)  # a mistake in them is told before the work
     places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
     told = partial(console.print, soft_wrap=True)
+    begin = partial(run, folder=out, command=command, places=places, jobs=jobs or scale.jobs, say=told)
+    end = None if minutes is None else time.monotonic() + 60 * minutes
     failed: StepsFailed | None = None
     try:
-        done = run(planned, out, command, places=places, jobs=jobs or scale.jobs, minutes=minutes, say=told)
+        done = begin(tokens, minutes=minutes)
+        if done and not tokens_only:
+            _require_labels(TokenDataset(out / LABELLED.format(scale.resolutions[0])), scale, labelled)
+            done = begin(planned, minutes=end and max(0.0, end - time.monotonic()) / 60)
     except StepsFailed as failure:  # the page tells of all else
         failed = failure
     evidence = gather(out, scale, corpus, labelled)
     write_json(out / EVIDENCE, evidence)
     told(f"{write_page(out, evidence)}: the answers, with figures")
+    if not failed and done:
+        told("all tokens are there" if tokens_only else f"all {len(planned)} steps are done")
     if failed:
         raise failed
     return done
@@ -80,8 +93,7 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
             answered.append(answer(results, name, asks, paper))
         except NotDone as missing:
             answered.append(question(name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""))
-    notes_path = folder / NOTES
-    notes = read_settings(notes_path) if notes_path.exists() else {}
+    notes = _notes(folder)
     known = records(folder)
     return {
         "format": FORMAT,
@@ -100,6 +112,27 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
         "machines": [dict(pairs) for pairs in dict.fromkeys(tuple(one["machine"].items()) for one in known.values())],
         "environment": describe(),
     }
+
+
+def _notes(folder: Path) -> dict[str, Any]:
+    """Sentences of the user's, by the name of the question."""
+    path = folder / NOTES
+    notes = read_settings(path) if path.exists() else {}
+    known = [name for name, *_ in QUESTIONS]
+    for name in notes:
+        if name not in known:
+            raise InputError(f"{path}: there is no question {name!r}; {suggest(name, known)}")
+    return notes
+
+
+def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
+    """Refuses images by which not everything can be judged, before anything is trained."""
+    if data.class_names is None:
+        raise InputError(f"{labelled} has no labels, and all is judged by them; name others by --labelled")
+    limits = {"train": scale.probe_images, "validation": scale.probe_images, "test": scale.test_images}
+    splits = {name: draw_images(data[name], limit, 0)[0] for name, limit in limits.items()}
+    require_classes(splits, len(data.class_names), "a reproduction")
+    few_of_each(splits["train"].labels, max(scale.few), (0,))
 
 
 def _models(results: Results) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from igpt.data.tokens import MANIFEST, TokenDataset
+from igpt.data.tokens import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError, Interrupted
 from igpt.files import read_json, write_json
@@ -32,6 +32,7 @@ from igpt.reproduction.steps import Step
 RECORD, LOGS, LOCK = "steps.json", "logs", ".lock"
 _IMPORTED = ["igpt.cli", "igpt.training.pretrain", "igpt.training.finetune", "igpt.evaluation.probe", "igpt.pictures"]
 FORMAT, VERSION = "igpt-reproduction-steps", 1
+_REFUSED = 2  # exit code of a mistake
 Command = Callable[[list[str]], int]  # the words of a command line -> its exit code
 Say = Callable[[str], None]
 
@@ -195,10 +196,7 @@ class _Runner:
                 continue
             self.waiting.remove(step)
             began = True
-            if step.labels and not _has_labels(self.folder / step.labels):
-                self._record(step, "skipped", 0.0)
-                self.say(f"{step.name}: skipped, {step.labels} has no labels")
-            elif step.words[0] == "prepare" and (self.folder / step.name / MANIFEST).exists():
+            if step.words[0] == "prepare" and (self.folder / step.name / MANIFEST).exists():
                 self._record(step, "done", 0.0)  # it ended together with whoever should have recorded it
             else:
                 self._start(step)
@@ -228,12 +226,20 @@ class _Runner:
                 self._record(one.step, "done", seconds)
                 self.say(f"{len(self.done)}/{self.total} {one.step.name}: {seconds:.0f} s")
                 continue
-            self._record(one.step, "failed" if self.stop.number is None else "stopped", seconds)
+            if self.stop.number is not None:  # Ctrl-C reaches all that were begun from a terminal
+                self._record(one.step, "stopped", seconds)
+                continue
             log = self.folder / _log(one.step)
             lines = log.read_text().strip().splitlines() if log.exists() else []
+            reason = lines[-1] if lines else "it said nothing"
+            if one.step.optional and one.process.exitcode == _REFUSED:
+                self._record(one.step, "skipped", seconds)
+                self.say(f"{one.step.name}: skipped ({reason})")
+                continue
+            self._record(one.step, "failed", seconds)
             failure = (
-                f"the step {one.step.name} failed (exit code {one.process.exitcode}): "
-                f"{lines[-1] if lines else 'it said nothing'}; all that it said is in {log}"
+                f"the step {one.step.name} failed (exit code {one.process.exitcode}): {reason}; all that it said is in "
+                f"{log}"
             )
             self.failures.append(failure)
             self.say(failure)
@@ -270,10 +276,6 @@ def _log(step: Step) -> Path:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has_labels(tokens: Path) -> bool:
-    return TokenDataset(tokens).class_names is not None
 
 
 @contextmanager

@@ -24,14 +24,14 @@ class Step:
         words: of the command line, after `igpt`.
         after: the names of the steps whose results it reads.
         run: whether the result is a run directory, that an interrupted command continues with --resume.
-        labels: a token data set without whose labels there is nothing to do.
+        optional: whether all else is whole without it: where the command refuses its input, it is skipped.
     """
 
     name: str
     words: tuple[str, ...]
     after: tuple[str, ...] = ()
     run: bool = False
-    labels: str | None = None
+    optional: bool = False
 
 
 def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
@@ -116,14 +116,14 @@ def _probes(scale: Scale) -> Iterator[Step]:
     main = f"runs/{scale.main}"
     yield _probe("probes/main", main, labelled, {**many, "labels-per-class": scale.few})
     yield _probe("probes/bert", "runs/bert", labelled, {**layers, "masks": scale.masks or None})
-    yield _probe("probes/own", main, CORPUS.format(side), layers)
+    yield _probe("probes/own", main, CORPUS.format(side), layers, optional=True)
     for side in scale.resolutions:
         yield _probe(f"probes/at-{side}", f"runs/at-{side}", LABELLED.format(side), fewer)
 
 
-def _probe(name: str, run: str, tokens: str, flags: Flags, model: str = "") -> Step:
+def _probe(name: str, run: str, tokens: str, flags: Flags, model: str = "", optional: bool = False) -> Step:
     words = ("probe", model or run, tokens, "-o", f"{name}.json", *_flags(flags))
-    return Step(name, words, (run, tokens), labels=tokens)
+    return Step(name, words, (run, tokens), optional=optional)
 
 
 def _finetuning(scale: Scale) -> Iterator[Step]:

@@ -122,13 +122,16 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     rates = [f"{rate:g}" for rate in flags.get("learning-rates", ())]
     at = f"learning rates {' and '.join(rates)}" if rates else f"a learning rate of {flags['learning-rate']:g}"
     seen = flags["batch-size"] * flags["steps"]
+    few_flags: dict[str, Any] = {**scale.finetuning, **scale.with_few}
+    little = few_flags["batch-size"] * few_flags["steps"]
     fitted = probe["images"]["train"] + probe["images"]["validation"]
     how = (
         f"The {scale.main} size. All labels: fine-tuning and training from scratch see at most {seen:,} images, at "
         f"{at}; the update{' and the rate are' if rates else ' is'} chosen by validation accuracy; the probe and raw "
-        f"pixels are fitted to {fitted:,}. Few labels: every draw trains anew; the mean over draws with Student's "
-        "interval. Fine-tuning uses the joint loss; training from scratch begins with the initial weights of "
-        "pretraining and uses the class loss alone."
+        f"pixels are fitted to {fitted:,}. Few labels: every draw trains anew, {little} images seen; means over draws, "
+        "with intervals of draws (Student's) and test images (Wilson's) added in squares. Layer and strength of the "
+        "probe are those of all labels. Fine-tuning uses the joint loss; training from scratch begins with the initial "
+        "weights of pretraining and uses the class loss alone."
     )
     return question(
         name,

@@ -61,7 +61,7 @@ class FinetuneConfig(TrainConfig):
     labels_per_class: int | None = Field(
         None,
         ge=1,
-        description="train on so few images of each class only, drawn by seed as the first draw of igpt probe is",
+        description="train on so few images of each class only, drawn by seed as the first draw of a whole probe is",
     )
     validation_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
     test_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
