@@ -121,12 +121,18 @@ def test_small_pictures() -> None:
         assert picture.stat().st_size < 32_000, picture
 
 
-@pytest.mark.parametrize("page", ["extending/objective", "extending/source", "extending/model", "python/index"])
-def test_python_as_written(page: str, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "page", ["extending/objective", "extending/source", "extending/model", "python/index", "commands/drawing"]
+)
+def test_python_as_written(
+    page: str, digits: TokenDataset, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Blocks that begin with an import are whole programs; the others are parts of files."""
     monkeypatch.chdir(tmp_path)
     Path("tokens").mkdir()
     Path("tokens/digits").symlink_to(digits.path)
+    Path("runs").mkdir()
+    Path("runs/tiny").symlink_to(short_run)
     programs = [
         code for code in blocks((DOCS / f"{page}.md").read_text(), "python") if code.startswith(("import ", "from "))
     ]
