@@ -11,11 +11,12 @@ import torch
 
 from igpt.cli import main
 from igpt.errors import InputError
+from igpt.files import write_json
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Results
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.reproduce import gather, reproduce
-from igpt.reproduction.runner import records
+from igpt.reproduction.runner import FORMAT, RECORD, VERSION, records
 from igpt.reproduction.scale import Scale, scale
 from igpt.reproduction.steps import steps
 
@@ -125,6 +126,20 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").symlink_to(folder / "pictures")
     evidence["machines"].append({**evidence["machines"][0], "gpu": "H200"})
     assert ", elsewhere on H200 (igpt " in write_page(tmp_path, evidence).read_text()
+
+
+def test_labels_are_looked_at_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", str(folder.parent / "images")
+    shutil.copytree(folder / "tokens", out / "tokens")
+    tokens = {name: record for name, record in records(folder).items() if name.startswith("tokens/")}
+    write_json(out / RECORD, {"format": FORMAT, "version": VERSION, "steps": tokens})
+    with pytest.raises(InputError, match="100 labels a class are asked for, and one class has"):
+        reproduce(out, replace(SMALL, few=(100,)), source, source, main)
+    for place in out.glob("tokens/labelled-*/dataset.json"):
+        place.write_text(json.dumps({**json.loads(place.read_text()), "class_names": None}))
+    with pytest.raises(InputError, match="images has no labels, and all is judged by them; name others by --labelled"):
+        reproduce(out, SMALL, source, source, main)
+    assert not (out / "runs").exists()
 
 
 def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
