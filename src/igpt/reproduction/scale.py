@@ -104,9 +104,9 @@ _CPU = Scale(
         "test-images": 3000,
     },
     with_few={
-        "steps": 100,
-        "validate-every": 50,
-        "checkpoint-every": 100,
+        "steps": 300,
+        "validate-every": 75,
+        "checkpoint-every": 300,
         "validation-images": 100,
         "test-images": 500,
     },
