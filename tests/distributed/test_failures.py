@@ -9,6 +9,7 @@ from runs import Command, assert_same_run, free_port, told
 from torch.distributed import TCPStore
 
 from igpt.data.tokens import TokenDataset
+from igpt.training.state import checkpoints
 
 
 class Pair:
@@ -60,7 +61,7 @@ def test_the_other_ends_when_a_rank_is_killed(
     start, whole: dict[int, Path], tmp_path: Path, shard: int, victim: int
 ) -> None:
     ranks = start(shard)
-    ranks[0].wait_until(lambda: told(tmp_path / "run", 7))
+    ranks[0].wait_until(lambda: told(tmp_path / "run", 7) and bool(checkpoints(tmp_path / "run" / "checkpoints")))
     ranks[victim].send(signal.SIGKILL)
     other = ranks[1 - victim]
     assert other.code() == 1
