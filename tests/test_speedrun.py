@@ -38,7 +38,7 @@ def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dic
         lines.append({"kind": "train", "step": step, "loss": 9.0, "seconds": rate * step})
         lines.append({"kind": "validation", "step": step, "loss": loss})
     environment = {"processor": "one", "commit": "abc1234", "started": f"2026-01-0{seed + 1}T00:00:00+00:00"}
-    return {"entry": entry, "seed": seed, "settings": {}, "lines": lines, "environment": environment}
+    return {"entry": entry, "seed": seed, "settings": {"batch_size": 4}, "lines": lines, "environment": environment}
 
 
 @pytest.fixture
@@ -144,6 +144,14 @@ def test_a_result_of_other_settings_is_not_taken(speedrun: ModuleType, tmp_path:
 def test_one_seed_of_two_decides_nothing(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
     records = speedrun.summarise([one for one in results if (one["entry"], one["seed"]) != ("batch", 1)], (0, 1), 4.0)
     assert speedrun.kept("batch", records["records"]) is None
+
+
+def test_a_faster_moment_of_the_machine_is_no_improvement(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+    quick = [result("muon", seed, [9.0, 9.0, 9.0, 3.9], rate=0.5) for seed in (0, 1)]  # 40 updates in 20 seconds
+    some = [*results[:4], *({**one, **speedrun.measured(one["lines"], 4)} for one in quick)]
+    records = speedrun.summarise(some, (0, 1), 4.0)["records"]
+    assert speedrun.kept("batch", records)
+    assert speedrun.kept("muon", records) is False
 
 
 def test_several_processors_are_not_compared(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:

@@ -85,7 +85,13 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     # Minutes on two cores at 16 px (256 places).
     "photos": _PHOTOS,
     # The same with what won the race to a fixed loss (experiments/speedrun); the paper has none of it.
-    "modern": {**_PHOTOS, "learning_rate": 1e-2, "start_from_palette": True, "value_residual": True},
+    "modern": {
+        **_PHOTOS,
+        "learning_rate": 1e-2,
+        "start_from_palette": True,
+        "value_residual": True,
+        "positions": "rotary",
+    },
 }
 
 
