@@ -48,9 +48,8 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
         "images drawn by seed 0. Intervals: Wilson's, 95 %, over test images; of "
         "differences, paired."
     )
-    return question(
-        name, asks, paper, held, verdict, plot, {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}, how
-    )
+    table = {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}
+    return question(name, asks, paper, held, verdict, plot, table, how)
 
 
 def _peak(shares: list[Share], chosen: int) -> Held:
@@ -189,13 +188,5 @@ def resolution(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "at every resolution, in the same palette, one run each (seed 0), probed on the same test images; losses "
         "at different resolutions cannot be compared."
     )
-    return question(
-        name,
-        asks,
-        paper,
-        held,
-        verdict,
-        plot,
-        {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows},
-        how,
-    )
+    table = {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows}
+    return question(name, asks, paper, held, verdict, plot, table, how)

@@ -26,16 +26,8 @@ def _pictures(results: Results, name: str, asks: str, paper: str) -> dict[str, A
     )
     plot = {"kind": "pictures", "steps": list(steps)}
     how = f"The {size} size; temperature 1, no top-k or top-p; seed 0 in every row: the same random numbers."
-    return question(
-        name,
-        asks,
-        paper,
-        "shown",
-        verdict,
-        plot,
-        {"head": ["update", "validation loss"], "rows": rows},
-        how,
-    )
+    table = {"head": ["update", "validation loss"], "rows": rows}
+    return question(name, asks, paper, "shown", verdict, plot, table, how)
 
 
 QUESTIONS: list[tuple[str, str, str, Answer]] = [

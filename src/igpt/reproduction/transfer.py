@@ -62,16 +62,8 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
         "learning rates for both, chosen by validation accuracy; BERT is tested on whole images."
     )
-    return question(
-        name,
-        asks,
-        paper,
-        held,
-        verdict,
-        plot,
-        {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows},
-        how,
-    )
+    table = {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows}
+    return question(name, asks, paper, held, verdict, plot, table, how)
 
 
 def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
@@ -133,13 +125,5 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "probe are those of all labels. Fine-tuning uses the joint loss; training from scratch begins with the initial "
         "weights of pretraining and uses the class loss alone."
     )
-    return question(
-        name,
-        asks,
-        paper,
-        held,
-        verdict,
-        plot,
-        {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows},
-        how,
-    )
+    table = {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows}
+    return question(name, asks, paper, held, verdict, plot, table, how)
