@@ -6,8 +6,10 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from igpt.cli import main
 from igpt.errors import InputError
@@ -113,6 +115,21 @@ def test_the_markdown_refers_to_its_figures(folder: Path) -> None:
     for table in tables:
         assert table[1].startswith("|---")
         assert {row.count("|") for row in table} == {table[0].count("|")}
+
+
+def test_stacked_pictures_keep_their_pixels(folder: Path) -> None:
+    for kind in ("samples", "completions"):
+        with Image.open(folder / "figures" / f"{kind}.png") as opened:
+            assert opened.mode == "P"
+            sheet = np.asarray(opened.convert("RGBA"))
+        parts = [np.asarray(Image.open(folder / "pictures" / f"{kind}-{step}.png").convert("RGB")) for step in (1, 2)]
+        height, width = parts[0].shape[:2]
+        second = sheet[height:] if kind == "samples" else sheet[:, width + 12 :]
+        for part, shown in zip(parts, (sheet[:height, :width], second), strict=True):
+            np.testing.assert_array_equal(shown[..., :3], part)
+            assert (shown[..., 3] == 255).all()
+        if kind == "completions":
+            assert not sheet[:, width : width + 12, 3].any(), "between them the page's own ground is seen"
 
 
 def test_the_same_evidence_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
