@@ -6,9 +6,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import Field
 
 from igpt.errors import InputError
-from igpt.files import atomic_file, atomic_folder, read_json, recover_folder, sha256_of, write_json
+from igpt.files import (
+    Stored,
+    atomic_file,
+    atomic_folder,
+    read_json,
+    recover_folder,
+    require_folder_name,
+    sha256_of,
+    write_json,
+)
 
 # Writes a folder anew, and is killed by the operating system just before the named operation on it.
 KILLED = """
@@ -157,7 +167,7 @@ def test_json_round_trip_and_refusals(tmp_path: Path):
     with pytest.raises(InputError, match=r"a\.json is not readable as JSON .*cut off"):
         read_json(path, "thing")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not readable as JSON"):
+    with pytest.raises(InputError, match="not readable as text"):
         read_json(path, "thing")
     path.write_text("[1]")
     with pytest.raises(InputError, match=r"should hold a JSON object \(thing\)"):
@@ -193,3 +203,64 @@ def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
             (folder / "c").write_text("c")
     watching = False
     assert events == ["sync", "rename", "sync", "sync", "sync", "rename", "sync"]
+
+
+class _Thing(Stored):
+    count: int
+    parts: list[dict[str, int]] = Field([])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"parts": []}', "the key 'count' is missing"),
+        ('{"count": "3"}', "count = '3'"),
+        ('{"count": 1, "parts": [{"a": 1}, {"a": null}]}', r"parts\.1\.a = None"),
+        ('{"count": ' + "1" * 5000 + "}", "not readable as JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"count": 1, "parts": ' + "[" * 900 + "]" * 900 + "}", "parts"),
+        ("\ud800".encode("utf-8", "surrogatepass"), "not readable as text"),
+    ],
+)
+def test_a_json_file_that_violates_its_schema_is_refused_with_the_key(
+    tmp_path: Path, text: str | bytes, said: str
+) -> None:
+    path = tmp_path / "thing.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(InputError, match=f"thing.json.*{said}"):
+        read_json(path, "thing", _Thing)
+
+
+def test_keys_that_a_schema_does_not_know_pass(tmp_path: Path) -> None:
+    write_json(tmp_path / "thing.json", {"count": 1, "later": 2})
+    assert read_json(tmp_path / "thing.json", "thing", _Thing) == {"count": 1, "later": 2}
+
+
+def test_no_fifo_device_or_huge_file_is_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with (tmp_path / "huge.json").open("wb") as file:
+        file.truncate(1 << 33)
+    for path, said in ((tmp_path / "fifo", "a FIFO"), (Path("/dev/zero"), "a device")):
+        with pytest.raises(InputError, match=f"is {said}; a regular file is needed"):
+            read_json(path, "thing")
+    with pytest.raises(InputError, match="8,589,934,592 bytes"):
+        read_json(tmp_path / "huge.json", "thing")
+
+
+def test_writing_goes_through_links_and_never_replaces_a_device_or_fifo(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "real.json")
+    write_json(tmp_path / "link.json", {"a": 1})
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there" / "real.json").read_text()) == {"a": 1}
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/null")):
+        with pytest.raises(InputError, match="a regular file is needed"):
+            write_json(path, {})
+    assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("name", ["/", "", ".", "..", "runs/.."])
+def test_a_folder_to_make_needs_a_name(name: str) -> None:
+    with pytest.raises(InputError, match="give the name of a folder to make"):
+        require_folder_name(Path(name))

@@ -1,17 +1,28 @@
-"""Files and folders that are either whole or absent, whatever interrupts their writing."""
+"""Files and folders: writing them whole or not at all, and reading what users give without trusting it."""
 
 import glob
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from igpt.errors import InputError
+
+_LARGEST_TEXT = 256 << 20  # bytes of JSON or YAML; larger files are something else
+_KINDS = (
+    (stat.S_ISFIFO, "a FIFO"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 def _temporary(path: Path) -> Path:
@@ -27,15 +38,54 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; on success it becomes `path`, on any error it is removed.
+def require_regular(path: Path) -> None:
+    """Refuse a FIFO, a socket or a device, which a read would wait for or never come to the end of.
+
+    Files that do not exist pass: whoever opens them reports that.
 
     Raises:
-        InputError: `path` is a folder.
+        InputError: `path` is none of a regular file, a folder, or nothing.
     """
-    if path.is_dir():
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return
+    for is_kind, kind in _KINDS:
+        if is_kind(mode):
+            raise InputError(f"{path} is {kind}; a regular file is needed")
+
+
+def require_folder_name(path: Path) -> None:
+    """Refuse `/`, `.`, `..` and the empty name as the name of a folder to make.
+
+    Raises:
+        InputError: `path` has no name of its own.
+    """
+    if path.name in ("", ".."):
+        raise InputError(f"{str(path)!r} cannot be the output; give the name of a folder to make, such as -o runs/one")
+
+
+def file_to_write(path: Path) -> Path:
+    """Return the file that writing to `path` replaces: `path`, or the file that a symbolic link names.
+
+    Raises:
+        InputError: `path` is a folder, a FIFO, a socket or a device.
+    """
+    target = path.resolve() if path.is_symlink() else path
+    if target.is_dir() or not target.name:
         raise InputError(f"{path} is a folder; the name of a file to write is needed")
+    require_regular(target)
+    return target
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name to write to; on success it becomes `path`, on any error it is removed.
+
+    Raises:
+        InputError: see `file_to_write`.
+    """
+    path = file_to_write(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
@@ -110,23 +160,73 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The JSON object in `path`; `what` names it in errors.
+class Stored(BaseModel):
+    """Base of the schemas of JSON files: keys of a later minor version pass, values of another type do not."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a file; `what` names its content in errors.
 
     Raises:
-        InputError: there is no such file, or it is not a JSON object.
+        InputError: there is no such file, it is not a regular one, it is larger than 256 MiB, or it is not UTF-8.
     """
+    require_regular(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > _LARGEST_TEXT:
+            raise InputError(f"{path} has {path.stat().st_size:,} bytes; that is no {what}")
+        return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no {what} at {path.parent}: {path.name} is missing") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a folder; a JSON file ({what}) is needed there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is a folder; a file ({what}) is needed there") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not readable as text ({error}); is it cut off?") from None
+
+
+def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict[str, Any]:
+    """Return the JSON object in `path`; `what` names it in errors.
+
+    Args:
+        schema: what the object must look like; the first violation is reported with its key.
+
+    Raises:
+        InputError: see `read_text`; or it is not a JSON object, or violates the schema.
+    """
+    text = read_text(path, what)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply to be a {what}") from None
+    except ValueError as error:  # malformed, or a number of thousands of digits
         raise InputError(f"{path} is not readable as JSON ({error}); is it cut off?") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object ({what})")
+    if schema is not None:
+        require_schema(value, schema, path)
     return value
+
+
+def require_schema(value: Any, schema: type[Stored], where: Path | str) -> None:
+    """Refuse a value that violates a schema.
+
+    Raises:
+        InputError: names `where`, the key and what is expected there.
+    """
+    try:
+        schema.model_validate(value)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "missing":
+            raise InputError(f"{where}: the key {key!r} is missing") from None
+        found = repr(first["input"])
+        shown = found if len(found) <= 60 else f"{found[:57]}..."
+        raise InputError(f"{where}: {key} = {shown}: {reason}") from None
+    except RecursionError:
+        raise InputError(f"{where} is nested too deeply") from None
 
 
 def sha256_of(path: Path) -> str:

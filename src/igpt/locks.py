@@ -1,0 +1,158 @@
+"""Locks that keep two processes from writing the same folder or file.
+
+The lock of a file or new folder `DIR/NAME` is the file `DIR/.NAME.lock`, that of a folder to work in is `FOLDER/.lock`.
+It holds the host, process id and command of its owner as JSON, is locked by the kernel as long as that process lives,
+and is removed at the end. What a killed process leaves is taken over. Where a file system has no locks between hosts, a
+lock whose owner has not touched it for five minutes is stale.
+"""
+
+import fcntl
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any
+
+from igpt.errors import InputError
+
+_TOUCHED_EVERY = 30.0  # seconds
+_STALE_AFTER = 300.0
+
+_held = set[Path]()  # by this process: the demo runs other commands in the folder that it has locked
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Hold the lock of a file or folder that is about to be made; within one process it may be taken again.
+
+    Raises:
+        InputError: another process holds it; its host, process id and command are named.
+    """
+    target = path.resolve()
+    with _holding(path, target.with_name(f".{target.name}.lock")):
+        yield
+
+
+@contextmanager
+def exclusive_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder to work in, which is made if need be, and removed again if nothing was written to it.
+
+    Raises:
+        InputError: another process holds it; its host, process id and command are named.
+    """
+    try:
+        with _holding(folder, folder.resolve() / ".lock"):
+            yield
+    finally:
+        with suppress(OSError):  # not empty, or not there
+            folder.rmdir()
+
+
+@contextmanager
+def _holding(path: Path, file: Path) -> Iterator[None]:
+    if file in _held:
+        yield
+        return
+    descriptor = _acquire(file, path)
+    released = Event()
+    _held.add(file)
+    Thread(target=_keep_fresh, args=(file, released), daemon=True).start()
+    try:
+        yield
+    finally:
+        released.set()
+        _held.discard(file)
+        file.unlink(missing_ok=True)  # before it is unlocked: nobody else can have taken it yet
+        os.close(descriptor)
+
+
+def _acquire(file: Path, path: Path) -> int:
+    """The descriptor of the lock file, locked and with this process as its owner."""
+    while True:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
+        try:
+            locked = _try_lock(descriptor)
+            owner = _owner(descriptor)
+            here = owner.get("host") == socket.gethostname()
+            if not locked or (owner and not here and _is_fresh(file)):
+                raise InputError(_refusal(path, file, owner, here))
+            if _is_same(descriptor, file):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
+                return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # its owner removed the file after it was opened here
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: the owner's process id decides
+        owner = _owner(descriptor)
+        return owner.get("host") != socket.gethostname() or not _is_alive(owner.get("pid"))
+    return True
+
+
+def _owner(descriptor: int) -> dict[str, Any]:
+    try:
+        found = json.loads(os.pread(descriptor, 1 << 16, 0))
+    except ValueError:  # empty, or cut off by a kill
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_same(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _is_alive(pid: object) -> bool:
+    if not isinstance(pid, int):
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
+
+
+def _is_fresh(file: Path) -> bool:
+    return time.time() - file.stat().st_mtime < _STALE_AFTER
+
+
+def _myself() -> dict[str, Any]:
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command[:4096]}
+
+
+def _refusal(path: Path, file: Path, owner: dict[str, Any], here: bool) -> str:
+    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
+    command = f" ({owner['command']})" if owner.get("command") else ""
+    advice = "" if here else f"; if that process is gone, wait {_STALE_AFTER / 60:.0f} minutes or remove {file}"
+    return f"{path} is being written by {who}{command}; wait until it has ended, or choose another output{advice}"
+
+
+def _keep_fresh(file: Path, released: Event) -> None:
+    while not released.wait(_TOUCHED_EVERY):
+        try:
+            os.utime(file)
+        except OSError:
+            return

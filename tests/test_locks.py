@@ -1,0 +1,118 @@
+"""Only one process writes a folder at a time; the second one is told who does."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from igpt import locks
+from igpt.errors import InputError
+from igpt.locks import exclusive, exclusive_folder
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from igpt.locks import exclusive_folder
+with exclusive_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def refused(said: str) -> "pytest.RaisesExc[InputError]":
+    return pytest.raises(InputError, match=said)
+
+
+def hold(folder: Path) -> "subprocess.Popen[str]":
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_process_is_refused_with_the_first_ones_host_and_process_id(folder: Path) -> None:
+    process = hold(folder)
+    try:
+        with refused(rf"written by process {process.pid} on {socket.gethostname()}"), exclusive_folder(folder):
+            pass
+        assert (folder / ".lock").exists(), "the refused one must not remove the lock of the first"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_lock_of_a_killed_process_is_taken_over(folder: Path) -> None:
+    process = hold(folder)
+    process.kill()
+    process.wait()
+    assert (folder / ".lock").exists()
+    with exclusive_folder(folder):
+        assert json.loads((folder / ".lock").read_text())["pid"] == os.getpid()
+    assert not folder.exists(), "nothing was written, so nothing stays"
+
+
+def test_a_lock_is_released_after_an_error_and_what_was_written_stays(folder: Path) -> None:
+    def write_and_fail() -> None:
+        with exclusive_folder(folder):
+            (folder / "a").write_text("a")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        write_and_fail()
+    assert [file.name for file in folder.iterdir()] == ["a"]
+    with exclusive_folder(folder):
+        pass
+
+
+def test_one_process_may_take_its_own_lock_again(folder: Path) -> None:
+    with exclusive(folder), exclusive(folder):
+        lock = folder.with_name(".run.lock")
+        assert lock.exists()
+    assert not lock.exists()
+
+
+def test_a_lock_of_another_host_holds_until_its_owner_has_not_touched_it_for_minutes(folder: Path) -> None:
+    lock = folder.with_name(".run.lock")
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "command": "igpt pretrain"}))
+    with refused(r"process 1 on elsewhere \(igpt pretrain\).*remove .*\.run\.lock"), exclusive(folder):
+        pass
+    old = lock.stat().st_mtime - 301
+    os.utime(lock, (old, old))
+    with exclusive(folder):
+        assert json.loads(lock.read_text())["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"host": 1', '{"host": "x"}'])
+def test_a_lock_that_was_cut_off_by_a_kill_is_taken_over_or_refused_in_one_line(folder: Path, content: str) -> None:
+    lock = folder.with_name(".run.lock")
+    lock.write_text(content)
+    if content == '{"host": "x"}':
+        with refused("another process"), exclusive(folder):
+            pass
+    else:
+        with exclusive(folder):
+            pass
+
+
+def test_without_locks_of_the_file_system_the_process_id_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, how: int) -> None:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock = folder.with_name(".run.lock")
+    lock.write_text(json.dumps({"host": socket.gethostname(), "pid": process.pid, "command": "x"}))
+    with refused(f"process {process.pid} "), exclusive(folder):
+        pass
+    process.communicate(b"\n")
+    with exclusive(folder):
+        pass
