@@ -93,7 +93,7 @@ def test_json_is_json_and_yaml_is_yaml(tmp_path: Path):
     [
         ("a.yaml", b"size: [1, 2", "is neither YAML nor JSON"),
         ("a.json", b'{"size": 8', "is neither YAML nor JSON"),
-        ("a.yaml", b"\xff\xfe\x00", "is neither YAML nor JSON"),
+        ("a.yaml", b"\xff\xfe\x00", "is not readable as text"),
         ("a.yaml", b"- size\n- rate\n", "should hold settings as 'name: value' lines"),
         ("a.yaml", b"", "should hold settings as 'name: value' lines"),
         ("a.json", b"[1]", "should hold settings as 'name: value' lines"),
@@ -109,9 +109,9 @@ def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message:
 
 
 def test_no_settings_file(tmp_path: Path):
-    with pytest.raises(InputError, match=r"no settings file .*nowhere\.yaml"):
+    with pytest.raises(InputError, match=r"no settings file at .*: nowhere\.yaml is missing"):
         read_settings(tmp_path / "nowhere.yaml")
-    with pytest.raises(InputError, match="is a folder; a settings file is needed"):
+    with pytest.raises(InputError, match=r"is a folder; a file \\(settings file\\) is needed"):
         read_settings(tmp_path)
 
 

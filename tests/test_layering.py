@@ -9,6 +9,8 @@ import igpt
 
 HOME = Path(igpt.__file__).parent
 HOUSE = [
+    "interrupts",
+    "console",
     "errors",
     "allocator",
     "files",

@@ -1,8 +1,6 @@
 """Generative Pretraining from Pixels (Chen et al., 2020): palette, tokens, pretraining, probes, samples, reports."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # as typing has it, without the import: Ctrl-C during the imports here would show a traceback
 if TYPE_CHECKING:
     from igpt.data.palette import Palette
     from igpt.data.tokens import TokenDataset
@@ -22,8 +20,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Loaded when first asked for: `igpt --help` need not wait for torch.
+def __getattr__(name: str) -> object:
+    # Imported at the first use: `igpt --help` does not wait for torch.
     if name in _HOMES:
+        from importlib import import_module
+
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'igpt' has no attribute {name!r}")

@@ -1,7 +1,40 @@
-"""`python -m igpt` and `torchrun -m igpt`: the same as `igpt`."""
+"""The process of `igpt`, `python -m igpt` and `torchrun -m igpt`: signals, streams and caches, then the command.
 
+Only light modules are imported before Ctrl-C is taken care of.
+"""
+
+import os
 import sys
 
-from igpt.cli import main
+from igpt.interrupts import exit_at_once
 
-sys.exit(main())
+
+def main() -> int:
+    """Run the command of this process's command line; return the exit code."""
+    exit_at_once()
+    _leave_ascii()
+    from igpt.console import close_streams, open_streams, settle_caches
+
+    open_streams()
+    settle_caches()
+    from igpt.cli import main as run
+
+    try:
+        code = run()
+    finally:
+        exit_at_once()  # nothing is left to do that could be interrupted
+        complete = close_streams()
+    return code if complete else code or 2
+
+
+def _leave_ascii() -> None:
+    """Start again in Python's UTF-8 mode where file names would be ASCII: names of classes and files would be mangled.
+
+    Python does so by itself in the C locale, unless it was told not to.
+    """
+    if sys.getfilesystemencoding() == "ascii" and "utf8" not in sys._xoptions and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

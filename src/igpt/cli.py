@@ -9,7 +9,8 @@ from tyro.conf import Positional
 from igpt.command_line import (
     Commands,
     MaybeOut,
-    Out,
+    MaybeOutFolder,
+    OutFolder,
     announce,
     file_settings,
     given,
@@ -18,6 +19,7 @@ from igpt.command_line import (
     require_writable,
     run_command,
 )
+from igpt.console import close_streams, open_streams
 from igpt.data_commands import inspect, palette, prepare
 from igpt.drawing_commands import app, complete, sample
 from igpt.errors import InputError
@@ -25,7 +27,7 @@ from igpt.evaluation_commands import evaluate, features, probe, score
 from igpt.hub_commands import card, push
 
 
-def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -> None:
+def demo(data: str = "digits", out: MaybeOutFolder = None, steps: int | None = None) -> None:
     """Tell the whole story on one data set: palette, tokens, pretraining, probes, completions, samples, report.
 
     Args:
@@ -39,7 +41,7 @@ def demo(data: str = "digits", out: MaybeOut = None, steps: int | None = None) -
 
 
 def reproduce(
-    out: MaybeOut = None,
+    out: MaybeOutFolder = None,
     scale: Literal["cpu", "gpu"] = "cpu",
     corpus: str = "zh-plus/tiny-imagenet",
     labelled: str = "uoft-cs/cifar10",
@@ -65,7 +67,16 @@ def reproduce(
 
     asked = out or Path("runs", f"{'rehearsal' if rehearsal else 'reproduction'}-{scale}")
     chosen = named(scale, rehearsal=rehearsal)
-    run(asked, chosen, corpus, labelled, main, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
+    run(asked, chosen, corpus, labelled, _step, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
+
+
+def _step(words: list[str]) -> int:
+    """Run a command in a process that was started for it; return the exit code."""
+    open_streams()
+    try:
+        return main(words)
+    finally:
+        close_streams()
 
 
 def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:
@@ -89,7 +100,7 @@ def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:
 
 def pretrain(
     tokens: Positional[Path],
-    out: Out,
+    out: OutFolder,
     flags: Any,
     model: str | None = None,
     config: Path | None = None,
@@ -120,7 +131,7 @@ def pretrain(
 def finetune(
     model: Positional[Path],
     tokens: Positional[Path],
-    out: Out,
+    out: OutFolder,
     flags: Any,
     config: Path | None = None,
     resume: bool = False,
@@ -234,7 +245,7 @@ def report(run: Positional[Path]) -> None:
 
 def import_openai(
     prefix: Positional[Path],
-    out: Out,
+    out: OutFolder,
     clusters: Path | None = None,
     objective: Literal["autoregressive", "bert"] = "autoregressive",
 ) -> None:
@@ -256,29 +267,29 @@ def import_openai(
 
 
 COMMANDS: Commands = {
-    "demo": (demo, None),
-    "reproduce": (reproduce, None),
+    "demo": (demo, "igpt.demo"),
+    "reproduce": (reproduce, "igpt.reproduction.reproduce"),
     "palette": (palette, "igpt.data.fit:PaletteConfig"),
     "prepare": (prepare, "igpt.data.prepare:PrepareConfig"),
-    "inspect": (inspect, None),
+    "inspect": (inspect, "igpt.data.inspection"),
     "plan": (plan, "igpt.training.plan:PlanConfig"),
     "pretrain": (pretrain, "igpt.training.pretrain:PretrainConfig"),
     "finetune": (finetune, "igpt.training.finetune:FinetuneConfig"),
-    "classify": (classify, None),
+    "classify": (classify, "igpt.pictures"),
     "probe": (probe, "igpt.evaluation.probe:ProbeConfig"),
     "score": (score, "igpt.data.gathered:GatherConfig"),
-    "evaluate": (evaluate, None),
+    "evaluate": (evaluate, "igpt.evaluation.likelihood"),
     "features": (features, "igpt.data.gathered:GatherConfig"),
-    "sample": (sample, None),
-    "complete": (complete, None),
-    "report": (report, None),
-    "card": (card, None),
-    "push": (push, None),
-    "import": (import_openai, None),
-    "app": (app, None),
+    "sample": (sample, "igpt.pictures"),
+    "complete": (complete, "igpt.pictures"),
+    "report": (report, "igpt.report.page"),
+    "card": (card, "igpt.report.card"),
+    "push": (push, "igpt.report.card"),
+    "import": (import_openai, "igpt.model.openai"),
+    "app": (app, "igpt.app"),
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; the exit code."""
+    """Run a command; return the exit code."""
     return run_command(COMMANDS, sys.argv[1:] if arguments is None else arguments)

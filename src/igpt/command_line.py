@@ -1,4 +1,4 @@
-"""What the commands share: flags made from settings, one-line errors, exit codes, a progress bar."""
+"""What the commands share: flags made from settings, checks of outputs, one-line errors, exit codes, a progress bar."""
 
 import contextlib
 import io
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, fields, make_dataclass
 from functools import partial, wraps
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,21 +20,31 @@ import tyro
 from igpt import __version__
 from igpt.config import Config, read_settings
 from igpt.errors import InputError, Interrupted, LostRank, suggest
-from igpt.files import folder_to_read, read_json
+from igpt.files import file_to_write, folder_to_read, read_json, require_folder_name
+from igpt.interrupts import Terminated, stop_in_order
 
 if TYPE_CHECKING:
     from igpt.model.transformer import ImageGPT
 
-_MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName, tyro.conf.FlagCreatePairsOff)
+_MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 _FLAT = (tyro.conf.arg(name="", help_behavior_hint=""),)
-Out = Annotated[Path, tyro.conf.arg(aliases=["-o"])]
-MaybeOut = Annotated[Path | None, tyro.conf.arg(aliases=["-o"])]
+_FOLDER = "folder"  # marks outputs that are folders
+_O = tyro.conf.arg(aliases=["-o"])
+Out = Annotated[Path, _O]
+MaybeOut = Annotated[Path | None, _O]
+OutFolder = Annotated[Path, _O, _FOLDER]
+MaybeOutFolder = Annotated[Path | None, _O, _FOLDER]
 Show = Callable[[str, int, int], None]  # (what, done, in all)
-Commands = Mapping[str, tuple[Callable[..., None], str | None]]  # what it does, and the settings that are its flags
+# What a command does, and "module:Class" of the settings that are its flags, or the module that it begins by importing.
+Commands = Mapping[str, tuple[Callable[..., None], str]]
+_ROOM = 40  # bytes that the names of temporary files, locks and parts have more than the output's own
 
 
 def flags_of(config: type[Config], besides: set[str]) -> type:
-    """A data class with an optional flag for every setting, so that one not given is told from one given."""
+    """Return a data class with an optional flag for every setting; None is one that was not given.
+
+    A setting that is true or false has two flags, --NAME and --no-NAME.
+    """
     made = []
     for name, setting in config.model_fields.items():
         if name not in besides:
@@ -46,61 +57,66 @@ def flags_of(config: type[Config], besides: set[str]) -> type:
 
 
 def given(flags: Any) -> dict[str, Any]:
-    """The settings that were given as flags."""
+    """Return the settings that were given as flags."""
     values = {item.name: getattr(flags, item.name) for item in fields(flags)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def file_settings(path: Path | None) -> Mapping[str, Any]:
-    """The settings of a file, or none."""
+    """Return the settings of a file, or none."""
     return read_settings(path) if path else {}
 
 
-def parse(function: Callable[..., None], settings: str | None, program: str, words: list[str]) -> Callable[[], None]:
-    """Parses the words of a command into a call of its function that is still to be made.
+def parse(function: Callable[..., None], settings: str, program: str, words: list[str]) -> Callable[[], None]:
+    """Parse the words of a command; return the call of its function, not yet made.
 
     Args:
-        settings: "module:Class" of the settings whose fields become the flags of the parameter `flags`.
+        settings: see `Commands`; the fields of a class become the flags of the parameter `flags`.
 
     Raises:
-        InputError: words that do not fit, told in one line.
+        InputError: words that do not fit, or an output that cannot be written.
     """
 
     @wraps(function)
-    def later(*positional: Any, **named: Any) -> Callable[[], None]:
+    def later(*positional: Any, **named: Any) -> partial[None]:
         return partial(function, *positional, **named)
 
-    if settings:
-        module, _, name = settings.partition(":")
-        parameters = set(function.__annotations__)
-        flags: Any = flags_of(getattr(import_module(module), name), besides=parameters)
-        later.__annotations__ = {**function.__annotations__, "flags": Annotated[flags, *_FLAT]}
-        vars(later).pop("__wrapped__")
-        later.__signature__ = _signature(function, later.__annotations__)  # type: ignore[attr-defined]
+    module, _, name = settings.partition(":")
+    annotations = {key: _switch(kind) for key, kind in function.__annotations__.items()}
+    if name:
+        flags: Any = flags_of(getattr(import_module(module), name), besides=set(annotations))
+        annotations["flags"] = Annotated[flags, *_FLAT]
+    later.__annotations__ = annotations
+    vars(later).pop("__wrapped__")
+    parameters = signature(function).parameters.values()
+    later.__signature__ = signature(function).replace(  # type: ignore[attr-defined]
+        parameters=[parameter.replace(annotation=annotations[parameter.name]) for parameter in parameters]
+    )
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            call: Callable[[], None] = tyro.cli(later, prog=program, args=words, config=_MARKERS)
+            call = tyro.cli(later, prog=program, args=words, config=_MARKERS)
     except SystemExit as stop:
-        if not stop.code:
-            raise
-        raise InputError(_one_line(said.getvalue(), program)) from None
+        if stop.code:
+            raise InputError(_one_line(said.getvalue(), program)) from None
+        return lambda: None  # the help is printed
+    out = signature(function).bind(*call.args, **call.keywords).arguments.get("out")
+    if out is not None:
+        is_folder = _FOLDER in getattr(function.__annotations__["out"], "__metadata__", ())
+        (require_writable_folder if is_folder else require_writable)(out)
+    import_module(module)
     return call
 
 
-def _signature(function: Callable[..., None], annotations: Mapping[str, Any]) -> Any:
-    from inspect import signature
-
-    plain = signature(function)
-    return plain.replace(
-        parameters=[parameter.replace(annotation=annotations[name]) for name, parameter in plain.parameters.items()]
-    )
+def _switch(kind: Any) -> Any:
+    """Return the type of a parameter; one that only switches something on has no second flag that switches it off."""
+    return Annotated[bool, tyro.conf.FlagCreatePairsOff] if kind is bool else kind
 
 
 def _one_line(box: str, program: str) -> str:
-    """The text of tyro's framed error without its frame, title and pointer to --help."""
+    """Return the text of tyro's framed error without its frame, title and pointer to --help."""
     inside = "\n".join(line for line in box.splitlines() if not line.startswith("╭"))
-    text = " ".join(re.sub(r"[^\x20-\x7e]", " ", inside).split())
+    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", inside).split())
     text = re.sub(r"For full helptext, (run|see).*", "", text)
     text = re.sub(r"^.*?-{10,}", "", text).strip()  # a title above a line
     return f"{text}; see {program} --help"
@@ -128,14 +144,60 @@ def model_and_run(path: Path) -> tuple[Path, Path]:
 
 
 def require_writable(path: Path, kind: str | None = None) -> None:
-    """Refuses a file that cannot be written before the work for it is done, and JSON of another kind than `kind`."""
-    home = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; the name of a file to write is needed")
-    if not home.is_dir() or not os.access(home, os.W_OK):
-        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
-    if kind and path.exists() and read_json(path, kind).get("format") != kind:
+    """Refuse a file that cannot be written before the work for it is done, and JSON of another kind than `kind`.
+
+    Raises:
+        InputError: `path` is no name of a regular file, its folder cannot be written to, or it holds something else.
+    """
+    with _reasons(path):
+        target = file_to_write(path)
+        _require_new_name(path, target)
+        is_there = target.exists()
+    if kind and is_there and read_json(target, kind).get("format") != kind:
         raise InputError(f"{path} holds something else already ({kind} would be written there); choose another -o")
+
+
+def require_writable_folder(path: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before the work for it is done.
+
+    Raises:
+        InputError: `path` has no name of its own, it is a file, or what it lies in cannot be written to.
+    """
+    require_folder_name(path)
+    with _reasons(path):
+        target = path.resolve()
+        if target.exists() and not target.is_dir():
+            raise InputError(f"{path} is a file; a folder is to be written there")
+        _require_new_name(path, target)
+        if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
+            raise InputError(f"{path} cannot be written: this folder is read-only")
+
+
+@contextlib.contextmanager
+def _reasons(path: Path) -> Iterator[None]:
+    """Turn what the system says about a name that cannot be used (too long, a loop of links) into an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"{_short(path)} cannot be written: {reason}") from None
+
+
+def _require_new_name(path: Path, target: Path) -> None:
+    """Refuse what cannot be made at `target`, by the folder it lies in and by the length of its name."""
+    home = next(parent for parent in target.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
+    longest = os.pathconf(home, "PC_NAME_MAX") - _ROOM
+    if any(len(os.fsencode(part)) > longest for part in target.absolute().relative_to(home).parts):
+        raise InputError(f"{_short(path)} cannot be written: a name has at most {longest} bytes")
+
+
+def _short(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 @contextlib.contextmanager
@@ -153,8 +215,9 @@ def passing_folder(target: Path) -> Iterator[Path]:
 
 
 def announce(line: str) -> None:
-    """Prints what came out, once: of several processes, the leading one does."""
-    if os.environ.get("RANK", "0") == "0":
+    """Print what came out, once: of several processes, only the first one prints."""
+    rank = os.environ.get("RANK", "0")
+    if not (rank.isdecimal() and int(rank) > 0):
         print(line)
 
 
@@ -168,7 +231,7 @@ def load_model(path: Path) -> "ImageGPT":
 
 
 def run_command(commands: Commands, words: list[str]) -> int:
-    """Runs one of the commands; the exit code.
+    """Run one of the commands; return the exit code.
 
     A user's mistake ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143. A traceback is a bug.
     """
@@ -189,11 +252,10 @@ def run_command(commands: Commands, words: list[str]) -> int:
         if "WORLD_SIZE" in os.environ:  # the launcher's words are not known here
             again = f"continue with the same command{' and --resume' if resume else ''}"
         return _complain(f"{name}: {stop}; {again}", 128 + stop.number)
+    except Terminated:
+        return _complain(f"{name}: terminated; what was finished is kept", 143)
     except KeyboardInterrupt:
         return _complain(f"{name}: interrupted; what was finished is kept", 130)
-    except BrokenPipeError:  # `igpt ... | head`: nobody reads on, and Python must not complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
@@ -211,7 +273,9 @@ def _dispatch(commands: Commands, words: list[str]) -> None:
         print(__version__)
     elif words[0] in commands:
         function, settings = commands[words[0]]
-        parse(function, settings, f"igpt {words[0]}", words[1:])()
+        call = parse(function, settings, f"igpt {words[0]}", words[1:])
+        stop_in_order()
+        call()
     else:
         raise InputError(f"no command {words[0]!r}; {suggest(words[0], commands)}")
 
@@ -222,6 +286,12 @@ def _overview(commands: Commands) -> str:
     return "\n".join([*lines, "", "igpt COMMAND --help says more."])
 
 
-def _complain(line: str, code: int) -> int:
-    print(" ".join(line.split()), file=sys.stderr)
+def _complain(message: str, code: int) -> int:
+    """Print a message in one line, whatever the names in it hold; return the exit code."""
+    line = " ".join(part.strip() for part in message.splitlines())
+    print(line.translate(_ESCAPED), file=sys.stderr)
     return code
+
+
+# Control characters in names would change the terminal's state.
+_ESCAPED = {number: f"\\x{number:02x}" for number in (*range(32), *range(127, 160))}

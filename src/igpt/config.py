@@ -1,6 +1,7 @@
 """Settings: frozen, checked, in YAML or JSON, and layered (preset, then file, then flags)."""
 
 import json
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -8,26 +9,27 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from igpt.errors import InputError, suggest
-from igpt.files import atomic_file
+from igpt.files import atomic_file, read_text
+
+_LARGEST = 1 << 20  # bytes of settings: YAML is read slowly
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML or JSON file.
+    """Return the mapping in a YAML or JSON file.
 
     Raises:
-        InputError: no such file, a syntax error, or something else than a mapping.
+        InputError: no such file, no regular one or one larger than 1 MiB, a syntax error, or something else than a
+            mapping.
     """
     import yaml
 
+    text = read_text(path, "settings file", largest=_LARGEST)
     try:
-        text = path.read_text(encoding="utf-8")
         # Only almost every JSON is YAML: not one that is indented with tabs.
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"no settings file {path}") from None
-    except IsADirectoryError:
-        raise InputError(f"{path} is a folder; a settings file is needed here") from None
-    except (yaml.YAMLError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path} is nested too deeply for settings") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: such as a date that does not exist
         raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold settings as 'name: value' lines")
@@ -60,7 +62,7 @@ class Config(BaseModel):
             reason = first["msg"].removeprefix("Value error, ")
             if first["type"] == "missing":
                 raise InputError(f"{where}: {name} is missing, and has no default") from None
-            given = f"{name} = {first['input']!r}: " if name else ""
+            given = f"{name} = {reprlib.repr(first['input'])}: " if name else ""
             raise InputError(f"{where}: {given}{reason}") from None
 
     @classmethod

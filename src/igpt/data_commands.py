@@ -8,7 +8,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
-from igpt.command_line import MaybeOut, Out, file_settings, given, progress_bar
+from igpt.command_line import MaybeOut, OutFolder, file_settings, given, progress_bar
 from igpt.errors import InputError
 
 _CLASSES_SHOWN = 20
@@ -58,7 +58,7 @@ def _fidelity(quality: Mapping[str, Any]) -> str:
 
 
 def prepare(
-    out: Out,
+    out: OutFolder,
     flags: Any,
     source: Positional[str] = "",
     config: Path | None = None,

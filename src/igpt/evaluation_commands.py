@@ -33,8 +33,6 @@ def probe(
     out: MaybeOut = None,
     config: Path | None = None,
     features: Path | None = None,
-    fold_back: bool = True,
-    baselines: bool = True,
 ) -> None:
     """Fit a linear classifier to every layer's features.
 
@@ -44,8 +42,6 @@ def probe(
         out: file to write; by default probe.json in the run, or here for a model without one.
         config: settings in YAML or JSON; flags override them.
         features: folder to keep the features in; those that it holds already are not made again.
-        fold_back: with --no-fold-back, validation images only choose, and nothing is fitted to them.
-        baselines: with --no-baselines, raw pixels and an untrained model are not probed.
     """
     from igpt.data.tokens import TokenDataset
     from igpt.evaluation.probe import FORMAT, ProbeConfig, best_row
@@ -53,9 +49,7 @@ def probe(
     from igpt.files import write_json
 
     path, home = model_and_run(model)
-    switches = {} if fold_back else {"fold_back": False}
-    switches |= {} if baselines else {"baselines": False}
-    settings = ProbeConfig.layered(file_settings(config), given(flags), switches, where="the settings")
+    settings = ProbeConfig.layered(file_settings(config), given(flags), where="the settings")
     target = out or home / "probe.json"
     require_writable(target, FORMAT)
     loaded, data = load_model(path), TokenDataset(tokens)

@@ -166,15 +166,16 @@ class Stored(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
 
-def read_text(path: Path, what: str) -> str:
+def read_text(path: Path, what: str, largest: int = _LARGEST_TEXT) -> str:
     """Return the text of a file; `what` names its content in errors.
 
     Raises:
-        InputError: there is no such file, it is not a regular one, it is larger than 256 MiB, or it is not UTF-8.
+        InputError: there is no such file, it is not a regular one, it is larger than `largest` bytes, or it is not
+            UTF-8.
     """
     require_regular(path)
     try:
-        if path.stat().st_size > _LARGEST_TEXT:
+        if path.stat().st_size > largest:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes; that is no {what}")
         return path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
