@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,8 @@ import pytest
 from PIL import Image
 
 from igpt.cli import COMMANDS
+from igpt.command_line import given, parse
+from igpt.config import Config, read_settings
 from igpt.data.tokens import TokenDataset
 from igpt.model.configuration import ModelConfig
 from igpt.model.transformer import ImageGPT
@@ -69,8 +73,6 @@ def test_preset_then_file_then_flags(igpt, digits: TokenDataset, tmp_path: Path)
     (tmp_path / "my.yaml").write_text("n_layer: 1\nn_embd: 16\nsteps: 3\nlearning_rate: 0.01\n")
     words = ["-o", tmp_path / "run", "--model", "tiny", "--config", tmp_path / "my.yaml", "--learning-rate", "0.02"]
     assert igpt("pretrain", digits.path, *words, "--validation-images", 8).returncode == 0
-    from igpt.config import read_settings
-
     settings = read_settings(tmp_path / "run" / "config.yaml")
     assert settings["n_head"] == MODELS["tiny"]["n_head"]
     assert (settings["n_layer"], settings["steps"], settings["learning_rate"]) == (1, 3, 0.02)
@@ -203,3 +205,244 @@ def test_completing_by_a_mask_keeps_its_dark_pixels(
     both = igpt("complete", short_run, picture, "--mask", mask, "--keep-rows", 2, "-o", out)
     assert both.returncode == 2
     assert "not both" in both.stderr
+
+
+def settings_of(command: str) -> type[Config] | None:
+    module, _, name = COMMANDS[command][1].partition(":")
+    return getattr(import_module(module), name) if name else None
+
+
+def switches() -> list[tuple[str, str]]:
+    """Every setting of every command that is true or false."""
+    found = []
+    for command in COMMANDS:
+        settings = settings_of(command)
+        fields = settings.model_fields if settings else {}
+        found += [(command, name) for name, field in fields.items() if field.annotation is bool]
+    return found
+
+
+WORDS = {"pretrain": ["t", "-o", "x"], "finetune": ["m", "t", "-o", "x"], "probe": ["m", "t"], "features": ["m", "s"]}
+WORDS |= {"score": ["m", "s"], "palette": ["s"], "prepare": ["s", "-o", "x"], "plan": ["tiny"]}
+WORDS["features"] += ["-o", "x.npz"]
+
+
+def test_the_switches_are_found() -> None:
+    assert set(switches()) >= {
+        ("pretrain", "flip"),
+        ("pretrain", "start_from_palette"),
+        ("pretrain", "value_residual"),
+        ("pretrain", "qk_norm"),
+        ("finetune", "flip"),
+        ("finetune", "fold_back"),
+        ("probe", "fold_back"),
+        ("probe", "baselines"),
+        ("prepare", "stream"),
+        ("prepare", "full_decode"),
+    }
+
+
+@pytest.mark.parametrize(("command", "name"), switches())
+def test_a_flag_overrides_a_preset_and_a_file_both_ways(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function, place = COMMANDS[command]
+    settings = settings_of(command)
+    assert settings is not None
+    required = {key: Path("x") for key, field in settings.model_fields.items() if field.is_required()}
+    required |= {key: 1 for key in ("n_colors", "resolution") if key in required}
+    default = settings.model_fields[name].default
+    flag = name.replace("_", "-")
+    for below in (None, True, False):
+        layer = {} if below is None else {name: below}
+        (tmp_path / "my.yaml").write_text("".join(f"{key}: {str(value).lower()}\n" for key, value in layer.items()))
+        before = default if below is None else below
+        for words, expected in (([], before), ([f"--{flag}"], True), ([f"--no-{flag}"], False)):
+            call = parse(function, place, f"igpt {command}", [*WORDS[command], *words])
+            flags = given(call.keywords["flags"])  # type: ignore[attr-defined]
+            for underneath in (layer, read_settings(tmp_path / "my.yaml") if layer else {}):
+                made = settings.layered(required, underneath, flags)
+                assert getattr(made, name) is expected, (below, words)
+
+
+@pytest.mark.parametrize(("command", "name"), switches())
+def test_a_switch_takes_no_value_and_no_abbreviation(
+    igpt, command: str, name: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flag = name.replace("_", "-")
+    for wrong in ([f"--{flag}", "False"], [f"--{flag}=false"], [f"--no-{flag}", "x"], [f"--{flag[:-1]}"]):
+        more = ["y"] if command == "classify" else []
+        done = igpt(command, *WORDS[command], *more, *wrong)
+        assert_refused(done, f"see igpt {command} --help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_presets_flip_is_switched_off(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+    assert MODELS["photos"]["flip"] is True
+    (tmp_path / "off.yaml").write_text("flip: false\nsteps: 1\n")
+    (tmp_path / "one.yaml").write_text("steps: 1\n")
+    small = ["--model", "photos", "--n-layer", 1, "--n-embd", 16, "--n-head", 2, "--validation-images", 8]
+    cases = (
+        (["one.yaml"], True),
+        (["off.yaml"], False),
+        (["one.yaml", "--no-flip"], False),
+        (["off.yaml", "--flip"], True),
+    )
+    for number, ((config, *flags), expected) in enumerate(cases):
+        run = tmp_path / f"run-{number}"
+        done = igpt("pretrain", digits.path, "-o", run, *small, "--config", tmp_path / config, *flags)
+        assert done.returncode == 0, done.stderr
+        assert read_settings(run / "config.yaml")["flip"] is expected
+
+
+def test_a_files_switches_of_a_probe_are_overridden(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "off.yaml").write_text("fold_back: false\nbaselines: false\nstrengths: [0.1]\nlayers: [1]\nlimit: 60\n")
+    for flags, folded in (([], False), (["--fold-back"], True)):
+        out = tmp_path / "probe.json"
+        done = igpt("probe", short_run, digits.path, "--config", tmp_path / "off.yaml", "-o", out, *flags)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(out.read_text())
+        assert result["config"]["fold_back"] is folded
+        assert not result["config"]["baselines"]
+
+
+FOLDERS = {
+    "demo": ["demo"],
+    "reproduce": ["reproduce"],
+    "prepare": ["prepare", "digits"],
+    "pretrain": ["pretrain", "t", "--model", "tiny"],
+    "finetune": ["finetune", "m", "t"],
+    "import": ["import", "model.ckpt"],
+}
+FILES = {
+    "palette": ["palette", "digits"],
+    "inspect": ["inspect", "t"],
+    "plan": ["plan", "tiny"],
+    "classify": ["classify", "m", "a.png"],
+    "probe": ["probe", "m", "t"],
+    "score": ["score", "m", "s"],
+    "evaluate": ["evaluate", "m", "n"],
+    "features": ["features", "m", "s"],
+    "sample": ["sample", "m"],
+    "complete": ["complete", "m", "a.png"],
+}
+
+
+def test_every_output_is_in_the_tables() -> None:
+    with_out = {name for name, (function, _) in COMMANDS.items() if "out" in function.__annotations__}
+    assert with_out == {*FOLDERS, *FILES}
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *FILES])
+def test_outputs_that_cannot_be_written_are_refused_first(igpt, command: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("old")
+    Path("loop").symlink_to("loop")
+    os.mkfifo("fifo")
+    wrong = ["/", "", ".", "..", "file/x", "loop", "/dev/null/x", "n" * 250, "x/" * 3000, f"new/{'n' * 300}", "loop/x"]
+    wrong += ["/proc/self/nothing/x"] if os.geteuid() else []
+    wrong += ["file", "fifo", "/dev/null"] if command in FOLDERS else ["fifo", "/dev/full", "socket"]
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for out in wrong:
+            done = igpt(*(FOLDERS | FILES)[command], "-o", out)
+            assert_refused(done)
+            assert len(done.stderr) < 1000
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "fifo", "socket"}
+    assert Path("file").read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+@pytest.mark.parametrize("command", [*FOLDERS, *FILES])
+def test_outputs_in_a_read_only_folder_are_refused_first(igpt, command: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("closed").mkdir(mode=0o500)
+    assert_refused(igpt(*(FOLDERS | FILES)[command], "-o", "closed/x"), "cannot be written")
+
+
+def test_files_are_written_through_links(igpt, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "plan.json")
+    for _ in range(2):
+        assert igpt("plan", "tiny", "-o", tmp_path / "link.json").returncode == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there" / "plan.json").read_text())["preset"] == "tiny"
+
+
+BIG = "9" * 23
+TRAIN = ["pretrain", "t", "-o", "x", "--model", "tiny"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            [*TRAIN, f"--{flag}", value]
+            for flag in ("steps", "seed", "n-layer")
+            for value in ("1e9999", "nan", "", "-1")
+        ),
+        [*TRAIN, "--seed", BIG],
+        [*TRAIN, "--seed", "9" * 5000],
+        *([*TRAIN, "--learning-rate", value] for value in ("nan", "1e9999", "", "-inf")),
+        *([*TRAIN, "--betas", "0.9", value] for value in ("nan", "1e9999", "")),
+        ["prepare", "digits", "-o", "x", "--size", BIG],
+        ["prepare", "digits", "-o", "x", "--workers", "1e9999"],
+        ["prepare", "digits", "-o", "x", "--shard", f"1/{'9' * 5000}"],
+        ["prepare", "digits", "-o", "x", "--shard", "²/3"],
+        *(["reproduce", "-o", "x", "--minutes", value] for value in ("nan", "inf", "0", "1e9999")),
+        ["reproduce", "-o", "x", "--jobs", "0"],
+        ["score", "m", "s", "--limit", "0"],
+        ["plan", ""],
+        ["plan", "tiny", "--gpus", BIG],
+        ["app", "m", "--port", "x"],
+        [""],
+        ["--config"],
+    ],
+    ids=lambda words: " ".join(words)[:60],
+)
+def test_numbers_that_are_none_are_one_line(igpt, words: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = igpt(*words)
+    assert_refused(done)
+    assert len(done.stderr) < 12_000
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["temperature", "top-p", "top-k", "seed", "count"])
+@pytest.mark.parametrize("value", ["nan", "1e9999", "", "-1", BIG])
+def test_numbers_of_a_drawing_that_are_none_are_one_line(
+    igpt, short_run: Path, flag: str, value: str, tmp_path: Path
+) -> None:
+    done = igpt("sample", short_run, "-o", tmp_path / "s.png", f"--{flag}", value)
+    if value == BIG and flag in ("temperature", "top-k"):  # of any height, both mean something
+        assert done.returncode == 0, done.stderr
+        return
+    assert_refused(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_files_that_are_none_are_refused_quickly(igpt, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.yaml")
+    Path("folder.yaml").mkdir()
+    with Path("huge.yaml").open("wb") as file:
+        file.truncate(1 << 30)
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    for level in range(1, 30):
+        name, below = (chr(ord("a") + number % 26) * (1 + number // 26) for number in (level, level - 1))
+        bomb += f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n"
+    Path("bomb.yaml").write_text(bomb + f"steps: *{name}\n")
+    Path("deep.yaml").write_text("steps: " + "[" * 100_000)
+    Path("deep.json").write_text('{"steps": ' + "[" * 100_000)
+    Path("date.yaml").write_text("seed: 2020-13-45\n")
+    Path("digits.yaml").write_text(f"seed: {'9' * 5000}\n")
+    Path("list.yaml").write_text("- a\n")
+    Path("latin.yaml").write_bytes(b"steps: 1 # \xe9\n")
+    known = {path.name for path in tmp_path.iterdir()}
+    for config in (*sorted(known), "missing.yaml", "", "/dev/zero", "n" * 300):
+        assert_refused(igpt(*TRAIN, "--config", config))
+    assert {path.name for path in tmp_path.iterdir()} == known

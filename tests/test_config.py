@@ -111,7 +111,7 @@ def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message:
 def test_no_settings_file(tmp_path: Path):
     with pytest.raises(InputError, match=r"no settings file at .*: nowhere\.yaml is missing"):
         read_settings(tmp_path / "nowhere.yaml")
-    with pytest.raises(InputError, match=r"is a folder; a file \\(settings file\\) is needed"):
+    with pytest.raises(InputError, match=r"is a folder; a file \(settings file\) is needed"):
         read_settings(tmp_path)
 
 

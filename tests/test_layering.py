@@ -94,6 +94,7 @@ HOUSE = [
     "pictures",
     "demo",
     "page/markup",
+    "page/guard",
     "page/about",
     "page/answers",
     "app",

@@ -1,12 +1,15 @@
 """A web page for a trained model (Gradio): it completes, scores and draws images. Nothing leaves the machine."""
 
+import atexit
 import errno
 import html
 import os
+import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +18,25 @@ import torch
 from PIL import Image
 
 from igpt.errors import InputError
+from igpt.interrupts import Terminated
 from igpt.model.transformer import ImageGPT
 from igpt.page import markup
 from igpt.page.about import about
-from igpt.page.answers import classes, drawings, known_places, read, readout_of, score, view, write_examples
+from igpt.page.answers import (
+    GONE,
+    HOTTEST,
+    LARGEST_SEED,
+    MOST_DRAWINGS,
+    classes,
+    drawings,
+    known_places,
+    read,
+    readout_of,
+    score,
+    view,
+    write_examples,
+)
+from igpt.page.guard import Guard, names_of
 from igpt.pictures import palette_of
 from igpt.report.figures import encode
 
@@ -29,14 +47,17 @@ _UPLOAD = 20  # MB at most
 _WAITING = 8  # requests at most in the queue; who comes then is told so
 _AT_ONCE = 2  # drawings at once; further ones wait, and see their place in the queue
 _TURN = "Waiting for a turn ..."  # until the first words of the work
-_HOUR = 3600  # seconds; older uploads are deleted from the disk
+_UPLOADS = 200  # MB of all uploads; those that were not used for the longest time are deleted beyond it
+_UNUSED = 15 * 60  # seconds after which an upload that nobody uses is deleted from the disk
+_CLEANING = 60  # seconds between two looks for them
+_MB = 1 << 20
 
 
 def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
-    """The page, not yet served. Its endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
+    """Return the page, not yet served. Endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
 
     Args:
-        run: the model's run directory, of which the page tells; its test images are the examples.
+        run: the model's run directory, which the page describes; its test images are the examples.
 
     Raises:
         InputError: the model has no palette, gradio is not installed, or a file of the run is damaged.
@@ -47,7 +68,8 @@ def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
 
     palette_of(model)
     story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
-    page = gr.Blocks(title="igpt", analytics_enabled=False, delete_cache=(_HOUR, _HOUR))
+    _upload_folder()  # Gradio looks it up when the parts of a page are made
+    page = _page(title="igpt", analytics_enabled=False, delete_cache=(_CLEANING, _UNUSED))
     with page:
         if story is None:
             _workbench(model, run)
@@ -58,6 +80,40 @@ def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
                 gr.HTML(story, apply_default_css=False)
     page.queue(max_size=_WAITING)
     return page
+
+
+@cache
+def _upload_folder() -> Path:
+    """Return the folder of all uploads to this process, which only its user may read; it is removed at the end."""
+    parent = os.environ.get("GRADIO_TEMP_DIR") or None
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="igpt-uploads-", dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    return folder
+
+
+def _page(**settings: Any) -> "gr.Blocks":
+    """Return a page without parts, which answers to unsuitable inputs with words instead of a traceback."""
+    import gradio as gr
+
+    class Page(gr.Blocks):
+        async def preprocess_data(self, block_fn: Any, *inputs: Any, **more: Any) -> Any:
+            if block_fn.fn is None:
+                raise gr.Error("the browser does this by itself", print_exception=False)
+            try:
+                return await super().preprocess_data(block_fn, *inputs, **more)
+            except gr.Error as error:
+                raise gr.Error(error.message, print_exception=False) from None
+            except FileNotFoundError:
+                raise gr.Error(GONE, print_exception=False) from None
+            except Exception as error:
+                said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = f"these inputs do not fit: {said[:200]}"
+                raise gr.Error(html.escape(reason, quote=False), print_exception=False) from None
+
+    return Page(**settings)
 
 
 def _workbench(model: ImageGPT, run: Path | None) -> None:
@@ -128,11 +184,11 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
             label = gr.Label(label=by, num_top_classes=3, visible=classified)
         with gr.Column(min_width=300):
             with gr.Row():
-                count = gr.Slider(1, 8, 4, step=1, label="Drawings", min_width=130)
+                count = gr.Slider(1, MOST_DRAWINGS, 4, step=1, label="Drawings", min_width=130)
                 info = "1: as learned; 0: the likeliest colours."
-                temperature = gr.Slider(0, 2, 1, step=0.05, label="Temperature", info=info, min_width=130)
+                temperature = gr.Slider(0, HOTTEST, 1, step=0.05, label="Temperature", info=info, min_width=130)
             info = "The same seed and settings give the same drawings."
-            seed = gr.Number(0, precision=0, minimum=0, maximum=2**53, label="Seed", info=info)
+            seed = gr.Number(0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", info=info)
             with gr.Row():
                 complete_button = gr.Button("Complete", variant="primary", min_width=80)
                 sample_button = gr.Button("Sample", min_width=80, visible=scored)
@@ -170,20 +226,24 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
     shown = [encode(Image.open(path)) for path in paths]
 
     def choose(event: gr.EventData) -> str:
-        return str(Path(folder.name) / paths[event.index].name)
+        index = getattr(event, "index", None)
+        if type(index) is not int or not 0 <= index < len(paths):
+            raise gr.Error(f"there are {len(paths)} examples", print_exception=False)
+        return str(Path(folder.name) / paths[index].name)
 
     examples = gr.HTML(shown, html_template=markup.EXAMPLES, js_on_load=markup.CHOOSE, apply_default_css=False)
     examples.select(choose, None, file, show_progress="hidden", api_visibility="private")
 
 
 def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr.Blocks":
-    """Serves the page at host:port and returns; `close()` of what it returns ends it.
+    """Serve the page at host:port and return it; its `close()` ends it.
 
     Raises:
         InputError: the port is in use, nothing can listen at this address, or see `build`.
     """
     page = build(model, run)
     import gradio as gr
+    from starlette.middleware import Middleware
 
     try:  # Gradio would call every reason a lack of free ports
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -200,22 +260,38 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
     off = {"share": False, "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False}
     options: dict[str, Any] = {**off, "footer_links": ["api"], "max_file_size": f"{_UPLOAD}mb", "css": markup.STYLE}
     options |= {"theme": look.set(block_info_text_color="*neutral_500"), "prevent_thread_lock": True, "quiet": True}
+    names, any_number = names_of(host)
+    guard = Middleware(
+        Guard,
+        names=names,
+        any_number=any_number,
+        uploads=_upload_folder(),
+        largest=_UPLOAD * _MB,
+        most=_UPLOADS * _MB,
+        seconds=_UNUSED,
+    )
+    options["app_kwargs"] = {"middleware": [guard]}
     page.launch(server_name=f"[{host}]" if ":" in host else host, server_port=port, **options)
     return page
 
 
 def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> None:
-    """Serves the page at host:port until Ctrl-C.
+    """Serve the page at host:port until Ctrl-C.
 
     Raises:
         InputError: see `start`.
+        Terminated: on SIGTERM.
     """
     page = start(model, host, port, run)
-    print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
     try:
+        print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
         while True:
             time.sleep(1)
+    except Terminated:
+        raise
     except KeyboardInterrupt:
+        return
+    finally:
         page.close(verbose=False)
 
 

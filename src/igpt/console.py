@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any, TextIO
 
-_HUGGINGFACE = ("HF_HOME", "HF_DATASETS_CACHE")
-
 
 class _Output(io.FileIO):
     """The bytes of a stream, which are discarded as soon as nobody reads them any more."""
@@ -78,8 +76,8 @@ def settle_caches() -> None:
     """Give matplotlib and Hugging Face's libraries a temporary folder where their own cannot be written to."""
     cache, settings = _folder("XDG_CACHE_HOME", ".cache"), _folder("XDG_CONFIG_HOME", ".config")
     needed = []
-    if not any(os.environ.get(name) for name in _HUGGINGFACE) and not _is_writable(cache):
-        needed.append(_HUGGINGFACE[0])
+    if not os.environ.get("HF_HOME") and not _is_writable(cache):
+        needed.append("HF_HOME")
     if not os.environ.get("MPLCONFIGDIR") and not (_is_writable(cache) and _is_writable(settings)):
         needed.append("MPLCONFIGDIR")
     if not needed:

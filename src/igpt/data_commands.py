@@ -110,8 +110,8 @@ def prepare(
 
 def _part(shard: str) -> tuple[int, int]:
     number, slash, count = shard.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal():
-        raise InputError(f"--shard takes i/n, such as 1/4 for the first of four, not {shard!r}")
+    if not slash or not number.isdecimal() or not count.isdecimal() or len(shard) > 20:
+        raise InputError(f"--shard takes i/n, such as 1/4 for the first of four, not {shard[:40]!r}")
     return int(number), int(count)
 
 

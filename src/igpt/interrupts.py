@@ -1,14 +1,20 @@
 """Ctrl-C and SIGTERM: they end the process at once before the work begins, and stop the work in order after that."""
 
 import os
-import signal
 import sys
 import time
-from _thread import start_new_thread
-from types import FrameType
 
-_NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# The module `signal` imports others, and Ctrl-C meanwhile would show a traceback.
+from _signal import SIG_IGN, SIGINT, SIGTERM, getsignal, raise_signal, signal  # type: ignore[import-not-found]
+from _thread import start_new_thread
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import FrameType
+
 _RETRY = 0.02  # seconds
+_waiting = set[int]()  # numbers of signals that arrived during an import, and wait for its end
+_repeated = set[int]()  # those of them that `_send_again` has sent
 
 
 class Terminated(KeyboardInterrupt):
@@ -17,34 +23,38 @@ class Terminated(KeyboardInterrupt):
 
 def exit_at_once() -> None:
     """End this process on Ctrl-C (exit code 130) and SIGTERM (143), silently. A signal that is ignored stays so."""
-    for number in _NUMBERS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, _exit)
+    for number in (SIGINT, SIGTERM):
+        if getsignal(number) != SIG_IGN:
+            signal(number, _exit)
 
 
 def stop_in_order() -> None:
     """Raise `KeyboardInterrupt` or `Terminated` from now on, where `exit_at_once` was called; else change nothing."""
-    for number in _NUMBERS:
-        if signal.getsignal(number) is _exit:
-            signal.signal(number, _stop)
+    for number in (SIGINT, SIGTERM):
+        if getsignal(number) is _exit:
+            signal(number, _stop)
 
 
-def _exit(number: int, frame: FrameType | None) -> None:
+def _exit(number: int, frame: "FrameType | None") -> None:
     os._exit(128 + number)
 
 
-def _stop(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: "FrameType | None") -> None:
+    is_new = number not in _repeated
+    _repeated.discard(number)
     if _is_importing(frame):
         # Python prints and drops exceptions in the callbacks of its import locks, and extension modules turn them into
-        # other errors: wait until the import is over.
+        # other errors: the signal waits until the import is over. Whoever asks a second time does not wait.
+        if is_new and number in _waiting:
+            os._exit(128 + number)
+        _waiting.add(number)
         start_new_thread(_send_again, (number,))
-    elif number == signal.SIGTERM:
-        raise Terminated
-    else:
-        raise KeyboardInterrupt
+        return
+    _waiting.discard(number)
+    raise Terminated if number == SIGTERM else KeyboardInterrupt
 
 
-def _is_importing(frame: FrameType | None) -> bool:
+def _is_importing(frame: "FrameType | None") -> bool:
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             return True
@@ -55,4 +65,5 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _send_again(number: int) -> None:
     time.sleep(_RETRY)
     if not sys.is_finalizing():
-        signal.raise_signal(number)
+        _repeated.add(number)
+        raise_signal(number)

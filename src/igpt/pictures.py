@@ -32,6 +32,7 @@ _SIDE = 230  # dots that a picture of a map gets, about: a whole number a pixel
 _GAP, _SEAM, _TITLE, _EDGE, _BAR, _SCALE = 14, 6, 44, 24, 28, 150  # dots; the last two: the colour bar, and with words
 _MOST = 200  # maps of a picture: matplotlib draws 65,536 dots in a direction
 _INK, _MUTED = "#1f2328", "#59636e"
+_COUNTABLE = 10**12  # drawings; far more than memory holds, and few enough to be computed with
 UNKNOWN = 224  # grey level of pixels that were not kept
 
 
@@ -77,8 +78,8 @@ def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
 def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
     """Writes `count` samples as a PNG grid; `settings` are those of `draw`."""
     require_png(path)
-    if count < 1:
-        raise InputError(f"at least one sample is drawn, not {count}")
+    if not 1 <= count <= _COUNTABLE:
+        raise InputError(f"from one sample up to {_COUNTABLE:,} are drawn, not {count}")
     palette_of(model)
     model.require("autoregressive", "drawing whole images")
     drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **settings, progress=progress)
@@ -104,8 +105,8 @@ def draw_completions(
         settings: those of `draw`.
     """
     require_png(path)
-    if completions < 1:
-        raise InputError(f"at least one completion is drawn, not {completions}")
+    if not 1 <= completions <= _COUNTABLE:
+        raise InputError(f"from one completion up to {_COUNTABLE:,} are drawn, not {completions}")
     drawn = complete(model, originals.repeat_interleave(completions, 0), keep, **settings, progress=progress)
     whole = pictures(model, originals)
     side = whole.shape[1]

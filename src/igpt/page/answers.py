@@ -4,6 +4,8 @@ B drawings, n places, R resolution.
 """
 
 import math
+import os
+import reprlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from igpt.config import read_settings
+from igpt.data.images import open_image
 from igpt.data.tokens import MANIFEST, TokenDataset
 from igpt.data.views import Transform
 from igpt.errors import InputError
@@ -26,21 +29,53 @@ from igpt.model.classifier import predict
 from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
+from igpt.page.guard import mark_used
 from igpt.pictures import palette_of, pictures, tokens_of_split
 from igpt.report.figures import encode
 
 Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
+GONE = "the image is no longer here: images that nobody uses are deleted after a while; choose it again"
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # MPO: JPEG of two-lens cameras
+_MOST_PIXELS = 50_000_000
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _EXAMPLES = 8
+MOST_DRAWINGS, HOTTEST, LARGEST_SEED = 8, 2, 2**53
 
 
 def read(model: ImageGPT, file: str) -> Tensor:
-    """An uploaded image at the model's resolution and in its palette: tokens [1, n].
+    """Return an uploaded image at the model's resolution and in its palette: tokens [1, n].
 
     Raises:
-        InputError: it does not decode.
+        InputError: it was deleted, is in a format that the page does not read, has too many pixels, or does not decode.
     """
-    square = Transform(model.config.resolution)(file)
+    path = Path(file)
+    mark_used(path)
+    try:
+        encoded = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(GONE) from None
+    require_moderate(encoded)
+    square = Transform(model.config.resolution)(encoded)
     return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
+
+
+def require_moderate(encoded: bytes) -> None:
+    """Refuse an image by its header, before it is decoded: a small file may hold more pixels than memory does.
+
+    Raises:
+        InputError: its format is none of those a page is for, it has over 50 million pixels, or its header is damaged.
+    """
+    opened = open_image(encoded)
+    if opened.format not in _FORMATS:
+        raise InputError(f"{opened.format} is not read here; choose a file in one of {', '.join(_FORMATS)}")
+    tags = getattr(opened, "tag_v2", {})  # TIFF's decoder takes memory for a whole tile, however small the image is
+    sides = [opened.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))]
+    pixels = max(math.prod(int(side) for side in pair) for pair in sides)
+    if pixels > _MOST_PIXELS:
+        raise InputError(
+            f"the image has {pixels / 1e6:,.0f} million pixels, and the page reads up to {_MOST_PIXELS // 10**6} "
+            "million; make it smaller first"
+        )
 
 
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
@@ -48,31 +83,47 @@ def view(model: ImageGPT, tokens: Tensor) -> Shown:
     return {"picture": encode(Image.fromarray(pictures(model, tokens)[0])), "hidden": "0" * tokens.shape[1]}
 
 
-def known_places(model: ImageGPT, rows: int, seen: Shown | None) -> Tensor:
-    """Which places a drawing keeps, bool [n]: those that are not hidden, or without a view, the first rows.
+def known_places(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
+    """Return which pixels a drawing keeps, bool [n]: those that are not hidden, or without a view, the first rows.
+
+    Args:
+        rows: whole number from 0 to R.
+        seen: what `view` returns, or None.
 
     Raises:
-        InputError: the view is not one of this model.
+        InputError: one of the two is something else.
     """
     n = model.config.n_places
     if not seen:
-        return torch.arange(n) < rows * model.config.resolution
-    hidden = seen.get("hidden", "")
-    if len(hidden) != n or set(hidden) - {"0", "1"}:
+        return torch.arange(n) < _whole("rows", rows, 0, model.config.resolution) * model.config.resolution
+    hidden = seen.get("hidden") if isinstance(seen, dict) else None
+    if not isinstance(hidden, str) or len(hidden) != n or set(hidden) - {"0", "1"}:
         raise InputError(f"hidden pixels are given by {n} characters, 1 for hidden and 0 for kept")
     return torch.tensor([one == "0" for one in hidden])
 
 
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number.
+
+    Raises:
+        InputError: `value` is something else, or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high or value % 1:
+        raise InputError(f"{name}: a whole number from {low} to {high} is needed, not {reprlib.repr(value)}")
+    return int(value)
+
+
 def drawings(
-    model: ImageGPT, tokens: Tensor, known: Tensor, count: int, temperature: float, seed: int | None, *, original: bool
+    model: ImageGPT, tokens: Tensor, known: Tensor, count: Any, temperature: Any, seed: Any, *, original: bool
 ) -> Iterator[list[Any]]:
-    """Draws the open places `count` times, all at once: the pictures so far, and words on the progress.
+    """Sample the unknown pixels `count` times, all at once; yield the images so far, and words on the progress.
 
     Closing the iterator ends the work.
 
     Args:
         tokens: [1, n].
-        known: the places to keep, bool [n].
+        known: the pixels to keep, bool [n].
+        count, temperature, seed: as the page's visitor or a program gives them.
         original: show the image itself first.
 
     Raises:
@@ -80,6 +131,10 @@ def drawings(
     """
     if seed is None:  # an emptied field
         raise InputError("give a seed, a whole number from 0")
+    count, seed = _whole("drawings", count, 1, MOST_DRAWINGS), _whole("seed", seed, 0, LARGEST_SEED)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 <= temperature <= HOTTEST:
+        shown = reprlib.repr(temperature)
+        raise InputError(f"temperature: a number from 0 to {HOTTEST} is needed, not {shown}")
     start, side, n = time.monotonic(), model.config.resolution, len(known)
     first = _shown(model, tokens, torch.ones(1, n, dtype=torch.bool), ["original"]) if original else []
     captions = [f"drawing {number + 1}" for number in range(count)]
@@ -129,13 +184,18 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
 
 
 def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
-    """The classifier that a run's probe has left, unless the model is a classifier itself.
+    """Return the classifier that a run's probe has left, unless the model is a classifier itself.
 
     Raises:
-        InputError: it is damaged.
+        InputError: it is damaged, or of another model.
     """
     path = run and run / "probe.safetensors"
-    return Readout.load(path) if path and path.is_file() and model.config.class_names is None else None
+    if not path or not path.is_file() or model.config.class_names is not None:
+        return None
+    readout = Readout.load(path)
+    if not 0 <= readout.layer <= model.config.n_layer or len(readout.mean) != model.config.n_embd:
+        raise InputError(f"{path} is of another model; run igpt probe again")
+    return readout
 
 
 def classes(model: ImageGPT, tokens: Tensor, readout: Readout | None) -> dict[str, float]:
@@ -147,15 +207,19 @@ def classes(model: ImageGPT, tokens: Tensor, readout: Readout | None) -> dict[st
 
 
 def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
-    """Writes some test images of the run's tokens as PNG at the model's resolution; none where the tokens are gone."""
+    """Write some test images of the run's tokens as PNG at the model's resolution; none where the tokens are gone.
+
+    Raises:
+        InputError: the run's settings, or the tokens that they name, are damaged.
+    """
     settings = read_settings(run / "config.yaml") if (run / "config.yaml").is_file() else {}
     tokens = settings.get("tokens")
-    if not tokens or not (Path(str(tokens)) / MANIFEST).is_file():
+    if not isinstance(tokens, str) or not os.path.isfile(Path(tokens) / MANIFEST):  # noqa: PTH113  is_file may raise
         return []
-    data = TokenDataset(Path(str(tokens)))
+    data = TokenDataset(Path(tokens))
     try:
         require_match(model, data)
-    except InputError:  # made anew since, for another model
+    except InputError:  # they were made again since, for another model
         return []
     if not len(data["test"]):
         return []
