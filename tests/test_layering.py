@@ -19,6 +19,7 @@ HOUSE = [
     "environment",
     "confidence",
     "config",
+    "data/arrays",
     "data/palette",
     "data/images",
     "data/views",

@@ -130,8 +130,8 @@ def test_held_and_mapped_batches_are_the_same(device: str, tmp_path: Path):
     for number in range(3):
         tokens = generator.integers(0, 2**16, (10, SIDE**2), dtype=np.uint16)
         shards.append(write_shard(tmp_path, f"train-{number:05d}", tokens, np.arange(10, dtype=np.int32) + 10 * number))
-    palette = Palette.from_centers(np.zeros((1, 3)))
-    names = {"class_names": None, "source": "a test", "made": {}}
+    palette = Palette.from_centers(np.zeros((2**16, 3)))
+    names = {"class_names": [str(number) for number in range(30)], "source": "a test", "made": {}}
     write_manifest(tmp_path, resolution=SIDE, palette=palette, splits={"train": shards}, **names)
     split = TokenDataset(tmp_path)["train"]
     on = torch.device(device)

@@ -73,7 +73,15 @@ def test_every_damaged_file_is_named(small: Path):
         inspect(TokenDataset(small))
 
 
-@pytest.mark.parametrize(("name", "value", "message"), [("tokens", 4, "beyond its 4 colours"), ("labels", 2, "beyond")])
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tokens", 4, r"validation-00000\.tokens\.npy holds the token 4, and the palette has 4 colours"),
+        ("tokens", 65535, r"validation-00000\.tokens\.npy holds the token 65535"),
+        ("labels", 2, r"validation-00000\.labels\.npy holds the label 2, and there are 2 classes"),
+        ("labels", -2, r"validation-00000\.labels\.npy holds the label -2"),
+    ],
+)
 def test_what_cannot_be_is_refused(small: Path, name: str, value: int, message: str):
     """Right by its checksum and wrong in itself: as another tool might have written it."""
     manifest = json.loads((small / "dataset.json").read_text())

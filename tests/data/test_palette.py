@@ -273,25 +273,106 @@ def test_tokens_of_another_palette_are_refused(fitted: Palette, tokens: list[obj
 
 
 @pytest.mark.parametrize(
-    ("centers", "message"),
+    ("centers", "message", "in_json"),
     [
-        (np.zeros((4, 2)), r"shape \[k, 3\], not \[4, 2\]"),
-        (np.zeros(3), r"shape \[k, 3\]"),
-        (np.zeros((0, 3)), r"shape \[k, 3\]"),
-        ([[0, 0, 200]], r"lie in \[-1, 1\]"),
-        ([[0, 0, float("nan")]], r"lie in \[-1, 1\]"),
-        ([[0, 0, 0], [1]], r"numbers in the shape \[k, 3\]"),
-        ([["a", "b", "c"]], r"numbers in the shape \[k, 3\]"),
-        ({"a": 1}, r"numbers in the shape \[k, 3\]"),
+        (
+            np.zeros((4, 2)),
+            r"shape \[k, 3\], not \[4, 2\]",
+            r"clusters\.0 = \[0\.0, 0\.0\]: List should have at least 3",
+        ),
+        (np.zeros(3), r"shape \[k, 3\]", r"clusters\.0 = 0\.0: Input should be a valid list"),
+        (np.zeros((0, 3)), r"shape \[k, 3\]", r"clusters = \[\]: List should have at least 1"),
+        ([[0, 0, 200]], r"lie in \[-1, 1\]", r"is not a palette: .*lie in \[-1, 1\]"),
+        ([[0, 0, float("nan")]], r"lie in \[-1, 1\]", r"is not a palette: .*lie in \[-1, 1\]"),
+        ([[0, 0, float("inf")]], r"lie in \[-1, 1\]", r"is not a palette: .*lie in \[-1, 1\]"),
+        ([[0, 0, 1e300]], r"lie in \[-1, 1\]", r"is not a palette: .*lie in \[-1, 1\]"),
+        ([[0, 0, 10**400]], r"numbers in the shape", r"clusters\.0\.2 = 10000.*: "),
+        ([[0, 0, 0], [1]], r"numbers in the shape \[k, 3\]", r"clusters\.1 = \[1\]: List should have at least 3"),
+        ([["a", "b", "c"]], r"numbers in the shape \[k, 3\]", r"clusters\.0\.0 = 'a': Input should be a valid number"),
+        ({"a": 1}, r"numbers in the shape \[k, 3\]", r"clusters = \{'a': 1\}: Input should be a valid list"),
     ],
 )
-def test_what_are_no_centres(tmp_path: Path, centers: object, message: str):
+@pytest.mark.filterwarnings("error")
+def test_what_are_no_centres(tmp_path: Path, centers: object, message: str, in_json: str):
     with pytest.raises(InputError, match=message):
         Palette.from_centers(centers)
     path = tmp_path / "preprocessor_config.json"
     path.write_text(json.dumps({"clusters": centers}, default=np.ndarray.tolist))
-    with pytest.raises(InputError, match=rf"preprocessor_config\.json is not a palette: .*{message}"):
+    with pytest.raises(InputError, match=rf"preprocessor_config\.json:? {in_json}") as caught:
         Palette.load(path)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize(
+    ("palette", "message"),
+    [
+        ({}, r"the key 'palette\.centers' is missing"),
+        ({"centers": 5}, r"palette\.centers = 5: Input should be a valid list"),
+        ({"centers": [[0, 0, "0"]]}, r"palette\.centers\.0\.2 = '0': Input should be a valid number"),
+        ({"centers": [[0, 0, 0]], "fingerprint": 7}, r"palette\.fingerprint = 7: Input should be a valid string"),
+        ({"centers": [[0, 0, 0]], "fingerprint": "0"}, "the palette does not match its fingerprint; was it edited"),
+    ],
+)
+def test_a_malformed_palette_of_a_data_set_is_named_with_its_key(tmp_path: Path, palette: object, message: str):
+    (tmp_path / "dataset.json").write_text(json.dumps({"palette": palette}))
+    with pytest.raises(InputError, match=rf"dataset\.json: {message}"):
+        Palette.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.array([["a", "b", "c"]]), "its centres are not numbers but <U1"),
+        (np.zeros((4, 3), complex), "its centres are not numbers but complex128"),
+        (np.zeros((0, 3)), r"centres have the shape \[k, 3\], not \[0, 3\]"),
+        (np.zeros((3, 4)), r"centres have the shape \[k, 3\], not \[3, 4\]"),
+        (np.full((4, 3), np.nan), r"lie in \[-1, 1\]"),
+        (np.full((4, 3), 1e300), r"lie in \[-1, 1\]"),
+        (np.array([[None, 1, 2]]), "not readable as a .npy array"),  # pickled objects
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_an_array_that_is_no_palette(tmp_path: Path, array: np.ndarray, message: str):
+    np.save(tmp_path / "a.npy", array)
+    with pytest.raises(InputError, match=rf"a\.npy is not a palette: .*{message}") as caught:
+        Palette.load(tmp_path / "a.npy")
+    assert "\n" not in str(caught.value)
+
+
+def claiming(path: Path, shape: tuple[int, ...], size: int) -> None:
+    """Write a `.npy` file of float32 that claims a shape, with holes up to a size in bytes."""
+    with path.open("wb") as file:
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + size)
+
+
+def test_gigabytes_are_no_palette_and_are_not_read(tmp_path: Path):
+    claiming(tmp_path / "a.npy", (2**32, 3), 12 * 2**32)
+    with pytest.raises(InputError, match=r"a\.npy is not a palette: centres have the shape \[k, 3\]"):
+        Palette.load(tmp_path / "a.npy")
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(2**40, 3), (2**62, 2**62), (-1, 3)])
+def test_an_array_that_claims_more_than_its_file_holds_is_no_palette(tmp_path: Path, shape: tuple[int, ...]):
+    claiming(tmp_path / "a.npy", shape, 100)
+    with pytest.raises(InputError, match=r"a\.npy is not a palette: .* \(.*\); is it cut off"):
+        Palette.load(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.json", "a/dataset.json"])
+def test_a_fifo_is_no_palette_and_is_not_waited_for(tmp_path: Path, name: str):
+    (tmp_path / "a").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(InputError, match="is a FIFO; a regular file is needed"):
+        Palette.load(tmp_path / name.removesuffix("/dataset.json"))
+
+
+def test_a_device_is_no_palette():
+    with pytest.raises(InputError, match="/dev/zero is a device; a regular file is needed"):
+        Palette.load("/dev/zero")
 
 
 @pytest.mark.parametrize(

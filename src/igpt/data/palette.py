@@ -5,15 +5,16 @@ Shapes: k colours, ... any leading dimensions.
 """
 
 import hashlib
-import zipfile
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 
+from igpt.data.arrays import map_array
 from igpt.errors import InputError
-from igpt.files import atomic_file, read_json
+from igpt.files import Stored, atomic_file, read_json, require_schema
 from igpt.hub import download
 
 Floats = NDArray[np.float64]
@@ -26,6 +27,24 @@ _BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
 _COARSE = 50  # cells a colour that the coarse round of k-means needs
 _MOMENTUM = 0.9
 _TOLERANCE = 1e-4  # of the error: k-means stops when an iteration gains less
+
+_Color = Annotated[list[float], Field(min_length=3, max_length=3)]
+_Colors = Annotated[list[_Color], Field(min_length=1, max_length=MAX_COLORS)]
+
+
+class StoredPalette(Stored):
+    """Schema of the palette in the JSON of a token data set or a plan."""
+
+    centers: _Colors
+    fingerprint: str | None = None
+
+
+class _OurFile(Stored):
+    palette: StoredPalette
+
+
+class _HubFile(Stored):
+    clusters: _Colors
 
 
 class Palette:
@@ -70,8 +89,9 @@ class Palette:
     def from_centers(cls, centers: ArrayLike) -> Self:
         """A palette of given colours, [k, 3] in [-1, 1]."""
         try:
-            array = np.asarray(centers, dtype=np.float32)
-        except (TypeError, ValueError):
+            with np.errstate(over="ignore"):  # too large for float32: infinity, which is refused below
+                array = np.asarray(centers, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError):
             raise InputError("palette centres are numbers in the shape [k, 3]") from None
         if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
             raise InputError(f"palette centres have the shape [k, 3], not {list(array.shape)}")
@@ -147,23 +167,15 @@ class Palette:
                 if (path / name).exists():
                     return cls.load(path / name)
             raise InputError(f"no palette in {path}: neither dataset.json nor preprocessor_config.json is there")
-        if path.suffix == ".json":
-            values = read_json(path, "palette")
-            ours = values.get("palette")
-            centers = values.get("clusters", ours.get("centers") if isinstance(ours, dict) else None)
-            if centers is None:
-                raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
-        else:
-            try:
-                centers = np.load(path, allow_pickle=False)
-            except FileNotFoundError:
-                raise InputError(f"no palette at {path}") from None
-            except (ValueError, EOFError, zipfile.BadZipFile) as error:
-                raise InputError(f"{path} is not a palette: {error}") from None
+        in_json = path.suffix == ".json"
+        centers, fingerprint = _centers_in_json(path) if in_json else (_centers_in_array(path), None)
         try:
-            return cls.from_centers(centers)
+            palette = cls.from_centers(centers)
         except InputError as error:
             raise InputError(f"{path} is not a palette: {error}") from None
+        if fingerprint not in (None, palette.fingerprint):
+            raise InputError(f"{path}: the palette does not match its fingerprint; was it edited?")
+        return palette
 
     def require_same(self, other: "Palette", what: str, whose: str) -> None:
         """Refuses two things whose palettes differ, both named with their fingerprints.
@@ -176,6 +188,35 @@ class Palette:
                 f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), {whose} has "
                 f"{other.fingerprint[:12]} ({len(other)} colours); prepare the images with --palette MODEL"
             )
+
+
+def _centers_in_json(path: Path) -> tuple[ArrayLike, str | None]:
+    """Return the centres in a JSON file, and their fingerprint where it has one."""
+    values = read_json(path, "palette")
+    if values.get("clusters") is not None:
+        require_schema(values, _HubFile, path)
+        return values["clusters"], None
+    if isinstance(values.get("palette"), dict):
+        require_schema(values, _OurFile, path)
+        return values["palette"]["centers"], values["palette"].get("fingerprint")
+    raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
+
+
+def _centers_in_array(path: Path) -> NDArray[Any]:
+    """Return the array of a `.npy` file that has the type and the shape of centres, whatever its values."""
+    if not path.exists():
+        raise InputError(f"no palette at {path}")
+    try:
+        array = map_array(path)
+    except InputError as error:
+        raise InputError(f"{path} is not a palette: {error}") from None
+    # These are from the header: they are checked before anything else is read.
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path} is not a palette: its centres are not numbers but {array.dtype}")
+    if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
+        shape = list(array.shape)
+        raise InputError(f"{path} is not a palette: centres have the shape [k, 3], not {shape}")
+    return array
 
 
 def _locate(name: str | Path) -> Path:
