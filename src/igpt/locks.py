@@ -31,12 +31,20 @@ _held = set[Path]()  # by this process: the demo runs other commands in the fold
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of a file or folder that is about to be made; within one process it may be taken again.
 
+    Folders above it that had to be made are removed again if nothing was written to them.
+
     Raises:
         InputError: another process holds it; its host, process id and command are named.
     """
     target = path.resolve()
-    with _holding(path, target.with_name(f".{target.name}.lock")):
-        yield
+    absent = [folder for folder in target.parents if not folder.exists()]  # the innermost first
+    try:
+        with _holding(path, target.with_name(f".{target.name}.lock")):
+            yield
+    finally:
+        with suppress(OSError):  # not empty, or not there
+            for folder in absent:
+                folder.rmdir()
 
 
 @contextmanager

@@ -2,13 +2,14 @@ import json
 import os
 import resource
 import signal
+import socket
 import struct
 import subprocess
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from multiprocessing import active_children
+from multiprocessing import active_children, current_process
 from pathlib import Path
 
 import datasets
@@ -23,7 +24,8 @@ from sklearn.datasets import load_digits
 from igpt.data import prepare as room
 from igpt.data.images import load, open_image
 from igpt.data.palette import Palette
-from igpt.data.prepare import PrepareConfig, prepare
+from igpt.data.parts import merge
+from igpt.data.prepare import PrepareConfig, prepare, prepare_part
 from igpt.data.sources import SourceConfig, open_source
 from igpt.data.tokens import TokenDataset
 from igpt.data.views import Transform
@@ -208,7 +210,8 @@ def test_killed_work_is_continued_wherever_the_kill_falls(pictures: str, whole: 
         assert made == whole
         TokenDataset(tmp_path / f"killed-{moment}").verify()
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {f"killed-{moment}" for moment in moments} | {"uninterrupted", "moments"}
+    # No second call follows the kill after the naming: the lock stays, and the next call would take it over.
+    assert names == {f"killed-{moment}" for moment in moments} | {"uninterrupted", "moments", ".killed--1.lock"}
 
 
 ABANDONED = """
@@ -250,6 +253,322 @@ def test_the_workers_of_a_killed_process_end(
     assert not any(map(running, workers))
     prepare(pictures, tmp_path / "tokens", SMALL)
     assert contents(tmp_path / "tokens") == whole
+
+
+HOLDING = """
+import os, sys
+from pathlib import Path
+from igpt.data import parts, prepare as room
+
+room.SHARD_IMAGES = (10, 10)
+verb, source, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+
+def hold(*_):
+    print("working", flush=True)
+    sys.stdin.readline()
+
+config = room.PrepareConfig(size=4, colors=8)
+if verb == "prepare":
+    room.prepare(source, out, config, progress=hold)
+elif verb == "part":
+    room.prepare_part(source, out, config, (1, 2), progress=hold)
+else:
+    take = parts._take
+    parts._take = lambda *words: (hold(), take(*words))
+    parts.merge(out)
+"""
+
+
+@pytest.mark.parametrize("verb", ["prepare", "part", "merge"])
+def test_a_second_process_is_refused_while_the_first_one_works(
+    verb: str, pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
+    """It names the first one's host and process id, which goes on unharmed."""
+    out = tmp_path / "tokens"
+    calls: dict[str, Callable[[], object]] = {
+        "prepare": lambda: prepare(pictures, out, SMALL),
+        "part": lambda: prepare_part(pictures, out, SMALL, (1, 2)),
+        "merge": lambda: merge(out),
+    }
+    if verb == "merge":
+        for number in (1, 2):
+            prepare_part(pictures, out, SMALL, (number, 2))
+    command = [sys.executable, "-W", "ignore", "-c", HOLDING, verb, pictures, out]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdin
+        assert first.stdout
+        try:
+            assert first.stdout.readline() == "working\n"
+            before = contents(tmp_path)
+            with pytest.raises(InputError, match=rf"written by process {first.pid} on {socket.gethostname()} "):
+                calls[verb]()
+            assert contents(tmp_path) == before
+            first.stdin.close()
+            assert first.wait(120) == 0
+        finally:
+            first.kill()
+    with pytest.raises(InputError, match="exists already"):
+        calls[verb]()
+    if verb == "part":
+        prepare_part(pictures, out, SMALL, (2, 2))
+        merge(out)
+    assert contents(out) == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("delay", [0, 0.3, 1])
+def test_of_two_processes_started_together_one_finishes_and_one_is_refused(
+    delay: float, pictures: str, whole: dict[str, bytes], tmp_path: Path
+):
+    command = [sys.executable, "-W", "ignore", "-c", HOLDING, "prepare", pictures, tmp_path / "tokens"]
+    started = []
+    for _ in range(2):
+        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        time.sleep(delay)
+    errors = [process.communicate(timeout=120)[1] for process in started]
+    codes = [process.returncode for process in started]
+    assert sorted(codes) == [0, 1], errors
+    refusal = errors[codes.index(1)]
+    other = started[codes.index(0)].pid
+    assert f"is being written by process {other} on" in refusal or "exists already" in refusal
+    assert contents(tmp_path / "tokens") == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_the_lock_of_a_killed_process_is_taken_over_and_its_work_goes_on(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
+    out = tmp_path / "tokens"
+    command = [sys.executable, "-W", "ignore", "-c", HOLDING, "prepare", pictures, out]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout
+        assert first.stdout.readline() == "working\n"
+        first.kill()
+    assert (tmp_path / ".tokens.lock").exists()
+    steps: list[tuple[int, int]] = []
+    prepare(pictures, out, SMALL, progress=lambda *counts: steps.append(counts))
+    assert steps[0] == (20, 48)  # the first ten were there
+    assert contents(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
+
+
+def test_a_refused_source_leaves_no_folder(tmp_path: Path):
+    with pytest.raises(InputError, match="no folder or file"):
+        prepare(str(tmp_path / "nowhere"), tmp_path / "new" / "deep" / "tokens", SMALL)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_records_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small_shards: None):
+    partial = tmp_path / "tokens.partial"
+
+    def remove(done: int, total: int) -> None:
+        if done == 30:
+            (partial / "0-00000.done.json").unlink()
+            (partial / "0-00002.done.json").unlink()
+
+    with pytest.raises(
+        InputError, match=r"2 shard records of .*partial have been removed \(0-00000\.done\.json, 0-00002\.done\.json\)"
+    ):
+        prepare(pictures, tmp_path / "tokens", SMALL, progress=remove)
+    assert not (tmp_path / "tokens").exists()
+    prepare(pictures, tmp_path / "tokens", SMALL).verify()
+
+
+def test_shards_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small_shards: None):
+    def remove(done: int, total: int) -> None:
+        if done == 30:
+            (tmp_path / "tokens.partial" / "train-00001.tokens.npy").unlink()
+
+    with pytest.raises(InputError, match=r"train-00001\.tokens\.npy is missing"):
+        prepare(pictures, tmp_path / "tokens", SMALL, progress=remove)
+    assert not (tmp_path / "tokens").exists()
+
+
+def test_shards_removed_from_unfinished_work_are_made_again(pictures: str, whole: dict[str, bytes], unfinished: Path):
+    partial = unfinished.with_name("tokens.partial")
+    (partial / "train-00000.tokens.npy").unlink()
+    (partial / "train-00001.labels.npy").write_bytes(b"cut off")
+    prepare(pictures, unfinished, SMALL)
+    assert contents(unfinished) == whole
+
+
+def test_a_record_with_fewer_images_than_planned_is_named(pictures: str, unfinished: Path):
+    file = unfinished.with_name("tokens.partial") / "0-00001.done.json"
+    record = json.loads(file.read_text())
+    count = record["shards"]["train"]["count"]
+    record["shards"]["train"]["count"] -= 1
+    file.write_text(json.dumps(record))
+    with pytest.raises(
+        InputError,
+        match=rf"0-00001\.done\.json has {count - 1} images of 'train', and there should be {count} "
+        rf"\({count} planned, 0 skipped\)",
+    ):
+        prepare(pictures, unfinished, SMALL)
+    assert not unfinished.exists()
+
+
+SHARD = {"tokens": "train-0.tokens.npy", "labels": "train-0.labels.npy", "count": 1}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"images": None}, r"images = None: Input should be a valid integer"),
+        ({"images": -1}, r"images = -1: Input should be greater than or equal to 0"),
+        ({"skipped": "none"}, r"skipped = 'none': Input should be a valid list"),
+        ({"shards": []}, r"shards = \[\]: Input should be a valid dictionary"),
+        ({"shards": {"train": {}}}, r"the key 'shards\.train\.tokens' is missing"),
+        ({"shards": {"train": SHARD | {"count": -3}}}, r"shards\.train\.count = -3: Input should be greater"),
+        ({"shards": {"train": SHARD | {"count": "3"}}}, r"shards\.train\.count = '3': Input should be a valid integer"),
+        (
+            {"shards": {"train": SHARD | {"tokens": "../a.npy"}}},
+            r"shards\.train\.tokens = '\.\./a\.npy': the plain name",
+        ),
+        ({"shards": {"train": SHARD | {"labels": "/etc/passwd"}}}, r"shards\.train\.labels = '/etc/passwd': the plain"),
+    ],
+)
+def test_a_malformed_record_of_unfinished_work_is_named_with_its_key(
+    change: dict[str, object], message: str, pictures: str, unfinished: Path
+):
+    file = unfinished.with_name("tokens.partial") / "0-00001.done.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=rf"0-00001\.done\.json: {message}") as caught:
+        prepare(pictures, unfinished, SMALL)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"source": 5}, "source = 5: Input should be a valid string"),
+        ({"config": []}, r"config = \[\]: Input should be a valid dictionary"),
+        ({"config": {}}, r"the key 'config\.size' is missing"),
+        ({"images": {"train": -1}}, r"images\.train = -1: Input should be greater"),
+        ({"part": [1]}, r"part = \[1\]: List should have at least 2"),
+        ({"part": [3, 2]}, r"part = \[3, 2\]: \[i, n\] is needed"),
+        ({"class_names": ["a", "a", "c"]}, r"class_names = .*: 'a' is there more than once"),
+        ({"palette": {"centers": "red"}}, r"palette\.centers = 'red': Input should be a valid list"),
+    ],
+)
+def test_a_malformed_plan_of_unfinished_work_is_named_with_its_key(
+    change: dict[str, object], message: str, pictures: str, unfinished: Path
+):
+    file = unfinished.with_name("tokens.partial") / "plan.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=rf"plan\.json: {message}") as caught:
+        prepare(pictures, unfinished, SMALL)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_keys_of_a_later_version_pass(pictures: str, whole: dict[str, bytes], unfinished: Path):
+    for name in ("plan.json", "0-00001.done.json"):
+        file = unfinished.with_name("tokens.partial") / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"left_out": {"files": 3}}))
+    prepare(pictures, unfinished, SMALL)
+    assert contents(unfinished) == whole
+
+
+def test_work_that_version_0_1_0_began_is_continued(pictures: str, whole: dict[str, bytes], unfinished: Path):
+    """Its plan does not say how many records there will be."""
+    file = unfinished.with_name("tokens.partial") / "plan.json"
+    plan = json.loads(file.read_text())
+    assert plan.pop("jobs") == [5]
+    file.write_text(json.dumps(plan))
+    prepare(pictures, unfinished, SMALL)
+    assert contents(unfinished) == whole
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from igpt.data import prepare as room
+
+print("started", flush=True)
+room.SHARD_IMAGES, room.ALONE_BELOW = (10, 10), 0
+room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2)
+print("finished", __name__, "__file__" in globals(), __spec__ and __spec__.name)
+"""
+
+# The main module of a notebook has no file.
+NOTEBOOK = f"""
+import sys, types
+sys.modules["__main__"] = types.ModuleType("__main__")
+exec({SCRIPT!r}, vars(sys.modules["__main__"]))
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "module", "stdin", "notebook"])
+def test_a_script_needs_no_guard_for_workers(how: str, pictures: str, whole: dict[str, bytes], tmp_path: Path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "script.py").write_text(SCRIPT)
+    words = {
+        "file": ["package/script.py"],
+        "module": ["-m", "package.script"],
+        "stdin": ["-"],
+        "notebook": ["-c", NOTEBOOK],
+    }
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", *words[how], pictures, "tokens"],
+        cwd=tmp_path,
+        input=SCRIPT if how == "stdin" else "",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    name = "package.script" if how == "module" else None
+    assert done.stdout.splitlines() == ["started", f"finished __main__ {how != 'notebook'} {name}"]
+    assert contents(tmp_path / "tokens") == whole
+
+
+def test_the_reported_script_without_a_guard(tmp_path: Path):
+    """5,000 images, enough for workers: it ended never, as each worker started the script once more."""
+    make = Path(__file__).parents[3] / "shared" / "cases" / "make.py"
+    if not make.is_file():
+        pytest.skip(f"the reported cases are not here: {make} is missing")
+    code = "import sys; from pathlib import Path; import make; make.script_without_guard(Path(sys.argv[1]))"
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=make.parent, env=environment, timeout=120, check=True)
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    data = TokenDataset(tmp_path / "tokens")
+    assert [len(data[split]) for split in data] == [4000, 500, 500]
+
+
+def test_a_daemonic_process_is_told_that_it_cannot_start_workers(
+    pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setitem(vars(current_process())["_config"], "daemon", True)
+    with pytest.raises(InputError, match="a daemonic process cannot start workers; use workers=1 in it"):
+        prepare(pictures, tmp_path / "tokens", SMALL, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "workers", "message"),
+    [
+        ({}, 100_000, r"100000 workers are too many for this machine; give at most \d+"),
+        ({"size": 1024, "views": 1000}, 1, "1000 views of 1024 px need too much memory; give at most --views 128"),
+    ],
+)
+def test_absurd_settings_are_refused_before_any_work(
+    settings: dict[str, int], workers: int, message: str, tmp_path: Path
+):
+    with pytest.raises(InputError, match=message):
+        prepare(str(tmp_path / "nowhere"), tmp_path / "tokens", PrepareConfig.layered(settings), workers=workers)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_absurd_settings_that_harm_nobody(pictures: str, tmp_path: Path):
+    config = PrepareConfig(size=4, colors=65535, limit=10**30, seed=2**63 - 1)
+    dataset = prepare(pictures, tmp_path / "tokens", config)
+    assert sum(len(dataset[split]) for split in dataset) == 48
+
+
+def test_shards_of_large_images_have_fewer_of_them():
+    """Their tokens are in memory together: 256 MiB at most."""
+    limits = {size: room._shard_images(PrepareConfig(size=size)) for size in (32, 64, 128, 256, 1024)}
+    assert limits == {32: (1024, 8192), 64: (1024, 8192), 128: (1024, 8192), 256: (1024, 2048), 1024: (128, 128)}
 
 
 def test_a_killed_worker_is_told(pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch):

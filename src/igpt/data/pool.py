@@ -2,14 +2,15 @@
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import get_context, parent_process
-from threading import Thread, current_thread, main_thread
+from multiprocessing import current_process, get_context, parent_process
+from threading import Lock, Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
 from igpt.errors import InputError
@@ -22,7 +23,8 @@ Result = TypeVar("Result")
 def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[Iterable[Job]], Iterator[Result]]]:
     """How jobs are run: in this process, or by spawned ones, which are sent `work` once and then job by job.
 
-    Jobs are taken from their iterable as they are needed.
+    Jobs are taken from their iterable as they are needed. The workers do not import the script that was started, so
+    that it needs no `if __name__ == "__main__"`: `work` and the jobs are of classes from modules.
 
     Raises:
         InputError: a worker was killed.
@@ -30,15 +32,21 @@ def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[I
     if workers == 1:
         yield lambda jobs: map(work, jobs)
         return
+    if current_process().daemon:
+        raise InputError("a daemonic process cannot start workers; use workers=1 in it")
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
+
+    def submit(job: Job) -> Future[Any]:
+        # Any call may start a worker. Ctrl-C ends this process, which ends its workers.
+        with _ignored_sigint(), _hidden_main():
+            return pool.submit(_run_in_worker, job)
 
     def run(jobs: Iterable[Job]) -> Iterator[Result]:
         remaining = iter(jobs)
-        with _deaf_to_ctrl_c():  # workers begin here; Ctrl-C ends this process, and it ends them
-            waiting = deque[Future[Any]](pool.submit(_run_in_worker, job) for job in islice(remaining, 2 * workers))
+        waiting = deque(submit(job) for job in islice(remaining, 2 * workers))
         while waiting:
             result = waiting.popleft().result()
-            waiting.extend(pool.submit(_run_in_worker, job) for job in islice(remaining, 1))
+            waiting.extend(submit(job) for job in islice(remaining, 1))
             yield result
 
     try:
@@ -51,6 +59,7 @@ def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[I
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+_hiding = Lock()  # `__main__` belongs to all threads
 _work: Callable[[Any], Any] | None = None  # of a worker process: sent once, not with every job
 
 
@@ -74,8 +83,8 @@ def _run_in_worker(job: Any) -> Any:
 
 
 @contextmanager
-def _deaf_to_ctrl_c() -> Iterator[None]:
-    """Processes started in here ignore SIGINT, from their first import on."""
+def _ignored_sigint() -> Iterator[None]:
+    """Let processes that are started in here ignore SIGINT, from their first import on."""
     if current_thread() is not main_thread():  # only it may set signals
         yield
         return
@@ -84,3 +93,22 @@ def _deaf_to_ctrl_c() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep processes that are started in here from importing the main module.
+
+    `multiprocessing.spawn.get_preparation_data` sends the name and the file of `__main__` to a new process, which
+    imports it. A script without `if __name__ == "__main__"` would start its work once more there.
+    """
+    with _hiding:
+        main = vars(sys.modules["__main__"])
+        names = ["__spec__", "__file__"]
+        before = {name: main[name] for name in names if name in main}  # notebooks have no file
+        main.update(__spec__=None, __file__=None)
+        try:
+            yield
+        finally:
+            del main["__file__"]
+            main.update(before)

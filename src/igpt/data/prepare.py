@@ -8,31 +8,95 @@ SPLIT-NNNNN.*.npy     shards: the images of one split among some thousand neighb
 R-NNNNN.done.json     their record, written last
 """
 
-from collections import defaultdict
+import os
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from igpt.data.archives import TokenRows
 from igpt.data.fit import PaletteConfig, given_palette, settle_palette, transform_of
-from igpt.data.palette import Palette
+from igpt.data.palette import Palette, StoredPalette
 from igpt.data.pool import running
 from igpt.data.readers import Reader
 from igpt.data.sources import Split, open_source
-from igpt.data.tokens import SPLITS, Shard, TokenDataset, write_manifest, write_shard
+from igpt.data.tokens import (
+    SPLITS,
+    ClassNames,
+    Count,
+    Shard,
+    TokenDataset,
+    listed,
+    require_counts,
+    require_files,
+    write_manifest,
+    write_shard,
+)
 from igpt.errors import InputError
-from igpt.files import atomic_folder, read_json, write_json
+from igpt.files import (
+    Stored,
+    atomic_folder,
+    read_json,
+    require_folder_name,
+    write_json,
+)
+from igpt.locks import exclusive
 
 PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
 SHARD_IMAGES = (1024, 8192)  # at least, at most: between them a source is cut into 32 shards, for as many processes
+SHARD_BYTES = 2**28  # of tokens, at most; it lowers the number of images from 129 px on
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
+MOST_PARTS = 65536
+_MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # each takes about 200 MB
+_MOST_PIXELS = 2**27  # of all views of an image, which are in memory together
 Progress = Callable[[int, int], None]
+
+
+def _numbered(part: list[int]) -> list[int]:
+    if not 1 <= part[0] <= part[1] <= MOST_PARTS:
+        raise ValueError(f"[i, n] is needed, with i from 1 to n and n at most {MOST_PARTS}")
+    return part
+
+
+class Record(Stored):
+    """Schema of a shard record, `R-NNNNN.done.json`."""
+
+    images: Count
+    shards: dict[str, Shard]
+    skipped: list[str]
+
+
+class _PlanConfig(Stored):
+    size: int = Field(ge=1, lt=2**16)
+    views: int = Field(0, ge=0)
+
+
+class Plan(Stored):
+    """Schema of `plan.json`.
+
+    Attributes:
+        jobs: number of shard records of each reader, in all parts together; version 0.1.0 did not write it.
+        part: (i, n), see `prepare_part`.
+    """
+
+    source: str
+    config: _PlanConfig
+    images: dict[str, Count]
+    class_names: ClassNames
+    shard_images: list[int]
+    fingerprints: list[str]
+    given_palette: str | None
+    part: Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_numbered)]
+    jobs: list[Count] = Field(default_factory=list)
+    palette_error: dict[str, Any]
+    palette: StoredPalette
 
 
 class PrepareConfig(PaletteConfig):
@@ -43,6 +107,11 @@ class PrepareConfig(PaletteConfig):
     )
     limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
     max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
+
+
+def record_name(reader: int, number: int) -> str:
+    """Return the name of the record of a shard."""
+    return f"{reader}-{number:05d}.done.json"
 
 
 @dataclass(frozen=True)
@@ -56,7 +125,13 @@ class _Job:
 
     @property
     def record(self) -> str:
-        return f"{self.reader}-{self.number:05d}.done.json"
+        return record_name(self.reader, self.number)
+
+    @property
+    def images(self) -> dict[str, int]:
+        """The number of images of each split."""
+        owners, counts = np.unique(self.splits, return_counts=True)
+        return {SPLITS[owner]: int(count) for owner, count in zip(owners, counts, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -138,14 +213,16 @@ def prepare(
         progress: called with (images done, images in all).
 
     Raises:
-        InputError: what the source, too many of its images, or `out` have wrong.
+        InputError: what the source, too many of its images, or `out` have wrong; or another process is making `out`.
     """
-    folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress)
-    write_dataset(folder, plan, list(records.values()))
-    # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is complete.
-    _clear(folder)
-    folder.rename(out)
-    (out / PLAN).unlink()
+    require_new(out, source)
+    with exclusive(out):
+        folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress)
+        write_dataset(folder, plan, list(records.values()))
+        # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is complete.
+        _clear(folder)
+        folder.rename(out)
+        (out / PLAN).unlink()
     return TokenDataset(out)
 
 
@@ -173,13 +250,15 @@ def prepare_part(
         InputError: see `prepare`; or there is no such part.
     """
     require_new(out, source)
-    if not 1 <= part[0] <= part[1]:
-        raise InputError(f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}")
+    if not 1 <= part[0] <= part[1] <= MOST_PARTS:
+        raise InputError(f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}; n is at most {MOST_PARTS}")
     out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
-    folder, _, records = _make_shards(source, out, config, part, workers, progress)
-    write_json(folder / RECORDS, {"records": records})
-    _clear(folder)
-    folder.rename(out)
+    require_new(out)
+    with exclusive(out):
+        folder, _, records = _make_shards(source, out, config, part, workers, progress)
+        write_json(folder / RECORDS, {"records": records})
+        _clear(folder)
+        folder.rename(out)
     return out
 
 
@@ -197,50 +276,98 @@ def _make_shards(
     progress: Progress | None,
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
     """The folder with all shards of a part, the plan they follow, and their records in order, by name."""
-    require_new(out, source)
+    require_new(out)
     if workers < 1:
         raise InputError(f"at least one worker is needed, not {workers}")
+    if workers > _MOST_WORKERS:
+        raise InputError(f"{workers} workers are too many for this machine; give at most {_MOST_WORKERS}")
+    if config.size**2 * config.views > _MOST_PIXELS:
+        most = _MOST_PIXELS // config.size**2
+        raise InputError(f"{config.views} views of {config.size} px need too much memory; give at most --views {most}")
     splits, class_names = open_source(source, config)
+    _require_distinct(class_names, source)
     splits = {name: _limited(split, config) for name, split in splits.items()}
     if config.views and isinstance(splits["train"].reader, TokenRows):
         raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
     given = given_palette(source, splits["train"], config)
     folder = out.with_name(out.name + ".partial")
+    limits = _shard_images(config)
+    in_readers = Counter(job.reader for job in _jobs(splits, limits, config.views))
     wanted = {
         "source": source,
         "config": config.model_dump(mode="json", exclude={"stream"}),
         "images": {name: len(rows) for name, rows in splits.items()},
         "class_names": class_names,
-        "shard_images": list(SHARD_IMAGES),
+        "shard_images": list(limits),
         "fingerprints": [reader.fingerprint() for reader in _readers(splits)],
         "given_palette": given.fingerprint if given else None,
         "part": list(part),
+        "jobs": [in_readers[number] for number in range(len(_readers(splits)))],
     }
     plan, palette = _settle_plan(folder, wanted, splits["train"], config, given)
 
     def jobs() -> Iterator[_Job]:
-        return islice(_jobs(splits, config.views), part[0] - 1, None, part[1])
+        return islice(_jobs(splits, limits, config.views), part[0] - 1, None, part[1])
 
-    def waiting() -> Iterator[_Job]:
-        return (job for job in jobs() if not (folder / job.record).exists())
-
-    def records() -> dict[str, dict[str, Any]]:
-        paths = (folder / job.record for job in jobs())
-        return {path.name: read_json(path, "shard record") for path in paths if path.exists()}
-
-    skipped = [line for record in records().values() for line in record["skipped"]]
+    finished = _finished(folder, jobs())
+    skipped = [line for record in finished.values() for line in record["skipped"]]
     total = sum(len(job.rows) for job in jobs())
-    done = total - sum(len(job.rows) for job in waiting())
+    done = sum(len(job.rows) for job in jobs() if job.record in finished)
     work = _Work(_readers(splits), palette, config, folder, len(class_names or ()), int(config.max_bad * total))
     require_few(skipped, work.bad_allowed, config)
     with running(work, workers if total >= ALONE_BELOW else 1) as run:
-        for result in run(waiting()):
+        for result in run(job for job in jobs() if job.record not in finished):
             skipped += result["skipped"]
             require_few(skipped, work.bad_allowed, config)
             done += result["images"]
             if progress:
                 progress(done, total)
-    return folder, plan, records()
+    return folder, plan, _all_records(folder, jobs(), config.views)
+
+
+def _require_distinct(class_names: list[str] | None, source: str) -> None:
+    twice = [name for name, count in Counter(class_names or ()).items() if count > 1]
+    if twice:
+        raise InputError(f"{source} has more than one class named {twice[0]!r}; give each class its own name")
+
+
+def _finished(folder: Path, jobs: Iterator[_Job]) -> dict[str, dict[str, Any]]:
+    """Return the records, by name, of which all shards are there; others are made again."""
+    finished = {}
+    for job in jobs:
+        path = folder / job.record
+        if path.exists():
+            record = read_json(path, "shard record", Record)
+            with suppress(InputError):
+                require_files(folder, [Shard(**shard) for shard in record["shards"].values()])
+                finished[job.record] = record
+    return finished
+
+
+def _all_records(folder: Path, jobs: Iterator[_Job], views: int) -> dict[str, dict[str, Any]]:
+    """Return the records of all jobs, by name and in order.
+
+    Raises:
+        InputError: a record or one of its shards is missing, or their numbers of images are not those of the job.
+    """
+    records, missing = dict[str, dict[str, Any]](), list[str]()
+    for job in jobs:
+        path = folder / job.record
+        if not path.exists():
+            missing.append(job.record)
+            continue
+        record = read_json(path, "shard record", Record)
+        shards = {split: Shard(**shard) for split, shard in record["shards"].items()}
+        require_files(folder, list(shards.values()))
+        counts = {split: shard.count for split, shard in shards.items()}
+        require_counts(counts, job.images, record["skipped"], views, str(path))
+        records[job.record] = record
+    if missing:
+        raise InputError(
+            f"{len(missing)} shard records of {folder} have been removed ({listed(missing)}); "
+            "the same command makes them again"
+        )
+    return records
 
 
 def require_new(out: Path, source: str | None = None) -> None:
@@ -249,8 +376,9 @@ def require_new(out: Path, source: str | None = None) -> None:
     Raises:
         InputError: it cannot be made.
     """
-    if out.exists() or not out.name:
+    if out.exists() or out.is_symlink() or not out.name:
         raise InputError(f"{out} exists already; remove it or choose another -o")
+    require_folder_name(out)
     if source and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise InputError(f"{out} would lie among the images of {source}; choose another -o")
 
@@ -266,10 +394,16 @@ def _readers(splits: Mapping[str, Split]) -> list[Reader]:
     return list({id(split.reader): split.reader for split in splits.values()}.values())
 
 
-def _jobs(splits: Mapping[str, Split], views: int) -> Iterator[_Job]:
+def _shard_images(config: PrepareConfig) -> tuple[int, int]:
+    """Return how many images a shard has at least and at most."""
+    most = min(SHARD_IMAGES[1], max(1, SHARD_BYTES // (2 * config.size**2)))
+    return min(SHARD_IMAGES[0], most), most
+
+
+def _jobs(splits: Mapping[str, Split], limits: tuple[int, int], views: int) -> Iterator[_Job]:
     for reader, images in enumerate(_readers(splits)):
         owners = {SPLITS.index(name): split.indices for name, split in splits.items() if split.reader is images}
-        size = min(SHARD_IMAGES[1] // max(1, views) or 1, max(SHARD_IMAGES[0], -(-len(images) // 32)))
+        size = min(limits[1] // max(1, views) or 1, max(limits[0], -(-len(images) // 32)))
         for number, first in enumerate(range(0, len(images), size)):
             parts = {
                 owner: rows[slice(*np.searchsorted(rows, (first, first + size)))] for owner, rows in owners.items()
@@ -299,10 +433,11 @@ def _settle_plan(
 def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not (folder / PLAN).exists():
         raise InputError(f"{folder} exists and holds no unfinished work; remove it or choose another -o")
-    plan = read_json(folder / PLAN, "plan")
+    plan = read_json(folder / PLAN, "plan", Plan)
     # Work that bad images stopped may go on with more of them: what is done does not depend on it.
-    config = plan.get("config", {})
-    begun = plan | {"config": config | {"limit": config.get("limit"), "max_bad": wanted["config"]["max_bad"]}}
+    config = plan["config"]
+    begun = {"jobs": wanted["jobs"]} | plan
+    begun["config"] = config | {"limit": config.get("limit"), "max_bad": wanted["config"]["max_bad"]}
     if {key: begun.get(key) for key in wanted} != wanted:
         raise InputError(
             f"{folder} holds unfinished work with other settings or images; remove it or choose another -o"

@@ -488,7 +488,7 @@ class TokenDataset(Mapping[str, TokenSplit]):
         checksums = {name: checksum for shard in shards for name, checksum in shard.sha256.items()}
         unchecked = [name for shard in shards for name in (shard.tokens, shard.labels) if name not in checksums]
         if unchecked:
-            raise InputError(f"{self.path / MANIFEST} has no checksum of {_listed(unchecked)}")
+            raise InputError(f"{self.path / MANIFEST} has no checksum of {listed(unchecked)}")
         require_files(self.path, shards)
         changed = [name for name, checksum in checksums.items() if sha256_of(self.path / name) != checksum]
         if changed:
@@ -502,7 +502,7 @@ class TokenDataset(Mapping[str, TokenSplit]):
         made = self.manifest["made"]
         counts = {split: entry["count"] for split, entry in self.manifest["splits"].items()}
         views = made.get("config", {}).get("views", 0)
-        require_counts(counts, made.get("images", {}), made.get("skipped", []), views, str(self.path))
+        require_counts(counts, made.get("images", {}), made.get("skipped", []), views, str(self.path / MANIFEST))
 
 
 def require_files(folder: Path, shards: Sequence[Shard]) -> None:
@@ -525,7 +525,7 @@ def require_files(folder: Path, shards: Sequence[Shard]) -> None:
     if len(missing) == 1:
         raise InputError(f"{folder / missing[0]} is missing; prepare the data set anew")
     if missing:
-        names = _listed(missing)
+        names = listed(missing)
         raise InputError(f"{len(missing)} files of {folder} are missing ({names}); prepare the data set anew")
 
 
@@ -536,7 +536,7 @@ def require_counts(
 
     Args:
         counts: rows of tokens of each split.
-        planned: images of each split; splits that are not there are not compared.
+        planned: images of each split; nothing is compared where there are none at all.
         skipped: a line for each skipped image, which begins with its split and a space.
         views: random crops of a training image, of which images at or below the model resolution have one; 0 for none.
         what: the name of the data set, or of a part of it.
@@ -544,19 +544,22 @@ def require_counts(
     Raises:
         InputError: names the split and both numbers.
     """
+    if not planned:  # other programs need not say what they planned
+        return
     omitted = Counter(line.split(" ", 1)[0] for line in skipped)
-    for split, images in planned.items():
+    for split in sorted({*planned, *counts}):
+        images = planned.get(split, 0)
         least = images - omitted[split]
         most = least * max(1, views) if split == "train" else least
         if not least <= counts.get(split, 0) <= most:
             wanted = f"{least:,}" if least == most else f"{least:,} to {most:,}"
             raise InputError(
-                f"{what} holds {counts.get(split, 0):,} images of {split!r}, and there should be {wanted} "
-                f"({images:,} planned, {omitted[split]:,} skipped); prepare it again"
+                f"{what} has {counts.get(split, 0):,} images of {split!r}, and there should be {wanted} "
+                f"({images:,} planned, {omitted[split]:,} skipped)"
             )
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """Return the first of some names, and how many more there are."""
     shown = ", ".join(names[:_NAMES_SHOWN])
     return shown if len(names) <= _NAMES_SHOWN else f"{shown} and {len(names) - _NAMES_SHOWN} more"
