@@ -153,6 +153,13 @@ def test_what_a_kill_left_goes_with_the_next_write_and_neighbours_stay(tmp_path:
     assert names(tmp_path) == [".run[1].b.0123abcd.tmp", "run[1]"]
 
 
+@pytest.mark.parametrize("text", ['{"a": 1, "b": 2, "a": 3}', '{"b": [{"a": 1, "a": 1}]}'])
+def test_a_key_that_occurs_twice_is_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=r"a[.]json: the key 'a' occurs twice$"):
+        read_json(tmp_path / "a.json", "thing")
+
+
 def test_json_round_trip_and_refusals(tmp_path: Path):
     path = tmp_path / "a.json"
     value = {"name": "Größe", "values": [1, 2.5, None]}

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from small_hub import FOREIGN, Hub, serving
 
 from igpt.data.palette import Palette
@@ -128,13 +128,49 @@ def test_pickled_weights_come_down_whole_or_in_parts_and_run_no_code(
     parts = {f"pytorch_model-0000{part + 1}-of-00002.bin": pickled(half) for part, half in enumerate(halves)}
     hub.models |= {
         "someone/pickle": {**plain, "pytorch_model.bin": pickled(tensors)},
-        "someone/parts": {**plain, **parts, "pytorch_model.bin.index.json": b"{}"},
+        "someone/parts": {**plain, **parts},
         "someone/evil": {**plain, "pytorch_model.bin": b"cos\nmkdir\n(S'made'\ntR."},
     }
     whole, joined, evil = read("someone/pickle", "someone/parts", "someone/evil")
     assert whole == joined == known
     assert "cannot be read safely" in evil
     assert not (tmp_path / "made").exists()
+
+
+def index_of(weight_map: Mapping[str, str]) -> bytes:
+    return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
+
+
+def test_the_index_decides_which_parts_come_down(
+    hub: Hub, files: dict[str, bytes], known: list[str], read: Read, tmp_path: Path
+) -> None:
+    """Parts by other names, next to those of an older save."""
+    (tmp_path / "weights").write_bytes(files["model.safetensors"])
+    tensors = load_file(tmp_path / "weights")
+    plain = {name: content for name, content in files.items() if name.endswith(".json")}
+    halves = {f"part {half}.safetensors": sorted(tensors)[half::2] for half in (0, 1)}
+    parts = {name: save({key: tensors[key] for key in keys}) for name, keys in halves.items()}
+    index = index_of({key: name for name, keys in halves.items() for key in keys})
+    stale = {f"model-0000{part}-of-00002.safetensors": bytes(9000) for part in (1, 2)}
+    pickles = {f"{name}.bin": pickled({key: tensors[key] for key in keys}) for name, keys in halves.items()}
+    pickle_index = index_of({key: f"{name}.bin" for name, keys in halves.items() for key in keys})
+    hub.models |= {
+        "someone/model": {**plain, **parts, **stale, "model.safetensors.index.json": index},
+        "someone/pickle": {**plain, **pickles, "pytorch_model.bin.index.json": pickle_index},
+        "someone/lacking": {**plain, "part 0.safetensors": bytes(9000), "model.safetensors.index.json": index},
+        "someone/outside": {**plain, "model.safetensors.index.json": index_of({"a": "../x.safetensors"})},
+    }
+    assert read("someone/model", "someone/pickle") == [known, known]
+    needed = {*plain, *parts, "model.safetensors.index.json", *pickles, "pytorch_model.bin.index.json"}
+    assert {path for path, _, _ in hub.log} == needed, "stale parts stay there"
+    assert read("someone/model", HF_HUB_OFFLINE="1") == [known]
+    hub.log.clear()
+    lacking, outside = read("someone/lacking", "someone/outside")
+    assert lacking == (
+        "refused: the Hub's someone/lacking: part 1.safetensors, which model.safetensors.index.json names, is missing"
+    )
+    assert "weight_map names '../x.safetensors'; the plain name of a .safetensors file" in outside
+    assert not any(path.endswith(".safetensors") for path, _, _ in hub.log)
 
 
 def test_what_the_hub_cannot_give_is_said_in_one_sentence(hub: Hub, files: dict[str, bytes], read: Read) -> None:
@@ -155,7 +191,8 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(hub: Hub, files: dict[
         f"for this token (`hf auth login`, or HF_TOKEN in the environment){advice}"
     )
     assert said[1] == said[0].replace("nothing", "hidden")
-    assert said[2] == "refused: someone/words holds a model of type 'gpt2'; 'imagegpt' is needed"
+    assert said[2].startswith("refused: the Hub's someone/words: ")
+    assert said[2].endswith("config.json is of a model of type 'gpt2'; 'imagegpt' is needed")
     assert said[3].startswith("refused: the Hub's someone/later: model-00002-of-00002.safetensors is missing")
     assert said[4] == "refused: the Hub's someone/bare: no weights are there: model.safetensors is missing"
     assert said[5] == "refused: the Hub's someone/space: config.json is missing"

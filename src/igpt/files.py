@@ -186,6 +186,18 @@ def read_text(path: Path, what: str, largest: int = _LARGEST_TEXT) -> str:
         raise InputError(f"{path} is not readable as text ({error}); is it cut off?") from None
 
 
+class _DuplicateKeyError(Exception):
+    """A JSON object has a key twice; the reader would silently take the last one."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(next(key for index, key in enumerate(keys) if key in keys[:index]))
+    return found
+
+
 def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict[str, Any]:
     """Return the JSON object in `path`; `what` names it in errors.
 
@@ -193,11 +205,13 @@ def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict
         schema: what the object must look like; the first violation is reported with its key.
 
     Raises:
-        InputError: see `read_text`; or it is not a JSON object, or violates the schema.
+        InputError: see `read_text`; or it is not a JSON object, has a key twice, or violates the schema.
     """
     text = read_text(path, what)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+    except _DuplicateKeyError as error:
+        raise InputError(f"{path}: the key {error.args[0]!r} occurs twice") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply to be a {what}") from None
     except ValueError as error:  # malformed, or a number of thousands of digits

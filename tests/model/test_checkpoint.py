@@ -1,6 +1,7 @@
 """A model directory: what is written is what is read, what is damaged is refused in one sentence."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -77,11 +78,53 @@ def test_a_model_without_palette_has_none_when_read(tmp_path: Path) -> None:
     assert ImageGPT.from_pretrained(tmp_path / "model").palette is None
 
 
-def test_precision_stays(tmp_path: Path) -> None:
-    for dtype in (torch.bfloat16, torch.float64):
-        model = make_model(2).to(dtype)
-        model.save_pretrained(tmp_path / "model")
-        assert_same(ImageGPT.from_pretrained(tmp_path / "model"), model)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
+)
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_of_other_types_become_float32_with_the_same_values(
+    dtype: torch.dtype, ending: str, tmp_path: Path
+) -> None:
+    make_model(2).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    save_file(stored, file) if ending == "safetensors" else torch.save(stored, file.with_name("pytorch_model.bin"))
+    if ending == "bin":
+        file.unlink()
+    read = ImageGPT.from_pretrained(tmp_path / "model")
+    assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
+    assert torch.equal(read.wte.weight, stored["transformer.wte.weight"].float())
+    assert torch.equal(read.h[1].mlp.c_fc.weight, stored["transformer.h.1.mlp.c_fc.weight"].float().t())
+
+
+def test_mixed_types_become_float32(tmp_path: Path) -> None:
+    model = make_model(2)
+    for index, parameter in enumerate(model.parameters()):
+        parameter.data = parameter.data.bfloat16().to((torch.float32, torch.bfloat16, torch.float64)[index % 3])
+    model.save_pretrained(tmp_path / "model")
+    assert_same(ImageGPT.from_pretrained(tmp_path / "model"), model.float())
+
+
+def test_float64_weights_beyond_float32_are_refused_unless_asked_for(tmp_path: Path) -> None:
+    model = make_model(2).double()
+    model.ln_f.weight.data[3] += 1e-12
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(
+        InputError, match=r"transformer\.ln_f\.weight in .* is stored as float64 with values that float32"
+    ):
+        ImageGPT.from_pretrained(tmp_path / "model")
+    assert_same(ImageGPT.from_pretrained(tmp_path / "model", dtype=torch.float64), model)
+    with pytest.raises(InputError, match=r"read as torch[.]float32 or torch[.]float64, not as"):
+        ImageGPT.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+
+
+def test_weights_that_are_not_finite_stay_so_for_those_who_look(tmp_path: Path) -> None:
+    model = make_model(2).double()
+    model.ln_f.weight.data[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    model.save_pretrained(tmp_path / "model")
+    read = ImageGPT.from_pretrained(tmp_path / "model").ln_f.weight[:3]
+    assert read[0].isnan()
+    assert read[1:].tolist() == [torch.inf, -torch.inf]
 
 
 def test_saving_over_the_directory_that_was_read(tmp_path: Path) -> None:
@@ -185,6 +228,55 @@ def unpicklable(path: Path) -> None:
     (path / "pytorch_model.bin").write_bytes(b"no pickle")
 
 
+def pickle_fifo(path: Path) -> None:
+    (path / "model.safetensors").unlink()
+    os.mkfifo(path / "pytorch_model.bin")
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda path: (path / name).write_bytes(content)
+
+
+def write_twice(path: Path) -> None:
+    """Write a class number two times, which a dictionary cannot have."""
+    text = (path / "config.json").read_text()
+    (path / "config.json").write_text(text.replace('"0": "cat"', '"0": "bird", "0": "cat"'))
+
+
+def header(content: bytes) -> Callable[[Path], None]:
+    """Write weights with a header of their own and 12 bytes of values."""
+    return write("model.safetensors", len(content).to_bytes(8, "little") + content + bytes(12))
+
+
+def sparse(name: str) -> Callable[[Path], None]:
+    return lambda path: os.truncate(path / name, 5 * 10**9)
+
+
+def fifo(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        os.mkfifo(path / name)
+
+    return damage
+
+
+def folder(name: str) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        (path / name).unlink()
+        (path / name).mkdir()
+
+    return damage
+
+
+def as_type(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    """Change the type of one matrix."""
+    return lambda tensors: tensors.update({QUERIES: tensors[QUERIES].to(dtype)})
+
+
+def edit_size(size: object) -> Callable[[Path], None]:
+    return edit_json("preprocessor_config.json", lambda preprocessor: preprocessor.update(size=size))
+
+
 GAIN, QUERIES = "transformer.h.1.ln_1.weight", "transformer.h.0.attn.c_attn.weight"
 DAMAGES = {
     "no folder": (shutil.rmtree, "no model directory"),
@@ -194,15 +286,33 @@ DAMAGES = {
     "another model": (edit_config(model_type="gpt2"), "of type 'gpt2'; 'imagegpt' is needed"),
     "no model type": (edit_json("config.json", lambda config: config.pop("model_type")), "'imagegpt' is needed"),
     "later format": (edit_config(igpt={"version": 2}), "format version 2; this igpt reads 1"),
-    "no format": (edit_config(igpt="new"), "format version new"),
-    "unknown objective": (edit_config(igpt={"version": 1, "objective": "diffusion"}), "objective = 'diffusion'"),
+    "no format": (edit_config(igpt="new"), "config.json: igpt = 'new': Input should be a valid dictionary"),
+    "unknown objective": (edit_config(igpt={"version": 1, "objective": "diffusion"}), "igpt.objective = 'diffusion'"),
+    "other resolution": (edit_config(igpt={"resolution": 5}), "igpt.resolution = 5, but n_positions = 16 is 4^2"),
+    "variant of another type": (edit_config(igpt={"positions": "rotary"}), "a variant has model_type = 'igpt'"),
     **{
-        f"no {key}": (edit_json("config.json", lambda config, key=key: config.pop(key)), f"{key} = None")
+        f"no {key}": (edit_json("config.json", lambda config, key=key: config.pop(key)), f"the key {key!r} is missing")
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
     },
-    "width in words": (edit_config(n_embd="wide"), "n_embd = 'wide'; a positive whole number is needed"),
+    "width in words": (edit_config(n_embd="wide"), "config.json: n_embd = 'wide': Input should be a valid integer"),
+    "width as a bool": (edit_config(n_embd=True), "config.json: n_embd = True: Input should be a valid integer"),
+    "width in digits": (edit_config(n_embd=10**4000), "n_embd = 1000"),
+    "width in too many digits": (write("config.json", b'{"n_embd": ' + b"9" * 5000 + b"}"), "not readable as JSON"),
+    "width that is no number": (edit_config(n_embd=math.nan), "n_embd = nan: Input should be a valid integer"),
+    "deep config": (write("config.json", b'{"a":' * 10**5), "is nested too deeply to be a model"),
+    "config in another encoding": (
+        write("config.json", '{"model_type": "\xe9"}'.encode("latin-1")),
+        "readable as text",
+    ),
+    "config of gigabytes": (sparse("config.json"), "config.json has 5,000,000,000 bytes; that is no model"),
+    "config is a FIFO": (fifo("config.json"), "config.json is a FIFO; a regular file is needed"),
+    "config is a folder": (folder("config.json"), "config.json is a folder"),
+    "tied embeddings": (edit_config(tie_word_embeddings=True), "has tie_word_embeddings = True"),
+    "scale in words": (edit_config(scale_attn_weights="no"), "scale_attn_weights = 'no'"),
+    "cross-attention": (edit_config(add_cross_attention=True), "add_cross_attention = True, which iGPT does not have"),
+    "epsilon that is no number": (edit_config(layer_norm_epsilon=math.nan), "layer_norm_epsilon = nan"),
     "no places": (edit_config(n_positions=-16), "n_positions = -16"),
-    "no colours": (edit_config(vocab_size=1), "n_colors = 0"),
+    "no colours": (edit_config(vocab_size=1), "vocab_size = 1"),
     "no square": (edit_config(n_positions=15), "n_positions = 15"),
     "heads": (edit_config(n_head=5), "5 heads do not divide a width of 24"),
     "other activation": (edit_config(activation_function="gelu_new"), "activation_function = 'gelu_new'"),
@@ -215,11 +325,38 @@ DAMAGES = {
     "more classes": (edit_config(id2label={"0": "a", "1": "b", "2": "c"}), "score.weight"),
     "no classes": (edit_json("config.json", lambda config: config.pop("id2label")), "id2label = None"),
     "classes in words": (edit_config(id2label={"cat": "cat", "dog": "dog"}), "classes by number"),
-    "classes in numbers": (edit_config(id2label={"0": 0, "1": 1}), "class_names"),
+    "classes in numbers": (edit_config(id2label={"0": 0, "1": 1}), "id2label.0 = 0"),
+    "classes with a gap": (edit_config(id2label={"0": "cat", "2": "dog"}), "classes by number, from 0 on"),
+    "a class twice": (edit_config(id2label={"0": "cat", "00": "dog"}), "classes by number, from 0 on"),
+    "a class key twice": (write_twice, "the key '0' occurs twice"),
+    "a class name twice": (edit_config(id2label={"0": "cat", "1": "cat"}), "two classes named 'cat'"),
+    "a list of classes": (edit_config(id2label=["cat", "dog"]), "id2label = ['cat', 'dog']"),
+    "classes without a head": (edit_tensors(lambda tensors: tensors.pop("score.weight")), "score.weight is missing"),
     "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
     "weights cut off": (truncate("model.safetensors", 0.9), "is damaged"),
     "weights cut off early": (truncate("model.safetensors", 0.01), "is damaged"),
     "weights empty": (truncate("model.safetensors", 0), "is damaged"),
+    "weights are a FIFO": (fifo("model.safetensors"), "model.safetensors is a FIFO; a regular file is needed"),
+    "long header": (header(b" " * (9 << 20)), "has a header of 9,437,184 bytes"),
+    "header beyond the file": (write("model.safetensors", b"\xff" * 100), "is damaged"),
+    "header that is no JSON": (header(b"{}{}{}{}"), "is damaged"),
+    "deep header": (header(b'{"a":' * 10**5), "is damaged"),
+    "shapes beyond the file": (
+        header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
+        "is damaged",
+    ),
+    "integers": (edit_tensors(as_type(torch.int8)), "is stored as i8; floating-point weights are needed"),
+    "flags": (edit_tensors(as_type(torch.bool)), "is stored as bool; floating-point weights are needed"),
+    "complex numbers": (edit_tensors(as_type(torch.complex64)), "is stored as c64; floating-point weights are needed"),
+    "one name twice": (
+        edit_tensors(lambda tensors: tensors.update({"ln_f.weight": torch.ones(24)})),
+        "ln_f.weight and transformer.ln_f.weight name the same tensor",
+    ),
+    "prefix twice": (
+        edit_tensors(lambda tensors: tensors.update({f"transformer.{GAIN}": tensors.pop(GAIN)})),
+        "h.1.ln_1.weight is missing, (24,)",
+    ),
+    "tensor of nothing": (edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(0)})), "is (0,), (24,)"),
     "tensor missing": (edit_tensors(lambda tensors: tensors.pop(GAIN)), "h.1.ln_1.weight is missing, (24,)"),
     "tensor too many": (edit_tensors(lambda tensors: tensors.update(more=torch.ones(2))), "more is (2,), nothing"),
     "tensor misshapen": (edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(7)})), "is (7,), (24,)"),
@@ -229,12 +366,25 @@ DAMAGES = {
     "pickle of more": (pickle({"model": {"wte.weight": torch.ones(2)}, "step": 3}), "else than named tensors"),
     "pickle that would run code": (pickle({"wte.weight": os.getcwd}), "cannot be read safely"),
     "no pickle": (unpicklable, "cannot be read safely"),
+    "pickle is a FIFO": (pickle_fifo, "pytorch_model.bin is a FIFO; a regular file is needed"),
+    "pickle of numbered tensors": (pickle({1: torch.ones(2)}), "something else than named tensors"),
+    "pickle larger than stored": (pickle({"wte.weight": torch.ones(1).expand(10**9, 10**3)}), "than what is stored"),
+    "sparse pickle": (pickle({"wte.weight": torch.ones(2, 2).to_sparse()}), "a tensor without plain values"),
+    "pickle without values": (pickle({"wte.weight": torch.ones(2, device="meta")}), "a tensor without plain values"),
     "palette cut off": (truncate("preprocessor_config.json", 0.5), "is it cut off"),
     "palette of another size": (edit_clusters([[0.0, 0.0, 0.0]]), "the palette has 1 colours, the model 11"),
     "palette out of range": (edit_clusters([[0.0, 0.0, 255.0]] * 11), "lie in [-1, 1]"),
     "palette ragged": (edit_clusters([[0.0, 0.0], [1.0]]), "are no palette"),
-    "palette in words": (edit_clusters([["red", "green", "blue"]]), "are no palette"),
-    "palette of nothing": (edit_clusters([[None, None, None]]), "are no palette"),
+    "palette in words": (edit_clusters([["red", "green", "blue"]]), "clusters.0.0 = 'red'"),
+    "palette of nothing": (edit_clusters([[None, None, None]]), "clusters.0.0 = None"),
+    "palette of digits": (edit_clusters([["0", "0", "0"]] * 11), "clusters.0.0 = '0'"),
+    "palette of flags": (edit_clusters([[True, True, True]] * 11), "clusters.0.0 = True"),
+    "palette that is no number": (edit_clusters([[math.nan] * 3] * 11), "are no palette"),
+    "palette is a FIFO": (fifo("preprocessor_config.json"), "preprocessor_config.json is a FIFO"),
+    "size in words": (edit_size("small"), "preprocessor_config.json: size"),
+    "size of one side": (edit_size({"height": 4}), "preprocessor_config.json: "),
+    "another size": (edit_size({"height": 4, "width": 5}), "has a size of 4 x 5 pixels; the model has 4 x 4"),
+    "another size, in the old way": (edit_size(32), "has a size of 32 x 32 pixels; the model has 4 x 4"),
 }
 
 
@@ -301,6 +451,61 @@ def test_weights_in_parts(good_directory: Path, stem: str, ending: str, tmp_path
     (path / f"{stem}-00002-of-00003.{ending}").unlink()
     with pytest.raises(InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 parts\)"):
         ImageGPT.from_pretrained(path)
+
+
+def test_parts_of_two_saves_without_an_index_are_refused(good_directory: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(good_directory, path)
+    (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
+    ImageGPT.from_pretrained(path)
+    shutil.copy(path / "model-00001-of-00001.safetensors", path / "model-00002-of-00002.safetensors")
+    with pytest.raises(InputError, match="weights in 1 and in 2 parts are there, and no model"):
+        ImageGPT.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_layer": 10**9},
+        {"n_embd": 3 * 2**29, "n_head": 2**20},
+        {"n_embd": 10**12},
+        {"vocab_size": 10**9},
+        {"vocab_size": 65537},
+        {"n_positions": 46340**2, "igpt": {"version": 1}},
+        {"n_layer": 10**9, "n_embd": 3 * 2**29, "n_head": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_absurd_sizes_are_refused_before_a_model_is_built(
+    good_directory: Path, change: dict[str, object], ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "model"
+    shutil.copytree(good_directory, path)
+    if ending == "bin":
+        pickle(load_file(path / "model.safetensors"))(path)
+    (path / "preprocessor_config.json").unlink()
+    edit_config(n_inner=None, **change)(path)
+    monkeypatch.setattr(ImageGPT, "__init__", lambda *_: pytest.fail("a model is built"))
+    with pytest.raises(InputError, match=r"do not fit its config\.json|Input should be less than"):
+        ImageGPT.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"bias": True},
+        {"class_names": ("cat", "dog", "ship"), "objective": "bert"},
+        {"positions": "rotary", "n_head": 2},
+        {"value_residual": True, "qk_norm": True, "activation": "relu2", "n_layer": 3},
+    ],
+    ids=str,
+)
+def test_the_shapes_known_without_a_model_are_those_of_the_model(settings: dict[str, object]) -> None:
+    model = make_model(1, **settings)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert dict(model.config.parameter_shapes()) == expected
 
 
 def test_a_file_is_no_directory(good_directory: Path) -> None:

@@ -215,7 +215,7 @@ def test_what_is_written_is_read_and_transformers_refuses_it(
 ) -> None:
     model = random_model(variant, **more)
     model.save_pretrained(tmp_path)
-    read = ImageGPT.from_pretrained(tmp_path)
+    read = ImageGPT.from_pretrained(tmp_path, dtype=torch.float64)
     assert read.config == model.config
     assert list(read.state_dict()) == list(model.state_dict())
     for name, tensor in model.state_dict().items():
@@ -234,7 +234,7 @@ def test_what_is_written_is_read_and_transformers_refuses_it(
     [
         ({"positions": "sung"}, "positions = 'sung': Input should be 'learned' or 'rotary'"),
         ({"activation": "tanh"}, "activation = 'tanh': Input should be 'quick_gelu' or 'relu2'"),
-        ({"twist": 1}, "unknown key 'twist' in config.json"),
+        ({"twist": 1}, r"unknown key 'twist' in .*config\.json"),
         ({"version": 2}, "model format version 2; this igpt reads 1"),
     ],
     ids=str,

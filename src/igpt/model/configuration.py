@@ -1,16 +1,73 @@
-"""The shape of a model, and its form in the `config.json` of the Hub."""
+"""The shape of a model, and its form in the `config.json` of the Hub.
+
+D width, V colours, C classes; n = R^2 pixels of an image of resolution R.
+"""
 
 import math
-from typing import Any, Literal, Self
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
+from igpt.data.palette import MAX_COLORS
 from igpt.errors import InputError
+from igpt.files import Stored
 from igpt.model.norm import NORM_EPS
 from igpt.model.variants import Variants
 
 Objective = Literal["autoregressive", "bert"]
+Shape = tuple[int, ...]
+VERSION = 1  # of the settings under "igpt"
+_CLASSIFIER = "ImageGPTForImageClassification"
+_Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class HubSettings(Stored):
+    """Schema of "igpt" in a model's `config.json`; a variant has its settings there too."""
+
+    version: int = VERSION
+    objective: Objective = "autoregressive"
+    resolution: _Size | None = None
+
+
+class HubConfig(Stored):
+    """Schema of a model's `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt"."""
+
+    model_type: Literal["imagegpt", "igpt"]
+    architectures: list[str] | None = None
+    vocab_size: Annotated[int, Field(ge=2, le=MAX_COLORS + 1)]
+    n_positions: _Size
+    n_embd: _Size
+    n_layer: _Size
+    n_head: _Size
+    n_inner: _Size | None = None
+    activation_function: str = "quick_gelu"
+    layer_norm_epsilon: float = NORM_EPS
+    scale_attn_weights: bool = True
+    scale_attn_by_inverse_layer_idx: bool = False
+    add_cross_attention: bool = False
+    tie_word_embeddings: bool = False
+    id2label: dict[str, str] | None = None
+    transformers_weights: str | None = None
+    igpt: HubSettings = HubSettings()
+
+    def class_names(self, where: Path) -> tuple[str, ...]:
+        """Return the names of the classes in order.
+
+        Raises:
+            InputError: there are none, a number is missing or written in another way, or two classes share a name.
+        """
+        labels = self.id2label
+        if not labels or any(str(index) not in labels for index in range(len(labels))):
+            shown = repr(labels)
+            shown = shown if len(shown) <= 60 else f"{shown[:57]}..."
+            raise InputError(f"{where} has id2label = {shown}; the classes by number, from 0 on, are needed")
+        names = tuple(labels[str(index)] for index in range(len(labels)))
+        if len(set(names)) < len(names):
+            double = next(name for index, name in enumerate(names) if name in names[:index])
+            raise InputError(f"{where} has id2label with two classes named {double!r}; each needs a name of its own")
+        return names
 
 
 class ModelConfig(Variants):
@@ -39,12 +96,13 @@ class ModelConfig(Variants):
         return self.resolution**2
 
     def to_hub(self) -> dict[str, Any]:
-        """The `config.json` of transformers' ImageGPT, ours beside it; of a variant, one that transformers refuses."""
+        """Return the `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt".
+
+        transformers refuses that of a variant.
+        """
         hub: dict[str, Any] = {
             "model_type": "imagegpt",
-            "architectures": [
-                "ImageGPTForCausalImageModeling" if self.class_names is None else "ImageGPTForImageClassification"
-            ],
+            "architectures": ["ImageGPTForCausalImageModeling" if self.class_names is None else _CLASSIFIER],
             "vocab_size": self.n_colors + 1,  # the last row of wte is the start-of-sequence embedding
             "n_positions": self.n_places,
             "n_embd": self.n_embd,
@@ -69,44 +127,103 @@ class ModelConfig(Variants):
             hub["igpt"] |= self.variants.model_dump()
         return hub
 
-    @classmethod
-    def from_hub(cls, hub: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
-        """The configuration of a model directory.
+    def parameter_shapes(self) -> Iterator[tuple[str, Shape]]:
+        """Yield the name and shape of every parameter of the model, without building it."""
+        width = self.n_embd
+        linear = {
+            "attn.c_attn": (3 * width, width),
+            "attn.c_proj": (width, width),
+            "mlp.c_fc": (4 * width, width),
+            "mlp.c_proj": (width, 4 * width),
+        }
+        for layer in range(self.n_layer):
+            for name, shape in linear.items():
+                yield f"h.{layer}.{name}.weight", shape
+                if self.bias:
+                    yield f"h.{layer}.{name}.bias", shape[:1]
+            yield f"h.{layer}.ln_1.weight", (width,)
+            yield f"h.{layer}.ln_2.weight", (width,)
+            if self.value_residual and layer > 0:
+                yield f"h.{layer}.attn.mix", (2,)
+        yield "ln_f.weight", (width,)
+        yield "lm_head.weight", (self.n_colors, width)
+        if self.class_names is not None:
+            yield "score.weight", (len(self.class_names), width)
+        yield "wte.weight", (self.n_colors + 1, width)
+        if self.positions == "learned":
+            yield "wpe.weight", (self.n_places, width)
+
+    def require_shapes(self, found: Mapping[str, Shape], where: str) -> None:
+        """Refuse tensors that are not the model's, by their names and shapes; sizes do not matter for the time.
 
         Raises:
-            InputError: a variant of ImageGPT that this model does not compute.
+            InputError: names the first tensor that is missing, has another shape, or is not part of the model.
         """
-        ours, foreign = hub.get("igpt", {}), hub.get("model_type") != "igpt"
-        for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if not isinstance(hub.get(key), int) or hub[key] < 1:
-                raise InputError(f"config.json has {key} = {hub.get(key)!r}; a positive whole number is needed")
-        width, places = hub["n_embd"], hub["n_positions"]
+
+        def refusal(name: str, shape: object, expected: object) -> InputError:
+            return InputError(
+                f"the weights in {where} do not fit its config.json: {name} is {shape}, {expected} is expected"
+            )
+
+        known = set()
+        for name, shape in self.parameter_shapes():
+            if found.get(name) != shape:
+                raise refusal(name, found.get(name, "missing"), shape)
+            known.add(name)
+        for name in sorted(found.keys() - known):
+            raise refusal(name, found[name], "nothing")
+
+    @classmethod
+    def from_hub(cls, hub: HubConfig, names: Collection[str], where: Path) -> Self:
+        """Return the configuration of a model directory.
+
+        Args:
+            names: of its tensors. They say whether the model has biases and a class head.
+            where: path of the `config.json`, for errors.
+
+        Raises:
+            InputError: a variant of ImageGPT that this model does not compute, or settings that contradict each other.
+        """
+        foreign, width, places = hub.model_type == "imagegpt", hub.n_embd, hub.n_positions
+        resolution = math.isqrt(places)
         unlike = {
-            "activation_function": foreign and hub.get("activation_function", "quick_gelu") != "quick_gelu",
-            "n_inner": hub.get("n_inner") not in (None, 4 * width),
-            "scale_attn_weights": not hub.get("scale_attn_weights", True),
-            "scale_attn_by_inverse_layer_idx": bool(hub.get("scale_attn_by_inverse_layer_idx")),
-            "layer_norm_epsilon": hub.get("layer_norm_epsilon", NORM_EPS) != NORM_EPS,
-            "n_positions": math.isqrt(places) ** 2 != places,
+            "activation_function": foreign and hub.activation_function != "quick_gelu",
+            "n_inner": hub.n_inner not in (None, 4 * width),
+            "scale_attn_weights": not hub.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": hub.scale_attn_by_inverse_layer_idx,
+            "add_cross_attention": hub.add_cross_attention,
+            "layer_norm_epsilon": hub.layer_norm_epsilon != NORM_EPS,
+            "n_positions": resolution**2 != places,
         }
         for key, bad in unlike.items():
             if bad:
-                raise InputError(f"config.json has {key} = {hub.get(key)!r}, which iGPT does not have")
+                raise InputError(f"{where} has {key} = {getattr(hub, key)!r}, which iGPT does not have")
+        if hub.tie_word_embeddings:
+            raise InputError(
+                f"{where} has tie_word_embeddings = True; the input embeddings have a row more than the output, "
+                "so that they cannot be the same"
+            )
+        if hub.igpt.resolution not in (None, resolution):
+            raise InputError(
+                f"{where} has igpt.resolution = {hub.igpt.resolution}, but n_positions = {places} is {resolution}^2"
+            )
+        ours = hub.igpt.model_extra or {}
+        varied = {key: value for key, value in ours.items() if not foreign or key in Variants.model_fields}
+        variants = Variants.layered(varied, where=str(where))
+        if foreign and not variants.faithful:
+            raise InputError(f"{where} has model_type = 'imagegpt' with {varied}; a variant has model_type = 'igpt'")
+        if _CLASSIFIER in (hub.architectures or ()) and "score.weight" not in names and "lm_head.weight" in names:
+            raise InputError(
+                f"{where} describes a classifier, but its weights have no class head: score.weight is missing"
+            )
         settings = {
-            "resolution": math.isqrt(places),
-            "n_colors": hub["vocab_size"] - 1,
-            "n_layer": hub["n_layer"],
+            "resolution": resolution,
+            "n_colors": hub.vocab_size - 1,
+            "n_layer": hub.n_layer,
             "n_embd": width,
-            "n_head": hub["n_head"],
-            "objective": ours.get("objective", "autoregressive"),
-            "bias": any(name.endswith(".bias") for name in tensors),
+            "n_head": hub.n_head,
+            "objective": hub.igpt.objective,
+            "bias": any(name.endswith(".bias") for name in names),
+            "class_names": hub.class_names(where) if "score.weight" in names else None,
         }
-        if "score.weight" in tensors:
-            labels = hub.get("id2label")
-            if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
-                raise InputError(f"config.json has id2label = {labels!r}; the classes by number are needed")
-            settings["class_names"] = tuple(labels[key] for key in sorted(labels, key=int))
-        if not foreign:
-            varied = {key: value for key, value in ours.items() if key not in ("version", "objective", "resolution")}
-            settings |= Variants.layered(varied, where="config.json").model_dump()
-        return cls.layered(settings, where="config.json")
+        return cls.layered(settings, variants.model_dump(), where=str(where))

@@ -248,34 +248,29 @@ class ImageGPT(nn.Module):
         yield self.ln_f(x)
 
     def save_pretrained(self, path: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Writes a model directory (see checkpoint.py), replacing one that is there only when it is whole.
+        """Write a model directory (see checkpoint.py); one that is there is replaced only by a complete one.
 
         Args:
-            tensors: the whole weights on the CPU, when this model holds only a part of them.
+            tensors: all weights on the CPU, when this model holds only a part of them.
         """
         if tensors is None:
             tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
-        write_directory(Path(path), ModelDirectory(self.config.to_hub(), tensors, self.palette))
+        write_directory(Path(path), ModelDirectory(self.config, tensors, self.palette))
 
     @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
-        """Reads a model directory: ours, one that transformers wrote, or a Hub id.
+    def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
+        """Read a model directory: ours, one that transformers wrote, or a Hub id.
+
+        Args:
+            dtype: of all parameters. Weights stored in smaller types are converted; float64 ones only where they have
+                float32 values, unless `dtype` is torch.float64, which serves comparisons.
 
         Raises:
-            InputError: it is missing, damaged or not an ImageGPT.
+            InputError: it is missing, damaged or not an ImageGPT, or its weights cannot be converted exactly.
         """
-        directory = read_directory(name)
-        config = ModelConfig.from_hub(directory.config, directory.tensors)
+        directory = read_directory(name, dtype)
         with torch.device("meta"):
-            model = cls(config, directory.palette)
-        expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        found = {key: tuple(tensor.shape) for key, tensor in directory.tensors.items()}
-        if expected != found:
-            unlike = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-            raise InputError(
-                f"the weights in {name} do not fit its config.json: {unlike[0]} is {found.get(unlike[0], 'missing')}, "
-                f"{expected.get(unlike[0], 'nothing')} is expected ({len(unlike)} such)"
-            )
+            model = cls(directory.config, directory.palette)
         model.load_state_dict(directory.tensors, assign=True)
         return model.eval()
 
