@@ -23,6 +23,7 @@ HOUSE = [
     "data/palette",
     "data/images",
     "data/views",
+    "data/masks",
     "data/grids",
     "data/tokens",
     "data/labels",

@@ -2,12 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from igpt.command_line import MaybeOut, load_model, model_and_run, progress_bar
+from igpt.command_line import MaybeOut, load_model, model_and_run, progress_bar, require_writable
 from igpt.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def sample(
@@ -32,13 +35,18 @@ def sample(
         seed: the same seed gives the same images.
         precision: of the products; auto takes bf16 where the processor is faster with it.
     """
-    from igpt.model.generate import Drawing
-    from igpt.pictures import draw_samples
+    from igpt.model.generate import Drawing, require_drawing
+    from igpt.pictures import draw_samples, require_target
 
     path, home = model_and_run(model)
+    target = out or home / "samples.png"
     drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision)
+    require_target(target)
+    require_writable(target)
+    require_drawing(**drawing)
+    loaded = load_model(path)
     with progress_bar() as show:
-        target = draw_samples(load_model(path), out or home / "samples.png", count, drawing, partial(show, "sampling"))
+        draw_samples(loaded, target, count, drawing, partial(show, "sampling"))
     print(f"{target}: {count} samples")
 
 
@@ -57,7 +65,7 @@ def complete(
     seed: int = 0,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
 ) -> None:
-    """Keep the upper rows of images, or what a mask leaves, and let a model draw the rest.
+    """Keep the upper rows of images, or what a mask leaves, and draw the rest by a model.
 
     Args:
         model: run or model directory.
@@ -65,7 +73,7 @@ def complete(
         tokens: token data set whose test images are taken instead, evenly over the split.
         count: how many of them.
         keep_rows: rows to keep, at the model's resolution; the upper half by default.
-        mask: picture whose bright pixels are drawn and whose dark ones are kept, instead of rows.
+        mask: picture whose bright pixels are drawn and whose dark or transparent ones are kept, instead of rows.
         completions: drawings of each image.
         out: PNG to write; by default completions.png in the run, or here for a model without one.
         temperature: 1 is the model's own distribution; 0 takes the likeliest colours.
@@ -76,28 +84,42 @@ def complete(
     """
     from igpt.data.tokens import TokenDataset
     from igpt.evaluation.features import require_match
-    from igpt.model.generate import Drawing
-    from igpt.pictures import draw_completions, mask_of_file, tokens_of_files, tokens_of_split
+    from igpt.model.generate import Drawing, require_drawing
+    from igpt.pictures import (
+        draw_completions,
+        mask_of_file,
+        require_target,
+        tokens_of_files,
+        tokens_of_split,
+    )
 
-    path, home = model_and_run(model)
-    loaded = load_model(path)
     if bool(images) == bool(tokens):
         raise InputError("give image files to complete, or --tokens with a token data set")
     if mask and keep_rows is not None:
         raise InputError("give --keep-rows or --mask, not both")
+    path, home = model_and_run(model)
+    target = out or home / "completions.png"
+    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision)
+    require_target(target)
+    require_writable(target)
+    require_drawing(**drawing)
+    if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
+        raise InputError(f"{target} is one of the pictures to read; choose another -o")
+    loaded = load_model(path)
     if tokens:
         data = TokenDataset(tokens)
         require_match(loaded, data)
         originals = tokens_of_split(data["test"], count)
     else:
         originals = tokens_of_files(loaded, images)
-    drawing = Drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision)
-    keep = mask_of_file(loaded, mask) if mask else loaded.config.resolution // 2 if keep_rows is None else keep_rows
+    keep: int | Tensor = loaded.config.resolution // 2 if keep_rows is None else keep_rows
+    kept = f"{keep} rows"
+    if mask:
+        keep = mask_of_file(loaded, mask)
+        left = int(keep.sum())
+        kept = f"{left} of {len(keep)} pixels, by {mask}" if left else f"nothing: {mask} hides the whole image"
     with progress_bar() as show:
-        target = draw_completions(
-            loaded, originals, out or home / "completions.png", keep, completions, drawing, partial(show, "completing")
-        )
-    kept = f"by {mask}" if mask else f"{keep} rows"
+        draw_completions(loaded, originals, target, keep, completions, drawing, partial(show, "completing"))
     print(f"{target}: from left to right, each original, what was kept ({kept}), {completions} completions")
 
 

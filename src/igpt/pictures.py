@@ -1,6 +1,6 @@
-"""Samples and completions as PNG grids, with the settings they were drawn with in a JSON beside them; maps of losses.
+"""Samples and completions as PNG grids, with their settings in a JSON file next to them; maps of losses.
 
-B images, n places, R resolution.
+B images, n pixels of an image, R resolution.
 """
 
 import math
@@ -13,14 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.grids import image_grid, require_png, save_png
+from igpt.data.grids import default_scale, image_grid, require_png, save_png
+from igpt.data.masks import hidden_pixels
 from igpt.data.palette import Palette
 from igpt.data.tokens import TokenSplit
 from igpt.data.views import load_square
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.files import atomic_file, write_json
+from igpt.files import atomic_file, file_to_write, read_json, require_regular, write_json
 from igpt.model.generate import Drawing, Progress, complete, sample
+from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
 
 if TYPE_CHECKING:
@@ -32,8 +34,10 @@ _SIDE = 230  # dots that a picture of a map gets, about: a whole number a pixel
 _GAP, _SEAM, _TITLE, _EDGE, _BAR, _SCALE = 14, 6, 44, 24, 28, 150  # dots; the last two: the colour bar, and with words
 _MOST = 200  # maps of a picture: matplotlib draws 65,536 dots in a direction
 _INK, _MUTED = "#1f2328", "#59636e"
-_COUNTABLE = 10**12  # drawings; far more than memory holds, and few enough to be computed with
 UNKNOWN = 224  # grey level of pixels that were not kept
+_GAP_OF_GRIDS = 2  # pixels, as `image_grid` has it
+_MOST_PIXELS = 89_478_485  # of a grid; Pillow takes larger pictures for an attack on the memory
+_LARGEST_FILE = 2 << 30  # bytes of an image
 
 
 def palette_of(model: ImageGPT) -> Palette:
@@ -48,9 +52,18 @@ def palette_of(model: ImageGPT) -> Palette:
 
 
 def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
-    """Images from files, at the model's resolution and in its palette: [B, n]."""
+    """Return the tokens of image files, at the model's resolution and in its palette: [B, n].
+
+    Raises:
+        InputError: a file is missing, not a regular file, or not an image; or the model has no palette.
+    """
+    palette = palette_of(model)
+    for file in files:
+        require_regular(file)
+        if file.is_file() and (size := file.stat().st_size) > _LARGEST_FILE:
+            raise InputError(f"{file} has {size:,} bytes; images of up to {_LARGEST_FILE:,} are read")
     squares = np.stack([load_square(file, model.config.resolution) for file in files])
-    return torch.from_numpy(palette_of(model).transform(squares).reshape(len(files), -1).astype(np.int64))
+    return torch.from_numpy(palette.transform(squares).reshape(len(files), -1).astype(np.int64))
 
 
 def tokens_of_split(split: TokenSplit, count: int) -> Tensor:
@@ -75,16 +88,39 @@ def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
     return palette_of(model).inverse_transform(tokens.cpu().numpy().reshape(-1, side, side))
 
 
-def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
-    """Writes `count` samples as a PNG grid; `settings` are those of `draw`."""
+def require_target(path: Path) -> None:
+    """Refuse what a drawing cannot be written to, or would destroy, before any work is done.
+
+    Raises:
+        InputError: the name does not end in .png; it, or the name of the JSON file next to it, is that of a folder, a
+            FIFO or a device; or that JSON file is not about a picture.
+    """
     require_png(path)
-    if not 1 <= count <= _COUNTABLE:
-        raise InputError(f"from one sample up to {_COUNTABLE:,} are drawn, not {count}")
+    file_to_write(path)
+    settings = path.with_suffix(".json")
+    file_to_write(settings)
+    if settings.exists() and "command" not in read_json(settings, "description of a picture"):
+        raise InputError(f"{settings} holds something else than a picture's settings; choose another -o")
+
+
+def draw_samples(model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None) -> Path:
+    """Write `count` samples as a PNG grid; `settings` are those of `draw`.
+
+    Raises:
+        InputError: see `require_target` and `draw`; or the samples do not fit one picture.
+    """
+    require_target(path)
+    if count < 1:
+        raise InputError(f"at least one sample is drawn, not {count}")
     palette_of(model)
     model.require("autoregressive", "drawing whole images")
-    drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **settings, progress=progress)
+    fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell(model) ** 2))
+    if count > max(fit, 1):
+        raise InputError(f"{count:,} samples do not fit one picture; up to {fit:,} of {model.config.resolution} px do")
+    used = _with_precision(model, settings)
+    drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **used, progress=progress)
     images = pictures(model, drawn)
-    _write(path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], settings)
+    _write(path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], used)
     return path
 
 
@@ -97,17 +133,28 @@ def draw_completions(
     settings: Drawing,
     progress: Progress | None = None,
 ) -> Path:
-    """Writes a PNG grid, a row an image: the original, what was kept, and `completions` drawings.
+    """Write a PNG grid with a row for each image: the original, what was kept, and `completions` drawings.
 
     Args:
         originals: tokens [B, n].
-        keep: rows from the top, or the known places, bool [n].
+        keep: rows from the top, or the known pixels, bool [n].
         settings: those of `draw`.
+
+    Raises:
+        InputError: see `require_target` and `complete`; all pixels are kept; or the drawings do not fit one picture.
     """
-    require_png(path)
-    if not 1 <= completions <= _COUNTABLE:
-        raise InputError(f"from one completion up to {_COUNTABLE:,} are drawn, not {completions}")
-    drawn = complete(model, originals.repeat_interleave(completions, 0), keep, **settings, progress=progress)
+    require_target(path)
+    if completions < 1:
+        raise InputError(f"at least one completion is drawn, not {completions}")
+    fit = _MOST_PIXELS // (len(originals) * _cell(model) ** 2) - 2
+    if completions > max(fit, 1):
+        raise InputError(
+            f"{completions:,} completions of {len(originals):,} images do not fit one picture; up to {max(fit, 0):,} do"
+        )
+    if keep == model.config.resolution if isinstance(keep, int) else bool(keep.all()):
+        raise InputError("all pixels are kept, so that nothing is left to draw")
+    used = _with_precision(model, settings)
+    drawn = complete(model, originals.repeat_interleave(completions, 0), keep, **used, progress=progress)
     whole = pictures(model, originals)
     side = whole.shape[1]
     known = np.repeat(np.arange(side) < keep, side) if isinstance(keep, int) else keep.numpy()
@@ -115,14 +162,28 @@ def draw_completions(
     filled = pictures(model, drawn).reshape(len(whole), completions, *whole.shape[1:])
     rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
     told = {"keep_rows": keep} if isinstance(keep, int) else {"kept_pixels": int(known.sum())}
-    _write(path, rows, {**settings, **told, "completions": completions})
+    _write(path, rows, {**used, **told, "completions": completions})
     return path
 
 
 def mask_of_file(model: ImageGPT, path: Path) -> Tensor:
-    """The places that a mask keeps, bool [n]: where its square, at the model's size, is darker than grey."""
-    grey = load_square(path, model.config.resolution).mean(axis=-1)
-    return torch.from_numpy(grey.reshape(-1) < 128)
+    """Return the pixels that a mask keeps, bool [n]; see `hidden_pixels`.
+
+    Raises:
+        InputError: it is not a readable image, or hides nothing.
+    """
+    return torch.from_numpy(~hidden_pixels(path, model.config.resolution).reshape(-1))
+
+
+def _cell(model: ImageGPT) -> int:
+    """Return the side of a picture in a grid, with the gap next to it."""
+    return model.config.resolution * default_scale(model.config.resolution) + _GAP_OF_GRIDS
+
+
+def _with_precision(model: ImageGPT, settings: Drawing) -> Drawing:
+    """Return the settings with the precision that "auto" means for this model's device."""
+    precision = settle_precision(settings.get("precision", "auto"), model.wte.weight.device)
+    return {**settings, "precision": precision}
 
 
 def require_maps(path: Path, count: int) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from igpt.errors import InputError
 from igpt.model.cost import cache_bytes, count_parameters, images_at_once
 from igpt.model.decoder import Decoder, require_finite
-from igpt.model.precision import Precision, autocast, settle_precision
+from igpt.model.precision import TYPES, Precision, autocast, settle_precision
 from igpt.model.transformer import ImageGPT
 
 Progress = Callable[[int, int], None]  # (places done, places in all)
@@ -73,6 +73,34 @@ def choose(logits: Tensor, uniform: Tensor, temperature: float, top_k: int | Non
     return (reached <= uniform[..., None] * reached[..., -1:]).sum(-1)
 
 
+def require_drawing(
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    rounds: int = 16,
+    precision: Precision | Literal["auto"] = "auto",
+) -> None:
+    """Refuse settings of `draw` that are out of their range.
+
+    Raises:
+        InputError: names the setting and its range.
+    """
+    if not 0 <= seed < 2**63:
+        raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
+    if not (temperature >= 0 and math.isfinite(temperature)):
+        raise InputError(f"the temperature is 0 (the likeliest colour) or above, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top-k is at least 1, not {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"top-p lies in (0, 1], not {top_p}")
+    if rounds < 1:
+        raise InputError(f"filling takes at least one round, not {rounds}")
+    if precision not in ("auto", *TYPES):
+        raise InputError(f"the precision is auto, fp32 or bf16, not {precision!r}")
+
+
 def draw(
     model: ImageGPT,
     tokens: Tensor,
@@ -108,19 +136,15 @@ def draw(
     Raises:
         InputError: a setting out of its range, tokens of another size, or broken weights.
     """
-    if not 0 <= seed < 2**63:
-        raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise InputError(f"the temperature is 0 (the likeliest colour) or above, not {temperature}")
-    if top_k is not None and top_k < 1:
-        raise InputError(f"top-k is at least 1, not {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise InputError(f"top-p lies in (0, 1], not {top_p}")
-    if rounds < 1:
-        raise InputError(f"filling takes at least one round, not {rounds}")
+    require_drawing(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, rounds=rounds, precision=precision)
     batch, n = tokens.shape
     if n != model.config.n_places:
         raise InputError(f"images of {n} pixels do not fit a model of {model.config.n_places}")
+    given = tokens[known.to(tokens.device).expand(batch, n)]
+    if given.numel() and (int(given.min()) < 0 or int(given.max()) >= model.config.n_colors):
+        raise InputError(
+            f"tokens of this model lie in 0..{model.config.n_colors - 1}, not {int(given.min())}..{int(given.max())}"
+        )
     device = model.wte.weight.device
     tokens, known = tokens.to(device, torch.long).clone(), known.to(device).expand(batch, n)
     kind = settle_precision(precision, device)
