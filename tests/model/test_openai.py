@@ -6,8 +6,11 @@ TensorFlow would not write, `write_bundle` below does, byte by byte from the for
 
 import json
 import math
+import os
 import shutil
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -119,7 +122,7 @@ def entry(kind, shape, offset, size, checksum):
 def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"\x08\x01"):
     """A checkpoint of one shard. `arrays`: by name; `header`: one shard, no more said."""
     data, rows = b"", {"": header}
-    kinds = {"float32": 1, "int64": 9, "float16": 19}
+    kinds = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19}
     for name, array in sorted(arrays.items()):
         content = array.tobytes()
         rows[name] = entry(kinds[str(array.dtype)], array.shape, len(data), len(content), masked_crc32c(content))
@@ -295,6 +298,90 @@ def test_damaged_shard(checkpoint):
     assert "data-00000-of-00002 is damaged" in refusal(load_openai, checkpoint, None)
 
 
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00002"])
+def test_what_is_no_regular_file(checkpoint, ending):
+    file = Path(f"{checkpoint}{ending}")
+    file.unlink()
+    os.mkfifo(file)
+    assert f"{file} is a FIFO; a regular file is needed" in refusal(load_openai, checkpoint, None)
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    assert f"{file} is a device; a regular file is needed" in refusal(load_openai, checkpoint, None)
+    file.unlink()
+    file.mkdir()
+    assert f"{file} is missing" in refusal(load_openai, checkpoint, None)
+
+
+def test_index_of_gigabytes(checkpoint):
+    os.truncate(f"{checkpoint}.index", 5 * 10**9)
+    assert "has 5,000,000,000 bytes; that is no index" in refusal(load_openai, checkpoint, None)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"\x0a\x01\x01",  # bytes where the type is
+        b"\x10\x01",  # a number where the shape is
+        b"\x12\x02\x10\x01",  # a number where a side of the shape is
+        b"\x22\x01\x01",  # bytes where the offset is
+        b"\x08",  # no value
+        b"\x08" + b"\xff" * 100 + b"\x01",  # a number of 700 bits
+    ],
+)
+def test_index_with_checksums_that_fit_and_entries_that_do_not(tmp_path, message):
+    prefix = write_index(tmp_path / "x", {"": b"\x08\x01", "model/wte": message})
+    assert "is damaged" in refusal(read_bundle, prefix)
+    for header in (b"\x0a\x01\x01", b"\x08\xff", b"\x08"):
+        assert "is damaged" in refusal(read_bundle, write_index(tmp_path / "x", {"": header, "model/wte": b""}))
+
+
+def test_entries_that_contradict_the_data(tmp_path):
+    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
+    arrays = {key: array for key, array in variables.items() if "Adam" not in key and array.dtype == np.float32}
+    prefix = write_bundle(tmp_path / "x", arrays)
+    rows = {"": b"\x08\x01"}
+    rows |= {name: entry(1, array.shape, 0, 4, 0) for name, array in sorted(arrays.items())}
+    write_index(prefix, rows)
+    assert "is damaged (a size differs)" in refusal(load_openai, prefix, None)
+    rows |= {name: entry(1, array.shape, 2**63, 4 * array.size, 0) for name, array in sorted(arrays.items())}
+    write_index(prefix, rows)
+    assert f"is cut off before its byte {2**63 + 4 * 16}" in refusal(load_openai, prefix, None)
+    huge = {
+        name: tuple(2**40 if side == 16 else 2**42 if side == 64 else side for side in array.shape)
+        for name, array in arrays.items()
+    }
+    huge |= {name: (2, 2**39, 2**40) for name in huge if name.endswith("_proj")}
+    rows |= {name: entry(1, shape, 0, 4, 0) for name, shape in sorted(huge.items())}
+    write_index(prefix, rows)
+    assert "is damaged (a size differs)" in refusal(load_openai, prefix, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        (np.float16, None),
+        (np.float64, None),
+        (np.int32, "model/ln_f/g has TensorFlow's type 3; weights in float are needed"),
+        (np.int64, "model/ln_f/g has TensorFlow's type 9; weights in float are needed"),
+    ],
+)
+def test_weights_of_other_types(tmp_path, dtype, said):
+    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
+    arrays = {key: array for key, array in variables.items() if "Adam" not in key and array.dtype == np.float32}
+    gains = np.arange(16).astype(dtype)
+    prefix = write_bundle(tmp_path / "x", {**arrays, "model/ln_f/g": gains})
+    if said:
+        assert said in refusal(load_openai, prefix, None)
+        return
+    model = load_openai(prefix, None)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    np.testing.assert_array_equal(model.ln_f.weight.detach().numpy(), np.arange(16, dtype=np.float32))
+    if dtype == np.float64:
+        gains[3] += 1e-12
+        message = refusal(load_openai, write_bundle(tmp_path / "x", {**arrays, "model/ln_f/g": gains}), None)
+        assert "has float64 values that float32 does not have" in message
+
+
 def test_optimizer_variables_need_not_be_there(checkpoint):
     entries = expected_of("autoregressive")
     shard = Path(f"{checkpoint}.data-00001-of-00002")
@@ -412,6 +499,16 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
     assert told["difference"] == pytest.approx(math.log(512) - 2.0895, abs=1e-6)
 
 
+HOLDER = """
+import sys
+from pathlib import Path
+from igpt.locks import exclusive
+with exclusive(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
 def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, colours in (("eight.npy", 8), ("nine.npy", 9)):
@@ -419,12 +516,26 @@ def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tm
     (tmp_path / "taken").mkdir()
     shutil.copytree(FIXTURES / "bert", "bert")
     (tmp_path / "bert" / "model.ckpt-7.data-00001-of-00002").unlink()
+    os.mkfifo("fifo.npy")
+    np.savez("several.npz", np.zeros((8, 3)))
+    np.save("flat.npy", np.zeros(8))
+    np.save("wide.npy", np.full((8, 3), 255.0))
+    (tmp_path / "file").write_text("text")
     before = sorted(tmp_path.rglob("*"))
     for words, message in (
         ((checkpoint, "-o", "taken"), "taken exists already; remove it or choose another -o"),
         ((checkpoint, "-o", "model", "--clusters", "nine.npy"), "the palette has 9 colours, the model 8"),
         ((checkpoint, "-o", "model", "--clusters", "ten.npy"), "no palette at ten.npy"),
         ((checkpoint, "-o", "model", "--clusters", f"{checkpoint}.index"), "is not a palette"),
+        ((checkpoint, "-o", "model", "--clusters", "fifo.npy"), "fifo.npy is a FIFO"),
+        ((checkpoint, "-o", "model", "--clusters", "/dev/zero"), "/dev/zero is a device"),
+        ((checkpoint, "-o", "model", "--clusters", "several.npz"), "several.npz is not a palette"),
+        ((checkpoint, "-o", "model", "--clusters", "flat.npy"), "flat.npy is not a palette"),
+        ((checkpoint, "-o", "model", "--clusters", "wide.npy"), "wide.npy is not a palette"),
+        ((checkpoint, "-o", "/"), "cannot be the output"),
+        ((checkpoint, "-o", ".."), "cannot be the output"),
+        ((checkpoint, "-o", "file"), "file exists already"),
+        ((checkpoint, "-o", "file/model"), "file"),
         ((f"{checkpoint}.index", "-o", "model"), "give the path without endings"),
         (("nowhere", "-o", "model"), "no checkpoint: nowhere.index is missing"),
         (("bert/model.ckpt-7", "-o", "model"), "its objective can only be 'bert'"),
@@ -434,6 +545,14 @@ def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tm
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
         assert message in done.stderr, words
         assert sorted(tmp_path.rglob("*")) == before, words
+    command = [sys.executable, "-c", HOLDER, tmp_path / "model"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        done = igpt("import", checkpoint, "-o", "model")
+        assert done.returncode == 2
+        assert f"model is being written by process {other.pid}" in done.stderr
+        other.stdin.close()  # which it waits for
+    assert sorted(tmp_path.rglob("*")) == before
     done = igpt("import", checkpoint, "--clusters", "eight.npy", "-o", "deep/model")
     assert done.returncode == 0, done.stderr
     assert ImageGPT.from_pretrained("deep/model").config.n_colors == 8

@@ -19,11 +19,15 @@ from numpy.typing import NDArray
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
+from igpt.files import require_regular
 from igpt.model.configuration import ModelConfig, Objective
 from igpt.model.transformer import ImageGPT
 
 _DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # by TensorFlow's DataType: plain numbers
 _MAGIC, _FOOTER = 0xDB4775248B80FB57.to_bytes(8, "little"), 48  # how a table ends, and how many bytes its end has
+_FLOATS = (1, 2, 19)  # those of them that weights may have
+_LARGEST_INDEX = 64 << 20  # bytes; those of the released checkpoints have some 100 kB
+_LONGEST_VARINT = 10  # bytes of a number of 64 bits
 _CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial of CRC-32C, lowest bit first
 _CRC_START = bytes.fromhex("54641f64")  # takes a checksum register from zero to all ones
 
@@ -57,10 +61,16 @@ def load_openai(prefix: Path, clusters: Path | None, *, objective: Objective = "
     """
     entries = _read_index(prefix)
     config = _infer_config({name: entry.shape for name, entry in entries.items()}, str(prefix), objective)
-    with torch.device("meta"):
-        model = ImageGPT(config, None if clusters is None else Palette.load(clusters))
     used = {name: entries[f"model/{name}"] for name in _expected_shapes(config)}
+    for name, entry in used.items():
+        if entry.dtype not in _FLOATS:
+            raise InputError(f"{prefix}: model/{name} has TensorFlow's type {entry.dtype}; weights in float are needed")
     _check_shards(list(used.values()))
+    if clusters is not None:
+        require_regular(clusters)
+    palette = None if clusters is None else Palette.load(clusters)
+    with torch.device("meta"):
+        model = ImageGPT(config, palette)
     model.load_state_dict(_read_tensors(used, config), assign=True)
     return model.eval()
 
@@ -99,7 +109,11 @@ def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str
     """The state dict."""
 
     def read(name: str) -> torch.Tensor:
-        values = entries[name].read().astype(np.float32)  # a copy: what was read cannot be written to
+        stored = entries[name].read()
+        with np.errstate(over="ignore"):  # told below
+            values = stored.astype(np.float32)  # a copy: what was read cannot be written to
+        if not np.array_equal(stored, values.astype(stored.dtype), equal_nan=True):
+            raise InputError(f"model/{name} in {entries[name].path} has float64 values that float32 does not have")
         # The graph multiplies from the right, x @ w. Only q, k and v [H, K, D], which lead to the heads, are [out, in].
         turn = name.endswith(("/w", "c_proj"))
         return torch.from_numpy(values.reshape(-1, values.shape[-1]).T.copy() if turn else values)
@@ -128,46 +142,66 @@ class _Entry:
     size: int
     checksum: int
 
+    @property
+    def stored_as(self) -> np.dtype[Any]:
+        return np.dtype(_DTYPES.get(self.dtype, "V1"))
+
     def read(self) -> NDArray[Any]:
-        dtype = np.dtype(_DTYPES.get(self.dtype, "V1"))
         with self.path.open("rb") as file:
             file.seek(self.offset)
             content = file.read(self.size)
-        if self.size != math.prod(self.shape) * dtype.itemsize or _masked_crc32c(content) != self.checksum:
-            raise InputError(f"{self.path} is damaged (a checksum or size differs); download it anew")
-        return np.frombuffer(content, dtype).reshape(self.shape)
+        if _masked_crc32c(content) != self.checksum:
+            raise InputError(f"{self.path} is damaged (a checksum differs); download it again")
+        return np.frombuffer(content, self.stored_as).reshape(self.shape)
 
 
 def _check_shards(entries: list[_Entry]) -> None:
-    """Refuses, before anything is read, a data shard that is missing or too short."""
-    for path, end in sorted((entry.path, entry.offset + entry.size) for entry in entries):
+    """Refuse, before anything is read, data shards that are missing or do not hold what the index says."""
+    for entry in sorted(entries, key=lambda entry: (entry.path, entry.offset + entry.size)):
+        path, end = entry.path, entry.offset + entry.size
+        require_regular(path)
         if not path.is_file():
             raise InputError(f"{path} is missing; all {path.name[-5:]} data shards are needed")
         if path.stat().st_size < end:
-            raise InputError(f"{path} is cut off before its byte {end}; download it anew")
+            raise InputError(f"{path} is cut off before its byte {end}; download it again")
+        if entry.size != math.prod(entry.shape) * entry.stored_as.itemsize:
+            raise InputError(f"{path} is damaged (a size differs); download it again")
 
 
 def _read_index(prefix: Path) -> dict[str, _Entry]:
-    """The variables of a checkpoint; those stored in slices, which no image-gpt has, are left out."""
+    """Return the variables of a checkpoint; those stored in slices, which no image-gpt has, are left out."""
     path = Path(f"{prefix}.index")
+    require_regular(path)
     if not path.is_file():
         raise InputError(f"no checkpoint: {path} is missing; give the path without endings, as in model.ckpt-1000000")
+    if path.stat().st_size > _LARGEST_INDEX:
+        raise InputError(f"{path} has {path.stat().st_size:,} bytes; that is no index of a checkpoint")
     content = path.read_bytes()
     if len(content) < _FOOTER or not content.endswith(_MAGIC):
-        raise InputError(f"{path} is cut off or not the index of a TensorFlow checkpoint (bundle V2); download it anew")
-    rows: dict[bytes, bytes] = {}
+        raise InputError(
+            f"{path} is cut off or not the index of a TensorFlow checkpoint (bundle V2); download it again"
+        )
     try:
-        index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]  # after the handle of the empty meta-index
-        for leaf in _read_block(content, index, path).values():
-            rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
-        n_shards = _parse_message(rows.pop(b""))[1][0]
-    except (IndexError, KeyError):
-        raise InputError(f"{path} is damaged (its parts do not lead to each other); download it anew") from None
+        return _parse_index(content, prefix, path)
+    except InputError:
+        raise
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError):
+        raise InputError(f"{path} is damaged (its parts do not lead to each other); download it again") from None
+
+
+def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
+    rows: dict[bytes, bytes] = {}
+    index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]  # after the handle of the empty meta-index
+    for leaf in _read_block(content, index, path).values():
+        rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
+    n_shards = _parse_message(rows.pop(b""))[1][0]
     entries = {}
     for name, message in rows.items():
         fields = _parse_message(message)
         shape = tuple((_parse_message(side)[1] or [0])[0] for part in fields[2] for side in _parse_message(part)[2])
         dtype, shard, offset, size, checksum = ((fields[number] or [0])[0] for number in (1, 3, 4, 5, 6))
+        if not all(isinstance(number, int) for number in (dtype, shard, offset, size, checksum, n_shards, *shape)):
+            raise ValueError("a number is needed")
         data = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
         if not fields[7] and not name.startswith(b"\0"):
             entries[name.decode(errors="replace")] = _Entry(dtype, shape, data, offset, size, checksum)
@@ -178,7 +212,7 @@ def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, by
     """The rows of the block at a handle; each key shares its beginning with the one before it."""
     offset, end = handle[0], sum(handle)
     if _masked_crc32c(content[offset : end + 1]) != int.from_bytes(content[end + 1 : end + 5], "little"):
-        raise InputError(f"{path} is damaged (a checksum differs); download it anew")
+        raise InputError(f"{path} is damaged (a checksum differs); download it again")
     if content[end] != 0:
         raise InputError(f"{path} is compressed; an index as tf.train.Saver writes it, uncompressed, is needed")
     end -= 4 * (1 + int.from_bytes(content[end - 4 : end], "little"))  # a list of places to start from, and its length
@@ -195,10 +229,12 @@ def _parse_varints(data: bytes, position: int, count: int) -> tuple[list[int], i
     """So many numbers of seven bits a byte, the lowest first, and the position after them."""
     values = [0] * count
     for index in range(count):
-        shift = 0
-        while shift == 0 or data[position - 1] >= 128:
-            values[index] |= (data[position] & 127) << shift
-            position, shift = position + 1, shift + 7
+        first = position
+        while position == first or data[position - 1] >= 128:
+            if position - first == _LONGEST_VARINT:
+                raise ValueError("a number of more than 64 bits")
+            values[index] |= (data[position] & 127) << 7 * (position - first)
+            position += 1
     return values, position
 
 
