@@ -33,7 +33,7 @@ def sample(
         top_k: only the k likeliest colours of every pixel.
         top_p: only the likeliest colours that together reach this probability.
         seed: the same seed gives the same images.
-        precision: of the products; auto takes bf16 where the processor is faster with it.
+        precision: of the products; auto takes bf16 where the processor has it.
     """
     from igpt.model.generate import Drawing, require_drawing
     from igpt.pictures import draw_samples, require_target
@@ -80,7 +80,7 @@ def complete(
         top_k: only the k likeliest colours of every pixel.
         top_p: only the likeliest colours that together reach this probability.
         seed: the same seed gives the same drawings.
-        precision: of the products; auto takes bf16 where the processor is faster with it.
+        precision: of the products; auto takes bf16 where the processor has it.
     """
     from igpt.data.tokens import TokenDataset
     from igpt.evaluation.features import require_match

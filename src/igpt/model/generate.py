@@ -130,7 +130,7 @@ def draw(
         top_p: see `choose`.
         seed: image b draws by (seed, first + b), whatever else is in the batch.
         rounds: in how many steps a BERT model fills.
-        precision: of products and of the cache; "auto" takes bf16 where the processor is faster with it.
+        precision: of products and of the cache; "auto" takes bf16 where the processor has it.
         first: number of the first image.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Which numbers products are computed in: bf16 where the processor multiplies it faster, fp32 elsewhere."""
+"""Which numbers products are computed in: bf16 where the processor has instructions for it, fp32 elsewhere."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +10,17 @@ import torch
 Precision = Literal["bf16", "fp32"]
 TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+# What a CPU multiplies bf16 with: AMX tiles, AVX-512, and ARM's instructions (names of `torch.cpu.get_capabilities`).
+# Where there are none, oneDNN emulates it, at a fraction of the speed of fp32.
+_BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
+
 
 @cache
 def matmul_rate(precision: Precision, device: torch.device) -> float:
-    """FLOP/s of a large product as linear layers have it, measured: the best of up to five in a quarter of a second."""
+    """Return the FLOP/s of a large product as linear layers have it: the best of up to five in a quarter of a second.
+
+    The utilisation in metrics.jsonl is relative to it; nothing is decided by it.
+    """
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 512, 1024)
     left = torch.ones(rows, inner, dtype=TYPES[precision], device=device)
     right = torch.ones(columns, inner, dtype=TYPES[precision], device=device).t()
@@ -28,20 +35,28 @@ def matmul_rate(precision: Precision, device: torch.device) -> float:
 
 
 def settle_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """ "bf16" or "fp32" for "auto": bf16 where the device multiplies it faster, measured on a CPU."""
+    """Return "bf16" or "fp32" for "auto": bf16 where `multiplies_bf16`, which is the same at every start."""
     if precision != "auto":
         return precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return _faster_on_a_cpu()
+    return "bf16" if multiplies_bf16(device.type) else "fp32"
 
 
 @cache
-def _faster_on_a_cpu() -> Precision:
-    device = torch.device("cpu")
-    return "bf16" if matmul_rate("bf16", device) > 1.25 * matmul_rate("fp32", device) else "fp32"
+def multiplies_bf16(device_type: str) -> bool:
+    """Return whether a kind of device has instructions for products in bf16, so that they are faster than in fp32."""
+    if device_type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False  # PyTorch's own bf16 products use no such instructions
+    return has_bf16_instructions() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def has_bf16_instructions() -> bool:
+    """Return whether the CPU has instruction sets that multiply bf16."""
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Runs products in bf16, or everything in fp32."""
+    """Run products in bf16, or everything in fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

@@ -127,7 +127,7 @@ def finetune(
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)
         pretrained = pretrained_model(config.model, data)
-        precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
+        precision = us.tell(settle_precision(config.precision, us.device))  # the ranks' machines may differ
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})
         checksum, shape = weights_sha256(pretrained.state_dict()), pretrained.config

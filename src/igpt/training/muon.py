@@ -4,11 +4,12 @@ PyTorch has the same, always in bf16, which processors without it emulate at a h
 """
 
 from collections.abc import Iterable
-from functools import cache
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from igpt.model.precision import multiplies_bf16
 
 _MOMENTUM, _EPS = 0.95, 1e-7
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, and five of them, as its author has it
@@ -37,7 +38,7 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MOMENTUM)
-                update = orthogonalise(matrix.grad.lerp(momentum, _MOMENTUM), _kind(matrix.device.type))
+                update = orthogonalise(matrix.grad.lerp(momentum, _MOMENTUM), _type_of_products(matrix.device.type))
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
 
@@ -55,9 +56,6 @@ def orthogonalise(matrix: Tensor, kind: torch.dtype) -> Tensor:
     return x.T if tall else x
 
 
-@cache
-def _kind(device: str) -> torch.dtype:
-    """bf16, or fp32 on processors where oneDNN does not have it."""
-    here = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    native = device != "cpu" or (here and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return torch.bfloat16 if native else torch.float32
+def _type_of_products(device_type: str) -> torch.dtype:
+    """Return bf16, or fp32 where the processor has no instructions for bf16."""
+    return torch.bfloat16 if multiplies_bf16(device_type) else torch.float32

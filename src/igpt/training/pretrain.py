@@ -63,7 +63,7 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
-        precision = us.tell(settle_precision(config.precision, us.device))  # measured: ranks may differ
+        precision = us.tell(settle_precision(config.precision, us.device))  # the ranks' machines may differ
         config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
         train = Batches(

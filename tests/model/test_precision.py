@@ -1,0 +1,62 @@
+"""The precision "auto" follows from the processor's instructions, and from nothing that another process can change."""
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+
+from igpt.model import precision
+from igpt.model.precision import has_bf16_instructions, multiplies_bf16, settle_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _asked_again() -> Iterator[None]:
+    multiplies_bf16.cache_clear()
+    yield
+    multiplies_bf16.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True, "avx512_bf16": False, "amx_tile": False}, False),
+        ({"avx512_f": True, "avx512_bf16": True}, True),
+        ({"avx512_f": True, "avx512_bf16": False, "amx_tile": True, "amx_bf16": True}, True),
+        ({"avx512_f": True, "amx_tile": True, "amx_bf16": False}, False),
+        ({"neon": True, "bf16": True}, True),
+        ({"neon": True, "bf16": False}, False),
+        ({}, False),
+    ],
+)
+def test_instruction_sets(
+    capabilities: Mapping[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert has_bf16_instructions() == expected
+
+
+def test_auto_is_fp32_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
+    assert settle_precision("auto", CPU) == "fp32"
+
+
+def test_auto_is_bf16_with_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("oneDNN has no bf16 here")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    assert settle_precision("auto", CPU) == "bf16"
+
+
+def test_nothing_is_measured_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> float:
+        raise AssertionError("a measurement depends on what else runs")
+
+    monkeypatch.setattr(precision, "matmul_rate", refuse)
+    assert settle_precision("auto", CPU) in ("bf16", "fp32")
+
+
+def test_what_is_asked_for_is_taken() -> None:
+    assert settle_precision("fp32", CPU) == "fp32"
+    assert settle_precision("bf16", CPU) == "bf16"
