@@ -53,8 +53,8 @@ def test_a_damaged_one_is_replaced_by_the_next_save_and_good_ones_stay_until_the
     step, notes = some.load()
     assert step == 2
     assert [note.partition(" were written")[0].partition(", ")[0] for note in notes] == [
-        f"passed over: {tmp_path}/step-00000008/{DATA} is damaged: 10 bytes",
-        f"passed over: {tmp_path}/step-00000006/{DATA} is missing",
+        f"skipped: {tmp_path}/step-00000008/{DATA} is damaged: 10 bytes",
+        f"skipped: {tmp_path}/step-00000006/{DATA} is missing",
         f"resumed from {tmp_path}/step-00000002",
     ]
     assert some.steps == [2, 6, 8]

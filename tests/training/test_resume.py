@@ -86,8 +86,8 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     done = igpt(*words)
     assert done.returncode == 0, done.stderr
     said = done.stdout.replace("\n", "")
-    assert f"passed over: {newest}/__0_0.distcp is damaged: 1000 bytes, " in said
-    assert f"passed over: {middle}/__0_0.distcp is missing" in said
+    assert f"skipped: {newest}/__0_0.distcp is damaged: 1000 bytes, " in said
+    assert f"skipped: {middle}/__0_0.distcp is missing" in said
     assert f"resumed from {oldest}" in said
     assert_same_run(short_run, run, tmp_path)
     assert newest_whole(run / "checkpoints") == (newest, []), "it was replaced"

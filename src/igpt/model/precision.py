@@ -45,7 +45,7 @@ def settle_precision(precision: Precision | Literal["auto"], device: torch.devic
 def multiplies_bf16(device_type: str) -> bool:
     """Return whether a kind of device has instructions for products in bf16, so that they are faster than in fp32."""
     if device_type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False  # PyTorch's own bf16 products use no such instructions
     return has_bf16_instructions() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

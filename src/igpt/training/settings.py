@@ -42,7 +42,9 @@ class TrainConfig(Config):
     weight_decay: float = Field(0.0, ge=0, description="of the matrices")
     grad_clip: float = Field(1.0, ge=0, description="largest norm of the gradient; 0 does not clip")
     max_skipped: int = Field(10, ge=0, description="updates skipped for a loss or gradient that is not finite")
-    precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="of products; auto: bf16 if the processor has it")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of products; auto: bf16 if the processor has it"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto takes a GPU if there is one")
     shard: int = Field(
         1, ge=1, description="ranks that share one copy of weights and optimiser: 1 is DDP, all FSDP, between HSDP"

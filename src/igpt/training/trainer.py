@@ -151,7 +151,7 @@ class Trainer:
         self._untold: list[Tensor] = []  # of updates whose losses the host has not read
         self._norm = self._rate = 0.0
         self.checkpoints = Checkpoints(self.run / "checkpoints", self.team, self.config.keep_checkpoints)
-        resumes = self.team.tell(resume and any(self.checkpoints.folder.glob("step-*")))
+        resumes = self.team.tell(resume and bool(checkpoints(self.checkpoints.folder)))
         notes = self._resume() if resumes else []
         if self.progress.step == 0:
             self.metrics.cut_after(-1, -1)
