@@ -15,11 +15,11 @@ os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"gradio-{os.g
 
 import datasets
 import numpy as np
-import pyarrow.parquet as pq
 import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from sample_images import ImageSets, write_sample_sets
 
 from igpt.cli import main
 from igpt.data import palette
@@ -27,6 +27,7 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
 SHORT = {
     "n_layer": 2,
     "n_embd": 32,
@@ -129,28 +130,20 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real images beside the checkout."""
-    folder = Path(__file__).parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip(f"the real images are not here: {folder} is missing")
-    return folder
+def made_sets(tmp_path_factory: pytest.TempPathFactory) -> ImageSets:
+    """Image sets made of scikit-learn's photographs, for tests to which the real images add nothing."""
+    folder = tmp_path_factory.mktemp("made-sets")
+    write_sample_sets(folder)
+    return ImageSets(folder, real=False)
+
+
+@pytest.fixture(scope="session", params=["made", "real"] if REAL_SETS.is_dir() else ["made"])
+def image_sets(request: pytest.FixtureRequest, made_sets: ImageSets) -> ImageSets:
+    """The made image sets; and CIFAR-10, Tiny ImageNet and 100 ImageNet photographs where the checkout has them."""
+    return ImageSets(REAL_SETS, real=True) if request.param == "real" else made_sets
 
 
 @pytest.fixture(scope="session")
-def cifar(shared_data: Path) -> Path:
-    return shared_data / "cifar10"
-
-
-@pytest.fixture(scope="session")
-def cifar_records(cifar: Path) -> list[dict[str, object]]:
-    """The first 1,000 rows of CIFAR-10's test split, as the Parquet file holds them."""
-    file = next(cifar.rglob("test-*.parquet"))
-    return next(pq.ParquetFile(file).iter_batches(1000)).to_pylist()
-
-
-@pytest.fixture(scope="session")
-def cifar_pixels(cifar_records: list[dict[str, object]]) -> NDArray[np.uint8]:
-    """200 of these images: uint8 [200, 32, 32, 3]."""
-    encoded = [row["img"]["bytes"] for row in cifar_records[:200]]
-    return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
+def small_images(image_sets: ImageSets) -> NDArray[np.uint8]:
+    """Colour images: uint8 [200, 32, 32, 3]."""
+    return image_sets.small_images()

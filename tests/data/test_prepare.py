@@ -89,13 +89,13 @@ def test_digits(tmp_path: Path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["digits"]
 
 
-def test_cifar_images(cifar_subset: Path, tmp_path: Path):
-    """Every token is the nearest colour of the area-averaged image."""
-    dataset = prepare(str(cifar_subset), tmp_path / "tokens", PrepareConfig(size=16, colors=64))
+def test_every_token_is_the_nearest_colour(three_splits: Path, tmp_path: Path):
+    """Of the area-averaged image."""
+    dataset = prepare(str(three_splits), tmp_path / "tokens", PrepareConfig(size=16, colors=64))
     assert [len(dataset[split]) for split in dataset] == [600, 100, 300]
     assert len(dataset.palette) == 64
     points = (dataset.palette.centers_.astype(np.float64) + 1) * 127.5
-    source = open_source(str(cifar_subset))[0]["test"]
+    source = open_source(str(three_splits))[0]["test"]
     for row in (0, 123, 299):
         image, label = next(source.read(np.array([row])))
         pixels = np.asarray(load(open_image(image)).convert("RGB"), np.float64)

@@ -32,8 +32,8 @@ def test_digits():
     assert np.bincount(found).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
 
 
-def test_existing_splits_are_kept(cifar_subset: Path):
-    splits, _ = open_source(str(cifar_subset))
+def test_existing_splits_are_kept(three_splits: Path):
+    splits, _ = open_source(str(three_splits))
     assert counts(splits) == [600, 100, 300]
     for split in splits.values():
         np.testing.assert_array_equal(split.indices, np.arange(len(split)))

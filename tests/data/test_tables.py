@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from reading import counts, labels, refusal, whole
+from sample_images import CIFAR10_CLASSES, ImageSets
 
 from igpt.data.images import open_image
 from igpt.data.readers import ParquetRows
@@ -24,18 +25,36 @@ Write = Callable[..., Path]
 Picture = Callable[..., bytes]
 
 
-def test_cifar10(cifar: Path):
+def test_cifar10(image_sets: ImageSets):
     """The columns `img` and `label` are found by their types."""
-    splits, names = open_source(str(cifar))
-    assert counts(splits) == [45000, 5000, 10000]
-    assert names is not None
-    assert len(names) == 10
-    assert np.bincount(labels(splits["test"])).tolist() == [1000] * 10
-    assert np.bincount(labels(splits["train"]) + labels(splits["validation"])).tolist() == [5000] * 10
-    image, _ = next(splits["test"].read(np.array([9999])))
+    train, test = (50000, 10000) if image_sets.real else (200, 1000)
+    splits, names = open_source(str(image_sets.cifar10))
+    assert counts(splits) == [train * 9 // 10, train // 10, test]
+    assert names == CIFAR10_CLASSES
+    assert np.bincount(labels(splits["test"])).tolist() == [test // 10] * 10
+    assert np.bincount(labels(splits["train"]) + labels(splits["validation"])).tolist() == [train // 10] * 10
+    image, _ = next(splits["test"].read(np.array([test - 1])))
     assert open_image(image).size == (32, 32)
     both = np.concatenate([splits["train"].indices, splits["validation"].indices])
-    np.testing.assert_array_equal(np.sort(both), np.arange(50000))
+    np.testing.assert_array_equal(np.sort(both), np.arange(train))
+
+
+def test_tiny_imagenet_in_two_shards(image_sets: ImageSets):
+    """A training split alone: validation and test are held out of it, from both files."""
+    images, classes = (100000, 200) if image_sets.real else (100, 20)
+    splits, names = open_source(str(image_sets.tiny_imagenet))
+    assert counts(splits) == [images * 8 // 10, images // 10, images // 10]
+    assert names is not None
+    assert len(names) == classes
+    shards = sorted(image_sets.tiny_imagenet.rglob("*.parquet"))
+    expected = [label for shard in shards for label in pq.read_table(shard)["label"].to_pylist()]
+    for split in splits.values():
+        assert labels(split) == [expected[row] for row in split.indices]
+    reader = splits["train"].reader
+    first_of_second = pq.read_metadata(shards[0]).num_rows
+    (image, _), (other, _) = reader.read(np.array([first_of_second - 1, first_of_second]))
+    assert open_image(image).size == open_image(other).size == (32, 32)
+    assert reader.name_of(first_of_second) == "train-00001-of-00002.parquet row 0"
 
 
 @pytest.fixture

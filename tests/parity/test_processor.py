@@ -7,9 +7,9 @@ from transformers import ImageGPTImageProcessor
 from igpt.data.palette import Palette
 
 
-def test_the_processor_gives_the_same_tokens(cifar_pixels: NDArray[np.uint8]) -> None:
+def test_the_processor_gives_the_same_tokens(small_images: NDArray[np.uint8]) -> None:
     """Where its rounding makes near ties differ, ours is the nearer colour by exact distances."""
-    photographs = cifar_pixels[:64]
+    photographs = small_images[:64]
     palette = Palette(512).fit(photographs)
     processor = ImageGPTImageProcessor(
         clusters=palette.centers_.tolist(), do_resize=False, do_normalize=True, do_color_quantize=True

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     ImageGPTConfig,
@@ -309,3 +310,19 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
         assert found.shape == features.shape
         assert ((found - features).abs().max() < 1e-5) == agrees
     assert type(AutoModel.from_pretrained(tmp_path)).__name__ == "ImageGPTModel"
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [{"positions": "rotary"}, {"qk_norm": True}, {"activation": "relu2"}, {"value_residual": True}],
+    ids=str,
+)
+@pytest.mark.parametrize("more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str)
+def test_transformers_refuses_what_only_igpt_computes(
+    variant: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    shape = {"resolution": RESOLUTION, "n_colors": N_COLORS, "n_layer": N_LAYER, "n_embd": 24, "n_head": 3}
+    ImageGPT(ModelConfig.layered(shape, variant, more)).save_pretrained(tmp_path)
+    for reader in (AutoConfig, ImageGPTForCausalImageModeling):
+        with pytest.raises((ValueError, KeyError), match="igpt"):
+            reader.from_pretrained(tmp_path)
