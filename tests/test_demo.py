@@ -44,7 +44,7 @@ def test_the_story_of_photographs(igpt, photographs: Path, tmp_path: Path) -> No
     assert len(read_json(tmp_path / "run" / "probe.json", "probe")["layers"]) > 2
     other = igpt("demo", "-o", tmp_path / "run")
     assert other.returncode == 2
-    assert "tells of" in other.stderr
+    assert "is a run of" in other.stderr
 
 
 def test_the_story_without_labels_says_why_there_is_no_probe(

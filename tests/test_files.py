@@ -16,6 +16,7 @@ from igpt.files import (
     read_json,
     recover_folder,
     require_folder_name,
+    require_shallow,
     sha256_of,
     write_json,
 )
@@ -225,7 +226,8 @@ class _Thing(Stored):
         ('{"count": 1, "parts": [{"a": 1}, {"a": null}]}', r"parts\.1\.a = None"),
         ('{"count": ' + "1" * 5000 + "}", "not readable as JSON"),
         ("[" * 100_000, "nested too deeply"),
-        ('{"count": 1, "parts": ' + "[" * 900 + "]" * 900 + "}", "parts"),
+        ('{"count": 1, "parts": ' + "[" * 900 + "]" * 900 + "}", "nested too deeply"),
+        ('{"count": 1, "parts": ' + "[" * 60 + "]" * 60 + "}", r"parts\.0"),
         ("\ud800".encode("utf-8", "surrogatepass"), "not readable as text"),
     ],
 )
@@ -271,3 +273,23 @@ def test_writing_goes_through_links_and_never_replaces_a_device_or_fifo(tmp_path
 def test_a_folder_to_make_needs_a_name(name: str) -> None:
     with pytest.raises(InputError, match="give the name of a folder to make"):
         require_folder_name(Path(name))
+
+
+def test_deep_nesting_is_refused_before_anything_works_through_it(tmp_path: Path) -> None:
+    write_json(tmp_path / "fine.json", {"a": [[{"b": [1]}]]})
+    assert read_json(tmp_path / "fine.json", "thing")["a"] == [[{"b": [1]}]]
+    for depth in (100, 900, 100_000):
+        (tmp_path / "deep.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(InputError, match=r"deep\.json.* nested too deeply"):
+            read_json(tmp_path / "deep.json", "thing", _Thing)
+
+
+def test_nesting_of_repeated_parts_is_looked_at_once() -> None:
+    """As YAML's references make it: 2^60 parts by name, 60 in memory."""
+    value: list[object] = []
+    for _ in range(60):
+        value = [value, value]
+    require_shallow(value, "settings")
+    value.append(value)
+    with pytest.raises(InputError, match="settings is nested too deeply"):
+        require_shallow(value, "settings")

@@ -116,3 +116,17 @@ def test_without_locks_of_the_file_system_the_process_id_decides(folder: Path, m
     process.communicate(b"\n")
     with exclusive(folder):
         pass
+
+
+def test_folders_made_for_a_lock_go_with_it_unless_something_was_written(tmp_path: Path) -> None:
+    for take in (exclusive, exclusive_folder):
+        with take(tmp_path / "a" / "b" / "c"):
+            assert (tmp_path / "a" / "b").is_dir()
+        assert not (tmp_path / "a").exists()
+    with exclusive(tmp_path / "a" / "b" / "c"):
+        (tmp_path / "a" / "kept").touch()
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["kept"]
+    (tmp_path / "there").mkdir()
+    with exclusive(tmp_path / "there" / "file"):
+        pass
+    assert (tmp_path / "there").is_dir(), "it was there before"

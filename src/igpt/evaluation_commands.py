@@ -20,6 +20,9 @@ from igpt.command_line import (
     require_writable,
 )
 from igpt.errors import InputError
+from igpt.files import file_to_write
+from igpt.locks import exclusive
+from igpt.termination import cleanup_on_termination
 
 if TYPE_CHECKING:
     from igpt.data.gathered import GatherConfig, Gathered
@@ -39,24 +42,30 @@ def probe(
     Args:
         model: run or model directory.
         tokens: token data set with labels.
-        out: file to write; by default probe.json in the run, or here for a model without one.
+        out: JSON to write, with the classifier in a .safetensors beside it; by default probe.json in the run, or here
+            for a model without one.
         config: settings in YAML or JSON; flags override them.
         features: folder to keep the features in; those that it holds already are not made again.
     """
     from igpt.data.tokens import TokenDataset
-    from igpt.evaluation.probe import FORMAT, ProbeConfig, best_row
+    from igpt.evaluation.probe import ProbeConfig, write_probe
     from igpt.evaluation.probe import probe as run
-    from igpt.files import write_json
+    from igpt.evaluation.readout import require_replaceable
+    from igpt.evaluation.results import PROBE, best_row
 
     path, home = model_and_run(model)
     settings = ProbeConfig.layered(file_settings(config), given(flags), where="the settings")
     target = out or home / "probe.json"
-    require_writable(target, FORMAT)
-    loaded, data = load_model(path), TokenDataset(tokens)
-    with progress_bar() as show, passing_folder(target) as passing:
-        readout = target.with_suffix(".safetensors")
-        result = run(loaded, data, settings, features or passing, readout=readout, progress=show)
-    write_json(target, {"model": str(path), **result})
+    if target.suffix != ".json":
+        raise InputError(f"a probe is written as .json, not as {target.name}")
+    _require_target(target, PROBE)
+    _require_target(target.with_suffix(".safetensors"))
+    require_replaceable(target.with_suffix(".safetensors"))
+    with cleanup_on_termination(), exclusive(target):
+        loaded, data = load_model(path), TokenDataset(tokens)
+        with progress_bar() as show, passing_folder(target) as passing:
+            result, readout = run(loaded, data, settings, features or passing, progress=show)
+        write_probe(target, {"model": str(path), **result}, readout)
     best, images = best_row(result), result["images"]["test"]
     for row in result["layers"]:
         mark = " <- best on validation" if row is best else ""
@@ -105,9 +114,10 @@ def score(
         precision: of the products; bf16 is faster where the processor has it.
     """
     from igpt.data.gathered import GatherConfig
-    from igpt.evaluation.likelihood import FORMAT, VERSION, losses_of, require_table, summary, told_apart, write_scores
+    from igpt.evaluation.likelihood import losses_of, require_table, summary, told_apart, write_scores
     from igpt.evaluation.likelihood import score as run
-    from igpt.files import write_json
+    from igpt.evaluation.results import SCORE, SCORE_VERSION
+    from igpt.files import sha256_of, write_json
     from igpt.pictures import draw_maps, require_maps, spread_evenly
 
     settings = GatherConfig.layered(given(flags), where="the settings")
@@ -115,39 +125,38 @@ def score(
     target = out.with_suffix(".json") if out else home / "score.json"
     if out:
         require_table(out)
-        require_writable(out)
+        _require_target(out)
     if maps:
         require_maps(maps, 8 if count is None else count)
-        require_writable(maps)
-    require_writable(target, FORMAT)
-    loaded = load_model(path)
-    loaded.require("autoregressive", "a likelihood")
-    result: dict[str, Any] = {"format": FORMAT, "version": VERSION, "model": str(path)}
-    with progress_bar() as show:
-        images = _gathered(loaded, source, settings, show)
+        _require_target(maps)
+    elif count is not None:
+        raise InputError("--count is the number of images that --maps shows; name a PNG with --maps")
+    _require_target(target, SCORE)
+    with cleanup_on_termination(), exclusive(target):
+        loaded = load_model(path)
+        loaded.require("autoregressive", "a likelihood")
+        result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
+        with progress_bar() as show:
+            images = _gathered(loaded, source, settings, show)
+            if maps:
+                shown = spread_evenly(images.tokens, min(8, len(images)) if count is None else count)
+            losses = run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
+            result |= {**images.to_json(), **summary(losses)}
+            if against:
+                columns = {"split": None, "image_column": None, "label_column": None, "stream": False}
+                other = settings.model_copy(update=columns)  # those given are of the first source
+                others = _gathered(loaded, against, other, show)
+                theirs = run(loaded, others.tokens, precision=precision, progress=partial(show, "scoring"))
+                told = told_apart(losses, theirs)
+                result["against"] = {**others.to_json(), **summary(theirs), "told_apart": told}
         if maps:
-            shown = spread_evenly(images.tokens, min(8, len(images)) if count is None else count)
-        losses = run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
-        result |= {**images.to_json(), **summary(losses)}
-        if against:
-            plain = {
-                "split": None,
-                "image_column": None,
-                "label_column": None,
-                "stream": False,
-            }  # they are of the first
-            others = _gathered(loaded, against, settings.model_copy(update=plain), show)
-            theirs = run(loaded, others.tokens, precision=precision, progress=partial(show, "scoring"))
-            told = told_apart(losses, theirs)
-            result["against"] = {**others.to_json(), **summary(theirs), "told_apart": told}
-    if maps:
-        tokens = images.tokens.rows(shown)
-        draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)
-        result["maps"] = {"file": str(maps), "rows": images.rows[shown].tolist()}
-    if out:
-        write_scores(out, images, losses)
-    result |= _made_with(loaded, settings, precision)
-    write_json(target, result)
+            tokens = images.tokens.rows(shown)
+            draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)
+            result["maps"] = {"file": str(maps), "rows": images.rows[shown].tolist()}
+        if out:
+            write_scores(out, images, losses)
+            result["scores_sha256"] = sha256_of(out)
+        write_json(target, result | _made_with(loaded, settings, precision))
     print(_likelihood(result))
     if against:
         print(_likelihood(result["against"]))
@@ -190,20 +199,21 @@ def evaluate(
     settings = GatherConfig.layered(asked, where="the settings")
     path, home = model_and_run(model)
     target = out or home / "published.json"
-    require_writable(target, FORMAT)
-    arrays = open_archive(name, "none")
-    if arrays is None or not isinstance(arrays[0].get("test"), TokenRows):
-        raise InputError(f"no released arrays: {name}_teX.npy is missing; give what their names begin with")
-    loaded = load_model(path)
-    loaded.require("autoregressive", "a likelihood")
-    with progress_bar() as show:
-        images = _gathered(loaded, name, settings, show)
-        found = summary(run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring")))
-    result = {"format": FORMAT, "version": VERSION, "model": str(path), **images.to_json(), **found}
-    published = published_loss(loaded.config, name)
-    if published:
-        result["published"] = compared(found, published, whole=limit is None)
-    write_json(target, result | _made_with(loaded, settings, precision))
+    _require_target(target, FORMAT)
+    with cleanup_on_termination(), exclusive(target):
+        arrays = open_archive(name, "none")
+        if arrays is None or not isinstance(arrays[0].get("test"), TokenRows):
+            raise InputError(f"no released arrays: {name}_teX.npy is missing; give what their names begin with")
+        loaded = load_model(path)
+        loaded.require("autoregressive", "a likelihood")
+        with progress_bar() as show:
+            images = _gathered(loaded, name, settings, show)
+            found = summary(run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring")))
+        result = {"format": FORMAT, "version": VERSION, "model": str(path), **images.to_json(), **found}
+        published = published_loss(loaded.config, name)
+        if published:
+            result["published"] = compared(found, published, whole=limit is None)
+        write_json(target, result | _made_with(loaded, settings, precision))
     print(_likelihood(result))
     print(_beside_published(result.get("published"), name))
     print(f"{target}: the result")
@@ -250,36 +260,46 @@ def features(
     from igpt.files import write_json
 
     settings = GatherConfig.layered(given(flags), where="the settings")
+    target = out.with_suffix(".json")
     require_features_file(out)
-    require_writable(out)
-    require_writable(out.with_suffix(".json"), FORMAT)
+    _require_target(out)
+    _require_target(target, FORMAT)
     path, home = model_and_run(model)
-    loaded = load_model(path)
-    last = loaded.config.n_layer
-    if layer is None and path == home / "model":
-        layer = best_layer(home)
-    if layer is None:
-        raise InputError(f"name a layer (--layer 0 to {last}); a run that igpt probe has judged is taken at its best")
-    require_layer(layer, last)
-    with progress_bar() as show:
-        images = _gathered(loaded, source, settings, show)
-        made = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": str(path),
-            "layer": layer,
-            "layers": last,
-            "width": loaded.config.n_embd,
-            **images.to_json(),
-            "class_names": images.class_names,
-            **_made_with(loaded, settings, precision),
-        }
-        progress = partial(show, "features")
-        batches = pooled(loaded, images.tokens, precision=precision, last=layer, progress=progress)
-        write_features(out, images, (batch[layer] for batch in batches), made)
-    write_json(out.with_suffix(".json"), made)
-    _tell_skipped(images, out.with_suffix(".json"))
+    with cleanup_on_termination(), exclusive(target):
+        loaded = load_model(path)
+        last = loaded.config.n_layer
+        if layer is None and path == home / "model":
+            layer = best_layer(home)
+        if layer is None:
+            raise InputError(
+                f"name a layer (--layer 0 to {last}); a run that igpt probe has judged is taken at its best"
+            )
+        require_layer(layer, last)
+        with progress_bar() as show:
+            images = _gathered(loaded, source, settings, show)
+            made = {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": str(path),
+                "layer": layer,
+                "layers": last,
+                "width": loaded.config.n_embd,
+                **images.to_json(),
+                "class_names": images.class_names,
+                **_made_with(loaded, settings, precision),
+            }
+            progress = partial(show, "features")
+            batches = pooled(loaded, images.tokens, precision=precision, last=layer, progress=progress)
+            write_features(out, images, (batch[layer] for batch in batches), made)
+        write_json(target, made)
+    _tell_skipped(images, target)
     print(f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}")
+
+
+def _require_target(path: Path, kind: str | None = None) -> None:
+    """Refuse a file that cannot be written before the work for it is done."""
+    file_to_write(path)
+    require_writable(path, kind)
 
 
 def _gathered(model: "ImageGPT", source: str, settings: "GatherConfig", show: Show) -> "Gathered":

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from igpt.errors import InputError
 
 _LARGEST_TEXT = 256 << 20  # bytes of JSON or YAML; larger files are something else
+_DEEPEST = 64  # levels of lists and objects; deeper ones would exhaust the stack of what works through them
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -205,7 +206,8 @@ def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict
         schema: what the object must look like; the first violation is reported with its key.
 
     Raises:
-        InputError: see `read_text`; or it is not a JSON object, has a key twice, or violates the schema.
+        InputError: see `read_text`; or it is not a JSON object, has a key twice, is nested too deeply, or
+            violates the schema.
     """
     text = read_text(path, what)
     try:
@@ -218,9 +220,25 @@ def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict
         raise InputError(f"{path} is not readable as JSON ({error}); is it cut off?") from None
     if not isinstance(value, dict):
         raise InputError(f"{path} should hold a JSON object ({what})")
+    require_shallow(value, path)
     if schema is not None:
         require_schema(value, schema, path)
     return value
+
+
+def require_shallow(value: Any, where: Path | str) -> None:
+    """Refuse lists and mappings that are nested deeper than 64 levels.
+
+    Raises:
+        InputError: names `where`.
+    """
+    level = [value]
+    for _ in range(_DEEPEST):
+        nested = {id(one): one for one in level if isinstance(one, dict | list)}  # YAML may repeat one
+        if not nested:
+            return
+        level = [part for one in nested.values() for part in (one.values() if isinstance(one, dict) else one)]
+    raise InputError(f"{where} is nested too deeply; more than {_DEEPEST} levels are not read")
 
 
 def require_schema(value: Any, schema: type[Stored], where: Path | str) -> None:

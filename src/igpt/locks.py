@@ -31,35 +31,25 @@ _held = set[Path]()  # by this process: the demo runs other commands in the fold
 def exclusive(path: Path) -> Iterator[None]:
     """Hold the lock of a file or folder that is about to be made; within one process it may be taken again.
 
-    Folders above it that had to be made are removed again if nothing was written to them.
+    Folders that are made for the lock are removed again if nothing was written to them.
 
     Raises:
         InputError: another process holds it; its host, process id and command are named.
     """
     target = path.resolve()
-    absent = [folder for folder in target.parents if not folder.exists()]  # the innermost first
-    try:
-        with _holding(path, target.with_name(f".{target.name}.lock")):
-            yield
-    finally:
-        with suppress(OSError):  # not empty, or not there
-            for folder in absent:
-                folder.rmdir()
+    with _holding(path, target.with_name(f".{target.name}.lock")):
+        yield
 
 
 @contextmanager
 def exclusive_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder to work in, which is made if need be, and removed again if nothing was written to it.
+    """Hold the lock of a folder to work in; otherwise as `exclusive`.
 
     Raises:
         InputError: another process holds it; its host, process id and command are named.
     """
-    try:
-        with _holding(folder, folder.resolve() / ".lock"):
-            yield
-    finally:
-        with suppress(OSError):  # not empty, or not there
-            folder.rmdir()
+    with _holding(folder, folder.resolve() / ".lock"):
+        yield
 
 
 @contextmanager
@@ -67,6 +57,18 @@ def _holding(path: Path, file: Path) -> Iterator[None]:
     if file in _held:
         yield
         return
+    absent = [folder for folder in file.parents if not folder.exists()]  # the innermost first
+    try:
+        with _held_by_us(file, path):
+            yield
+    finally:
+        with suppress(OSError):  # something was written there
+            for folder in absent:
+                folder.rmdir()
+
+
+@contextmanager
+def _held_by_us(file: Path, path: Path) -> Iterator[None]:
     descriptor = _acquire(file, path)
     released = Event()
     _held.add(file)

@@ -18,13 +18,20 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.evaluation.probe import Images, ProbeConfig, best_row, few_labels, fit_and_test, probe
+from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, write_probe
+from igpt.evaluation.probe import probe as probe_and_classifier
 from igpt.evaluation.readout import Readout
+from igpt.evaluation.results import best_row, read_probe
 from igpt.model.configuration import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
 FEW = {"limit": 150, "baselines": False}
+
+
+def probe(model: ImageGPT, data: TokenDataset, config: ProbeConfig, features: Path) -> dict[str, Any]:
+    """What probe.json would hold."""
+    return probe_and_classifier(model, data, config, features)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,8 +86,11 @@ def test_the_classifier_that_was_tested_is_kept(
     model: ImageGPT, digits: TokenDataset, kept: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "probe.safetensors"
-    result = probe(model, digits, ProbeConfig(baselines=False, strengths=(0.1,)), kept, readout=path)
+    result, fitted = probe_and_classifier(model, digits, ProbeConfig(baselines=False, strengths=(0.1,)), kept)
+    write_probe(tmp_path / "probe.json", result, fitted)
+    assert {**result, "classifier": fitted.fingerprint} == read_probe(tmp_path / "probe.json")
     readout = Readout.load(path)
+    assert readout.fingerprint == fitted.fingerprint
     assert readout.layer == result["best_layer"]
     assert readout.class_names == tuple(digits.class_names or ())
     tokens = torch.from_numpy(digits["test"].rows(range(180)).astype(np.int64))
@@ -193,9 +203,8 @@ def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDatas
 
 
 def test_sgd_chooses_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
-    config = ProbeConfig(
-        baselines=False, solver="sgd", learning_rates=(1e30, 10.0, 1e-6), steps=400, batch_size=32, layers=(1,)
-    )
+    config = ProbeConfig(baselines=False, solver="sgd", steps=400, batch_size=32, layers=(1,))
+    config = config.model_copy(update={"learning_rates": (1e30, 10.0, 1e-6)})  # the first one diverges
     (row,) = probe(model, digits, config, kept)["layers"]
     assert row["learning_rate"] == 10.0
     assert row["iterations"] == 400
@@ -362,7 +371,7 @@ def test_folders_of_others_and_damaged_features_are_refused(
     whole = file.read_bytes()
     for damage in (whole[:100], whole[:3000], None):
         file.unlink() if damage is None else file.write_bytes(damage)
-        with pytest.raises(InputError, match=r"layer-001\.npy is missing or cut off; remove"):
+        with pytest.raises(InputError, match=r"layer-001\.npy is missing, cut off or damaged .*; remove"):
             probe(model, digits, config, tmp_path / "kept")
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from igpt.data.gathered import Gathered
 from igpt.errors import InputError
-from igpt.files import atomic_file, read_json
+from igpt.evaluation.results import read_probe
+from igpt.files import atomic_file
 
 FORMAT, VERSION = "igpt-exported-features", 1
 Batches = Iterable[NDArray[np.float32]]  # [B, D], in the order of the images
@@ -24,17 +25,14 @@ _GROUPED = 16  # batches in a row group of Parquet
 
 
 def best_layer(run: Path) -> int | None:
-    """The best-probing layer of a run by its `probe.json`; None if it has none.
+    """Return the best-probing layer of a run by its `probe.json`; None if it has none, or could not be probed.
 
     Raises:
         InputError: the file is not what `igpt probe` writes.
     """
-    if not (run / "probe.json").exists():
-        return None
-    found = read_json(run / "probe.json", "probe")
-    if found.get("format") != "igpt-probe" or not isinstance(found.get("best_layer"), int):
-        raise InputError(f"{run / 'probe.json'} is not what igpt probe writes; name a layer")
-    return int(found["best_layer"])
+    path = run / "probe.json"
+    layer: int | None = read_probe(path).get("best_layer") if path.exists() else None
+    return layer
 
 
 def require_layer(layer: int, last: int) -> None:

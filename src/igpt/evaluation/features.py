@@ -4,6 +4,7 @@ They are written to disk as they come, a file a layer, so that memory does not g
 N images, B of them at a time, n places, L layers, D width.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ from igpt.allocator import keep_freed_memory
 from igpt.data.palette import Palette
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.files import atomic_folder, read_json, write_json
+from igpt.files import atomic_folder, read_json, require_regular, write_json
 from igpt.model.checkpoint import weights_sha256
 from igpt.model.classifier import MASKED
 from igpt.model.cost import images_at_once
@@ -115,11 +116,18 @@ def stored(
         **of,
     }
     files = [f"layer-{layer:03d}.npy" for layer in range(model.config.n_layer + 1)]
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; name another folder for the features")
     if folder.exists() and not (folder / MANIFEST).exists() and any(folder.iterdir()):
         raise InputError(f"{folder} holds something else than features; name another folder")
     if (folder / MANIFEST).exists():
-        if read_json(folder / MANIFEST, "features") != what:
-            raise InputError(f"{folder} holds features of another model or of other images; name another folder")
+        found = read_json(folder / MANIFEST, "features")
+        other = [key for key in {**what, **found} if _as_json(found.get(key)) != _as_json(what.get(key))]
+        if other:
+            raise InputError(
+                f"{folder} holds features of another model or of other images ({', '.join(other)[:200]} in "
+                f"{MANIFEST} differ); name another folder"
+            )
     else:
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), model.config.n_embd)}
         with atomic_folder(folder) as temporary:
@@ -134,15 +142,20 @@ def stored(
     return [_mapped(folder / name, (len(split), model.config.n_embd)) for name in files]
 
 
+def _as_json(value: Any) -> str:
+    """Return the text of a value, in which True and 1 differ, and 0.15 is 0.15."""
+    return json.dumps(value, sort_keys=True)
+
+
 def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
+    require_regular(path)
+    remedy = f"remove {path.parent}, and its features are made again"
     try:
-        array: NDArray[np.float32] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError):
-        raise InputError(
-            f"{path} is missing or cut off; remove {path.parent}, and its features are made anew"
-        ) from None
-    if array.shape != shape:
-        raise InputError(f"{path} does not hold {shape}; remove {path.parent}, and its features are made anew")
+        array: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # of a damaged header, NumPy raises errors of many kinds
+        raise InputError(f"{path} is missing, cut off or damaged ({error!r:.200}); {remedy}") from None
+    if array.shape != shape or array.dtype != np.dtype("<f4") or not array.flags.c_contiguous:
+        raise InputError(f"{path} holds {array.dtype} {list(array.shape)}, not float32 {list(shape)}; {remedy}")
     return array
 
 

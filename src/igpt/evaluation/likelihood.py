@@ -24,7 +24,6 @@ from igpt.model.objectives import place_losses
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 
-FORMAT, VERSION = "igpt-score", 1
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 

@@ -23,14 +23,17 @@ from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
 from igpt.evaluation.readout import Readout
 from igpt.evaluation.regression import Classifiers, fit_lbfgs, fit_sgd
-from igpt.files import sha256_of
+from igpt.evaluation.results import PROBE, PROBE_VERSION
+from igpt.files import atomic_file, sha256_of, sync, write_json
+from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
 from igpt.model.transformer import ImageGPT
 
-FORMAT, VERSION = "igpt-probe", 2
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
-Positive = Annotated[float, Field(gt=0)]
-Count = Annotated[int, Field(ge=1)]
+Strength = Annotated[float, Field(ge=1e-12, le=1e12)]
+Rate = Annotated[float, Field(ge=1e-12, le=1e4)]
+Count = Annotated[int, Field(ge=1, le=2**53)]
+_MOST = 64  # values of a setting that names several: memory grows with them
 
 
 class ProbeConfig(Config):
@@ -38,21 +41,31 @@ class ProbeConfig(Config):
 
     layers: tuple[int, ...] = Field((), description="layers to probe; all where none is named")
     concatenate: tuple[int, ...] = Field((), description="probe the features of these layers side by side as well")
-    labels_per_class: tuple[Count, ...] = Field((), description="probe the best layer with so few labels as well")
-    subsets: int = Field(5, ge=2, description="seeded draws of so few labels")
+    labels_per_class: tuple[Count, ...] = Field(
+        (), max_length=_MOST, description="probe the best layer with so few labels as well"
+    )
+    subsets: int = Field(5, ge=2, le=1000, description="seeded draws of so few labels")
     solver: Literal["lbfgs", "sgd"] = Field("lbfgs", description="sgd where the features do not fit into memory")
-    strengths: tuple[Positive, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0), min_length=1, description="inverse L2 strengths C to choose from (lbfgs)"
+    strengths: tuple[Strength, ...] = Field(
+        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        min_length=1,
+        max_length=_MOST,
+        description="inverse L2 strengths C to choose from (lbfgs)",
     )
-    learning_rates: tuple[Positive, ...] = Field(
-        (30.0, 10.0, 3.0, 1.0, 0.3), min_length=1, description="learning rates to choose from (sgd)"
+    learning_rates: tuple[Rate, ...] = Field(
+        (30.0, 10.0, 3.0, 1.0, 0.3),
+        min_length=1,
+        max_length=_MOST,
+        description="learning rates to choose from (sgd)",
     )
-    steps: int = Field(1_000_000, ge=1, description="updates of sgd")
-    batch_size: int = Field(128, ge=1, description="images of an update of sgd")
-    fold_back: bool = Field(True, description="fit the chosen setting anew on training and validation images")
-    masks: int = Field(0, ge=0, description="mask BERT's input, and take the modal prediction over so many masks")
-    limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
-    test_images: int | None = Field(None, ge=1, description="at most so many test images, in place of --limit")
+    steps: int = Field(1_000_000, ge=1, le=10**9, description="updates of sgd")
+    batch_size: int = Field(128, ge=1, le=16_384, description="images of an update of sgd")
+    fold_back: bool = Field(True, description="fit the chosen setting again on training and validation images")
+    masks: int = Field(
+        0, ge=0, le=100, description="mask BERT's input, and take the modal prediction over so many masks"
+    )
+    limit: Count | None = Field(None, description="at most so many images of each split, drawn by seed")
+    test_images: Count | None = Field(None, description="at most so many test images, in place of --limit")
     baselines: bool = Field(True, description="probe raw pixels and an untrained model of the same shape as well")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products that make the features")
     seed: int = Field(0, ge=0, lt=2**63, description="of all draws: images, masks, the untrained model, sgd's batches")
@@ -84,18 +97,19 @@ def probe(
     config: ProbeConfig,
     features: Path,
     *,
-    readout: Path | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Probes the layers of a model on a labelled data set: what `probe.json` holds.
+) -> tuple[dict[str, Any], Readout]:
+    """Probe the layers of a model on a labelled data set.
 
     Args:
-        readout: file to keep the best layer's classifier in; see `Readout`.
         features: folder that the features are written to; those that it holds already are not made again.
+
+    Returns:
+        what `probe.json` holds, and the best layer's classifier; see `write_probe`.
 
     Raises:
         InputError: model and tokens do not match, labels are missing, the splits' classes do not allow a probe, there
-            is no such layer, or the features are not finite.
+            is no such layer, the features are not finite, or another process works in `features`.
     """
     require_match(model, data)
     depth = model.config.n_layer
@@ -112,8 +126,27 @@ def probe(
     limits = dict.fromkeys(SPLITS, config.limit) | ({"test": config.test_images} if config.test_images else {})
     drawn = {name: draw_images(data[name], limits[name], config.seed) for name in SPLITS}
     require_classes({name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe")
+    if config.labels_per_class:  # too many are refused before the work
+        few_of_each(drawn["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
+    if features.exists() and not features.is_dir():
+        raise InputError(f"{features} is a file; name a folder for the features")
+    with exclusive_folder(features):
+        return _probe(model, data, config, features, layers, drawn, limits, progress)
+
+
+def _probe(
+    model: ImageGPT,
+    data: TokenDataset,
+    config: ProbeConfig,
+    features: Path,
+    layers: Sequence[int],
+    drawn: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
+    limits: Mapping[str, int | None],
+    progress: Progress | None,
+) -> tuple[dict[str, Any], Readout]:
+    """Probe images that have been drawn; everything has been checked."""
     say = progress or (lambda what, done, total: None)
     known = np.unique(drawn["train"][0].labels)
     checksum = sha256_of(data.path / MANIFEST)
@@ -125,9 +158,7 @@ def probe(
     device = model.wte.weight.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
-    if readout:
-        names = tuple((data.class_names or [])[number] for number in known)
-        Readout.of(best, result["best_layer"], names).save(readout)
+    readout = Readout.of(best, result["best_layer"], tuple((data.class_names or [])[number] for number in known))
     if config.concatenate:
         say("concatenated layers", 0, 1)
         row, _ = fit({name: images.of(config.concatenate) for name, images in found.items()})
@@ -156,9 +187,9 @@ def probe(
         place = features / f"untrained-{config.seed}"
         theirs = _images(untrained, drawn, known, config, place, of, partial(say, "untrained: features"))
         compared["untrained"], _ = _probe_layers(fit, theirs, layers, partial(say, "untrained: probes"))
-    return {
-        "format": FORMAT,
-        "version": VERSION,
+    whole = {
+        "format": PROBE,
+        "version": PROBE_VERSION,
         "tokens": str(data.path),
         "source": data.manifest["source"],
         "config": config.model_dump(mode="json"),
@@ -169,6 +200,19 @@ def probe(
         "baselines": compared,
         "environment": describe(),
     }
+    return whole, readout
+
+
+def write_probe(path: Path, result: Mapping[str, Any], readout: Readout) -> None:
+    """Write a `probe.json`, and its classifier beside it.
+
+    The former holds the latter's fingerprint and is replaced first, so that a kill between the two is noticed by
+    `Readout.of_probe`.
+    """
+    with atomic_file(path.with_suffix(".safetensors")) as classifier:
+        classifier.write_bytes(readout.to_bytes())
+        sync(classifier)  # a full disk is noticed before anything is replaced
+        write_json(path, {**result, "classifier": readout.fingerprint})
 
 
 def draw_images(split: TokenSplit, limit: int | None, seed: int) -> tuple[TokenSplit, NDArray[np.int64]]:
@@ -313,9 +357,3 @@ def few_labels(
         "mean": float(accuracies.mean()),
         "standard_deviation": float(accuracies.std(ddof=1)),
     }
-
-
-def best_row(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of the best layer."""
-    best: Mapping[str, Any] = next(row for row in result["layers"] if row["layer"] == result["best_layer"])
-    return best

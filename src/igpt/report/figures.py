@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from igpt.data.palette import Palette
-from igpt.report.record import baselines, best_validation, chosen_layer, history, standard_error
+from igpt.evaluation.results import best_row
+from igpt.report.record import baselines, best_validation, history, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -130,11 +131,11 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     layers, count = probe["layers"], probe["images"]["test"]
     known = probe.get("baselines") or {}
     labels: list[tuple[float, str, str]] = []
-    if "raw_pixels" in known:
+    if known.get("raw_pixels"):
         value = 100 * known["raw_pixels"]["test_accuracy"]
         axes.axhline(value, color=look.muted, linewidth=1.2, linestyle="--", label="raw pixels")
         labels.append((value, f"raw pixels {value:.1f}", look.muted))
-    if "untrained" in known:
+    if known.get("untrained"):
         _, values = _line(
             axes, known["untrained"]["layers"], "test_accuracy", "untrained", look.other, linestyle="-.", linewidth=1.4
         )
@@ -145,7 +146,7 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     labels.append((values[-1], "test", look.main))
     error = np.array([100 * standard_error(value / 100, count) for value in values])
     axes.fill_between(steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0)
-    chosen = chosen_layer(probe)
+    chosen = best_row(probe)
     ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
     low, high = span([*(line.get_ydata() for line in axes.get_lines()), values - error, values + error])
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))

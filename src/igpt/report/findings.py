@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from igpt.report.record import Run, baselines, best_validation, chosen_layer, standard_error
+from igpt.evaluation.results import best_row
+from igpt.report.record import Run, baselines, best_validation, standard_error
 
 _OBJECTIVES = {"autoregressive": "autoregressive", "bert": "BERT-style"}
 
@@ -86,13 +87,13 @@ def describe_classifier(run: Run) -> str:
         )
         text += "." if best is None else f"; it was chosen by validation accuracy, at step {number(best[0])}."
         rates, folded, modal = test.get("rates") or (), test.get("fold_back"), test.get("modal")
-        if len(rates) > 1:
+        if len(rates) > 1 and test.get("learning_rate") is not None:
             text += (
                 f" Its learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by validation accuracy."
             )
         if folded:
             text += (
-                f" It was then trained anew on validation images too, for as many epochs; before that, "
+                f" It was then trained again, on validation images too, for as many epochs; before that, "
                 f"{percent(folded['before']['test_accuracy'])}."
             )
         if modal:
@@ -105,7 +106,7 @@ def describe_classifier(run: Run) -> str:
 
 def describe_probe(probe: dict[str, Any]) -> str:
     """Test accuracy of the chosen layer with its standard error, and an honest word on each comparison."""
-    best, count, known = chosen_layer(probe), probe["images"]["test"], probe.get("baselines") or {}
+    best, count, known = best_row(probe), probe["images"]["test"], probe.get("baselines") or {}
     ours = best["test_accuracy"]
     text = (
         f"A linear classifier on layer {best['layer']} of {probe['layers'][-1]['layer']}, chosen on validation images, "
@@ -113,10 +114,10 @@ def describe_probe(probe: dict[str, Any]) -> str:
         f"(standard error {100 * standard_error(ours, count):.1f} points)."
     )
     compared = []
-    if "raw_pixels" in known:
+    if known.get("raw_pixels"):
         compared.append(("raw pixels", known["raw_pixels"]["test_accuracy"]))
-    if "untrained" in known:
-        compared.append(("the best layer of an untrained network", chosen_layer(known["untrained"])["test_accuracy"]))
+    if known.get("untrained"):
+        compared.append(("the best layer of an untrained network", best_row(known["untrained"])["test_accuracy"]))
     for what, theirs in compared:
         text += " " + compare(ours, theirs, count, what)
     return text if compared else text + " It was not compared with raw pixels or an untrained network."

@@ -8,7 +8,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from igpt.errors import InputError
 from igpt.files import atomic_file
 from igpt.report.findings import (
     describe_classifier,
@@ -47,20 +46,14 @@ def write_report(run: Path) -> Path:
     text = template.render(_contents(read_run(run)))
     path = run / "report.html"
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return path
 
 
 def _contents(run: Run) -> dict[str, Any]:
     """What the template shows, in its words."""
-    try:
-        probed = [] if run.probe is None or "skipped" in run.probe else [describe_probe(run.probe)]
-        tables, probe = key_tables(run), probe_section(run)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # all else is read leniently
-        raise InputError(
-            f"{run.path / 'probe.json'} is not a whole probe ({error}); `igpt probe` makes it anew"
-        ) from None
-    sections = [probe, completions_section(run), samples_section(run)]
+    probed = [] if run.probe is None or "skipped" in run.probe else [describe_probe(run.probe)]
+    sections = [probe_section(run), completions_section(run), samples_section(run)]
     if run.finetuned:  # its questions are others; what is not there is not missed
         sections = [accuracy_section(run), *(section for section in sections if not section.absent)]
     findings = [describe_classifier(run) if run.finetuned else describe_loss(run), *probed]
@@ -71,7 +64,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "description": describe_model(run),
         "state": describe_state(run),
         "findings": [sentence for sentence in findings if sentence],
-        "tables": tables,
+        "tables": key_tables(run),
         "sections": [loss_section(run), *sections, palette_section(run)],
         "details": fact_tables(run),
         "trained_by": "igpt" if version is None else f"igpt {version}",

@@ -1,6 +1,7 @@
 """What a run directory holds, read leniently: a run in progress, a killed one and an old one are runs too.
 
-Losses are in nats per pixel (of masked pixels under the BERT objective); accuracies are shares from 0 to 1.
+What is missing is empty; what is there and of a wrong kind is refused in one line. Losses are in nats per pixel (of
+masked pixels under the BERT objective); accuracies are shares from 0 to 1.
 """
 
 import json
@@ -8,15 +9,113 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field
 
 from igpt.config import read_settings
 from igpt.data.palette import Palette
 from igpt.data.tokens import MANIFEST
 from igpt.errors import InputError
-from igpt.files import read_json
+from igpt.evaluation.results import Count, Number, read_probe, read_test
+from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
 
-PROBE_FORMAT, PROBE_VERSION = "igpt-probe", 2
+
+def _moderate(loss: float) -> float:
+    if math.isfinite(loss) and abs(loss) > 1e100:
+        raise ValueError("no loss is as large")
+    return loss
+
+
+Loss = Annotated[float, AfterValidator(_moderate)]  # of a run that diverged, infinite or no number
+Numeral = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+
+
+class _Shape(Stored):
+    """A model's shape, as far as a file has it."""
+
+    resolution: Count | None = None
+    n_colors: Count | None = None
+    n_layer: Count | None = None
+    n_embd: Count | None = None
+    n_head: Count | None = None
+    objective: str | None = None
+
+
+class _Settings(_Shape):
+    """`config.yaml`, as far as it is shown in words."""
+
+    tokens: str | None = None
+    steps: Count | None = None
+    batch_size: Count | None = None
+    generation_weight: Number | None = None
+
+
+class _Record(_Shape):
+    """A line of `metrics.jsonl`."""
+
+    kind: str
+    step: Count | None = None
+    loss: Loss | None = None
+    error: Loss | None = None
+    error_on_trained: Loss | None = None
+    learning_rate: Loss | None = None
+    uniform_loss: Loss | None = None
+    unigram_loss: Loss | None = None
+    seconds: Loss | None = None
+    source: str | None = None
+    places: Count | None = None
+    parameters: Count | None = None
+    train_images: Count | None = None
+    validation_images: Count | None = None
+    classes: Count | None = None
+    ranks: Count | None = None
+
+
+class _Environment(Stored):
+    """`environment.json`; all else in it is shown as it is."""
+
+    igpt: str | None = None
+
+
+class _Saved(_Shape):
+    """A model's `config.json`."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+    id2label: dict[Numeral, str] | None = None
+    igpt: _Shape | None = None
+
+
+class _Preprocessor(Stored):
+    """A model's `preprocessor_config.json`."""
+
+    clusters: list[list[Number]] | None = None
+
+
+class _Split(Stored):
+    """A split of `dataset.json`."""
+
+    count: Count | None = None
+
+
+class _Manifest(Stored):
+    """`dataset.json`, as far as it is shown."""
+
+    source: str | None = None
+    class_names: list[str] | None = None
+    splits: dict[str, _Split] | None = None
+
+
+class _Drawing(Stored):
+    """How a grid of pictures was drawn: the JSON beside it."""
+
+    temperature: Number | None = None
+    top_k: Count | None = None
+    top_p: Number | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    keep_rows: Count | None = None
+    command: str | None = None
 
 
 @dataclass(frozen=True)
@@ -82,62 +181,98 @@ class Run:
 
 
 def read_run(path: Path) -> Run:
-    """Reads a run directory.
+    """Read a run directory.
 
     Raises:
         InputError: it is none (`config.yaml` or `metrics.jsonl` is missing), or a file in it is damaged.
     """
     tried = sorted((path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime)
     if tried and not (path / "metrics.jsonl").exists():
-        raise InputError(f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` tells of the newest")
+        raise InputError(f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` shows the newest")
     for name in ("config.yaml", "metrics.jsonl"):
+        require_regular(path / name)
         if not (path / name).is_file():
             raise InputError(f"{path} is no run directory: {name} is missing; `igpt pretrain` writes one")
-    config = read_settings(path / "config.yaml")
+    config = _read_config(path / "config.yaml")
     metrics, unreadable = read_metrics(path / "metrics.jsonl")
-    clusters = (optional_json(path / "model" / "preprocessor_config.json") or {}).get("clusters")
-    probe = optional_json(path / "probe.json")
-    if probe is not None and (probe.get("format"), probe.get("version")) != (PROBE_FORMAT, PROBE_VERSION):
-        raise InputError(
-            f"{path / 'probe.json'} is not a probe of format version {PROBE_VERSION}; `igpt probe` makes it anew"
-        )
     tokens = config.get("tokens")
     return Run(
         path,
         config,
         metrics,
         unreadable,
-        environment=optional_json(path / "environment.json") or {},
-        saved=optional_json(path / "model" / "config.json") or {},
-        palette=None if clusters is None else Palette.from_centers(clusters),
-        probe=probe,
-        test=optional_json(path / "test.json"),
-        manifest=(optional_json(Path(str(tokens)) / MANIFEST) if tokens else None) or {},
+        environment=optional_json(path / "environment.json", _Environment) or {},
+        saved=optional_json(path / "model" / "config.json", _Saved) or {},
+        palette=_read_palette(path / "model" / "preprocessor_config.json"),
+        probe=read_probe(path / "probe.json") if (path / "probe.json").exists() else None,
+        test=read_test(path / "test.json") if (path / "test.json").exists() else None,
+        manifest=(optional_json(Path(tokens) / MANIFEST, _Manifest) if tokens else None) or {},
     )
 
 
-def optional_json(path: Path) -> dict[str, Any] | None:
-    """The JSON object in `path`, or None if there is no such file."""
-    return read_json(path, path.stem) if path.is_file() else None
+def _read_config(path: Path) -> dict[str, Any]:
+    config = read_settings(path)
+    require_shallow(config, path)
+    require_schema(config, _Settings, path)
+    return config
+
+
+def _read_palette(path: Path) -> Palette | None:
+    clusters = (optional_json(path, _Preprocessor) or {}).get("clusters")
+    try:
+        return None if clusters is None else Palette.from_centers(clusters)
+    except InputError as error:
+        raise InputError(f"{path}: clusters: {error}") from None
+
+
+def read_drawing(picture: Path) -> dict[str, Any]:
+    """Return how a grid of pictures was drawn, by the JSON beside it; empty if there is none.
+
+    Raises:
+        InputError: the file is damaged.
+    """
+    return optional_json(picture.with_suffix(".json"), _Drawing) or {}
+
+
+def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, Any] | None:
+    """Return the JSON object in `path`, or None if there is no such file.
+
+    Raises:
+        InputError: it is no regular file, it is damaged, or it violates the schema.
+    """
+    return read_json(path, path.stem, schema) if path.exists() else None
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of a `metrics.jsonl`, and how many lines before the last are unreadable.
+    """Return the records of a `metrics.jsonl`, and how many lines before the last are unreadable.
 
     A run in progress may be writing the last line, and a killed one leaves it cut off: that is no damage.
+
+    Raises:
+        InputError: it is no regular file.
     """
+    require_regular(path)
     records, unreadable = [], 0
-    lines = path.read_text("utf-8", errors="replace").splitlines()
+    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     for position, line in enumerate(lines):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            record = None
-        if isinstance(record, dict) and isinstance(record.get("kind"), str):
+        record = _record(line)
+        if record is not None:
             records.append(record)
         elif line.strip() and position < len(lines) - 1:
             unreadable += 1
     return records, unreadable
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """Return the record in a line, or None."""
+    try:
+        record = json.loads(line)
+        require_shallow(record, "")
+        require_schema(record, _Record, "")
+    except (ValueError, RecursionError):  # InputError is a ValueError
+        return None
+    found: dict[str, Any] = record
+    return found
 
 
 def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list[dict[str, Any]]:
@@ -181,15 +316,6 @@ def started(metrics: list[dict[str, Any]]) -> dict[str, Any]:
         if record["kind"] == "start":
             merged.update(record)
     return merged
-
-
-def chosen_layer(probe: dict[str, Any]) -> dict[str, Any]:
-    """The entry of a probe's `layers` that its `best_layer` names."""
-    for layer in probe["layers"]:
-        if layer["layer"] == probe["best_layer"]:
-            found: dict[str, Any] = layer
-            return found
-    raise KeyError(f"layers[{probe['best_layer']}]")
 
 
 def standard_error(accuracy: float, count: int) -> float:

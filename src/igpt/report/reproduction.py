@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from igpt.errors import InputError
 from igpt.files import atomic_file, atomic_folder
 from igpt.report import comparison, figures
 from igpt.report.findings import duration, number, plural
-from igpt.report.sections import Picture, Section, Table, chart
+from igpt.report.sections import Picture, Section, Table, chart, read_picture
 
 FIGURES = "figures"
 _HELD = {
@@ -60,13 +59,13 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
         "trained_by": f"igpt {evidence['environment']['igpt']}",
     }
     with atomic_file(folder / "report.html") as temporary:
-        temporary.write_text(template.render(page), encoding="utf-8")
+        temporary.write_text(template.render(page), encoding="utf-8", errors="backslashreplace")
     with atomic_folder(folder / FIGURES) as temporary:
         for asked in evidence["questions"]:
             for name, content in _figure_files(asked, folder).items():
                 (temporary / name).write_bytes(content)
     with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(_markdown(page, evidence, folder), encoding="utf-8")
+        temporary.write_text(_markdown(page, evidence, folder), encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
 
@@ -171,16 +170,7 @@ def _picture(image: Image.Image, alt: str) -> Picture:
 
 def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
     """The pictures of all steps: samples below each other, completions side by side."""
-    found = []
-    for step in steps:
-        path = folder / "pictures" / f"{kind}-{step}.png"
-        try:
-            with Image.open(path, formats=["PNG"]) as picture:
-                found.append(picture.convert("RGB"))
-        except (OSError, SyntaxError) as error:
-            raise InputError(
-                f"{path} is not a readable PNG picture ({error}); remove steps.json's line on it"
-            ) from None
+    found = [read_picture(folder / "pictures" / f"{kind}-{step}.png").convert("RGB") for step in steps]
     gap = 0 if kind == "samples" else 12
     across = kind == "completions"
     width = sum(one.width + gap for one in found) - gap if across else max(one.width for one in found)

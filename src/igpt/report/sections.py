@@ -1,6 +1,9 @@
 """The parts of a run's page: a figure or a picture with its caption, or why there is none and what makes it."""
 
 import math
+import struct
+import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,21 +13,26 @@ from PIL import Image
 
 from igpt.data.grids import grid_counts
 from igpt.errors import InputError
+from igpt.evaluation.results import best_row
+from igpt.files import require_regular
 from igpt.report import figures
 from igpt.report.findings import describe_sampling, number, percent, plural
 from igpt.report.record import (
     Run,
     baselines,
     best_validation,
-    chosen_layer,
     flat,
     history,
-    optional_json,
+    read_drawing,
     standard_error,
 )
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_MOST_PIXELS = 1 << 27
+# What Pillow raises of damaged files; "SyntaxError" is of broken PNG chunks.
+_PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -88,11 +96,11 @@ def key_tables(run: Run) -> list[Table]:
         tables.append(Table(f"Validation loss per {place} (lower is better)", ("", "nats", "bits"), cells))
     if probe is not None and "skipped" not in probe:
         count, compared = probe["images"]["test"], probe.get("baselines") or {}
-        reached = [(f"This model, layer {probe['best_layer']}", chosen_layer(probe)["test_accuracy"])]
-        if "untrained" in compared:
+        reached = [(f"This model, layer {probe['best_layer']}", best_row(probe)["test_accuracy"])]
+        if compared.get("untrained"):
             other = compared["untrained"]
-            reached.append((f"Untrained network, layer {other['best_layer']}", chosen_layer(other)["test_accuracy"]))
-        if "raw_pixels" in compared:
+            reached.append((f"Untrained network, layer {other['best_layer']}", best_row(other)["test_accuracy"]))
+        if compared.get("raw_pixels"):
             reached.append(("Raw pixels", compared["raw_pixels"]["test_accuracy"]))
         cells = [(name, percent(p), f"± {100 * standard_error(p, count):.1f}") for name, p in reached]
         caption = f"Linear probe, {plural(count, 'test image')} (higher is better)"
@@ -161,7 +169,7 @@ def probe_section(run: Run) -> Section:
         "places of the image; the layer is chosen by validation accuracy, and its test accuracy is what counts."
     )
     source = f" of {probe['source']}" if probe.get("source") else ""
-    failed = [str(layer["layer"]) for layer in layers if not layer.get("converged", True)]
+    failed = [str(layer["layer"]) for layer in layers if layer.get("converged") is False]
     caution = f" The fit did not converge at layer {', '.join(failed)}." if failed else ""
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
     chosen = "learning rate of SGD" if setting == "learning_rate" else "strength of regularisation"
@@ -192,13 +200,13 @@ def probe_section(run: Run) -> Section:
 def _other_protocols(probe: dict[str, Any]) -> str:
     """What concatenated layers and few labels have given."""
     said = ""
-    if "concatenated" in probe:
-        together = probe["concatenated"]
+    if together := probe.get("concatenated"):
         layers = ", ".join(map(str, together["layers"]))
         said += f" Layers {layers} side by side: {percent(together['test_accuracy'])} of the test images."
     for few in probe.get("few_labels") or ():
+        layer = "" if few.get("layer") is None else f", layer {few['layer']}"
         said += (
-            f" {plural(few['per_class'], 'label')} a class, layer {few['layer']}: {percent(few['mean'])}, standard "
+            f" {plural(few['per_class'], 'label')} a class{layer}: {percent(few['mean'])}, standard "
             f"deviation {100 * few['standard_deviation']:.1f} points over {len(few['test_accuracies'])} draws."
         )
     return said
@@ -250,9 +258,9 @@ def fact_tables(run: Run) -> list[Table]:
     if not run.manifest:
         rows.append(("dataset.json", "not there now; `igpt prepare` makes it"))
     rows.append(("source", run.source))
-    for name, value in flat({"splits": run.manifest.get("splits")}).items():
-        if name.endswith(".count"):
-            rows.append((name.split(".")[1], plural(value, "image")))
+    for name, split in (run.manifest.get("splits") or {}).items():
+        if split.get("count") is not None:
+            rows.append((name, plural(split["count"], "image")))
     names = run.manifest.get("class_names") or []
     if names:
         more = f", and {len(names) - 20} more" if len(names) > 20 else ""
@@ -284,11 +292,27 @@ def chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
 def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None, dict[str, Any]]:
     """A grid: its URI, its size, the pictures in each row if they can be told, and how they were drawn."""
     resolution = run.shape.get("resolution")
+    picture = read_picture(path)
+    counts = grid_counts(picture, resolution) if resolution else None
+    return figures.data_uri(path.read_bytes(), "image/png"), picture.size, counts, read_drawing(path)
+
+
+def read_picture(path: Path) -> Image.Image:
+    """Return a PNG picture.
+
+    Raises:
+        InputError: it is no readable PNG, or has more pixels than a page can show.
+    """
+    require_regular(path)
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
-            counts = grid_counts(picture, resolution) if isinstance(resolution, int) and resolution > 0 else None
-            size = picture.size
-    except (OSError, SyntaxError) as error:  # Pillow says "SyntaxError" of broken PNG chunks
-        raise InputError(f"{path} is not a readable PNG picture ({error}); draw it anew") from None
-    how = optional_json(path.with_suffix(".json")) or {}
-    return figures.data_uri(path.read_bytes(), "image/png"), size, counts, how
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at here
+            picture = Image.open(path, formats=["PNG"])
+        too_large = picture.width * picture.height > _MOST_PIXELS
+        if not too_large:
+            picture.load()
+    except _PILLOWS as error:
+        raise InputError(f"{path} is not a readable PNG picture ({error}); draw it again") from None
+    if too_large:
+        raise InputError(f"{path} has {picture.width} x {picture.height} pixels, too many for a page")
+    return picture

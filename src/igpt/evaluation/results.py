@@ -1,0 +1,242 @@
+"""Schemas and readers of result files: probe.json, test.json and score.json.
+
+Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, see `igpt.confidence.packed`.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator
+from pydantic_core.core_schema import ValidationInfo
+
+from igpt.errors import InputError
+from igpt.files import Stored, read_json, require_schema
+
+PROBE, PROBE_VERSION = "igpt-probe", 2
+TEST, TEST_VERSION = "igpt-finetune", 1
+SCORE, SCORE_VERSION = "igpt-score", 1
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # beyond, sums and squares of a figure's axes overflow
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Positive = Annotated[int, Field(ge=1, le=2**53)]
+Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
+Answers = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
+
+
+class Accuracy(Stored):
+    """A classifier of a probe: how often it is right, and its setting."""
+
+    validation_accuracy: Share
+    test_accuracy: Share
+    test_interval_95: Interval | None = None
+    test_right: Answers | None = None
+    regularisation: Number | None = None
+    learning_rate: Number | None = None
+    converged: bool | None = None
+
+
+class OfLayer(Accuracy):
+    """The classifier of one layer."""
+
+    layer: Count
+
+
+class Layers(Stored):
+    """The classifiers of several layers, and which layer is the best by validation."""
+
+    layers: Annotated[list[OfLayer], Field(min_length=1)]
+    best_layer: Count
+
+    @field_validator("best_layer")
+    @classmethod
+    def _is_there(cls, best: int, info: ValidationInfo) -> int:
+        if "layers" in info.data and best not in [row.layer for row in info.data["layers"]]:
+            raise ValueError("that layer is not among the layers")
+        return best
+
+
+class Concatenated(Accuracy):
+    """The classifier of several layers side by side."""
+
+    layers: Annotated[list[Count], Field(min_length=2)]
+
+
+class FewLabels(Stored):
+    """Accuracies over draws of few labels."""
+
+    per_class: Positive
+    test_accuracies: Annotated[list[Share], Field(min_length=2)]
+    mean: Share
+    standard_deviation: Share
+    layer: Count | None = None
+
+
+class RawPixels(Accuracy):
+    """The classifier of the pixels."""
+
+    few_labels: list[FewLabels] | None = None
+
+
+class Baselines(Stored):
+    """What the layers are compared with."""
+
+    raw_pixels: RawPixels | None = None
+    untrained: Layers | None = None
+
+
+class Images(Stored):
+    """Numbers of images."""
+
+    train: Positive
+    validation: Positive
+    test: Positive
+
+
+class ProbeSettings(Stored):
+    """Settings of a probe that readers show or compare."""
+
+    limit: Positive | None = None
+    test_images: Positive | None = None
+    seed: Count = 0
+    fold_back: bool | None = None
+
+
+class Probe(Layers):
+    """`probe.json`."""
+
+    classes: Positive
+    images: Images
+    source: str | None = None
+    tokens: str | None = None
+    config: ProbeSettings | None = None
+    concatenated: Concatenated | None = None
+    few_labels: list[FewLabels] | None = None
+    baselines: Baselines | None = None
+    classifier: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+
+
+class SkippedProbe(Stored):
+    """`probe.json` of images that cannot be probed."""
+
+    skipped: str
+
+
+class LearningRate(Stored):
+    """A learning rate that was tried."""
+
+    learning_rate: Number
+
+
+class Modal(Stored):
+    """The modal prediction over masks."""
+
+    masks: Positive
+    accuracy: Share
+    interval_95: Interval | None = None
+
+
+class Before(Stored):
+    """A classifier before it was trained on validation images too."""
+
+    test_accuracy: Share
+    test_interval_95: Interval | None = None
+
+
+class FoldBack(Stored):
+    """Training on validation images too."""
+
+    before: Before
+
+
+class Test(Stored):
+    """`test.json` of a fine-tuned classifier."""
+
+    test_accuracy: Share
+    test_images: Positive
+    test_interval_95: Interval | None = None
+    test_right: Answers | None = None
+    tokens: str | None = None
+    learning_rate: Number | None = None
+    rates: list[LearningRate] | None = None
+    modal: Modal | None = None
+    fold_back: FoldBack | None = None
+
+
+class Score(Stored):
+    """`score.json`."""
+
+    images: Positive
+    nats_per_pixel: Number
+    standard_error: Number | None = None
+    split: str | None = None
+    source: str | None = None
+
+
+def read_probe(path: Path) -> dict[str, Any]:
+    """Return what a `probe.json` holds; of images that could not be probed, "skipped" says why.
+
+    Raises:
+        InputError: there is no such file, it is of another version, or a key is missing or wrong.
+    """
+    found = read_json(path, "probe")
+    _require_version(found, path, PROBE, PROBE_VERSION, "igpt probe")
+    if "skipped" in found:
+        require_schema(found, SkippedProbe, path)
+        return found
+    require_schema(found, Probe, path)
+    for row in _tested(found):
+        _require_answers(row, found["images"]["test"], path)
+    return found
+
+
+def read_test(path: Path) -> dict[str, Any]:
+    """Return what a `test.json` holds.
+
+    Raises:
+        InputError: there is no such file, it is of another version, or a key is missing or wrong.
+    """
+    found = read_json(path, "test of a classifier")
+    _require_version(found, path, TEST, TEST_VERSION, "igpt finetune")
+    require_schema(found, Test, path)
+    _require_answers(found, found["test_images"], path)
+    return found
+
+
+def read_score(path: Path) -> dict[str, Any]:
+    """Return what a `score.json` holds.
+
+    Raises:
+        InputError: there is no such file, it is of another version, or a key is missing or wrong.
+    """
+    found = read_json(path, "score")
+    _require_version(found, path, SCORE, SCORE_VERSION, "igpt score")
+    require_schema(found, Score, path)
+    return found
+
+
+def best_row(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of the best layer of a probe, or of its untrained model."""
+    best: dict[str, Any] = next(row for row in result["layers"] if row["layer"] == result["best_layer"])
+    return best
+
+
+def _require_version(found: Mapping[str, Any], path: Path, kind: str, version: int, maker: str) -> None:
+    if (found.get("format"), found.get("version")) != (kind, version) or found["version"] is True:
+        raise InputError(f"{path} is not {kind} of format version {version}; `{maker}` writes it again")
+
+
+def _tested(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    compared = probe.get("baselines") or {}
+    yield from probe["layers"]
+    yield from (compared.get("untrained") or {}).get("layers", ())
+    for row in (probe.get("concatenated"), compared.get("raw_pixels")):
+        if row:
+            yield row
+
+
+def _require_answers(row: Mapping[str, Any], count: int, path: Path) -> None:
+    answers = row.get("test_right")
+    if answers is not None and len(answers) != 2 * -(-count // 8):
+        raise InputError(f"{path}: test_right has {4 * len(answers)} bits; {count} test images need a bit each")
