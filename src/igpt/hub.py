@@ -15,18 +15,22 @@ _TOKEN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
 def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> Path:
-    """The folder in the Hub's cache with files of a model; those that are not there yet are downloaded.
+    """Return the folder in the Hub's cache with files of a model; those that are missing are downloaded.
 
-    Without the Hub, what the cache has of the model is taken, if that is enough.
+    Without the Hub, what the cache has of the model is used, if that is enough.
 
     Args:
         what: is looked for, in words.
         needed: name of a file.
-        more: chooses more of them, and raises InputError where those that there are will not do.
+        more: chooses more of the names of its files, and raises InputError where these are not enough.
 
     Raises:
-        InputError: no such model or file, or no network and not enough of it in the cache.
+        InputError: a bad name, no such model or file, or no network and not enough of it in the cache.
     """
+    try:
+        require_name(name)
+    except InputError as error:
+        raise InputError(f"no {what} {name} here, and {error}") from None
     from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 
     try:  # snapshot_download has no time limit of its own: where packets vanish it would wait for ever

@@ -433,6 +433,11 @@ def test_a_pickle_runs_no_code(good_directory: Path, tmp_path: Path) -> None:
             ImageGPT.from_pretrained(path)
         assert not (tmp_path / "made").exists()
         (path / "pytorch_model.bin").replace(path / name)
+    index = {"weight_map": {"more": name}}
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(InputError, match="cannot be read safely; convert it to safetensors"):
+        ImageGPT.from_pretrained(path)
+    assert not (tmp_path / "made").exists()
     torch.load(path / name, weights_only=False)
     assert (tmp_path / "made").exists(), "the intruder can do what it is said to do"
 
@@ -588,6 +593,12 @@ def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next
 @pytest.mark.parametrize("name", ["someone/model/part", "nowhere", "./someone/model", "/someone/model", "~/someone"])
 def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
     with pytest.raises(InputError, match="no model directory"):
+        ImageGPT.from_pretrained(name)
+
+
+@pytest.mark.parametrize("name", ["my models/best", "someone/my model", "someone/a..b", "a*/b", "someone/\u00e9"])
+def test_a_path_that_cannot_name_a_hub_model_is_told_as_such(name: str) -> None:
+    with pytest.raises(InputError, match=r"no model directory .* here, and .* cannot name a model on the Hub"):
         ImageGPT.from_pretrained(name)
 
 

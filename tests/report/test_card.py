@@ -18,7 +18,7 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits
 from igpt.model.transformer import ImageGPT
-from igpt.report.card import doubts, write_card
+from igpt.report.card import doubts, push_to_hub, write_card
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 NAME = "someone/digits"
@@ -165,6 +165,64 @@ def test_what_it_says_to_do_works(
     best = json.loads((whole / "probe.json").read_text())["best_layer"]
     assert json.loads((tmp_path / "features.json").read_text())["layer"] == best
     assert (tmp_path / "completions.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("heads", "said"),
+    [
+        (2, "head width, 16, is a square, so that they compute it correctly too."),
+        (4, "this model's is 8, and with 2 in place of 2.83 the logits are wrong."),
+        (1, "this model's is 32, and with 5 in place of 5.66 the logits are wrong."),
+    ],
+)
+def test_it_says_which_transformers_computes_the_model(short_run: Path, heads: int, said: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    config = json.loads((run / "model" / "config.json").read_text())
+    (run / "model" / "config.json").write_text(json.dumps({**config, "n_head": heads}))
+    card = write_card(run, NAME).read_text()
+    assert said in card
+    for wrong in (None, 0, "2", True):
+        (run / "model" / "config.json").write_text(json.dumps({**config, "n_head": wrong}))
+        with pytest.raises(InputError, match=rf"config\.json has n_head = {wrong!r}; a positive number is needed"):
+            write_card(run, NAME)
+    assert ("**transformers 5.21 or later is needed.** Versions 4.57 to 5.20 divide" in card) == (heads != 2)
+
+
+def test_what_is_no_card_or_license_is_one_line(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    for license in ("", "my own\nterms", "[mit]", "-"):
+        with pytest.raises(InputError, match="is not the identifier of a license on the Hub"):
+            write_card(run, NAME, license=license)
+    assert not (run / "README.md").exists()
+    for make, words in ((os.mkfifo, "is a FIFO"), (os.mkdir, "is a folder|is not a file")):
+        make(run / "README.md")
+        for refused in (write_card, push_to_hub):
+            with pytest.raises(InputError, match=words):
+                refused(run, NAME)
+        (run / "README.md").rmdir() if make is os.mkdir else (run / "README.md").unlink()
+
+
+def test_files_that_cannot_go_up_are_named(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    model = run / "model"
+    os.mkfifo(model / "pipe")
+    with pytest.raises(InputError, match="pipe is a FIFO; a regular file is needed"):
+        push_to_hub(run, NAME)
+    (model / "pipe").unlink()
+    (model / "more").mkdir()
+    with pytest.raises(InputError, match="more is not a file; only files are uploaded, so move it elsewhere"):
+        push_to_hub(run, NAME)
+    (model / "more").rmdir()
+    (model / "README.md").write_text("notes")
+    with pytest.raises(InputError, match="would be one file on the Hub; move one of them elsewhere"):
+        push_to_hub(run, NAME)
+    (model / "README.md").unlink()
+    (model / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"has no weights: model\.safetensors is missing"):
+        push_to_hub(run, NAME)
 
 
 def test_a_classifier_s_card(

@@ -1,8 +1,9 @@
-"""The model card of a run, RUN/README.md, written from the run's files alone, and its way to the Hub with the model.
+"""The model card of a run, RUN/README.md, written from the run's files alone, and its upload with the model.
 
-It says what a stranger asks: which data, which objective, how good beside what, how to use it, and what it is not.
+It says which data and objective the model was trained with, how good it is, how to use it, and what its limits are.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
@@ -12,7 +13,7 @@ from typing import Any
 import yaml
 
 from igpt.errors import InputError
-from igpt.files import atomic_file, folder_to_read
+from igpt.files import atomic_file, folder_to_read, require_regular
 from igpt.hub import require_name, upload
 from igpt.report.findings import (
     describe_classifier,
@@ -34,6 +35,7 @@ _LIBRARY = "library_name: igpt"  # by this line a card is known from a README of
 _PICTURES = ("completions.png", "samples.png")
 _TOLD = ("metrics.jsonl", "probe.json", "test.json", "score.json", *_PICTURES)  # what a card tells of
 _MOST_CLASSES = 20  # that are named
+_LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
@@ -50,8 +52,10 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
     from jinja2 import Environment, StrictUndefined
 
     require_name(name)
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise InputError(f"{license!r} is not the identifier of a license on the Hub, such as apache-2.0")
     path = run / CARD
-    if path.exists() and _LIBRARY not in path.read_text("utf-8", errors="replace"):
+    if path.exists() and _LIBRARY not in _text(path):
         raise InputError(f"{path} is no model card that igpt wrote; move it elsewhere")
     text = files("igpt.report").joinpath("card.md.j2").read_text("utf-8")
     environment = Environment(
@@ -80,8 +84,17 @@ def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
     if not (run / CARD).exists():
         write_card(run, name)
     model = folder_to_read(_with_model(run).path / "model")
+    if not (model / "model.safetensors").is_file():
+        raise InputError(f"{model} has no weights: model.safetensors is missing")
     pictures = [run / picture for picture in _PICTURES if (run / picture).exists()]
-    sent = {file.name: file for file in [*sorted(model.iterdir()), run / CARD, *pictures]}
+    sent: dict[str, Path] = {}
+    for file in [*sorted(model.iterdir()), run / CARD, *pictures]:
+        require_regular(file)
+        if not file.is_file():
+            raise InputError(f"{file} is not a file; only files are uploaded, so move it elsewhere")
+        if file.name in sent:
+            raise InputError(f"{sent[file.name]} and {file} would be one file on the Hub; move one of them elsewhere")
+        sent[file.name] = file
     return upload(name, sent, private=private, message="Model trained with igpt")
 
 
@@ -90,19 +103,31 @@ def doubts(run: Path, name: str) -> list[str]:
     path = run / CARD
     newer = [file for file in _TOLD if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime]
     found = [f"is older than {', '.join(newer)}"] if newer else []
-    return found if name in path.read_text("utf-8", errors="replace") else [*found, f"does not name {name}"]
+    return found if name in _text(path) else [*found, f"does not name {name}"]
+
+
+def _text(card: Path) -> str:
+    require_regular(card)
+    if card.is_dir():
+        raise InputError(f"{card} is a folder; move it elsewhere")
+    return card.read_text("utf-8", errors="replace")
 
 
 def _with_model(path: Path) -> Run:
     run = read_run(path)
     if not run.saved:
         raise InputError(f"{path} holds no model yet; igpt pretrain writes one at its first validation")
+    for key in ("n_embd", "n_head"):
+        value = run.saved.get(key)
+        if type(value) is not int or value < 1:
+            raise InputError(f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is needed")
     return run
 
 
 def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
     """What the template shows, in its words."""
     objective, classes = str(run.shape["objective"]), _classes(run)
+    head_width = run.saved["n_embd"] // run.saved["n_head"]
     task = "unconditional-image-generation" if objective == "autoregressive" else "image-feature-extraction"
     task = "image-classification" if classes else task
     front: dict[str, Any] = {"license": license} if license else {}
@@ -132,6 +157,8 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
         "variant": run.saved.get("model_type") == "igpt",
         "classifier": bool(classes),
         "joint": bool(run.config.get("generation_weight")),
+        "head_width": head_width,
+        "root": math.sqrt(head_width),
         "resolution": run.shape["resolution"],
         "colors": run.shape["n_colors"],
         "layer": probed["best_layer"] if probed else run.shape["n_layer"] // 2,
