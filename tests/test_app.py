@@ -1,13 +1,20 @@
 """The web page, served on loopback and called by a program: its pictures are the model's, mistakes are words."""
 
 import base64
+import contextlib
+import http.client
 import io
 import json
+import math
+import os
 import re
 import shutil
 import socket
+import struct
 import sys
-from collections.abc import Callable, Iterator
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.request import urlopen
@@ -32,6 +39,8 @@ from igpt.model.configuration import ModelConfig
 from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
+from igpt.page.answers import require_moderate
+from igpt.page.guard import delete_unused, names_of
 from igpt.pictures import pictures, tokens_of_files
 
 GREYS = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))
@@ -163,6 +172,333 @@ def test_mistakes_are_told_in_words(
     for rows, count, temperature, seed in ((99, 1, 1, 0), (-1, 1, 1, 0), (4, 9, 1, 0), (4, 1, -1, 0), (4, 1, 1, -1)):
         with pytest.raises(AppError, match=r"(greater|less) than (maximum|minimum) value"):
             client.predict(handle_file(photo), rows, None, count, temperature, seed, api_name="/complete")
+
+
+# Images whose few bytes stand for very many pixels.
+
+
+def png(width: int, height: int) -> bytes:
+    """A black and white PNG of one colour."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    packed = zlib.compressobj(9)
+    row = bytes(width // 8 + 1)
+    data = b"".join(packed.compress(row) for _ in range(height)) + packed.flush()
+    head = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def gif(width: int, height: int, frame_width: int, frame_height: int) -> bytes:
+    frame = b"," + struct.pack("<HHHHB", 0, 0, frame_width, frame_height, 0) + b"\x02\x02\x44\x01\x00;"
+    return b"GIF89a" + struct.pack("<HHBBB", width, height, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff" + frame
+
+
+def tiff(width: int, height: int, more: Mapping[int, int]) -> bytes:
+    """A deflated grey TIFF; `more` says how it is cut into strips or tiles."""
+    tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, **more}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    return head.ljust(300, b"\0") + zlib.compress(bytes(100))
+
+
+def webp(width: int, height: int) -> bytes:
+    """An animation with one small frame on a large canvas."""
+    small = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(small, "WEBP", lossless=True)
+    sides = [(side - 1).to_bytes(3, "little") for side in (width, height, 16, 16)]
+    frame = bytes(6) + sides[2] + sides[3] + bytes(4) + small.getvalue()[12:]
+    body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + sides[0] + sides[1] + b"ANIM"
+    body += struct.pack("<I", 6) + bytes(6) + b"ANMF" + struct.pack("<I", len(frame)) + frame
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+BOMBS = {
+    "png": png(12_000, 12_000),
+    "gif": gif(60_000, 60_000, 10, 10),
+    "gif-frame": gif(10, 10, 60_000, 60_000),
+    "tiff": tiff(60_000, 60_000, {273: 300, 278: 60_000, 279: 20}),
+    "tiff-tile": tiff(64, 64, {322: 60_000, 323: 60_000, 324: 300, 325: 20}),
+    "tiff-long-tile": tiff(64, 64, {322: 16, 323: 2**31, 324: 300, 325: 20}),
+    "webp": webp(16_383, 16_383),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_images_of_too_many_pixels_are_refused_by_their_header(name: str) -> None:
+    assert len(BOMBS[name]) < 20_000
+    started = peak_memory()
+    with pytest.raises(InputError, match="50 million that the page reads; make it smaller first"):
+        require_moderate(BOMBS[name])
+    assert peak_memory() - started < 50
+
+
+def peak_memory() -> float:
+    """MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+@pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF", "TGA"])
+def test_formats_that_no_camera_or_page_makes_are_refused(kind: str) -> None:
+    """EPS would start another program; the size in an ICO's header is not that of its image."""
+    encoded = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(encoded, kind)
+    with pytest.raises(InputError, match=r"not read here; choose a file in one of PNG|not an image in a known format"):
+        require_moderate(encoded.getvalue())
+
+
+def test_a_large_photograph_is_read(client: Client, tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(png(8000, 5000))
+    seen, *_ = client.predict(handle_file(tmp_path / "large.png"), api_name="/score")
+    assert (small(seen) == small(seen)[0, 0]).all()
+
+
+def test_a_bomb_on_the_page_is_told_in_words(client: Client, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bomb.png").write_bytes(BOMBS["png"])
+    with pytest.raises(AppError, match="144 million pixels"):
+        client.predict(handle_file(tmp_path / "bomb.png"), api_name="/score")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "WEBP", "PNG"])
+def test_the_first_of_many_frames_is_read(kind: str) -> None:
+    encoded = io.BytesIO()
+    frames = [Image.new("RGB", (300, 200), (index, 0, 0)) for index in range(20)]
+    frames[0].save(encoded, kind, save_all=True, append_images=frames[1:])
+    require_moderate(encoded.getvalue())
+
+
+# Requests as a program makes them, well-formed or not.
+
+
+def ask(
+    client: Client, method: str, path: str, body: Any = None, raw: bytes | None = None, **headers: str
+) -> tuple[int, str]:
+    """Send one request; return the status and the text of the answer."""
+    connection = http.client.HTTPConnection(LOOPBACK, int(client.src.rsplit(":", 1)[1].strip("/")), timeout=60)
+    try:
+        data = raw if raw is not None else None if body is None else json.dumps(body).encode()
+        connection.request(method, path, data, {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+@pytest.mark.parametrize("path", ["/", "/config", "/gradio_api/queue/data?session_hash=a", "/gradio_api/info"])
+def test_only_its_own_names_are_served(client: Client, path: str) -> None:
+    """A foreign site whose name resolves to this machine could read the page in a visitor's browser."""
+    for host in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:7860", "0.0.0.0", "192.168.0.1", ""):
+        status, said = ask(client, "GET", path, Host=host)
+        assert (status, said) == (421, "this page is served as 127.0.0.1, ::1, localhost only\n")
+    if "queue" not in path:
+        for host in ("localhost", "LOCALHOST:1", "127.0.0.1:99", "[::1]:7860", "localhost."):
+            assert ask(client, "GET", path, Host=host)[0] == 200
+
+
+def test_posts_from_foreign_names_are_refused(client: Client) -> None:
+    for path in ("queue/join", "call/sample", "upload", "cancel"):
+        assert ask(client, "POST", f"/gradio_api/{path}", {}, Host="evil.example")[0] == 421
+
+
+def test_names_of_other_addresses() -> None:
+    names, any_number = names_of("0.0.0.0")
+    assert any_number
+    assert {socket.gethostname().lower(), "localhost", "0.0.0.0"} <= names
+    for host in ("127.0.0.1", "localhost", "::1", "127.0.0.5"):
+        assert names_of(host) == (frozenset({"localhost", "127.0.0.1", "::1", host}), False)
+
+
+SAMPLES: list[Any] = [
+    [],
+    [1],
+    ["x", "y", "z"],
+    [None, None, None],
+    [math.nan, 1, 0],
+    [2, math.nan, 0],
+    [2, 1, math.inf],
+    [2.5, 1, 0],
+    [10**6, 1, 0],
+    [-1, 1, 0],
+    [[1], 1, 0],
+    [{"a": 1}, 1, 0],
+    [True, 1, 0],
+    [2, "hot", 0],
+    [2, 1, "s"],
+    [2, 1, 10**30],
+    [2, 1, None],
+]
+FILE = {"meta": {"_type": "gradio.FileData"}}
+SCORES: list[Any] = [
+    [{"path": "/etc/passwd", **FILE}],
+    ["/etc/passwd"],
+    [{"path": 5}],
+    [{}],
+    [[{"path": "/etc/passwd", **FILE}]],
+    [3],
+]
+COMPLETIONS: list[Any] = [[None, 4, None, 1, 1, 0], ["x", -1, None, 1, 1, 0], [None, math.nan, {}, 1, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs"),
+    [
+        (name, inputs)
+        for name, all_of in (("sample", SAMPLES), ("score", SCORES), ("complete", COMPLETIONS))
+        for inputs in all_of
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_inputs_that_do_not_fit_are_answered_in_words(
+    client: Client, name: str, inputs: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, said = ask(client, "POST", f"/gradio_api/call/{name}", {"data": inputs})
+    assert status == 200
+    status, said = ask(client, "GET", f"/gradio_api/call/{name}/{json.loads(said)['event_id']}")
+    assert "event: error" in said
+    assert json.loads(said.rsplit("data: ", 1)[1])["error"]
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("seen", [[1], "x", {"hidden": 5}, {"hidden": "0" * 63}, {"hidden": ["0"] * 64}, 7])
+def test_views_that_are_none_are_answered_in_words(client: Client, photo: Path, seen: Any, capfd) -> None:
+    with pytest.raises(AppError, match="64 characters, 1 for hidden"):
+        client.predict(handle_file(photo), 4, seen, 1, 1.0, 0, api_name="/complete")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+MALFORMED: list[tuple[str, Any]] = [
+    ("queue/join", {"data": [2, 1, 0], "fn_index": 99, "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0], "fn_index": -1, "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0], "fn_index": "x", "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0], "session_hash": "a"}),
+    ("queue/join", {"data": 5, "fn_index": 1, "session_hash": "a"}),
+    ("queue/join", {}),
+    *((path, raw) for path in ("queue/join", "call/sample") for raw in (b"{", b"\xff", b"[]", b"null", b"")),
+    ("queue/join", b'{"data":' + b"[" * 100_000),
+    ("run/none", {"data": []}),
+    ("run/sample", {"data": ["x"]}),
+    ("call/none", {"data": []}),
+    ("call/v2/sample", {"x": 1}),
+    ("component_server", {"data": 1, "component_id": 12345, "session_hash": "q", "fn_name": "x"}),
+    ("component_server", {}),
+    ("upload", {}),
+    ("reset", {}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), MALFORMED, ids=lambda value: str(value)[:40])
+def test_malformed_requests_are_errors_and_one_line_at_most(
+    client: Client, path: str, body: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, said = ask(client, "POST", f"/gradio_api/{path}", raw=raw)
+    assert status >= 400
+    assert said
+    assert len(capfd.readouterr().err.splitlines()) <= 1
+
+
+def test_every_function_of_the_page_bears_any_input(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    functions = json.loads(ask(client, "GET", "/config")[1])["dependencies"]
+    assert len(functions) > 5
+    for function in functions:
+        body = {"data": [{"bad": 1}], "fn_index": function["id"], "session_hash": f"s{function['id']}"}
+        for more in ({}, {"trigger_id": 9999, "event_data": [1, 2]}, {"event_data": {"index": -1}}):
+            assert ask(client, "POST", "/gradio_api/queue/join", {**body, **more})[0] == 200
+            said = ask(client, "GET", f"/gradio_api/queue/data?session_hash=s{function['id']}")[1]
+            assert "process_completed" in said
+    assert capfd.readouterr().err == ""
+
+
+def test_unknown_sessions_and_files(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    assert "not found" in ask(client, "GET", "/gradio_api/queue/data?session_hash=none")[1].lower()
+    assert ask(client, "GET", "/gradio_api/file=/etc/passwd")[0] == 403
+    assert ask(client, "GET", "/nothing")[0] == 404
+    assert len(capfd.readouterr().err.splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("header", "status"), [("Content-Length: 99999999999", 413), ("Transfer-Encoding: chunked", 411), ("X: y", 411)]
+)
+def test_uploads_without_a_moderate_length_are_refused_unread(client: Client, header: str, status: int) -> None:
+    port = int(client.src.rsplit(":", 1)[1].strip("/"))
+    with socket.create_connection((LOOPBACK, port), timeout=60) as connection:
+        connection.sendall(f"POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\n{header}\r\n\r\n".encode())
+        assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_uploads_at_once_are_limited_and_their_ends_noticed(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    """Requests that begin, state 20 MB each and send next to nothing."""
+    port = int(client.src.rsplit(":", 1)[1].strip("/"))
+    head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n"
+    head += "Content-Type: multipart/form-data; boundary=q\r\n\r\n--q\r\n"
+    head += 'Content-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nabc'
+
+    def begin() -> socket.socket:
+        connection = socket.create_connection((LOOPBACK, port), timeout=1)
+        connection.sendall(head.encode())
+        return connection
+
+    waiting = [begin() for _ in range(10)]
+    said = b""
+    deadline = time.monotonic() + 60
+    while not said and time.monotonic() < deadline:
+        with begin() as one_more, contextlib.suppress(TimeoutError):
+            said = one_more.recv(1000)
+    for connection in waiting:
+        connection.close()
+    assert said.startswith(b"HTTP/1.1 503 ")
+    taken = False
+    while not taken and time.monotonic() < deadline:
+        with begin() as connection:
+            try:
+                connection.recv(1000)
+            except TimeoutError:  # it waits for the rest
+                taken = True
+    assert taken
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_uploads_that_are_gone_are_told(client: Client, photo: Path) -> None:
+    file = handle_file(photo)
+    client.predict(file, api_name="/score")
+    for upload in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("photo.png"):
+        upload.unlink()
+    gone = {"path": str(Path(os.environ["GRADIO_TEMP_DIR"]) / "x" / "photo.png"), **FILE}
+    event = json.loads(ask(client, "POST", "/gradio_api/call/score", {"data": [gone]})[1])["event_id"]
+    assert "is no longer here" in ask(client, "GET", f"/gradio_api/call/score/{event}")[1]
+
+
+def test_uploads_lie_in_a_folder_of_their_own(client: Client) -> None:
+    folder = Path(os.environ["GRADIO_TEMP_DIR"])
+    assert folder.name.startswith("igpt-uploads-")
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+def test_the_longest_unused_uploads_are_deleted_beyond_the_limit(tmp_path: Path) -> None:
+    now = time.time()
+    for index in range(6):
+        (tmp_path / str(index)).mkdir()
+        (tmp_path / str(index) / "a.png").write_bytes(bytes(100))
+        os.utime(tmp_path / str(index) / "a.png", (now - 10 * index, now - 10 * index))
+    delete_unused(tmp_path, most=250, seconds=1000)
+    assert sorted(int(path.parent.name) for path in tmp_path.rglob("*.png")) == [0, 1]
+    delete_unused(tmp_path, most=250, seconds=5)
+    assert [path.parent.name for path in tmp_path.rglob("*.png")] == ["0"]
+
+
+def test_an_upload_in_use_outlives_newer_ones(client: Client, photo: Path, tmp_path: Path) -> None:
+    """Reading an image marks it as used."""
+    client.predict(handle_file(photo), api_name="/score")
+    upload = max(Path(os.environ["GRADIO_TEMP_DIR"]).rglob("photo.png"), key=lambda path: path.stat().st_ctime)
+    os.utime(upload, (1, 1))
+    event = json.loads(ask(client, "POST", "/gradio_api/call/score", {"data": [{"path": str(upload), **FILE}]})[1])[
+        "event_id"
+    ]
+    assert "nats/pixel" in ask(client, "GET", f"/gradio_api/call/score/{event}")[1]
+    assert time.time() - upload.stat().st_mtime < 600
 
 
 def test_no_image_shows_nothing(client: Client) -> None:

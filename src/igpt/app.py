@@ -8,6 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -260,6 +261,8 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
     off = {"share": False, "ssr_mode": False, "run_history": False, "mcp_server": False, "enable_monitoring": False}
     options: dict[str, Any] = {**off, "footer_links": ["api"], "max_file_size": f"{_UPLOAD}mb", "css": markup.STYLE}
     options |= {"theme": look.set(block_info_text_color="*neutral_500"), "prevent_thread_lock": True, "quiet": True}
+    # Images are refused by their size anyway, in words.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     names, any_number = names_of(host)
     guard = Middleware(
         Guard,

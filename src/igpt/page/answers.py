@@ -37,6 +37,7 @@ Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
 GONE = "the image is no longer here: images that nobody uses are deleted after a while; choose it again"
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")  # MPO: JPEG of two-lens cameras
 _MOST_PIXELS = 50_000_000
+_TOO_MANY = "the 50 million that the page reads; make it smaller first"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _EXAMPLES = 8
 MOST_DRAWINGS, HOTTEST, LARGEST_SEED = 8, 2, 2**53
@@ -65,17 +66,19 @@ def require_moderate(encoded: bytes) -> None:
     Raises:
         InputError: its format is none of those a page is for, it has over 50 million pixels, or its header is damaged.
     """
-    opened = open_image(encoded)
+    try:
+        opened = open_image(encoded)
+    except InputError as error:
+        if "decompression bomb" in str(error):  # Pillow's own limit, 179 million
+            raise InputError(f"the image has far more than {_TOO_MANY}") from None
+        raise
     if opened.format not in _FORMATS:
         raise InputError(f"{opened.format} is not read here; choose a file in one of {', '.join(_FORMATS)}")
     tags = getattr(opened, "tag_v2", {})  # TIFF's decoder takes memory for a whole tile, however small the image is
     sides = [opened.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))]
     pixels = max(math.prod(int(side) for side in pair) for pair in sides)
     if pixels > _MOST_PIXELS:
-        raise InputError(
-            f"the image has {pixels / 1e6:,.0f} million pixels, and the page reads up to {_MOST_PIXELS // 10**6} "
-            "million; make it smaller first"
-        )
+        raise InputError(f"the image has {pixels / 1e6:,.0f} million pixels, more than {_TOO_MANY}")
 
 
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
