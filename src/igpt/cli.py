@@ -1,6 +1,5 @@
 """The command line: one function a command, that parses, calls and prints."""
 
-import math
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -66,8 +65,6 @@ def reproduce(
     from igpt.reproduction.reproduce import reproduce as run
     from igpt.reproduction.scale import scale as named
 
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise InputError(f"--minutes is more than 0, not {minutes:g}")
     asked = out or Path("runs", f"{'rehearsal' if rehearsal else 'reproduction'}-{scale}")
     chosen = named(scale, rehearsal=rehearsal)
     run(asked, chosen, corpus, labelled, _step, minutes=minutes, jobs=jobs, tokens_only=tokens_only)

@@ -108,8 +108,8 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
     if directory.palette is not None:
         preprocessor["clusters"] = directory.palette.centers_.tolist()
     with atomic_folder(path) as folder:
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / _PREPROCESSOR).write_text(json.dumps(preprocessor) + "\n")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / _PREPROCESSOR).write_text(json.dumps(preprocessor) + "\n", encoding="utf-8")
         try:
             save_file(_to_hub(directory.tensors), folder / "model.safetensors", metadata={"format": "pt"})
         except SafetensorError as error:  # safetensors hides the system's error number in its text

@@ -1,5 +1,6 @@
 """One call that runs what is missing of a reproduction and writes its page."""
 
+import math
 import time
 from functools import partial
 from pathlib import Path
@@ -56,7 +57,7 @@ def reproduce(
         Interrupted: on Ctrl-C or SIGTERM.
     """
     console = Console(highlight=False)
-    if minutes is not None and minutes <= 0:
+    if minutes is not None and not 0 < minutes < math.inf:
         raise InputError(f"--minutes is more than 0, not {minutes:g}")
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs is at least 1, not {jobs}")
@@ -64,7 +65,7 @@ def reproduce(
     tokens = [step for step in planned if step.name.startswith("tokens/")]
     _notes(out)  # a mistake in them is told before the work
     places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
-    told = partial(console.print, soft_wrap=True)
+    told = partial(console.print, soft_wrap=True, markup=False)
     begin = partial(run, folder=out, command=command, places=places, jobs=jobs or scale.jobs, say=told)
     end = None if minutes is None else time.monotonic() + 60 * minutes
     failed: StepsFailed | None = None

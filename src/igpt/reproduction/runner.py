@@ -230,7 +230,7 @@ class _Runner:
                 self._record(one.step, "stopped", seconds)
                 continue
             log = self.folder / _log(one.step)
-            lines = log.read_text().strip().splitlines() if log.exists() else []
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
             reason = lines[-1] if lines else "it said nothing"
             if one.step.optional and one.process.exitcode == _REFUSED:
                 self._record(one.step, "skipped", seconds)

@@ -25,7 +25,7 @@ class Metrics:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Appends one line."""
         if self.leads:
-            with self.path.open("a") as file:
+            with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
     def cut_after(self, step: int, validated: int) -> None:
@@ -39,13 +39,13 @@ class Metrics:
         last = {"validation": validated, "end": -1}
         kept = [line for line in read_metrics(self.path) if line["step"] <= last.get(line["kind"], step)]
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All whole lines of a metrics file."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:  # cut off by a kill
@@ -65,7 +65,7 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Prints a line above the bar."""
-        self._progress.console.print(line, highlight=False, soft_wrap=True)
+        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
