@@ -87,13 +87,19 @@ def test_images_without_classes(igpt: Run, run: Path, photographs: Path, tmp_pat
 def test_the_best_probing_layer_is_taken(
     igpt: Run, run: Path, digits: TokenDataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
-    (run / "probe.json").write_text('{"format": "igpt-probe", "best_layer": 2}')
+    probe = {"format": "igpt-probe", "version": 2, "classes": 10, "images": {"train": 9, "validation": 9, "test": 9}}
+    probe |= {"layers": [{"layer": 2, "validation_accuracy": 0.5, "test_accuracy": 0.5}], "best_layer": 2}
+    (run / "probe.json").write_text(json.dumps(probe))
     assert igpt("features", run, digits.path, "-o", tmp_path / "a.npz").returncode == 0
     np.testing.assert_array_equal(np.load(tmp_path / "a.npz")["features"], expected[2])
     (run / "probe.json").write_text('{"best_layer": 2}')
     done = igpt("features", run, digits.path, "-o", tmp_path / "b.npz")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "is not what igpt probe writes; name a layer" in done.stderr
+    assert "probe.json is not igpt-probe of format version 2; `igpt probe` writes it again" in done.stderr
+    (run / "probe.json").write_text('{"format": "igpt-probe", "version": 2, "skipped": "no labels"}')
+    done = igpt("features", run, digits.path, "-o", tmp_path / "b.npz")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "name a layer (--layer 0 to 2)" in done.stderr
 
 
 def test_blocks_above_the_layer_are_not_run(

@@ -15,7 +15,6 @@ HOUSE = [
     "allocator",
     "files",
     "locks",
-    "termination",
     "hub",
     "environment",
     "confidence",

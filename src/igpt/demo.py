@@ -24,7 +24,6 @@ from igpt.pictures import draw_completions, draw_samples, tokens_of_split
 from igpt.presets import preset
 from igpt.report.page import write_report
 from igpt.report.record import baselines, best_validation, read_metrics, read_run
-from igpt.termination import cleanup_on_termination
 from igpt.training.pretrain import PretrainConfig, pretrain
 
 _DIGITS = PrepareConfig(size=8)
@@ -47,7 +46,7 @@ def tell(source: str, run: Path, steps: int | None = None) -> None:
         InputError: the source is unusable, `run` is of another source or was trained otherwise, or another process
             works in it.
     """
-    with cleanup_on_termination(), exclusive_folder(run):
+    with exclusive_folder(run):
         _tell(source, run, steps)
 
 

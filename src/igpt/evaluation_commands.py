@@ -20,9 +20,7 @@ from igpt.command_line import (
     require_writable,
 )
 from igpt.errors import InputError
-from igpt.files import file_to_write
 from igpt.locks import exclusive
-from igpt.termination import cleanup_on_termination
 
 if TYPE_CHECKING:
     from igpt.data.gathered import GatherConfig, Gathered
@@ -58,10 +56,10 @@ def probe(
     target = out or home / "probe.json"
     if target.suffix != ".json":
         raise InputError(f"a probe is written as .json, not as {target.name}")
-    _require_target(target, PROBE)
-    _require_target(target.with_suffix(".safetensors"))
+    require_writable(target, PROBE)
+    require_writable(target.with_suffix(".safetensors"))
     require_replaceable(target.with_suffix(".safetensors"))
-    with cleanup_on_termination(), exclusive(target):
+    with exclusive(target):
         loaded, data = load_model(path), TokenDataset(tokens)
         with progress_bar() as show, passing_folder(target) as passing:
             result, readout = run(loaded, data, settings, features or passing, progress=show)
@@ -125,14 +123,14 @@ def score(
     target = out.with_suffix(".json") if out else home / "score.json"
     if out:
         require_table(out)
-        _require_target(out)
+        require_writable(out)
     if maps:
         require_maps(maps, 8 if count is None else count)
-        _require_target(maps)
+        require_writable(maps)
     elif count is not None:
         raise InputError("--count is the number of images that --maps shows; name a PNG with --maps")
-    _require_target(target, SCORE)
-    with cleanup_on_termination(), exclusive(target):
+    require_writable(target, SCORE)
+    with exclusive(target):
         loaded = load_model(path)
         loaded.require("autoregressive", "a likelihood")
         result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
@@ -199,8 +197,8 @@ def evaluate(
     settings = GatherConfig.layered(asked, where="the settings")
     path, home = model_and_run(model)
     target = out or home / "published.json"
-    _require_target(target, FORMAT)
-    with cleanup_on_termination(), exclusive(target):
+    require_writable(target, FORMAT)
+    with exclusive(target):
         arrays = open_archive(name, "none")
         if arrays is None or not isinstance(arrays[0].get("test"), TokenRows):
             raise InputError(f"no released arrays: {name}_teX.npy is missing; give what their names begin with")
@@ -262,10 +260,10 @@ def features(
     settings = GatherConfig.layered(given(flags), where="the settings")
     target = out.with_suffix(".json")
     require_features_file(out)
-    _require_target(out)
-    _require_target(target, FORMAT)
+    require_writable(out)
+    require_writable(target, FORMAT)
     path, home = model_and_run(model)
-    with cleanup_on_termination(), exclusive(target):
+    with exclusive(target):
         loaded = load_model(path)
         last = loaded.config.n_layer
         if layer is None and path == home / "model":
@@ -294,12 +292,6 @@ def features(
         write_json(target, made)
     _tell_skipped(images, target)
     print(f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}")
-
-
-def _require_target(path: Path, kind: str | None = None) -> None:
-    """Refuse a file that cannot be written before the work for it is done."""
-    file_to_write(path)
-    require_writable(path, kind)
 
 
 def _gathered(model: "ImageGPT", source: str, settings: "GatherConfig", show: Show) -> "Gathered":

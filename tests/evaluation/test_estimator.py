@@ -91,7 +91,9 @@ def test_every_kind_of_image(
 
 def test_which_layer_is_taken(run: Path, digits: TokenDataset, tmp_path: Path) -> None:
     assert ImageGPTFeatures(run).fit(None).layer_ == 1, "the middle one of 0, 1, 2"
-    (run / "probe.json").write_text(json.dumps({"format": "igpt-probe", "best_layer": 2}))
+    probe = {"format": "igpt-probe", "version": 2, "classes": 10, "images": {"train": 9, "validation": 9, "test": 9}}
+    probe |= {"layers": [{"layer": 2, "validation_accuracy": 0.5, "test_accuracy": 0.5}], "best_layer": 2}
+    (run / "probe.json").write_text(json.dumps(probe))
     assert ImageGPTFeatures(run).fit(None).layer_ == 2
     assert ImageGPTFeatures(run, layer=0).fit(None).layer_ == 0
     shape = {"resolution": 8, "n_colors": 17, "n_layer": 6, "n_embd": 8, "n_head": 1}

@@ -84,7 +84,7 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     }
     words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180, **whole}))
     assert "Its learning rate, 0.001, is the best of 2 by validation accuracy." in words
-    assert "trained anew on validation images too, for as many epochs; before that, 89.0\u00a0%." in words
+    assert "trained again, on validation images too, for as many epochs; before that, 89.0\u00a0%." in words
     assert "The modal prediction over 5 masks is right on 91.0\u00a0%." in words
     assert describe_classifier(of()) == ""
 

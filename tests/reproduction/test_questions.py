@@ -11,6 +11,7 @@ import pytest
 
 from igpt.confidence import interval_of_share, packed
 from igpt.errors import InputError
+from igpt.evaluation.results import PROBE, PROBE_VERSION, TEST, TEST_VERSION
 from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_draws, of_images
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION
@@ -36,7 +37,9 @@ class Made:
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(value)
-        self.steps[name] = {"command": [], "ended": "done", "seconds": 1.0, "side_by_side": 1, "machine": {}}
+        machine = {"igpt": "0.1.0", "torch": "2.13.0", "processor": "a processor", "cores": 2, "gpu": None}
+        about = {"command": ["a"], "ended": "done", "seconds": 1.0, "side_by_side": 1}
+        self.steps[name] = {**about, "machine": machine}
         record = {"format": FORMAT, "version": VERSION, "steps": self.steps}
         (self.folder / RECORD).write_text(json.dumps(record))
 
@@ -44,20 +47,22 @@ class Made:
         self, name: str, accuracies: list[float], best: int, images: int = 2000, right: str = "", **more: Any
     ) -> None:
         layers = [
-            {"layer": layer, **row(value, images, f"{right or name}, {layer}")}
+            {"layer": layer, "validation_accuracy": value, **row(value, images, f"{right or name}, {layer}")}
             for layer, value in enumerate(accuracies)
         ]
         counts = dict.fromkeys(("train", "validation", "test"), images)
         config = {"limit": images, "test_images": None, "seed": 0}
         about = {"best_layer": best, "images": counts, "classes": 10, "tokens": "tokens", "config": config}
-        self._record(f"probes/{name}", f"probes/{name}.json", json.dumps({"layers": layers, **about, **more}))
+        whole = {"format": PROBE, "version": PROBE_VERSION, "layers": layers, **about, **more}
+        self._record(f"probes/{name}", f"probes/{name}.json", json.dumps(whole))
 
     def run(self, name: str, losses: dict[int, float]) -> None:
         lines = [json.dumps({"kind": "validation", "step": step, "loss": loss}) for step, loss in losses.items()]
         self._record(f"runs/{name}", f"runs/{name}/metrics.jsonl", "\n".join(lines))
 
     def finetuned(self, name: str, accuracy: float, images: int = 2000, right: str = "") -> None:
-        value = json.dumps({**row(accuracy, images, right or name), "test_images": images, "tokens": "tokens"})
+        about = {"format": TEST, "version": TEST_VERSION, "test_images": images, "tokens": "tokens"}
+        value = json.dumps({**about, **row(accuracy, images, right or name)})
         self._record(f"finetuned/{name}", f"finetuned/{name}/test.json", value)
 
     def answer(self, name: str) -> dict[str, Any]:
@@ -201,8 +206,14 @@ def test_bert(made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: f
 
 
 def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dict[str, Any]:
-    few = [{"test_accuracies": [0.3, 0.301]} for _ in SCALE.few]
-    pixels = {**row(raw, 2000, "raw"), "few_labels": [{"test_accuracies": [raw, raw + 0.001]} for _ in SCALE.few]}
+    few, few_of_pixels = (
+        [
+            {"per_class": labels, "test_accuracies": [share, share + 0.001], "mean": share, "standard_deviation": 0.001}
+            for labels in SCALE.few
+        ]
+        for share in (0.3, raw)
+    )
+    pixels = {**row(raw, 2000, "raw"), "validation_accuracy": raw, "few_labels": few_of_pixels}
     made.probe("main", [0.1, 0.4], 1, few_labels=few, baselines={"raw_pixels": pixels})
     for start, value in (("ar", tuned), ("scratch", scratch)):
         made.finetuned(f"{start}-all", value)

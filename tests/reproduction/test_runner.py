@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -138,7 +139,8 @@ def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
         "from igpt.reproduction.steps import Step;"
         f"run([Step('slow', ('slow', 'pid'))], Path({folder!r}), command, jobs=1, minutes=None, say=print)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    known = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), known])}
     process = subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
         env=environment,
@@ -206,11 +208,12 @@ def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> No
         "from igpt.reproduction.steps import Step;"
         f"run([Step('slow', ('slow', 'pid'))], Path({str(tmp_path)!r}), command, jobs=1, minutes=None, say=print)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    known = os.environ.get("PYTHONPATH", "")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), known])}
     process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment)
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     child = int((tmp_path / "pid").read_text())
-    with pytest.raises(InputError, match="another igpt reproduce works in"):
+    with pytest.raises(InputError, match=rf"is being written by process {process.pid} on {socket.gethostname()}"):
         go([Step("slow", ("slow", "pid"))], tmp_path)
     process.kill()
     process.wait()
@@ -232,5 +235,5 @@ def test_the_record_is_versioned(tmp_path: Path) -> None:
     assert (written["format"], written["version"]) == ("igpt-reproduction-steps", 1)
     written["version"] = 2
     (tmp_path / RECORD).write_text(json.dumps(written))
-    with pytest.raises(InputError, match=r"steps.json has version 2; this igpt reads 1"):
+    with pytest.raises(InputError, match=r"steps.json is not igpt-reproduction-steps of version 1"):
         go([Step("a", ("write", "a"))], tmp_path)

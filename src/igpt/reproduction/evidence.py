@@ -14,12 +14,20 @@ from numpy.typing import NDArray
 
 from igpt.confidence import interval_of_share, paired_difference, unpacked
 from igpt.errors import InputError
-from igpt.files import read_json
+from igpt.evaluation.results import Probe, ProbeSettings, best_row, read_probe, read_test
+from igpt.files import require_schema
+from igpt.report.record import history, read_metrics
 from igpt.reproduction.runner import records
 from igpt.reproduction.scale import Scale
-from igpt.training.metrics import read_metrics
 
 Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
+
+
+class _Probe(Probe):
+    """A probe that answers a question: its images must be known."""
+
+    tokens: str
+    config: ProbeSettings
 
 
 class NotDone(Exception):  # noqa: N818  it is no error
@@ -62,7 +70,7 @@ def of_images(value: float, count: int) -> Share:
 def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
     """The test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
-    images = (probe["tokens"], config["test_images"] or config["limit"], config["seed"])
+    images = (probe["tokens"], config.get("test_images") or config.get("limit"), config.get("seed"))
     return replace(of_images(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images)
 
 
@@ -70,11 +78,11 @@ def of_test(test: Mapping[str, Any]) -> Share:
     """The accuracy in a test.json."""
     count = test["test_images"]
     share = of_images(test["test_accuracy"], count)
-    return replace(share, right=_right(test, count, "fine-tuning"), images=(test["tokens"], count))
+    return replace(share, right=_right(test, count, "fine-tuning"), images=(test.get("tokens"), count))
 
 
 def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
-    if "test_right" not in result:
+    if result.get("test_right") is None:
         raise InputError(
             f"a {kind} here was made by an earlier igpt and does not say what was right; choose another -o"
         )
@@ -156,31 +164,78 @@ class Results:
             raise NotDone(name)
 
     def probe(self, name: str) -> dict[str, Any]:
-        """A probe.json."""
+        """Return what a step's probe.json holds.
+
+        Raises:
+            InputError: it does not hold all that answers need.
+        """
         self.require(f"probes/{name}")
-        return read_json(self.folder / "probes" / f"{name}.json", "probe")
+        path = self.folder / "probes" / f"{name}.json"
+        found = read_probe(path)
+        if "skipped" in found:
+            raise InputError(f"{path} holds no probe ({found['skipped']}); choose another -o")
+        require_schema(found, _Probe, path)
+        return found
 
     def best(self, probe: Mapping[str, Any]) -> Share:
-        """The test accuracy of the layer that validation has chosen."""
-        return of_row(next(row for row in probe["layers"] if row["layer"] == probe["best_layer"]), probe)
+        """Return the test accuracy of the layer that validation has chosen."""
+        return of_row(best_row(probe), probe)
+
+    def few(self, name: str) -> tuple[list[Share], list[Share]]:
+        """Return the accuracies with few labels, of the best layer and of raw pixels.
+
+        Raises:
+            InputError: a probe does not hold them.
+        """
+        probe = self.probe(name)
+        count = probe["images"]["test"]
+        pixels = (probe.get("baselines") or {}).get("raw_pixels") or {}
+        found = [one.get("few_labels") or () for one in (probe, pixels)]
+        for each in found:
+            if [one["per_class"] for one in each] != list(self.scale.few):
+                path = self.folder / "probes" / f"{name}.json"
+                raise InputError(f"{path}: few_labels are not of {self.scale.few} labels a class; choose another -o")
+        layer, raw = ([of_draws(one["test_accuracies"], count) for one in each] for each in found)
+        return layer, raw
+
+    def raw_pixels(self, name: str) -> Share:
+        """Return the test accuracy of raw pixels.
+
+        Raises:
+            InputError: a probe does not hold it.
+        """
+        probe = self.probe(name)
+        row = (probe.get("baselines") or {}).get("raw_pixels")
+        if not row:
+            raise InputError(f"{self.folder / 'probes' / name}.json: raw_pixels are missing; choose another -o")
+        return of_row(row, probe)
 
     def losses(self, run: str) -> dict[int, float]:
-        """Validation loss by update."""
+        """Return the validation loss by update.
+
+        Raises:
+            InputError: a snapshot has none.
+        """
         self.require(f"runs/{run}")
-        lines = read_metrics(self.folder / "runs" / run / "metrics.jsonl")
-        return {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
+        path = self.folder / "runs" / run / "metrics.jsonl"
+        found = {line["step"]: line["loss"] for line in history(read_metrics(path)[0], "validation")}
+        if missing := [step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))]:
+            raise InputError(f"{path}: the validation loss of update {missing[0]} is missing")
+        return found
 
     def finetuned(self, start: str, labels: str | int) -> Share:
-        """Test accuracy after fine-tuning; over all draws where there are several."""
+        """Return the test accuracy after fine-tuning; over all draws where there are several."""
         names = (
             [f"{start}-all"] if labels == "all" else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
         )
         for name in names:
             self.require(f"finetuned/{name}")
-        found = [read_json(self.folder / "finetuned" / name / "test.json", "result") for name in names]
-        shares = [of_test(one) for one in found]
+        paths = [self.folder / "finetuned" / name / "test.json" for name in names]
+        shares = [of_test(read_test(path)) for path in paths]
         if labels == "all":
             return shares[0]
+        if other := [path for path, share in zip(paths, shares, strict=True) if share.images != shares[0].images]:
+            raise InputError(f"{other[0]} is of other test images than {paths[0]}; choose another -o")
         right = np.stack([share.right for share in shares if share.right is not None])
         together = of_draws([share.value for share in shares], right.shape[1])
         return replace(together, right=right, images=(*shares[0].images, labels))

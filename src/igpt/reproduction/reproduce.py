@@ -1,6 +1,6 @@
 """One call that runs what is missing of a reproduction and writes its page."""
 
-import math
+import reprlib
 import time
 from functools import partial
 from pathlib import Path
@@ -14,17 +14,20 @@ from igpt.data.tokens import TokenDataset
 from igpt.environment import describe
 from igpt.errors import InputError, suggest
 from igpt.evaluation.probe import draw_images
-from igpt.files import write_json
+from igpt.evaluation.results import Count, Number, Positive
+from igpt.files import Stored, require_schema, write_json
+from igpt.locks import exclusive_folder
+from igpt.report.record import read_metrics
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import NotDone, Results, question
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import Command, StepsFailed, records, run
 from igpt.reproduction.scale import Scale
 from igpt.reproduction.steps import LABELLED, steps
-from igpt.training.metrics import read_metrics
 
 FORMAT, VERSION = "igpt-reproduction", 1
 EVIDENCE, NOTES = "evidence.json", "notes.yaml"
+_LONGEST, _MOST_JOBS = 1_000_000, 1024  # minutes; steps side by side
 
 
 def reproduce(
@@ -56,11 +59,25 @@ def reproduce(
         InputError: steps failed, `out` holds another reproduction, or the labelled images have too few labels.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    console = Console(highlight=False)
-    if minutes is not None and not 0 < minutes < math.inf:
-        raise InputError(f"--minutes is more than 0, not {minutes:g}")
-    if jobs is not None and jobs < 1:
-        raise InputError(f"--jobs is at least 1, not {jobs}")
+    if minutes is not None and not 0 < minutes <= _LONGEST:
+        raise InputError(f"--minutes is more than 0 and at most {_LONGEST:,}, not {minutes:g}")
+    if jobs is not None and not 1 <= jobs <= _MOST_JOBS:
+        raise InputError(f"--jobs is 1 to {_MOST_JOBS}, not {jobs}")
+    with exclusive_folder(out):
+        return _reproduce(out, scale, corpus, labelled, command, minutes, jobs, tokens_only)
+
+
+def _reproduce(
+    out: Path,
+    scale: Scale,
+    corpus: str,
+    labelled: str,
+    command: Command,
+    minutes: float | None,
+    jobs: int | None,
+    tokens_only: bool,
+) -> bool:
+    console = Console(highlight=False, markup=False, emoji=False)
     planned = steps(scale, corpus, labelled)
     tokens = [step for step in planned if step.name.startswith("tokens/")]
     _notes(out)  # a mistake in them is told before the work
@@ -120,9 +137,11 @@ def _notes(folder: Path) -> dict[str, Any]:
     path = folder / NOTES
     notes = read_settings(path) if path.exists() else {}
     known = [name for name, *_ in QUESTIONS]
-    for name in notes:
+    for name, note in notes.items():
         if name not in known:
-            raise InputError(f"{path}: there is no question {name!r}; {suggest(name, known)}")
+            raise InputError(f"{path}: there is no question {name!r}; {suggest(str(name), known)}")
+        if not isinstance(note, str):
+            raise InputError(f"{path}: {name} = {reprlib.repr(note)}: a note is text; put it into quotes")
     return notes
 
 
@@ -136,6 +155,31 @@ def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
     few_of_each(splits["train"].labels, max(scale.few), (0,))
 
 
+class _Start(Stored):
+    places: Positive
+    parameters: Positive
+    train_images: Count
+    unigram_loss: Number
+
+
+class _Machine(Stored):
+    flops_per_image: Number
+
+
+class _End(Stored):
+    step: Count
+    seconds: Number
+    best: Number
+
+
+class _Lines(Stored):
+    """The lines of `metrics.jsonl` that a table of models has, by kind."""
+
+    start: _Start
+    machine: _Machine
+    end: _End
+
+
 def _models(results: Results) -> list[dict[str, Any]]:
     """What was pretrained, at what cost."""
     scale, found = results.scale, []
@@ -143,8 +187,9 @@ def _models(results: Results) -> list[dict[str, Any]]:
     for name in names:
         if not results.has(f"runs/{name}"):
             continue
-        lines = read_metrics(results.folder / "runs" / name / "metrics.jsonl")
-        kinds = {line["kind"]: line for line in lines}
+        path = results.folder / "runs" / name / "metrics.jsonl"
+        kinds = {line["kind"]: line for line in read_metrics(path)[0]}
+        require_schema(kinds, _Lines, path)
         start, end, machine = kinds["start"], kinds["end"], kinds["machine"]
         size = scale.main if name == "bert" else scale.resolution_size if name.startswith("at-") else name
         images = end["step"] * int(str(scale.recipe["batch-size"]))

@@ -19,17 +19,20 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
+from pydantic import Field
 
 from igpt.data.tokens import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError, Interrupted
-from igpt.files import read_json, write_json
+from igpt.evaluation.results import Count, Positive
+from igpt.files import Stored, read_json, require_schema, write_json
+from igpt.locks import exclusive_folder
 from igpt.reproduction.steps import Step
 
-RECORD, LOGS, LOCK = "steps.json", "logs", ".lock"
+RECORD, LOGS = "steps.json", "logs"
 _IMPORTED = ["igpt.cli", "igpt.training.pretrain", "igpt.training.finetune", "igpt.evaluation.probe", "igpt.pictures"]
 FORMAT, VERSION = "igpt-reproduction-steps", 1
 _REFUSED = 2  # exit code of a mistake
@@ -77,25 +80,51 @@ def run(
         InputError: the folder holds results of other commands, or another process works in it.
         Interrupted: on Ctrl-C or SIGTERM, when the steps that ran have been stopped.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(folder / LOCK, blocking=False), _signals() as stop:
-            return _Runner(steps, folder, command, places or {}, jobs, say, stop).run(minutes)
-    except Timeout:
-        raise InputError(f"another igpt reproduce works in {folder}; wait for it, or choose another -o") from None
+    with exclusive_folder(folder), _signals() as stop:
+        return _Runner(steps, folder, command, places or {}, jobs, say, stop).run(minutes)
+
+
+class _Machine(Stored):
+    """The machine that a step ran on; all else in it is shown as it is."""
+
+    igpt: str
+    torch: str
+    processor: str
+    cores: Count | None
+    gpu: str | None
+
+    __pydantic_extra__: dict[str, str | int | float | None] = Field(init=False)
+
+
+class _Record(Stored):
+    """What is recorded of a step that ran."""
+
+    command: Annotated[list[str], Field(min_length=1)]
+    ended: Literal["done", "skipped", "stopped", "failed"]
+    seconds: Annotated[float, Field(ge=0, le=1e12)]
+    side_by_side: Positive
+    machine: _Machine
+
+
+class _Steps(Stored):
+    """`steps.json`."""
+
+    steps: dict[str, _Record]
 
 
 def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """By name, what is recorded of the steps that ran.
+    """Return what is recorded of the steps that ran, by name.
 
     Raises:
         InputError: the record is damaged, or of another version.
     """
-    if not (folder / RECORD).exists():
+    path = folder / RECORD
+    if not path.exists():
         return {}
-    found = read_json(folder / RECORD, "reproduction")
+    found = read_json(path, "reproduction")
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise InputError(f"{folder / RECORD} has version {found.get('version')}; this igpt reads {VERSION}")
+        raise InputError(f"{path} is not {FORMAT} of version {VERSION}, which this igpt reads; choose another -o")
+    require_schema(found, _Steps, path)
     return dict(found["steps"])
 
 
@@ -207,7 +236,7 @@ class _Runner:
         if words[0] == "prepare":
             words[1] = str(self.places.get(words[1], words[1]))
         words += ["--resume"] if step.run and (self.folder / step.name / "config.yaml").exists() else []
-        (self.folder / LOGS).mkdir(exist_ok=True)
+        (self.folder / LOGS).mkdir(exist_ok=True, parents=True)
         context = get_context("forkserver")
         ready, begun = context.Pipe(duplex=False)
         process = context.Process(

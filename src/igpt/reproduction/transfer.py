@@ -9,8 +9,6 @@ from igpt.reproduction.evidence import (
     Share,
     clearly,
     difference,
-    of_draws,
-    of_row,
     points,
     question,
     series,
@@ -69,18 +67,14 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
 def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
     """Fine-tuning beside the probe, training from scratch and raw pixels, with all labels and few."""
     scale, probe = results.scale, results.probe("main")
-    raw = probe["baselines"]["raw_pixels"]
-    count = probe["images"]["test"]
-    found: dict[str, list[Share]] = {"fine-tuned": [], "linear probe": [], "from scratch": [], "raw pixels": []}
-    for position, few in enumerate(scale.few):
-        found["fine-tuned"].append(results.finetuned("ar", few))
-        found["from scratch"].append(results.finetuned("scratch", few))
-        found["linear probe"].append(of_draws(probe["few_labels"][position]["test_accuracies"], count))
-        found["raw pixels"].append(of_draws(raw["few_labels"][position]["test_accuracies"], count))
-    found["fine-tuned"].append(results.finetuned("ar", "all"))
-    found["from scratch"].append(results.finetuned("scratch", "all"))
-    found["linear probe"].append(results.best(probe))
-    found["raw pixels"].append(of_row(raw, probe))
+    layer, raw = results.few("main")
+    labels_of_all: list[str | int] = [*scale.few, "all"]
+    found: dict[str, list[Share]] = {
+        "fine-tuned": [results.finetuned("ar", labels) for labels in labels_of_all],
+        "linear probe": [*layer, results.best(probe)],
+        "from scratch": [results.finetuned("scratch", labels) for labels in labels_of_all],
+        "raw pixels": [*raw, results.raw_pixels("main")],
+    }
     categories = [*(f"{few} a class" for few in scale.few), "all"]
     said, wins, losses = [], 0, 0
     for position, labels in enumerate(categories):
