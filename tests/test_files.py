@@ -13,6 +13,8 @@ from igpt.files import (
     Stored,
     atomic_file,
     atomic_folder,
+    expanded,
+    folder_to_read,
     read_json,
     recover_folder,
     require_folder_name,
@@ -293,3 +295,19 @@ def test_nesting_of_repeated_parts_is_looked_at_once() -> None:
     value.append(value)
     with pytest.raises(InputError, match="settings is nested too deeply"):
         require_shallow(value, "settings")
+
+
+def test_a_link_to_itself_is_refused_wherever_a_path_is_read_or_written(tmp_path: Path) -> None:
+    link = tmp_path / "link.json"
+    link.symlink_to(link)
+    for use in (lambda: write_json(link, {}), lambda: folder_to_read(link), lambda: recover_folder(link)):
+        with pytest.raises(InputError, match="leads back to itself"):
+            use()
+    assert link.is_symlink()
+    assert folder_to_read(Path("/")) == Path("/")
+
+
+def test_the_home_folder_of_an_unknown_user_is_refused() -> None:
+    assert expanded("~/x") == Path.home() / "x"
+    with pytest.raises(InputError, match="no such user"):
+        expanded("~nobody-of-this-name/x")

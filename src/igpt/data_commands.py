@@ -126,9 +126,9 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
     from igpt.data.inspection import inspect as run
     from igpt.data.inspection import sheet
     from igpt.data.tokens import TokenDataset
-    from igpt.files import write_json
+    from igpt.files import resolved, write_json
 
-    target = out or tokens.resolve().with_name(tokens.resolve().name + ".png")
+    target = out or resolved(tokens).with_name(resolved(tokens).name + ".png")
     require_png(target)
     data = TokenDataset(tokens)
     with progress_bar() as show:

@@ -56,6 +56,30 @@ def require_regular(path: Path) -> None:
             raise InputError(f"{path} is {kind}; a regular file is needed")
 
 
+def resolved(path: Path) -> Path:
+    """Return the absolute path that a path means once all symbolic links are followed.
+
+    Raises:
+        InputError: links lead back to themselves.
+    """
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # RuntimeError: Python 3.11 and 3.12
+        raise InputError(f"{path} is a symbolic link that leads back to itself") from None
+
+
+def expanded(name: str | Path) -> Path:
+    """Return the path that a name means, `~` and `~user` replaced by home folders.
+
+    Raises:
+        InputError: there is no such user.
+    """
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:
+        raise InputError(f"{name}: there is no such user's home folder") from None
+
+
 def require_folder_name(path: Path) -> None:
     """Refuse `/`, `.`, `..` and the empty name as the name of a folder to make.
 
@@ -72,7 +96,7 @@ def file_to_write(path: Path) -> Path:
     Raises:
         InputError: `path` is a folder, a FIFO, a socket or a device.
     """
-    target = path.resolve() if path.is_symlink() else path
+    target = resolved(path) if path.is_symlink() else path
     if target.is_dir() or not target.name:
         raise InputError(f"{path} is a folder; the name of a file to write is needed")
     require_regular(target)
@@ -108,7 +132,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: `path` is a file.
     """
-    path = path.resolve()  # of a link, the folder it names is replaced
+    path = resolved(path)  # of a link, the folder it names is replaced
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a folder is to be written there")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -143,7 +167,7 @@ def _settle_exchange(path: Path) -> None:
 
 def recover_folder(path: Path) -> None:
     """Finishes or undoes an exchange of folders that `atomic_folder` had begun, and clears what it left behind."""
-    path = path.resolve()
+    path = resolved(path)
     _settle_exchange(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         shutil.rmtree(left, ignore_errors=True)
@@ -151,8 +175,11 @@ def recover_folder(path: Path) -> None:
 
 def folder_to_read(path: Path) -> Path:
     """`path`, or the folder that stands for it while an exchange is under way or was cut off; nothing is changed."""
-    old = _old(path.resolve())
-    return old if old.exists() and not path.exists() else path
+    target = resolved(path)
+    if path.exists() or not target.name:
+        return path
+    old = _old(target)
+    return old if old.exists() else path
 
 
 def write_json(path: Path, value: Any) -> None:

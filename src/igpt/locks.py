@@ -20,6 +20,7 @@ from threading import Event, Thread
 from typing import Any
 
 from igpt.errors import InputError
+from igpt.files import resolved
 
 _TOUCHED_EVERY = 30.0  # seconds
 _STALE_AFTER = 300.0
@@ -36,7 +37,7 @@ def exclusive(path: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it; its host, process id and command are named.
     """
-    target = path.resolve()
+    target = resolved(path)
     with _holding(path, target.with_name(f".{target.name}.lock")):
         yield
 
@@ -48,7 +49,7 @@ def exclusive_folder(folder: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds it; its host, process id and command are named.
     """
-    with _holding(folder, folder.resolve() / ".lock"):
+    with _holding(folder, resolved(folder) / ".lock"):
         yield
 
 

@@ -107,10 +107,12 @@ def refused_in_one_line(act: Callable[[], object], name: str, what: str) -> bool
     try:
         act()
     except InputError as error:
-        assert "\n" not in str(error), what
-        assert name in str(error), (what, str(error))
-        return True
-    return False
+        said = str(error)
+    else:
+        return False
+    assert "\n" not in said, what
+    assert name in said, (what, said)
+    return True
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pydantic import Field
 
 from igpt.data.arrays import map_array
 from igpt.errors import InputError
-from igpt.files import Stored, atomic_file, read_json, require_schema
+from igpt.files import Stored, atomic_file, expanded, read_json, require_schema
 from igpt.hub import download
 
 Floats = NDArray[np.float64]
@@ -220,7 +220,7 @@ def _centers_in_array(path: Path) -> NDArray[Any]:
 
 
 def _locate(name: str | Path) -> Path:
-    path, given = Path(name).expanduser(), str(name)
+    path, given = expanded(name), str(name)
     is_path = given.count("/") != 1 or given.startswith(("/", ".", "~")) or given.endswith((".npy", ".npz", ".json"))
     if is_path or path.exists():
         return path

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from igpt.data.palette import Palette
 from igpt.errors import InputError
-from igpt.files import Stored, atomic_folder, folder_to_read, read_json, require_regular, require_schema
+from igpt.files import Stored, atomic_folder, expanded, folder_to_read, read_json, require_regular, require_schema
 from igpt.hub import download
 from igpt.model.configuration import VERSION, HubConfig, ModelConfig, Shape
 
@@ -92,7 +92,7 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
     Raises:
         InputError: `path` holds something else than a model.
     """
-    path = path.expanduser()
+    path = expanded(path)
     if path.is_dir() and any(path.iterdir()) and not (path / "model.safetensors").exists():
         raise InputError(f"{path} holds something else than a model; give a new folder, or empty that one")
     resolution = directory.config.resolution
@@ -169,7 +169,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def _locate(name: str | Path) -> Path:
     """Return the folder of a model; of one on the Hub, weights are downloaded only when its config.json fits."""
-    path = folder_to_read(Path(name).expanduser())
+    path = folder_to_read(expanded(name))
     if path.is_dir():
         return path
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:
