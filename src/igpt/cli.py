@@ -257,14 +257,11 @@ def import_openai(
         clusters: kmeans_centers.npy, the palette.
         objective: what the checkpoint was trained as.
     """
-    from igpt.files import require_folder_name
     from igpt.locks import exclusive
     from igpt.model.openai import load_openai
 
-    require_folder_name(out)
     if out.exists():
         raise InputError(f"{out} exists already; remove it or choose another -o")
-    require_writable(out)
     loaded = load_openai(prefix, clusters, objective=objective)
     with exclusive(out):
         if out.exists():

@@ -534,7 +534,7 @@ def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tm
         ((checkpoint, "-o", "model", "--clusters", "wide.npy"), "wide.npy is not a palette"),
         ((checkpoint, "-o", "/"), "cannot be the output"),
         ((checkpoint, "-o", ".."), "cannot be the output"),
-        ((checkpoint, "-o", "file"), "file exists already"),
+        ((checkpoint, "-o", "file"), "file is a file; a folder is to be written there"),
         ((checkpoint, "-o", "file/model"), "file"),
         ((f"{checkpoint}.index", "-o", "model"), "give the path without endings"),
         (("nowhere", "-o", "model"), "no checkpoint: nowhere.index is missing"),

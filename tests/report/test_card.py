@@ -184,7 +184,7 @@ def test_it_says_which_transformers_computes_the_model(short_run: Path, heads: i
     assert said in card
     for wrong in (None, 0, "2", True):
         (run / "model" / "config.json").write_text(json.dumps({**config, "n_head": wrong}))
-        with pytest.raises(InputError, match=rf"config\.json has n_head = {wrong!r}; a positive number is needed"):
+        with pytest.raises(InputError, match=rf"config\.json.* n_head = {wrong!r}"):
             write_card(run, NAME)
     assert ("**transformers 5.21 or later is needed.** Versions 4.57 to 5.20 divide" in card) == (heads != 2)
 
