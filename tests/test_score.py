@@ -165,7 +165,7 @@ def test_bad_images_are_told(igpt: Run, run: Path, photographs: Path, tmp_path: 
     assert not (run / "score.json").exists()
     done = igpt("score", run, folder, "--max-bad", 0.1, "-o", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
-    assert "1 images did not decode and are listed in" in done.stdout
+    assert f"left out: images that do not decode: 1 (first: {folder / '04.png'}: " in done.stdout
     assert [str(folder / "04.png") in line for line in read(tmp_path / "s.json")["skipped"]] == [True]
     lines = (tmp_path / "s.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:4]] == ["0", "1", "3"], "rows keep their numbers"

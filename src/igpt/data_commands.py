@@ -1,15 +1,18 @@
 """The commands that make and look at data: palette, prepare, inspect."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
 from igpt.command_line import MaybeOut, OutFolder, file_settings, given, progress_bar
 from igpt.errors import InputError
+
+if TYPE_CHECKING:
+    from igpt.data.left_out import LeftOut
 
 _CLASSES_SHOWN = 20
 
@@ -23,8 +26,9 @@ def palette(source: Positional[str], flags: Any, out: MaybeOut = None, config: P
             picture in a .png beside it.
         config: settings in YAML or JSON; flags override them.
     """
-    from igpt.data.fit import PaletteConfig, given_palette, settle_palette
+    from igpt.data.fit import PaletteConfig, given_palette, palette_notes, settle_palette
     from igpt.data.grids import save_png
+    from igpt.data.left_out import BAD
     from igpt.data.sources import open_source
     from igpt.environment import describe
     from igpt.files import write_json
@@ -33,20 +37,39 @@ def palette(source: Positional[str], flags: Any, out: MaybeOut = None, config: P
     if out.suffix != ".npy":
         raise InputError(f"a palette is written as .npy, not as {out.name}")
     settings = PaletteConfig.layered(file_settings(config), given(flags), where="the settings")
-    train = open_source(source, settings)[0]["train"]
-    result, quality, picture = settle_palette(source, train, settings, given_palette(source, train, settings))
+    opened = open_source(source, settings)
+    train, left_out, allowance = opened.splits["train"], opened.left_out, opened.allowance(settings.max_bad)
+    allowance.require(source, left_out)
+    chosen = given_palette(source, train, settings)
+    settled = settle_palette(source, train, settings, chosen)
+    result, quality, picture = settled.palette, settled.quality, settled.picture
+    if settled.bad:
+        allowance.require_decoded(settled.bad, settled.read)
+        left_out.add(BAD, settled.bad[0], count=len(settled.bad), possible_images=True)
+    warnings = palette_notes(chosen, train, settings)
     result.save(out)
     report = {
         "source": source,
         "config": settings.model_dump(mode="json"),
         "fingerprint": result.fingerprint,
         **quality,
+        "left_out": left_out.to_json(),
+        "warnings": warnings,
     }
     write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
     if picture:
         save_png(picture, out.with_suffix(".png"))
     shown = f"; {out.with_suffix('.png')} shows originals above what it makes of them" if picture else ""
     print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
+    print_left_out(left_out, warnings, out.with_suffix(".json"))
+
+
+def print_left_out(left_out: "LeftOut", warnings: Sequence[str], where: Path) -> None:
+    """Print what was left out of a source, in one line, and each warning in one."""
+    if left_out:
+        print(f"left out: {left_out.text()}{left_out.advice()}; {where} lists it")
+    for warning in warnings:
+        print(f"warning: {warning}")
 
 
 def _fidelity(quality: Mapping[str, Any]) -> str:
@@ -77,9 +100,11 @@ def prepare(
         shard: i/n makes the i-th of n parts only, OUT.i-of-n, for n machines.
         merge: check the parts of OUT and join them.
     """
+    from igpt.data.left_out import left_out_of
     from igpt.data.parts import merge as join
-    from igpt.data.prepare import PrepareConfig, prepare_part
+    from igpt.data.prepare import PLAN, PrepareConfig, prepare_part
     from igpt.data.prepare import prepare as run
+    from igpt.files import read_json
 
     if merge and shard:
         raise InputError("--shard makes a part and --merge joins all; give one of them")
@@ -95,6 +120,8 @@ def prepare(
                 source, out, settings, _part(shard), workers=count, progress=partial(show, "tokenising")
             )
             print(f"{part}: shard {shard}; when all are there, igpt prepare --merge -o {out} joins them")
+            plan = read_json(part / PLAN, "part of a token data set")
+            print_left_out(left_out_of(plan, str(part / PLAN)), plan.get("warnings", []), part / PLAN)
             return
         else:
             result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
@@ -103,9 +130,7 @@ def prepare(
     classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
     kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
     print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
-    if made["skipped"]:
-        print(f"{len(made['skipped'])} images did not decode and are listed in {out}/dataset.json, the first: ", end="")
-        print(made["skipped"][0])
+    print_left_out(left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json")
 
 
 def _part(shard: str) -> tuple[int, int]:
@@ -141,6 +166,7 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
 
 
 def _told(found: Mapping[str, Any]) -> Iterator[str]:
+    from igpt.data.left_out import LeftOut
     from igpt.data.prepare import PrepareConfig
 
     made, splits = found["made"], found["splits"]
@@ -164,8 +190,11 @@ def _told(found: Mapping[str, Any]) -> Iterator[str]:
             counts = list(splits["train"]["per_class"].values())
             more = len(classes) - _CLASSES_SHOWN
             yield f"  ... and {more} more; training images of a class: {min(counts)} to {max(counts)}"
-    if made["skipped"]:
-        yield f"{len(made['skipped'])} images did not decode, the first: {made['skipped'][0]}"
+    left_out = LeftOut.from_json(found["left_out"], found["path"])
+    if left_out:
+        yield f"left out: {left_out.text()}"
+    for warning in made.get("warnings", []):
+        yield f"warning: {warning}"
 
 
 def _usage(share: list[float]) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from igpt.command_line import load_model, passing_folder, progress_bar
+from igpt.data.left_out import left_out_of
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources import DIGITS
 from igpt.data.tokens import TokenDataset
@@ -115,6 +116,9 @@ def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) ->
             prepare(source, path, config, workers=os.cpu_count() or 1, progress=partial(show, "tokenising"))
     data = TokenDataset(path)
     _require_source(data, source)
+    left_out = left_out_of(data.manifest["made"], str(path))
+    if left_out:
+        console.print(f"   left out: {left_out.text()}{left_out.advice()}", markup=False, soft_wrap=True)
     console.print(f"   {data.resolution} px, {len(data.palette)} colours, {data.resolution**2} pixels an image")
     return data
 

@@ -344,5 +344,6 @@ def _likelihood(result: Mapping[str, Any]) -> str:
 
 
 def _tell_skipped(images: "Gathered", target: Path) -> None:
-    if images.skipped:
-        print(f"{len(images.skipped)} images did not decode and are listed in {target}, the first: {images.skipped[0]}")
+    from igpt.data_commands import print_left_out
+
+    print_left_out(images.left_out, images.notes, target)

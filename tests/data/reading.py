@@ -38,7 +38,7 @@ def labels(split: Split) -> list[int]:
 
 def whole(source: Path | str, **settings: str) -> tuple[list[tuple[Any, int]], list[str] | None]:
     """All that the reader of the training images finds, held-out ones too; and the class names."""
-    splits, names = open_source(str(source), SourceConfig(**settings))
+    splits, names, *_ = open_source(str(source), SourceConfig(**settings))
     reader = splits["train"].reader
     return list(reader.read(np.arange(len(reader)))), names
 

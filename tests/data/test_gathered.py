@@ -135,7 +135,7 @@ def test_nothing_is_held_out_of_the_digits(digits: TokenDataset) -> None:
     found = gather_images("digits", digits.palette, 8, ALL)
     assert (found.split, len(found)) == ("all", 1797)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "these images"}
-    splits, _ = open_source("digits", SourceConfig())
+    splits, *_ = open_source("digits", SourceConfig())
     held = splits["test"].indices
     np.testing.assert_array_equal(found.tokens.rows(held), digits["test"].rows(np.arange(180)))
     np.testing.assert_array_equal(found.tokens.labels_of(held), digits["test"].labels)

@@ -102,7 +102,7 @@ def read(reader, rows):
 rows = json.loads(sys.argv[1])
 for source, settings in json.loads(sys.argv[2]):
     try:
-        splits, names = open_source(source, SourceConfig(**settings))
+        splits, names, *_ = open_source(source, SourceConfig(**settings))
         found = {"names": names, "counts": [len(split) for split in splits.values()]}
         train = splits["train"].reader
         if rows:

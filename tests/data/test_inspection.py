@@ -120,7 +120,7 @@ def test_by_command(igpt: Run, small: Path, tmp_path: Path):
         "train: 5 images, 1 without a label",
         "  dog: 3, 1, 0",
         "3 of 4 colours occur in training, the commonest in 55.0% of the pixels",
-        "1 images did not decode, the first: train row 9: empty",
+        "left out: images that do not decode: 1 (first: train row 9: empty)",
     ):
         assert line in done.stdout
     assert Image.open(tmp_path / "small.png").size[1] == 2 * 66 + 2

@@ -95,7 +95,7 @@ def test_labels_that_disagree_between_splits(write_parquet: Write, columns: dict
     assert counts(open_source(str(folder), SourceConfig(label_column="number"))[0]) == [18, 2, 20]
     # Fewer classes are no disagreement.
     folder = splits_of(write_parquet, columns, columns | {"word": ["kind 1"] * 20})
-    splits, names = open_source(str(folder), SourceConfig(label_column="word"))
+    splits, names, *_ = open_source(str(folder), SourceConfig(label_column="word"))
     assert names == ["kind 0", "kind 1", "kind 2"]
     assert labels(splits["test"]) == [1] * 20
 

@@ -23,7 +23,7 @@ Write = Callable[..., Path]
 
 
 def test_digits():
-    splits, names = open_source("digits")
+    splits, names, *_ = open_source("digits")
     assert counts(splits) == [1437, 180, 180]
     assert names == list("0123456789")
     image, _ = next(splits["train"].read(np.array([0])))
@@ -33,7 +33,7 @@ def test_digits():
 
 
 def test_existing_splits_are_kept(three_splits: Path):
-    splits, _ = open_source(str(three_splits))
+    splits, *_ = open_source(str(three_splits))
     assert counts(splits) == [600, 100, 300]
     for split in splits.values():
         np.testing.assert_array_equal(split.indices, np.arange(len(split)))
@@ -53,9 +53,9 @@ def test_splits_are_drawn_by_seed_disjoint_and_complete():
 
 def test_the_share_of_imagenet_is_held_out():
     """4 % for validation (paper, section 3.1), and as many where there is no test split."""
-    splits, _ = open_source("digits", SourceConfig(held_out=0.04))
+    splits, *_ = open_source("digits", SourceConfig(held_out=0.04))
     assert counts(splits) == [1797 - 2 * 72, 72, 72]
-    again, _ = open_source("digits", SourceConfig(held_out=0.04))
+    again, *_ = open_source("digits", SourceConfig(held_out=0.04))
     for name, split in splits.items():
         assert (np.diff(split.indices) > 0).all()
         np.testing.assert_array_equal(split.indices, again[name].indices)
@@ -128,7 +128,7 @@ def read(split: Split) -> dict[int, int]:
 
 
 def test_the_validation_split_may_be_the_test_split(imagenet: str):
-    splits, names = open_source(imagenet, SourceConfig(test_split="validation", held_out=0.04))
+    splits, names, *_ = open_source(imagenet, SourceConfig(test_split="validation", held_out=0.04))
     assert counts(splits) == [48, 2, 20]
     assert names == ["a", "b"]
     assert read(splits["test"]) == {number: number % 2 for number in range(50, 70)}
@@ -138,13 +138,13 @@ def test_the_validation_split_may_be_the_test_split(imagenet: str):
 
 
 def test_splits_by_their_own_names(imagenet: str):
-    splits, _ = open_source(imagenet)
+    splits, *_ = open_source(imagenet)
     assert counts(splits) == [45, 20, 5]
     assert read(splits["validation"]).keys() == set(range(50, 70))
-    splits, _ = open_source(imagenet, SourceConfig(train_split="unlabeled", label_column="none"))
+    splits, *_ = open_source(imagenet, SourceConfig(train_split="unlabeled", label_column="none"))
     assert counts(splits) == [27, 20, 3]
     assert read(splits["train"]) | read(splits["test"]) == dict.fromkeys(range(70, 100), -1)
-    splits, _ = open_source(
+    splits, *_ = open_source(
         imagenet, SourceConfig(train_split="validation", validation_split="train", label_column="none")
     )
     assert counts(splits) == [18, 50, 2]
@@ -169,13 +169,13 @@ def test_splits_that_are_not_there(imagenet: str):
         ("nowhere", {}, "no folder or file"),
         ("", {}, "is an empty folder; there are no images in it"),
         ("", {"sub/sub/": None}, "is an empty folder; there are no images in it"),
-        ("", {"a.txt": "x"}, "has no image column"),
+        ("", {"a.txt": "x"}, "holds no images that can be read, but files ending in .txt: 1 (first: a.txt)"),
         ("a.csv", {"a.csv": "x"}, "is a .csv file; give a folder of images or a .parquet, .arrow or .tar"),
         ("a", {"a": "x"}, "is a nameless file; give a folder of images or a .parquet, .arrow or .tar"),
-        ("a.tar.gz", {"a.tar.gz": "x"}, "is a .gz file; give a folder of images or a .parquet, .arrow or .tar"),
+        ("a.tar.gz", {"a.tar.gz": "x"}, "is none of the archives that are read as they are; unpack a.tar.gz first"),
         ("a.tar", {"a.tar": "x"}, "is not readable as an uncompressed tar"),
         ("a.parquet", {"a.parquet": "x"}, "is not readable as Parquet"),
-        ("a.arrow", {"a.arrow": "x"}, "its files are not readable as images"),
+        ("a.arrow", {"a.arrow": "x"}, "a.arrow is not readable as Arrow"),
         ("a[1]", {"a[1]/a.parquet": "x"}, "rename it"),
     ],
 )

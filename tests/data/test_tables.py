@@ -28,7 +28,7 @@ Picture = Callable[..., bytes]
 def test_cifar10(image_sets: ImageSets):
     """The columns `img` and `label` are found by their types."""
     train, test = (50000, 10000) if image_sets.real else (200, 1000)
-    splits, names = open_source(str(image_sets.cifar10))
+    splits, names, *_ = open_source(str(image_sets.cifar10))
     assert counts(splits) == [train * 9 // 10, train // 10, test]
     assert names == CIFAR10_CLASSES
     assert np.bincount(labels(splits["test"])).tolist() == [test // 10] * 10
@@ -42,7 +42,7 @@ def test_cifar10(image_sets: ImageSets):
 def test_tiny_imagenet_in_two_shards(image_sets: ImageSets):
     """A training split alone: validation and test are held out of it, from both files."""
     images, classes = (100000, 200) if image_sets.real else (100, 20)
-    splits, names = open_source(str(image_sets.tiny_imagenet))
+    splits, names, *_ = open_source(str(image_sets.tiny_imagenet))
     assert counts(splits) == [images * 8 // 10, images // 10, images // 10]
     assert names is not None
     assert len(names) == classes
@@ -85,7 +85,7 @@ def pieces(tmp_path: Path) -> Path:
 
 def test_any_rows_across_files_and_row_groups(pieces: Path):
     expected = pa.concat_tables(pq.read_table(file) for file in sorted(pieces.rglob("*.parquet"))).to_pylist()
-    splits, names = open_source(str(pieces), SourceConfig(label_column="kind"))
+    splits, names, *_ = open_source(str(pieces), SourceConfig(label_column="kind"))
     reader = splits["train"].reader
     assert isinstance(reader, ParquetRows)
     assert len(reader) == 500
@@ -206,7 +206,7 @@ def test_two_image_columns_are_named(two_images: str):
 
 
 def test_a_missing_image_is_a_bad_one(two_images: str):
-    splits, _ = open_source(two_images, SourceConfig(image_column="photo"))
+    splits, *_ = open_source(two_images, SourceConfig(image_column="photo"))
     for split in splits.values():
         for row, (image, _) in zip(split.indices, split.read(np.arange(len(split))), strict=True):
             assert split.reader.name_of(row) == f"two.parquet row {row}"
@@ -263,7 +263,7 @@ def test_what_datasets_has_saved(tmp_path: Path, columns: dict[str, list[Any]]):
     assert found == [(image, row % 2) for row, image in enumerate(columns["image"])]
     parts = {"train": rows.select(range(12)), "test": rows.select(range(12, 20))}
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "several")
-    splits, names = open_source(str(tmp_path / "several"))
+    splits, names, *_ = open_source(str(tmp_path / "several"))
     assert names == ["a", "b"]
     assert counts(splits) == [11, 1, 8]
     assert list(splits["test"].read(np.arange(8))) == found[12:]

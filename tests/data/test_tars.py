@@ -58,13 +58,13 @@ def read(split: Split) -> list[tuple[dict[str, Any] | None, int]]:
 
 def whole(path: Path, **settings: str) -> tuple[list[tuple[dict[str, Any] | None, int]], list[str] | None]:
     """All that the reader of the training images finds, held-out ones too; and the class names."""
-    splits, names = open_source(str(path), SourceConfig(**settings))
+    splits, names, *_ = open_source(str(path), SourceConfig(**settings))
     reader = splits["train"].reader
     return list(reader.read(np.arange(len(reader)))), names
 
 
 def counts(path: Path, **settings: str) -> list[int]:
-    splits, _ = open_source(str(path), SourceConfig(**settings))
+    splits, *_ = open_source(str(path), SourceConfig(**settings))
     assert list(splits) == ["train", "validation", "test"]
     return [len(split) for split in splits.values()]
 
@@ -91,7 +91,7 @@ def shards(tmp_path: Path, picture: Picture) -> Path:
 
 
 def test_many_shards_are_one_sequence(shards: Path):
-    splits, names = open_source(str(shards))
+    splits, names, *_ = open_source(str(shards))
     assert {name: len(split) for name, split in splits.items()} == {"train": 36, "validation": 12, "test": 4}
     expected = plainly(*sorted(shards.glob("train-*.tar")))
     for split in (splits["train"], splits["test"]):
@@ -128,7 +128,7 @@ def test_splits_by_folder_and_by_word(tmp_path: Path, picture: Picture, names: t
     source = tmp_path / "test"  # the source's own name says nothing
     write_tar(source / names[0], samples(picture, 0, 20))
     write_tar(source / names[1], samples(picture, 20, 25))
-    splits, _ = open_source(str(source))
+    splits, *_ = open_source(str(source))
     assert {name: len(split) for name, split in splits.items()} == {"train": 18, "validation": 5, "test": 2}
     assert [image["path"] for image, _ in read(splits["validation"])] == [
         f"{number:04d}.png" for number in range(20, 25)
@@ -222,7 +222,7 @@ def test_formats_may_be_mixed(tmp_path: Path, picture: Picture):
 def test_a_sample_without_its_image_is_a_bad_image(tmp_path: Path, picture: Picture):
     write_tar(tmp_path / "set" / "0.tar", samples(picture, 0, 10))
     write_tar(tmp_path / "set" / "1.tar", [*samples(picture, 10, 15), ("x/lost.cls", b"a"), *samples(picture, 15, 20)])
-    splits, _ = open_source(str(tmp_path / "set"))
+    splits, *_ = open_source(str(tmp_path / "set"))
     reader = splits["train"].reader
     found = list(reader.read(np.arange(21)))
     assert [row for row, (image, _) in enumerate(found) if image is None] == [15]
@@ -319,7 +319,7 @@ def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
         "from igpt.data.sources import open_source\n"
         "open_source(sys.argv[1])\n"  # what is imported is not counted
         "tracemalloc.start()\n"
-        "splits, _ = open_source(sys.argv[2])\n"
+        "splits, *_ = open_source(sys.argv[2])\n"
         "((image, label),) = splits['train'].reader.read(np.array([4999]))\n"
         "print(tracemalloc.get_traced_memory()[1], image['path'], label)\n"
     )

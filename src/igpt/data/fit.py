@@ -1,6 +1,6 @@
 """The palette of a source, fitted to a sample of its images or given: how well it serves them, and a picture of it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -9,6 +9,7 @@ from pydantic import Field
 from igpt.data.archives import TokenRows, token_palette
 from igpt.data.grids import image_grid
 from igpt.data.palette import Palette, nearest_color_error
+from igpt.data.readers import name_of_image
 from igpt.data.sources import SourceConfig, Split
 from igpt.data.views import Enlarge, Filter, Transform
 from igpt.errors import InputError
@@ -47,10 +48,37 @@ def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette |
     return Palette.load(name) if name else None
 
 
-def settle_palette(
-    source: str, train: Split, config: PaletteConfig, given: Palette | None
-) -> tuple[Palette, dict[str, Any], Image.Image | None]:
-    """A given palette or one fitted to a sample of the training images, how well it serves them, and a picture of it.
+def palette_notes(given: Palette | None, train: Split, config: PaletteConfig) -> list[str]:
+    """Return a warning where a given palette seems to have its colours in 0..1 instead of -1..1."""
+    if given is None or isinstance(train.reader, TokenRows):
+        return []
+    if given.centers_.min() < 0 or given.centers_.max() > 1:
+        return []
+    return [
+        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if it was made for 0..1, "
+        "the images come out wrong; give 2 c - 1 in place of each value c"
+    ]
+
+
+class SettledPalette(NamedTuple):
+    """A palette for the images of a source.
+
+    Attributes:
+        quality: how well it serves a sample of the training images; empty for ready tokens.
+        picture: some of these images above what the palette makes of them.
+        bad: images of the sample that do not decode, with the reasons.
+        read: how many images the sample has.
+    """
+
+    palette: Palette
+    quality: dict[str, Any]
+    picture: Image.Image | None
+    bad: list[str]
+    read: int
+
+
+def settle_palette(source: str, train: Split, config: PaletteConfig, given: Palette | None) -> SettledPalette:
+    """Return the given palette, or one fitted to a sample of the training images.
 
     Raises:
         InputError: no training image decodes, or ready tokens have another resolution.
@@ -59,21 +87,22 @@ def settle_palette(
         assert given is not None
         if config.size != train.reader.resolution:
             raise InputError(f"{source} holds tokens of {train.reader.resolution} px; --size {train.reader.resolution}")
-        return given, {}, None
+        return SettledPalette(given, {}, None, [], 0)
     # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean reading all of it.
     groups = max(1, _PIXELS["judge" if given else "fit"] // config.size**2 // _NEIGHBOURS)
     starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
-    transform, squares, bad = transform_of(config), [], []
-    for image, _ in train.read(positions[positions < len(train)]):
+    positions = positions[positions < len(train)]
+    transform, squares, bad = transform_of(config), [], list[str]()
+    for row, (image, _) in zip(train.indices[positions].tolist(), train.read(positions), strict=False):
         try:
             squares.append(transform(image))
         except InputError as error:
-            bad.append(str(error))
+            bad.append(f"{name_of_image(image, row)}: {error}")
     if not squares:
         raise InputError(f"no training image of {source} decodes; the first: {bad[0]}")
     pixels = np.concatenate(squares)
     palette = given or Palette(config.colors, seed=config.seed).fit(pixels)
     shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
     picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
-    return palette, nearest_color_error(palette, pixels), picture
+    return SettledPalette(palette, nearest_color_error(palette, pixels), picture, bad, len(positions))

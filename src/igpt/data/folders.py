@@ -3,10 +3,27 @@
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, NamedTuple
 
-from igpt.data.readers import Column, ImageFiles, Reader, TarSamples, is_image_ending, samples_of
+import numpy as np
+from numpy.typing import NDArray
+
+from igpt.data.left_out import ARCHIVES, HIDDEN, SPECIAL, LeftOut
+from igpt.data.metadata import ANNOTATIONS, FILE_NAMES, describe, read_annotations
+from igpt.data.readers import (
+    Column,
+    ImageFiles,
+    Reader,
+    Sample,
+    StrayMember,
+    TarSamples,
+    entries_of,
+    image_endings,
+    is_hidden,
+    is_image_ending,
+)
 from igpt.errors import InputError
 
 SPLIT_NAMES = {
@@ -19,34 +36,198 @@ SPLIT_NAMES = {
     "test": "test",
     "testing": "test",
 }
+PACKED = (".parquet", ".arrow", ".tar")  # files that hold many images
+# Texts and tables that people keep with their images: named when they are left out, and never taken for images.
+_ACCOMPANYING = frozenset(
+    [
+        ".bib",
+        ".cfg",
+        ".conf",
+        ".css",
+        ".csv",
+        ".dvc",
+        ".htm",
+        ".html",
+        ".ini",
+        ".ipynb",
+        ".js",
+        ".json",
+        ".jsonl",
+        ".lock",
+        ".log",
+        ".lst",
+        ".md",
+        ".md5",
+        ".names",
+        ".ndjson",
+        ".py",
+        ".rst",
+        ".rtf",
+        ".sh",
+        ".sha1",
+        ".sha256",
+        ".sql",
+        ".tex",
+        ".toml",
+        ".tsv",
+        ".txt",
+        ".url",
+        ".xml",
+        ".xmp",
+        ".yaml",
+        ".yml",
+    ]
+)
+_ACCOMPANYING_NAMES = frozenset(
+    [
+        "authors",
+        "changelog",
+        "changes",
+        "citation",
+        "contributing",
+        "copying",
+        "dockerfile",
+        "license",
+        "licence",
+        "makefile",
+        "notice",
+        "readme",
+        "requirements",
+        "version",
+    ]
+)
+_COVERS = 10  # images directly below a split are covers where they are fewer than one in so many
+_CHUNK = 65536
+_LONGEST_ENDING = 12
 
 
-def files_below(folder: Path) -> Iterator[str]:
-    """The files below a folder, to any depth, as paths relative to it, in an order that is the same everywhere.
+class Found(NamedTuple):
+    """A file below a folder, by its path relative to it, or a hidden file or folder."""
 
-    Hidden files and folders are left out. Links are followed, but not back to a folder that holds them.
+    name: str
+    kind: Literal["file", "hidden", "special"]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is below a folder; all names are relative to it.
+
+    Attributes:
+        images: files that Pillow reads by their endings, an Arrow array.
+        packed: files of many images, by their endings (see `PACKED`).
+        metadata: files that describe images.
+        annotations: Tiny ImageNet's files of classes.
+        left_out: everything else.
+    """
+
+    images: Any
+    packed: dict[str, list[str]]
+    metadata: list[str]
+    annotations: list[str]
+    left_out: LeftOut
+
+
+def list_folder(folder: Path) -> Listing:
+    """Sort everything below a folder by what it is; no file is opened.
+
+    Raises:
+        InputError: a folder cannot be read, or the name of an image is not UTF-8.
+    """
+    import pyarrow as pa
+
+    chunks, names = [pa.array([], pa.large_string())], list[str]()
+    packed: dict[str, list[str]] = {ending: [] for ending in PACKED}
+    metadata, annotations, left_out = list[str](), list[str](), LeftOut()
+    endings = image_endings()
+    for name, kind in walk(folder):
+        file = name[name.rfind("/") + 1 :]
+        ending = PurePosixPath(file).suffix.lower()
+        if kind == "hidden":
+            left_out.add(HIDDEN, name)
+        elif file in FILE_NAMES:
+            metadata.append(name)
+        elif file == ANNOTATIONS:
+            annotations.append(name)
+        elif ending in packed:
+            packed[ending].append(name)
+        elif kind == "special":
+            left_out.add(SPECIAL, name, possible_images=ending in endings)
+        elif ending in endings:
+            names.append(name)
+            if len(names) == _CHUNK:
+                chunks.append(_utf8(names, folder))
+                names = []
+        else:
+            left_out.add(f"files {ending_of(file)}", name, possible_images=may_hold_images(file))
+    chunks.append(_utf8(names, folder))
+    images = pa.concat_arrays(chunks)
+    if not len(images):  # then there is nothing that they describe
+        packed[".parquet"] += [name for name in metadata if name.endswith(".parquet")]
+        for name in [*(name for name in metadata if not name.endswith(".parquet")), *annotations]:
+            left_out.add(f"files {ending_of(name)}", name)
+        metadata, annotations = [], []
+    return Listing(images, packed, metadata, annotations, left_out)
+
+
+def _utf8(names: list[str], folder: Path) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.array(names, pa.large_string())
+    except UnicodeEncodeError as error:
+        raise InputError(f"the name of the image {error.object!r} in {folder} is not UTF-8; rename it") from None
+
+
+def ending_of(name: str) -> str:
+    """Return how a file's name ends, in words: "ending in .tar.gz", or "without an ending".
+
+    Numbers and long words are no endings, or there would be thousands of them.
+    """
+    path = PurePosixPath(name.lower())
+    if not any(map(str.isalpha, path.suffix)) or len(path.suffix) > _LONGEST_ENDING:
+        return "without an ending"
+    tar = ".tar" if path.suffix in ARCHIVES and path.stem.endswith(".tar") else ""
+    return f"ending in {tar}{path.suffix}"
+
+
+def may_hold_images(name: str) -> bool:
+    """Return whether a file may be or hold images, by its name: everything but known kinds of text may."""
+    path = PurePosixPath(name.lower())
+    return path.suffix not in _ACCOMPANYING if path.suffix else path.name not in _ACCOMPANYING_NAMES
+
+
+def walk(folder: Path) -> Iterator[Found]:
+    """Yield the files below a folder, to any depth, in an order that is the same everywhere.
+
+    Hidden and system files and folders are yielded, folders with a slash at the end, and not looked into. Links are
+    followed, but not back to a folder that holds them; FIFOs, sockets and devices are "special".
 
     Raises:
         InputError: a folder cannot be read.
     """
-    waiting: list[tuple[str, frozenset[tuple[int, int]] | None]]  # files have no folders above them here
-    waiting = [("", frozenset(map(_identity, folder.resolve().parents)))]
+    waiting: list[tuple[Found, frozenset[tuple[int, int]] | None]]  # files have no folders above them here
+    waiting = [(Found("", "file"), frozenset(map(_identity, folder.resolve().parents)))]
     while waiting:
-        name, above = waiting.pop()
+        found, above = waiting.pop()
         if above is None:
-            yield name
+            yield found
             continue
-        here = _identity(folder / name)
+        here = _identity(folder / found.name)
         if here in above:
             continue
         try:
-            with os.scandir(folder / name) as found:
-                entries = sorted((entry.name, _is_folder(entry)) for entry in found if not entry.name.startswith("."))
+            with os.scandir(folder / found.name) as entries:
+                inside = sorted((entry.name, _is_folder(entry), _is_special(entry)) for entry in entries)
         except OSError as error:
-            raise InputError(f"cannot read the folder {folder / name}: {error.strerror}") from None
-        inside = above | {here}
-        for entry, is_folder in reversed(entries):
-            waiting.append((f"{name}{entry}/", inside) if is_folder else (name + entry, None))
+            raise InputError(f"cannot read the folder {folder / found.name}: {error.strerror}") from None
+        for entry, is_folder, is_special in reversed(inside):
+            name = f"{found.name}{entry}{'/' if is_folder else ''}"
+            if is_hidden(entry):
+                waiting.append((Found(name, "hidden"), None))
+            elif is_folder:
+                waiting.append((Found(name, "file"), above | {here}))
+            else:
+                waiting.append((Found(name, "special" if is_special else "file"), None))
 
 
 def _identity(folder: Path) -> tuple[int, int]:
@@ -64,10 +245,19 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def split_folders(names: Any, *, asked: bool) -> dict[str, str]:
-    """The folders that hold the splits of a folder of images, by their own names: one of all, "train", if none do.
+def _is_special(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a FIFO, a socket or a device; links to these are refused when they are opened."""
+    try:
+        return not (entry.is_file() or entry.is_dir() or entry.is_symlink())
+    except OSError:
+        return False
 
-    `train`, `val` and the like name splits as folders at the top, and nowhere else; those beside them are splits too.
+
+def split_folders(names: Any, *, asked: bool) -> dict[str, str]:
+    """Return the folders that hold the splits of a folder of images, by their own names, or {"train": ""}.
+
+    `train`, `val` and the like name splits as folders at the top, or below one folder that holds everything; the other
+    folders there are splits too.
 
     Args:
         names: of all the images in it, relative to it, an Arrow array.
@@ -76,9 +266,20 @@ def split_folders(names: Any, *, asked: bool) -> dict[str, str]:
     import pyarrow.compute as pc
 
     inside = pc.filter(names, pc.match_substring(names, "/"))
-    tops = sorted(pc.unique(pc.list_element(pc.split_pattern(inside, "/", max_splits=1), 0)).to_pylist())
-    told = asked or _are_splits(tops, alone=len(inside) == len(names))
-    return {top: top for top in tops} if told else {"train": ""}
+    tops = sorted(pc.unique(_first_parts(inside)).to_pylist())
+    if _are_splits(tops, alone=len(inside) == len(names)):
+        return {top: top for top in tops}
+    if len(tops) == 1 and len(inside) == len(names):
+        below = split_folders(pc.utf8_slice_codeunits(names, len(tops[0]) + 1), asked=False)
+        if any(below.values()):
+            return {split: f"{tops[0]}/{top}" for split, top in below.items()}
+    return {top: top for top in tops} if asked else {"train": ""}
+
+
+def _first_parts(names: Any) -> Any:
+    import pyarrow.compute as pc
+
+    return pc.list_element(pc.split_pattern(names, "/", max_splits=1), 0)
 
 
 def _are_splits(names: Collection[str], *, alone: bool = True) -> bool:
@@ -87,49 +288,163 @@ def _are_splits(names: Collection[str], *, alone: bool = True) -> bool:
     return "train" in named and (len(named) > 1 or (alone and len(names) == 1))
 
 
-def open_images(
-    folder: Path, names: Any, splits: Mapping[str, str], image: str | None, label: str | None
-) -> tuple[dict[str, Reader], list[str] | None]:
-    """The splits of a folder of images, and its class names.
+def in_folder(names: Any, top: str) -> Any:
+    """Return which of some names lie below a folder, an Arrow array of booleans; all lie below ""."""
+    import pyarrow.compute as pc
 
-    Where all the training images lie in folders directly below their split, two or more, these are the classes.
+    return pc.starts_with(names, f"{top}/" if top else "")
+
+
+class Opened(NamedTuple):
+    """Readers of the splits of a source, its class names, and what it has that is not used.
+
+    Attributes:
+        readers: of the chosen splits.
+        class_names: None without classes.
+        left_out: found while the splits were opened.
+        notes: what a person should know of them, a line each.
+    """
+
+    readers: dict[str, Reader]
+    class_names: list[str] | None
+    left_out: LeftOut
+    notes: list[str]
+
+
+def open_images(
+    folder: Path, listing: Listing, splits: Mapping[str, str], image: str | None, label: str | None
+) -> Opened:
+    """Open the splits of a folder of images, and find its classes.
+
+    Metadata files name the classes where there are any. Otherwise the class of an image is the first folder below its
+    split, at any depth, where the training images lie in two or more. A few images directly below the split have no
+    label.
 
     Args:
-        names: of all the images in it, relative to it, an Arrow array.
         splits: the folder that holds each split, "train" among them.
-        image, label: columns that were asked for, of which there are none; the label "none" looks for no classes.
+        image, label: columns that were asked for; the label "none" looks for no classes.
 
     Raises:
-        InputError: labels that disagree between splits.
+        InputError: malformed metadata, no such column, or labels that disagree between splits.
     """
     import pyarrow.compute as pc
 
     if image is not None:
         raise InputError(f"{folder} has no column {image!r}: it holds files of images")
-    if label not in (None, "none"):
+    if label not in (None, "none") and not listing.metadata:
         raise InputError(f"{folder} has no column {label!r}: the classes of images in folders are their folders")
-    found = {}
-    for split, top in splits.items():
-        inside = pc.filter(names, pc.starts_with(names, f"{top}/")) if top else names
-        found[split] = folder / top, pc.utf8_slice_codeunits(inside, len(top) + 1 if top else 0)
-    kinds = {split: None if label else _class_folders(inside) for split, (_, inside) in found.items()}
-    trained = kinds["train"] or []
-    if len(trained) < 2:
-        return {split: ImageFiles(home, inside, None) for split, (home, inside) in found.items()}, None
-    require_known(trained, {split: kind for split, kind in kinds.items() if kind}, str(folder))
+    names, words, left_out, notes = listing.images, None, LeftOut(), list[str]()
+    if listing.metadata:
+        described = describe(folder, names, listing.metadata, label)
+        left_out.update(described.left_out)
+        notes += [described.note] if described.note else []
+        names = pc.filter(names, described.kept)
+        if described.words is not None:
+            words = pc.filter(described.words, described.kept)
+    parts = {split: in_folder(names, top) for split, top in splits.items()}
+    inside = {
+        split: pc.utf8_slice_codeunits(pc.filter(names, parts[split]), len(top) + 1 if top else 0)
+        for split, top in splits.items()
+    }
+    classes = dict[str, Any]()
+    annotated = dict[str, str]()
+    if words is not None:
+        classes = {split: pc.filter(words, parts[split]) for split in splits}
+        trained = sort_classes(_values(classes["train"]))
+    elif label is None and not listing.metadata:
+        of_splits = {f"{top}/{ANNOTATIONS}": split for split, top in splits.items() if split != "train"}
+        annotated = {of_splits[file]: file for file in listing.annotations if file in of_splits}
+        classes, found = _folder_classes(folder, splits, inside, annotated)
+        notes += found
+        trained = sorted(_values(classes["train"])) if classes else []
+    else:
+        trained = []
+    for file in listing.annotations:
+        if not classes or file not in annotated.values():
+            left_out.add(f"files {ending_of(file)}", file)
+    require_known(trained, {split: _values(words) for split, words in classes.items()}, str(folder))
     numbers = {name: number for number, name in enumerate(trained)}
-    return {
-        split: ImageFiles(home, inside, numbers if kinds[split] else None) for split, (home, inside) in found.items()
-    }, trained
+    readers: dict[str, Reader] = {
+        split: ImageFiles(folder / top, inside[split], _numbered(classes[split], numbers) if trained else None)
+        for split, top in splits.items()
+    }
+    return Opened(readers, trained or None, left_out, notes)
 
 
-def _class_folders(names: Any) -> list[str] | None:
-    """The folders that the images lie in, if all lie exactly one below the top."""
+def _folder_classes(
+    folder: Path, splits: Mapping[str, str], inside: Mapping[str, Any], annotated: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Return the class of each image of each split, null without one, and notes; no splits where there are no classes.
+
+    Args:
+        inside: the names of each split's images, relative to it.
+        annotated: the files of classes of some splits.
+    """
+    import pyarrow as pa
+
+    classes, notes = {split: _folders_of(names) for split, names in inside.items()}, list[str]()
+    words = classes["train"]
+    trained = _values(words)
+    if len(trained) < 2:
+        other = next((split for split in splits if split != "train" and len(_values(classes[split])) > 1), None)
+        if other:
+            notes.append(
+                f"no labels: {folder / splits[other]} has folders of classes, and {folder / splits['train']} has none"
+            )
+        return {}, notes
+    if words.null_count * _COVERS >= len(words):
+        first = inside["train"][words.is_null().index(True).as_py()]
+        notes.append(
+            f"no labels: {words.null_count} of {len(words)} images lie directly in {folder / splits['train']} beside "
+            f"its {len(trained)} folders (first: {first})"
+        )
+        return {}, notes
+    for split in (split for split in splits if split != "train"):
+        names, known = inside[split], _values(classes[split])
+        if split in annotated:
+            classes[split] = _annotated(folder / annotated[split], names)
+        elif len(known) == 1 and not known & trained and not classes[split].null_count:
+            classes[split] = pa.nulls(len(names), pa.large_string())
+            notes.append(
+                f"no labels in {folder / splits[split]}: all its images lie in one folder, {known.pop()!r}, which is "
+                "no class of the training images"
+            )
+    return classes, notes
+
+
+def _folders_of(names: Any) -> Any:
+    """Return the first folder of each name, an Arrow array, null where there is none."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
-    if not pc.all(pc.equal(pc.count_substring(names, "/"), 1)).as_py():
-        return None
-    return sorted(pc.unique(pc.list_element(pc.split_pattern(names, "/"), 0)).to_pylist())
+    return pc.if_else(pc.match_substring(names, "/"), _first_parts(names), pa.scalar(None, pa.large_string()))
+
+
+def _annotated(path: Path, names: Any) -> Any:
+    """Return the class of each image by a file of annotations, an Arrow array, null where it lists none."""
+    import pyarrow as pa
+
+    found = read_annotations(path)
+    files = [name.as_py().rsplit("/", 1)[-1] for name in names]
+    missing = sorted(found.keys() - set(files))
+    if missing:
+        raise InputError(f"{path} lists {missing[0]!r}, which is not among the images in {path.parent}")
+    return pa.array([found.get(file) for file in files], pa.large_string())
+
+
+def _values(words: Any) -> set[str]:
+    """Return the different classes of an Arrow array."""
+    import pyarrow.compute as pc
+
+    return set(pc.unique(words.drop_null()).to_pylist())
+
+
+def _numbered(words: Any, numbers: Mapping[str, int]) -> NDArray[np.int32]:
+    """Return the number of each image's class, -1 without one."""
+    encoded = words.dictionary_encode()
+    of_words = np.array([*(numbers[word] for word in encoded.dictionary.to_pylist()), -1], np.int32)
+    numbered: NDArray[np.int32] = of_words[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    return numbered
 
 
 def require_known(trained: Iterable[str], others: Mapping[str, Iterable[str]], source: str) -> None:
@@ -166,10 +481,8 @@ def split_tars(names: Iterable[str], *, asked: bool) -> dict[str, list[str]]:
     return found if asked or _are_splits(found) else {"train": names}
 
 
-def open_tars(
-    splits: Mapping[str, Sequence[Path]], image: str | None, label: str | None
-) -> tuple[dict[str, Reader], list[str] | None]:
-    """The splits of WebDataset tars, "train" among them, and their class names.
+def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: str | None) -> Opened:
+    """Open the splits of WebDataset tars, "train" among them, and find their classes.
 
     Classes are the texts of the members that end in `.cls`, or in what `label` says, or that field of `.json`.
 
@@ -179,16 +492,25 @@ def open_tars(
     column = None if label == "none" else label or "cls"
     counts: dict[str, list[int]] = {split: [] for split in splits}
     classes: dict[str, set[str]] = {split: set() for split in splits}
+    left_out = LeftOut()
     for split, path in ((split, path) for split, tars in splits.items() for path in tars):
         count, images = 0, 0
-        for sample in samples_of(path):
+        for entry in entries_of(path):
+            if not isinstance(entry, Sample):
+                _add_stray(left_out, path, entry)
+                continue
             count += 1
-            endings = [ending for ending in sample.members if is_image_ending(ending)]
+            endings = [ending for ending in entry.members if is_image_ending(ending)]
             if image is None and len(endings) > 1:
                 raise InputError(f"samples of {path} have several images; name one with --image-column: {endings}")
-            images += bool(endings) if image is None else image in sample.members
-            if column and (value := sample.value(column)) is not None:
+            images += bool(endings) if image is None else image in entry.members
+            value = entry.value(column) if column else None
+            if value is not None:
                 classes[split].add(value)
+            used = {image or next(iter(endings), ""), *entry.sources_of(column if value is not None else None)}
+            for ending in (ending for ending in entry.members if ending not in used):
+                name = f"{path.name}: {entry.members[ending].name}"
+                left_out.add(f"further members of samples {ending_of(name)}", name)
         if count and not images:
             raise InputError(f"{path} holds no images" + (f" that end in .{image}" if image else ""))
         counts[split].append(count)
@@ -197,9 +519,23 @@ def open_tars(
         raise InputError(f"no sample of {splits['train'][0]} has a .{label} member or such a field in its .json")
     require_known(names, classes, str(splits["train"][0].parent))
     numbered = Column(column, {name: number for number, name in enumerate(names)}) if names and column else None
-    return {
+    readers: dict[str, Reader] = {
         split: TarSamples(tuple(tars), tuple(counts[split]), image, numbered) for split, tars in splits.items()
-    }, names or None
+    }
+    return Opened(readers, names or None, left_out, [])
+
+
+def _add_stray(left_out: LeftOut, path: Path, member: StrayMember) -> None:
+    """Count a member of a tar that belongs to no sample."""
+    name, place = f"{path.name}: {member.name}", PurePosixPath(member.name)
+    if any(map(is_hidden, place.parts)):
+        left_out.add(HIDDEN, name)
+    elif not member.is_file:
+        left_out.add(
+            "tar members that are no files (links, devices)", name, possible_images=may_hold_images(place.name)
+        )
+    else:
+        left_out.add(f"tar members {ending_of(place.name)}", name, possible_images=may_hold_images(place.name))
 
 
 def sort_classes(names: Iterable[str]) -> list[str]:

@@ -4,8 +4,7 @@ N images, n places.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.data.archives import TokenRows, token_palette
+from igpt.data.left_out import BAD, UNLABELLED, LeftOut
 from igpt.data.palette import Palette
-from igpt.data.prepare import PrepareConfig, require_few
-from igpt.data.readers import Reader
+from igpt.data.readers import Reader, name_of_image
 from igpt.data.sources import ColumnConfig, open_whole
 from igpt.data.tokens import TokenDataset, TokenSplit
 from igpt.data.views import Transform
@@ -30,7 +29,6 @@ class GatherConfig(ColumnConfig):
     split: str | None = Field(None, description="split to take; by default test, or all images of a source without it")
     limit: int | None = Field(None, ge=1, description="at most so many images, drawn by seed")
     seed: int = Field(0, ge=0, lt=2**63, description="of the images drawn")
-    max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Gathered:
         palette_error: `mse` a channel in 8-bit levels and `psnr_db` (None without error) that the palette makes, and
             `measured_on`: "these images", or "training images" of a token data set. None where it is not known.
         skipped: images that do not decode, with the reasons.
+        left_out: everything that the source has and that is not among the images.
+        notes: what a person should know of the source, a line each.
     """
 
     source: str
@@ -57,6 +57,8 @@ class Gathered:
     class_names: list[str] | None
     palette_error: dict[str, Any] | None
     skipped: list[str]
+    left_out: LeftOut = field(default_factory=LeftOut)
+    notes: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -72,7 +74,7 @@ class Gathered:
     def to_json(self) -> dict[str, Any]:
         """What results are written with."""
         told = {"source": self.source, "split": self.split, "images": len(self), "palette_error": self.palette_error}
-        return told | {"skipped": self.skipped}
+        return told | {"skipped": self.skipped, "left_out": self.left_out.to_json(), "warnings": self.notes}
 
 
 def gather_tokens(data: TokenDataset, config: GatherConfig) -> Gathered:
@@ -106,19 +108,22 @@ def gather_images(
     Raises:
         InputError: what the source has wrong, or too many of its images that do not decode.
     """
-    name, readers, class_names = open_whole(source, config, config.split)
+    opened = open_whole(source, config, config.split)
+    readers, class_names, left_out = opened.readers, opened.class_names, opened.left_out
+    allowance = opened.allowance(config.max_bad)
+    allowance.require(source, left_out)
     ready = isinstance(readers[0], TokenRows)
     if ready:
         _require_fit(source, readers[0], palette, resolution)
     wanted = _drawn(sum(map(len, readers)), config)
-    transform, limits = Transform(resolution), PrepareConfig(max_bad=config.max_bad)
+    transform = Transform(resolution)
     tokens = np.empty((len(wanted), resolution**2), dtype=np.uint16)
     rows, labels, names, skipped = list[int](), list[int](), list[str](), list[str]()
     first, squares = 0, 0
     for reader in readers:
         inside = wanted[(wanted >= first) & (wanted < first + len(reader))]
         for row, (image, label) in zip(inside.tolist(), reader.read(inside - first), strict=False):
-            if label >= (known := len(class_names or ())):
+            if not -1 <= label < (known := len(class_names or ())):
                 raise InputError(f"{reader.name_of(row - first)} has the class {label}, and there are {known} (from 0)")
             if ready and not 0 <= image.min() <= image.max() < len(palette):
                 found = f"{reader.name_of(row - first)} holds tokens {image.min()} to {image.max()}"
@@ -127,12 +132,14 @@ def gather_images(
                 tokens[len(rows)], lost = (image, 0) if ready else _quantised(transform(image)[0], palette)
             except InputError as error:
                 skipped.append(f"{reader.name_of(row - first)}: {error}")
-                require_few(skipped, int(config.max_bad * len(wanted)), limits)
+                allowance.require_decoded(skipped, len(wanted))
                 continue
             squares += lost
             rows.append(row)
             labels.append(label)
-            names.append(_name(image, row))
+            names.append(name_of_image(image, row))
+            if label < 0 and class_names:
+                left_out.add(UNLABELLED, names[-1])
             if progress:
                 progress(len(rows) + len(skipped), len(wanted))
         first += len(reader)
@@ -140,16 +147,20 @@ def gather_images(
         raise InputError(f"the images of {source} have become fewer while they were read")
     if not rows:
         raise InputError(f"no image of {source} decodes; the first: {skipped[0]}")
-    split = TokenSplit(name, [tokens[: len(rows)]], [np.array(labels, dtype=np.int32)])
+    if skipped:
+        left_out.add(BAD, skipped[0], count=len(skipped), possible_images=True)
+    split = TokenSplit(opened.split, [tokens[: len(rows)]], [np.array(labels, dtype=np.int32)])
     return Gathered(
         source,
-        name,
+        opened.split,
         split,
         np.array(rows, dtype=np.int64),
         names,
         class_names,
         None if ready else {**_error(squares / (3 * resolution**2 * len(rows))), "measured_on": "these images"},
         skipped,
+        left_out,
+        opened.notes,
     )
 
 
@@ -183,10 +194,3 @@ def _drawn(count: int, config: GatherConfig) -> NDArray[np.int64]:
 
 def _error(mse: float) -> dict[str, float | None]:
     return {"mse": mse, "psnr_db": float(10 * np.log10(255**2 / mse)) if mse else None}
-
-
-def _name(image: Any, row: int) -> str:
-    """The path of an undecoded image, or its row: to ask the reader would mean to read tables and tars again."""
-    path = image.get("path") if isinstance(image, dict) else image
-    told = str(path) if isinstance(path, str | Path) else ""
-    return told.encode(errors="backslashreplace").decode() or f"row {row}"  # a tar's names may be no UTF-8

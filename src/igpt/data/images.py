@@ -3,14 +3,15 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from stat import S_ISFIFO
 from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from igpt.errors import InputError
+from igpt.files import require_regular
 
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -21,6 +22,20 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+_LEVEL_SCALE = {"L;2": 85, "L;4": 17}  # raw modes of PNG whose levels Pillow scales to 8 bits
+_WHITE_16 = 65535
+
+
+@cache
+def register_decoders() -> None:
+    """Let Pillow read HEIC where the optional package pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return
+    register_heif_opener()
 
 
 @contextmanager
@@ -56,19 +71,38 @@ def open_image(image: Any) -> Image.Image:
         raise InputError("there is no image here")
     if isinstance(image, Image.Image):
         return image
+    register_decoders()
     with _reasons(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
         encoded = image if isinstance(image, bytes) else _content(Path(image))
         if not encoded:
             raise InputError("the file is empty (zero bytes)")
-        return Image.open(io.BytesIO(encoded))
+        opened = Image.open(io.BytesIO(encoded))
+        _scale_transparent_level(opened)
+        return opened
 
 
 def _content(path: Path) -> bytes:
-    if S_ISFIFO(path.stat().st_mode):  # it would be waited for
-        raise InputError("not a regular file")
+    require_regular(path)
     return path.read_bytes()
+
+
+def _scale_transparent_level(image: Image.Image) -> None:
+    """Bring the transparent level or colour of a PNG to the scale of the pixels that Pillow decodes.
+
+    Pillow scales grey levels of 2 and 4 bits to 8 bits and keeps the upper byte of 16-bit colours, but leaves the
+    transparent level as the file has it.
+    """
+    level = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or level is None or not tiles:
+        return
+    raw_mode = tiles[0].args
+    if raw_mode in _LEVEL_SCALE and isinstance(level, int):
+        image.info["transparency"] = level * _LEVEL_SCALE[raw_mode]
+    elif raw_mode == "RGB;16B" and isinstance(level, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in level)
 
 
 def load(image: Image.Image, reduction: int = 1) -> Image.Image:
@@ -89,8 +123,8 @@ def load(image: Image.Image, reduction: int = 1) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB, upright.
 
-    The EXIF orientation is applied; transparency is laid over white; 16-bit grey levels are scaled to 8 bits; palette,
-    grey, bilevel, CMYK, YCbCr and Lab images are converted by Pillow.
+    The EXIF orientation is applied; transparency is laid over white; 16-bit grey levels are scaled to 8 bits, and a
+    transparent level becomes white; palette, grey, bilevel, CMYK, YCbCr and Lab images are converted by Pillow.
 
     Raises:
         InputError: pixels without a known range (floating point, or integers beyond 16 bits).
@@ -102,6 +136,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         if levels.size and (levels.min() < 0 or levels.max() > 65535):
             raise InputError("integer pixels beyond 16 bits; convert them to 8 or 16 bits first")
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            levels = np.where(levels == transparent, _WHITE_16, levels)
         return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise InputError("floating-point pixels have no known range; convert them to 8 or 16 bits first")
@@ -109,6 +146,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         layered = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def highest_level(image: Image.Image) -> int | None:
+    """Return the highest level of a decoded image of 16-bit grey levels; None for images of other kinds."""
+    if not image.mode.startswith("I") or 0 in image.size:
+        return None
+    return int(np.asarray(image).max())
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:

@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from igpt.data.grids import image_grid
-from igpt.data.tokens import TokenDataset
+from igpt.data.left_out import left_out_of
+from igpt.data.tokens import MANIFEST, TokenDataset
 
 _ROWS, _COLUMNS = 10, 12  # pictures of a sheet
 _NAME = 24  # letters of a class name that are drawn at most
@@ -27,6 +28,7 @@ def inspect(data: TokenDataset, progress: Callable[[int, int], None] | None = No
         InputError: shards have changed since they were written, or hold what cannot be; the files are named.
     """
     data.verify()
+    left_out = left_out_of(data.manifest["made"], str(data.path / MANIFEST))
     colors, classes = len(data.palette), len(data.class_names or ())
     total, done = sum(len(data[split]) for split in data), 0
     at_once = max(1, _AT_ONCE // data.resolution**2)
@@ -58,6 +60,7 @@ def inspect(data: TokenDataset, progress: Callable[[int, int], None] | None = No
         "bytes": sum(size for shard in shards for size in shard["bytes"].values()),
         "splits": splits,
         "color_share": (shares / max(1, shares.sum())).round(6).tolist(),
+        "left_out": left_out.to_json(),
         "made": {"config": {}, "palette_error": {}, "skipped": []} | data.manifest["made"],
     }
 

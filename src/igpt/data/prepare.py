@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from igpt.data.archives import TokenRows
-from igpt.data.fit import PaletteConfig, given_palette, settle_palette, transform_of
+from igpt.data.fit import PaletteConfig, given_palette, palette_notes, settle_palette, transform_of
+from igpt.data.left_out import BAD, UNLABELLED, Allowance, LeftOut
 from igpt.data.palette import Palette, StoredPalette
 from igpt.data.pool import running
-from igpt.data.readers import Reader
+from igpt.data.readers import Reader, name_of_image
 from igpt.data.sources import Split, open_source
 from igpt.data.tokens import (
     SPLITS,
@@ -52,6 +53,7 @@ from igpt.locks import exclusive
 PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
 SHARD_IMAGES = (1024, 8192)  # at least, at most: between them a source is cut into 32 shards, for as many processes
 SHARD_BYTES = 2**28  # of tokens, at most; it lowers the number of images from 129 px on
+_TWELVE_BITS = 4095  # the highest level
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
 MOST_PARTS = 65536
 _MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # each takes about 200 MB
@@ -65,12 +67,29 @@ def _numbered(part: list[int]) -> list[int]:
     return part
 
 
+class _Unlabelled(Stored):
+    count: Count
+    first: str
+
+
+class _Levels(Stored):
+    images: Count
+    highest: int
+
+
 class Record(Stored):
-    """Schema of a shard record, `R-NNNNN.done.json`."""
+    """Schema of a shard record, `R-NNNNN.done.json`.
+
+    Attributes:
+        unlabelled: images without a label, where others have one.
+        levels_16: images of 16-bit grey levels, and the highest level.
+    """
 
     images: Count
     shards: dict[str, Shard]
     skipped: list[str]
+    unlabelled: _Unlabelled | None = None
+    levels_16: _Levels | None = None
 
 
 class _PlanConfig(Stored):
@@ -84,6 +103,7 @@ class Plan(Stored):
     Attributes:
         jobs: number of shard records of each reader, in all parts together; version 0.1.0 did not write it.
         part: (i, n), see `prepare_part`.
+        left_out, warnings: see `made` of the data set; version 0.1.0 did not write them.
     """
 
     source: str
@@ -97,6 +117,8 @@ class Plan(Stored):
     jobs: list[Count] = Field(default_factory=list)
     palette_error: dict[str, Any]
     palette: StoredPalette
+    left_out: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
 
 
 class PrepareConfig(PaletteConfig):
@@ -106,7 +128,6 @@ class PrepareConfig(PaletteConfig):
         0, ge=0, le=1000, description="random crops of each training image (paper); 0: its centre square"
     )
     limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
-    max_bad: float = Field(0.01, ge=0, le=1, description="share of images that may not decode before the work stops")
 
 
 def record_name(reader: int, number: int) -> str:
@@ -143,26 +164,31 @@ class _Work:
     config: PrepareConfig
     folder: Path
     classes: int
-    bad_allowed: int
+    allowance: Allowance
+    reading: int  # images of all jobs
 
     def __call__(self, job: _Job) -> dict[str, Any]:
         tokens: dict[str, list[NDArray[np.uint16]]] = defaultdict(list)
         labels: dict[str, list[int]] = defaultdict(list)
         skipped: list[str] = []
+        unlabelled, levels = list[str](), list[int]()
         reader = self.readers[job.reader]
         count = 0
         for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=False):
             split, count = SPLITS[owner], count + 1
-            if label >= self.classes:
+            if not -1 <= label < self.classes:
                 raise InputError(f"{reader.name_of(row)} has the class {label}, and there are {self.classes} (from 0)")
             try:
-                made = self._tokens(reader, image, split, row)
+                made, level = self._tokens(reader, image, split, row)
             except InputError as error:
                 skipped.append(f"{split} {reader.name_of(row)}: {error}")
-                require_few(skipped, self.bad_allowed, self.config)
+                self.allowance.require_decoded(skipped, self.reading)
             else:
                 tokens[split].append(made)
                 labels[split] += [label] * len(made)
+                levels += [] if level is None else [level]
+                if label < 0 and self.classes:
+                    unlabelled.append(f"{split} {name_of_image(image, row)}")
         if count < len(job.rows):
             raise InputError(f"{reader.name_of(0)} and its neighbours have become fewer while they were read")
         shards = {
@@ -175,28 +201,23 @@ class _Work:
             for split in tokens
         }
         written = {name: vars(shard) for name, shard in shards.items()}
-        result = {"images": len(job.rows), "shards": written, "skipped": skipped}
+        result: dict[str, Any] = {"images": len(job.rows), "shards": written, "skipped": skipped}
+        if unlabelled:
+            result["unlabelled"] = {"count": len(unlabelled), "first": unlabelled[0]}
+        if levels:
+            result["levels_16"] = {"images": len(levels), "highest": max(levels)}
         write_json(self.folder / job.record, result)
         return result
 
-    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> NDArray[np.uint16]:
-        """The tokens of an image, [max(V, 1), n]."""
+    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> tuple[NDArray[np.uint16], int | None]:
+        """Return the tokens of an image, [max(V, 1), n], and the highest level of a 16-bit one."""
         if isinstance(reader, TokenRows):
             if image.min() < 0 or image.max() >= len(self.palette):
                 raise InputError(f"tokens {image.min()} to {image.max()} in a palette of {len(self.palette)} colours")
-            return np.asarray(image, dtype=np.uint16)[None]
+            return np.asarray(image, dtype=np.uint16)[None], None
         transform = transform_of(self.config, self.config.views if split == "train" else 0)
-        squares = transform(image, (self.config.seed, row))
-        return self.palette.transform(squares).reshape(len(squares), -1)
-
-
-def require_few(bad: list[str], allowed: int, config: PrepareConfig) -> None:
-    """Refuses more bad images than are allowed."""
-    if len(bad) > allowed:
-        raise InputError(
-            f"images that do not decode: {len(bad)}, where --max-bad {config.max_bad:g} allows {allowed}; the first: "
-            f"{bad[0]}; mend or remove them, or go on without them by a larger --max-bad"
-        )
+        squares, level = transform.with_level(image, (self.config.seed, row))
+        return self.palette.transform(squares).reshape(len(squares), -1), level
 
 
 def prepare(
@@ -284,9 +305,11 @@ def _make_shards(
     if config.size**2 * config.views > _MOST_PIXELS:
         most = _MOST_PIXELS // config.size**2
         raise InputError(f"{config.views} views of {config.size} px need too much memory; give at most --views {most}")
-    splits, class_names = open_source(source, config)
+    opened = open_source(source, config)
+    class_names, allowance = opened.class_names, opened.allowance(config.max_bad)
     _require_distinct(class_names, source)
-    splits = {name: _limited(split, config) for name, split in splits.items()}
+    allowance.require(source, opened.left_out)
+    splits = {name: _limited(split, config) for name, split in opened.splits.items()}
     if config.views and isinstance(splits["train"].reader, TokenRows):
         raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
     given = given_palette(source, splits["train"], config)
@@ -303,6 +326,8 @@ def _make_shards(
         "given_palette": given.fingerprint if given else None,
         "part": list(part),
         "jobs": [in_readers[number] for number in range(len(_readers(splits)))],
+        "left_out": opened.left_out.to_json(),
+        "warnings": [*opened.notes, *palette_notes(given, splits["train"], config)],
     }
     plan, palette = _settle_plan(folder, wanted, splits["train"], config, given)
 
@@ -313,12 +338,12 @@ def _make_shards(
     skipped = [line for record in finished.values() for line in record["skipped"]]
     total = sum(len(job.rows) for job in jobs())
     done = sum(len(job.rows) for job in jobs() if job.record in finished)
-    work = _Work(_readers(splits), palette, config, folder, len(class_names or ()), int(config.max_bad * total))
-    require_few(skipped, work.bad_allowed, config)
+    work = _Work(_readers(splits), palette, config, folder, len(class_names or ()), allowance, total)
+    allowance.require_decoded(skipped, total)
     with running(work, workers if total >= ALONE_BELOW else 1) as run:
         for result in run(job for job in jobs() if job.record not in finished):
             skipped += result["skipped"]
-            require_few(skipped, work.bad_allowed, config)
+            allowance.require_decoded(skipped, total)
             done += result["images"]
             if progress:
                 progress(done, total)
@@ -421,8 +446,9 @@ def _settle_plan(
     if folder.exists():
         plan = _continue_plan(folder, plan)
         return plan, Palette.load(folder / PLAN)
-    palette, quality, picture = settle_palette(plan["source"], train, config, given)
-    plan = {**plan, "palette_error": quality, "palette": {"centers": palette.centers_.tolist()}}
+    settled = settle_palette(plan["source"], train, config, given)
+    palette, picture = settled.palette, settled.picture
+    plan = {**plan, "palette_error": settled.quality, "palette": {"centers": palette.centers_.tolist()}}
     with atomic_folder(folder) as temporary:
         write_json(temporary / PLAN, plan)
         if picture:
@@ -436,7 +462,7 @@ def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     plan = read_json(folder / PLAN, "plan", Plan)
     # Work that bad images stopped may go on with more of them: what is done does not depend on it.
     config = plan["config"]
-    begun = {"jobs": wanted["jobs"]} | plan
+    begun = {"jobs": wanted["jobs"]} | plan | {key: wanted[key] for key in ("left_out", "warnings")}
     begun["config"] = config | {"limit": config.get("limit"), "max_bad": wanted["config"]["max_bad"]}
     if {key: begun.get(key) for key in wanted} != wanted:
         raise InputError(
@@ -466,5 +492,34 @@ def write_dataset(folder: Path, plan: Mapping[str, Any], records: list[dict[str,
         class_names=plan["class_names"],
         splits=shards,
         source=plan["source"],
-        made={key: plan[key] for key in ("config", "images", "palette_error")} | {"skipped": skipped},
+        made={key: plan[key] for key in ("config", "images", "palette_error")}
+        | {
+            "skipped": skipped,
+            "left_out": _left_out(plan, records).to_json(),
+            "warnings": [*plan.get("warnings", []), *_dark_levels(records)],
+        },
     )
+
+
+def _left_out(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> LeftOut:
+    """Return what was left out when the source was opened, and what the records add."""
+    left_out = LeftOut.from_json(plan.get("left_out", {}), PLAN)
+    for record in records:
+        if record["skipped"]:
+            left_out.add(BAD, record["skipped"][0], count=len(record["skipped"]), possible_images=True)
+        if unlabelled := record.get("unlabelled"):
+            left_out.add(UNLABELLED, unlabelled["first"], count=unlabelled["count"])
+    return left_out
+
+
+def _dark_levels(records: list[dict[str, Any]]) -> list[str]:
+    """Return a warning where no 16-bit image has a level beyond 12 bits."""
+    found = [record["levels_16"] for record in records if record.get("levels_16")]
+    highest = max((levels["highest"] for levels in found), default=0)
+    if not found or highest > _TWELVE_BITS:
+        return []
+    images = sum(levels["images"] for levels in found)
+    return [
+        f"16-bit images without a level above 12 bits: {images}, the highest level is {highest} of 65535, so they "
+        "become nearly black; multiply 12-bit levels by 16 before you save them as 16-bit ones"
+    ]

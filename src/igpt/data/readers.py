@@ -5,6 +5,7 @@ the number of its class, -1 where it has none. N images.
 """
 
 import hashlib
+import math
 import os
 import tarfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from igpt.data.images import register_decoders
 from igpt.errors import InputError
+from igpt.files import require_regular
 
 _AT_ONCE = 256  # rows of a table in memory
 _BUFFER = 1 << 23  # bytes of a Parquet column
@@ -65,9 +68,24 @@ class Column:
 
     def number(self, value: Any) -> int:
         """The number of a class; -1 for none."""
-        if value is None:
+        if is_missing(value):
             return -1
-        return int(value) if self.numbers is None else self.numbers[str(value)]
+        return int(value) if self.numbers is None else self.numbers[word_of(value)]
+
+
+def is_missing(value: Any) -> bool:
+    """Return whether a value of a column is none: null, or not a number."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def word_of(value: Any) -> str:
+    """Return the class name of a value: words as they are, and whole numbers without a decimal point.
+
+    Tables with missing values often hold whole numbers as floating-point ones.
+    """
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,13 @@ class TableRows:
     def fingerprint(self) -> str:
         """See `Reader`."""
         return digest([len(self.table), self.image, self.label and self.label.name])
+
+
+def name_of_image(image: Any, row: int) -> str:
+    """Return the path of an undecoded image, or its row: asking the reader may mean to read a table or tar again."""
+    path = image.get("path") if isinstance(image, dict) else image
+    name = str(path) if isinstance(path, str | Path) else ""
+    return name.encode(errors="backslashreplace").decode() or f"row {row}"  # a tar's names may be no UTF-8
 
 
 def _row_name(row: int, record: Any) -> str:
@@ -162,6 +187,8 @@ def opened_parquet(file: str) -> Iterator[Any]:
     import fsspec
     import pyarrow.parquet as pq
 
+    if "://" not in file:
+        require_regular(Path(file))
     try:
         # Left to themselves, Arrow takes whole row groups into memory, and fsspec fetches what nobody will read.
         system, path = fsspec.core.url_to_fs(file)
@@ -192,12 +219,12 @@ class ImageFiles:
 
     Args:
         names: of the files, relative to the folder, in an Arrow array: a Python list takes three times the memory.
-        numbers: of the class folders, which are the first parts of the names; None without classes.
+        labels: the number of each image's class, int32 [N], -1 without one; None where there are no classes.
     """
 
     folder: Path
     names: Any
-    numbers: Mapping[str, int] | None
+    labels: NDArray[np.int32] | None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -205,8 +232,7 @@ class ImageFiles:
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[Any, int]]:
         """See `Reader`."""
         for row in rows:
-            name = self.names[row].as_py()
-            yield self.folder / name, -1 if self.numbers is None else self.numbers[name.split("/", 1)[0]]
+            yield self.folder / self.names[row].as_py(), -1 if self.labels is None else int(self.labels[row])
 
     def name_of(self, row: int) -> str:
         """See `Reader`."""
@@ -215,7 +241,8 @@ class ImageFiles:
     def fingerprint(self) -> str:
         """See `Reader`."""
         names = (name.as_py() for name in self.names)
-        return digest((name, file_size(f"{self.folder}/{name}")) for name in names)
+        files = digest((name, file_size(f"{self.folder}/{name}")) for name in names)
+        return files if self.labels is None else digest([files, hashlib.sha256(self.labels.tobytes()).hexdigest()])
 
 
 @dataclass(frozen=True)
@@ -288,6 +315,12 @@ class Sample:
         field = self._json.get(column)
         return None if field is None else str(field).strip() or None
 
+    def sources_of(self, column: str | None) -> set[str]:
+        """Return the endings of the members that hold the value of a column."""
+        if column is None:
+            return set()
+        return {column} if column in self.members else {"json"}
+
     @cached_property
     def _json(self) -> dict[str, Any]:
         import json
@@ -303,34 +336,112 @@ class Sample:
         return file.read() if file else b""
 
 
+@dataclass(frozen=True)
+class StrayMember:
+    """A member of a tar that belongs to no sample.
+
+    Attributes:
+        is_file: whether it is a regular file; links and devices are not.
+    """
+
+    name: str
+    is_file: bool
+
+
 def samples_of(path: Path) -> Iterator[Sample]:
-    """The samples of a tar, one after the other; members are read only when they are asked for.
+    """Yield the samples of a tar, one after the other; members are read only when they are asked for.
 
     Raises:
         InputError: it is not a tar, or it is cut off.
     """
+    return (entry for entry in entries_of(path) if isinstance(entry, Sample))
+
+
+def entries_of(path: Path) -> Iterator[Sample | StrayMember]:
+    """Yield the samples of a tar, and the members that belong to none; folders are not members.
+
+    Hidden files and what lies in hidden or system folders belong to no sample.
+
+    Raises:
+        InputError: it is not a tar, or it is cut off.
+    """
+    require_regular(path)
     try:
         with tarfile.open(path, "r:") as tar:  # a compressed one can only be read from its beginning
             key, members = "", dict[str, tarfile.TarInfo]()
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps every header it has seen
-                folder, name = PurePosixPath(member.name).parent, PurePosixPath(member.name).name
-                stem, dot, ending = name.partition(".")
-                if not member.isfile() or not stem or not dot:
+            for member in _members(tar, path):
+                place = PurePosixPath(member.name)
+                stem, dot, ending = place.name.partition(".")
+                if member.isdir():
+                    continue
+                if not member.isfile() or not stem or not dot or any(map(is_hidden, place.parts)):
+                    yield StrayMember(member.name, member.isfile())
                     continue
                 ending = ending.lower()
-                if f"{folder}/{stem}" != key or ending in members:
+                if f"{place.parent}/{stem}" != key or ending in members:
                     if members:
                         yield Sample(tar, members)
-                    key, members = f"{folder}/{stem}", {}
+                    key, members = f"{place.parent}/{stem}", {}
                 members[ending] = member
             if members:
                 yield Sample(tar, members)
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise InputError(f"{path} has no end: it is cut off or damaged after {tar.offset} bytes")
     except (tarfile.TarError, EOFError, OSError) as error:
         raise InputError(f"{path} is not readable as an uncompressed tar: {error}; is it cut off?") from None
+
+
+def _members(tar: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar, and of others that were joined to it (`cat a.tar b.tar`)."""
+    while True:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # it keeps every header it has seen
+            yield member
+        end = tar.offset
+        assert tar.fileobj is not None
+        tar.fileobj.seek(end)
+        if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise InputError(f"{path} has no end: it is cut off or damaged after {end} bytes")
+        following = _after_zeros(tar)
+        if following is None:
+            return
+        tar.offset = following
+        tar.fileobj.seek(following)
+
+
+def _after_zeros(tar: tarfile.TarFile) -> int | None:
+    """Return where the first block lies, from the position of the file on, that is not all zeros; None without one."""
+    assert tar.fileobj is not None
+    while chunk := tar.fileobj.read(256 * tarfile.BLOCKSIZE):
+        kept = chunk.lstrip(b"\0")
+        if kept:
+            within = len(chunk) - len(kept)
+            start: int = tar.fileobj.tell() - len(chunk)
+            return start + within - within % tarfile.BLOCKSIZE
+    return None
+
+
+_SYSTEM_NAMES = frozenset(
+    {
+        "@eadir",
+        "@recently-snapshot",
+        "@recycle",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "__pycache__",
+        "desktop.ini",
+        "ehthumbs.db",
+        "lost+found",
+        "system volume information",
+        "thumbs.db",
+    }
+)
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a file or folder of this name is hidden, or made by a system for itself."""
+    return (name.startswith(".") and name != "..") or name.lower() in _SYSTEM_NAMES
 
 
 def is_image_ending(ending: str) -> bool:
@@ -342,6 +453,8 @@ def is_image_ending(ending: str) -> bool:
 def image_endings() -> frozenset[str]:
     """The endings of files that Pillow opens."""
     from PIL import Image
+
+    register_decoders()
 
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN) - _OTHER
 

@@ -1,12 +1,14 @@
-"""Where images come from: the bundled digits, a folder, files, an archive, or a hub id; splits and classes settled."""
+"""Where images come from: the bundled digits, a folder, files, an archive, or a hub id; splits and classes settled.
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+Opening has three steps: `find` lists the splits of a source, a choice maps our names of splits to the source's, and
+`Found.open` returns readers, with everything that the source has and that is not used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,14 +16,26 @@ from pydantic import Field
 
 from igpt.config import Config
 from igpt.data.archives import open_archive
-from igpt.data.folders import SPLIT_NAMES, files_below, open_images, open_tars, split_folders, split_tars
-from igpt.data.readers import Reader, image_endings
-from igpt.data.tables import ArrowTable, load_tables, readers_of
+from igpt.data.folders import (
+    SPLIT_NAMES,
+    Listing,
+    Opened,
+    ending_of,
+    in_folder,
+    list_folder,
+    open_images,
+    open_tars,
+    split_folders,
+    split_tars,
+)
+from igpt.data.left_out import ARCHIVES, OUTSIDE, SPECIAL, Allowance, LeftOut
+from igpt.data.readers import Reader
+from igpt.data.tables import ArrowTable, Table, is_saved, load_file, load_folder, load_hub, load_saved, open_tables
 from igpt.data.tokens import SPLITS
 from igpt.errors import InputError, suggest
+from igpt.files import require_regular
 
 DIGITS = "digits"
-_METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # of `datasets`' folders of images
 
 
 class ColumnConfig(Config):
@@ -30,6 +44,14 @@ class ColumnConfig(Config):
     image_column: str | None = Field(None, description="column of images; found by type when there is one")
     label_column: str | None = Field(None, description="column of classes; found by type; 'none' ignores labels")
     stream: bool = Field(False, description="read Parquet on the Hub where it lies, and store nothing here")
+    max_bad: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="share of the images that may be left out: images that do not decode, images that metadata files "
+        "do not list, and files that may be or hold images (.heic, .zip, no ending); texts, hidden files, unused "
+        "columns and unused splits are named and do not count",
+    )
 
 
 class SourceConfig(ColumnConfig):
@@ -62,25 +84,163 @@ class Split:
         return self.reader.read(self.indices[positions])
 
 
-@dataclass(frozen=True)
-class _Choice:
-    """Which of a source's splits are opened.
+class Source(NamedTuple):
+    """A source whose splits are settled.
 
     Attributes:
-        asked: whether the user named one.
-        settle: takes all there are, by their own names; returns those to open, "train" among them: by it columns are
-            found and classes numbered.
+        splits: train, validation and test.
+        class_names: None without labels.
+        left_out: everything that the source has and that is in no split.
+        notes: what a person should know, a line each: why there are no classes, for example.
     """
 
-    asked: bool
-    settle: Callable[[Mapping[str, Any]], dict[str, Any]]
+    splits: dict[str, Split]
+    class_names: list[str] | None
+    left_out: LeftOut
+    notes: list[str]
+
+    def allowance(self, max_bad: float) -> Allowance:
+        """Return how many images may be left out, where the share `max_bad` may be."""
+        return _allowance([split.reader for split in self.splits.values()], self.left_out, max_bad)
 
 
-def open_source(source: str, config: SourceConfig | None = None) -> tuple[dict[str, Split], list[str] | None]:
-    """Opens a source and settles its splits.
+class WholeSource(NamedTuple):
+    """One split as a source has it, or all of them.
+
+    Attributes:
+        split: its name, "all" for all of them.
+        readers: of its images.
+        class_names: None without labels.
+        left_out: everything that the source has and that is in no split.
+        notes: see `Source`.
+    """
+
+    split: str
+    readers: list[Reader]
+    class_names: list[str] | None
+    left_out: LeftOut
+    notes: list[str]
+
+    def allowance(self, max_bad: float) -> Allowance:
+        """Return how many images may be left out, where the share `max_bad` may be."""
+        return _allowance(self.readers, self.left_out, max_bad)
+
+
+def _allowance(readers: Sequence[Reader], left_out: LeftOut, max_bad: float) -> Allowance:
+    images = sum(len(reader) for reader in {id(reader): reader for reader in readers}.values())
+    return Allowance(images, left_out.possible_images, max_bad)
+
+
+class Found(Protocol):
+    """A source whose splits are listed and not opened."""
+
+    @property
+    def splits(self) -> Sequence[str]:
+        """The names of its splits."""
+
+    def size(self, split: str) -> tuple[str, int]:
+        """Return what a split holds, and how much: ("images", 5000)."""
+
+    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
+        """Open some splits.
+
+        Args:
+            chosen: their names in the source, by the names they get, "train" among these.
+        """
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What was seen and is in no split."""
+
+
+@dataclass(frozen=True)
+class _FoundRows:
+    """An archive as its site ships it."""
+
+    readers: Mapping[str, Reader]
+    class_names: list[str] | None
+    left_out: LeftOut
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return list(self.readers)
+
+    def size(self, split: str) -> tuple[str, int]:
+        return "images", len(self.readers[split])
+
+    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
+        readers = {ours: self.readers[theirs] for ours, theirs in chosen.items()}
+        return Opened(readers, self.class_names, LeftOut(), [])
+
+
+@dataclass(frozen=True)
+class _FoundTables:
+    """Parquet, Arrow, or a data set of the Hub."""
+
+    source: str
+    tables: Mapping[str, Table]
+    left_out: LeftOut
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return list(self.tables)
+
+    def size(self, split: str) -> tuple[str, int]:
+        return "images", len(self.tables[split])
+
+    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
+        tables = {ours: self.tables[theirs] for ours, theirs in chosen.items()}
+        return open_tables(tables, self.source, config.image_column, config.label_column)
+
+
+@dataclass(frozen=True)
+class _FoundTars:
+    """WebDataset tars."""
+
+    folder: Path
+    tars: Mapping[str, Sequence[str]]
+    left_out: LeftOut
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return list(self.tars)
+
+    def size(self, split: str) -> tuple[str, int]:
+        return "tars", len(self.tars[split])
+
+    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
+        paths = {ours: [self.folder / name for name in self.tars[theirs]] for ours, theirs in chosen.items()}
+        return open_tars(paths, config.image_column, config.label_column)
+
+
+@dataclass(frozen=True)
+class _FoundImages:
+    """A folder of image files."""
+
+    folder: Path
+    listing: Listing
+    tops: Mapping[str, str]
+    left_out: LeftOut
+
+    @property
+    def splits(self) -> Sequence[str]:
+        return list(self.tops)
+
+    def size(self, split: str) -> tuple[str, int]:
+        import pyarrow.compute as pc
+
+        return "images", pc.sum(in_folder(self.listing.images, self.tops[split])).as_py() or 0
+
+    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
+        tops = {ours: self.tops[theirs] for ours, theirs in chosen.items()}
+        return open_images(self.folder, self.listing, tops, config.image_column, config.label_column)
+
+
+def open_source(source: str, config: SourceConfig | None = None) -> Source:
+    """Open a source and settle its splits.
 
     Train, validation and test splits are taken by their names, or as the settings say; others, such as STL-10's
-    unlabelled one, are left aside. `held_out` of the training images are split off, by seed, for a missing validation
+    unlabelled one, are left out. `held_out` of the training images are split off, by seed, for a missing validation
     split, and as many for a missing test split (10 %, for ImageNet 4 %; paper, section 3.1).
 
     Args:
@@ -88,141 +248,154 @@ def open_source(source: str, config: SourceConfig | None = None) -> tuple[dict[s
             tars; a `.parquet`, `.arrow` or `.tar` file; an archive as its site ships it (see `open_archive`); or a hub
             id, with a configuration after a colon ("name/set:config").
 
-    Returns:
-        the splits, and the class names (None without labels).
-
     Raises:
         InputError: nothing there, no images in it, an ambiguous column, or labels that disagree between splits.
     """
     config = config or SourceConfig()
-    choice = _Choice(bool(_asked(config)), partial(_named, config=config, source=source))
-    readers, class_names = _open(source, config, choice)
-    if len(readers["train"]) == 0:
+    asked = _asked(config)
+    with _readable():
+        found = find(source, config, asked=bool(asked))
+        chosen = _choose(found.splits, asked, source)
+        opened = found.open(chosen, config)
+        left_out = LeftOut()
+        left_out.update(found.left_out)
+        left_out.update(opened.left_out)
+        for split in (split for split in found.splits if split not in chosen.values()):
+            kind, count = found.size(split)
+            if count:
+                left_out.add(f"{kind} of the split {split}", split, count=count)
+    if len(opened.readers["train"]) == 0:
         raise InputError(f"{source} is empty: there is no image in its training split")
-    return _with_held_out(readers, config, source), class_names
+    return Source(_with_held_out(opened.readers, config, source), opened.class_names, left_out, opened.notes)
 
 
-def open_whole(source: str, config: ColumnConfig, split: str | None) -> tuple[str, list[Reader], list[str] | None]:
-    """Opens one split as the source has it, or all its images; nothing is held out.
+def open_whole(source: str, config: ColumnConfig, split: str | None) -> WholeSource:
+    """Open one split as the source has it, or all its images; nothing is held out.
 
     Args:
         source: see `open_source`.
         split: its name in the source, or train, validation or test; None takes the test split, and all splits of a
             source without one.
 
-    Returns:
-        the split's name ("all" for all of them), its readers, and the class names (None without labels).
-
     Raises:
         InputError: see `open_source`; or there is no such split.
     """
-    wanted = dict[str, str]()  # what it is called here -> its own name
-
-    def settle(found: Mapping[str, Any]) -> dict[str, Any]:
-        known = {SPLIT_NAMES.get(name.lower(), name): name for name in found} | {name: name for name in found}
+    with _readable():
+        found = find(source, config, asked=split is not None and split.lower() not in SPLIT_NAMES)
+        names = list(found.splits)
+        known = {SPLIT_NAMES.get(name.lower(), name): name for name in names} | {name: name for name in names}
         if split is not None and split not in known:
             raise InputError(f"{source} has no split {split!r}; {suggest(split, known) if known else 'it has none'}")
-        reference = known.get("train", next(iter(found)))
-        taken = list(found) if split is None and "test" not in known else [known[split or "test"]]
-        wanted.update({"train" if name == reference else name: name for name in taken})
-        return {"train": found[reference]} | {key: found[name] for key, name in wanted.items()}
-
-    asked = split is not None and split.lower() not in SPLIT_NAMES
-    readers, class_names = _open(source, config, _Choice(asked, settle))
-    chosen = [readers[key] for key in wanted]
+        reference = known.get("train", names[0])
+        taken = names if split is None and "test" not in known else [known[split or "test"]]
+        wanted = {"train" if name == reference else name: name for name in taken}
+        opened = found.open({"train": reference} | wanted, config)
+        left_out = LeftOut()
+        left_out.update(found.left_out)
+        left_out.update(opened.left_out)
+    chosen = [opened.readers[key] for key in wanted]
     if sum(map(len, chosen)) == 0:
         raise InputError(f"{source} is empty: there is no image in it")
     name = next(iter(wanted.values()))
-    told = split is not None or SPLIT_NAMES.get(name.lower()) == "test"
-    return name if told else "all", chosen, class_names
+    one = split is not None or SPLIT_NAMES.get(name.lower()) == "test"
+    return WholeSource(name if one else "all", chosen, opened.class_names, left_out, opened.notes)
 
 
-def _open(source: str, config: ColumnConfig, choice: _Choice) -> tuple[dict[str, Reader], list[str] | None]:
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Turn a refusal of the file system into an `InputError`."""
     try:
-        return _opened(source, config, choice)
+        yield
     except PermissionError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def _opened(source: str, config: ColumnConfig, choice: _Choice) -> tuple[dict[str, Reader], list[str] | None]:
+def find(source: str, config: ColumnConfig, *, asked: bool) -> Found:
+    """List the splits of a source.
+
+    Args:
+        asked: whether the user named a split: then any folder at the top, or first word of a tar's name, may be one.
+
+    Raises:
+        InputError: there is nothing that can be read.
+    """
     if source == DIGITS:
-        return readers_of(choice.settle({"train": _digits()}), source, config.image_column, config.label_column)
+        return _FoundTables(source, {"train": _digits()}, LeftOut())
     path = Path(source).expanduser()
+    require_regular(path)
     archive = open_archive(str(path), config.label_column)
     if archive:
-        return choice.settle(archive[0]), archive[1]
+        return _FoundRows(*archive, LeftOut())
     if path.is_dir():
-        return _open_folder(path, config, choice, source)
+        return _find_in_folder(path, source, asked=asked)
     if path.is_file():
-        if path.suffix == ".tar":
-            return _open_tars(path.parent, [path.name], config, choice)
-        if path.suffix not in (".parquet", ".arrow"):
-            raise InputError(
-                f"{path} is a {path.suffix or 'nameless'} file; give a folder of images or a .parquet, .arrow or .tar"
-            )
-    elif source.startswith(("/", ".", "~")) or source.count("/") > 1:
+        return _find_in_file(path, source, asked=asked)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise InputError(f"no folder or file {source}")
-    return _open_tables(path, config, choice, source)
+    name, _, configuration = source.partition(":")
+    return _FoundTables(source, load_hub(name, configuration, stream=config.stream), LeftOut())
 
 
-def _open_folder(
-    path: Path, config: ColumnConfig, choice: _Choice, source: str
-) -> tuple[dict[str, Reader], list[str] | None]:
-    import pyarrow as pa
-
-    kinds, tars, described = Counter[str](), list[str](), False
-
-    def images() -> Iterator[str]:
-        nonlocal described
-        for name in files_below(path):
-            file = PurePosixPath(name)
-            ending = file.suffix.lower()
-            kinds[ending if ending not in image_endings() else "image"] += 1
-            described |= file.name in _METADATA
-            if ending == ".tar":
-                tars.append(name)
-            elif ending in image_endings():
-                yield name
-
-    found = images()
-    chunks = iter(lambda: list(islice(found, 65536)), [])
-    try:
-        names = pa.chunked_array([pa.array(chunk, pa.large_string()) for chunk in chunks], pa.large_string())
-    except UnicodeEncodeError as error:
-        raise InputError(f"the name of the image {error.object!r} in {path} is not UTF-8; rename it") from None
-    if not kinds:
-        raise InputError(f"{path} is an empty folder; there are no images in it")
-    packed = max((".parquet", ".arrow", ".tar"), key=kinds.__getitem__)
-    if not kinds["image"] or kinds[packed] >= kinds["image"]:  # a picture may lie beside the file of the images
-        if kinds[".tar"]:
-            return _open_tars(path, tars, config, choice)
-        return _open_tables(path, config, choice, source)
-    if kinds[packed] and not described:
-        raise InputError(
-            f"{path} holds {kinds['image']} image files and {kinds[packed]} {packed}; give one or the other"
-        )
-    names = names.combine_chunks()
-    splits = choice.settle(split_folders(names, asked=choice.asked))
-    if not described:
-        return open_images(path, names, splits, config.image_column, config.label_column)
-    files = {split: f"{top}/**".lstrip("/") for split, top in splits.items()}
-    tables = load_tables(source, path, files, stream=False)  # `datasets` knows what their metadata say
-    return readers_of(tables, source, config.image_column, config.label_column)
+def _find_in_file(path: Path, source: str, *, asked: bool) -> Found:
+    ending = path.suffix.lower()
+    if ending == ".tar":
+        return _FoundTars(path.parent, split_tars([path.name], asked=asked), LeftOut())
+    if ending in (".parquet", ".arrow"):
+        return _FoundTables(source, load_file(path), LeftOut())
+    if ending in ARCHIVES:
+        raise InputError(f"{path} is none of the archives that are read as they are; unpack {path.name} first")
+    raise InputError(f"{path} is a {ending or 'nameless'} file; give a folder of images or a .parquet, .arrow or .tar")
 
 
-def _open_tars(
-    folder: Path, tars: list[str], config: ColumnConfig, choice: _Choice
-) -> tuple[dict[str, Reader], list[str] | None]:
-    splits = choice.settle(split_tars(tars, asked=choice.asked))
-    paths = {split: [folder / name for name in names] for split, names in splits.items()}
-    return open_tars(paths, config.image_column, config.label_column)
+def _find_in_folder(path: Path, source: str, *, asked: bool) -> Found:
+    listing = list_folder(path)
+    images, left_out = len(listing.images), listing.left_out
+    packed = {ending: names for ending, names in listing.packed.items() if names}
+    if not images and ".tar" not in packed and is_saved(path):
+        return _FoundTables(source, load_saved(path), LeftOut())
+    if not images and not packed:
+        raise InputError(_nothing(path, left_out))
+    counts = [f"{images} image files"] if images else []
+    counts += [f"{len(names)} {ending}" for ending, names in packed.items()]
+    if len(packed) > 1 or (packed and sum(map(len, packed.values())) < images):
+        raise InputError(f"{path} holds {' and '.join(counts)}; give one or the other")
+    if not packed:
+        tops = split_folders(listing.images, asked=asked)
+        _add_outside(left_out, listing.images, list(tops.values()))
+        return _FoundImages(path, listing, tops, left_out)
+    ((ending, names),) = packed.items()
+    if images:  # a picture may lie beside the file of the images
+        kind = f"image files beside the {ending} files"
+        left_out.add(kind, listing.images[0].as_py(), count=images, possible_images=True)
+        for file in [*listing.metadata, *listing.annotations]:
+            left_out.add(f"files {ending_of(file)}", file)
+    if ending == ".tar":
+        return _FoundTars(path, split_tars(names, asked=asked), left_out)
+    if SPECIAL in left_out.entries:  # `datasets` might wait for it
+        first = left_out.entries[SPECIAL].first
+        raise InputError(f"{path / first} is a FIFO, a socket or a device; remove it")
+    return _FoundTables(source, load_folder(path, names), left_out)
 
 
-def _open_tables(
-    path: Path, config: ColumnConfig, choice: _Choice, source: str
-) -> tuple[dict[str, Reader], list[str] | None]:
-    tables = choice.settle(load_tables(source, path, None, stream=config.stream))
-    return readers_of(tables, source, config.image_column, config.label_column)
+def _nothing(path: Path, left_out: LeftOut) -> str:
+    """Return why there are no images in a folder."""
+    if not left_out:
+        return f"{path} is an empty folder; there are no images in it"
+    return f"{path} holds no images that can be read, but {left_out.text()}{left_out.advice()}"
+
+
+def _add_outside(left_out: LeftOut, images: Any, tops: Sequence[str]) -> None:
+    """Count the images that lie in none of the folders of the splits."""
+    import pyarrow.compute as pc
+
+    if not tops:  # no folders at all, and a split was asked for: that is refused later
+        return
+    inside = in_folder(images, tops[0])
+    for top in tops[1:]:
+        inside = pc.or_(inside, in_folder(images, top))
+    outside = pc.filter(images, pc.invert(inside))
+    if len(outside):
+        left_out.add(OUTSIDE, outside[0].as_py(), count=len(outside), possible_images=True)
 
 
 def _digits() -> ArrowTable:
@@ -248,25 +421,24 @@ def _asked(config: SourceConfig) -> dict[str, str]:
     return asked
 
 
-def _named(found: Mapping[str, Any], config: SourceConfig, source: str) -> dict[str, Any]:
-    """The splits to use, by our names: those that the settings name, and the others by theirs."""
-    asked = _asked(config)
-    taken = dict(asked)
+def _choose(names: Sequence[str], asked: Mapping[str, str], source: str) -> dict[str, str]:
+    """Return the splits to use, the source's names by ours: those asked for, and the others by their names."""
+    chosen = dict(asked)
     for name in asked.values():
-        if name not in found:
-            raise InputError(f"{source} has no split {name!r}; {suggest(name, found)}")
-    for name in found:
+        if name not in names:
+            raise InputError(f"{source} has no split {name!r}; {suggest(name, names) if names else 'it has none'}")
+    for name in names:
         split = SPLIT_NAMES.get(name.lower())
         if split is None or split in asked or name in asked.values():
             continue
-        if split in taken:
-            raise InputError(f"{source} has two {split} splits, {taken[split]} and {name}; --{split}-split takes one")
-        taken[split] = name
-    if not taken and len(found) == 1:
-        taken = {"train": next(iter(found))}
-    if "train" not in taken:
-        raise InputError(f"{source} has no training split, only: {', '.join(found)}; --train-split names one")
-    return {split: found[taken[split]] for split in SPLITS if split in taken}
+        if split in chosen:
+            raise InputError(f"{source} has two {split} splits, {chosen[split]} and {name}; --{split}-split takes one")
+        chosen[split] = name
+    if not chosen and len(names) == 1:
+        chosen = {"train": names[0]}
+    if "train" not in chosen:
+        raise InputError(f"{source} has no training split, only: {', '.join(names)}; --train-split names one")
+    return {split: chosen[split] for split in SPLITS if split in chosen}
 
 
 def _with_held_out(readers: Mapping[str, Reader], config: SourceConfig, source: str) -> dict[str, Split]:

@@ -1,14 +1,18 @@
 """Tables of images: Parquet and Arrow files, folders that `datasets` wrote, the Hub; which column is what."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from igpt.data.folders import files_below, require_known, sort_classes
-from igpt.data.readers import Column, ParquetRows, Reader, TableRows, opened_parquet
+from pydantic import Field
+
+from igpt.data.folders import Opened, require_known, sort_classes
+from igpt.data.left_out import COLUMNS, LeftOut
+from igpt.data.readers import Column, ParquetRows, Reader, TableRows, is_missing, opened_parquet, word_of
 from igpt.errors import InputError, suggest
+from igpt.files import Stored, read_json, require_regular
 
 _FINE_AND_COARSE = ["coarse_label", "fine_label"]  # CIFAR-100's two sets of classes
 
@@ -24,9 +28,12 @@ class ArrowTable:
         """The columns and their types."""
         return self.table.features  # type: ignore[no-any-return]
 
-    def values(self, column: str) -> set[str]:
-        """All values of a column, as words, but for missing ones."""
-        return {str(value) for value in self.table.unique(column) if value is not None}
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def values(self, column: str) -> set[Any]:
+        """Return all values of a column, missing ones too."""
+        return set(self.table.unique(column))
 
     def rows(self, image: str, label: Column | None) -> TableRows:
         """A reader of two columns; no other is touched."""
@@ -63,14 +70,17 @@ class ParquetTable:
                 raise InputError(f"{file} has other columns than {files[0]}, or other class names: {', '.join(found)}")
         return cls(files, tuple(count for count, _ in ends), features or columns[0])
 
-    def values(self, column: str) -> set[str]:
-        """All values of a column, as words, but for missing ones."""
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def values(self, column: str) -> set[Any]:
+        """Return all values of a column, missing ones too."""
         found = set[Any]()
         for file in self.files:
             with opened_parquet(file) as parquet:
                 for batch in parquet.iter_batches(columns=[column], use_threads=False):
                     found |= set(batch[0].unique().to_pylist())
-        return {str(value) for value in found if value is not None}
+        return found
 
     def rows(self, image: str, label: Column | None) -> ParquetRows:
         """A reader of two columns; no other is touched."""
@@ -84,10 +94,8 @@ def _classes_of(features: Mapping[str, Any]) -> dict[str, list[str] | None]:
 Table = ArrowTable | ParquetTable
 
 
-def readers_of(
-    tables: Mapping[str, Table], source: str, image_column: str | None, label_column: str | None
-) -> tuple[dict[str, Reader], list[str] | None]:
-    """Readers of the images of all splits, "train" among them, and the class names.
+def open_tables(tables: Mapping[str, Table], source: str, image_column: str | None, label_column: str | None) -> Opened:
+    """Open all splits, "train" among them, and find their classes.
 
     Raises:
         InputError: an ambiguous or missing column, or labels that disagree between splits.
@@ -103,7 +111,12 @@ def readers_of(
     column = None
     if label is not None and names is not None:
         column = Column(label, None if typed else {name: number for number, name in enumerate(names)})
-    return {split: table.rows(image, column) for split, table in tables.items()}, names
+    left_out = LeftOut()
+    unused = [name for name in features if name not in (image, label)]
+    if unused:
+        left_out.add(COLUMNS, unused[0], count=len(unused))
+    readers: dict[str, Reader] = {split: table.rows(image, column) for split, table in tables.items()}
+    return Opened(readers, names, left_out, [])
 
 
 def _class_names(tables: Mapping[str, Table], label: str | None, source: str) -> list[str] | None:
@@ -111,9 +124,14 @@ def _class_names(tables: Mapping[str, Table], label: str | None, source: str) ->
         return None
     names = getattr(tables["train"].features[label], "names", None)
     if names is None:
-        values = {split: table.values(label) for split, table in tables.items()}
-        require_known(values["train"], values, source)
-        return sort_classes(values["train"])
+        words = {}
+        for split, table in tables.items():
+            values = {value for value in table.values(label) if not is_missing(value)}
+            if any(isinstance(value, float) and not value.is_integer() for value in values):
+                raise _no_classes(label, tables[split].features[label], source)
+            words[split] = set(map(word_of, values))
+        require_known(words["train"], words, source)
+        return sort_classes(words["train"])
     for split, table in tables.items():
         others = getattr(table.features[label], "names", None)
         if others != names:
@@ -154,8 +172,8 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) 
         if wanted not in features:
             raise InputError(f"{source} has no column {wanted!r}; {suggest(wanted, [*features, 'none'])}")
         kind = getattr(features[wanted], "dtype", "")
-        if not kind.startswith(("int", "uint", "string", "large_string", "bool")):
-            raise InputError(f"column {wanted!r} of {source} holds {features[wanted]}; classes are integers or strings")
+        if not kind.startswith(("int", "uint", "float", "string", "large_string", "bool")):
+            raise _no_classes(wanted, features[wanted], source)
         return wanted
     labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     if sorted(labels) == _FINE_AND_COARSE:
@@ -165,13 +183,128 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) 
     return labels[0] if labels else None
 
 
-def load_tables(source: str, path: Path, files: dict[str, str] | None, *, stream: bool) -> dict[str, Table]:
-    """The splits of a Parquet or Arrow file, a folder, or a Hub id ("name/set:config"), by their own names.
+def _no_classes(column: str, feature: Any, source: str) -> InputError:
+    return InputError(f"column {column!r} of {source} holds {feature}; classes are integers or strings")
 
-    Parquet on this machine is read where it lies. What is on the Hub is downloaded first, or read there (`stream`).
+
+def load_file(path: Path) -> dict[str, Table]:
+    """Return the one split of a Parquet or Arrow file, "train".
+
+    Raises:
+        InputError: it is not readable as such.
+    """
+    import datasets
+
+    require_regular(path)
+    if path.suffix == ".parquet":
+        return {"train": _open_parquet([str(path)], None)}
+    datasets.disable_progress_bars()
+    try:
+        return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
+    except InputError:
+        raise
+    except Exception as error:  # of many types: `datasets`, Arrow and the file system have their own
+        raise InputError(f"{path} is not readable as Arrow: {_reason(error)}") from None
+
+
+def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
+    """Return the splits of a folder of Parquet or of Arrow files, by their own names.
+
+    Parquet is read where it lies.
 
     Args:
-        files: patterns of the files of each split, in a folder where `datasets` should not find them by itself.
+        files: the Parquet or Arrow files in it, relative to it.
+
+    Raises:
+        InputError: it cannot be loaded, or some of its files have no split.
+    """
+    import datasets
+
+    if "[" in str(path):
+        raise InputError(f"{path}: `datasets` cannot read folders with a '[' in their names; rename it")
+    for file in files:
+        require_regular(path / file)
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(str(path.resolve()))
+        used = [str(file) for of_split in builder.config.data_files.values() for file in of_split]
+        wrong = next((file for file in used if Path(file).suffix not in (".parquet", ".arrow")), None)
+        if wrong:
+            raise InputError(
+                f"{path}: `datasets` takes this for a folder of {Path(wrong).suffix} files ({Path(wrong).name}); "
+                f"move the {Path(files[0]).suffix} files to a folder of their own"
+            )
+        tables = _build(builder)
+    except InputError:
+        raise
+    except Exception as error:  # of many types: `datasets`, Arrow and the file system have their own
+        raise InputError(
+            f"cannot load {str(path)!r}: its files are not readable as images ({_reason(error)})"
+        ) from None
+    _require_all(path, files, used)
+    return tables
+
+
+class _SavedDict(Stored):
+    splits: list[str]
+
+
+class _SavedFile(Stored):
+    filename: str
+
+
+class _SavedState(Stored):
+    data_files: list[_SavedFile] = Field(alias="_data_files")
+
+
+class _SavedInfo(Stored):
+    features: dict[str, Any]
+
+
+_DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+
+
+def is_saved(path: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk` of `datasets`."""
+    return (path / _DICT).exists() or ((path / _STATE).exists() and (path / _INFO).exists())
+
+
+def load_saved(path: Path) -> dict[str, Table]:
+    """Return the splits of a folder that `save_to_disk` of `datasets` wrote, by their own names.
+
+    Raises:
+        InputError: one of its files is missing or malformed; names it.
+    """
+    import datasets
+
+    if not (path / _DICT).exists():
+        return {"train": _load_saved(path)}
+    saved = read_json(path / _DICT, "list of the splits of a saved data set", _SavedDict)
+    for split in saved["splits"]:
+        if "/" in split or split in ("", ".", ".."):
+            raise InputError(f"{path / _DICT} names the split {split!r}, which cannot be a folder")
+    datasets.disable_progress_bars()
+    return {split: _load_saved(path / split) for split in saved["splits"]}
+
+
+def _load_saved(folder: Path) -> Table:
+    import datasets
+
+    state = read_json(folder / _STATE, "state of a saved data set", _SavedState)
+    read_json(folder / _INFO, "description of a saved data set", _SavedInfo)
+    for file in state["_data_files"]:
+        name = file["filename"]
+        if "/" in name or not (folder / name).exists():
+            raise InputError(f"{folder / _STATE} names {name!r}, which is not in {folder}; save the data set again")
+        require_regular(folder / name)
+    try:
+        return ArrowTable(datasets.Dataset.load_from_disk(str(folder)))
+    except Exception as error:  # of many types: `datasets` checks little of what it reads
+        raise InputError(f"{folder} is not readable as a saved data set: {_reason(error)}") from None
+
+
+def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
+    """Return the splits of a data set of the Hub, by their own names: downloaded first, or read there (`stream`).
 
     Raises:
         InputError: it cannot be loaded, or it is to be streamed and is not in Parquet.
@@ -180,33 +313,39 @@ def load_tables(source: str, path: Path, files: dict[str, str] | None, *, stream
 
     datasets.disable_progress_bars()
     try:
-        if path.suffix == ".parquet" and path.is_file():
-            return {"train": ParquetTable.open([str(path)], None)}
-        if path.is_file():
-            return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
-        if path.is_dir() and any((path / name).exists() for name in ("dataset_dict.json", "dataset_info.json")):
-            saved = datasets.load_from_disk(str(path))
-            return _arrow(saved if isinstance(saved, dict) else {"train": saved})
-        if path.is_dir():
-            if "[" in str(path):
-                raise InputError(f"{path}: `datasets` cannot read folders with a '[' in their names; rename it")
-            tables = _build(datasets.load_dataset_builder(str(path.resolve()), data_files=files))
-            _require_all(path, tables)
-            return tables
-        return _load_from_hub(*source.partition(":")[::2], stream=stream)
+        return _load_from_hub(name, config, stream=stream)
     except InputError:
         raise
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-        reason = " ".join(str(cause or error).split()) or type(error).__name__
-        problem = "its files are not readable as images"
-        if not path.exists():
-            problem = f"no such folder here and no such data set within reach of the Hub, or {problem}"
-        raise InputError(f"cannot load {source!r}: {problem} ({reason[:300]})") from None
+    except Exception as error:  # of many types: `datasets`, the Hub's client and the network have their own
+        source = f"{name}:{config}" if config else name
+        raise InputError(
+            f"cannot load {source!r}: no such folder here and no such data set within reach of the Hub, or its files "
+            f"are not readable as images ({_reason(error)})"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    import datasets
+
+    cause = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+    shown = cause or error
+    words = " ".join(str(shown).split())
+    if not words or isinstance(shown, KeyError):
+        words = f"{type(shown).__name__} {words}".strip()
+    return words[:300]
 
 
 def _arrow(loaded: Mapping[str, Any]) -> dict[str, Table]:
     return {str(split): ArrowTable(table) for split, table in loaded.items()}
+
+
+def _open_parquet(files: Iterable[str], features: Mapping[str, Any] | None) -> ParquetTable:
+    try:
+        return ParquetTable.open(files, features)
+    except InputError:
+        raise
+    except Exception as error:  # a description of columns, which the file carries, may hold anything
+        raise InputError(f"{next(iter(files))} is not readable as Parquet of `datasets`: {_reason(error)}") from None
 
 
 def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
@@ -214,7 +353,7 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
 
     if isinstance(builder, Parquet):
         return {
-            str(split): ParquetTable.open(files, builder.info.features)
+            str(split): _open_parquet(list(files), builder.info.features)
             for split, files in builder.config.data_files.items()
         }
     if not local:
@@ -223,16 +362,14 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
     return _arrow(builder.as_dataset())
 
 
-def _require_all(folder: Path, tables: Mapping[str, Table]) -> None:
-    """Refuses Parquet files of which `datasets` would use some: it goes by the splits in their names."""
-    used = {file for table in tables.values() if isinstance(table, ParquetTable) for file in table.files}
-    there = [name for name in files_below(folder) if name.endswith(".parquet")]
-    if used and len(there) > len(used):
+def _require_all(folder: Path, there: Sequence[str], used: Sequence[str]) -> None:
+    """Refuse files of which `datasets` would use some: it goes by the splits in their names."""
+    if len(there) > len(used):
         names = {Path(file).name for file in used}
-        left = next(name for name in there if Path(name).name not in names)
+        left = next((name for name in there if Path(name).name not in names), there[-1])
         raise InputError(
-            f"{folder}: {len(there) - len(used)} of {len(there)} Parquet files have no split in their names, {left} is "
-            "the first, and others do; name them alike, or give one file"
+            f"{folder}: {len(there) - len(used)} of {len(there)} {Path(left).suffix} files have no split in their "
+            f"names, {left} is the first, and others do; name them alike, or give one file"
         )
 
 

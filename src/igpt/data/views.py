@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt.data.images import load, open_image, orientation, to_rgb
+from igpt.data.images import highest_level, load, open_image, orientation, to_rgb
 from igpt.errors import InputError
 
 Filter = Literal["area", "nearest", "bilinear", "bicubic", "lanczos"]
@@ -68,6 +68,10 @@ class Transform:
         Raises:
             InputError: the image does not decode, or its pixels have no known range.
         """
+        return self.with_level(image, seed)[0]
+
+    def with_level(self, image: Any, seed: tuple[int, ...] = ()) -> tuple[NDArray[np.uint8], int | None]:
+        """Return the squares of an image, and its highest level if it has 16-bit grey levels; see `__call__`."""
         opened = open_image(image)
         # A caller's own image stays whole: it may be decoded already, or used again.
         reducible = opened is not image and opened.format == "JPEG" and self.filter == "area" and not self.full_decode
@@ -80,11 +84,11 @@ class Transform:
         if min(width, height) == 0:
             raise InputError("the image has no pixels")
         if min(width, height) <= self.size:
-            return self._small(to_rgb(load(opened)))[None]
+            return self._small(to_rgb(load(opened)))[None], highest_level(opened)
         boxes = self._boxes(width, height, seed)
         reduction = self._reduction(opened, turn is not None) if reducible else 1
         rgb = to_rgb(load(opened, reduction))
-        return np.stack([self._square(rgb, box, reduction) for box in boxes])
+        return np.stack([self._square(rgb, box, reduction) for box in boxes]), highest_level(opened)
 
     def _boxes(self, width: int, height: int, seed: tuple[int, ...]) -> list[Box]:
         shorter = min(width, height)
