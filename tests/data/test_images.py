@@ -1,6 +1,10 @@
 import contextlib
 import io
+import os
+import socket
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +14,7 @@ import pytest
 from PIL import Image
 from reading import DISPLAYED
 
-from igpt.data.images import load, open_image, orientation, to_rgb
+from igpt.data.images import highest_level, load, open_image, orientation, to_rgb
 from igpt.errors import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -67,6 +71,96 @@ def test_palette_images_with_transparency(form: str, transparency: object):
     assert image.mode == "P"
     last = [255, 204, 204] if isinstance(transparency, bytes) else [255, 0, 0]
     assert rgb(image) == [[[255, 0, 0], [255, 255, 255], last]]
+
+
+def png(width: int, depth: int, kind: int, row: bytes, transparent: bytes, palette: bytes = b"") -> bytes:
+    """A PNG of one row, chunk by chunk: Pillow itself does not write all depths."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"PLTE", palette), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in [*chunks, (b"IEND", b"")]
+        if data or name == b"IEND"
+    )
+
+
+GREY, COLOUR, PALETTE = 0, 2, 3
+WHITE = [255] * 3
+
+
+@pytest.mark.parametrize(
+    ("encoded", "expected"),
+    [
+        (png(3, 16, GREY, struct.pack(">3H", 0, 257, 40000), struct.pack(">H", 0)), [WHITE, [1] * 3, [156] * 3]),
+        (png(3, 16, GREY, struct.pack(">3H", 0, 257, 40000), struct.pack(">H", 40000)), [[0] * 3, [1] * 3, WHITE]),
+        (png(3, 8, GREY, bytes([0, 1, 200]), struct.pack(">H", 200)), [[0] * 3, [1] * 3, WHITE]),
+        (png(2, 4, GREY, b"\x3f", struct.pack(">H", 3)), [WHITE, WHITE]),
+        (png(2, 4, GREY, b"\x3e", struct.pack(">H", 14)), [[51] * 3, WHITE]),
+        (png(4, 2, GREY, b"\x1b", struct.pack(">H", 1)), [[0] * 3, WHITE, [170] * 3, WHITE]),
+        (png(2, 1, GREY, b"\x40", struct.pack(">H", 0)), [WHITE, WHITE]),
+        (png(2, 1, GREY, b"\x40", struct.pack(">H", 1)), [[0] * 3, WHITE]),
+        (
+            png(2, 16, COLOUR, struct.pack(">6H", 40000, 256, 513, 1, 2, 3), struct.pack(">3H", 40000, 256, 513)),
+            [WHITE, [0] * 3],
+        ),
+        (png(2, 8, COLOUR, bytes([1, 2, 3, 4, 5, 6]), struct.pack(">3H", 4, 5, 6)), [[1, 2, 3], WHITE]),
+        (png(4, 2, PALETTE, b"\x1b", b"\0\xff", bytes(range(12))), [WHITE, [3, 4, 5], [6, 7, 8], [9, 10, 11]]),
+    ],
+    ids=lambda value: "",
+)
+def test_a_transparent_level_or_colour_of_any_depth_becomes_white(encoded: bytes, expected: list[list[int]]):
+    assert rgb(load(open_image(encoded))) == [expected]
+
+
+@pytest.mark.parametrize("kind", [4, 6])
+def test_alpha_of_16_bits(kind: int):
+    """Grey or colour with half and no opacity."""
+    levels = [[40000, 0], [25700, 51 * 257]] if kind == 4 else [[40000, 0, 0, 0], [25700, 25700, 25700, 51 * 257]]
+    row = b"".join(struct.pack(f">{len(pixel)}H", *pixel) for pixel in levels)
+    assert rgb(load(open_image(png(2, 16, kind, row, b"")))) == [[WHITE, [224] * 3]]  # 0.2 * 100 + 0.8 * 255
+
+
+def test_the_highest_level_of_16_bit_images():
+    for levels, highest in ((np.array([[0, 4095]], np.uint16), 4095), (np.array([[7, 9]], np.uint8), None)):
+        assert highest_level(reopened(Image.fromarray(levels))) == highest
+
+
+def test_heic_is_read_where_its_package_is_installed(tmp_path: Path):
+    """A package in its place that lets Pillow's reader of PNG open .heic too."""
+    (tmp_path / "pillow_heif.py").write_text(
+        "from PIL import Image\n"
+        "def register_heif_opener():\n"
+        "    Image.init()\n"
+        "    Image.register_extension('PNG', '.heic')\n"
+    )
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(3):
+        Image.new("RGB", (2, 2), (number, 0, 0)).save(folder / f"{number}.png")
+        (folder / f"{number}.png").rename(folder / f"{number}.heic")
+    program = (
+        "import sys, numpy as np\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "from igpt.data.images import open_image\n"
+        "from igpt.data.sources import open_source\n"
+        "splits = open_source(sys.argv[1] + '/photos').splits\n"
+        "print(sorted(open_image(image).getpixel((0, 0))[0] for split in splits.values()\n"
+        "      for image, _ in split.read(np.arange(1))))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "[0, 1, 2]\n", done.stderr
+
+
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
+def test_what_would_be_waited_for_is_never_opened(tmp_path: Path, kind: str):
+    path = Path("/dev/zero") if kind == "device" else tmp_path / "image.png"
+    if kind == "fifo":
+        os.mkfifo(path)
+    if kind == "socket":
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(str(path))
+    with pytest.raises(InputError, match=f"is a {kind.upper() if kind == 'fifo' else kind}; a regular file is needed"):
+        open_image(path)
 
 
 def test_16_bit_grey_is_scaled_to_8_bits():

@@ -296,6 +296,64 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, picture: Picture):
     assert sum(counts(cut)) == 10
 
 
+@pytest.mark.parametrize("sizes", [(1, 2), (20, 40), (3, 0, 4), (0, 5), (7, 8, 9)])
+def test_joined_tars_are_read_to_the_end(tmp_path: Path, picture: Picture, sizes: tuple[int, ...]):
+    """`cat a.tar b.tar`: behind the first end mark another tar begins."""
+    joined, parts, first = b"", [], 0
+    for number, size in enumerate(sizes):
+        part = write_tar(tmp_path / f"{number}.tar", samples(picture, first, first + size))
+        parts.append(part)
+        joined += part.read_bytes()
+        first += size
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all" / "all.tar").write_bytes(joined)
+    reader = open_source(str(tmp_path / "all"), SourceConfig(held_out=0.4) if first < 5 else None)[0]["train"].reader
+    names = sorted({name for _, name in plainly(*parts)})
+    expected = plainly(*parts)
+    assert [(image["bytes"], names[label]) for image, label in reader.read(np.arange(len(reader)))] == expected
+    rows = np.arange(first)[:: max(1, first // 4)]
+    assert [image["bytes"] for image, _ in reader.read(rows)] == [expected[row][0] for row in rows]
+
+
+@pytest.mark.parametrize("tail", [b"\n", b"x" * 512, b"\0" * 300 + b"x"])
+def test_what_follows_a_tar_and_is_none_is_refused(tmp_path: Path, picture: Picture, tail: bytes):
+    file = write_tar(tmp_path / "a.tar", samples(picture, 0, 10))
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes() + tail)
+    with pytest.raises(InputError, match=f"a.tar has no end: it is cut off or damaged after {size} bytes"):
+        open_source(str(file))
+    file.write_bytes(file.read_bytes()[:size] + bytes(5000))
+    assert sum(counts(file)) == 10
+
+
+def test_members_that_are_not_used_are_counted(tmp_path: Path, picture: Picture):
+    members = [("LICENSE", b""), ("data", b""), (".DS_Store", b""), ("__MACOSX/0.png", picture(0))]
+    for number in range(6):
+        members += [
+            (f"{number}.png", picture(number)),
+            (f"{number}.mask.png", picture(number)),
+            (f"{number}.txt", b"a caption"),
+            (f"{number}.cls", b"ab"[number % 2 :][:1]),
+        ]
+    path = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path, "a") as tar:
+        for kind, name in ((tarfile.DIRTYPE, "folder"), (tarfile.LNKTYPE, "9.png"), (tarfile.SYMTYPE, "9.txt")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "0.png"
+            tar.addfile(entry)
+    source = open_source(str(path), SourceConfig(image_column="png"))
+    assert {kind: (entry.count, entry.first) for kind, entry in source.left_out.entries.items()} == {
+        "tar members named LICENSE, README and the like": (1, "a.tar: LICENSE"),
+        "tar members without an ending": (1, "a.tar: data"),
+        "hidden and system files": (2, "a.tar: .DS_Store"),
+        "further members of samples ending in .png": (6, "a.tar: 0.mask.png"),
+        "further members of samples ending in .txt": (6, "a.tar: 0.txt"),
+        "tar members that are links or devices ending in .png": (1, "a.tar: 9.png"),
+        "tar members that are links or devices ending in .txt": (1, "a.tar: 9.txt"),
+    }
+    assert source.left_out.possible_images == 2, "the one without an ending, and the link to an image"
+
+
 @pytest.mark.parametrize("compression", ["gz", "bz2", "xz"])
 def test_a_compressed_tar(tmp_path: Path, picture: Picture, compression: str):
     file = write_tar(tmp_path / "a.tar", samples(picture, 0, 10), f"w:{compression}")

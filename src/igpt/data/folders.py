@@ -151,7 +151,7 @@ def list_folder(folder: Path) -> Listing:
         elif ending in packed:
             packed[ending].append(name)
         elif kind == "special":
-            left_out.add(SPECIAL, name, possible_images=ending in endings)
+            left_out.add(f"{SPECIAL} {ending_of(file)}", name, possible_images=may_hold_images(file))
         elif ending in endings:
             names.append(name)
             if len(names) == _CHUNK:
@@ -184,6 +184,8 @@ def ending_of(name: str) -> str:
     Numbers and long words are no endings, or there would be thousands of them.
     """
     path = PurePosixPath(name.lower())
+    if path.name in _ACCOMPANYING_NAMES:
+        return "named LICENSE, README and the like"
     if not any(map(str.isalpha, path.suffix)) or len(path.suffix) > _LONGEST_ENDING:
         return "without an ending"
     tar = ".tar" if path.suffix in ARCHIVES and path.stem.endswith(".tar") else ""
@@ -503,12 +505,13 @@ def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: st
             endings = [ending for ending in entry.members if is_image_ending(ending)]
             if image is None and len(endings) > 1:
                 raise InputError(f"samples of {path} have several images; name one with --image-column: {endings}")
-            images += bool(endings) if image is None else image in entry.members
+            has_image = bool(endings) if image is None else image in entry.members
+            images += has_image
             value = entry.value(column) if column else None
             if value is not None:
                 classes[split].add(value)
             used = {image or next(iter(endings), ""), *entry.sources_of(column if value is not None else None)}
-            for ending in (ending for ending in entry.members if ending not in used):
+            for ending in (ending for ending in entry.members if has_image and ending not in used):
                 name = f"{path.name}: {entry.members[ending].name}"
                 left_out.add(f"further members of samples {ending_of(name)}", name)
         if count and not images:
@@ -531,9 +534,8 @@ def _add_stray(left_out: LeftOut, path: Path, member: StrayMember) -> None:
     if any(map(is_hidden, place.parts)):
         left_out.add(HIDDEN, name)
     elif not member.is_file:
-        left_out.add(
-            "tar members that are no files (links, devices)", name, possible_images=may_hold_images(place.name)
-        )
+        kind = f"tar members that are links or devices {ending_of(place.name)}"
+        left_out.add(kind, name, possible_images=may_hold_images(place.name))
     else:
         left_out.add(f"tar members {ending_of(place.name)}", name, possible_images=may_hold_images(place.name))
 

@@ -53,6 +53,7 @@ class LeftOut:
         """Count `count` more of a kind; the name of the first one ever counted is kept."""
         known = self.entries.get(kind)
         if known:
+            assert known.possible_images == possible_images
             count += known.count
             first = known.first
         self.entries[kind] = Entry(count, _printable(first), possible_images)
@@ -181,8 +182,8 @@ class Allowance:
             share = (len(bad) / reading * self.images + self.left_out) / self.total
             before = f", besides {self.left_out} possible images left out before" if self.left_out else ""
             raise InputError(
-                f"images that do not decode: {len(bad)}, where --max-bad {self.max_bad:g} allows {allowed} of "
-                f"{reading}{before}; the first: {bad[0]}; mend or remove them, or go on without them by a larger "
+                f"images that do not decode: {len(bad)}, where --max-bad {self.max_bad:g} allows "
+                f"{allowed}{before}; the first: {bad[0]}; mend or remove them, or go on without them by a larger "
                 f"--max-bad ({_enough(share)} allows so many)"
             )
 

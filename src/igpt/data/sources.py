@@ -371,9 +371,9 @@ def _find_in_folder(path: Path, source: str, *, asked: bool) -> Found:
             left_out.add(f"files {ending_of(file)}", file)
     if ending == ".tar":
         return _FoundTars(path, split_tars(names, asked=asked), left_out)
-    if SPECIAL in left_out.entries:  # `datasets` might wait for it
-        first = left_out.entries[SPECIAL].first
-        raise InputError(f"{path / first} is a FIFO, a socket or a device; remove it")
+    for kind, entry in left_out.entries.items():
+        if kind.startswith(SPECIAL):  # `datasets` might wait for it
+            raise InputError(f"{path / entry.first} is a FIFO, a socket or a device; remove it")
     return _FoundTables(source, load_folder(path, names), left_out)
 
 
