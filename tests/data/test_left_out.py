@@ -168,6 +168,25 @@ def test_fifos_are_never_opened(write_parquet: Write, write_folder: Write, pictu
         assert "is a FIFO" in refusal(folder / name)
 
 
+def test_fifos_in_archives_are_never_opened(tmp_path: Path):
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    for name in ("train_X.bin", "train_y.bin", "test_X.bin", "test_y.bin", "class_names.txt"):
+        (folder / name).touch()
+    os.mkfifo(folder / "unlabeled_X.bin")
+    assert "unlabeled_X.bin is a FIFO" in refusal(folder)
+    np.save(tmp_path / "set_trX.npy", np.zeros((5, 16), np.uint8))
+    os.mkfifo(tmp_path / "set_trY.npy")
+    assert "set_trY.npy is a FIFO" in refusal(tmp_path / "set")
+
+
+def test_parquet_in_a_system_folder(write_parquet: Write, picture: Picture):
+    columns = {"image": [{"bytes": picture(0), "path": None}] * 9}
+    write_parquet("set/@eaDir/b.parquet", columns)
+    folder = write_parquet("set/a.parquet", columns).parent
+    assert "@eaDir/b.parquet, which lies in a system folder; remove it" in refusal(folder)
+
+
 def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):
     features = datasets.Features({"image": datasets.Image()})
     rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(0), "path": None}] * 9}, features=features)

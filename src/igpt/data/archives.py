@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from igpt.data.readers import digest
 from igpt.data.unpacking import Mapped, cached, folder_in, unpack, unpickle
 from igpt.errors import InputError
+from igpt.files import require_regular
 
 _AT_ONCE = 256  # images
 _MOST_CLASSES = 65536  # larger "class numbers" are something else, and each would get a name
@@ -148,7 +149,10 @@ def token_palette(source: str) -> Path | None:
 
 def _token_prefix(source: str) -> Path | None:
     path = Path(source).expanduser()
-    stored = any(Path(f"{path}_{short}X.npy").is_file() for short in _TOKEN_FILES.values())
+    files = [Path(f"{path}_{short}{kind}.npy") for short in _TOKEN_FILES.values() for kind in "XY"]
+    for file in files:
+        require_regular(file)
+    stored = any(file.is_file() for file in files[::2])
     return path if stored and not path.exists() else None
 
 
@@ -180,6 +184,8 @@ def _open_images(layout: _Layout, path: Path, label_column: str | None) -> _Open
         folder = cache / layout.folder if packed else path
         if packed:
             unpack(path, layout.folder, layout.files, folder)
+        for name in layout.files:
+            require_regular(folder / name)
         if missing := [name for name in layout.files if not (folder / name).is_file()]:
             raise InputError(f"{', '.join(missing)} of {layout.folder} is missing; download and unpack it anew")
         index = _store_stl10(folder, cache) if raw else _store_cifar(layout, folder, cache)

@@ -363,7 +363,11 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
 
 
 def _require_all(folder: Path, there: Sequence[str], used: Sequence[str]) -> None:
-    """Refuse files of which `datasets` would use some: it goes by the splits in their names."""
+    """Refuse files of which `datasets` would use some, by the splits in their names, or more than there are to use."""
+    listed = {(folder / name).resolve() for name in there}
+    strange = next((file for file in used if Path(file).resolve() not in listed), None)
+    if strange:
+        raise InputError(f"{folder}: `datasets` would read {strange}, which lies in a system folder; remove it")
     if len(there) > len(used):
         names = {Path(file).name for file in used}
         left = next((name for name in there if Path(name).name not in names), there[-1])
