@@ -62,8 +62,8 @@ def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
         (("palette", photographs, "-o", tmp_path / "p.npy", "--palette", tmp_path / "x.npy"), "no palette at"),
         (("palette", photographs, "-o", tmp_path / "p.npy", "--colors", 1), "colors = 1"),
         (("prepare", photographs, "-o", photographs / "t"), "would lie among the images of"),
-        (("prepare", photographs, "-o", "."), ". exists already"),
-        (("prepare", photographs, "-o", ".", "--shard", "1/2"), ". exists already"),
+        (("prepare", photographs, "-o", "."), "'.' cannot be the output"),
+        (("prepare", photographs, "-o", ".", "--shard", "1/2"), "'.' cannot be the output"),
         (("prepare", "--merge", "-o", tmp_path / "t", "--shard", "1/2"), "give one of them"),
     ):
         done = igpt(*words)

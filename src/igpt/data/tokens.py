@@ -107,6 +107,8 @@ class _Made(Stored):
     images: dict[str, Count] = Field(default_factory=dict)
     skipped: list[str] = Field(default_factory=list)
     palette_error: _PaletteError = Field(default_factory=_PaletteError)
+    left_out: dict[str, Any] = Field(default_factory=dict)  # see `igpt.data.left_out`
+    warnings: list[str] = Field(default_factory=list)
 
 
 class _ManifestPalette(StoredPalette):
