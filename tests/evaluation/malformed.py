@@ -10,18 +10,22 @@ _VALUES: list[Any] = [None, "x", "\ud800", [], {}, [None], True, -1, 0.5, float(
 _LARGE = 4  # elements of a list that are changed: the others are of the same kind
 
 
+def _unlike(value: Any) -> list[Any]:
+    return [other for other in _VALUES if json.dumps(other) != json.dumps(value)]
+
+
 def variants(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what was changed and the changed value: every key deleted, and replaced by values of other kinds."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield f"without {key}", {name: other for name, other in value.items() if name != key}
-            for other in _VALUES:
+            for other in _unlike(part):
                 yield f"{key} = {other!r:.20}", {**value, key: other}
             for what, changed in variants(part):
                 yield f"{key}: {what}", {**value, key: changed}
     elif isinstance(value, list):
         for index in range(min(len(value), _LARGE)):
-            for other in _VALUES:
+            for other in _unlike(value[index]):
                 yield f"{index} = {other!r:.20}", [*value[:index], other, *value[index + 1 :]]
             for what, changed in variants(value[index]):
                 yield f"{index}: {what}", [*value[:index], changed, *value[index + 1 :]]

@@ -104,15 +104,13 @@ def run(tmp_path: Path) -> Path:
 
 def refused_in_one_line(act: Callable[[], object], name: str, what: str) -> bool:
     """Whether an act was refused; by anything but one line that names the file, the test fails."""
+    said = None
     try:
         act()
     except InputError as error:
         said = str(error)
-    else:
-        return False
-    assert "\n" not in said, what
-    assert name in said, (what, said)
-    return True
+    assert said is None or (name in said and "\n" not in said), (what, said)
+    return said is not None
 
 
 @pytest.mark.parametrize(
@@ -196,7 +194,7 @@ def test_pictures_that_are_none_are_refused(run: Path) -> None:
     path = run / "samples.png"
     whole = path.read_bytes()
     huge = whole.replace(whole[16:24], (100_000).to_bytes(4) * 2)
-    for content in (b"", b"text", whole[:20], whole[:-20], whole[:50] + b"\0" * 50, huge):
+    for content in (b"", b"text", whole[:20], whole[: len(whole) // 2], whole[:50] + b"\0" * 50, huge):
         path.write_bytes(content)
         assert refused_in_one_line(lambda: write_report(run), "samples.png", repr(content[:20]))
     path.write_bytes(whole)

@@ -122,7 +122,8 @@ def stored(
         raise InputError(f"{folder} holds something else than features; name another folder")
     if (folder / MANIFEST).exists():
         found = read_json(folder / MANIFEST, "features")
-        other = [key for key in {**what, **found} if _as_json(found.get(key)) != _as_json(what.get(key))]
+        same = {key for key in what.keys() & found.keys() if _as_json(found[key]) == _as_json(what[key])}
+        other = sorted({*what, *found} - same)
         if other:
             raise InputError(
                 f"{folder} holds features of another model or of other images ({', '.join(other)[:200]} in "
