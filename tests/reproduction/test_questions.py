@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import malformed
 import numpy as np
 import pytest
 
@@ -258,3 +259,74 @@ def test_what_is_not_done_is_named(made: Made) -> None:
     made.probe(f"{SIZES[0]}-{SCALE.updates}", [0.1, 0.2], 1)
     with pytest.raises(NotDone, match="probes/main"):
         made.answer("layers")
+
+
+def asked(made: Made, names: tuple[str, ...]) -> None:
+    for name in names:
+        made.answer(name)
+
+
+def test_malformed_results_are_refused_in_one_line_or_make_no_difference(made: Made) -> None:
+    small = replace(SCALE, sizes={size: SCALE.sizes[size] for size in SIZES[:2]}, few=SCALE.few[:1])
+    made = Made(made.folder, replace(small, main=SIZES[0], snapshots=SCALE.snapshots[-2:]))
+    few = {"per_class": made.scale.few[0], "test_accuracies": [0.3, 0.4], "mean": 0.35, "standard_deviation": 0.01}
+    pixels = {**row(0.2, 8, "raw"), "validation_accuracy": 0.2, "few_labels": [few]}
+    more = {"few_labels": [few], "baselines": {"raw_pixels": pixels}}
+    for name in ("main", f"{SIZES[1]}-{made.scale.updates}", *(f"{size}-{step}" for size in SIZES for step in (2, 4))):
+        made.probe(name, [0.25, 0.5], 1, images=8, **more)
+    for size in made.scale.sizes:
+        made.run(size, dict.fromkeys(made.scale.snapshots, 2.0))
+    for start in ("ar", "scratch"):
+        for labels in ("all", *(f"{made.scale.few[0]}-{draw}" for draw in range(made.scale.draws))):
+            made.finetuned(f"{start}-{labels}", 0.5, images=8)
+    questions = {
+        "steps.json": ("finetuning",),
+        "probes/main.json": ("layers", "finetuning"),
+        "finetuned/ar-all/test.json": ("finetuning",),
+    }
+    for name, names in questions.items():
+        asked(made, names)
+        refused = 0
+        for what in malformed.files(made.folder / name):
+            try:
+                asked(made, names)
+            except InputError as error:
+                said, refused = str(error), refused + 1
+                assert Path(name).name in said or "made by an earlier igpt" in said, (what, said)
+                assert "\n" not in said, what
+            except NotDone:
+                assert name == "steps.json", what
+        assert refused > 80, name
+        asked(made, names)
+
+
+def test_malformed_lines_of_metrics_are_refused_in_one_line(made: Made) -> None:
+    along_training(made, lead=0.1, gain=0.1)
+    path = made.folder / "runs" / SIZES[0] / "metrics.jsonl"
+    whole = path.read_bytes()
+    lines = [json.loads(line) for line in whole.splitlines()]
+    for what, last in malformed.variants(lines[-1]):
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines[:-1], last]))
+        try:
+            asked(made, ("loss",))
+        except InputError as error:
+            said = str(error)
+            assert f"metrics.jsonl: the validation loss of update {SCALE.snapshots[-1]} is missing" in said, what
+    path.write_bytes(whole)
+    for what in malformed.others(path):
+        with pytest.raises(InputError, match=r"metrics\.jsonl") as refusal:
+            asked(made, ("loss",))
+        assert "\n" not in str(refusal.value), what
+
+
+def test_few_labels_of_other_numbers_are_refused(made: Made) -> None:
+    made.probe("main", [0.1, 0.4], 1)
+    with pytest.raises(InputError, match=r"main\.json: few_labels are not of \(1, 2\) labels a class"):
+        made.answer("finetuning")
+
+
+def test_draws_on_other_images_are_refused(made: Made) -> None:
+    for draw, images in enumerate((100, 104)):
+        made.finetuned(f"ar-4-{draw}", 0.5, images=images)
+    with pytest.raises(InputError, match=r"ar-4-1/test\.json is of other test images than .*ar-4-0/test\.json"):
+        Results(made.folder, SCALE).finetuned("ar", 4)

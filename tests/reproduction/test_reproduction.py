@@ -3,9 +3,12 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import malformed
 import numpy as np
 import pytest
 import torch
@@ -165,6 +168,45 @@ def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
         reproduce(tmp_path, SMALL, "photographs", "photographs", main)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("layers: 3", "layers = 3: a note is text"),
+        ("layers: [a, b]", "layers = .*: a note is text"),
+        ("layers:", "layers = None: a note is text"),
+        ("1: a", "there is no question 1"),
+        ("- a", "name: value"),
+        ("layers: " + "[" * 2000, "neither YAML nor JSON|nested too deeply"),
+        ("layers: {", "neither YAML nor JSON"),
+    ],
+)
+def test_notes_that_are_no_text(tmp_path: Path, content: str, said: str) -> None:
+    (tmp_path / "notes.yaml").write_text(content)
+    with pytest.raises(InputError, match=rf"notes\.yaml.*({said})") as refusal:
+        reproduce(tmp_path, SMALL, "photographs", "photographs", main)
+    assert "\n" not in str(refusal.value)
+    for what in malformed.others(tmp_path / "notes.yaml"):
+        with pytest.raises(InputError, match=r"notes\.yaml"):
+            reproduce(tmp_path, SMALL, "photographs", "photographs", main)
+        assert [path.name for path in tmp_path.iterdir()] == ["notes.yaml"], what
+
+
+def test_a_second_reproduction_in_one_folder_is_refused(igpt, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from igpt.locks import exclusive_folder\n"
+        "with exclusive_folder(Path(sys.argv[1])): print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        done = igpt("reproduce", "-o", tmp_path / "out", "--rehearsal")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"out is being written by process {first.pid} on " in done.stderr
+        first.communicate(b"\n")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     evidence = gather(tmp_path, SMALL, "photographs", "photographs")
@@ -192,8 +234,11 @@ def test_the_graph_has_what_every_step_reads(name: str, rehearsal: bool) -> None
 def test_mistakes(igpt, tmp_path: Path) -> None:
     for words, line in (
         (["--scale", "tpu"], "invalid choice"),
-        (["--minutes", "0"], "igpt reproduce: --minutes is more than 0, not 0"),
-        (["--jobs", "0"], "igpt reproduce: --jobs is at least 1, not 0"),
+        (["--minutes", "0"], "igpt reproduce: --minutes is more than 0 and at most 1,000,000, not 0"),
+        (["--minutes", "nan"], "--minutes is more than 0 and at most 1,000,000, not nan"),
+        (["--minutes", "inf"], "--minutes is more than 0 and at most 1,000,000, not inf"),
+        (["--jobs", "0"], "igpt reproduce: --jobs is 1 to 1024, not 0"),
+        (["--jobs", "1000000000"], "igpt reproduce: --jobs is 1 to 1024, not 1000000000"),
         (
             ["--rehearsal", "--corpus", str(tmp_path / "none")],
             r"the step tokens/corpus-4 failed \(exit code 2\): .*none",

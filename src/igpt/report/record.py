@@ -249,9 +249,11 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     A run in progress may be writing the last line, and a killed one leaves it cut off: that is no damage.
 
     Raises:
-        InputError: it is no regular file.
+        InputError: there is no such file, or no regular one.
     """
     require_regular(path)
+    if not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.exists() else 'missing'}; a run writes this file")
     records, unreadable = [], 0
     lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
     for position, line in enumerate(lines):

@@ -218,7 +218,7 @@ class Results:
         """
         self.require(f"runs/{run}")
         path = self.folder / "runs" / run / "metrics.jsonl"
-        found = {line["step"]: line["loss"] for line in history(read_metrics(path)[0], "validation")}
+        found = {line["step"]: float(line["loss"]) for line in history(read_metrics(path)[0], "validation")}
         if missing := [step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))]:
             raise InputError(f"{path}: the validation loss of update {missing[0]} is missing")
         return found
