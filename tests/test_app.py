@@ -39,7 +39,7 @@ from igpt.model.configuration import ModelConfig
 from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
-from igpt.page.answers import require_moderate
+from igpt.page.answers import require_moderate, write_examples
 from igpt.page.guard import delete_unused, names_of
 from igpt.pictures import pictures, tokens_of_files
 
@@ -580,3 +580,58 @@ def test_what_is_missing_is_named(model: ImageGPT, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "gradio", None)  # Python's own way to say: not installed
     with pytest.raises(InputError, match=re.escape("pip install 'igpt[app]'")):
         build(model)
+
+
+@pytest.fixture(scope="module")
+def probed_run(
+    igpt: Callable[..., Any], short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run = tmp_path_factory.mktemp("probed") / "run"
+    shutil.copytree(short_run, run)
+    for words in (("probe", run, digits.path, "--no-baselines", "--strengths", 0.1), ("sample", run, "--count", 2)):
+        done = igpt(*words)
+        assert done.returncode == 0, done.stderr
+    return run
+
+
+DAMAGE: dict[str, bytes] = {
+    "not UTF-8": b"\xff\xfe\x00",
+    "cut off": b'{"kind": "train", "step',
+    "a list": b"[1, 2]\n",
+    "other types": b'{"kind": 5, "step": "x", "layers": 3, "tokens": [1], "best": null, "format": "igpt-probe"}\n',
+    "deep": b'{"a": ' + b"[" * 100_000,
+    "digits and names too long": b'{"step": ' + b"9" * 5000 + b', "tokens": "' + b"n" * 5000 + b'"}\n',
+}
+READ_BY_THE_PAGE = ("config.yaml", "metrics.jsonl", "probe.json", "probe.safetensors", "samples.png", "samples.json")
+
+
+@pytest.mark.parametrize("name", READ_BY_THE_PAGE)
+def test_malformed_files_of_a_run_are_one_line_at_the_start(probed_run: Path, name: str, tmp_path: Path) -> None:
+    model = ImageGPT.from_pretrained(probed_run / "model")
+    assert (probed_run / name).exists()
+    run = tmp_path / "run"
+    shutil.copytree(probed_run, run)
+    for kind, content in DAMAGE.items():
+        (run / name).write_bytes(content)
+        said = ""
+        try:
+            build(model, run)
+        except InputError as error:
+            said = str(error)
+        except Exception as error:
+            pytest.fail(f"{name}, {kind}: {type(error).__name__}: {str(error)[:200]}")
+        assert "\n" not in said, kind
+
+
+def test_tokens_of_a_name_that_cannot_be_are_no_examples(probed_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(probed_run, run)
+    for tokens in ("n" * 300, "/" + "x/" * 3000, "file:\\0"):
+        (run / "config.yaml").write_text(json.dumps({"tokens": tokens}))
+        assert write_examples(ImageGPT.from_pretrained(run / "model"), run, tmp_path) == []
+        build(ImageGPT.from_pretrained(run / "model"), run)
+
+
+def test_a_probe_of_another_model_is_refused_at_the_start(probed_run: Path) -> None:
+    with pytest.raises(InputError, match="of another model; run igpt probe again"):
+        build(make_model(n_embd=ImageGPT.from_pretrained(probed_run / "model").config.n_embd * 2), probed_run)

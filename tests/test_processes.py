@@ -315,3 +315,28 @@ def test_one_process_of_several_prints(rank: str, prints: bool, capsys, monkeypa
     monkeypatch.setenv("RANK", rank)
     announce("done")
     assert capsys.readouterr().out == ("done\n" if prints else "")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 143)])
+def test_the_page_is_served_without_a_home_folder_until_a_signal(
+    short_run: Path, number: signal.Signals, code: int, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "HOME": "/dev/null/none", "TMPDIR": str(tmp_path), "XDG_CACHE_HOME": ""}
+    for name in ("GRADIO_TEMP_DIR", "HF_HOME", "MPLCONFIGDIR"):
+        environment.pop(name, None)
+    with subprocess.Popen(
+        [*IGPT, "app", str(short_run), "--port", "0"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+    ) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert "shows the page; Ctrl-C ends it" in line
+        process.send_signal(number)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == code, said
+    assert len(said.splitlines()) == (0 if number == signal.SIGINT else 1), said
+    assert list(tmp_path.glob("igpt-*")) == [], "uploads and caches are removed at the end"

@@ -6,6 +6,7 @@ masked pixels under the BERT objective); accuracies are shares from 0 to 1.
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -240,7 +241,8 @@ def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, A
     Raises:
         InputError: it is no regular file, it is damaged, or it violates the schema.
     """
-    return read_json(path, path.stem, schema) if path.exists() else None
+    is_there = os.path.exists(path)  # noqa: PTH110  Path.exists raises for names that cannot be
+    return read_json(path, path.stem, schema) if is_there else None
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
