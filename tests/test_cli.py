@@ -342,8 +342,10 @@ def test_outputs_that_cannot_be_written_are_refused_first(igpt, command: str, tm
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("old")
     Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
     os.mkfifo("fifo")
     wrong = ["/", "", ".", "..", "file/x", "loop", "/dev/null/x", "n" * 250, "x/" * 3000, f"new/{'n' * 300}", "loop/x"]
+    wrong += ["dangling/x", "dangling/x/y"] if command in FILES else []
     wrong += ["/proc/self/nothing/x"] if os.geteuid() else []
     wrong += ["file", "fifo", "/dev/null"] if command in FOLDERS else ["fifo", "/dev/full", "socket"]
     with socket.socket(socket.AF_UNIX) as server:
@@ -351,8 +353,9 @@ def test_outputs_that_cannot_be_written_are_refused_first(igpt, command: str, tm
         for out in wrong:
             done = igpt(*(FOLDERS | FILES)[command], "-o", out)
             assert_refused(done)
+            assert "no model directory" not in done.stderr, out
             assert len(done.stderr) < 1000
-    assert {path.name for path in tmp_path.iterdir()} == {"file", "loop", "fifo", "socket"}
+    assert {path.name for path in tmp_path.iterdir()} == {"dangling", "file", "fifo", "loop", "socket"}
     assert Path("file").read_text() == "old"
 
 

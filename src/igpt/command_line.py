@@ -187,7 +187,8 @@ def _reasons(path: Path) -> Iterator[None]:
 
 def _require_new_name(path: Path, target: Path) -> None:
     """Refuse what cannot be made at `target`, by the folder it lies in and by the length of its name."""
-    home = next(parent for parent in target.absolute().parents if parent.exists())
+    # A link that leads nowhere is there, and no folder can be made in its place.
+    home = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
     if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
         raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
     longest = os.pathconf(home, "PC_NAME_MAX") - _ROOM
