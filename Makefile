@@ -1,10 +1,17 @@
 # make demo   installs, and tells the whole story on the bundled digits
 # make docs   installs, and builds the manual into site/
 # make test   installs, builds the manual, and runs every check
+# make test-floors   runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of
+#                    their own; not part of make test, because torch 2.11 takes gigabytes where pip finds no CPU build
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo docs test install chromium clean
+FLOORS = .venv-floors
+CORE = tests/golden tests/model tests/data tests/evaluation tests/report tests/training/test_pretrain.py \
+	tests/training/test_resume.py tests/training/test_finetune.py tests/training/test_checkpoints.py tests/test_cli.py \
+	tests/test_config.py tests/test_files.py tests/test_locks.py tests/test_readme.py
+
+.PHONY: demo docs test test-floors install chromium clean
 
 install: $(VENV)/.installed
 
@@ -35,5 +42,20 @@ test: install chromium
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
+# First what the package needs at its lowest and nothing else. Then the extras at their lowest, which raise some of it.
+test-floors: chromium
+	python3 -m venv $(FLOORS)
+	python3 tests/helpers/floors.py > $(FLOORS)/package.txt
+	python3 tests/helpers/floors.py dev | grep '^pytest' > $(FLOORS)/pytest.txt
+	python3 tests/helpers/floors.py app dev docs > $(FLOORS)/extras.txt
+	$(FLOORS)/bin/pip install --quiet --disable-pip-version-check -r $(FLOORS)/package.txt -r $(FLOORS)/pytest.txt
+	$(FLOORS)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
+	$(FLOORS)/bin/pytest --numprocesses 2 --dist worksteal $(CORE)
+	$(FLOORS)/bin/pip install --quiet --disable-pip-version-check -r $(FLOORS)/extras.txt
+	$(FLOORS)/bin/ruff check
+	$(FLOORS)/bin/ruff format --check
+	NO_MKDOCS_2_WARNING=1 $(FLOORS)/bin/mkdocs build --strict --site-dir $(FLOORS)/site
+	$(FLOORS)/bin/pytest --numprocesses 2 --dist worksteal tests/parity tests/test_app.py tests/test_page_in_browser.py
+
 clean:
-	rm -rf $(VENV) site .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(FLOORS) site .mypy_cache .pytest_cache .ruff_cache

@@ -1,30 +1,37 @@
-"""Print the lowest version that pyproject.toml allows of each dependency: `torch==2.11`, one per line for pip."""
+"""Print the lowest versions that pyproject.toml allows, one per line for pip: `torch==2.11`.
+
+python tests/helpers/floors.py            # of what the package needs
+python tests/helpers/floors.py app dev    # of what these extras need
+"""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
-PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
-def direct_dependencies() -> list[str]:
-    """Return the requirements of the package and of all its extras, as pyproject.toml has them."""
+def requirements(extras: list[str]) -> list[str]:
+    """Return the requirements of extras, or without any the package's own, as pyproject.toml has them."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-    extras = project["optional-dependencies"].values()
-    return [*project["dependencies"], *(line for extra in extras for line in extra)]
+    if not extras:
+        return project["dependencies"]
+    return [requirement for extra in extras for requirement in project["optional-dependencies"][extra]]
 
 
 def floor(requirement: str) -> str:
     """Return the lowest version that a requirement allows: `numpy==1.26` of `numpy>=1.26,<3`.
 
-    Raises ValueError where the requirement has no lower bound, because such a requirement allows
-    versions that nobody has tried.
+    Raises ValueError where a requirement is not written as name>=version, because without a lower
+    bound it allows versions that nobody has tried.
     """
-    found = re.match(r"(?P<name>[\w.-]+(\[[\w,-]+\])?)>=(?P<version>[\d.]+)(,|$)", requirement)
+    found = re.fullmatch(r"([\w.-]+(?:\[[\w,-]+\])?)>=([\d.]+)(?:,<[\d.]+)?", requirement)
     if found is None:
-        raise ValueError(f"{requirement!r} has no lower bound: write name>=version first")
-    return f"{found['name']}=={found['version']}"
+        raise ValueError(f"{requirement!r} has no lower bound: write name>=version")
+    name, version = found.groups()
+    return f"{name}=={version}"
 
 
 if __name__ == "__main__":
-    print("\n".join(floor(requirement) for requirement in direct_dependencies()))
+    print("\n".join(floor(requirement) for requirement in requirements(sys.argv[1:])))
