@@ -1,5 +1,6 @@
-"""What the tests of this room share: reading sources and folders whole, and how EXIF turns pictures."""
+"""Shared by the tests of the data package: reading sources and folders whole, EXIF orientations, a silent server."""
 
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +49,16 @@ def refusal(source: Path | str, **settings: str) -> str:
         open_source(str(source), SourceConfig(**settings))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def connections(server: socket.socket) -> int:
+    """Return how many connections wait at a server that has accepted none."""
+    server.setblocking(False)
+    count = 0
+    while True:
+        try:
+            connection, _ = server.accept()
+        except BlockingIOError:
+            return count
+        connection.close()
+        count += 1

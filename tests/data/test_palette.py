@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from numpy.typing import NDArray
+from reading import connections
 from sample_images import ImageSets
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans
@@ -468,13 +469,14 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(hub_cache: Path, name: str):
 
 
 def test_a_silent_network_is_given_up_soon(tmp_path: Path):
-    """A server that takes connections and never answers, which `hf_hub_download` alone tries for minutes."""
+    """A server that takes connections and never answers, which `hf_hub_download` alone tries for minutes.
+
+    The connections are counted, because seconds depend on what else the machine does.
+    """
     program = (
-        "import time, huggingface_hub\n"
         "from igpt.data.palette import Palette\n"
-        "start = time.monotonic()\n"
         "try: Palette.load('someone/model')\n"
-        "except ValueError as error: print(time.monotonic() - start, error)\n"
+        "except ValueError as error: print(error)\n"
     )
     with socket.create_server(("127.0.0.1", 0)) as server:
         environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
@@ -483,7 +485,6 @@ def test_a_silent_network_is_given_up_soon(tmp_path: Path):
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
         )
-    seconds, message = done.stdout.split(" ", 1)
-    assert "no palette someone/model here, and the Hub cannot give it" in message
-    assert message.count("\n") == 1
-    assert 0.9 < float(seconds) < 60
+        assert 1 <= connections(server) <= 2
+    assert "no palette someone/model here, and the Hub cannot give it" in done.stdout
+    assert done.stdout.count("\n") == 1

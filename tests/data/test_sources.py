@@ -13,7 +13,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from reading import counts, labels
+from reading import connections, counts, labels
 
 from igpt.data.images import open_image
 from igpt.data.sources import SourceConfig, Split, open_source
@@ -238,15 +238,12 @@ def test_a_silent_network_is_given_up_soon():
         environment = {key: value for key, value in os.environ.items() if key not in offline}
         environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_ETAG_TIMEOUT": "1"}
         program = (
-            "import time, datasets, huggingface_hub\n"
             "from igpt.data.sources import open_source\n"
-            "start = time.monotonic()\n"
             "try: open_source('nobody/no-such-set')\n"
-            "except ValueError as error: print(time.monotonic() - start, error)\n"
+            "except ValueError as error: print(error)\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120, check=True
         )
-    seconds, message = done.stdout.split(" ", 1)
-    assert "within reach of the Hub" in message
-    assert 0.9 < float(seconds) < 60
+        assert 1 <= connections(server) <= 2
+    assert "within reach of the Hub" in done.stdout

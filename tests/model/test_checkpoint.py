@@ -603,30 +603,33 @@ def test_a_path_that_cannot_name_a_hub_model_is_told_as_such(name: str) -> None:
 
 
 ASK_THE_HUB = """
-import sys, time
 from igpt.errors import InputError
 from igpt.model.transformer import ImageGPT
-start = time.monotonic()
 try:
     ImageGPT.from_pretrained("someone/model")
 except InputError as error:
-    print(f"{time.monotonic() - start} {error}")
+    print(error)
 """
 
 
 def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
-    """Three networks, made with proxies: closed, refusing, and silent (where packets vanish)."""
+    """Three networks, made with proxies: closed, refusing, and silent (where packets vanish).
 
-    def serve(server: socket.socket, answer: bytes | None) -> None:
-        connections = []
+    Soon means a number of connections, because seconds depend on what else the machine does.
+    """
+    connections: dict[str, list[socket.socket]] = {"refusing": [], "silent": []}
+
+    def serve(server: socket.socket, kind: str, answer: bytes | None) -> None:
         while True:
             try:
-                connections.append(server.accept()[0])
+                connection, _ = server.accept()
             except OSError:
                 return
+            connections[kind].append(connection)
             if answer is not None:
-                connections[-1].recv(4096)
-                connections.pop().sendall(answer)
+                connection.recv(4096)
+                connection.sendall(answer)
+                connection.close()
 
     answers = {"closed": None, "refusing": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "silent": None}
     servers, processes = {}, {}
@@ -636,7 +639,7 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
         if kind == "closed":
             servers[kind].close()
         else:
-            threading.Thread(target=serve, args=(servers[kind], answer), daemon=True).start()
+            threading.Thread(target=serve, args=(servers[kind], kind, answer), daemon=True).start()
         environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
         environment |= {"HTTPS_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "1"}
         environment.pop("HF_HUB_OFFLINE", None)
@@ -646,13 +649,14 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
     try:
         for kind, process in processes.items():
             output, errors = process.communicate(timeout=120)
-            seconds, _, message = output.decode().strip().partition(" ")
+            message = output.decode().strip()
             assert process.returncode == 0, errors.decode()
             assert "no model directory someone/model here, and the Hub cannot give it" in message, kind
             assert "there is no network, or it broke" in message, kind
             assert message.endswith("/someone/model) and give the path of their folder")
             assert "\n" not in message
-            assert float(seconds) < 60, kind
+        counts = {kind: len(made) for kind, made in connections.items()}
+        assert all(1 <= count <= 4 for count in counts.values()), counts
     finally:
         for process in processes.values():
             process.kill()

@@ -178,7 +178,8 @@ class TestProbe:
 
     def test_one_layer_and_perfect_answers_can_be_drawn(self):
         only = {**PROBE, "layers": [{"layer": 1, "validation_accuracy": 1.0, "test_accuracy": 1.0}], "baselines": {}}
-        encode(probe_by_layer(only))
+        assert set(lines(probe_by_layer(only))) == {"test", "validation", "best"}
+        assert encode(probe_by_layer(only)).startswith("data:image/svg+xml")
 
 
 class TestSwatch:

@@ -27,14 +27,17 @@ def saved_steps(run: Path) -> list[int]:
 def test_eight_kills_at_random_moments_change_nothing(
     digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """After every second update, and a delay of up to two updates with their saves and validations."""
+    """After every second update: in turn as soon as the next save is seen, and after a delay of up to two updates."""
     run = tmp_path / "run"
     words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--checkpoint-every", 1]
     delays, cut_off = random.Random(0), 0
     for kill in range(8):
         command = Command(tmp_path, *words, *(["--resume"] if kill else []))
         command.wait_until(lambda step=2 * kill + 1: max(saved_steps(run), default=0) >= step)
-        time.sleep(delays.uniform(0, 0.08))
+        if kill % 2:
+            command.wait_until(lambda: left_behind(run))
+        else:
+            time.sleep(delays.uniform(0, 0.08))
         command.send(signal.SIGKILL)
         assert command.code() == -signal.SIGKILL, command.err
         cut_off += bool(left_behind(run))
