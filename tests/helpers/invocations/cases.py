@@ -246,8 +246,8 @@ class Parameter:
         return self.name in ("out", "maps") or (self.name == "features" and self.kind is Path)
 
 
-def parameters(function: Callable[..., None], settings: str | None) -> list[Parameter]:
-    """All parameters of a command: those of its function, and the fields of its settings."""
+def parameters(function: Callable[..., None], settings: str) -> list[Parameter]:
+    """All parameters of a command: those of its function, and the fields of its settings ("module:Class")."""
     from tyro.conf import Positional
 
     marker = get_args(Positional[int])[1]
@@ -257,8 +257,8 @@ def parameters(function: Callable[..., None], settings: str | None) -> list[Para
         if name != "flags":
             positional = marker in _markers(hints[name])
             found.append(_parameter(name, hints[name], (), positional))
-    if settings:
-        module, _, kind = settings.partition(":")
+    module, _, kind = settings.partition(":")
+    if kind:
         fields: Mapping[str, FieldInfo] = getattr(import_module(module), kind).model_fields
         known = {parameter.name for parameter in found}
         found += [
