@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -106,6 +107,57 @@ def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message:
     assert message in str(caught.value)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", BOMB, "it has an alias"),
+        ("a.yaml", "size: &a 8\nrate: *a\n", "it has an alias"),
+        ("a.yaml", "a: &a [*a]", "it has an alias"),
+        ("a.yaml", "[" * 20_000, "nested too deeply"),
+        ("a.yaml", "size: " + "[" * 3_000 + "]" * 3_000, "nested too deeply"),
+        ("a.json", "[" * 200_000, "nested too deeply"),
+        ("a.yaml", f"size: {'9' * 5000}\n", "is neither YAML nor JSON: Exceeds the limit"),
+        ("a.yaml", f"size: 0x{'f' * 9000}\n", "size = (a number of thousands of digits): "),
+        ("a.json", f'{{"size": {"9" * 5000}}}', "is neither YAML nor JSON: Exceeds the limit"),
+        ("a.yaml", "size: 2020-13-45\n", "is neither YAML nor JSON"),
+        ("a.yaml", "size: !!python/object/apply:os.system [true]\n", "is neither YAML nor JSON"),
+        ("a.yaml", "? [1]\n: 2\n", "is neither YAML nor JSON"),
+        ("a.yaml", "size: 8\nrate: 1\nsize: 9\n", "the key 'size' is there twice"),
+        ("a.json", '{"size": 8, "size": 9}', "the key 'size' is there twice"),
+        ("a.yaml", "order: {a: 1, a: 2}\n", "the key 'a' is there twice"),
+        ("a.yaml", f"order: {'x' * 300_000}\n", "that is no settings file"),
+    ],
+)
+def test_hostile_settings_cost_nothing_and_are_one_line(tmp_path: Path, name: str, content: str, message: str):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError) as caught:
+        Recipe.load(tmp_path / name)
+    assert message in str(caught.value)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path):
+    os.mkfifo(tmp_path / "a.yaml")
+    with pytest.raises(InputError, match="is a FIFO"):
+        read_settings(tmp_path / "a.yaml")
+
+
+def test_a_long_value_is_not_repeated_in_the_message():
+    with pytest.raises(InputError) as caught:
+        Recipe.layered({"order": "x" * 100_000})
+    assert len(str(caught.value)) < 300
+
+
+def test_a_number_of_thousands_of_digits_is_refused():
+    with pytest.raises(InputError, match=r"rate = .* finite number|rate = .* valid number"):
+        Recipe.layered({"rate": 10**5000})
 
 
 def test_no_settings_file(tmp_path: Path):

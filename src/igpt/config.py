@@ -11,29 +11,68 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from igpt.errors import InputError, suggest
 from igpt.files import atomic_file, read_text
 
-_LARGEST = 1 << 20  # bytes of settings: YAML is read slowly
+_LARGEST = 1 << 18  # bytes of settings: YAML is read slowly, and real ones have some thousands
+_DEEPEST = 50  # levels of lists and mappings in YAML
 
 
 def read_settings(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file.
 
     Raises:
-        InputError: no such file, no regular one or one larger than 1 MiB, a syntax error, or something else than a
-            mapping.
+        InputError: no such file, no regular one or one larger than 256 KiB, a syntax error, a key that is there twice,
+            a YAML alias, or something else than a mapping.
     """
     import yaml
 
     text = read_text(path, "settings file", largest=_LARGEST)
     try:
         # Only almost every JSON is YAML: not one that is indented with tabs.
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _from_yaml(text)
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for settings") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: such as a date that does not exist
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as a date that does not exist
         raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold settings as 'name: value' lines")
     return values
+
+
+def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return the mapping of some keys and values.
+
+    Raises:
+        ValueError: a key is there twice; it is unknown which value is meant.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
+
+
+def _from_yaml(text: str) -> Any:
+    """Return what YAML means, without aliases: they make a few lines stand for billions of values."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError("it has an alias (*name), which settings may not have; write the value out")
+            if self.depth == _DEEPEST:
+                raise RecursionError
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            _once([(key.value if isinstance(key, yaml.ScalarNode) else id(key), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    return yaml.load(text, Loader)
 
 
 class Config(BaseModel):
@@ -43,7 +82,7 @@ class Config(BaseModel):
 
     @classmethod
     def layered(cls, *layers: Mapping[str, Any], where: str = "settings") -> Self:
-        """Settings from several mappings, each overriding the ones before it; `where` names them in errors.
+        """Return settings from several mappings, each overriding the ones before it; `where` names them in errors.
 
         Raises:
             InputError: an unknown key (the nearest known one is named) or a value that does not fit.
@@ -56,22 +95,24 @@ class Config(BaseModel):
                 raise InputError(f"unknown key {key!r} in {where}; {suggest(str(key), cls.model_fields)}")
         try:
             return cls.model_validate(merged)
+        except RecursionError:
+            raise InputError(f"{where}: a value is nested too deeply") from None
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             reason = first["msg"].removeprefix("Value error, ")
             if first["type"] == "missing":
                 raise InputError(f"{where}: {name} is missing, and has no default") from None
-            given = f"{name} = {reprlib.repr(first['input'])}: " if name else ""
+            given = f"{name} = {_shown(first['input'])}: " if name else ""
             raise InputError(f"{where}: {given}{reason}") from None
 
     @classmethod
     def load(cls, path: Path) -> Self:
-        """Settings from a YAML or JSON file."""
+        """Return the settings in a YAML or JSON file."""
         return cls.layered(read_settings(path), where=str(path))
 
     def save(self, path: Path) -> None:
-        """Writes the settings, atomically: JSON if `path` ends in .json, otherwise YAML."""
+        """Write the settings, atomically: JSON if `path` ends in .json, otherwise YAML."""
         values = self.model_dump(mode="json")
         if path.suffix == ".json":
             text = json.dumps(values, indent=2) + "\n"
@@ -81,3 +122,11 @@ class Config(BaseModel):
             text = yaml.safe_dump(values, sort_keys=False)
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def _shown(value: Any) -> str:
+    """Return a value as an error message shows it."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # a number of thousands of digits
+        return "(a number of thousands of digits)"
