@@ -122,7 +122,7 @@ BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)
         ("a.yaml", "size: " + "[" * 3_000 + "]" * 3_000, "nested too deeply"),
         ("a.json", "[" * 200_000, "nested too deeply"),
         ("a.yaml", f"size: {'9' * 5000}\n", "is neither YAML nor JSON: Exceeds the limit"),
-        ("a.yaml", f"size: 0x{'f' * 9000}\n", "size = (a number of thousands of digits): "),
+        ("a.yaml", f"rate: 0x{'f' * 9000}\n", "rate = (a number of thousands of digits): "),
         ("a.json", f'{{"size": {"9" * 5000}}}', "is neither YAML nor JSON: Exceeds the limit"),
         ("a.yaml", "size: 2020-13-45\n", "is neither YAML nor JSON"),
         ("a.yaml", "size: !!python/object/apply:os.system [true]\n", "is neither YAML nor JSON"),

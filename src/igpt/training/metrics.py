@@ -1,18 +1,69 @@
-"""What a run says while it runs: metrics.jsonl (the only source of figures), and a progress bar.
+"""What a run reports while it runs: metrics.jsonl (the only source of figures), and a progress bar.
 
-Every line of metrics.jsonl is one JSON object with "kind" (start, train, validation, resume, end) and "step".
+Every line of metrics.jsonl is one JSON object with "kind" (start, machine, train, validation, resume, end) and "step";
+`Record` has the other keys. A kill may leave the last line cut off.
 """
 
 import json
+import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, Self
 
+from pydantic import ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from igpt.files import atomic_file
+from igpt.errors import InputError
+from igpt.files import Stored, atomic_file, require_regular, require_schema
+
+_LONGEST_LINE = 1 << 20  # bytes
+_REQUIRED = {"train": ("loss",), "end": ("best", "best_step")}
+
+
+class Record(Stored):
+    """The schema of a line of metrics.jsonl; other kinds and keys pass, values of another type do not."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+    kind: str
+    step: int = Field(ge=0)
+    loss: float | None = None
+    error: float | None = None
+    error_on_trained: float | None = None
+    best: bool | float | None = None  # of a validation, whether it was the best so far; at the end, the best value
+    best_step: int | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    skipped: int | None = None
+    images_per_second: float | None = None
+    utilisation: float | None = None
+    seconds: float | None = None
+    source: str | None = None
+    parameters: int | None = None
+    train_images: int | None = None
+    validation_images: int | None = None
+    classes: int | None = None
+    places: int | None = None
+    n_colors: int | None = None
+    resolution: int | None = None
+    pretrained_resolution: int | None = None
+    uniform_loss: float | None = None
+    unigram_loss: float | None = None
+    ranks: int | None = None
+    shard: int | None = None
+    device: str | None = None
+    flops_per_image: float | None = None
+    matmul_flops_per_second: float | None = None
+
+    @model_validator(mode="after")
+    def _has_what_its_kind_has(self) -> Self:
+        for key in _REQUIRED.get(self.kind, ()):
+            if key not in self.model_fields_set:
+                raise ValueError(f"a line of kind {self.kind!r} has the key {key!r}")
+        return self
 
 
 class Metrics:
@@ -23,16 +74,19 @@ class Metrics:
         self.leads = leads
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Appends one line."""
+        """Append one line."""
         if self.leads:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
     def cut_after(self, step: int, validated: int) -> None:
-        """Drops what a killed run had written beyond the checkpoint it resumes from, and a half-written last line.
+        """Drop what a killed run had written beyond the checkpoint it resumes from, and a half-written last line.
 
         Args:
             step, validated: updates done, and those after which it was last validated, by that checkpoint.
+
+        Raises:
+            InputError: see `read_metrics`.
         """
         if not self.leads or not self.path.exists():
             return
@@ -43,14 +97,115 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a metrics file."""
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    """Return the records of a metrics.jsonl, each as `Record` describes it; a cut-off last line is left out.
+
+    Raises:
+        InputError: there is no such file, or a line is no record: the line and the key are named.
+    """
+    records = []
+    for where, line, is_cut in _lines(path):
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:  # cut off by a kill
-            break
-    return lines
+            records.append(_record(line, where))
+        except InputError:
+            if not is_cut:
+                raise
+    return records
+
+
+def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the records of a metrics.jsonl that are readable, and how many lines are not, for reports.
+
+    Empty lines and a cut-off last line do not count.
+
+    Raises:
+        InputError: there is no such file.
+    """
+    records, unreadable = [], 0
+    for where, line, is_cut in _lines(path):
+        try:
+            records.append(_record(line, where))
+        except InputError:
+            unreadable += bool(line.strip()) and not is_cut
+    return records, unreadable
+
+
+def _lines(path: Path) -> Iterator[tuple[str, bytes, bool]]:
+    """Yield where a line stands, its bytes, and whether it is the last one and has no end."""
+    require_regular(path)
+    try:
+        with path.open("rb") as file:
+            number = 0
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
+                ended = line.endswith(b"\n")
+                yield f"{path}, line {number}", line, not ended and len(line) < _LONGEST_LINE
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(f"no metrics at {path.parent}: {path.name} is missing") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder; a file (metrics) is needed there") from None
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number")
+
+
+def _record(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise InputError(f"{where}: nested too deeply") from None
+    except ValueError as error:  # not UTF-8, malformed, or a number of thousands of digits
+        raise InputError(f"{where}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: a JSON object is needed")
+    require_schema(value, Record, where)
+    return value
+
+
+def _stdout() -> Any:
+    """Return standard output itself, also while rich shows a bar, and has put something in its place."""
+    return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+
+
+class _Output:
+    """Standard output whose reader may go: `igpt pretrain ... | head -1` trains on and prints no more."""
+
+    def write(self, text: str) -> int:
+        with _ignoring_a_lost_reader():
+            _stdout().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with _ignoring_a_lost_reader():
+            _stdout().flush()
+
+    def isatty(self) -> bool:
+        return bool(_stdout().isatty())
+
+    def fileno(self) -> int:
+        return int(_stdout().fileno())
+
+    @property
+    def encoding(self) -> str:
+        return str(_stdout().encoding)
+
+
+@contextmanager
+def _ignoring_a_lost_reader() -> Iterator[None]:
+    try:
+        yield
+    except OSError:  # a broken pipe, or a terminal that is gone
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        with suppress(OSError, ValueError):
+            os.dup2(nowhere, _stdout().fileno())  # what is still buffered goes there at the exit
+        os.close(nowhere)
+
+
+def say(line: str) -> None:
+    """Print a line as it is, if anybody reads standard output."""
+    output = _Output()
+    output.write(f"{line}\n")
+    output.flush()
 
 
 class Bar:
@@ -60,25 +215,25 @@ class Bar:
         self._progress, self._task = progress, task
 
     def update(self, step: int, news: str) -> None:
-        """Moves to a step; `news` (loss, images/s) stands behind the bar."""
+        """Move to a step; `news` (loss, images/s) stands behind the bar."""
         self._progress.update(self._task, completed=step, news=news)
 
     def say(self, line: str) -> None:
-        """Prints a line above the bar."""
-        self._progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print a line above the bar, as it is: square brackets and colons mean nothing."""
+        self._progress.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager
 def bar(title: str, step: int, steps: int, leads: bool = True) -> Iterator[Bar]:
-    """A bar that starts at `step`; silent on processes that do not lead."""
+    """Show a bar that starts at `step`; silent on processes that do not lead."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[news]}"),
+        TextColumn("{task.completed}/{task.total}", markup=False),
+        TextColumn("{task.fields[news]}", markup=False),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(quiet=not leads)
+    console = Console(file=_Output(), quiet=not leads)  # type: ignore[arg-type]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bar(progress, progress.add_task(title, total=steps, completed=step, news=""))
