@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, command, commit. Stands beside every recorded number."""
+"""What a result was made with: versions, machine, command, commit. It is recorded with every number."""
 
 import os
 import platform
@@ -11,9 +11,38 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from igpt.files import Stored, read_json
+
+
+class Environment(Stored):
+    """The schema of a run's environment.json: what `describe` returns, and checksums of what was given."""
+
+    tokens_sha256: str | None = None
+    model_sha256: str | None = None
+    igpt: str | None = None
+    commit: str | None = None
+    command: str | None = None
+    started: str | None = None
+    python: str | None = None
+    torch: str | None = None
+    numpy: str | None = None
+    platform: str | None = None
+    processor: str | None = None
+    cores: int | None = None
+    gpu: str | None = None
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """Return what a run's environment.json holds, as `Environment` describes it.
+
+    Raises:
+        InputError: it is missing, damaged, or has a value of another type.
+    """
+    return read_json(path, "run", Environment)
+
 
 def describe() -> dict[str, Any]:
-    """Versions, machine, command line, source commit (None outside a checkout) and time, ready for JSON."""
+    """Return versions, machine, command line, source commit (None outside a checkout) and time, ready for JSON."""
     import torch
 
     return {
@@ -29,6 +58,47 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def memory_limit() -> int | None:
+    """Return the bytes that the processes of this machine may use: RAM (or the cgroup's limit) and swap.
+
+    None where the system does not tell.
+    """
+    try:
+        limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), *_cgroup_limits()]
+    except (OSError, ValueError):
+        return None
+    return min(limits) + _swap()
+
+
+def _cgroup_limits() -> list[int]:
+    """Return the limits of this process's cgroup and of those above it, of version 2 or 1."""
+    root, limits = Path("/sys/fs/cgroup"), []
+    for line in _lines_of(Path("/proc/self/cgroup")):
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        folder = top / path.lstrip("/")
+        for each in (folder, *folder.parents):
+            if each.is_relative_to(top):
+                limits += [int(text) for text in _lines_of(each / name) if text.isdecimal()]
+    return limits
+
+
+def _swap() -> int:
+    for line in _lines_of(Path("/proc/meminfo")):
+        if line.startswith("SwapTotal:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _lines_of(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return []
 
 
 def _processor() -> str:

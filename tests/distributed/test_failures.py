@@ -5,34 +5,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import Command, assert_same_run, free_port, told
+from runs import Command, Pair, assert_same_run, end_well, told
 from torch.distributed import TCPStore
 
 from igpt.data.tokens import TokenDataset
 from igpt.training.state import checkpoints
-
-
-class Pair:
-    """Two ranks of a run; the store at which they meet is kept by rank 0, or here, as torchrun does."""
-
-    def __init__(self, folder: Path, *words: object, store: TCPStore | None = None) -> None:
-        self._folder, self._words = folder, words
-        self._place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
-        if store:
-            self._place |= {"MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-
-    def start(self, *more: object, largest_files: tuple[int | None, int | None] = (None, None)) -> list[Command]:
-        return [self.start_rank(rank, *more, largest_file=largest) for rank, largest in enumerate(largest_files)]
-
-    def start_rank(self, rank: int, *more: object, largest_file: int | None = None) -> Command:
-        environment = {**self._place, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        words = (*self._words, *more)
-        return Command(self._folder / str(rank), *words, environment=environment, largest_file=largest_file)
-
-
-def end_well(ranks: list[Command]) -> None:
-    for rank in ranks:
-        assert rank.code() == 0, rank.err
 
 
 @pytest.fixture(scope="module")

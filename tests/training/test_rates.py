@@ -239,28 +239,29 @@ def test_of_equals_the_lower_rate_is_taken(
 
 
 def test_a_rate_that_diverges_is_out(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    words = ["finetune", short_run, digits.path, *flags_of({**SETTINGS, "max_skipped": 0})]
-    done = igpt(*words, "-o", tmp_path / "run", "--learning-rates", "1e25", "1e-3")
+    words = ["finetune", short_run, digits.path, *flags_of({**SETTINGS, "max_skipped": 0, "weight_decay": 100})]
+    done = igpt(*words, "-o", tmp_path / "run", "--learning-rates", "1000", "1e-3")
     assert done.returncode == 0, done.stderr
-    assert "learning rate 1e+25 is out: " in done.stdout
+    assert "learning rate 1000.0 is out: " in done.stdout
     result = result_of(tmp_path / "run")
-    assert result["rates"][0] == {"learning_rate": 1e25, "validation_accuracy": None, "best_step": 0}
+    assert result["rates"][0] == {"learning_rate": 1000.0, "validation_accuracy": None, "best_step": 0}
     assert result["learning_rate"] == 1e-3
-    done = igpt(*words, "-o", tmp_path / "none", "--learning-rates", "1e25", "2e25")
+    done = igpt(*words, "-o", tmp_path / "none", "--learning-rates", "999", "1000")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert "every learning rate came to losses that are not finite" in done.stderr
-    done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1e25")
+    done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1000")
     assert done.returncode == 2
     assert "the last good checkpoint" in done.stderr or "there is no checkpoint" in done.stderr
 
 
-def test_weights_that_are_broken_never_win(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_weights_that_are_broken_never_win(
+    short_run: Path, digits: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Too few updates for the skipped ones to be too many: what NaN logits answer must not count as a class."""
-    small = flags_of({**SETTINGS, "steps": 6, "validate_every": 2})
-    words = ["finetune", short_run, digits.path, "-o", tmp_path / "run", *small, "--learning-rates"]
-    done = igpt(*words, "1e10", "1e-3")
-    assert done.returncode == 0, done.stderr
-    assert "learning rate 10000000000.0 is out: the validation error is nan" in done.stdout
+    small = {**SETTINGS, "steps": 6, "validate_every": 2}
+    config = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path}, small)
+    finetune(config.model_copy(update={"learning_rates": (1e10, 1e-3)}), tmp_path / "run")  # above the bound
+    assert "learning rate 10000000000.0 is out: the validation error is nan" in capsys.readouterr().out
     assert result_of(tmp_path / "run")["learning_rate"] == 1e-3
 
 
@@ -283,6 +284,8 @@ def test_rates_that_do_not_fit_are_refused(short_run: Path, digits: TokenDataset
     for more, said in (
         (["--learning-rates", "1e-3", "0.001"], "a learning rate is named twice"),
         (["--learning-rates", "1e-3", "0"], "greater than 0"),
+        (["--learning-rates", "1e-3", "1e300"], "less than or equal to 1000"),
+        (["--learning-rate", "1e300"], "less than or equal to 1000"),
         (["--learning-rates", "1e-3", "--learning-rate", "1e-3"], "give one --learning-rate, or several"),
         (["--learning-rates"], "give one --learning-rate, or several"),
     ):

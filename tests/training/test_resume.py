@@ -140,7 +140,17 @@ def test_diverging_loss_stops_and_names_the_last_checkpoint(
     igpt, digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    flags = [*short_flags, "--learning-rate", "1e25", "--warmup-steps", "0", "--checkpoint-every", "1"]
+    flags = [
+        *short_flags,
+        "--learning-rate",
+        "1000",
+        "--weight-decay",
+        "1000",
+        "--warmup-steps",
+        "0",
+        "--checkpoint-every",
+        "1",
+    ]
     done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *flags)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()

@@ -15,6 +15,11 @@ def block_parameters(config: ModelConfig) -> int:
     return 12 * width**2 + (9 * width if config.bias else 0) + 2 * width
 
 
+def head_parameters(config: ModelConfig) -> int:
+    """Return the parameters of the matrix that colours are predicted by."""
+    return config.n_colors * config.n_embd
+
+
 def root_parameters(config: ModelConfig) -> int:
     """Parameters outside the blocks: embeddings of colours, start and places, the final gain, and the heads."""
     classes, places = len(config.class_names or ()), config.n_places if config.positions == "learned" else 0

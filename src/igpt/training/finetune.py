@@ -25,17 +25,18 @@ from igpt.files import atomic_file, write_json
 from igpt.model.checkpoint import weights_sha256
 from igpt.model.classifier import MASKED
 from igpt.model.configuration import ModelConfig
-from igpt.model.cost import count_parameters
+from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.objectives import classification
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
 from igpt.training.classes import accuracies, errors, new_classifier, pretrained_model, training_batch, validation_batch
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
-from igpt.training.metrics import Metrics, read_metrics
+from igpt.training.memory import require_memory
+from igpt.training.metrics import Metrics, read_metrics, say
 from igpt.training.optimizer import Schedule
-from igpt.training.run import record_run, settle_config
-from igpt.training.settings import TrainConfig
+from igpt.training.run import record_run, settle_config, sole_writer
+from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
 from igpt.training.state import Progress
 from igpt.training.trainer import Diverged, Trainer, Validation
 
@@ -47,31 +48,36 @@ class FinetuneConfig(TrainConfig):
 
     model: Path = Field(description="pretrained model directory")
     tokens: Path = Field(description="token data set with labels")
-    generation_weight: float = Field(1.0, ge=0, description="weight of the generative loss beside the class loss")
+    generation_weight: float = Field(
+        1.0, ge=0, le=1e6, description="weight of the generative loss beside the class loss"
+    )
     mask_probability: float | None = Field(
         None, ge=0, lt=1, description=f"share of pixels masked for BERT models, {MASKED} by default; 0 masks none"
     )
     flip: bool = Field(False, description="mirror images at random; the paper does on CIFAR")
-    shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR")
-    steps: int = Field(10_000, ge=1, description="updates at most")
-    learning_rate: float = Field(3e-4, gt=0, description="learning rate")
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+    shift: int = Field(0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR")
+    steps: int = Field(10_000, ge=1, le=MOST, description="updates at most")
+    learning_rate: float = Field(3e-4, gt=0, le=HIGHEST_RATE, description="learning rate")
+    learning_rates: tuple[Annotated[float, Field(gt=0, le=HIGHEST_RATE)], ...] = Field(
         (), description="several, in place of one: a run for each, of which validation accuracy chooses"
     )
     labels_per_class: int | None = Field(
         None,
         ge=1,
+        le=MOST,
         description="train on so few images of each class only, drawn by seed as the first draw of a whole probe is",
     )
-    validation_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
-    test_images: int | None = Field(None, ge=1, description="at most so many, spread evenly over the split")
+    validation_images: int | None = Field(
+        None, ge=1, le=MOST, description="at most so many, spread evenly over the split"
+    )
+    test_images: int | None = Field(None, ge=1, le=MOST, description="at most so many, spread evenly over the split")
     fold_back: bool = Field(
         False, description="train anew on training and validation images, at the rate and for the epochs chosen"
     )
     schedule: Schedule = Field("constant", description="how the learning rate goes on from its peak")
-    validate_every: int = Field(250, ge=1, description="updates between validations; the best model is kept")
-    checkpoint_every: int = Field(250, ge=1, description="updates between checkpoints")
-    patience: int | None = Field(5, ge=1, description="stop after so many validations without a better one")
+    validate_every: int = Field(250, ge=1, le=MOST, description="updates between validations; the best model is kept")
+    checkpoint_every: int = Field(250, ge=1, le=MOST, description="updates between checkpoints")
+    patience: int | None = Field(5, ge=1, le=MOST, description="stop after so many validations without a better one")
 
     @field_validator("learning_rates")
     @classmethod
@@ -105,11 +111,12 @@ def finetune(
         what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the chosen one.
 
     Raises:
-        InputError: model and tokens do not match or have changed, labels are missing, the classes do not allow it, or
-            every learning rate diverged.
+        InputError: model and tokens do not match or have changed, labels are missing, the classes do not allow it,
+            every learning rate diverged, another process works in the directory, or the machine's memory cannot hold
+            the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(config.device) as us:
+    with team(config.device, config.stop_seconds) as us, sole_writer(run, us):
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         if config.fold_back and config.schedule != "constant":
@@ -131,11 +138,14 @@ def finetune(
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})
         checksum, shape = weights_sha256(pretrained.state_dict()), pretrained.config
+        require_memory(
+            shape.model_copy(update={"resolution": data.resolution}), config, us, frozen=head_parameters(shape)
+        )
         del pretrained  # every training reads the weights anew, for it changes them
         if resume:
             record_run(run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum)
         if us.leads and shape.resolution != data.resolution:
-            print(f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px")
+            say(f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px")
         return _Finetuning(config, run, data, splits, us, shape, recorded=resume).complete()
 
 
@@ -228,7 +238,7 @@ class _Finetuning:
             if len(self.config.learning_rates) < 2:
                 raise
             if self.us.leads:
-                print(f"learning rate {rate} is out: {error}")
+                say(f"learning rate {rate} is out: {error}")
             return _Tried(config, folder, math.inf, 0)
         assert progress.best is not None, "the last update is validated"
         return _Tried(config, folder, progress.best, progress.best_step)

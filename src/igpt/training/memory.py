@@ -9,8 +9,13 @@ t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a n
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from igpt.environment import memory_limit
+from igpt.errors import InputError
 from igpt.model.configuration import ModelConfig
 from igpt.model.cost import block_parameters, count_parameters, root_parameters
+from igpt.training.distributed import Team
 from igpt.training.settings import TrainConfig
 
 _VALIDATED = 4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it
@@ -45,7 +50,69 @@ class Memory:
         return sum(self.parts.values())
 
 
-def kept_by_block(config: ModelConfig, settings: TrainConfig, t: int) -> float:
+def state_bytes(config: ModelConfig, settings: TrainConfig, frozen: int = 0) -> int:
+    """Return the bytes of weights, gradients and optimizer state together, before they are sharded.
+
+    Args:
+        frozen: parameters that are not trained.
+    """
+    parameters = count_parameters(config)
+    orthogonalised = 12 * config.n_embd**2 * config.n_layer * (settings.optimizer == "muon")  # with one moment, not two
+    return 4 * parameters + 12 * (parameters - frozen) - 4 * orthogonalised
+
+
+def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, frozen: int = 0) -> None:
+    """Refuse a model or a batch that cannot fit, before anything is built of it.
+
+    Counted is only what is certainly needed at once: weights, gradients and optimizer state, the tokens of a batch, and
+    half of the activations that are kept by the formula (compiled blocks may keep fewer).
+
+    Raises:
+        InputError: the estimate is above what the machine (or, of a GPU, the GPU) has; both are named.
+    """
+    on_gpu = team.device.type == "cuda"
+    limit = torch.cuda.get_device_properties(team.device).total_memory if on_gpu else memory_limit()
+    if limit is None:
+        return
+    ranks, machine = (1, "a GPU here") if on_gpu else (team.local_size, "this machine")
+    rows = -(-settings.batch_size // team.size)
+    micro = min(settings.micro_batch_size or rows, rows)
+    state = ranks * state_bytes(config, settings, frozen) // settings.shard
+    tokens = ranks * 8 * settings.batch_size * config.n_places
+    # Gradients come as activations go: at the end of a forward pass there are none.
+    gradients = 4 * ranks * (count_parameters(config) - frozen) // settings.shard
+    kept = ranks * config.n_layer * kept_by_block(config, settings, micro * config.n_places) // 2
+    forward = state - gradients + tokens + kept
+    has = f"{machine} has {_readable(limit)}"
+    together = f" for the {ranks} ranks on this machine" if ranks > 1 else ""
+    if state > limit:
+        raise InputError(
+            f"the model ({count_parameters(config):,} parameters) needs at least {_readable(state)} for weights, "
+            f"gradients and optimizer state{together}, and {has}; choose a smaller model, or share it with --shard"
+        )
+    if state + tokens > limit:
+        raise InputError(
+            f"a batch of {settings.batch_size:,} images needs at least {_readable(state + tokens)} with the model"
+            f"{together}, and {has}; lower --batch-size"
+        )
+    if forward > limit:
+        advice = (
+            "lower --micro-batch-size" if micro > 1 else "choose a smaller model or --activation-checkpointing full"
+        )
+        raise InputError(
+            f"{micro:,} images at a time need at least {_readable(forward)}{together}, and {has}; {advice}"
+        )
+
+
+def _readable(count: int) -> str:
+    """Return a number of bytes in GiB, or in the largest unit that leaves a number above 1."""
+    value, units = count / 2**30, ["GiB", "TiB", "PiB", "EiB"]
+    while value >= 1024 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:,.1f} {units[0]}"
+
+
+def kept_by_block(config: ModelConfig, settings: TrainConfig, t: int) -> int:
     """Bytes that a block keeps from its forward pass to its backward pass.
 
     "none": two residuals in fp32 (the norms' inputs); in the products' type the norms' outputs (2 D), queries, keys and
@@ -109,7 +176,9 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     copies += layers * cast * (recomputation == "none")
     yield at("backward pass of the loss", resting, copies, layers * kept + end, 12 * config.n_colors * t)
 
-    ends = {layers, layers - 1, 2, 1} & set(range(1, layers + 1))  # in between, all grows or falls in line
+    ends = {
+        number for number in (layers, layers - 1, 2, 1) if number >= 1 and number <= layers
+    }  # in between, all grows or falls in line
     for number in sorted(ends):
         coming = 4 * block * (layers - number) / shard
         gradients = resting - coming * bool(buckets and earlier) if resting else coming

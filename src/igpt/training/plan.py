@@ -1,5 +1,6 @@
 """What a run needs, told before a GPU is rented: memory, arithmetic, time, and the settings that fit."""
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -14,10 +15,11 @@ from igpt.model.configuration import ModelConfig, Objective
 from igpt.model.cost import block_flops, count_parameters, training_flops
 from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
-from igpt.training.settings import Recomputation, TrainConfig
+from igpt.training.settings import MOST, Recomputation, TrainConfig
 
 _GIB = 2**30
 _ENOUGH = 4096  # places of a micro-batch from which on products hardly run faster
+_MANY = 64  # divisors; batches of some thousand images have fewer
 _NODE = 8  # GPUs of a machine, at most
 _OVERRIDING = {"resolution", "n_layer", "n_embd", "n_head", "objective", "optimizer", "batch_size", "steps"}
 
@@ -57,22 +59,26 @@ KINDS: Mapping[str, Kind] = {
 class PlanConfig(Config):
     """What is to be trained, and on what."""
 
-    resolution: int = Field(32, ge=1, description="image side in pixels")
-    n_colors: int = Field(512, ge=1, description="palette size")
-    n_layer: int = Field(24, ge=1, description="blocks")
-    n_embd: int = Field(512, ge=1, description="width")
-    n_head: int = Field(8, ge=1, description="attention heads")
+    resolution: int = Field(32, ge=1, le=MOST, description="image side in pixels")
+    n_colors: int = Field(512, ge=1, le=MOST, description="palette size")
+    n_layer: int = Field(24, ge=1, le=MOST, description="blocks")
+    n_embd: int = Field(512, ge=1, le=MOST, description="width")
+    n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
     optimizer: OptimizerName = Field("adamw", description="as `igpt pretrain` has it")
-    batch_size: int = Field(128, ge=1, description="images of an update, over all GPUs")
-    steps: int = Field(1_000_000, ge=1, description="updates")
+    batch_size: int = Field(128, ge=1, le=MOST, description="images of an update, over all GPUs")
+    steps: int = Field(1_000_000, ge=1, le=MOST, description="updates")
     precision: Literal["bf16", "fp32"] = Field("bf16", description="of products")
-    gpus: int = Field(1, ge=1, description="number of GPUs")
+    gpus: int = Field(1, ge=1, le=MOST, description="number of GPUs")
     gpu: str = Field("H100", description=f"their kind: {', '.join(KINDS)}")
-    gpu_memory: float | None = Field(None, gt=0, description="GiB of a GPU, in place of the kind's")
-    gpu_tflops: float | None = Field(None, gt=0, description="peak TFLOP/s, in place of the kind's")
-    shard: int | None = Field(None, ge=1, description="GPUs that share one copy of the weights; default: what fits")
-    micro_batch_size: int | None = Field(None, ge=1, description="images at a time on a GPU; default: what fits")
+    gpu_memory: float | None = Field(None, gt=0, le=1e9, description="GiB of a GPU, in place of the kind's")
+    gpu_tflops: float | None = Field(None, gt=0, le=1e9, description="peak TFLOP/s, in place of the kind's")
+    shard: int | None = Field(
+        None, ge=1, le=MOST, description="GPUs that share one copy of the weights; default: what fits"
+    )
+    micro_batch_size: int | None = Field(
+        None, ge=1, le=MOST, description="images at a time on a GPU; default: what fits"
+    )
     activation_checkpointing: Recomputation | None = Field(
         None, description="what the backward pass computes again; default: what fits"
     )
@@ -238,23 +244,40 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
         raise InputError(f"--shard {settings.shard} does not divide {gpus} GPUs; take a divisor of it")
     if settings.micro_batch_size and settings.micro_batch_size > rows:
         raise InputError(f"--micro-batch-size {settings.micro_batch_size} is more than the {rows} images of a GPU")
-    divisors = [size for size in range(rows, 0, -1) if rows % size == 0]
+    divisors = _divisors(rows)[::-1]
     twos = [size for size in divisors if size & (size - 1) == 0]
     # 4 is taken for 6, but not 1 for 5
     sizes = [size for size in divisors if size == rows or not any(two < size < 2 * two for two in twos)]
-    sizes = [settings.micro_batch_size] if settings.micro_batch_size else sizes
+    sizes = [settings.micro_batch_size] if settings.micro_batch_size else _few(sizes)
     busy = [size for size in sizes if size * settings.model.n_places >= _ENOUGH or size == sizes[0]]
     given = settings.activation_checkpointing
     recomputations: tuple[Recomputation, ...] = (given,) if given else get_args(Recomputation)
-    shards = [settings.shard] if settings.shard else [size for size in range(1, gpus + 1) if gpus % size == 0]
+    shards = [settings.shard] if settings.shard else _few(_divisors(gpus))
     for some in (busy, sizes[len(busy) :]):
         for twice in (False, True):
             again = [recomputation for recomputation in recomputations if (recomputation == "full") == twice]
             yield from (settings.training(shard, size, one) for shard, one, size in product(shards, again, some))
 
 
+def _divisors(number: int) -> list[int]:
+    """Return all divisors, the smallest first."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return small + [number // size for size in reversed(small) if size * size != number]
+
+
+def _few(sizes: list[int]) -> list[int]:
+    """Return the sizes, but of very many one for every power of two: the first."""
+    if len(sizes) <= _MANY:
+        return sizes
+    first = {size.bit_length(): size for size in reversed(sizes)}
+    return [size for size in sizes if first[size.bit_length()] == size]
+
+
 def _fitting(settings: PlanConfig) -> TrainConfig | None:
     usable = settings.kind.usable * _GIB
+    weights = 4 * count_parameters(settings.model) / (settings.shard or settings.gpus)
+    if weights > usable:  # no layout can change that
+        return None
     found = (one for one in layouts(settings) if _total(settings, one) <= usable)
     return next(found, None)
 

@@ -20,9 +20,10 @@ from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
+from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.run import record_run, settle_config
-from igpt.training.settings import TrainConfig
+from igpt.training.run import record_run, settle_config, sole_writer
+from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
 _VALIDATION_MASKS = (0.15, 0)  # probability and seed: the same for all runs, whose losses can then be compared
@@ -32,20 +33,22 @@ class PretrainConfig(Variants, TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
 
     tokens: Path = Field(description="token data set")
-    resolution: int | None = Field(None, ge=1, description="image side that the tokens must have; presets name one")
-    n_layer: int = Field(24, ge=1, description="blocks")
-    n_embd: int = Field(512, ge=1, description="width")
-    n_head: int = Field(8, ge=1, description="attention heads")
+    resolution: int | None = Field(
+        None, ge=1, le=MOST, description="image side that the tokens must have; presets name one"
+    )
+    n_layer: int = Field(24, ge=1, le=MOST, description="blocks")
+    n_embd: int = Field(512, ge=1, le=MOST, description="width")
+    n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
     start_from_palette: bool = Field(False, description="let embeddings begin alike for like colours")
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
     flip: bool = Field(False, description="mirror images at random; the paper does not for pretraining")
-    shift: int = Field(0, ge=0, description="reflect-pad by so many pixels and crop at random")
-    validation_images: int = Field(4096, ge=1, description="at most so many, spread evenly over the split")
+    shift: int = Field(0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random")
+    validation_images: int = Field(4096, ge=1, le=MOST, description="at most so many, spread evenly over the split")
 
 
 def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False) -> Path:
-    """Pretrains a model, or continues an interrupted run; the result does not depend on interruptions.
+    """Pretrain a model, or continue an interrupted run; the result does not depend on interruptions.
 
     Args:
         run: the run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/.
@@ -56,16 +59,18 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         the model directory, RUN/model: the best model by validation loss.
 
     Raises:
-        InputError: what the settings, the tokens or the directory have wrong.
+        InputError: what the settings, the tokens or the directory have wrong; another process works in the directory;
+            or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(config.device) as us:
+    with team(config.device, config.stop_seconds) as us, sole_writer(run, us):
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
         precision = us.tell(settle_precision(config.precision, us.device))  # the ranks' machines may differ
         config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
+        require_memory(shape, config, us)
         train = Batches(
             data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
         )

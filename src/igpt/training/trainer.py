@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,13 +45,17 @@ class _Stop:
 
 
 def _end_in_time(signals: socket.socket, seconds: float, done: threading.Event, folder: Path) -> None:
-    """Ends the process when a stop was wished for and is not done in time, whatever its main thread waits for."""
+    """End the process when a stop was asked for and is not done in time, whatever its main thread waits for."""
     while number := signals.recv(1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
             if not done.wait(seconds):
                 newest = next(iter(checkpoints(folder)), "none was written yet")
-                print(f"igpt: not saved within {seconds:g} seconds; the newest checkpoint: {newest}", file=sys.stderr)
-                sys.stderr.flush()
+                with suppress(OSError, ValueError):  # nobody reads it
+                    print(
+                        f"igpt: not saved within {seconds:g} seconds; the newest checkpoint: {newest}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                 os._exit(128 + number[0])
             return
 
