@@ -488,3 +488,27 @@ def test_a_silent_network_is_given_up_soon(tmp_path: Path):
         assert 1 <= connections(server) <= 2
     assert "no palette someone/model here, and the Hub cannot give it" in done.stdout
     assert done.stdout.count("\n") == 1
+
+
+INTERRUPTED = """
+import signal, threading
+import numpy as np
+from igpt.data.palette import _assign
+
+generator = np.random.default_rng(0)
+centers, colors = generator.uniform(0, 255, (512, 3)), generator.uniform(0, 255, (1_000_000, 3))
+_assign(centers, colors[:10])
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    _assign(centers, colors)
+    print("finished")
+except KeyboardInterrupt:
+    print("interrupted", threading.active_count())
+"""
+
+
+def test_an_interrupted_fit_leaves_no_threads_behind():
+    """They wrote into memory that was freed, which ended in a segmentation fault."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "interrupted 1\n", "")

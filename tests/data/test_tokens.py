@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from igpt.data.batches import Batches
 from igpt.data.labels import require_classes
 from igpt.data.palette import Palette
 from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, write_manifest, write_shard
@@ -271,3 +273,262 @@ def test_a_folder_without_its_manifest_is_no_data_set(folder: Path):
     (folder / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"dataset\.json is missing"):
         TokenDataset(folder)
+
+
+def changed(folder: Path, key: str, value: object) -> None:
+    """Sets a key of the manifest, such as "splits.train.count"; a number is the place in a list."""
+    manifest = json.loads((folder / "dataset.json").read_text())
+    *path, last = [int(word) if word.isdecimal() else word for word in key.split(".")]
+    inner = manifest
+    for word in path:
+        inner = inner[word]
+    inner[last] = value
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("resolution", "4", "resolution = '4': Input should be a valid integer"),
+        ("resolution", 0, "resolution = 0: Input should be greater than or equal to 1"),
+        ("resolution", 10**9, "resolution = 1000000000: Input should be less than 65536"),
+        ("resolution", 4.5, "resolution = 4.5: Input should be a valid integer"),
+        ("source", None, "source = None: Input should be a valid string"),
+        ("class_names", "abc", "class_names = 'abc': Input should be a valid list"),
+        ("class_names", ["a", "b", 3], "class_names.2 = 3: Input should be a valid string"),
+        ("class_names", ["a", "b", "a"], "class_names = ['a', 'b', 'a']: 'a' is there more than once"),
+        ("splits", ["train"], "splits = ['train']: Input should be a valid dictionary"),
+        ("splits.train", [], "splits.train = []: Input should be a valid dictionary"),
+        ("splits.train.count", 14, "the count is 14, and that of its shards 13"),
+        ("splits.train.count", -1, "splits.train.count = -1: Input should be greater than or equal to 0"),
+        ("splits.train.shards", None, "splits.train.shards = None: Input should be a valid list"),
+        ("splits.train.shards.0", "a", "splits.train.shards.0 = 'a': Input should be a valid dictionary"),
+        ("splits.train.shards.0", {}, "the key 'splits.train.shards.0.tokens' is missing"),
+        ("splits.train.shards.2.count", -3, "splits.train.shards.2.count = -3: Input should be greater"),
+        ("splits.train.shards.2.count", 10**30, "splits.train.shards.2.count = 1000"),
+        ("splits.train.shards.2.count", True, "splits.train.shards.2.count = True: Input should be a valid integer"),
+        (
+            "splits.train.shards.2.tokens",
+            "../a.npy",
+            "splits.train.shards.2.tokens = '../a.npy': the plain name of a file",
+        ),
+        ("splits.train.shards.2.labels", "/dev/zero", "splits.train.shards.2.labels = '/dev/zero': the plain name"),
+        ("splits.train.shards.2.tokens", "..", "splits.train.shards.2.tokens = '..': the plain name"),
+        ("splits.train.shards.2.tokens", "", "splits.train.shards.2.tokens = '': the plain name"),
+        ("splits.train.shards.2.tokens", "train-00000.tokens.npy", "'train-00000.tokens.npy' is there more than once"),
+        ("splits.train.shards.2.bytes", {"../a": 3}, "splits.train.shards.2.bytes.../a.[key] = '../a': the plain name"),
+        ("splits.train.shards.2.sha256", 5, "splits.train.shards.2.sha256 = 5: Input should be a valid dictionary"),
+        ("made", None, "made = None: Input should be a valid dictionary"),
+        ("made.images", {"train": "13"}, "made.images.train = '13': Input should be a valid integer"),
+        ("made.skipped", "none", "made.skipped = 'none': Input should be a valid list"),
+        ("made.config", 3, "made.config = 3: Input should be a valid dictionary"),
+        ("made.config", {"views": -1}, "made.config.views = -1: Input should be greater"),
+        ("made.palette_error", {"mse": 3.0}, "psnr_db is missing"),
+        (
+            "made.palette_error",
+            {"mse": "3", "psnr_db": 4.0},
+            "made.palette_error.mse = '3': Input should be a valid number",
+        ),
+        ("palette", None, "palette = None: Input should be a valid dictionary"),
+        ("palette.centers", [], "palette.centers = []: List should have at least 1 item"),
+        ("palette.centers.3", [0, 0], "palette.centers.3 = [0, 0]: List should have at least 3 items"),
+        ("palette.fingerprint", 3, "palette.fingerprint = 3: Input should be a valid string"),
+    ],
+)
+def test_a_malformed_manifest_is_refused_with_its_key(folder: Path, key: str, value: object, message: str):
+    changed(folder, key, value)
+    with pytest.raises(InputError) as caught:
+        TokenDataset(folder)
+    assert f"{folder / 'dataset.json'}: " in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["resolution", "source", "class_names", "splits", "made", "palette"])
+def test_a_missing_key_is_named(folder: Path, key: str):
+    manifest = json.loads((folder / "dataset.json").read_text())
+    del manifest[key]
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"dataset\.json: the key '{key}' is missing"):
+        TokenDataset(folder)
+
+
+def test_unknown_keys_of_a_later_minor_version_pass(folder: Path):
+    changed(folder, "note", [1])
+    changed(folder, "made.left_out", {"files": {".txt": 3}})
+    changed(folder, "splits.train.note", "x")
+    changed(folder, "splits.train.shards.0.note", "x")
+    changed(folder, "palette.note", "x")
+    TokenDataset(folder).verify()
+
+
+@pytest.mark.parametrize("resolution", [3, 5, 65535])
+def test_a_resolution_that_is_not_that_of_the_shards(folder: Path, resolution: int):
+    changed(folder, "resolution", resolution)
+    with pytest.raises(
+        InputError,
+        match=rf"train-00000\.tokens\.npy does not hold \(5, {resolution**2}\) uint16 but \(5, 16\) uint16: "
+        r"the count or the resolution in dataset\.json is wrong",
+    ):
+        TokenDataset(folder)
+
+
+def test_no_class_may_have_the_name_of_another(tmp_path: Path):
+    with pytest.raises(InputError, match=r"class_names = \['a', 'a'\]: 'a' is there more than once"):
+        write_manifest(
+            tmp_path, resolution=4, palette=PALETTE, class_names=["a", "a"], splits={}, source="a test", made={}
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def replaced(folder: Path, split: str, tokens: NDArray[np.uint16], labels: NDArray[np.int32]) -> None:
+    """Writes other images in the place of all of a split, right by their checksums."""
+    shard = write_shard(folder, f"{split}-00000", tokens, labels)
+    changed(folder, f"splits.{split}", {"count": len(tokens), "shards": [vars(shard)]})
+
+
+@pytest.mark.parametrize("token", [50, 65535])  # 50 colours: the token 50 begins a sequence in the model
+def test_tokens_beyond_the_palette_are_refused_wherever_they_are_read(folder: Path, token: int):
+    tokens = np.zeros((3, 16), np.uint16)
+    tokens[2, 7] = token
+    replaced(folder, "validation", tokens, np.zeros(3, np.int32))
+    split = TokenDataset(folder)["validation"]
+    assert split.rows([0, 1]).shape == (2, 16)
+    said = rf"validation-00000\.tokens\.npy holds the token {token}, and the palette has 50 colours \(tokens 0 to 49\)"
+    joined = TokenSplit.joined("both", [TokenDataset(folder)["train"], split])
+    for read in (
+        lambda: split.rows([2]),
+        lambda: split.subset([0, 2]),
+        lambda: joined.rows([15]),
+        lambda: Batches(split, 4, 3).tokens(0),
+        lambda: Batches(split, 4, 3, held_bytes=0).tokens(0),
+    ):
+        with pytest.raises(InputError, match=said):
+            read()
+
+
+@pytest.mark.parametrize("label", [3, -2, 2**31 - 1])
+def test_labels_beyond_the_classes_are_refused_wherever_they_are_read(folder: Path, label: int):
+    replaced(folder, "validation", np.zeros((3, 16), np.uint16), np.array([0, -1, label], np.int32))
+    split = TokenDataset(folder)["validation"]
+    assert split.labels_of([0, 1]).tolist() == [0, -1]
+    said = rf"validation-00000\.labels\.npy holds the label {label}, and there are 3 classes \(labels -1 to 2\)"
+    for read in (
+        lambda: split.labels,
+        lambda: split.labels_of([2]),
+        lambda: split.require_labels("a test"),
+        lambda: Batches(split, 4, 3).labels(0),
+        lambda: Batches(split, 4, 3, held_bytes=0).labels(0),
+    ):
+        with pytest.raises(InputError, match=said):
+            read()
+
+
+def saved(file: Path, array: NDArray[np.generic]) -> None:
+    """Writes an array in the place of a shard, and says its size in the manifest."""
+    np.save(file, array)
+    changed(file.parent, "splits.train.shards.2.bytes", {file.name: file.stat().st_size})
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.full((3, 16), None), "is not readable as a .npy array"),  # pickled objects
+        (np.zeros((3, 16), ">u2"), "does not hold"),
+        (np.zeros((3, 16), np.float16), "does not hold"),
+        (np.zeros((16, 3), np.uint16), "does not hold"),
+        (np.zeros((3, 16), np.uint16, order="F"), "is in Fortran order"),
+        (np.zeros((), np.uint16), "does not hold"),
+    ],
+)
+def test_a_shard_of_another_type_shape_or_order(folder: Path, array: NDArray[np.generic], message: str):
+    saved(folder / "train-00002.tokens.npy", array)
+    with pytest.raises(InputError, match=rf"train-00002\.tokens\.npy .*{message}") as caught:
+        TokenDataset(folder)["train"].rows([6])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("shape", [(2**40, 16), (2**62, 2**62)])
+def test_a_shard_that_claims_more_than_it_holds(folder: Path, shape: tuple[int, ...]):
+    file = folder / "train-00002.tokens.npy"
+    with file.open("wb") as opened:
+        np.lib.format.write_array_header_1_0(opened, {"descr": "<u2", "fortran_order": False, "shape": shape})
+        opened.write(bytes(96))
+    changed(folder, "splits.train.shards.2.bytes", {file.name: file.stat().st_size})
+    with pytest.raises(InputError, match=r"train-00002\.tokens\.npy cannot be read"):
+        TokenDataset(folder)["train"].rows([6])
+
+
+@pytest.mark.parametrize("name", ["dataset.json", "train-00000.tokens.npy", "validation-00000.labels.npy"])
+def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(folder: Path, name: str):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(InputError, match=rf"{name} is a FIFO; a regular file is needed"):
+        TokenDataset(folder)
+
+
+def test_a_device_in_the_place_of_a_shard_is_refused(folder: Path):
+    (folder / "train-00000.tokens.npy").unlink()
+    (folder / "train-00000.tokens.npy").symlink_to("/dev/zero")
+    with pytest.raises(InputError, match=r"train-00000\.tokens\.npy is a device; a regular file is needed"):
+        TokenDataset(folder)
+
+
+def test_all_missing_shards_are_counted_and_the_first_are_named(folder: Path):
+    for file in folder.glob("train-*.tokens.npy"):
+        file.unlink()
+    (folder / "validation-00000.labels.npy").unlink()
+    with pytest.raises(
+        InputError, match=r"6 files of .* are missing \(train-00000.*, train-00004.tokens.npy and 1 more\)"
+    ):
+        TokenDataset(folder)
+
+
+def test_files_that_the_manifest_gives_no_size_of_must_be_there(folder: Path):
+    changed(folder, "splits.train.shards.2.bytes", {})
+    TokenDataset(folder)
+    (folder / "train-00002.labels.npy").unlink()
+    with pytest.raises(InputError, match=r"train-00002\.labels\.npy is missing"):
+        TokenDataset(folder)
+
+
+def test_what_has_no_checksum_is_not_called_whole(folder: Path):
+    changed(folder, "splits.train.shards.2.sha256", {})
+    with pytest.raises(
+        InputError, match=r"dataset\.json has no checksum of train-00002\.tokens\.npy, train-00002\.labels"
+    ):
+        TokenDataset(folder).verify()
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        ({"images": {"train": 13, "validation": 2, "test": 0}, "skipped": []}, None),
+        (
+            {"images": {"train": 15, "validation": 2, "test": 1}, "skipped": ["train a: b", "test c", "train d: e"]},
+            None,
+        ),
+        ({"images": {"train": 5, "validation": 2, "test": 0}, "config": {"views": 3}}, None),  # some are small
+        ({"seed": 0}, None),
+        ({"skipped": ["train a: b"]}, None),
+        ({"images": {"train": 14, "validation": 2, "test": 0}}, "has 13 images of 'train', and there should be 14 "),
+        (
+            {"images": {"train": 13, "validation": 2, "test": 0}, "skipped": ["validation x: y"]},
+            r"has 2 images of 'validation', and there should be 1 \(2 planned, 1 skipped\)",
+        ),
+        ({"images": {"train": 13, "test": 0}}, "has 2 images of 'validation', and there should be 0 "),
+        (
+            {"images": {"train": 3, "validation": 2, "test": 0}, "config": {"views": 4}},
+            "has 13 images of 'train', and there should be 3 to 12 ",
+        ),
+    ],
+)
+def test_images_that_are_missing_from_what_was_planned(folder: Path, made: object, message: str | None):
+    changed(folder, "made", made)
+    data = TokenDataset(folder)
+    if message is None:
+        data.verify()
+        return
+    with pytest.raises(InputError, match=rf"dataset\.json {message}"):
+        data.verify()

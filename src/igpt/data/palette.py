@@ -5,6 +5,8 @@ Shapes: k colours, ... any leading dimensions.
 """
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -23,6 +25,7 @@ MAX_COLORS = 65536  # tokens are uint16
 _CELL = 8  # edge of the colour cells in which candidates are searched
 _AT_ONCE = 2**20  # distances in memory at a time
 _TIE = 1e-9  # squared 8-bit levels: far above the rounding of float64, far below what float32 centres differ by
+_QUERIED = 2**15  # colours whose nearest centres one thread looks for at a time: some hundredths of a second
 _BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
 _COARSE = 50  # cells a colour that the coarse round of k-means needs
 _MOMENTUM = 0.9
@@ -303,10 +306,17 @@ def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int
 
 
 def _assign(centers: Floats, colors: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the distance of each colour to its nearest centre, [N], and the number of that centre, [N]."""
     from scipy.spatial import cKDTree
 
-    distance, nearest = cKDTree(centers).query(colors, workers=-1)
-    return distance, nearest
+    query = cKDTree(centers).query
+    blocks = [colors[first : first + _QUERIED] for first in range(0, len(colors), _QUERIED)]
+    # `query` has threads of its own (`workers`), but does not wait for them when Ctrl-C interrupts it: they would
+    # write on into freed memory. These here end before the interrupt goes on.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        found = list(threads.map(query, blocks))
+    distances, nearest = zip(*found, strict=True)
+    return np.concatenate(distances), np.concatenate(nearest)
 
 
 def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
