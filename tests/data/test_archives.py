@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import struct
@@ -483,6 +484,31 @@ def test_a_changed_archive_is_read_anew(cifar10: Path):
     images, labels = everything(opened(cifar10)[0]["train"])
     assert labels[:4] == [8, 8, 8, 2]
     np.testing.assert_array_equal(images[:3], pixels(77))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "no JSON",
+        "[]",
+        "{}",
+        {"bytes": None},
+        {"bytes": {"train.npy": "large"}},
+        {"classes": {"label": [1, 2]}},
+        {"classes": []},
+        {"parts": {"train": [[3, "data_batch_1"]]}},
+        {"parts": None},
+    ],
+)
+def test_a_malformed_index_of_the_cache_is_made_again(cifar10: Path, change: str | dict[str, object]):
+    before = cache_entries()
+    _, names = opened(cifar10)
+    (entry,) = cache_entries() - before
+    index = Path(datasets.config.HF_DATASETS_CACHE) / "igpt" / entry / "index.json"
+    good = index.read_text()
+    index.write_text(change if isinstance(change, str) else json.dumps(json.loads(good) | change))
+    assert opened(cifar10)[1] == names
+    assert index.read_text() == good
 
 
 @pytest.mark.parametrize("lost", ["train.npy", "test.label.npy", "index.json"])

@@ -1,9 +1,11 @@
 """n machines that know nothing of each other make what one makes, to the byte."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -206,3 +208,109 @@ def test_where_the_same_images_lie_does_not_matter(tmp_path: Path, picture: Call
     prepare_part(str(tmp_path / "one"), tmp_path / "tokens", LENIENT, (1, 2))
     prepare_part(f"{tmp_path}/two/", tmp_path / "tokens", LENIENT, (2, 2))
     merge(tmp_path / "tokens").verify()
+
+
+def rewritten(part: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes a JSON file of a part."""
+    content = json.loads((part / name).read_text())
+    change(content)
+    (part / name).write_text(json.dumps(content))
+
+
+def test_records_that_are_missing_from_a_part_are_named(tmp_path: Path, parts: list[Path]):
+    """Seven records in three parts: 0, 3, 6 in the first."""
+    rewritten(parts[1], "records.json", lambda found: found["records"].pop("0-00003.done.json"))
+    with pytest.raises(InputError, match=r"tokens\.1-of-3/records\.json lacks 1 shard records \(0-00003\.done\.json\)"):
+        merge(tmp_path / "tokens")
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in parts}
+
+
+def test_records_of_another_part_are_refused(tmp_path: Path, parts: list[Path]):
+    strange = json.loads((parts[0] / "records.json").read_text())["records"]
+    rewritten(parts[1], "records.json", lambda found: found["records"].update(strange))
+    with pytest.raises(InputError, match=r"has records that are not of this part \(0-00001\.done\.json, 0-00004"):
+        merge(tmp_path / "tokens")
+
+
+def test_missing_images_of_parts_that_version_0_1_0_made_are_counted(tmp_path: Path, parts: list[Path]):
+    """Their plans do not say how many records there should be."""
+    for part in parts:
+        rewritten(part, "plan.json", lambda plan: plan.pop("jobs"))
+    merge(tmp_path / "tokens").verify()
+    shutil.rmtree(tmp_path / "tokens")
+    rewritten(parts[1], "records.json", lambda found: found["records"].pop("0-00000.done.json"))
+    with pytest.raises(
+        InputError, match=r"all parts of .*tokens together has \d+ images of 'train', and there should be 42"
+    ):
+        merge(tmp_path / "tokens")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "message"),
+    [
+        ("plan.json", "part", "1/3", r"part = '1/3': Input should be a valid list"),
+        ("plan.json", "images", None, r"images = None: Input should be a valid dictionary"),
+        ("plan.json", "palette", {"centers": [[0, 0]]}, r"palette\.centers\.0 = \[0, 0\]: List should have at least 3"),
+        ("plan.json", "palette", {"centers": [[0, 0, 7]]}, r".* is not a palette: palette centres lie in"),
+        ("records.json", "records", [], r"records = \[\]: Input should be a valid dictionary"),
+        (
+            "records.json",
+            "records",
+            {"0-00000.done.json": {}},
+            r"the key 'records\.0-00000\.done\.json\.images' is missing",
+        ),
+    ],
+)
+def test_a_malformed_part_is_named_with_its_key(
+    tmp_path: Path, parts: list[Path], name: str, key: str, value: object, message: str
+):
+    rewritten(parts[1], name, lambda content: content.update({key: value}))
+    with pytest.raises(InputError, match=rf"tokens\.1-of-3/{name.replace('.', '[.]')}:? ?{message}") as caught:
+        merge(tmp_path / "tokens")
+    assert "\n" not in str(caught.value)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in parts}
+
+
+def test_a_part_cannot_name_files_outside_of_it(tmp_path: Path, parts: list[Path]):
+    def escape(found: dict[str, Any]) -> None:
+        found["records"]["0-00000.done.json"]["shards"]["train"]["tokens"] = "../../secret"
+
+    rewritten(parts[1], "records.json", escape)
+    with pytest.raises(
+        InputError, match=r"tokens = '\.\./\.\./secret': the plain name of a file in this folder is needed"
+    ):
+        merge(tmp_path / "tokens")
+
+
+def test_a_file_in_two_parts_is_refused(tmp_path: Path, parts: list[Path]):
+    """Joined, one would replace the other, through its link in the part itself."""
+    first = json.loads((parts[1] / "records.json").read_text())["records"]["0-00000.done.json"]["shards"]["train"]
+
+    def steal(found: dict[str, Any]) -> None:
+        found["records"]["0-00001.done.json"]["shards"]["train"] = first
+
+    rewritten(parts[0], "records.json", steal)
+    with pytest.raises(InputError, match=r"both hold train-00000\.tokens\.npy; make one of them again"):
+        merge(tmp_path / "tokens")
+
+
+def test_a_fifo_in_the_place_of_a_shard_is_not_waited_for(tmp_path: Path, parts: list[Path]):
+    shard = next(parts[1].glob("train-*.tokens.npy"))
+    shard.unlink()
+    os.mkfifo(shard)
+    with pytest.raises(InputError, match="is a FIFO; a regular file is needed"):
+        merge(tmp_path / "tokens")
+
+
+def test_an_absurd_number_of_parts_is_refused(pictures: str, tmp_path: Path):
+    with pytest.raises(InputError, match="n is at most 65536"):
+        prepare_part(pictures, tmp_path / "tokens", LENIENT, (1, 10**30))
+    (tmp_path / f"tokens.1-of-{10**30}").mkdir()
+    with pytest.raises(InputError, match="at most 65536 can be joined; remove it"):
+        merge(tmp_path / "tokens")
+
+
+def test_of_many_missing_parts_the_first_are_named(tmp_path: Path):
+    (tmp_path / "tokens.1-of-5000").mkdir()
+    with pytest.raises(InputError, match=r"--shard 2/5000, .*--shard 21/5000 and 4979 more$"):
+        merge(tmp_path / "tokens")

@@ -1,7 +1,10 @@
 import json
 import os
 import resource
+import shutil
+import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from igpt.data.palette import Palette
 from igpt.data.tokens import StoredArray, TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.errors import InputError
 
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 SIZES = {"train": [5, 0, 3, 1, 4], "validation": [2], "test": []}
 PALETTE = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (50, 3)))
 
@@ -532,3 +536,54 @@ def test_images_that_are_missing_from_what_was_planned(folder: Path, made: objec
         return
     with pytest.raises(InputError, match=rf"dataset\.json {message}"):
         data.verify()
+
+
+@pytest.fixture
+def digits_copy(digits: TokenDataset, tmp_path: Path) -> Path:
+    """A copy of the digits in a palette of 17 colours, in which shards may be changed."""
+    shutil.copytree(digits.path, tmp_path / "digits")
+    return tmp_path / "digits"
+
+
+def poked(folder: Path, split: str, kind: str, value: int) -> str:
+    """Puts a value into the first shard of a split, and returns the shard's name."""
+    file = sorted(folder.glob(f"{split}-*.{kind}.npy"))[0]
+    array = np.load(file)
+    array.flat[array.size // 2] = value
+    np.save(file, array)
+    return file.name
+
+
+@pytest.mark.parametrize("token", [17, 65535])
+@pytest.mark.parametrize(
+    ("split", "words"),
+    [
+        ("train", ["pretrain", "TOKENS", "-o", "OUT", "--model", "tiny"]),
+        ("validation", ["pretrain", "TOKENS", "-o", "OUT", "--model", "tiny"]),
+        ("train", ["finetune", "MODEL", "TOKENS", "-o", "OUT", "--steps", "400", "--batch-size", "64"]),
+        ("train", ["probe", "MODEL", "TOKENS", "-o", "OUT.json"]),
+        ("test", ["probe", "MODEL", "TOKENS", "-o", "OUT.json"]),
+        ("test", ["score", "MODEL", "TOKENS", "-o", "OUT.csv"]),
+        ("test", ["features", "MODEL", "TOKENS", "-o", "OUT.npz", "--layer", "1"]),
+    ],
+)
+def test_commands_refuse_tokens_beyond_the_palette(
+    igpt: Run, short_run: Path, short_flags: list[str], digits_copy: Path, split: str, words: list[str], token: int
+):
+    name = poked(digits_copy, split, "tokens", token)
+    out = digits_copy.parent / "out"
+    named = {"TOKENS": digits_copy, "MODEL": short_run}
+    command = [named.get(word, word.replace("OUT", str(out))) for word in words]
+    done = igpt(*command, *(short_flags if words[0] == "pretrain" else []))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{name} holds the token {token}, and the palette has 17 colours (tokens 0 to 16)" in done.stderr
+    assert not list(digits_copy.parent.glob("out*"))
+
+
+@pytest.mark.parametrize("command", ["probe", "finetune"])
+def test_commands_refuse_labels_beyond_the_classes(igpt: Run, short_run: Path, digits_copy: Path, command: str):
+    name = poked(digits_copy, "train", "labels", 10)
+    done = igpt(command, short_run, digits_copy, "-o", digits_copy.parent / "out.json")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{name} holds the label 10, and there are 10 classes (labels -1 to 9)" in done.stderr
+    assert not (digits_copy.parent / "out.json").exists()

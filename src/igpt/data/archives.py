@@ -9,13 +9,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator
 
 from igpt.data.readers import digest
-from igpt.data.unpacking import Mapped, cached, folder_in, unpack, unpickle
+from igpt.data.unpacking import CacheIndex, Mapped, cached, folder_in, unpack, unpickle
 from igpt.errors import InputError
 from igpt.files import require_regular
 
@@ -109,6 +110,26 @@ _STL10 = _Layout(
     {"train": ("train_X.bin", "train_y.bin"), "test": ("test_X.bin", "test_y.bin"), "unlabeled": ("unlabeled_X.bin",)},
     "class_names.txt",
 )
+
+
+def _file_and_count(part: list[str | int]) -> list[str | int]:
+    if [type(value) for value in part] != [str, int]:
+        raise ValueError("the name of a file and its number of images are needed")
+    return part
+
+
+class _LabelIndex(CacheIndex):
+    """Index of the labels of ready tokens: the class names by column."""
+
+    classes: dict[str, list[str]]
+
+
+class _ImageIndex(_LabelIndex):
+    """Index of images: the files of each split, and the number of images in each."""
+
+    parts: dict[str, list[Annotated[list[str | int], AfterValidator(_file_and_count)]]]
+
+
 _LAYOUTS = _CIFAR10, _CIFAR100, _STL10
 _TOKEN_FILES = {"train": "tr", "validation": "va", "test": "te"}
 _Opened = tuple[dict[str, ArrayRows | TokenRows], list[str] | None]
@@ -193,7 +214,7 @@ def _open_images(layout: _Layout, path: Path, label_column: str | None) -> _Open
             shutil.rmtree(folder)  # the pickles have become arrays
         return index
 
-    cache, index = cached([path] if packed else [path / name for name in layout.files], fill)
+    cache, index = cached([path] if packed else [path / name for name in layout.files], fill, _ImageIndex)
     folder = cache / layout.folder if packed else path.absolute()
     splits: dict[str, ArrayRows | TokenRows] = {}
     for split, held in index["parts"].items():
@@ -275,7 +296,8 @@ def _open_tokens(prefix: Path, label_column: str | None) -> _Opened:
     labels: dict[str, Mapped | None] = {}
     class_names = None
     if column:
-        cache, index = cached([*(data.path for data in tokens.values()), *label_files.values()], fill)
+        files = [*(data.path for data in tokens.values()), *label_files.values()]
+        cache, index = cached(files, fill, _LabelIndex)
         labels = {split: _labels(cache, split, column) for split in tokens}
         class_names = index["classes"][column]
     parts = {split: ((data.path.name, len(data.array)),) for split, data in tokens.items()}

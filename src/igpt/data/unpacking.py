@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igpt.data.arrays import map_array
 from igpt.errors import InputError
-from igpt.files import atomic_folder, read_json, write_json
+from igpt.files import Stored, atomic_folder, read_json, write_json
 
 _INDEX = "index.json"
 _BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
@@ -36,19 +37,29 @@ class Mapped:
         """The array, read-only; an `InputError` if it is no `.npy`, or not all of one."""
         if self.shape:
             return np.memmap(self.path, np.uint8, "r", shape=self.shape)
-        try:
-            return np.lib.format.open_memmap(self.path, "r")  # never unpickles
-        except ValueError as error:
-            raise InputError(f"{self.path.name} is not readable as a .npy array ({error}); is it cut off?") from None
+        return map_array(self.path)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Mapped, (self.path, self.shape)
 
 
-def cached(files: list[Path], fill: Callable[[Path], dict[str, Any]]) -> tuple[Path, dict[str, Any]]:
-    """The folder that `fill` makes of these files, and the index it returns; made again when a file has changed.
+class CacheIndex(Stored):
+    """Schema of the index of a cached archive; `fill` returns the rest of it.
 
-    Nothing stays behind if `fill` fails.
+    Attributes:
+        bytes: the size of every file in the folder.
+    """
+
+    bytes: dict[str, int]
+
+
+def cached(
+    files: list[Path], fill: Callable[[Path], dict[str, Any]], schema: type[CacheIndex]
+) -> tuple[Path, dict[str, Any]]:
+    """The folder that `fill` makes of these files, and the index it returns.
+
+    It is made again when one of the files has changed, when some of the folder was removed, and when its index violates
+    the schema. Nothing stays behind if `fill` fails.
     """
     import datasets
     from filelock import FileLock
@@ -59,20 +70,26 @@ def cached(files: list[Path], fill: Callable[[Path], dict[str, Any]]) -> tuple[P
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser().absolute() / "igpt" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.parent / ".lock"):  # another process may be making the same
-        if not _is_whole(folder):
+        index = _index_of(folder, schema)
+        if index is None:
             with atomic_folder(folder) as temporary:
-                index = fill(temporary)
+                filled = fill(temporary)
                 made = [path for path in temporary.rglob("*") if path.is_file()]
                 sizes = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in made}
-                write_json(temporary / _INDEX, {**index, "bytes": sizes})
-    return folder, read_json(folder / _INDEX, "index of a cached archive")
+                index = {**filled, "bytes": sizes}
+                write_json(temporary / _INDEX, index)
+    return folder, index
 
 
-def _is_whole(folder: Path) -> bool:
-    if not (folder / _INDEX).is_file():
-        return False
-    sizes = read_json(folder / _INDEX, "index of a cached archive")["bytes"]  # what cleans caches takes single files
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+def _index_of(folder: Path, schema: type[CacheIndex]) -> dict[str, Any] | None:
+    """Return the index of a cached archive; None where it or one of the files is missing or damaged."""
+    try:
+        index = read_json(folder / _INDEX, "index of a cached archive", schema)
+    except InputError:
+        return None
+    files = [(folder / name, size) for name, size in index["bytes"].items()]
+    # What cleans caches removes single files.
+    return index if all(file.is_file() and file.stat().st_size == size for file, size in files) else None
 
 
 def folder_in(path: Path, known: Collection[str]) -> str | None:
