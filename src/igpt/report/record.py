@@ -4,7 +4,6 @@ What is missing is empty; what is there and of a wrong kind is refused in one li
 masked pixels under the BERT objective); accuracies are shares from 0 to 1.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from igpt.data.tokens import MANIFEST
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
+from igpt.training.metrics import readable_metrics
 
 
 def _moderate(loss: float) -> float:
@@ -246,37 +246,25 @@ def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, A
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of a `metrics.jsonl`, and how many lines before the last are unreadable.
+    """Return the records of a `metrics.jsonl`, and how many of its lines cannot be shown.
 
     A run in progress may be writing the last line, and a killed one leaves it cut off: that is no damage.
 
     Raises:
         InputError: there is no such file, or no regular one.
     """
-    require_regular(path)
-    if not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.exists() else 'missing'}; a run writes this file")
-    records, unreadable = [], 0
-    lines = path.read_bytes().decode("utf-8", errors="replace").split("\n")
-    for position, line in enumerate(lines):
-        record = _record(line)
-        if record is not None:
-            records.append(record)
-        elif line.strip() and position < len(lines) - 1:
-            unreadable += 1
-    return records, unreadable
+    records, unreadable = readable_metrics(path)
+    shown = [record for record in records if _can_be_shown(record)]
+    return shown, unreadable + len(records) - len(shown)
 
 
-def _record(line: str) -> dict[str, Any] | None:
-    """Return the record in a line, or None."""
+def _can_be_shown(record: dict[str, Any]) -> bool:
+    """Whether all numbers of a record are of a size that figures can have."""
     try:
-        record = json.loads(line)
-        require_shallow(record, "")
         require_schema(record, _Record, "")
-    except (ValueError, RecursionError):  # InputError is a ValueError
-        return None
-    found: dict[str, Any] = record
-    return found
+    except InputError:
+        return False
+    return True
 
 
 def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list[dict[str, Any]]:
