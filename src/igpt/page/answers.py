@@ -66,6 +66,7 @@ def require_moderate(encoded: bytes) -> None:
     Raises:
         InputError: its format is none of those a page is for, it has over 50 million pixels, or its header is damaged.
     """
+    _require_few(_webp_sides(encoded))
     try:
         opened = open_image(encoded)
     except InputError as error:
@@ -75,10 +76,26 @@ def require_moderate(encoded: bytes) -> None:
     if opened.format not in _FORMATS:
         raise InputError(f"{opened.format} is not read here; choose a file in one of {', '.join(_FORMATS)}")
     tags = getattr(opened, "tag_v2", {})  # TIFF's decoder takes memory for a whole tile, however small the image is
-    sides = [opened.size, (tags.get(_TILE_WIDTH, 0), tags.get(_TILE_LENGTH, 0))]
-    pixels = max(math.prod(int(side) for side in pair) for pair in sides)
+    _require_few(opened.size)
+    _require_few((int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0))))
+
+
+def _require_few(sides: tuple[int, int]) -> None:
+    pixels = math.prod(sides)
     if pixels > _MOST_PIXELS:
         raise InputError(f"the image has {pixels / 1e6:,.0f} million pixels, more than {_TOO_MANY}")
+
+
+def _webp_sides(encoded: bytes) -> tuple[int, int]:
+    """Return width and height of a WebP image, whose decoder takes memory for them when it is opened; of others, 0."""
+    if encoded[:4] != b"RIFF" or encoded[8:12] != b"WEBP" or len(encoded) < 30:
+        return 0, 0
+    if encoded[12:16] == b"VP8X":
+        return 1 + int.from_bytes(encoded[24:27], "little"), 1 + int.from_bytes(encoded[27:30], "little")
+    if encoded[12:16] == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        return 1 + bits % 2**14, 1 + (bits >> 14) % 2**14
+    return int.from_bytes(encoded[26:28], "little") % 2**14, int.from_bytes(encoded[28:30], "little") % 2**14
 
 
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
