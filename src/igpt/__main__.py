@@ -13,6 +13,7 @@ def main() -> int:
     """Run the command of this process's command line; return the exit code."""
     exit_at_once()
     _leave_ascii()
+    _share_cores()
     from igpt.console import close_streams, open_streams, settle_caches
 
     open_streams()
@@ -25,6 +26,16 @@ def main() -> int:
         exit_at_once()  # nothing is left to do that could be interrupted
         complete = close_streams()
     return code if complete else code or 2
+
+
+def _share_cores() -> None:
+    """Let the threads of OpenMP sleep while they wait for each other, unless the user has chosen how they wait.
+
+    By default they spin. Next to other busy processes, that makes small training steps many times slower
+    (benchmarks/waiting.py). OpenMP reads these variables when it is loaded, with torch.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 
 def _leave_ascii() -> None:

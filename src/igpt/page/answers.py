@@ -207,14 +207,13 @@ def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
     """Return the classifier that a run's probe has left, unless the model is a classifier itself.
 
     Raises:
-        InputError: it is damaged, or of another model.
+        InputError: it is damaged, or of another model or probe.
     """
-    path = run and run / "probe.safetensors"
-    if not path or not path.is_file() or model.config.class_names is not None:
+    if run is None or model.config.class_names is not None:
         return None
-    readout = Readout.load(path)
-    if not 0 <= readout.layer <= model.config.n_layer or len(readout.mean) != model.config.n_embd:
-        raise InputError(f"{path} is of another model; run igpt probe again")
+    readout = Readout.of_probe(run / "probe.json")
+    if readout and (readout.layer > model.config.n_layer or len(readout.mean) != model.config.n_embd):
+        raise InputError(f"the probe in {run} is of another model; run igpt probe again")
     return readout
 
 

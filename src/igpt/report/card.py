@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from igpt.errors import InputError
+from igpt.evaluation.results import read_score
 from igpt.files import atomic_file, folder_to_read, require_regular
 from igpt.hub import require_name, upload
 from igpt.report.findings import (
@@ -272,9 +273,10 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
 
 def _score(run: Run) -> str:
     """What `igpt score` found, in a sentence."""
-    found = optional_json(run.path / "score.json") or {}
-    if found.get("format") != "igpt-score" or not isinstance(found.get("nats_per_pixel"), int | float):
+    path = run.path / "score.json"
+    if not path.exists():
         return ""
+    found = read_score(path)
     error = found.get("standard_error")
     spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f} (standard error)"
     split = "" if found.get("split") == "all" else f"{found.get('split')} "
