@@ -25,6 +25,7 @@ from igpt.data import prepare as room
 from igpt.data.images import load, open_image
 from igpt.data.palette import Palette
 from igpt.data.parts import merge
+from igpt.data.pool import _deferred_signals
 from igpt.data.prepare import PrepareConfig, prepare, prepare_part
 from igpt.data.sources import SourceConfig, open_source
 from igpt.data.tokens import TokenDataset
@@ -443,6 +444,7 @@ def test_a_malformed_record_of_unfinished_work_is_named_with_its_key(
         ({"source": 5}, "source = 5: Input should be a valid string"),
         ({"config": []}, r"config = \[\]: Input should be a valid dictionary"),
         ({"config": {}}, r"the key 'config\.size' is missing"),
+        ({"images": {"test": 3}}, r"images = \{'test': 3\}: 'train' is missing"),
         ({"images": {"train": -1}}, r"images\.train = -1: Input should be greater"),
         ({"part": [1]}, r"part = \[1\]: List should have at least 2"),
         ({"part": [3, 2]}, r"part = \[3, 2\]: \[i, n\] is needed"),
@@ -542,6 +544,24 @@ def test_a_daemonic_process_is_told_that_it_cannot_start_workers(
     monkeypatch.setitem(vars(current_process())["_config"], "daemon", True)
     with pytest.raises(InputError, match="a daemonic process cannot start workers; use workers=1 in it"):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=2)
+
+
+def test_ctrl_c_while_workers_start_is_handled_after_that_and_does_not_reach_them():
+    """It was ignored meanwhile, which can be seconds, and lost."""
+    show = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    reached = []
+
+    def start() -> None:
+        with _deferred_signals():
+            signal.raise_signal(signal.SIGINT)
+            started = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+            reached.append(started.stdout)
+
+    with pytest.raises(KeyboardInterrupt):
+        start()
+    assert reached == ["True\n"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from itertools import islice
-from multiprocessing import current_process, get_context, parent_process
+from multiprocessing import current_process, get_context, parent_process, resource_tracker
 from threading import Lock, Thread, current_thread, main_thread
 from typing import Any, TypeVar
 
@@ -37,9 +37,12 @@ def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[I
     pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
 
     def submit(job: Job) -> Future[Any]:
-        # Any call may start a worker. Ctrl-C ends this process, which ends its workers.
-        with _ignored_sigint(), _hidden_main():
-            return pool.submit(_run_in_worker, job)
+        # Any call may start a worker.
+        with _deferred_signals(), _hidden_main():
+            try:
+                return pool.submit(_run_in_worker, job)
+            except BrokenPipeError:  # it was killed before it had read `work`
+                raise BrokenProcessPool from None
 
     def run(jobs: Iterable[Job]) -> Iterator[Result]:
         remaining = iter(jobs)
@@ -83,16 +86,26 @@ def _run_in_worker(job: Any) -> Any:
 
 
 @contextmanager
-def _ignored_sigint() -> Iterator[None]:
-    """Let processes that are started in here ignore SIGINT, from their first import on."""
-    if current_thread() is not main_thread():  # only it may set signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _deferred_signals() -> Iterator[None]:
+    """Handle Ctrl-C and SIGTERM only at the end of what is done in here; processes started in here never see Ctrl-C.
+
+    A half-started worker would complain. Ctrl-C reaches all processes of a terminal: this one ends its workers.
+    """
+    resource_tracker.ensure_running()  # it would be started in here, and then unblock SIGINT
+    arrived = list[int]()
+    handled = [signal.SIGINT, signal.SIGTERM] if current_thread() is main_thread() else []
+    before = {number: signal.getsignal(number) for number in handled if callable(signal.getsignal(number))}
+    for number in before:
+        signal.signal(number, lambda received, _: arrived.append(received))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit it
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 @contextmanager

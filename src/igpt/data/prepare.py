@@ -67,6 +67,12 @@ def _numbered(part: list[int]) -> list[int]:
     return part
 
 
+def _with_train(images: dict[str, int]) -> dict[str, int]:
+    if "train" not in images:
+        raise ValueError("'train' is missing")
+    return images
+
+
 class _Unlabelled(Stored):
     count: Count
     first: str
@@ -108,7 +114,7 @@ class Plan(Stored):
 
     source: str
     config: _PlanConfig
-    images: dict[str, Count]
+    images: Annotated[dict[str, Count], AfterValidator(_with_train)]
     class_names: ClassNames
     shard_images: list[int]
     fingerprints: list[str]
@@ -484,7 +490,8 @@ def write_dataset(folder: Path, plan: Mapping[str, Any], records: list[dict[str,
     }
     skipped = [line for record in records for line in record["skipped"]]
     if not shards["train"]:
-        raise InputError(f"no training image of {plan['source']} decodes; the first: {skipped[0]}")
+        first = f"; the first: {skipped[0]}" if skipped else ""
+        raise InputError(f"no training image of {plan['source']} decodes{first}")
     write_manifest(
         folder,
         resolution=plan["config"]["size"],
