@@ -67,8 +67,8 @@ class Case:
 
     @property
     def verb(self) -> str:
-        """The command, or "igpt" where there is none."""
-        return self.words[0] if self.words else "igpt"
+        """The command, or "igpt" where there is no such command."""
+        return "igpt" if self.kind == "command" else self.words[0]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Limits:
     """What an invocation may use.
 
     Attributes:
-        seconds: of processor time; five times as many of wall time.
+        seconds: of processor time; of wall time, fifteen times as many.
         idle: seconds without any processor time.
         memory: resident bytes.
     """
@@ -228,7 +228,7 @@ def _watch(process: int, limits: Limits) -> tuple[int | None, str | None]:
             return None, "memory"
         if busy > worked:
             worked, last_work = busy, now
-        if worked > limits.seconds or now - last_work > limits.idle or now - begun > 5 * limits.seconds:
+        if worked > limits.seconds or now - last_work > limits.idle or now - begun > 15 * limits.seconds:
             return None, "hang"
         time.sleep(min(0.2, max(_POLL, (now - begun) / 20)))
 
