@@ -81,7 +81,7 @@ def table(outcomes: Sequence[Any], key: str) -> list[list[object]]:
 
 
 def main(
-    every: int = 1,
+    every: int = 4,
     most: int = 48,
     jobs: int = 2,
     seconds: float = 20.0,

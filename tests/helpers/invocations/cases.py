@@ -7,9 +7,10 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
@@ -567,45 +568,46 @@ def _value_of(words: Sequence[str], parameter: Parameter) -> str:
 
 
 def _inputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for kind in _INPUTS:
-        name = f"odd{ending}"
-        privileges = "owner" if "permission" in kind else "all"
-        if kind == "a device" and os.geteuid() != 0:
-            continue
-        yield kind, name, {"arrange": (partial(_make, kind, name),), "privileges": privileges}
+    """(kind, path, what the case has besides) of what cannot be read."""
+    yield from _odd_paths(_INPUTS, f"odd{ending}")
     for kind, name in _NAMES.items():
         yield kind, name, {"arrange": (partial(_make, "a file of text", "afile"),)}
 
 
 def _outputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    for kind in _OUTPUT_KINDS:
-        name = f"odd{ending}"
-        if kind == "a device" and os.geteuid() != 0:
-            continue
-        privileges = "owner" if "permission" in kind else "all"
-        yield kind, name, {"arrange": (partial(_make, kind, name),), "privileges": privileges}
-        if kind in ("a folder", "a folder without permission", "a link to nothing"):
-            continue
-        if ending and kind in ("a FIFO", "a folder of text"):  # of the file beside it
-            side = f"new{'.json' if ending != '.json' else '.png'}"
-            yield f"{kind} beside it", f"new{ending}", {"arrange": (partial(_make, kind, side),)}
+    """(kind, path, what the case has besides) of what cannot be written to, or perhaps not."""
+    yield from _odd_paths(_OUTPUT_KINDS, f"odd{ending}")
     first = next((base[at] for at in positional_words(base)), "images")
     for kind, name in _OUTPUT_NAMES.items():
-        value = name.replace("INPUT", first)
-        privileges = "other" if kind == "/" else "all"
-        yield (
-            kind,
-            value,
-            {"arrange": (partial(_make, "a file of text", "afile"),), "privileges": privileges},
-        )
-    if ending:
-        for kind, other in _OUTPUT_ENDINGS.items():
-            yield kind, ending if other is None else f"new{other}", {}
-    yield (
-        "in a folder that may not be written to",
-        f"closed/new{ending}",
-        {"arrange": (partial(_make, "a folder of text", "closed"), _close), "privileges": "owner"},
-    )
+        made = {"arrange": (partial(_make, "a file of text", "afile"),)}
+        yield kind, name.replace("INPUT", first), {**made, "privileges": "other" if kind == "/" else "all"}
+    made = {"arrange": (partial(_make, "a folder of text", "closed"), _close)}
+    yield "in a closed folder", f"closed/new{ending}", {**made, "privileges": "owner"}
+    if not ending:
+        return
+    for kind, other in _OUTPUT_ENDINGS.items():
+        yield kind, ending if other is None else f"new{other}", {}
+    beside = f"new{'.json' if ending != '.json' else '.png'}"
+    for kind in ("a FIFO", "a folder of text"):
+        yield f"{kind} beside it", f"new{ending}", {"arrange": (partial(_make, kind, beside),)}
+
+
+def _odd_paths(kinds: Iterable[str], name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    for kind in kinds:
+        if kind != "a device" or _can_make_devices():
+            privileges = "owner" if "permission" in kind else "all"
+            yield kind, name, {"arrange": (partial(_make, kind, name),), "privileges": privileges}
+
+
+@cache
+def _can_make_devices() -> bool:
+    """Whether this process may, which root need not in a container."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            _make("a device", "device", Path(folder))
+        except OSError:
+            return False
+    return True
 
 
 def _close(work: Path) -> None:

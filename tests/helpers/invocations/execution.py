@@ -25,13 +25,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 Main = Callable[[list[str]], int]
 Arrange = Callable[[Path], object]
 HASHED = 4 << 20  # bytes; larger files are compared by size and time
 _POLL = 0.01  # seconds
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -130,7 +131,7 @@ def run_cases(
         samples: the folder that `Case.needs` is copied from.
         main: runs the words of a command line and returns its exit code.
     """
-    running: dict[int, Path] = {}
+    running: dict[int, tuple[Case, Path]] = {}
     waiting = list(enumerate(cases))[::-1]
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -140,26 +141,34 @@ def run_cases(
             sys.stderr.flush()
             process = os.fork()
             if process == 0:
-                _leave(lambda case=case, home=home: _supervise(case, samples, home, main, limits))
-            running[process] = home
-        process, _ = os.wait()
+                _supervise_and_exit(case, samples, home, main, limits)
+            running[process] = case, home
+        process, status = os.wait()
         if process in running:
-            home = running.pop(process)
+            case, home = running.pop(process)
+            if status:
+                raise RuntimeError(f"the case {case.name} could not be run")
             yield Outcome(**json.loads((home / "outcome.json").read_text()))
             remove(home)
 
 
-def _leave(call: Callable[[], None]) -> None:
-    """End this process after a call, without what the parent's stack would still do."""
+def _supervise_and_exit(case: Case, samples: Path, home: Path, main: Main, limits: Limits) -> NoReturn:
+    """Supervise a case and end this process, without what the parent's stack would still do."""
     code = 1
     try:
-        call()
+        _end_with_the_parent()
+        _supervise(case, samples, home, main, limits)
         code = 0
     except BaseException:
         traceback.print_exc()
     finally:
         sys.stderr.flush()
         os._exit(code)
+
+
+def _end_with_the_parent() -> None:
+    """Let the kernel kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def remove(folder: Path) -> None:
@@ -273,8 +282,9 @@ def _kill_group(process: int) -> bool:
     return True
 
 
-def _become(case: Case, work: Path, home: Path, main: Main) -> None:
-    """Turn this process into the invocation; does not return."""
+def _become(case: Case, work: Path, home: Path, main: Main) -> NoReturn:
+    """Turn this process into the invocation."""
+    _end_with_the_parent()
     os.setsid()
     output = os.open(home / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     errors = os.open(home / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
