@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt.presets import MODELS
+from igpt.evaluation.results import best_row, read_probe, read_test
 
 README = Path(__file__).parent.parent / "README.md"
 ABSENT = "cannot load|no (token data set|model directory|run directory|released arrays|checkpoint|parts beside)"
@@ -18,16 +18,18 @@ def blocks(language: str) -> list[str]:
 
 def test_commands_and_python_as_written(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(MODELS["tiny"], "steps", 40)  # a minute less
     first, steps = blocks("bash")
     assert [shlex.split(line, comments=True) for line in first.splitlines()] == [["make", "demo"], ["make", "test"]]
-    for line in steps.splitlines():
+    for line in steps.replace("\\\n", " ").splitlines():
         command, *words = shlex.split(line, comments=True)
         assert command == "igpt"
         done = igpt(*words)
         assert done.returncode == 0, (line, done.stderr)
     for made in ("probe.json", "samples.png", "completions.png", "report.html", "model/config.json"):
         assert (tmp_path / "runs" / "tiny" / made).exists(), made
+    probed = best_row(read_probe(tmp_path / "runs" / "tiny" / "probe.json"))["test_accuracy"]
+    tuned = read_test(tmp_path / "runs" / "classes" / "test.json")["test_accuracy"]
+    assert tuned > probed + 0.03, "fine-tuning beats the probe of the same model"
     (code,) = blocks("python")
     exec(code, {})
 

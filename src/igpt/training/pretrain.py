@@ -26,6 +26,7 @@ from igpt.training.run import record_run, settle_config, sole_writer
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
+_SAMPLED_PIXELS = 2**24  # for the frequencies of the colours; at most 16,384 images, which these are at 32 px
 _VALIDATION_MASKS = (0.15, 0)  # probability and seed: the same for all runs, whose losses can then be compared
 
 
@@ -142,7 +143,8 @@ def _validation_batch(config: PretrainConfig, checked: NDArray[np.uint16], us: T
 def _start_line(shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics) -> None:
     colors = shape.n_colors
     train = data["train"]
-    sampled = train.rows(np.arange(min(len(train), 16384)) * len(train) // min(len(train), 16384))
+    count = min(len(train), 16384, max(1, _SAMPLED_PIXELS // shape.n_places))
+    sampled = train.rows(np.arange(count) * len(train) // count)
     # One is added to every count, so that a colour unseen in training costs a finite number of nats.
     frequency = np.bincount(sampled.ravel(), minlength=colors) + 1.0
     unigram = -np.log(frequency / frequency.sum())[checked].mean()
