@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from reading import contents
+from reported_cases import script_without_guard
 from sklearn.datasets import load_digits
 
 from igpt.data import prepare as room
@@ -526,12 +527,7 @@ def test_a_script_needs_no_guard_for_workers(how: str, pictures: str, whole: dic
 
 def test_the_reported_script_without_a_guard(tmp_path: Path):
     """5,000 images, enough for workers: it ended never, as each worker started the script once more."""
-    make = Path(__file__).parents[3] / "shared" / "cases" / "make.py"
-    if not make.is_file():
-        pytest.skip(f"the reported cases are not here: {make} is missing")
-    code = "import sys; from pathlib import Path; import make; make.script_without_guard(Path(sys.argv[1]))"
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    subprocess.run([sys.executable, "-c", code, tmp_path], cwd=make.parent, env=environment, timeout=120, check=True)
+    script_without_guard(tmp_path)
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     data = TokenDataset(tmp_path / "tokens")

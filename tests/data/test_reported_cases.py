@@ -1,10 +1,9 @@
-"""Inputs that people's public reports describe, as `shared/cases/make.py` beside the repository writes them.
+"""Inputs that people's public reports of similar tools describe.
 
 The other test files have their own small inputs for the same behaviour.
 """
 
 import json
-import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,23 +11,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reported_cases
 
 from igpt.data.images import load, open_image, to_rgb
 from igpt.data.tokens import TokenDataset
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-MAKE = Path(__file__).parents[3] / "shared" / "cases" / "make.py"
 
 
 @pytest.fixture
 def case(tmp_path: Path) -> Callable[[str], Path]:
     """Write one of the cases and return its folder."""
-    if not MAKE.is_file():
-        pytest.skip(f"the reported cases are not here: {MAKE} is missing")
-    functions = runpy.run_path(str(MAKE))
 
     def write(name: str) -> Path:
-        functions[name](tmp_path / name)
+        getattr(reported_cases, name)(tmp_path / name)
         return tmp_path / name
 
     return write

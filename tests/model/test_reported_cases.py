@@ -1,57 +1,23 @@
-"""Inputs that people have reported of other tools; they are written by a program next to the repository."""
+"""Masks that people have reported of other tools."""
 
 import json
-import runpy
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+import reported_cases
 from PIL import Image
 
 from igpt.data.masks import hidden_pixels
-from igpt.errors import InputError
-from igpt.model.transformer import ImageGPT
-
-MAKER = Path(__file__).parents[3] / "shared" / "cases" / "make.py"
-pytestmark = pytest.mark.skipif(not MAKER.exists(), reason="the cases are not next to the repository")
 
 
 @pytest.fixture(scope="module")
-def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("cases")
-    made = runpy.run_path(str(MAKER))
-    for name in ("weights_index", "masks"):
-        made[name](folder / name)
+def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cases") / "masks"
+    reported_cases.masks(folder)
     return folder
-
-
-@pytest.mark.parametrize("name", ["stale-and-new", "named", "new"])
-def test_the_index_decides_which_weights_are_read(cases: Path, name: str) -> None:
-    from transformers import ImageGPTForCausalImageModeling
-
-    path = cases / "weights_index" / name
-    ours = ImageGPT.from_pretrained(path)
-    theirs = ImageGPTForCausalImageModeling.from_pretrained(path).eval()
-    tokens = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected = theirs(torch.cat([torch.full((2, 1), 16), tokens[:, :-1]], dim=1)).logits
-        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-3)
-    newest = ImageGPT.from_pretrained(cases / "weights_index" / "new").state_dict()
-    assert all(torch.equal(tensor, newest[key]) for key, tensor in ours.state_dict().items())
-
-
-def test_a_part_that_the_index_names_and_that_is_missing_is_refused(cases: Path, tmp_path: Path) -> None:
-    source = cases / "weights_index" / "named"
-    for file in source.iterdir():
-        if file.name != "second.safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(
-        InputError, match=r"second\.safetensors, which model\.safetensors\.index\.json names, is missing"
-    ):
-        ImageGPT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -66,13 +32,13 @@ def test_a_part_that_the_index_names_and_that_is_missing_is_refused(cases: Path,
 def test_a_mask_hides_what_is_painted(
     igpt: Callable[..., subprocess.CompletedProcess[str]],
     short_run: Path,
-    cases: Path,
+    masks: Path,
     name: str,
     rows: tuple[int, int],
     columns: tuple[int, int],
     tmp_path: Path,
 ) -> None:
-    mask, picture, out = (cases / "masks" / f"{name}.png", cases / "masks" / "picture.png", tmp_path / "out.png")
+    mask, picture, out = (masks / f"{name}.png", masks / "picture.png", tmp_path / "out.png")
     expected = np.zeros((8, 8), bool)
     expected[slice(*rows), slice(*columns)] = True
     np.testing.assert_array_equal(hidden_pixels(mask, 8), expected)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import reported_cases
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
@@ -191,3 +192,33 @@ def test_a_malformed_index_is_one_line(text: str, words: str, parts: tuple[Path,
     (path / INDEX).write_text(text)
     assert str(path / INDEX) in refusal(path)
     assert words in refusal(path)
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cases") / "weights"
+    reported_cases.weights_index(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["stale-and-new", "named", "new"])
+def test_of_reported_folders_the_weights_of_the_index_are_read(reported: Path, name: str) -> None:
+    path = reported / name
+    ours = ImageGPT.from_pretrained(path)
+    theirs = ImageGPTForCausalImageModeling.from_pretrained(path).eval()
+    tokens = torch.randint(0, 16, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(torch.cat([torch.full((2, 1), 16), tokens[:, :-1]], dim=1)).logits
+        torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=1e-3)
+    newest = ImageGPT.from_pretrained(reported / "new").state_dict()
+    assert all(torch.equal(tensor, newest[key]) for key, tensor in ours.state_dict().items())
+
+
+def test_a_part_that_a_reported_index_names_and_that_is_missing_is_refused(reported: Path, tmp_path: Path) -> None:
+    for file in (reported / "named").iterdir():
+        if file.name != "second.safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(
+        InputError, match=r"second\.safetensors, which model\.safetensors\.index\.json names, is missing"
+    ):
+        ImageGPT.from_pretrained(tmp_path)

@@ -1,0 +1,171 @@
+"""Small inputs that people's public reports of similar tools describe: one function writes each into a folder."""
+
+import csv
+import io
+import json
+import tarfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+Colour = tuple[int, int, int]
+COLOURS: list[Colour] = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
+
+
+def picture(colour: Colour, size: int = 8) -> Image.Image:
+    return Image.fromarray(np.full((size, size, 3), colour, np.uint8))
+
+
+def encoded(colour: Colour, kind: str = "PNG") -> bytes:
+    buffer = io.BytesIO()
+    picture(colour).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def put(path: Path, colour: Colour) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(colour).save(path)
+
+
+def tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("file_name", "label"))
+        writer.writerows(rows)
+
+
+def split_names_become_classes(home: Path) -> None:
+    for i in range(60):
+        put(home / ("train" if i < 40 else "test") / f"{i:02}.png", COLOURS[i % 3])
+    table(home / "metadata.csv", [(f"{'train' if i < 40 else 'test'}/{i:02}.png", "abc"[i % 3]) for i in range(60)])
+
+
+def weights_index(home: Path) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+    from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+
+    def model(seed: int) -> ImageGPTForCausalImageModeling:
+        torch.manual_seed(seed)
+        made = ImageGPTForCausalImageModeling(
+            ImageGPTConfig(vocab_size=17, n_positions=64, n_embd=32, n_layer=2, n_head=2)
+        )
+        for parameter in made.parameters():
+            parameter.data.normal_(0, 0.3)
+        return made
+
+    model(1).save_pretrained(home / "stale-and-new", max_shard_size="20KB")
+    model(2).save_pretrained(home / "new", max_shard_size="60KB")
+    for file in (home / "new").iterdir():
+        (home / "stale-and-new" / file.name).write_bytes(file.read_bytes())
+    model(2).save_pretrained(home / "named")
+    tensors = load_file(home / "named" / "model.safetensors")
+    (home / "named" / "model.safetensors").unlink()
+    keys = sorted(tensors)
+    parts = {"first.safetensors": keys[:9], "second.safetensors": keys[9:]}
+    for name, part in parts.items():
+        save_file({key: tensors[key] for key in part}, home / "named" / name, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {key: name for name, part in parts.items() for key in part}}
+    (home / "named" / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def joined_tars(home: Path) -> None:
+    for name, numbers in (("1.tar", range(20)), ("2.tar", range(20, 60))):
+        label = b"0" if name == "1.tar" else b"1"
+        members = [(f"{i:03}.png", encoded(COLOURS[int(label)])) for i in numbers]
+        members = [
+            pair for i, member in zip(numbers, members, strict=True) for pair in (member, (f"{i:03}.cls", label))
+        ]
+        tar(home / name, members)
+    (home / "data").mkdir()
+    (home / "data" / "all.tar").write_bytes((home / "1.tar").read_bytes() + (home / "2.tar").read_bytes())
+
+
+def masks(home: Path) -> None:
+    home.mkdir(parents=True)
+    mask = np.zeros((8, 8, 4), np.uint8)
+    mask[2:4, 2:4] = 255
+    Image.fromarray(mask).save(home / "white-on-transparent.png")
+    mask[..., 3] = 255
+    Image.fromarray(mask).save(home / "white-on-black.png")
+    mask = np.zeros((8, 8), np.uint8)
+    mask[2:4, 2:4] = 1
+    Image.fromarray(mask).save(home / "levels-0-and-1.png")
+    mask = np.zeros((800, 800), np.uint8)
+    mask[300:302, 100:700] = 255
+    Image.fromarray(mask).save(home / "thin-line.png")
+    Image.fromarray((np.arange(64).reshape(8, 8) * 4).astype(np.uint8)).save(home / "picture.png")
+
+
+def files_left_out(home: Path) -> None:
+    heic = b"\0\0\0\x18ftypheic" + bytes(200)
+    for i in range(20):
+        put(home / "mixed" / f"{i}.png", COLOURS[0])
+    for i in range(30):
+        (home / "mixed" / f"p{i}.heic").write_bytes(heic)
+    for i in range(10):
+        (home / "mixed" / f"no-ending-{i}").write_bytes(encoded(COLOURS[1]))
+    with zipfile.ZipFile(home / "mixed" / "more.zip", "w") as archive:
+        for i in range(300):
+            archive.writestr(f"b/{i}.png", encoded(COLOURS[2]))
+    for i in range(60):
+        put(home / "half-listed" / "train" / f"{i:02}.png", COLOURS[i % 3])
+    table(home / "half-listed" / "train" / "metadata.csv", [(f"{i:02}.png", "abc"[i % 3]) for i in range(30)])
+    (home / "heic-only").mkdir()
+    for i in range(30):
+        (home / "heic-only" / f"p{i}.heic").write_bytes(heic)
+
+
+def words_as_classes(home: Path) -> None:
+    for name, words in (("country", ["US", "DE", "NA"]), ("code", ["01", "1", "2"])):
+        for i in range(60):
+            put(home / name / "train" / f"{i:02}.png", COLOURS[i % 3])
+        table(home / name / "train" / "metadata.csv", [(f"{i:02}.png", words[i % 3]) for i in range(60)])
+
+
+def classes_by_depth(home: Path) -> None:
+    for i in range(60):
+        name = "abc"[i % 3]
+        put(home / "tiny-imagenet-layout" / "train" / name / "images" / f"{i:02}.png", COLOURS[i % 3])
+        put(home / "cover" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
+        put(home / "thumbnail" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
+    put(home / "cover" / "train" / "cover.png", COLOURS[0])
+    put(home / "thumbnail" / "train" / "a" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB.png", COLOURS[0])
+
+
+def transparent_grey(home: Path) -> None:
+    home.mkdir(parents=True)
+    ramp = np.zeros((8, 8), np.uint16)
+    ramp[:, 4:] = 40000
+    Image.fromarray(ramp).save(home / "16-bit-level-0-transparent.png", transparency=0)
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(home / "8-bit-level-0-transparent.png", transparency=0)
+
+
+def zip_of_images(home: Path) -> None:
+    home.mkdir(parents=True)
+    with zipfile.ZipFile(home / "data.zip", "w") as archive:
+        for i in range(60):
+            archive.writestr(f"class{i % 2}/{i:02}.png", encoded(COLOURS[i % 2]))
+
+
+def script_without_guard(home: Path) -> None:
+    for i in range(5000):
+        put(home / "images" / f"{i:04}.png", COLOURS[i % 3])
+    (home / "script.py").write_text(
+        "from pathlib import Path\n"
+        "from igpt.data.prepare import PrepareConfig, prepare\n\n"
+        'prepare("images", Path("tokens"), PrepareConfig(size=8), workers=2)\n'
+    )
