@@ -6,6 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -359,12 +360,40 @@ def test_outputs_that_cannot_be_written_are_refused_first(igpt, command: str, tm
     assert Path("file").read_text() == "old"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-@pytest.mark.parametrize("command", [*FOLDERS, *FILES])
-def test_outputs_in_a_read_only_folder_are_refused_first(igpt, command: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("closed").mkdir(mode=0o500)
-    assert_refused(igpt(*(FOLDERS | FILES)[command], "-o", "closed/x"), "cannot be written")
+READ_ONLY = """
+import contextlib, io, json, os, sys
+from igpt.cli import main
+
+def refused(words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return [main(words), err.getvalue()]
+
+commands = json.loads(sys.argv[1])
+for words in commands:  # imports what the commands need, which another user may not be able to read
+    refused([*words, "-o", "/dev/null/x"])
+if os.geteuid() == 0:  # nothing is read-only for root
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+print(json.dumps([refused([*words, "-o", "closed/x"]) for words in commands]))
+"""
+
+
+def test_outputs_in_a_read_only_folder_are_refused_first() -> None:
+    commands = FOLDERS | FILES
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
+        Path(home).chmod(0o755)
+        Path(home, "closed").mkdir(mode=0o555)
+        words = json.dumps(list(commands.values()))
+        done = subprocess.run([sys.executable, "-c", READ_ONLY, words], cwd=home, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        assert list(Path(home).rglob("*")) == [Path(home, "closed")]
+    for command, (code, said) in zip(commands, answers, strict=True):
+        assert code == 2, (command, said)
+        assert len(said.strip().splitlines()) == 1, said
+        assert "cannot be written" in said, (command, said)
 
 
 def test_files_are_written_through_links(igpt, tmp_path: Path) -> None:
