@@ -67,7 +67,8 @@ def write_parquet(tmp_path: Path) -> Write:
             pq.write_table(pa.table(columns), path)
         else:
             table = datasets.Dataset.from_dict(columns, features=features).data.table
-            pq.write_table(table.cast(features.arrow_schema), path)  # not all versions write an empty set themselves
+            ordered = datasets.Features({name: features[name] for name in table.column_names})
+            pq.write_table(table.cast(ordered.arrow_schema), path)  # not all versions write an empty set themselves
         return path
 
     return write

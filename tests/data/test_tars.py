@@ -384,4 +384,4 @@ def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
     command = [sys.executable, "-c", program, str(small), str(file)]
     peak, name, label = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert (name, label) == ("4999.png", "0")
-    assert int(peak) < 1_000_000
+    assert int(peak) < 5_000_000  # 0.2 MB, and 2 MB where Python's table of interned strings doubles meanwhile
