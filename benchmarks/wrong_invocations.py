@@ -53,6 +53,14 @@ def import_everything() -> None:
     describe()
 
 
+def igpt(words: list[str]) -> int:
+    """Do what the program `igpt` does with these words."""
+    from igpt.__main__ import main as program
+
+    sys.argv = ["igpt", *words]
+    return program()
+
+
 def threads() -> list[str]:
     """The names of this process's threads that a fork would lose."""
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
@@ -107,12 +115,11 @@ def main(
         out: JSON to write; benchmarks/results/wrong-invocations.json by default, nothing with --only or --verb.
     """
     from common import RESULTS, show
-    from invocations.cases import all_cases, spread, subset
+    from invocations.cases import VALID_AND_LONG, all_cases, spread, subset
     from invocations.execution import Limits, remove, run_cases
     from invocations.samples import make_samples
 
     from igpt.cli import COMMANDS
-    from igpt.cli import main as igpt
     from igpt.environment import describe
     from igpt.files import write_json
 
@@ -135,6 +142,7 @@ def main(
         cases = subset(cases, every)
         plain = [case for case in cases if not case.program and case.privileges == "all"]
         cases += [replace(case, name=f"{case.name} (as a program)", program=True) for case in spread(plain, programs)]
+        print(f"left out, as they are valid and would take long: {', '.join(VALID_AND_LONG)}")
         print(f"{len(cases)} of {generated} cases; samples made in {made - began:.0f} s", flush=True)
         outcomes = []
         for outcome in run_cases(cases, home / "samples", home / "cases", igpt, Limits(seconds=seconds), jobs):

@@ -206,7 +206,7 @@ def _supervise(case: Case, samples: Path, home: Path, main: Main, limits: Limits
         _become(case, work, home, main)
     code, stopped = _watch(process, limits)
     seconds = time.monotonic() - begun
-    orphans = _kill_group(process)
+    orphans = _kill_group(process, limits)
     outcome = judge(
         case,
         code,
@@ -264,13 +264,13 @@ def _session(process: int) -> list[int]:
     return found
 
 
-def _kill_group(process: int) -> bool:
-    """Kill what is left of the session of a process; whether anything other than itself stayed for a second."""
+def _kill_group(process: int, limits: Limits) -> bool:
+    """Kill what is left of the session of a process; whether anything but itself did not end soon."""
     with suppress(ChildProcessError):
         if os.waitpid(process, os.WNOHANG)[0] == 0:
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
-    deadline = time.monotonic() + 1
+    deadline = time.monotonic() + limits.idle
     while time.monotonic() < deadline:
         try:
             os.killpg(process, 0)
@@ -333,6 +333,8 @@ def _forget_exit_handlers() -> None:
 
 def _own_streams(closed: Sequence[int]) -> None:
     """Set the streams as the interpreter does when it starts: those whose descriptors are closed are None."""
+    if 0 in closed:
+        sys.stdin = None
     for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
         stream = None
         if descriptor not in closed:
