@@ -9,7 +9,6 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 
 from common import record, run, show
 

@@ -250,7 +250,7 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]  # of 0, any free one
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, TypeError, ValueError) as error:  # the last two: no name of a host
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(f"port {port} of {host} is in use; choose another with --port") from None
         raise InputError(f"the page cannot be served at {host}, port {port}: {error}") from None

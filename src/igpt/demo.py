@@ -16,7 +16,7 @@ from igpt.data.tokens import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.probe import ProbeConfig, probe, write_probe
 from igpt.evaluation.results import PROBE, PROBE_VERSION, best_row
-from igpt.files import write_json
+from igpt.files import resolved, write_json
 from igpt.locks import exclusive, exclusive_folder
 from igpt.model.generate import Drawing
 from igpt.model.precision import Precision, settle_precision
@@ -91,7 +91,7 @@ def _require_source(data: TokenDataset, source: str) -> None:
         InputError: both are named.
     """
     known = data.manifest["source"]
-    if known != source and Path(known).resolve() != Path(source).resolve():
+    if known != source and resolved(Path(known)) != resolved(Path(source)):
         raise InputError(f"{data.path.parent} is a run of {known}, not of {source}; choose another -o")
 
 

@@ -386,10 +386,12 @@ def test_shards_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small
     assert not (tmp_path / "tokens").exists()
 
 
-def test_shards_removed_from_unfinished_work_are_made_again(pictures: str, whole: dict[str, bytes], unfinished: Path):
+def test_damaged_shards_of_unfinished_work_are_made_again(pictures: str, whole: dict[str, bytes], unfinished: Path):
     partial = unfinished.with_name("tokens.partial")
     (partial / "train-00000.tokens.npy").unlink()
-    (partial / "train-00001.labels.npy").write_bytes(b"cut off")
+    damaged = bytearray((partial / "train-00001.tokens.npy").read_bytes())
+    damaged[-1] ^= 1
+    (partial / "train-00001.tokens.npy").write_bytes(damaged)
     prepare(pictures, unfinished, SMALL)
     assert contents(unfinished) == whole
 

@@ -46,6 +46,7 @@ from igpt.files import (
     atomic_folder,
     read_json,
     require_folder_name,
+    sha256_of,
     write_json,
 )
 from igpt.locks import exclusive
@@ -363,15 +364,17 @@ def _require_distinct(class_names: list[str] | None, source: str) -> None:
 
 
 def _finished(folder: Path, jobs: Iterator[_Job]) -> dict[str, dict[str, Any]]:
-    """Return the records, by name, of which all shards are there; others are made again."""
+    """Return the records, by name, of which all shards are as they were written; others are made again."""
     finished = {}
     for job in jobs:
         path = folder / job.record
         if path.exists():
             record = read_json(path, "shard record", Record)
+            shards = [Shard(**shard) for shard in record["shards"].values()]
             with suppress(InputError):
-                require_files(folder, [Shard(**shard) for shard in record["shards"].values()])
-                finished[job.record] = record
+                require_files(folder, shards)
+                if all(sha256_of(folder / file) == value for shard in shards for file, value in shard.sha256.items()):
+                    finished[job.record] = record
     return finished
 
 
