@@ -74,8 +74,8 @@ class Progress:
         seconds: time spent in updates.
         validations_without_better: since the best one.
         skipped: updates that changed nothing, for a loss or gradient that was not finite.
-        bad_since: the first of the last unbroken row of them (None when the last update was a good one).
-        untold_loss, untold_updates: summed losses since the last line of metrics.jsonl, and how many.
+        first_skipped: the first of the last unbroken row of them (None when the last update was a good one).
+        unlogged_loss, unlogged_steps: summed losses since the last line of metrics.jsonl, and how many.
     """
 
     step: int = 0
@@ -85,9 +85,9 @@ class Progress:
     seconds: float = 0.0
     validations_without_better: int = 0
     skipped: int = 0
-    bad_since: int | None = None
-    untold_loss: float = 0.0
-    untold_updates: int = 0
+    first_skipped: int | None = None
+    unlogged_loss: float = 0.0
+    unlogged_steps: int = 0
 
 
 class _SavedFile(Stored):
@@ -109,9 +109,9 @@ class _State(Stored):
     seconds: float
     validations_without_better: int = Field(ge=0)
     skipped: int = Field(ge=0)
-    bad_since: int | None
-    untold_loss: float
-    untold_updates: int = Field(ge=0)
+    first_skipped: int | None
+    unlogged_loss: float
+    unlogged_steps: int = Field(ge=0)
     files: dict[str, _SavedFile]
 
 
@@ -168,21 +168,21 @@ class Checkpoints:
                 shutil.rmtree(path, ignore_errors=True)  # a damaged one that was skipped
                 temporary.rename(path)
                 sync(path.parent)
-                self._prune(progress["step"], progress["best_step"], progress["bad_since"])
+                self._prune(progress["step"], progress["best_step"], progress["first_skipped"])
         except CheckpointException as error:
             raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         finally:
             if self._team.leads:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _prune(self, step: int, best_step: int, bad_since: int | None) -> None:
+    def _prune(self, step: int, best_step: int, first_skipped: int | None) -> None:
         """Removes all but the newest, the best, and the newest from before what is wrong now.
 
         Checkpoints beyond the present step were damaged, and skipped. A checkpoint of the update before the first bad
         one holds the very weights that gave it.
         """
         reached = [path for path in checkpoints(self.folder) if step_of(path) <= step]
-        good = [path for path in reached if bad_since is None or step_of(path) < bad_since - 1]
+        good = [path for path in reached if first_skipped is None or step_of(path) < first_skipped - 1]
         wanted = {*reached[: self._keep], *good[:1], *(path for path in reached if step_of(path) == best_step)}
         for old in set(checkpoints(self.folder)) - wanted:
             shutil.rmtree(old)

@@ -255,12 +255,12 @@ class Trainer:
         self._untold.clear()
         for number, (loss, norm, skipped) in enumerate(values, progress.step - len(values) + 1):
             if not skipped:
-                progress.untold_loss += loss
-                progress.untold_updates += 1
-                progress.bad_since, self._norm = None, norm
+                progress.unlogged_loss += loss
+                progress.unlogged_steps += 1
+                progress.first_skipped, self._norm = None, norm
                 continue
             progress.skipped += 1
-            progress.bad_since = progress.bad_since or number
+            progress.first_skipped = progress.first_skipped or number
             if progress.skipped > self.config.max_skipped:
                 several = f", and {progress.skipped} updates were skipped so far" if progress.skipped > 1 else ""
                 self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {number}{several}")
@@ -271,11 +271,11 @@ class Trainer:
         progress = self.progress
         progress.seconds += clock.seconds
         images_per_second = clock.images_per_second
-        if progress.untold_updates:
+        if progress.unlogged_steps:
             self.metrics.write(
                 "train",
                 progress.step,
-                loss=progress.untold_loss / progress.untold_updates,
+                loss=progress.unlogged_loss / progress.unlogged_steps,
                 learning_rate=rate,
                 grad_norm=self._norm,
                 skipped=progress.skipped,
@@ -283,12 +283,12 @@ class Trainer:
                 utilisation=images_per_second * self._flops / self._ceiling,
                 seconds=progress.seconds,
             )
-        progress.untold_loss, progress.untold_updates = 0.0, 0
+        progress.unlogged_loss, progress.unlogged_steps = 0.0, 0
         clock.restart()
 
     def _not_finite(self, what: str) -> None:
         # A checkpoint of the update before the first bad one holds the very weights that gave it.
-        bad = self.progress.bad_since or self.progress.step + 1
+        bad = self.progress.first_skipped or self.progress.step + 1
         self.checkpoints.finish()
         kept = [path for path in checkpoints(self.checkpoints.folder) if step_of(path) < bad - 1]
         good = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint from before"
