@@ -3,7 +3,7 @@
 The lock of a file or new folder `DIR/NAME` is the file `DIR/.NAME.lock`, that of a folder to work in is `FOLDER/.lock`.
 It holds the host, process id and command of its owner as JSON, is locked by the kernel as long as that process lives,
 and is removed at the end. What a killed process leaves is taken over. Where a file system has no locks between hosts, a
-lock whose owner has not touched it for five minutes is stale.
+lock of another host counts only if its owner is seen to touch it.
 """
 
 import fcntl
@@ -24,6 +24,7 @@ from igpt.files import resolved
 
 _TOUCHED_EVERY = 30.0  # seconds
 _STALE_AFTER = 300.0
+_TRIES = 1000  # to open a lock file in a folder that other processes make and remove
 
 _held = set[Path]()  # by this process: the demo runs other commands in the folder that it has locked
 
@@ -79,13 +80,14 @@ def _held_by_us(file: Path, path: Path) -> Iterator[None]:
     finally:
         released.set()
         _held.discard(file)
-        file.unlink(missing_ok=True)  # before it is unlocked: nobody else can have taken it yet
+        if _is_same(descriptor, file):  # another host may have taken it over while this one was suspended
+            file.unlink(missing_ok=True)  # before it is unlocked
         os.close(descriptor)
 
 
 def _acquire(file: Path, path: Path) -> int:
-    """The descriptor of the lock file, locked and with this process as its owner."""
-    while True:
+    """Return the descriptor of the lock file, locked and with this process as its owner."""
+    for _ in range(_TRIES):
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -93,11 +95,11 @@ def _acquire(file: Path, path: Path) -> int:
             continue
         try:
             locked = _try_lock(descriptor)
-            owner = _owner(descriptor)
-            here = owner.get("host") == socket.gethostname()
-            if not locked or (owner and not here and _is_fresh(file)):
-                raise InputError(_refusal(path, file, owner, here))
             if _is_same(descriptor, file):
+                owner = _owner(descriptor)
+                here = owner.get("host") == socket.gethostname()
+                if not locked or (owner and not here and _is_touched(file)):
+                    raise InputError(_refusal(path, owner))
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
                 return descriptor
@@ -105,6 +107,7 @@ def _acquire(file: Path, path: Path) -> int:
             os.close(descriptor)
             raise
         os.close(descriptor)  # its owner removed the file after it was opened here
+    raise InputError(f"{path} cannot be locked: {file} cannot be made")
 
 
 def _try_lock(descriptor: int) -> bool:
@@ -145,8 +148,27 @@ def _is_alive(pid: object) -> bool:
     return True
 
 
-def _is_fresh(file: Path) -> bool:
-    return time.time() - file.stat().st_mtime < _STALE_AFTER
+def _is_touched(file: Path) -> bool:
+    """Return whether the owner of a lock, on another host, touches it; that takes a while to see.
+
+    File systems differ in whether their locks hold between hosts. Where they do, the owner is dead already.
+    """
+    before = _touched(file)
+    if before is None or time.time() - before > _STALE_AFTER:
+        return False
+    end = time.monotonic() + 2.5 * _TOUCHED_EVERY
+    while time.monotonic() < end:
+        time.sleep(_TOUCHED_EVERY / 30)
+        if _touched(file) != before:
+            return True
+    return False
+
+
+def _touched(file: Path) -> float | None:
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return None
 
 
 def _myself() -> dict[str, Any]:
@@ -154,16 +176,17 @@ def _myself() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": os.getpid(), "command": command[:4096]}
 
 
-def _refusal(path: Path, file: Path, owner: dict[str, Any], here: bool) -> str:
+def _refusal(path: Path, owner: dict[str, Any]) -> str:
     who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
     command = f" ({owner['command']})" if owner.get("command") else ""
-    advice = "" if here else f"; if that process is gone, wait {_STALE_AFTER / 60:.0f} minutes or remove {file}"
-    return f"{path} is being written by {who}{command}; wait until it has ended, or choose another output{advice}"
+    return f"{path} is being written by {who}{command}; wait until it has ended, or choose another output"
 
 
 def _keep_fresh(file: Path, released: Event) -> None:
     while not released.wait(_TOUCHED_EVERY):
         try:
             os.utime(file)
-        except OSError:
+        except FileNotFoundError:
             return
+        except OSError:  # a file system of the network has its moments
+            continue
