@@ -84,7 +84,7 @@ def test_every_missing_file_is_noticed(name: str, tmp_path: Path) -> None:
     assert step == 2
     assert f"{name} is missing" in notes[0]
     (tmp_path / "step-00000002" / name).unlink()
-    with pytest.raises(InputError, match=r"no whole checkpoint in .* there is nothing to resume"):
+    with pytest.raises(InputError, match=r"no whole checkpoint in .* there is nothing to resume; start another run"):
         some.load()
 
 

@@ -35,7 +35,7 @@ from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics, read_metrics, say
 from igpt.training.optimizer import Schedule
-from igpt.training.run import record_run, settle_config, sole_writer
+from igpt.training.run import record_run, settle_config, sole_writer, team_settings
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
 from igpt.training.state import Progress
 from igpt.training.trainer import Diverged, Trainer, Validation
@@ -116,7 +116,7 @@ def finetune(
             the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(config.device, config.stop_seconds) as us, sole_writer(run, us):
+    with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         if config.fold_back and config.schedule != "constant":

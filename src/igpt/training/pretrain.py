@@ -22,7 +22,7 @@ from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.run import record_run, settle_config, sole_writer
+from igpt.training.run import record_run, settle_config, sole_writer, team_settings
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
@@ -64,7 +64,7 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
             or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(config.device, config.stop_seconds) as us, sole_writer(run, us):
+    with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
         config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)

@@ -98,6 +98,24 @@ def _clear(run: Path) -> None:
             folder.rmdir()
 
 
+def team_settings(run: Path, config: TrainConfig, given: Mapping[str, Any] | None, resume: bool) -> tuple[str, float]:
+    """Return the device of a run and the seconds to save in, which are needed before its settings are settled.
+
+    Args:
+        run, config, given, resume: see `settle_config`, which checks the recorded values.
+    """
+    device, seconds = config.device, config.stop_seconds
+    recorded = run / _SETTINGS
+    if resume and recorded.exists():
+        values = read_settings(recorded)
+        known = given or {}
+        if "device" not in known and values.get("device") in ("cpu", "cuda"):
+            device = values["device"]
+        if "stop_seconds" not in known and isinstance(values.get("stop_seconds"), int | float):
+            seconds = values["stop_seconds"]
+    return device, seconds
+
+
 def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume: bool) -> Settings:
     """Return the settings of a run: new ones for a fresh directory, the recorded ones to resume.
 

@@ -39,6 +39,7 @@ from igpt.training.distributed import Team
 
 VERSION = 3
 _METADATA = ".metadata"
+_HASHING = 8  # files whose checksums are computed at the same time
 _NAME = re.compile(r"step-\d{8,}")
 
 # All that a checkpoint's metadata consists of; anything else in a pickle is refused.
@@ -128,6 +129,7 @@ class Checkpoints:
         self.folder, self._team, self._keep = folder, team, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._coming: Future[None] | None = None
+        self._abandoned = False
         # Not by a context manager: the writer warns in a thread of its own.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
@@ -158,10 +160,15 @@ class Checkpoints:
         try:
             written.result()  # on the leading rank, when all have written
             if self._team.leads:
+                found = sorted(temporary.iterdir())
+                with ThreadPoolExecutor(_HASHING) as threads:
+                    sums = list(threads.map(sha256_of, found))
                 files = {
-                    file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-                    for file in sorted(temporary.iterdir())
+                    file.name: {"bytes": file.stat().st_size, "sha256": checksum}
+                    for file, checksum in zip(found, sums, strict=True)
                 }
+                if self._abandoned:
+                    return
                 state = {"version": VERSION, **progress, "files": files}
                 write_json(temporary / "state.json", {**state, "sha256": _digest(state)})
                 sync(temporary)
@@ -172,7 +179,7 @@ class Checkpoints:
         except CheckpointException as error:
             raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         finally:
-            if self._team.leads:
+            if self._team.leads and not self._abandoned:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _prune(self, step: int, best_step: int, first_skipped: int | None) -> None:
@@ -186,6 +193,10 @@ class Checkpoints:
         wanted = {*reached[: self._keep], *good[:1], *(path for path in reached if step_of(path) == best_step)}
         for old in set(checkpoints(self.folder)) - wanted:
             shutil.rmtree(old)
+
+    def abandon(self) -> None:
+        """Leave a checkpoint that is being written without its name; the next one that is written removes its files."""
+        self._abandoned = True
 
     def finish(self) -> None:
         """Returns when all that was begun is on the disk.
@@ -298,7 +309,14 @@ def _newest(folder: Path) -> _Found:
             return path, skipped, _verified(path)
         except InputError as error:
             skipped.append(str(error))
-    raise InputError("; ".join([*skipped, f"no whole checkpoint in {folder}: there is nothing to resume"]))
+    raise InputError(
+        "; ".join(
+            [
+                *skipped,
+                f"no whole checkpoint in {folder}: there is nothing to resume; start another run with another -o",
+            ]
+        )
+    )
 
 
 def _verified(path: Path) -> Progress:
@@ -316,8 +334,8 @@ def _verified(path: Path) -> Progress:
         raise InputError(f"{file} is damaged: its SHA-256 is not the one that was written")
     if found["step"] != step_of(path):
         raise InputError(f"{path} holds the state after {found['step']} updates, not after {step_of(path)}")
-    for name, written in found["files"].items():
-        _verify_file(path / name, written)
+    with ThreadPoolExecutor(_HASHING) as threads:
+        list(threads.map(lambda item: _verify_file(path / item[0], item[1]), found["files"].items()))
     if _METADATA not in found["files"]:
         raise InputError(f"{file} does not list {_METADATA}")
     _verify_content(path, found["files"])
@@ -337,7 +355,11 @@ def _verify_file(file: Path, written: dict[str, Any]) -> None:
     size = file.stat().st_size
     if size != written["bytes"]:
         raise InputError(f"{file} is damaged: {size} bytes, {written['bytes']} were written")
-    if sha256_of(file) != written["sha256"]:
+    try:
+        checksum = sha256_of(file)
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from None
+    if checksum != written["sha256"]:
         raise InputError(f"{file} is damaged: its SHA-256 is not the one that was written")
 
 

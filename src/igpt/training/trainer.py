@@ -169,8 +169,19 @@ class Trainer:
         ):
             for note in notes:
                 shown.say(note)
-            self._loop(batches, stop, shown)
-            self.checkpoints.finish()
+            try:
+                self._loop(batches, stop, shown)
+                self.checkpoints.finish()
+            except Exception:
+                if (
+                    self.team.size == 1
+                ):  # the writer would go on after the lock is released; of several, one may be gone
+                    with suppress(Exception):
+                        self.checkpoints.finish()
+                raise
+            except BaseException:  # asked to stop a second time: nobody waits for the checkpoint
+                self.checkpoints.abandon()
+                raise
         self.metrics.write(
             "end",
             self.progress.step,
@@ -179,6 +190,8 @@ class Trainer:
             seconds=self.progress.seconds,
             skipped=self.progress.skipped,
         )
+        if number := self.team.largest(stop.number or 0):  # it came too late for the loop, and more may follow
+            raise Interrupted(number, f"stopped at the end of training, after {self.progress.step} updates")
         return self.progress
 
     def _resume(self) -> list[str]:

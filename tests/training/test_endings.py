@@ -1,0 +1,87 @@
+"""What is on the disk, and what is said, when a training ends by an error or by a late Ctrl-C."""
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from igpt.data.tokens import TokenDataset
+from igpt.errors import Interrupted
+from igpt.training import state
+from igpt.training.engine import Engine
+from igpt.training.pretrain import PretrainConfig, pretrain
+from igpt.training.run import team_settings
+from igpt.training.state import Checkpoints, newest_whole
+from igpt.training.trainer import Trainer
+
+
+def settings(digits: TokenDataset, short: dict[str, object], **changes: object) -> PretrainConfig:
+    return PretrainConfig.layered(short, {"tokens": digits.path, "steps": 12, **changes})
+
+
+def test_a_checkpoint_is_whole_before_an_error_lets_another_process_in(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, update = state.sha256_of, Engine.update
+
+    def slow(path: Path) -> str:
+        time.sleep(0.2)
+        return whole(path)
+
+    def failing(self: Engine, batch: object, rate: float) -> object:
+        if (tmp_path / "run" / "checkpoints").exists():
+            raise OSError(28, "No space left on device")
+        return update(self, batch, rate)
+
+    monkeypatch.setattr(state, "sha256_of", slow)
+    monkeypatch.setattr(Engine, "update", failing)
+    with pytest.raises(OSError, match="No space left"):
+        pretrain(settings(digits, short), tmp_path / "run")
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step-00000006"
+    assert not list((tmp_path / "run" / "checkpoints").glob(".step-*"))
+
+
+def test_asked_to_stop_twice_the_writer_gives_no_checkpoint_its_name(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers: list[Checkpoints] = []
+    save = Checkpoints.save
+
+    def interrupted(self: Checkpoints, *arguments: object) -> None:
+        save(self, *arguments)
+        writers.append(self)
+        raise KeyboardInterrupt
+
+    whole = state.sha256_of
+    monkeypatch.setattr(state, "sha256_of", lambda path: (time.sleep(0.2), whole(path))[1])
+    monkeypatch.setattr(Checkpoints, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings(digits, short), tmp_path / "run")
+    writers[0].finish()
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+def test_ctrl_c_during_the_last_save_is_not_lost(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = Trainer._loop
+
+    def late(self: Trainer, *arguments: object) -> None:
+        loop(self, *arguments)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_loop", late)
+    with pytest.raises(Interrupted, match="at the end of training, after 12 updates"):
+        pretrain(settings(digits, short), tmp_path / "run")
+    assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step-00000012"
+
+
+def test_device_and_seconds_to_save_in_are_the_recorded_ones_unless_given_again(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path
+) -> None:
+    settings(digits, short, device="cpu", stop_seconds=99).save(tmp_path / "config.yaml")
+    plain = settings(digits, short)
+    assert team_settings(tmp_path, plain, None, resume=True) == ("cpu", 99)
+    assert team_settings(tmp_path, plain, {"stop_seconds": 25}, resume=True) == ("cpu", 25)
+    assert team_settings(tmp_path, plain, None, resume=False) == ("auto", 25)
