@@ -320,3 +320,88 @@ def test_metadata_beside_the_images(write_folder: Write, homes: list[str]):
             assert int(image.stem) % 2 == label
             assert open_image(image).size == (6, 6)
             assert open_image(image).tobytes() == Image.open(io.BytesIO(image.read_bytes())).tobytes()
+
+
+def test_a_cover_above_the_folder_of_the_splits(write_folder: Write):
+    files = [f"data/{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in range(9)]
+    folder = write_folder("covered", *files, "cover.png")
+    source = open_source(str(folder))
+    assert counts(folder) == [16, 2, 18]
+    assert source.class_names == ["a", "b"]
+    assert source.left_out.text() == "images outside the folders of the splits: 1 (first: cover.png)"
+
+
+@pytest.mark.parametrize("cover", [[], ["cover.png"]])
+@pytest.mark.parametrize("wrapper", ["plain", "data/plain-1.0", "train/train"])
+def test_one_folder_around_the_classes(write_folder: Write, wrapper: str, cover: list[str]):
+    files = {f"{wrapper}/{kind}/{i}.png": "abc".index(kind) for kind in "abc" for i in range(9)}
+    folder = write_folder("around", *files, *cover)
+    found, names = everything(folder)
+    assert names == ["a", "b", "c"]
+    if wrapper == "train/train" and cover:
+        assert found == files
+        assert open_source(str(folder)).left_out.possible_images == 1
+    else:
+        assert found == files | dict.fromkeys(cover, -1)
+
+
+def test_folders_around_the_classes_of_some_splits(write_folder: Write):
+    files = {f"train/train/{kind}/{i}.png": "ab".index(kind) for kind in "ab" for i in range(9)}
+    files |= {f"test/{kind}/{i}.png": "ab".index(kind) for kind in "ab" for i in range(9)}
+    assert everything(write_folder("mixed", *files)) == (files, ["a", "b"])
+
+
+def test_splits_in_a_folder_called_train(write_folder: Write):
+    files = {f"train/{split}/{k}/{i}.png": "ab".index(k) for split in ("train", "test") for k in "ab" for i in range(9)}
+    folder = write_folder("twice", *files)
+    assert everything(folder) == (files, ["a", "b"])
+    assert counts(folder) == [16, 2, 18]
+
+
+def test_one_folder_of_images_is_named_where_there_are_no_labels(write_folder: Write):
+    folder = write_folder("one", *(f"images/{number}.png" for number in range(10)))
+    assert open_source(str(folder)).notes == [
+        f"no labels: the images in {folder} lie in one folder, 'images', and classes are two folders or more; a "
+        "metadata.csv with the columns file_name and label gives classes"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "split", "expected"),
+    [
+        ("training_set", "test_set", "test", [16, 2, 18]),
+        ("train_images", "val_images", "validation", [16, 18, 2]),
+        ("seg_train", "seg_test", "test", [16, 2, 18]),
+        ("train", "my test", "test", [16, 2, 18]),
+    ],
+)
+def test_words_of_splits_in_names_of_folders(
+    write_folder: Write, train: str, other: str, split: str, expected: list[int]
+):
+    files = {f"{top}/{kind}/{i}.png": "ab".index(kind) for top in (train, other) for kind in "ab" for i in range(9)}
+    folder = write_folder("words", *files)
+    assert counts(folder) == expected
+    assert everything(folder) == (files, ["a", "b"])
+    (note,) = open_source(str(folder)).notes
+    assert f"{train} as train" in note
+    assert f"{other} as {split}" in note
+
+
+def test_a_further_folder_beside_words_of_splits(write_folder: Write):
+    files = [f"seg_{split}/{kind}/{i}.png" for split in ("train", "test", "pred") for kind in "ab" for i in range(9)]
+    source = open_source(str(write_folder("intel", *files)))
+    assert source.class_names == ["a", "b"]
+    assert source.left_out.text() == "images of the split seg_pred: 18 (first: seg_pred)"
+
+
+@pytest.mark.parametrize(
+    "tops", [("bullet_train", "cat", "test_tube"), ("a_test", "a_val"), ("a_train", "b_train", "c_test")]
+)
+def test_words_of_splits_that_are_not_clear_are_named(write_folder: Write, tops: tuple[str, ...]):
+    folder = write_folder("unclear", *(f"{top}/{i}.png" for top in tops for i in range(9)))
+    source = open_source(str(folder))
+    assert source.class_names == list(tops)
+    assert source.notes == [
+        f"the names of {', '.join(top for top in tops if top != 'cat')} contain the names of splits, and they are not "
+        "taken as splits; if they are, --train-split, --validation-split and --test-split name them"
+    ]

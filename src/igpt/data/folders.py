@@ -255,27 +255,107 @@ def _is_special(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def split_folders(names: Any, *, asked: bool) -> dict[str, str]:
+class SplitFolders(NamedTuple):
+    """The folders that hold the splits of a folder of images.
+
+    Attributes:
+        tops: the folder of each split, by the name of the split; {"train": ""} without any.
+        notes: which folders are taken for splits although their names are longer, or may be splits and are not taken.
+    """
+
+    tops: dict[str, str]
+    notes: list[str]
+
+
+class _Level(NamedTuple):
+    """One of the nested folders that each hold all images below one folder.
+
+    Attributes:
+        folder: its name, "" or with a slash at the end.
+        tops: the folders in it.
+        alone: whether (almost) all of its images lie in these folders.
+    """
+
+    folder: str
+    tops: list[str]
+    alone: bool
+
+
+def split_folders(names: Any, *, asked: bool) -> SplitFolders:
     """Return the folders that hold the splits of a folder of images, by their own names, or {"train": ""}.
 
     `train`, `val` and the like name splits as folders at the top, or below one folder that holds everything; the other
-    folders there are splits too.
+    folders there are splits too. Names that contain such a word (`training_set`, `test_set`) name splits where it is
+    clear which is which. A few images above the splits, fewer than one in ten, do not matter.
 
     Args:
         names: of all the images in it, relative to it, an Arrow array.
         asked: whether the user named one: then the folders at the top are splits, whatever their names.
     """
+    levels = _levels(names)
+    last = levels[-1]
+    if len(last.tops) > 1 and _are_splits(last.tops):
+        return SplitFolders({top: f"{last.folder}{top}" for top in last.tops}, [])
+    for level in levels:
+        if len(level.tops) == 1 and _are_splits(level.tops, alone=level.alone):
+            return SplitFolders({top: f"{level.folder}{top}" for top in level.tops}, [])
+    if asked:
+        return SplitFolders({top: top for top in levels[0].tops}, [])
+    return _splits_by_words(last)
+
+
+def _levels(names: Any) -> list[_Level]:
+    """Return the folder itself, and the folders below it as long as each is the only one and holds almost all images."""
     import pyarrow.compute as pc
 
-    inside = pc.filter(names, pc.match_substring(names, "/"))
-    tops = sorted(pc.unique(_first_parts(inside)).to_pylist())
-    if _are_splits(tops, alone=len(inside) == len(names)):
-        return {top: top for top in tops}
-    if len(tops) == 1 and len(inside) == len(names):
-        below = split_folders(pc.utf8_slice_codeunits(names, len(tops[0]) + 1), asked=False)
-        if any(below.values()):
-            return {split: f"{tops[0]}/{top}" for split, top in below.items()}
-    return {top: top for top in tops} if asked else {"train": ""}
+    levels, folder = list[_Level](), ""
+    while True:
+        inside = pc.filter(names, pc.match_substring(names, "/"))
+        tops = sorted(pc.unique(_first_parts(inside)).to_pylist())
+        strays = len(names) - len(inside)
+        alone = not strays or strays * _COVERS < len(names)
+        levels.append(_Level(folder, tops, alone))
+        if len(tops) != 1 or not alone:
+            return levels
+        names = pc.utf8_slice_codeunits(inside, len(tops[0]) + 1)
+        folder += f"{tops[0]}/"
+
+
+def _splits_by_words(level: _Level) -> SplitFolders:
+    """Return the splits of folders whose names contain the words of splits; none where it is not clear which is which.
+
+    It is clear where there is one folder for each split, and training is one of them. Other folders are further
+    splits where the names of the splits differ in these words only, as `seg_train`, `seg_test` and `seg_pred`.
+    """
+    found, rests = dict[str, list[str]](), set[tuple[str, ...]]()
+    for top in level.tops:
+        words = re.split(r"[-_. ]", top.lower())
+        splits = {SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES}
+        for split in splits:
+            found.setdefault(split, []).append(top)
+        if splits:
+            rests.add(tuple(word for word in words if word not in SPLIT_NAMES))
+    named = [top for top in level.tops if any(top in tops for tops in found.values())]
+    if len(named) < 2:
+        return SplitFolders({"train": ""}, [])
+    one_each = "train" in found and sum(map(len, found.values())) == len(found) == len(named)
+    if one_each and (len(named) == len(level.tops) or len(rests) == 1):
+        splits_of = {tops[0]: split for split, tops in found.items()}
+        told = ", ".join(f"{level.folder}{top} as {split}" for top, split in splits_of.items())
+        note = f"folders taken as splits by the words in their names: {told}; --train-split names another"
+        return SplitFolders({splits_of.get(top, top): f"{level.folder}{top}" for top in level.tops}, [note])
+    source = f"give the folder {level.folder} and " if level.folder else ""
+    note = (
+        f"the names of {_listed(named)} contain the names of splits, and they are not taken as splits; if they are, "
+        f"{source}--train-split, --validation-split and --test-split name them"
+    )
+    return SplitFolders({"train": ""}, [note])
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    """Return names in one line, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_parts(names: Any) -> Any:
@@ -384,23 +464,28 @@ def _folder_classes(
     """
     import pyarrow as pa
 
-    classes, notes = {split: _folders_of(names) for split, names in inside.items()}, list[str]()
-    words = classes["train"]
+    levels, notes = {split: _classes_of_levels(names) for split, names in inside.items()}, list[str]()
+    home, words = levels["train"][-1]
     trained = _values(words)
+    top = folder / splits["train"]
     if len(trained) < 2:
-        other = next((split for split in splits if split != "train" and len(_values(classes[split])) > 1), None)
+        other = next((split for split in splits if split != "train" and len(_values(levels[split][-1][1])) > 1), None)
         if other:
+            notes.append(f"no labels: {folder / splits[other]} has folders of classes, and {top} has none")
+        elif trained:
             notes.append(
-                f"no labels: {folder / splits[other]} has folders of classes, and {folder / splits['train']} has none"
+                f"no labels: the images in {top} lie in one folder, {home + trained.pop()!r}, and classes are two "
+                "folders or more; a metadata.csv with the columns file_name and label gives classes"
             )
         return {}, notes
     if words.null_count * _COVERS >= len(words):
         first = inside["train"][words.is_null().index(True).as_py()]
         notes.append(
-            f"no labels: {words.null_count} of {len(words)} images lie directly in {folder / splits['train']} beside "
+            f"no labels: {words.null_count} of {len(words)} images lie directly in {top / home} beside "
             f"its {len(trained)} folders (first: {first})"
         )
         return {}, notes
+    classes = {split: _level_of_classes(of_split, trained) for split, of_split in levels.items()}
     for split in (split for split in splits if split != "train"):
         names, known = inside[split], _values(classes[split])
         if split in annotated:
@@ -414,12 +499,32 @@ def _folder_classes(
     return classes, notes
 
 
-def _folders_of(names: Any) -> Any:
-    """Return the first folder of each name, an Arrow array, null where there is none."""
+def _classes_of_levels(names: Any) -> list[tuple[str, Any]]:
+    """Return the classes that the folders of a split may be, for each of the nested folders that hold all others.
+
+    Returns:
+        The folder, "" or with a slash at the end, and the folder in it of each image, an Arrow array, null without
+        one. The last one has two folders or more, if there is any such.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    return pc.if_else(pc.match_substring(names, "/"), _first_parts(names), pa.scalar(None, pa.large_string()))
+    found = list[tuple[str, Any]]()
+    for level in _levels(names):
+        below = pc.utf8_slice_codeunits(names, len(level.folder))
+        nested = pc.and_(in_folder(names, level.folder.rstrip("/")), pc.match_substring(below, "/"))
+        words = pc.if_else(nested, _first_parts(below), pa.scalar(None, pa.large_string()))
+        if level.tops or not found:
+            found.append((level.folder, words))
+    return found
+
+
+def _level_of_classes(levels: Sequence[tuple[str, Any]], trained: set[str]) -> Any:
+    """Return the classes of a split: the outermost folders with a class of training, or with two folders."""
+    for _, words in levels:
+        if _values(words) & trained:
+            return words
+    return levels[-1][1] if len(_values(levels[-1][1])) > 1 else levels[0][1]
 
 
 def _annotated(path: Path, names: Any) -> Any:

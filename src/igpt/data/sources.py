@@ -221,6 +221,7 @@ class _FoundImages:
     listing: Listing
     tops: Mapping[str, str]
     left_out: LeftOut
+    notes: list[str]
 
     @property
     def splits(self) -> Sequence[str]:
@@ -233,7 +234,8 @@ class _FoundImages:
 
     def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
         tops = {ours: self.tops[theirs] for ours, theirs in chosen.items()}
-        return open_images(self.folder, self.listing, tops, config.image_column, config.label_column)
+        opened = open_images(self.folder, self.listing, tops, config.image_column, config.label_column)
+        return opened._replace(notes=[*self.notes, *opened.notes])
 
 
 def open_source(source: str, config: SourceConfig | None = None) -> Source:
@@ -360,9 +362,9 @@ def _find_in_folder(path: Path, source: str, *, asked: bool) -> Found:
     if len(packed) > 1 or (packed and sum(map(len, packed.values())) < images):
         raise InputError(f"{path} holds {' and '.join(counts)}; give one or the other")
     if not packed:
-        tops = split_folders(listing.images, asked=asked)
+        tops, notes = split_folders(listing.images, asked=asked)
         _add_outside(left_out, listing.images, list(tops.values()))
-        return _FoundImages(path, listing, tops, left_out)
+        return _FoundImages(path, listing, tops, left_out, notes)
     ((ending, names),) = packed.items()
     if images:  # a picture may lie beside the file of the images
         kind = f"image files beside the {ending} files"
