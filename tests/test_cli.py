@@ -16,9 +16,10 @@ import pytest
 from PIL import Image
 
 from igpt.cli import COMMANDS
-from igpt.command_line import given, parse
+from igpt.command_line import given, parse, require_writable, run_command
 from igpt.config import Config, read_settings
 from igpt.data.tokens import TokenDataset
+from igpt.errors import InputError
 from igpt.model.configuration import ModelConfig
 from igpt.model.transformer import ImageGPT
 from igpt.presets import MODELS
@@ -394,6 +395,59 @@ def test_outputs_in_a_read_only_folder_are_refused_first() -> None:
         assert code == 2, (command, said)
         assert len(said.strip().splitlines()) == 1, said
         assert "cannot be written" in said, (command, said)
+
+
+def test_an_existing_folder_needs_no_permission_in_the_folder_around_it() -> None:
+    """A mounted folder can be written to, even if nothing can be made next to it."""
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from igpt.command_line import require_writable_folder\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write everywhere
+        "for name in sys.argv[1:]:\n"
+        "    try: require_writable_folder(Path(name))\n"
+        "    except ValueError as error: print(error)\n"
+        "    else: print('fine')\n"
+    )
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
+        Path(home).chmod(0o755)
+        around = Path(home, "around")
+        for name, mode in (("mounted", 0o777), ("mounted/closed", 0o555)):
+            (around / name).mkdir(parents=True)
+            (around / name).chmod(mode)
+        (around / "file").touch()
+        around.chmod(0o555)
+        names = ("mounted", "mounted/run", "mounted/closed", "run", "file/run")
+        words = [str(around / name) for name in names]
+        done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True)
+        around.chmod(0o755)
+    assert done.stdout.splitlines() == [
+        "fine",
+        "fine",
+        f"{words[2]} cannot be written: you have no permission to write in {words[2]}",
+        f"{words[3]} cannot be written: you have no permission to write in {around}",
+        f"{words[4]} cannot be written: {around / 'file'} is not a folder",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 255])
+def test_names_have_the_usual_length_where_the_file_system_states_none(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pathconf", lambda *_: limit)
+    require_writable(tmp_path / ("x" * 215))
+    with pytest.raises(InputError, match="a name has at most 215 bytes"):
+        require_writable(tmp_path / ("x" * 216))
+
+
+def test_too_little_memory_is_said_without_flags_that_the_command_may_not_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    assert run_command({"fail": (fail, "igpt.config")}, ["fail"]) == 2
+    assert capsys.readouterr().err == "igpt fail: out of memory; try fewer or smaller images at a time\n"
 
 
 def test_files_are_written_through_links(igpt, tmp_path: Path) -> None:

@@ -238,5 +238,5 @@ def test_a_folder_that_may_not_be_written() -> None:
         command = [sys.executable, "-c", program, str(locked / "s.csv"), str(free / "s.csv")]
         done = subprocess.run(command, capture_output=True, text=True)
     first, second = done.stdout.splitlines()
-    assert first == f"{locked / 's.csv'} cannot be written: {locked} is no folder that may be written to", done
+    assert first == f"{locked / 's.csv'} cannot be written: you have no permission to write in {locked}", done
     assert second == "fine"

@@ -38,6 +38,7 @@ Show = Callable[[str, int, int], None]  # (what, done, in all)
 # What a command does, and "module:Class" of the settings that are its flags, or the module that it begins by importing.
 Commands = Mapping[str, tuple[Callable[..., None], str]]
 _ROOM = 40  # bytes that the names of temporary files, locks and parts have more than the output's own
+_USUAL_LENGTH = 255  # bytes of a name on most file systems
 
 
 def flags_of(config: type[Config], besides: set[str]) -> type:
@@ -161,16 +162,18 @@ def require_writable_folder(path: Path) -> None:
     """Refuse a folder that cannot be made or written to, before the work for it is done.
 
     Raises:
-        InputError: `path` has no name of its own, it is a file, or what it lies in cannot be written to.
+        InputError: `path` has no name of its own, it is a file, or it cannot be written to; if it has to be made, the
+            folder that it would lie in cannot be written to.
     """
     require_folder_name(path)
     with _reasons(path):
         target = path.resolve()
         if target.exists() and not target.is_dir():
             raise InputError(f"{path} is a file; a folder is to be written there")
-        _require_new_name(path, target)
-        if target.is_dir() and not os.access(target, os.W_OK | os.X_OK):
-            raise InputError(f"{path} cannot be written: this folder is read-only")
+        if target.is_dir():  # what it lies in may be read-only, as it is around a mounted folder
+            _require_permission(path, target)
+        else:
+            _require_new_name(path, target)
 
 
 @contextlib.contextmanager
@@ -189,11 +192,19 @@ def _require_new_name(path: Path, target: Path) -> None:
     """Refuse what cannot be made at `target`, by the folder it lies in and by the length of its name."""
     # A link that leads nowhere is there, and no folder can be made in its place.
     home = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
-    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written: {home} is no folder that may be written to")
-    longest = os.pathconf(home, "PC_NAME_MAX") - _ROOM
+    if not home.is_dir():
+        raise InputError(f"{path} cannot be written: {home} is not a folder")
+    _require_permission(path, home)
+    known = os.pathconf(home, "PC_NAME_MAX")
+    longest = (known if known > 0 else _USUAL_LENGTH) - _ROOM  # some file systems name no limit
     if any(len(os.fsencode(part)) > longest for part in target.absolute().relative_to(home).parts):
         raise InputError(f"{_short(path)} cannot be written: a name has at most {longest} bytes")
+
+
+def _require_permission(path: Path, folder: Path) -> None:
+    """Refuse the output `path` if nothing can be written in `folder`."""
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path} cannot be written: you have no permission to write in {folder}")
 
 
 def _short(path: Path) -> str:
@@ -260,7 +271,7 @@ def run_command(commands: Commands, words: list[str]) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
-        return _complain(f"{name}: out of memory; try fewer images at a time (--micro-batch-size, --count, --limit)", 2)
+        return _complain(f"{name}: out of memory; try fewer or smaller images at a time", 2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         return _complain(f"{name}: {error.strerror or error}{where}; nothing was left half-written", 2)
