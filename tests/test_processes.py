@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -218,6 +219,63 @@ def test_caches_that_the_user_names_are_used(tmp_path: Path) -> None:
     environment = {**os.environ, **chosen}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [chosen["HF_HOME"], chosen["MPLCONFIGDIR"]]
+
+
+CACHES = """
+import atexit, os, shutil, tempfile  # another user may not be able to read them
+from igpt.console import settle_caches
+
+if os.geteuid() == 0:  # nothing is read-only for root
+    os.setuid(65534)
+settle_caches()
+print(*sorted({"HF_HOME", "MPLCONFIGDIR"} & os.environ.keys()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("made", "replaced"),
+    [
+        ([], "HF_HOME MPLCONFIGDIR"),
+        ([".cache/huggingface"], "MPLCONFIGDIR"),
+        ([".cache/huggingface", ".cache/matplotlib"], "MPLCONFIGDIR"),
+        ([".cache/matplotlib", ".config/matplotlib"], "HF_HOME"),
+        ([".cache/huggingface", ".cache/matplotlib", ".config/matplotlib"], ""),
+    ],
+)
+def test_caches_that_can_be_written_to_are_used_in_a_read_only_home(made: list[str], replaced: str) -> None:
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
+        for name in (".cache", ".config", *made):
+            Path(home, name).mkdir()
+        for name in made:
+            Path(home, name).chmod(0o777)
+        for name in (".cache", ".config", ""):
+            Path(home, name).chmod(0o555)
+        assert caches_replaced(home) == replaced
+        for name in (".cache", ".config", ""):
+            Path(home, name).chmod(0o755)
+
+
+@pytest.mark.parametrize(("filled", "replaced"), [(True, ""), (False, "HF_HOME")])
+def test_a_read_only_cache_of_downloads_is_used(filled: bool, replaced: str) -> None:
+    with tempfile.TemporaryDirectory() as home:
+        Path(home).chmod(0o777)
+        for name in (".cache", ".cache/matplotlib", ".cache/huggingface"):
+            Path(home, name).mkdir()
+            Path(home, name).chmod(0o777)
+        if filled:
+            Path(home, ".cache", "huggingface", "hub").mkdir()
+        Path(home, ".cache", "huggingface").chmod(0o555)
+        assert caches_replaced(home) == replaced
+        Path(home, ".cache", "huggingface").chmod(0o755)
+
+
+def caches_replaced(home: str) -> str:
+    """Return the variables of the caches that get a temporary folder for a user who is not root."""
+    without = ("HF_HOME", "MPLCONFIGDIR", "XDG_CACHE_HOME", "XDG_CONFIG_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in without} | {"HOME": home}
+    done = subprocess.run([sys.executable, "-c", CACHES], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
 
 
 # Signals. Python's own start cannot be controlled: a test waits until the first lines of igpt have run.

@@ -74,11 +74,13 @@ def _discard(descriptor: int) -> None:
 
 def settle_caches() -> None:
     """Give matplotlib and Hugging Face's libraries a temporary folder where their own cannot be written to."""
-    cache, settings = _folder("XDG_CACHE_HOME", ".cache"), _folder("XDG_CONFIG_HOME", ".config")
+    hub = _folder("XDG_CACHE_HOME", ".cache", "huggingface")
+    fonts = _folder("XDG_CACHE_HOME", ".cache", "matplotlib")
+    settings = _folder("XDG_CONFIG_HOME", ".config", "matplotlib")
     needed = []
-    if not os.environ.get("HF_HOME") and not _is_writable(cache):
+    if not os.environ.get("HF_HOME") and not (_is_writable(hub) or _is_filled(hub)):
         needed.append("HF_HOME")
-    if not os.environ.get("MPLCONFIGDIR") and not (_is_writable(cache) and _is_writable(settings)):
+    if not os.environ.get("MPLCONFIGDIR") and not (_is_writable(fonts) and _is_writable(settings)):
         needed.append("MPLCONFIGDIR")
     if not needed:
         return
@@ -96,10 +98,13 @@ def settle_caches() -> None:
         os.environ[name] = str(made / name)
 
 
-def _folder(variable: str, name: str) -> Path | None:
-    """Return the folder that a variable names, by default one in the home folder; None if there is no home folder."""
+def _folder(variable: str, default: str, library: str) -> Path | None:
+    """Return a library's folder in the folder that a variable names, by default one in the home folder.
+
+    It is None if there is no home folder.
+    """
     try:
-        return Path(os.environ.get(variable) or Path.home() / name)
+        return Path(os.environ.get(variable) or Path.home() / default) / library
     except RuntimeError:
         return None
 
@@ -110,3 +115,13 @@ def _is_writable(path: Path | None) -> bool:
         return False
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
     return os.path.isdir(there) and os.access(there, os.W_OK | os.X_OK)  # noqa: PTH112  Path.is_dir may raise
+
+
+def _is_filled(path: Path | None) -> bool:
+    """Whether a folder can be read and holds something: downloads are used where nothing can be added to them."""
+    if path is None or not path.is_absolute():
+        return False
+    try:
+        return any(path.iterdir())
+    except OSError:
+        return False
