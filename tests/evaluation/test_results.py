@@ -224,6 +224,26 @@ def damaged_arrays(path: Path) -> Iterator[str]:
     yield from malformed.others(path)
 
 
+def test_every_number_that_a_probe_may_be_given_is_read_back(tmp_path: Path) -> None:
+    largest = ProbeConfig(
+        seed=2**63 - 1,
+        limit=2**53,
+        test_images=2**53,
+        labels_per_class=(2**53,),
+        strengths=(1e12,),
+        learning_rates=(1e4,),
+    )
+    settings = largest.model_dump(mode="json")
+    rows = [{**row, "regularisation": 1e12, "learning_rate": 1e4} for row in RESULT["layers"]]
+    few = {"per_class": 2**53, "test_accuracies": [0.5, 0.5], "mean": 0.5, "standard_deviation": 0.0}
+    path = tmp_path / "probe.json"
+    path.write_text(json.dumps({**RESULT, "layers": rows, "few_labels": [few], "config": settings}))
+    assert read_probe(path)["config"] == settings
+    path.write_text(json.dumps({**RESULT, "config": {**settings, "seed": 2**63}}))
+    with pytest.raises(InputError, match="seed"):
+        read_probe(path)
+
+
 @pytest.mark.parametrize(
     "words",
     [

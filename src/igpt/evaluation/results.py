@@ -99,7 +99,7 @@ class ProbeSettings(Stored):
 
     limit: Positive | None = None
     test_images: Positive | None = None
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     fold_back: bool | None = None
 
 
