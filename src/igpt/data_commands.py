@@ -102,7 +102,7 @@ def prepare(
     """
     from igpt.data.left_out import left_out_of
     from igpt.data.parts import merge as join
-    from igpt.data.prepare import PLAN, PrepareConfig, prepare_part
+    from igpt.data.prepare import PLAN, RECORDS, PrepareConfig, prepare_part, warnings_of, with_records
     from igpt.data.prepare import prepare as run
     from igpt.files import read_json
 
@@ -121,7 +121,8 @@ def prepare(
             )
             print(f"{part}: shard {shard}; when all are there, igpt prepare --merge -o {out} joins them")
             plan = read_json(part / PLAN, "part of a token data set")
-            print_left_out(left_out_of(plan, str(part / PLAN)), plan.get("warnings", []), part / PLAN)
+            records = list(read_json(part / RECORDS, "part of a token data set")["records"].values())
+            print_left_out(with_records(plan, records), warnings_of(plan, records), part)
             return
         else:
             result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))

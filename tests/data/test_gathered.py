@@ -156,6 +156,16 @@ def test_bad_images_are_listed_or_too_many(write_folder: Write, palette: Palette
     assert "no image of" in refusal(folder, palette, max_bad=1)
 
 
+def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) -> None:
+    for name, count in (("a.png", 1), ("b.gif", 3), ("c.tif", 5)):
+        frames = [Image.fromarray(np.full((6, 6, 3), 40 * number, np.uint8)) for number in range(count)]
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    found = gather_images(str(tmp_path), palette, 6, GatherConfig(max_bad=0))
+    assert found.to_json()["left_out"] == {
+        "further frames of images": {"count": 6, "first": str(tmp_path / "b.gif"), "possible_images": False}
+    }
+
+
 def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write) -> None:
     assert "no folder or file" in refusal(tmp_path / "nowhere", palette)
     (tmp_path / "empty").mkdir()

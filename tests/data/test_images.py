@@ -5,6 +5,7 @@ import socket
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 from reading import DISPLAYED
 
-from igpt.data.images import highest_level, load, open_image, orientation, to_rgb
+from igpt.data.images import further_frames, highest_level, load, open_image, orientation, to_rgb
+from igpt.data.views import Transform
 from igpt.errors import InputError
 
 RANDOM = np.random.default_rng(0)
@@ -123,6 +125,46 @@ def test_alpha_of_16_bits(kind: int):
 def test_the_highest_level_of_16_bit_images():
     for levels, highest in ((np.array([[0, 4095]], np.uint16), 4095), (np.array([[7, 9]], np.uint8), None)):
         assert highest_level(reopened(Image.fromarray(levels))) == highest
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PNG", "WEBP"])
+@pytest.mark.parametrize("count", [1, 5])
+def test_the_frames_after_the_first_are_counted(kind: str, count: int):
+    file = io.BytesIO()
+    frames = [Image.fromarray(np.full((6, 6, 3), 50 * number, np.uint8)) for number in range(count)]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], lossless=True)
+    found = Transform(6).squares_of(file.getvalue())
+    assert found.further_frames == count - 1
+    assert found.pixels.tolist() == np.zeros((1, 6, 6, 3)).tolist()  # the first frame is used
+
+
+def test_the_highest_level_is_that_of_the_first_frame():
+    file = io.BytesIO()
+    frames = [Image.fromarray(np.full((6, 6), level, np.uint16)) for level in (300, 60000)]
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
+    found = Transform(6).squares_of(file.getvalue())
+    assert (found.highest_level, found.further_frames) == (300, 1)
+
+
+def test_malformed_further_frames_do_not_make_an_image_unreadable():
+    file = io.BytesIO()
+    frames = [Image.fromarray(np.full((6, 6, 3), 50 * number, np.uint8)) for number in range(3)]
+    frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
+    content = file.getvalue()
+    next_directory = struct.unpack_from("<I", content, 4)[0]
+    next_directory += 2 + 12 * struct.unpack_from("<H", content, next_directory)[0]
+    broken = content[:next_directory] + struct.pack("<I", len(content) + 99) + content[next_directory + 4 :]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of what follows
+        found = Transform(6).squares_of(broken)
+    assert found.pixels.tolist() == np.zeros((1, 6, 6, 3)).tolist()
+    assert found.further_frames == 1  # there is something, and it cannot be counted
+
+
+def test_layers_are_no_further_frames():
+    layers = Image.new("RGB", (2, 2))
+    layers.format, layers.n_frames = "PSD", 7
+    assert further_frames(layers) == 0
 
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path: Path):

@@ -125,6 +125,44 @@ def test_two_workers_make_the_same_bytes(pictures: str, whole: dict[str, bytes],
     assert len(whole) == 2 + 2 * len(shards)
 
 
+@pytest.fixture
+def stacks(tmp_path: Path) -> Path:
+    """20 TIFFs of 5 frames."""
+    folder = tmp_path / "stacks"
+    folder.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(20):
+        frames = [Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(5)]
+        frames[0].save(folder / f"{number:02}.tif", save_all=True, append_images=frames[1:])
+    return folder
+
+
+def test_frames_after_the_first_are_counted_and_named(stacks: Path, tmp_path: Path, small_shards: None):
+    strict = PrepareConfig(size=4, colors=8, max_bad=0)
+    alone = prepare(str(stacks), tmp_path / "alone", strict)
+    made = alone.manifest["made"]
+    assert sum(len(alone[split]) for split in alone) == 20
+    (kind,) = made["left_out"]
+    found = made["left_out"][kind]
+    assert (kind, found["count"], found["possible_images"]) == ("further frames of images", 80, False)
+    assert found["first"].endswith(f" {stacks / '00.tif'}")
+    prepare(str(stacks), tmp_path / "several", strict, workers=2)
+    assert contents(tmp_path / "several") == contents(tmp_path / "alone")
+
+    def interrupt(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(stacks), tmp_path / "continued", strict, progress=interrupt)
+    record = json.loads((tmp_path / "continued.partial" / "0-00000.done.json").read_text())
+    assert record["further_frames"] == {"count": 40, "first": found["first"]}
+    prepare(str(stacks), tmp_path / "continued", strict)
+    assert contents(tmp_path / "continued") == contents(tmp_path / "alone")
+    for number in (1, 2):
+        prepare_part(str(stacks), tmp_path / "merged", strict, (number, 2))
+    assert merge(tmp_path / "merged").manifest["made"] == made
+
+
 def test_interrupted_work_is_continued(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
     def interrupt(done: int, total: int) -> None:
         if done >= 20:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.data.archives import TokenRows, token_palette
-from igpt.data.left_out import BAD, UNLABELLED, LeftOut
+from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut
 from igpt.data.palette import Palette
 from igpt.data.readers import Reader, name_of_image
 from igpt.data.sources import ColumnConfig, open_whole
@@ -129,7 +129,11 @@ def gather_images(
                 found = f"{reader.name_of(row - first)} holds tokens {image.min()} to {image.max()}"
                 raise InputError(f"{found}, and the palette has {len(palette)} colours (from 0)")
             try:
-                tokens[len(rows)], lost = (image, 0) if ready else _quantised(transform(image)[0], palette)
+                if ready:
+                    tokens[len(rows)], lost, further = image, 0, 0
+                else:
+                    pixels, _, further = transform.squares_of(image)
+                    tokens[len(rows)], lost = _quantised(pixels[0], palette)
             except InputError as error:
                 skipped.append(f"{reader.name_of(row - first)}: {error}")
                 allowance.require_decoded(skipped, len(wanted))
@@ -138,6 +142,8 @@ def gather_images(
             rows.append(row)
             labels.append(label)
             names.append(name_of_image(image, row))
+            if further:
+                left_out.add(FRAMES, names[-1], count=further)
             if label < 0 and class_names:
                 left_out.add(UNLABELLED, names[-1])
             if progress:

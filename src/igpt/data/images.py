@@ -155,6 +155,19 @@ def highest_level(image: Image.Image) -> int | None:
     return int(np.asarray(image).max())
 
 
+def further_frames(image: Image.Image) -> int:
+    """Return how many frames an image file has after its first one; 1 if there are some and they cannot be counted.
+
+    Counting may move the file's position: decode the first frame before. Layers of PSD files are no frames.
+    """
+    if image.format == "PSD":
+        return 0
+    try:
+        return max(0, int(getattr(image, "n_frames", 1)) - 1)
+    except Exception:  # of any type: what follows the first frame may be malformed, and the first frame is good
+        return int(vars(image).get("is_animated", False))
+
+
 def orientation(image: Image.Image) -> Image.Transpose | None:
     """What brings an image upright by its EXIF orientation; None if it is."""
     # Not Pillow's `exif_transpose`, which also writes the metadata anew, and fails where that cannot be done.

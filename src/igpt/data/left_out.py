@@ -17,6 +17,7 @@ OUTSIDE = "images outside the folders of the splits"
 BAD = "images that do not decode"
 UNLABELLED = "labels (the images are kept without one)"
 COLUMNS = "columns"
+FRAMES = "further frames of images"
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz", ".zst", ".lz4")
 _HEIC = (".heic", ".heif", ".hif")
 _KINDS_SHOWN = 12

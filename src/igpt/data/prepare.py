@@ -23,7 +23,7 @@ from pydantic import AfterValidator, Field
 
 from igpt.data.archives import TokenRows
 from igpt.data.fit import PaletteConfig, given_palette, palette_notes, settle_palette, transform_of
-from igpt.data.left_out import BAD, UNLABELLED, Allowance, LeftOut
+from igpt.data.left_out import BAD, FRAMES, UNLABELLED, Allowance, LeftOut
 from igpt.data.palette import Palette, StoredPalette
 from igpt.data.pool import running
 from igpt.data.readers import Reader, name_of_image
@@ -74,7 +74,7 @@ def _with_train(images: dict[str, int]) -> dict[str, int]:
     return images
 
 
-class _Unlabelled(Stored):
+class _Counted(Stored):
     count: Count
     first: str
 
@@ -90,13 +90,15 @@ class Record(Stored):
     Attributes:
         unlabelled: images without a label, where others have one.
         levels_16: images of 16-bit grey levels, and the highest level.
+        further_frames: frames of image files after the first, and the first image with any.
     """
 
     images: Count
     shards: dict[str, Shard]
     skipped: list[str]
-    unlabelled: _Unlabelled | None = None
+    unlabelled: _Counted | None = None
     levels_16: _Levels | None = None
+    further_frames: _Counted | None = None
 
 
 class _PlanConfig(Stored):
@@ -178,7 +180,7 @@ class _Work:
         tokens: dict[str, list[NDArray[np.uint16]]] = defaultdict(list)
         labels: dict[str, list[int]] = defaultdict(list)
         skipped: list[str] = []
-        unlabelled, levels = list[str](), list[int]()
+        unlabelled, levels, frames = list[str](), list[int](), LeftOut()
         reader = self.readers[job.reader]
         count = 0
         for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=False):
@@ -186,7 +188,7 @@ class _Work:
             if not -1 <= label < self.classes:
                 raise InputError(f"{reader.name_of(row)} has the class {label}, and there are {self.classes} (from 0)")
             try:
-                made, level = self._tokens(reader, image, split, row)
+                made, level, further = self._tokens(reader, image, split, row)
             except InputError as error:
                 skipped.append(f"{split} {reader.name_of(row)}: {error}")
                 self.allowance.require_decoded(skipped, self.reading)
@@ -194,6 +196,8 @@ class _Work:
                 tokens[split].append(made)
                 labels[split] += [label] * len(made)
                 levels += [] if level is None else [level]
+                if further:
+                    frames.add(FRAMES, f"{split} {name_of_image(image, row)}", count=further)
                 if label < 0 and self.classes:
                     unlabelled.append(f"{split} {name_of_image(image, row)}")
         if count < len(job.rows):
@@ -213,18 +217,21 @@ class _Work:
             result["unlabelled"] = {"count": len(unlabelled), "first": unlabelled[0]}
         if levels:
             result["levels_16"] = {"images": len(levels), "highest": max(levels)}
+        if frames:
+            entry = frames.entries[FRAMES]
+            result["further_frames"] = {"count": entry.count, "first": entry.first}
         write_json(self.folder / job.record, result)
         return result
 
-    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> tuple[NDArray[np.uint16], int | None]:
-        """Return the tokens of an image, [max(V, 1), n], and the highest level of a 16-bit one."""
+    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> tuple[NDArray[np.uint16], int | None, int]:
+        """Return the tokens of an image, [max(V, 1), n], the highest level of a 16-bit one, and its further frames."""
         if isinstance(reader, TokenRows):
             if image.min() < 0 or image.max() >= len(self.palette):
                 raise InputError(f"tokens {image.min()} to {image.max()} in a palette of {len(self.palette)} colours")
-            return np.asarray(image, dtype=np.uint16)[None], None
+            return np.asarray(image, dtype=np.uint16)[None], None, 0
         transform = transform_of(self.config, self.config.views if split == "train" else 0)
-        squares, level = transform.with_level(image, (self.config.seed, row))
-        return self.palette.transform(squares).reshape(len(squares), -1), level
+        pixels, level, further = transform.squares_of(image, (self.config.seed, row))
+        return self.palette.transform(pixels).reshape(len(pixels), -1), level, further
 
 
 def prepare(
@@ -505,13 +512,13 @@ def write_dataset(folder: Path, plan: Mapping[str, Any], records: list[dict[str,
         made={key: plan[key] for key in ("config", "images", "palette_error")}
         | {
             "skipped": skipped,
-            "left_out": _left_out(plan, records).to_json(),
-            "warnings": [*plan.get("warnings", []), *_dark_levels(records)],
+            "left_out": with_records(plan, records).to_json(),
+            "warnings": warnings_of(plan, records),
         },
     )
 
 
-def _left_out(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> LeftOut:
+def with_records(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> LeftOut:
     """Return what was left out when the source was opened, and what the records add."""
     left_out = LeftOut.from_json(plan.get("left_out", {}), PLAN)
     for record in records:
@@ -519,7 +526,14 @@ def _left_out(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> LeftOut
             left_out.add(BAD, record["skipped"][0], count=len(record["skipped"]), possible_images=True)
         if unlabelled := record.get("unlabelled"):
             left_out.add(UNLABELLED, unlabelled["first"], count=unlabelled["count"])
+        if frames := record.get("further_frames"):
+            left_out.add(FRAMES, frames["first"], count=frames["count"])
     return left_out
+
+
+def warnings_of(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    """Return the warnings of when the source was opened, and those of the records."""
+    return [*plan.get("warnings", []), *_dark_levels(records)]
 
 
 def _dark_levels(records: list[dict[str, Any]]) -> list[str]:

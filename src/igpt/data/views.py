@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt.data.images import highest_level, load, open_image, orientation, to_rgb
+from igpt.data.images import further_frames, highest_level, load, open_image, orientation, to_rgb
 from igpt.errors import InputError
 
 Filter = Literal["area", "nearest", "bilinear", "bicubic", "lanczos"]
@@ -31,6 +31,20 @@ class Box(NamedTuple):
     left: int
     top: int
     side: int
+
+
+class Squares(NamedTuple):
+    """What an image gives.
+
+    Attributes:
+        pixels: uint8 [V, R, R, 3].
+        highest_level: of 16-bit grey levels; None for images of other kinds.
+        further_frames: frames of the file after the first, which are not used.
+    """
+
+    pixels: NDArray[np.uint8]
+    highest_level: int | None
+    further_frames: int
 
 
 @dataclass(frozen=True)
@@ -68,11 +82,18 @@ class Transform:
         Raises:
             InputError: the image does not decode, or its pixels have no known range.
         """
-        return self.with_level(image, seed)[0]
+        return self.squares_of(image, seed).pixels
 
-    def with_level(self, image: Any, seed: tuple[int, ...] = ()) -> tuple[NDArray[np.uint8], int | None]:
-        """Return the squares of an image, and its highest level if it has 16-bit grey levels; see `__call__`."""
+    def squares_of(self, image: Any, seed: tuple[int, ...] = ()) -> Squares:
+        """Return the squares of an image, and what else is to be known of it; see `__call__`."""
         opened = open_image(image)
+        pixels = self._pixels(image, opened, seed)
+        level = highest_level(opened)
+        # Last, because it moves the file's position. A caller's own image stays as it is.
+        frames = 0 if opened is image else further_frames(opened)
+        return Squares(pixels, level, frames)
+
+    def _pixels(self, image: Any, opened: Image.Image, seed: tuple[int, ...]) -> NDArray[np.uint8]:
         # A caller's own image stays whole: it may be decoded already, or used again.
         reducible = opened is not image and opened.format == "JPEG" and self.filter == "area" and not self.full_decode
         if not reducible:
@@ -84,11 +105,11 @@ class Transform:
         if min(width, height) == 0:
             raise InputError("the image has no pixels")
         if min(width, height) <= self.size:
-            return self._small(to_rgb(load(opened)))[None], highest_level(opened)
+            return self._small(to_rgb(load(opened)))[None]
         boxes = self._boxes(width, height, seed)
         reduction = self._reduction(opened, turn is not None) if reducible else 1
         rgb = to_rgb(load(opened, reduction))
-        return np.stack([self._square(rgb, box, reduction) for box in boxes]), highest_level(opened)
+        return np.stack([self._square(rgb, box, reduction) for box in boxes])
 
     def _boxes(self, width: int, height: int, seed: tuple[int, ...]) -> list[Box]:
         shorter = min(width, height)
