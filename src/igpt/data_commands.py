@@ -64,10 +64,10 @@ def palette(source: Positional[str], flags: Any, out: MaybeOut = None, config: P
     print_left_out(left_out, warnings, out.with_suffix(".json"))
 
 
-def print_left_out(left_out: "LeftOut", warnings: Sequence[str], where: Path) -> None:
+def print_left_out(left_out: "LeftOut", warnings: Sequence[str], where: Path, *, what: str = "left out") -> None:
     """Print what was left out of a source, in one line, and each warning in one."""
     if left_out:
-        print(f"left out: {left_out.text()}{left_out.advice()}; {where} lists it")
+        print(f"{what}: {left_out.text()}{left_out.advice()}; {where} lists it")
     for warning in warnings:
         print(f"warning: {warning}")
 

@@ -346,4 +346,5 @@ def _likelihood(result: Mapping[str, Any]) -> str:
 def _tell_skipped(images: "Gathered", target: Path) -> None:
     from igpt.data_commands import print_left_out
 
-    print_left_out(images.left_out, images.notes, target)
+    what = f"left out when {images.source} was prepared" if images.prepared else "left out"
+    print_left_out(images.left_out, images.notes, target, what=what)

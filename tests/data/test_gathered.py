@@ -1,6 +1,7 @@
 """Images for a model, from any source: what is taken, how it is named, what it loses."""
 
 import io
+import json
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -154,6 +155,38 @@ def test_bad_images_are_listed_or_too_many(write_folder: Write, palette: Palette
     for index in range(5):
         (folder / f"{index}.png").write_text("no picture")
     assert "no image of" in refusal(folder, palette, max_bad=1)
+
+
+def test_what_a_token_data_set_left_out_is_reported(write_folder: Write, tmp_path: Path, palette: Palette) -> None:
+    folder = write_folder("some", *(f"{number}.png" for number in range(20)))
+    (folder / "notes.txt").write_text("of the images")
+    (folder / "07.png").write_bytes(b"broken")
+    data = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=4, colors=8, max_bad=0.1))
+    made = data.manifest["made"]
+    found = gather_tokens(data, GatherConfig(limit=1)).to_json()
+    counts = {kind: entry["count"] for kind, entry in found["left_out"].items()}
+    assert counts == {"files ending in .txt": 1, "images that do not decode": 1}
+    assert {key: found[key] for key in ("skipped", "left_out", "warnings")} == {
+        key: made[key] for key in ("skipped", "left_out", "warnings")
+    }
+    assert len(found["skipped"]) == 1
+    assert found["left_out_of"] == "the token data set, all splits"
+    (folder / "07.png").unlink()
+    assert gather_images(str(folder), palette, 6, ALL).to_json()["left_out_of"] == "these images"
+
+
+def test_a_malformed_list_of_what_was_left_out_is_named(digits: TokenDataset, tmp_path: Path) -> None:
+    folder = tmp_path / "tokens"
+    shutil.copytree(digits.path, folder)
+    manifest = json.loads((folder / "dataset.json").read_text())
+    manifest["made"] |= {"left_out": {"files": 3}, "warnings": ["dark"]}
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"dataset\.json: left_out\.files: .*") as caught:
+        gather_tokens(TokenDataset(folder), ALL)
+    assert "\n" not in str(caught.value)
+    manifest["made"]["left_out"] = {}
+    (folder / "dataset.json").write_text(json.dumps(manifest))
+    assert gather_tokens(TokenDataset(folder), ALL).to_json()["warnings"] == ["dark"]
 
 
 def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) -> None:

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.data.archives import TokenRows, token_palette
-from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut
+from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut, left_out_of
 from igpt.data.palette import Palette
 from igpt.data.readers import Reader, name_of_image
 from igpt.data.sources import ColumnConfig, open_whole
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens import MANIFEST, TokenDataset, TokenSplit
 from igpt.data.views import Transform
 from igpt.errors import InputError
 
@@ -47,6 +47,8 @@ class Gathered:
         skipped: images that do not decode, with the reasons.
         left_out: everything that the source has and that is not among the images.
         notes: what a person should know of the source, a line each.
+        prepared: whether the images are of a token data set: then `skipped`, `left_out` and `notes` are those of when
+            it was prepared, and concern all of its splits.
     """
 
     source: str
@@ -59,6 +61,7 @@ class Gathered:
     skipped: list[str]
     left_out: LeftOut = field(default_factory=LeftOut)
     notes: list[str] = field(default_factory=list)
+    prepared: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -73,8 +76,16 @@ class Gathered:
 
     def to_json(self) -> dict[str, Any]:
         """What results are written with."""
-        told = {"source": self.source, "split": self.split, "images": len(self), "palette_error": self.palette_error}
-        return told | {"skipped": self.skipped, "left_out": self.left_out.to_json(), "warnings": self.notes}
+        return {
+            "source": self.source,
+            "split": self.split,
+            "images": len(self),
+            "palette_error": self.palette_error,
+            "skipped": self.skipped,
+            "left_out": self.left_out.to_json(),
+            "left_out_of": "the token data set, all splits" if self.prepared else "these images",
+            "warnings": self.notes,
+        }
 
 
 def gather_tokens(data: TokenDataset, config: GatherConfig) -> Gathered:
@@ -90,10 +101,23 @@ def gather_tokens(data: TokenDataset, config: GatherConfig) -> Gathered:
     rows = _drawn(len(split), config)
     if len(rows) < len(split):
         split = TokenSplit(split.name, [split.rows(rows)], [split.labels_of(rows)])
-    error = data.manifest["made"].get("palette_error") or None
+    made = data.manifest["made"]
+    error = made.get("palette_error") or None
     if error:
         error = {"mse": error["mse"], "psnr_db": error["psnr_db"], "measured_on": "training images"}
-    return Gathered(str(data.path), split.name, split, rows, None, data.class_names, error, [])
+    return Gathered(
+        str(data.path),
+        split.name,
+        split,
+        rows,
+        None,
+        data.class_names,
+        error,
+        made.get("skipped", []),
+        left_out_of(made, str(data.path / MANIFEST)),
+        made.get("warnings", []),
+        prepared=True,
+    )
 
 
 def gather_images(
