@@ -1,5 +1,6 @@
 """The web page, served on loopback and called by a program: its pictures are the model's, mistakes are words."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -40,7 +41,7 @@ from igpt.model.generate import draw
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
 from igpt.page.answers import _webp_sides, require_moderate, write_examples
-from igpt.page.guard import delete_unused, names_of
+from igpt.page.guard import Guard, delete_unused, names_of
 from igpt.pictures import pictures, tokens_of_files
 
 GREYS = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))
@@ -319,6 +320,14 @@ def test_names_of_other_addresses() -> None:
         assert names_of(host) == (frozenset({"localhost", "127.0.0.1", "::1", host}), False)
 
 
+def test_the_machines_full_name_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "gethostname", lambda: "Worker")
+    monkeypatch.setattr(socket, "getfqdn", lambda: "Worker.example.org.")
+    names, _ = names_of("0.0.0.0")
+    assert {"worker", "worker.local", "worker.example.org"} <= names
+    assert "worker.example.org" not in names_of("127.0.0.1")[0]
+
+
 SAMPLES: list[Any] = [
     [],
     [1],
@@ -467,6 +476,62 @@ def test_uploads_at_once_are_limited_and_their_ends_noticed(client: Client, capf
                 taken = True
     assert taken
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_other_requests_take_no_share_of_the_uploads(client: Client) -> None:
+    """Idle requests that state 20 MB each do not keep the page from answering."""
+    port = int(client.src.rsplit(":", 1)[1].strip("/"))
+    head = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n"
+    head += "Content-Type: application/json\r\n\r\n{"
+    with contextlib.ExitStack() as open_connections:
+        for _ in range(12):
+            connection = open_connections.enter_context(socket.create_connection((LOOPBACK, port), timeout=60))
+            connection.sendall(head.encode())
+        body = {"data": [2, 1, 0]}
+        for _ in range(3):
+            assert ask(client, "POST", "/gradio_api/call/sample", body)[0] == 200
+
+
+@pytest.mark.parametrize("path", ["upload", "queue/join"])
+def test_requests_whose_bodies_do_not_arrive_are_ended(
+    path: str, model: ImageGPT, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("igpt.app._ARRIVAL", 0.2)
+    page = start(model, LOOPBACK, 0)
+    try:
+        with socket.create_connection((LOOPBACK, page.server_port), timeout=60) as connection:
+            head = f"POST /gradio_api/{path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2000\r\n"
+            head += "Content-Type: multipart/form-data; boundary=q\r\n\r\n--q\r\n"
+            connection.sendall(head.encode())
+            with connection.makefile("rb") as answer:
+                said = answer.read()  # up to the end: the connection is closed
+    finally:
+        page.close(verbose=False)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"the request did not arrive in time\n" in said
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("length", [0, 3])
+def test_work_on_a_request_that_has_arrived_may_take_longer(length: int, tmp_path: Path) -> None:
+    async def program(scope: Any, receive: Any, send: Any) -> None:
+        await receive()
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": bytes(length), "more_body": False}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    sent: list[Any] = []
+    settings: dict[str, Any] = {"names": frozenset({"localhost"}), "any_number": False, "uploads": tmp_path}
+    guard = Guard(program, **settings, largest=100, most=1000, seconds=60, arrival=0.01)
+    headers = [(b"host", b"localhost"), (b"content-length", str(length).encode())]
+    asyncio.run(guard({"type": "http", "method": "POST", "path": "/x", "headers": headers}, receive, send))
+    assert [message.get("status") for message in sent] == [200, None]
 
 
 def test_uploads_that_are_gone_are_told(client: Client, photo: Path) -> None:

@@ -49,6 +49,7 @@ _WAITING = 8  # requests at most in the queue; who comes then is told so
 _AT_ONCE = 2  # drawings at once; further ones wait, and see their place in the queue
 _TURN = "Waiting for a turn ..."  # until the first words of the work
 _UPLOADS = 200  # MB of all uploads; those that were not used for the longest time are deleted beyond it
+_ARRIVAL = 60  # seconds in which the body of a request has to arrive
 _UNUSED = 15 * 60  # seconds after which an upload that nobody uses is deleted from the disk
 _CLEANING = 60  # seconds between two looks for them
 _MB = 1 << 20
@@ -272,6 +273,7 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
         largest=_UPLOAD * _MB,
         most=_UPLOADS * _MB,
         seconds=_UNUSED,
+        arrival=_ARRIVAL,
     )
     options["app_kwargs"] = {"middleware": [guard]}
     page.launch(server_name=f"[{host}]" if ":" in host else host, server_port=port, **options)

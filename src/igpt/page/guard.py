@@ -22,8 +22,8 @@ class Guard:
 
     - A request must address the machine by a name that `names_of` has: a page of another site could otherwise have its
       own name resolve to this machine, and read everything here with a visitor's browser.
-    - A request has a stated length. One larger than a file may be, or more of them at once than the uploads may take,
-      are refused.
+    - A request has a stated length. One larger than a file may be, or more uploads at once than the folder of uploads
+      may take, are refused. One whose body does not arrive in time is ended.
     - Whatever goes wrong in the program is one line on the console, and an error as the answer.
 
     Args:
@@ -33,6 +33,7 @@ class Guard:
         largest: bytes of a file.
         most: bytes of all files; the oldest are deleted beyond it.
         seconds: files that were not used for so long are deleted.
+        arrival: seconds in which the body of a request has to arrive.
     """
 
     def __init__(
@@ -45,10 +46,12 @@ class Guard:
         largest: int,
         most: int,
         seconds: float,
+        arrival: float,
     ) -> None:
         self.program, self.names, self.any_number = program, names, any_number
         self.uploads, self.largest, self.most, self.seconds = uploads, largest, most, seconds
-        self.arriving = 0  # bytes of the requests that are being received
+        self.arrival = arrival
+        self.arriving = 0  # bytes of the uploads that are being received
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Handle a connection."""
@@ -61,13 +64,16 @@ class Guard:
             await _answer(scope, send, *refusal)
             return
         length = _length(headers) or 0
+        arrival = self.arrival if length else None
+        if not _is_upload(scope):
+            await self._run(scope, receive, send, arrival)
+            return
         self.arriving += length
         try:
-            await self._run(scope, receive, send)
+            await self._run(scope, receive, send, arrival)
         finally:
             self.arriving -= length
-            if scope["path"].rstrip("/").endswith("/upload"):
-                await asyncio.to_thread(delete_unused, self.uploads, self.most, self.seconds)
+            await asyncio.to_thread(delete_unused, self.uploads, self.most, self.seconds)
 
     def _refusal(self, scope: Message, headers: list[tuple[bytes, str]]) -> tuple[int, str] | None:
         """Return the status and the reason to refuse a request with, or None."""
@@ -84,11 +90,12 @@ class Guard:
             return 411, "a request states its length"
         if length > self.largest + _MARGIN:
             return 413, f"a file has at most {self.largest >> 20} MB"
-        if self.arriving + length > self.most:
+        if _is_upload(scope) and self.arriving + length > self.most:
             return 503, "too much is being uploaded at once; try again"
         return None
 
-    async def _run(self, scope: Message, receive: Receive, send: Send) -> None:
+    async def _run(self, scope: Message, receive: Receive, send: Send, arrival: float | None) -> None:
+        """Run the program, and end it if the body of the request has not arrived after `arrival` seconds."""
         begun = ended = False
 
         async def watched(message: Message) -> None:
@@ -97,9 +104,23 @@ class Guard:
             ended = message["type"] == "http.response.body" and not message.get("more_body")
             await send(message)
 
+        async def received() -> Message:
+            message = await receive()
+            waiting = limit.when() is not None and not limit.expired()
+            if waiting and not message.get("more_body"):
+                limit.reschedule(None)
+            return message
+
         try:
-            await self.program(scope, receive, watched)
+            async with asyncio.timeout(arrival) as limit:
+                await self.program(scope, received, watched)
         except Exception as error:
+            if limit.expired():
+                if not begun:
+                    await _answer(scope, send, 408, "the request did not arrive in time")
+                elif not ended:
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                return
             if type(error).__name__ == "ClientDisconnect":  # Starlette's: nobody is left to be answered
                 return
             reason = " ".join(str(error).split())[:200]
@@ -109,6 +130,11 @@ class Guard:
                 await _answer(scope, send, 400, "this page cannot answer such a request")
             elif not ended:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _is_upload(scope: Message) -> bool:
+    path: str = scope["path"]
+    return path.rstrip("/").endswith("/upload")
 
 
 async def _answer(scope: Message, send: Send, status: int, reason: str) -> None:
@@ -129,8 +155,9 @@ def names_of(host: str) -> tuple[frozenset[str], bool]:
     names = {"localhost", "127.0.0.1", "::1", _name(f"[{host}]" if ":" in host else host)}
     if _is_loopback(host):
         return frozenset(names), False
-    full = socket.gethostname().lower()
-    return frozenset(names | {full, full.partition(".")[0], f"{full.partition('.')[0]}.local"}), True
+    own = socket.gethostname().lower()
+    short = own.partition(".")[0]
+    return frozenset(names | {own, short, f"{short}.local", _name(socket.getfqdn())}), True
 
 
 def _is_loopback(host: str) -> bool:
