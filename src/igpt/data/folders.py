@@ -305,7 +305,7 @@ def split_folders(names: Any, *, asked: bool) -> SplitFolders:
 
 
 def _levels(names: Any) -> list[_Level]:
-    """Return the folder itself, and the folders below it as long as each is the only one and holds almost all images."""
+    """Return the folder itself, and the folders below it while each is the only one and holds almost all images."""
     import pyarrow.compute as pc
 
     levels, folder = list[_Level](), ""
