@@ -143,7 +143,7 @@ def test_pictures_and_texts_beside_parquet(write_parquet: Write, picture: Pictur
     assert found(folder) == {
         "files ending in .md": (1, "README.md", False),
         "image files beside the .parquet files": (1, "preview.png", True),
-        "columns": (2, "a", False),
+        "columns": (2, "a, b", False),
     }
 
 

@@ -60,7 +60,7 @@ def test_csv_as_programs_write_it(write_folder: Write, form: str):
         quoted = '"' + word.replace('"', '""') + '"'
         lines.append(f"{home}{number}.png,{quoted}")
     if form == "blank lines":
-        lines[3:3] = ["", ""]
+        lines[3:3] = ["", "  ", "\t"]
     if form == "spaces":
         lines = [line.replace("label", " label ") for line in lines]
     if form == "other columns":
@@ -88,20 +88,23 @@ def test_csv_as_programs_write_it(write_folder: Write, form: str):
         ),
         ("file_name\tlabel\n0.png\ta\n", r"is it separated by '\t'? commas are needed"),
         ("file_name,label,label\n", "has two columns 'label'"),
-        (csv(["a"] * 9) + "0.png,b\n", "lists '0.png' twice; one row for each image is needed"),
+        (
+            csv(["a"] * 9) + "0.png,b\n",
+            "lists '0.png' twice, with the classes 'a' and 'b'; one class for each image is needed",
+        ),
         (csv(["a"] * 9) + "10.png,b\n", "lists '10.png', which is not in "),
         (csv(["a"] * 9) + "../nine/0.png,b\n", "lists '../nine/0.png', which is not in "),
         (csv(["a"] * 9) + "/etc/passwd,b\n", "lists '/etc/passwd', which is not in "),
         (csv(["a"] * 9) + f"{'x' * 300}.png,b\n", "which is not in "),
         (csv(["a", "b, c"]), "line 3: 3 cells where the header has 2; put cells with commas into quotation marks"),
-        (csv(["a"]) + "1.png\n", "line 3: 1 cells where the header has 2"),
+        (csv(["a"]) + "1.png\n", "line 3: 1 cells where the header has 2\n"),
         (csv(["a"]) + ",b\n", "row 3: file_name is ''; the name of one file is needed"),
         (csv(["a"]) + '1.png,"b"c\n', "is not readable as CSV: line 3"),
     ],
 )
 def test_csv_that_is_refused(nine: Path, text: str, message: str):
     (nine / "metadata.csv").write_text(text)
-    assert message in refusal(nine)
+    assert message in refusal(nine) + "\n"
 
 
 def test_metadata_that_are_no_utf_8(nine: Path):
@@ -171,14 +174,13 @@ def test_the_column_that_is_named(nine: Path):
     (nine / "metadata.csv").write_text("\n".join(lines))
     source = open_source(str(nine), SourceConfig(label_column="kind"))
     assert labelled(source, nine) == {f"{number}.png": "ab"[number % 2] for number in range(9)}
-    assert counts(source) == {"columns of metadata.csv": (2, "label")}
+    assert counts(source) == {"columns of metadata.csv": (2, "label, text")}
     assert "has no column 'kinf'; did you mean 'kind'?" in refusal(nine, label_column="kinf")
     source = open_source(str(nine), SourceConfig(label_column="none"))
     assert (source.class_names, source.notes) == (None, [])
 
 
 def test_without_a_column_of_classes_there_are_none(write_folder: Write):
-    """The folders are no classes either: they may be anything where metadata describe the images."""
     folder = write_folder("captions", *(f"{split}/{number}.png" for split in ("test", "train") for number in range(9)))
     rows = "".join(f"{split}/{number}.png,hello,7\n" for split in ("test", "train") for number in range(9))
     (folder / "metadata.csv").write_text(f"file_name,text,bbox\n{rows}")
@@ -275,3 +277,70 @@ def test_annotations_that_do_not_fit(tiny: Path):
     assert f"{path}, line 2: 'val_0.png' is listed twice" in refusal(tiny)
     path.write_text("val_0.png\tn03\n")
     assert "validation has 1 that train has not ('n03')" in refusal(tiny)
+
+
+def test_captions_leave_the_classes_to_the_folders(write_folder: Write):
+    files = {f"{kind}/{number}.png": kind for kind in "ab" for number in range(9)}
+    folder = write_folder("captions", *files)
+    (folder / "metadata.csv").write_text("file_name,text\n" + "".join(f"{file},hello\n" for file in files))
+    source = open_source(str(folder))
+    assert labelled(source, folder) == files
+    assert source.notes == [
+        "the classes are the folders: metadata.csv has the columns text; --label-column names a column of classes"
+    ]
+    assert counts(source) == {"columns of metadata.csv": (1, "text")}
+    assert open_source(str(folder), SourceConfig(label_column="none")).class_names is None
+
+
+def test_unused_columns_are_named(nine: Path):
+    names = [f"c{number}" for number in range(12)]
+    rows = "".join(f"{number}.png,{'ab'[number % 2]}{',1' * 12}\n" for number in range(9))
+    (nine / "metadata.csv").write_text(f"file_name,label,{','.join(names)}\n{rows}")
+    left_out = open_source(str(nine)).left_out
+    assert left_out.text() == "columns of metadata.csv: 12 (c0, c1, c2, c3, c4, c5, c6, c7, c8, c9 and 2 more)"
+
+
+@pytest.mark.parametrize("settings", [{}, {"label_column": "none"}])
+def test_several_rows_of_an_image(nine: Path, settings: dict[str, str]):
+    """Such as one for each box: they are one where they have the same class, or where there are no classes."""
+    last = "8.png,b\n" if settings else "8.png,c\n"
+    (nine / "metadata.csv").write_text(csv(["a", "b", "c"] * 3) + "0.png,a\n0.png,a\n" + last)
+    source = open_source(str(nine), SourceConfig(**settings))
+    expected = dict.fromkeys(f"{number}.png" for number in range(9))
+    if not settings:
+        expected = {f"{number}.png": "abc"[number % 3] for number in range(9)}
+    assert labelled(source, nine) == expected
+    assert counts(source)["further rows of metadata.csv"] == (3, "0.png")
+
+
+def test_a_table_that_does_not_describe_the_images(nine: Path):
+    (nine / "metadata.csv").write_text("camera,year\nx,2019\n")
+    advice = "call the column of file names file_name, or give the file another name if it does not describe images"
+    assert f"has no column 'file_name'; its columns: 'camera', 'year'; {advice}" in refusal(nine)
+    source = open_source(str(nine), SourceConfig(label_column="none"))
+    assert counts(source) == {"metadata files without a column file_name": (1, "metadata.csv")}
+    assert len(labelled(source, nine)) == 9
+
+
+def test_file_names_that_are_relative_to_another_folder(write_folder: Write):
+    folder = write_folder("home", *(f"sub/deep/{number}.png" for number in range(9)), "top.png")
+    path = folder / "sub" / "metadata.csv"
+    path.write_text("file_name,label\n0.png,a\n")
+    rule = "file_name is relative to the folder of the metadata file, and"
+    assert refusal(folder) == (
+        f"{path} lists '0.png', which is not in {folder}/sub; {rule} {folder}/sub/deep/0.png has that name: "
+        "write 'deep/0.png'"
+    )
+    path.write_text("file_name,label\n../top.png,a\n")
+    assert refusal(folder) == (
+        f"{path} lists '../top.png', which is not in {folder}/sub; {rule} {folder}/top.png has that name: put the "
+        f"metadata file into {folder} for it"
+    )
+
+
+def test_a_class_in_another_unicode_form(write_folder: Write):
+    files = [f"{split}/{number}.png" for split in ("train", "test") for number in range(9)]
+    folder = write_folder("forms", *files)
+    (folder / "train" / "metadata.csv").write_text(csv(["\u00e9", "b", "c"] * 3))
+    (folder / "test" / "metadata.csv").write_text(csv(["e\u0301", "b", "c"] * 3))
+    assert "has the same letters as a class of train in another Unicode form" in refusal(folder)

@@ -269,3 +269,29 @@ def test_what_datasets_has_saved(tmp_path: Path, columns: dict[str, list[Any]]):
     assert list(splits["test"].read(np.arange(8))) == found[12:]
     (arrow, *_) = sorted((tmp_path / "several" / "train").glob("*.arrow"))
     assert whole(arrow) == (found[:12], ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("values", "names"), [(["cat", "dog"], ["cat", "dog"]), ([10, 9], ["9", "10"]), ([True, False], ["False", "True"])]
+)
+def test_a_column_called_label_has_the_classes(
+    write_parquet: Write, columns: dict[str, list[Any]], values: list[object], names: list[str]
+):
+    rows = {"image": columns["image"], "label": values * 10, "text": ["hello"] * 20}
+    source = write_parquet("labelled.parquet", rows)
+    found, classes = whole(source)
+    assert classes == names
+    assert [classes[label] for _, label in found] == list(map(str, values)) * 10
+    opened = open_source(str(source))
+    assert (opened.notes, opened.left_out.text()) == ([], "columns: 1 (text)")
+
+
+def test_columns_of_which_none_has_classes_are_named(write_parquet: Write, columns: dict[str, list[Any]]):
+    source = write_parquet("others.parquet", columns)
+    note = f"no labels: {source} has the columns word, number, half, list; --label-column names one"
+    assert open_source(str(source)).notes == [note]
+    assert open_source(str(source), SourceConfig(label_column="none")).notes == []
+    rows = {"image": columns["image"], "label": columns["half"]}
+    opened = open_source(str(write_parquet("fractions.parquet", rows)))
+    assert opened.class_names is None
+    assert opened.notes[0].endswith("fractions.parquet has the columns label; --label-column names one")

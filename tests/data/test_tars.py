@@ -196,7 +196,7 @@ def test_several_images_in_a_sample(tmp_path: Path, picture: Picture):
         members += [(f"{number}.left.png", picture(number)), (f"{number}.right.JPG", picture(100 + number, "JPEG"))]
     file = write_tar(tmp_path / "a.tar", members)
     with pytest.raises(
-        InputError, match=r"have several images; name one with --image-column: \['left\.png', 'right\.jpg'\]"
+        InputError, match=r"have several images; name one with --image-column: left\.png, right\.jpg; members"
     ):
         open_source(str(file))
     for column, offset, form in (("left.png", 0, "PNG"), ("right.jpg", 100, "JPEG")):
@@ -385,3 +385,26 @@ def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
     peak, name, label = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     assert (name, label) == ("4999.png", "0")
     assert int(peak) < 5_000_000  # 0.2 MB, and 2 MB where Python's table of interned strings doubles meanwhile
+
+
+def test_tars_without_classes_name_what_they_have(tmp_path: Path, picture: Picture):
+    members = []
+    for number in range(10):
+        members += [(f"{number}.png", picture(number)), (f"{number}.txt", b"a cat"), (f"{number}.json", b"{}")]
+    file = write_tar(tmp_path / "a.tar", members)
+    assert open_source(str(file)).notes == [
+        "no labels: no training sample has a .cls member (there are members ending in .txt, .json); --label-column "
+        "names the ending of other members, or a field of the .json ones"
+    ]
+    assert open_source(str(file), SourceConfig(label_column="none")).notes == []
+
+
+def test_dots_in_the_names_of_images(tmp_path: Path, picture: Picture):
+    file = write_tar(tmp_path / "a.tar", [(f"img.v1.{number}.png", picture(number)) for number in range(10)])
+    with pytest.raises(InputError) as caught:
+        open_source(str(file))
+    assert str(caught.value) == (
+        f"samples of {file} have several images; name one with --image-column: v1.0.png, v1.1.png, v1.2.png, v1.3.png, "
+        "v1.4.png and 5 more; members whose names agree up to the first dot are one sample, such as img.v1.0.png and "
+        "img.v1.1.png"
+    )

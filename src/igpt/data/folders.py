@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.data.left_out import ARCHIVES, HIDDEN, SPECIAL, LeftOut
+from igpt.data.left_out import ARCHIVES, HIDDEN, SPECIAL, LeftOut, listed
 from igpt.data.metadata import ANNOTATIONS, FILE_NAMES, describe, read_annotations
 from igpt.data.readers import (
     Column,
@@ -346,16 +347,10 @@ def _splits_by_words(level: _Level) -> SplitFolders:
         return SplitFolders({splits_of.get(top, top): f"{level.folder}{top}" for top in level.tops}, [note])
     source = f"give the folder {level.folder} and " if level.folder else ""
     note = (
-        f"the names of {_listed(named)} contain the names of splits, and they are not taken as splits; if they are, "
+        f"the names of {listed(named)} contain the names of splits, and they are not taken as splits; if they are, "
         f"{source}--train-split, --validation-split and --test-split name them"
     )
     return SplitFolders({"train": ""}, [note])
-
-
-def _listed(names: Sequence[str], most: int = 10) -> str:
-    """Return names in one line, and how many more there are."""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _first_parts(names: Any) -> Any:
@@ -398,9 +393,9 @@ def open_images(
 ) -> Opened:
     """Open the splits of a folder of images, and find its classes.
 
-    Metadata files name the classes where there are any. Otherwise the class of an image is the first folder below its
-    split, at any depth, where the training images lie in two or more. A few images directly below the split have no
-    label.
+    Metadata files name the classes where they have a column of classes. Otherwise the class of an image is the first
+    folder below its split, at any depth, where the training images lie in two or more; one folder around these does
+    not matter. A few images outside these folders have no label.
 
     Args:
         splits: the folder that holds each split, "train" among them.
@@ -416,10 +411,11 @@ def open_images(
     if label not in (None, "none") and not listing.metadata:
         raise InputError(f"{folder} has no column {label!r}: the classes of images in folders are their folders")
     names, words, left_out, notes = listing.images, None, LeftOut(), list[str]()
+    columns, further = "", False
     if listing.metadata:
         described = describe(folder, names, listing.metadata, label)
         left_out.update(described.left_out)
-        notes += [described.note] if described.note else []
+        columns, further = described.columns, described.further
         names = pc.filter(names, described.kept)
         if described.words is not None:
             words = pc.filter(described.words, described.kept)
@@ -433,12 +429,16 @@ def open_images(
     if words is not None:
         classes = {split: pc.filter(words, parts[split]) for split in splits}
         trained = sort_classes(_values(classes["train"]))
-    elif label is None and not listing.metadata:
+    elif label is None:
         of_splits = {f"{top}/{ANNOTATIONS}": split for split, top in splits.items() if split != "train"}
         annotated = {of_splits[file]: file for file in listing.annotations if file in of_splits}
         classes, found = _folder_classes(folder, splits, inside, annotated)
         notes += found
         trained = sorted(_values(classes["train"])) if classes else []
+        if listing.metadata and trained:
+            notes.append(f"the classes are the folders: {columns}; --label-column names a column of classes")
+        elif listing.metadata:
+            notes = [f"no labels: {columns}; --label-column names one" if further else f"no labels: {columns}"]
     else:
         trained = []
     for file in listing.annotations:
@@ -566,8 +566,15 @@ def require_known(trained: Iterable[str], others: Mapping[str, Iterable[str]], s
             shown = ", ".join(map(repr, strange[:3])) + (", ..." if len(strange) > 3 else "")
             raise InputError(
                 f"{source}: the labels disagree between splits: {split} has {len(strange)} that train has not "
-                f"({shown}); mend them, or leave labels out with --label-column none"
+                f"({shown}{_other_form(strange, trained)}); mend them, or leave labels out with --label-column none"
             )
+
+
+def _other_form(strange: Iterable[str], trained: Iterable[str]) -> str:
+    """Return which class of training has the same letters in another Unicode form as a strange one, in words."""
+    known = {unicodedata.normalize("NFC", name) for name in trained}
+    same = next((name for name in strange if unicodedata.normalize("NFC", name) in known), None)
+    return f"; {same!r} has the same letters as a class of train in another Unicode form" if same else ""
 
 
 def split_tars(names: Iterable[str], *, asked: bool) -> dict[str, list[str]]:
@@ -600,6 +607,7 @@ def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: st
     counts: dict[str, list[int]] = {split: [] for split in splits}
     classes: dict[str, set[str]] = {split: set() for split in splits}
     left_out = LeftOut()
+    further = dict[str, None]()  # the endings of members that are not used, in the order of their first ones
     for split, path in ((split, path) for split, tars in splits.items() for path in tars):
         count, images = 0, 0
         for entry in entries_of(path):
@@ -609,7 +617,11 @@ def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: st
             count += 1
             endings = [ending for ending in entry.members if is_image_ending(ending)]
             if image is None and len(endings) > 1:
-                raise InputError(f"samples of {path} have several images; name one with --image-column: {endings}")
+                raise InputError(
+                    f"samples of {path} have several images; name one with --image-column: {listed(endings, 5)}; "
+                    f"members whose names agree up to the first dot are one sample, such as "
+                    f"{' and '.join(entry.members[ending].name for ending in endings[:2])}"
+                )
             has_image = bool(endings) if image is None else image in entry.members
             images += has_image
             value = entry.value(column) if column else None
@@ -619,6 +631,7 @@ def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: st
             for ending in (ending for ending in entry.members if has_image and ending not in used):
                 name = f"{path.name}: {entry.members[ending].name}"
                 left_out.add(f"further members of samples {ending_of(name)}", name)
+                further.setdefault(ending, None)
         if count and not images:
             raise InputError(f"{path} holds no images" + (f" that end in .{image}" if image else ""))
         counts[split].append(count)
@@ -630,7 +643,14 @@ def open_tars(splits: Mapping[str, Sequence[Path]], image: str | None, label: st
     readers: dict[str, Reader] = {
         split: TarSamples(tuple(tars), tuple(counts[split]), image, numbered) for split, tars in splits.items()
     }
-    return Opened(readers, names or None, left_out, [])
+    notes = list[str]()
+    if label is None and not names:
+        found = f" (there are members ending in {listed([f'.{ending}' for ending in further])})" if further else ""
+        notes.append(
+            f"no labels: no training sample has a .cls member{found}; --label-column names the ending of other "
+            "members, or a field of the .json ones"
+        )
+    return Opened(readers, names or None, left_out, notes)
 
 
 def _add_stray(left_out: LeftOut, path: Path, member: StrayMember) -> None:

@@ -35,7 +35,7 @@ class Entry:
 
     Attributes:
         count: how many.
-        first: the name of the first one.
+        first: the name of the first one; of columns, the names of up to ten.
         possible_images: whether they are images, or files that may be or hold some: these count against `max_bad`.
     """
 
@@ -75,7 +75,7 @@ class LeftOut:
     def text(self, *, only_possible_images: bool = False) -> str:
         """Return everything in one line: "files ending in .heic: 30 (first: a.heic); ..."."""
         told = [
-            f"{kind}: {entry.count} (first: {entry.first})"
+            f"{kind}: {entry.count} ({'' if kind.startswith(COLUMNS) else 'first: '}{entry.first})"
             for kind, entry in self.entries.items()
             if entry.possible_images or not only_possible_images
         ]
@@ -127,6 +127,12 @@ def left_out_of(made: Mapping[str, Any], where: str) -> LeftOut:
     if skipped:
         left_out.add(BAD, skipped[0], count=len(skipped), possible_images=True)
     return left_out
+
+
+def listed(names: Sequence[str], most: int = 10) -> str:
+    """Return names in one line, and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _printable(name: str) -> str:

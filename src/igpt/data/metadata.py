@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from igpt.data.left_out import UNLISTED, LeftOut
+from igpt.data.left_out import UNLISTED, LeftOut, listed
 from igpt.data.readers import is_missing, opened_parquet, word_of
 from igpt.errors import InputError, suggest
 from igpt.files import require_regular
@@ -32,14 +32,16 @@ class Described:
     Attributes:
         kept: whether an image is used, an Arrow array of booleans [N]: listed, or below no metadata file.
         words: the class of each image, an Arrow array of strings [N], null without one; None without classes.
-        left_out: images that are not listed, and columns that are not used.
-        note: why there are no classes, where there are none and none were declined.
+        left_out: images that are not listed, and columns, rows and files that are not used.
+        columns: which columns there are, in words.
+        further: whether there are others than `file_name`.
     """
 
     kept: Any
     words: Any | None
     left_out: LeftOut
-    note: str | None
+    columns: str
+    further: bool
 
 
 def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) -> Described:
@@ -57,39 +59,48 @@ def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) 
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    homes = _homes(folder, files)
-    columns = {file: _columns(folder / file) for file in files}
-    column = _label_column(folder, files, columns, label)
-    left_out = LeftOut()
-    for file in files:
-        unused = [name for name in columns[file] if name not in (FILE_NAME, column)]
-        if unused:
-            left_out.add(f"columns of {PurePosixPath(file).name}", unused[0], count=len(unused))
+    columns, left_out = {file: _columns(folder / file) for file in files}, LeftOut()
+    if label == "none":
+        for file in [file for file in files if FILE_NAME not in columns[file]]:
+            left_out.add(f"metadata files without a column {FILE_NAME}", file)
+            del columns[file]
+    homes = _homes(folder, columns)
+    for file, found in columns.items():
+        if FILE_NAME not in found:
+            raise _no_file_name(folder / file, found)
+    column = _label_column(folder, list(columns), columns, label)
+    unused: dict[str, dict[str, None]] = {}  # columns by the name of the file, in their order
+    for file, names_of_columns in columns.items():
+        others = [name for name in names_of_columns if name not in (FILE_NAME, column)]
+        unused.setdefault(PurePosixPath(file).name, {}).update(dict.fromkeys(others))
+    for file_name, others_of in unused.items():
+        if others_of:
+            left_out.add(f"columns of {file_name}", listed(list(others_of)), count=len(others_of))
     position = pa.nulls(len(names), pa.int64())  # of each image's row among all rows
     owned = pc.is_valid(position)
     values, rows = [], 0
     for home in sorted(homes, key=lambda home: (-home.count("/"), home)):
         file = homes[home]
-        listed, words = _read(folder / file, column if column in columns[file] else None)
+        described, words, repeated = _read(folder / file, column if column in columns[file] else None)
+        if repeated:
+            left_out.add(f"further rows of {PurePosixPath(file).name}", repeated[0], count=len(repeated))
         inside = pc.starts_with(names, home)
         own = pc.and_(inside, pc.invert(owned))
         relative = pc.utf8_slice_codeunits(names, len(home))
-        _require_there(folder / file, listed, pc.filter(relative, inside))
-        found = pc.index_in(relative, value_set=listed)
-        position = pc.if_else(own, pc.add(found.cast(pa.int64()), rows), position)
+        _require_there(folder, file, described, pc.filter(relative, inside), names)
+        row = pc.index_in(relative, value_set=described)
+        position = pc.if_else(own, pc.add(row.cast(pa.int64()), rows), position)
         owned = pc.or_(owned, own)
         values.append(words)
-        rows += len(listed)
+        rows += len(described)
     kept = pc.or_(pc.is_valid(position), pc.invert(owned))
     dropped = pc.filter(names, pc.invert(kept))
     if len(dropped):
         left_out.add(UNLISTED, dropped[0].as_py(), count=len(dropped), possible_images=True)
     words = pc.take(pa.concat_arrays(values), position) if column else None
-    note = None
-    if column is None and label is None:
-        known = list(dict.fromkeys(name for file in files for name in columns[file] if name != FILE_NAME))
-        note = f"no labels: {files[0]} has {_told(known)}" + ("; --label-column names one" if known else "")
-    return Described(kept, words, left_out, note)
+    known = list(dict.fromkeys(name for file in columns for name in columns[file] if name != FILE_NAME))
+    told = f"{files[0]} has {f'the columns {listed(known)}' if known else f'no column but {FILE_NAME}'}"
+    return Described(kept, words, left_out, told, bool(known))
 
 
 def read_annotations(path: Path) -> dict[str, str]:
@@ -137,23 +148,41 @@ def _label_column(folder: Path, files: Sequence[str], columns: dict[str, list[st
     return named.pop() if len(named) == 1 else None
 
 
-def _told(columns: Sequence[str]) -> str:
-    return f"the columns {', '.join(columns)}" if columns else "no column but file_name"
+def _require_there(folder: Path, file: str, described: Any, images: Any, names: Any) -> None:
+    """Refuse a list with a file that is not there. Files that are there and are no images are counted elsewhere.
 
-
-def _require_there(path: Path, listed: Any, images: Any) -> None:
-    """Refuse a list with a file that is not there. Files that are there and are no images are counted elsewhere."""
+    Args:
+        described: the file names that the metadata file lists.
+        images: those in its folder and below, relative to it.
+        names: those in the whole folder.
+    """
     import pyarrow.compute as pc
 
-    for value in pc.filter(listed, pc.invert(pc.is_in(listed, value_set=images))):
+    path = folder / file
+    for value in pc.filter(described, pc.invert(pc.is_in(described, value_set=images))):
         name = value.as_py()
         inside = not name.startswith("/") and ".." not in name.split("/")
         if not inside or not os.path.exists(path.parent / name):  # noqa: PTH110  no name is an error to it
-            raise InputError(f"{path} lists {name!r}, which is not in {path.parent}")
+            base = PurePosixPath(name).name
+            same = pc.filter(names, pc.or_(pc.ends_with(names, f"/{base}"), pc.equal(names, base)))
+            advice = ""
+            if len(same) == 1:
+                advice = (
+                    f"; {FILE_NAME} is relative to the folder of the metadata file, and "
+                    f"{folder / same[0].as_py()} has that name: {_where(folder / same[0].as_py(), path)}"
+                )
+            raise InputError(f"{path} lists {name!r}, which is not in {path.parent}{advice}")
+
+
+def _where(image: Path, metadata: Path) -> str:
+    """Return how a metadata file can list an image."""
+    if image.is_relative_to(metadata.parent):
+        return f"write {image.relative_to(metadata.parent).as_posix()!r}"
+    return f"put the metadata file into {Path(os.path.commonpath([image.parent, metadata.parent]))} for it"
 
 
 def _columns(path: Path) -> list[str]:
-    """Return the names of the columns, `file_name` among them."""
+    """Return the names of the columns."""
     require_regular(path)
     if path.suffix == ".parquet":
         with opened_parquet(str(path)) as parquet:
@@ -162,19 +191,31 @@ def _columns(path: Path) -> list[str]:
         names = list(dict.fromkeys(name for _, row in _json_rows(path) for name in row))
     else:
         names = next((cells for _, cells in _csv_rows(path)), [])
-    if FILE_NAME not in names:
-        found = ", ".join(map(repr, names)) or "none"
-        wrong = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
-        advice = f"; is it separated by {wrong[0]!r}? commas are needed" if wrong else ""
-        raise InputError(f"{path} has no column {FILE_NAME!r}; its columns: {found}{advice}")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(f"{path} has two columns {twice[0]!r}")
     return names
 
 
-def _read(path: Path, column: str | None) -> tuple[Any, Any]:
-    """Return the listed file names and their classes, Arrow arrays of strings [R]; classes may be null."""
+def _no_file_name(path: Path, names: Sequence[str]) -> InputError:
+    found = listed(list(map(repr, names))) or "none"
+    wrong = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
+    if wrong:
+        advice = f"is it separated by {wrong[0]!r}? commas are needed"
+    else:
+        advice = (
+            f"call the column of file names {FILE_NAME}, or give the file another name if it does not describe images"
+        )
+    return InputError(f"{path} has no column {FILE_NAME!r}; its columns: {found}; {advice}")
+
+
+def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
+    """Return what a metadata file lists; several rows of an image are one where they have the same class.
+
+    Returns:
+        The file names and their classes, Arrow arrays of strings [R], classes may be null; and the file names of
+        further rows.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -195,11 +236,22 @@ def _read(path: Path, column: str | None) -> tuple[Any, Any]:
         flush()
     except UnicodeEncodeError as error:
         raise InputError(f"{path} holds {error.object!r}, which is not UTF-8") from None
-    listed = pa.concat_arrays(names)
-    if len(pc.unique(listed)) < len(listed):
-        twice = next(entry["values"] for entry in pc.value_counts(listed) if entry["counts"].as_py() > 1)
-        raise InputError(f"{path} lists {twice.as_py()!r} twice; one row for each image is needed")
-    return listed, pa.concat_arrays(words)
+    described, classes = pa.concat_arrays(names), pa.concat_arrays(words)
+    if len(pc.unique(described)) == len(described):
+        return described, classes, []
+    seen, kept, repeated = dict[str, str | None](), list[int](), list[str]()
+    for row, (name, word) in enumerate(zip(described.to_pylist(), classes.to_pylist(), strict=True)):
+        if name not in seen:
+            seen[name] = word
+            kept.append(row)
+        elif seen[name] == word:
+            repeated.append(name)
+        else:
+            raise InputError(
+                f"{path} lists {name!r} twice, with the classes {seen[name]!r} and {word!r}; one class for each image "
+                "is needed"
+            )
+    return described.take(pa.array(kept)), classes.take(pa.array(kept)), repeated
 
 
 def _pairs(path: Path, column: str | None) -> Iterator[tuple[str, str | None]]:
@@ -249,22 +301,22 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows with their lines, the header first; empty lines are no rows."""
+    """Yield the rows with their lines, the header first; empty lines, and lines of spaces, are no rows."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header: list[str] | None = None
             for cells in reader:
-                if not cells:
+                if not cells or (len(cells) == 1 and not cells[0].strip()):
                     continue
                 if header is None:
                     header = [cell.strip() for cell in cells]
                     yield reader.line_num, header
                     continue
                 if len(cells) != len(header):
+                    advice = "; put cells with commas into quotation marks" if len(cells) > len(header) else ""
                     raise InputError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}; put "
-                        "cells with commas into quotation marks"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}{advice}"
                     )
                 yield reader.line_num, cells
     except UnicodeDecodeError as error:

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field
 
 from igpt.data.folders import Opened, require_known, sort_classes
-from igpt.data.left_out import COLUMNS, LeftOut
+from igpt.data.left_out import COLUMNS, LeftOut, listed
+from igpt.data.metadata import LABEL
 from igpt.data.readers import Column, ParquetRows, Reader, TableRows, is_missing, opened_parquet, word_of
 from igpt.errors import InputError, suggest
 from igpt.files import Stored, read_json, require_regular
@@ -105,7 +106,10 @@ def open_tables(tables: Mapping[str, Table], source: str, image_column: str | No
     label = _label_column(features, label_column, source)
     for split, table in tables.items():
         if image not in table.features or (label is not None and label not in table.features):
-            raise InputError(f"{source}: split {split!r} lacks the columns of the training split ({image}, {label})")
+            advice = "; --label-column none leaves labels out" if image in table.features else ""
+            raise InputError(
+                f"{source}: split {split!r} lacks the columns of the training split ({image}, {label}){advice}"
+            )
     names = _class_names(tables, label, source)
     typed = label is not None and hasattr(features[label], "names")
     column = None
@@ -114,9 +118,12 @@ def open_tables(tables: Mapping[str, Table], source: str, image_column: str | No
     left_out = LeftOut()
     unused = [name for name in features if name not in (image, label)]
     if unused:
-        left_out.add(COLUMNS, unused[0], count=len(unused))
+        left_out.add(COLUMNS, listed(unused), count=len(unused))
+    notes = list[str]()
+    if label is None and label_column is None and unused:
+        notes.append(f"no labels: {source} has the columns {listed(unused)}; --label-column names one")
     readers: dict[str, Reader] = {split: table.rows(image, column) for split, table in tables.items()}
-    return Opened(readers, names, left_out, [])
+    return Opened(readers, names, left_out, notes)
 
 
 def _class_names(tables: Mapping[str, Table], label: str | None, source: str) -> list[str] | None:
@@ -180,7 +187,10 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) 
         return "fine_label"
     if len(labels) > 1:
         raise InputError(f"{source} has several label columns; name one with --label-column from: {', '.join(labels)}")
-    return labels[0] if labels else None
+    if labels:
+        return labels[0]
+    kind = getattr(features.get(LABEL), "dtype", "")  # numbers with fractions are no classes
+    return LABEL if kind.startswith(("int", "uint", "string", "large_string", "bool")) else None
 
 
 def _no_classes(column: str, feature: Any, source: str) -> InputError:
