@@ -189,6 +189,32 @@ def test_it_says_which_transformers_computes_the_model(short_run: Path, heads: i
     assert ("**transformers 5.21 or later is needed.** Versions 4.57 to 5.20 divide" in card) == (heads != 2)
 
 
+def test_what_the_data_set_left_out_is_counted_without_paths(
+    short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    run, tokens = tmp_path / "run", tmp_path / "tokens"
+    shutil.copytree(short_run, run)
+    shutil.copytree(digits.path, tokens)
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"tokens": str(tokens)}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    manifest = json.loads((tokens / "dataset.json").read_text())
+    entry = {"count": 1200, "first": "train /home/me/x.tif", "possible_images": False}
+    manifest["made"] |= {
+        "config": {"palette": "/home/me/colours.npy"},
+        "left_out": {"further frames of images": entry, "files ending in .txt": entry | {"count": 2}},
+        "warnings": ["all colours of the palette /home/me/colours.npy lie in 0..1"],
+    }
+    (tokens / "dataset.json").write_text(json.dumps(manifest))
+    card = write_card(run, NAME).read_text()
+    assert facts_of(card)["left out"] == "further frames of images: 1,200; files ending in .txt: 2"
+    assert facts_of(card)["warning"] == "all colours of the palette colours.npy lie in 0..1"
+    assert "/home/me" not in card
+    manifest["made"]["palette_error"] = {"mse": 2.0, "psnr_db": "high"}
+    (tokens / "dataset.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"dataset\.json: made\.palette_error\.psnr_db = 'high'"):
+        write_card(run, NAME)
+
+
 def test_what_is_no_card_or_license_is_one_line(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)

@@ -74,6 +74,13 @@ LINES = [
     {"kind": "resume", "step": 100},
     {"kind": "end", "step": 100, "best": 0.5, "best_step": 100, "seconds": 1.5},
 ]
+MADE = {
+    "config": {"palette": None},
+    "palette_error": {"mse": 2.5, "psnr_db": 44.2},
+    "skipped": ["train a.png: empty"],
+    "left_out": {"images that do not decode": {"count": 1, "first": "train a.png: empty", "possible_images": True}},
+    "warnings": ["nearly black"],
+}
 CONFIG = {"tokens": "tokens", "steps": 100, "batch_size": 4, "n_layer": 2, "objective": "bert", "betas": [0.9, 0.95]}
 
 
@@ -95,7 +102,8 @@ def run(tmp_path: Path) -> Path:
         "samples.json": how,
         "completions.json": how,
         "test.json": TEST,
-        "../tokens/dataset.json": {"source": "digits", "class_names": ["a"], "splits": {"train": {"count": 9}}},
+        "../tokens/dataset.json": {"source": "digits", "class_names": ["a"], "splits": {"train": {"count": 9}}}
+        | {"made": MADE},
     }.items():
         (run / name).write_text(json.dumps(value))
     (run / "metrics.jsonl").write_text(json.dumps(LINES[0]) + "\n")
@@ -122,7 +130,7 @@ def refused_in_one_line(act: Callable[[], object], name: str, what: str) -> bool
         ("model/preprocessor_config.json", 40),
         ("samples.json", 50),
         ("completions.json", 50),
-        ("../tokens/dataset.json", 40),
+        ("../tokens/dataset.json", 120),
     ],
 )
 def test_a_malformed_file_gives_a_page_or_one_line(run: Path, name: str, least: int) -> None:

@@ -201,6 +201,22 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(bare):
     assert "Linear probe, " not in page.text
 
 
+def test_what_the_data_set_left_out_and_its_warnings_are_on_the_page(whole, tmp_path):
+    path = tmp_path / "tokens" / "dataset.json"
+    manifest = json.loads(path.read_text())
+    assert "left out" not in read(write_report(whole)).text
+    frames = {"count": 80, "first": "train /home/x.tif", "possible_images": False}
+    manifest["made"] = {"left_out": {"further frames of images": frames}, "warnings": ["nearly black"]}
+    path.write_text(json.dumps(manifest))
+    text = read(write_report(whole)).text
+    assert "left out further frames of images: 80 (first: train /home/x.tif)" in text
+    assert "warning nearly black" in text
+    manifest["made"]["warnings"] = "nearly black"
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"dataset\.json: made\.warnings = 'nearly black'"):
+        write_report(whole)
+
+
 def test_before_the_first_validation_the_model_has_no_loss_to_compare(bare):
     lines = (bare / "metrics.jsonl").read_text().splitlines()
     (bare / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")

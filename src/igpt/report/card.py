@@ -188,11 +188,28 @@ def _data(run: Run) -> list[tuple[str, str]]:
     if isinstance(error, dict) and isinstance(error.get("mse"), int | float):
         exact, psnr = error.get("psnr_db") is None, f"{error.get('psnr_db') or 0:.1f} dB PSNR"
         rows.append(("error of the palette", "none" if exact else f"{error['mse']:.1f} a channel (squared), {psnr}"))
+    if run.left_out:
+        # Without the names: the first one may be a path of this machine.
+        rows.append(("left out", "; ".join(f"{_plain(kind)}: {count}" for kind, count in _counts(run))))
+    rows += [("warning", _plain(_without_folders(warning, run))) for warning in run.warnings]
     classes = _classes(run)
     if classes:
         more = f", and {len(classes) - _MOST_CLASSES} more" if len(classes) > _MOST_CLASSES else ""
         rows.append((plural(len(classes), "class", "classes"), ", ".join(map(_code, classes[:_MOST_CLASSES])) + more))
     return rows
+
+
+def _counts(run: Run) -> list[tuple[str, str]]:
+    """How much of each kind the data set left out."""
+    return [(kind, number(entry.count)) for kind, entry in run.left_out.entries.items()]
+
+
+def _without_folders(text: str, run: Run) -> str:
+    """Text in which the images' source and the given palette are named without the folders that they are in."""
+    config = (run.manifest.get("made") or {}).get("config") or {}
+    for path in filter(None, (config.get("palette"), run.source)):
+        text = text.replace(path, short_source(path))
+    return text
 
 
 def _training(run: Run) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from igpt.config import read_settings
+from igpt.data.left_out import LeftOut, left_out_of
 from igpt.data.palette import Palette
 from igpt.data.tokens import MANIFEST
 from igpt.errors import InputError
@@ -100,12 +101,36 @@ class _Split(Stored):
     count: Count | None = None
 
 
+class _PaletteError(Stored):
+    """What the palette costs."""
+
+    mse: Number | None = None
+    psnr_db: Number | None = None
+
+
+class _MadeConfig(Stored):
+    """Settings of `prepare`, as far as they are shown."""
+
+    palette: str | None = None
+
+
+class _Made(Stored):
+    """How a token data set was made, as far as it is shown."""
+
+    config: _MadeConfig | None = None
+    palette_error: _PaletteError | None = None
+    skipped: list[str] | None = None
+    left_out: dict[str, Any] = Field(default_factory=dict)  # see `igpt.data.left_out`
+    warnings: list[str] | None = None
+
+
 class _Manifest(Stored):
     """`dataset.json`, as far as it is shown."""
 
     source: str | None = None
     class_names: list[str] | None = None
     splits: dict[str, _Split] | None = None
+    made: _Made | None = None
 
 
 class _Drawing(Stored):
@@ -172,6 +197,24 @@ class Run:
         """The images' source as the user named it, or else where their tokens are."""
         names = (self.start.get("source"), self.manifest.get("source"), self.config.get("tokens"))
         return str(next((name for name in names if name), self.path.resolve().name))
+
+    @cached_property
+    def left_out(self) -> LeftOut:
+        """What was left out when the token data set was prepared; empty where its manifest is not at hand.
+
+        Raises:
+            InputError: the manifest's entry is malformed.
+        """
+        return left_out_of(self._made, str(Path(str(self.config.get("tokens"))) / MANIFEST))
+
+    @property
+    def warnings(self) -> list[str]:
+        """The warnings of when the token data set was prepared."""
+        return self._made.get("warnings") or []
+
+    @property
+    def _made(self) -> dict[str, Any]:
+        return self.manifest.get("made") or {}
 
     @property
     def unit(self) -> str:

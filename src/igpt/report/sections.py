@@ -265,6 +265,9 @@ def fact_tables(run: Run) -> list[Table]:
     if names:
         more = f", and {len(names) - 20} more" if len(names) > 20 else ""
         rows.append((plural(len(names), "class", "classes"), ", ".join(map(str, names[:20])) + more))
+    if run.left_out:
+        rows.append(("left out", run.left_out.text()))
+    rows += [("warning", warning) for warning in run.warnings]
     settings = [(key, "none" if value is None else str(value)) for key, value in flat(run.config).items()]
     machine = [(key, "none" if value is None else str(value)) for key, value in flat(run.environment).items()]
     return [
