@@ -71,11 +71,11 @@ def _holding(path: Path, file: Path) -> Iterator[None]:
 
 @contextmanager
 def _held_by_us(file: Path, path: Path) -> Iterator[None]:
-    descriptor = _acquire(file, path)
     released = Event()
-    _held.add(file)
-    Thread(target=_keep_fresh, args=(file, released), daemon=True).start()
+    descriptor = _acquire(file, path)
     try:
+        _held.add(file)
+        Thread(target=_keep_fresh, args=(file, released), daemon=True).start()
         yield
     finally:
         released.set()
@@ -93,6 +93,7 @@ def _acquire(file: Path, path: Path) -> int:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
+        locked = False
         try:
             locked = _try_lock(descriptor)
             if _is_same(descriptor, file):
@@ -103,7 +104,12 @@ def _acquire(file: Path, path: Path) -> int:
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, json.dumps(_myself()).encode(), 0)
                 return descriptor
-        except BaseException:
+        except InputError:
+            os.close(descriptor)
+            raise
+        except BaseException:  # Ctrl-C
+            if locked and _is_same(descriptor, file):
+                file.unlink(missing_ok=True)
             os.close(descriptor)
             raise
         os.close(descriptor)  # its owner removed the file after it was opened here

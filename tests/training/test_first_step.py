@@ -154,7 +154,8 @@ def test_control_c_before_the_loop_ends_in_a_line_and_nothing_half_written(
         command.send(signal.SIGINT)
         assert command.code() == 130, command.out + command.err
         assert command.complaint
-        assert not list(run.glob(".*")), "neither a lock nor a temporary file"
+        # A lock that was just being made may stay; whoever comes next takes it over.
+        assert not [path for path in run.glob(".*") if path.name != ".lock"], "no temporary file"
         if run.exists() and has_begun(run):
             shutil.rmtree(run)  # it was faster than the signal, and has saved
     assert pretraining.pretrain is pretrain
