@@ -220,6 +220,8 @@ def _supervise(case: Case, samples: Path, home: Path, main: Main, limits: Limits
 
 
 def _text(path: Path) -> str:
+    if not path.exists():  # it was ended before it came to that
+        return ""
     with path.open("rb") as file:
         return file.read(1 << 20).decode("utf-8", "replace")
 
