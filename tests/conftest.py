@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -25,6 +26,9 @@ from igpt.cli import main
 from igpt.data import palette
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens import TokenDataset
+
+# A shell that starts the tests with `&` lets them ignore Ctrl-C, and so all processes that they start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
