@@ -7,8 +7,8 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 
 FLOORS = .venv-floors
-CORE = tests/golden tests/model tests/data tests/evaluation tests/training/test_pretrain.py \
-	tests/training/test_resume.py tests/training/test_finetune.py tests/training/test_checkpoints.py tests/test_cli.py \
+CORE = tests/golden tests/model tests/sampling tests/data tests/evaluation tests/training/test_pretrain.py \
+	tests/training/test_resume.py tests/training/test_finetune.py tests/training/test_checkpoints.py tests/cli/test_cli.py \
 	tests/test_config.py tests/test_files.py tests/test_locks.py tests/test_readme.py
 
 .PHONY: demo docs test test-floors install chromium clean
@@ -55,8 +55,7 @@ test-floors: chromium
 	$(FLOORS)/bin/ruff check
 	$(FLOORS)/bin/ruff format --check
 	NO_MKDOCS_2_WARNING=1 $(FLOORS)/bin/mkdocs build --strict --site-dir $(FLOORS)/site
-	$(FLOORS)/bin/pytest --numprocesses 2 --dist worksteal tests/parity tests/report tests/test_app.py \
-		tests/test_page_in_browser.py
+	$(FLOORS)/bin/pytest --numprocesses 2 --dist worksteal tests/parity tests/report tests/webapp
 
 clean:
 	rm -rf $(VENV) $(FLOORS) site .mypy_cache .pytest_cache .ruff_cache

@@ -1,8 +1,9 @@
 """How fast training batches are made, what stays resident, and what making them one ahead gains.
 
-A synthetic token set is read in three ways (held in memory; mapped while rows are read; every shard mapped for good),
-warm and with the page cache emptied before every batch, and a small model is trained on it with and without
-prefetching. Every measurement is a process of its own; the cases take turns, and medians are told.
+A synthetic token set is read in three ways (held in memory; mapped while rows are read; every shard
+mapped for good), warm and with the page cache emptied before every batch, and a small model is
+trained on it with and without prefetching. Every measurement is a process of its own; the cases
+take turns, and medians are told.
 
     OMP_NUM_THREADS=1 python benchmarks/batches.py --gigabytes 4
 """
@@ -22,9 +23,9 @@ import numpy as np
 import tyro
 from common import record
 
-from igpt.data.batches import Batches
-from igpt.data.palette import Palette
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.images.palette import Palette
+from igpt.data.tokens.batches import Batches
+from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.training import trainer
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
@@ -47,14 +48,26 @@ class Settings:
 def write_tokens(folder: Path, settings: Settings) -> int:
     """Writes the token set: the number of training images."""
     generator = np.random.default_rng(settings.seed)
-    tokens = generator.integers(0, COLORS, SHARD_BYTES // 2, dtype=np.uint16).reshape(-1, settings.resolution**2)
+    tokens = generator.integers(0, COLORS, SHARD_BYTES // 2, dtype=np.uint16).reshape(
+        -1, settings.resolution**2
+    )
     labels = np.zeros(len(tokens), np.int32)
     count = max(1, round(settings.gigabytes * 1e9 / tokens.nbytes))
     folder.mkdir()
-    shards = {name: [write_shard(folder, f"{name}-00000", tokens[:64], labels[:64])] for name in SPLITS}
-    shards["train"] = [write_shard(folder, f"train-{number:05d}", tokens, labels) for number in range(count)]
-    about = {"palette": Palette.from_centers(generator.uniform(-1, 1, (COLORS, 3))), "class_names": None, "made": {}}
-    write_manifest(folder, resolution=settings.resolution, splits=shards, source="a benchmark", **about)
+    shards = {
+        name: [write_shard(folder, f"{name}-00000", tokens[:64], labels[:64])] for name in SPLITS
+    }
+    shards["train"] = [
+        write_shard(folder, f"train-{number:05d}", tokens, labels) for number in range(count)
+    ]
+    about = {
+        "palette": Palette.from_centers(generator.uniform(-1, 1, (COLORS, 3))),
+        "class_names": None,
+        "made": {},
+    }
+    write_manifest(
+        folder, resolution=settings.resolution, splits=shards, source="a benchmark", **about
+    )
     return count * len(tokens)
 
 
@@ -80,7 +93,9 @@ def read(folder: Path, settings: Settings, way: str, cold: bool) -> dict[str, fl
     if way == "plain map":
         split = TokenSplit("train", [np.load(file, mmap_mode="r") for file in files], [])
     room = split.nbytes if way == "held" else 0
-    batches = Batches(split, settings.resolution, settings.batch_size, settings.seed, held_bytes=room)
+    batches = Batches(
+        split, settings.resolution, settings.batch_size, settings.seed, held_bytes=room
+    )
     batches.tokens(0)
     step, spent = 0, 0.0
     while spent < settings.seconds:
@@ -90,7 +105,10 @@ def read(folder: Path, settings: Settings, way: str, cold: bool) -> dict[str, fl
         batches.tokens(step)
         spent += time.perf_counter() - began
         step += 1
-    return {"images_per_second": step * settings.batch_size / spent, "resident_mb": resident_mb() - before}
+    return {
+        "images_per_second": step * settings.batch_size / spent,
+        "resident_mb": resident_mb() - before,
+    }
 
 
 @contextmanager
@@ -104,11 +122,20 @@ def train(folder: Path, settings: Settings, prefetched: bool) -> dict[str, float
     if not prefetched:
         trainer.Prefetch = direct  # type: ignore[misc, assignment]
     shape = {"n_layer": 1, "n_embd": 32, "n_head": 1, "objective": "bert", "flip": True, "shift": 4}
-    sizes = {"batch_size": settings.batch_size, "steps": settings.updates, "log_every": 1, "validation_images": 8}
+    sizes = {
+        "batch_size": settings.batch_size,
+        "steps": settings.updates,
+        "log_every": 1,
+        "validation_images": 8,
+    }
     rest = {"tokens": folder, "seed": settings.seed, "precision": "fp32"}
     with tempfile.TemporaryDirectory(dir=settings.scratch) as run:
         pretrain(PretrainConfig.layered(shape, sizes, rest), Path(run) / "run")
-        lines = [line for line in read_metrics(Path(run) / "run" / "metrics.jsonl") if line["kind"] == "train"]
+        lines = [
+            line
+            for line in read_metrics(Path(run) / "run" / "metrics.jsonl")
+            if line["kind"] == "train"
+        ]
     rates = [line["images_per_second"] for line in lines[settings.updates // 3 :]]
     return {"updates_per_second": float(np.median(rates)) / settings.batch_size}
 
@@ -139,7 +166,10 @@ def main(settings: Settings) -> None:
     medians = {}
     for name, runs in found.items():
         medians[name] = row = {key: float(np.median([run[key] for run in runs])) for key in runs[0]}
-        print(f"{name:26}" + "".join(f"{value:14,.1f} {key.replace('_', ' ')}" for key, value in row.items()))
+        print(
+            f"{name:26}"
+            + "".join(f"{value:14,.1f} {key.replace('_', ' ')}" for key, value in row.items())
+        )
     about = {key: value for key, value in asdict(settings).items() if key != "scratch"}
     record("batches", {"settings": about, "images": images, "medians": medians, "runs": found})
 

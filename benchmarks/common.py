@@ -40,7 +40,9 @@ def cifar10(folder: Path, split: str, count: int, seed: int) -> NDArray[np.uint8
     """
     files = sorted(folder.rglob(f"{split}-*.parquet"))
     if not files:
-        raise InputError(f"no {split}-*.parquet of CIFAR-10 below {folder}; give its folder with --data")
+        raise InputError(
+            f"no {split}-*.parquet of CIFAR-10 below {folder}; give its folder with --data"
+        )
     column = pq.read_table(files, columns=["img"]).column("img")
     if count > len(column):
         raise InputError(f"the {split} split has {len(column)} images, not {count}; ask for fewer")

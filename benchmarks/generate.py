@@ -1,12 +1,13 @@
 """How fast images are drawn from iGPT-S at 32 px, beside transformers' `generate` and a full pass for every pixel.
 
-    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024 tokens
-    python benchmarks/generate.py --batches 1 64 256           # GPU
+    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024
+    tokens python benchmarks/generate.py --batches 1 64 256           # GPU
 
-Weights are random; no speed depends on them. Contenders take turns. The bound is what a step must read (weights and
-the cache so far) over the rate at which this machine reads memory, measured here. A full pass costs the same at every
-place (the released code runs all n of them), so that few are timed; transformers' cost a token is taken from all of its
-tokens, or with --most from the first so many of both.
+Weights are random; no speed depends on them. Contenders take turns. The bound is what a step must
+read (weights and the cache so far) over the rate at which this machine reads memory, measured here.
+A full pass costs the same at every place (the released code runs all n of them), so that few are
+timed; transformers' cost a token is taken from all of its tokens, or with --most from the first so
+many of both.
 """
 
 import os
@@ -18,12 +19,12 @@ import common
 import torch
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import cache_bytes, count_parameters
-from igpt.model.generate import complete
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
-from igpt.presets import preset
+from igpt.sampling.sampler import complete
+from igpt.training.presets import preset
 
 
 def read_rate(device: torch.device) -> float:
@@ -66,7 +67,9 @@ def main(
         most: draw the first so many tokens only.
         result: name of the JSON.
     """
-    settings = {key: value for key, value in preset(model).items() if key in ModelConfig.model_fields}
+    settings = {
+        key: value for key, value in preset(model).items() if key in ModelConfig.model_fields
+    }
     config = ModelConfig.layered(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
@@ -82,7 +85,9 @@ def main(
     precision = settle_precision("auto", device)
     # Emulated bf16 would take an hour here: it is timed on a few tokens.
     tokens = min(most or config.n_places, config.n_places)
-    theirs_tokens = min(tokens, config.n_places - 1)  # their model has no place for the last pixel beside the start
+    theirs_tokens = min(
+        tokens, config.n_places - 1
+    )  # their model has no place for the last pixel beside the start
     rows: list[dict[str, Any]] = []
     for batch in batches:
         start = torch.full((batch, 1), config.n_colors, device=device)
@@ -94,7 +99,9 @@ def main(
 
         def generate(kind: str, many: int = theirs_tokens, first: torch.Tensor = start) -> None:
             length = {"max_new_tokens": many, "min_new_tokens": many}
-            theirs[kind].generate(first, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **length)
+            theirs[kind].generate(
+                first, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **length
+            )
 
         @torch.inference_mode()
         def full(images: torch.Tensor = empty) -> None:
@@ -116,11 +123,16 @@ def main(
         draw(precision, 8)
         seconds = common.interleaved(contenders, rounds)
         if precision == "fp32":
-            seconds["transformers bf16"] = common.interleaved({"": timed(lambda: generate("bf16", 16))}, 1)[""]
+            seconds["transformers bf16"] = common.interleaved(
+                {"": timed(lambda: generate("bf16", 16))}, 1
+            )[""]
         drawn = {"full pass": 1, "transformers bf16": theirs_tokens if precision == "bf16" else 16}
         best = f"ours {precision}"
         speeds = {}
-        timed_tokens = {name: drawn.get(name, tokens if name.startswith("ours") else theirs_tokens) for name in seconds}
+        timed_tokens = {
+            name: drawn.get(name, tokens if name.startswith("ours") else theirs_tokens)
+            for name in seconds
+        }
         for name, value in seconds.items():
             speeds[name] = batch * timed_tokens[name] / value
         rival = max(value for name, value in speeds.items() if name.startswith("transformers"))
@@ -139,7 +151,10 @@ def main(
                     "share_of_bound": speed / share if share else None,
                 }
             )
-        print(f"batch {batch}: {speeds[best] / rival:.2f} times the better of transformers", flush=True)
+        print(
+            f"batch {batch}: {speeds[best] / rival:.2f} times the better of transformers",
+            flush=True,
+        )
     common.show(
         f"{model} at {config.resolution} px, {tokens} tokens, tokens/s; memory is read at {rate / 1e9:.1f} GB/s",
         ["batch, contender", "tokens/s", "ours / this", "of the bound"],
@@ -153,7 +168,13 @@ def main(
             for row in rows
         ],
     )
-    told = {"model": model, "tokens": tokens, "rounds": rounds, "bytes_per_second": rate, "threads": os.cpu_count()}
+    told = {
+        "model": model,
+        "tokens": tokens,
+        "rounds": rounds,
+        "bytes_per_second": rate,
+        "threads": os.cpu_count(),
+    }
     common.record(result, {**told, "precision": precision, "rows": rows})
 
 

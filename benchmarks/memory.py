@@ -1,7 +1,7 @@
 """Peak memory of `prepare` for few and for many images: it should not depend on how many there are.
 
-Each case runs in a process of its own, one after the other. "leading" is that process, "worker" the largest of those
-that it started. Files are links to images of CIFAR-10, repeated beyond its 60,000.
+Each case runs in a process of its own, one after the other. "leading" is that process, "worker" the
+largest of those that it started. Files are links to images of CIFAR-10, repeated beyond its 60,000.
 """
 
 import json
@@ -42,7 +42,9 @@ def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
     files = sorted(data.rglob("*.parquet"))
     if not files:
         raise InputError(f"no Parquet files of CIFAR-10 below {data}; give its folder with --data")
-    images = [image for file in files for image in pq.read_table(file, columns=["img"])["img"].to_pylist()]
+    images = [
+        image for file in files for image in pq.read_table(file, columns=["img"])["img"].to_pylist()
+    ]
     stored = home / "stored"
     stored.mkdir()
     images = [images[number % len(images)] for number in range(max(counts))]
@@ -54,7 +56,9 @@ def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
         folder.mkdir()
         for number in range(count):
             (folder / f"{number:06}.jpg").symlink_to(stored / f"{number:06}.jpg")
-        datasets.Dataset.from_dict({"image": images[:count]}, features=features).to_parquet(home / f"{count}.parquet")
+        datasets.Dataset.from_dict({"image": images[:count]}, features=features).to_parquet(
+            home / f"{count}.parquet"
+        )
 
 
 def main(data: Path = CIFAR10, counts: tuple[int, ...] = (1_000, 60_000, 180_000)) -> None:
@@ -69,14 +73,37 @@ def main(data: Path = CIFAR10, counts: tuple[int, ...] = (1_000, 60_000, 180_000
         home = Path(folder)
         (home / "prepare.py").write_text(PREPARE)
         write_sets(data, home, counts)
-        cases = [(kind, workers, count) for kind in ("Parquet", "files") for workers in (1, 2) for count in counts]
+        cases = [
+            (kind, workers, count)
+            for kind in ("Parquet", "files")
+            for workers in (1, 2)
+            for count in counts
+        ]
         for kind, workers, count in cases:
             source = home / (f"{count}.parquet" if kind == "Parquet" else f"files-{count}")
-            command = [sys.executable, home / "prepare.py", source, home / f"out-{len(rows)}", str(workers)]
+            command = [
+                sys.executable,
+                home / "prepare.py",
+                source,
+                home / f"out-{len(rows)}",
+                str(workers),
+            ]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             leading, worker = json.loads(done.stdout.splitlines()[-1])
-            rows.append({"source": kind, "workers": workers, "images": count, "leading": leading, "worker": worker})
-    show("Peak resident memory, MiB", list(rows[0]), [[_short(value) for value in row.values()] for row in rows])
+            rows.append(
+                {
+                    "source": kind,
+                    "workers": workers,
+                    "images": count,
+                    "leading": leading,
+                    "worker": worker,
+                }
+            )
+    show(
+        "Peak resident memory, MiB",
+        list(rows[0]),
+        [[_short(value) for value in row.values()] for row in rows],
+    )
     record("memory", {"n": "one run a case", "unit": "MiB", "rows": rows})
 
 

@@ -1,9 +1,10 @@
 """Palette.fit against scikit-learn's KMeans and MiniBatchKMeans: seconds, and mean squared errors, on CIFAR-10.
 
-Goal: not slower than KMeans with its default settings, at an equal or better error. Every seed draws its own images, on
-which the contenders take turns. The error of a pixel is the squared distance to the nearest centre, summed over RGB, in
-8-bit levels, found by the same exact search for all; held-out pixels are of other images. All may use all cores: for
-one core, run it under `taskset -c 0`.
+Goal: not slower than KMeans with its default settings, at an equal or better error. Every seed
+    draws its own images, on
+which the contenders take turns. The error of a pixel is the squared distance to the nearest centre,
+summed over RGB, in 8-bit levels, found by the same exact search for all; held-out pixels are of
+other images. All may use all cores: for one core, run it under `taskset -c 0`.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from sklearn.cluster import KMeans, MiniBatchKMeans
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 
 OURS = "igpt Palette"
 SHORT = "KMeans, 30 iterations"
@@ -33,11 +34,17 @@ def fit(name: str, pixels: NDArray[np.uint8], colors: int, seed: int) -> Any:
     floats = pixels.astype(np.float32)
     if name == MINI:
         return MiniBatchKMeans(colors, n_init="auto", random_state=seed).fit(floats)
-    return KMeans(colors, n_init="auto", max_iter=30 if name == SHORT else 300, random_state=seed).fit(floats)
+    return KMeans(
+        colors, n_init="auto", max_iter=30 if name == SHORT else 300, random_state=seed
+    ).fit(floats)
 
 
 def mean_squared_error(model: Any, pixels: NDArray[np.uint8]) -> float:
-    centers = (model.centers_.astype(float) + 1) * 127.5 if isinstance(model, Palette) else model.cluster_centers_
+    centers = (
+        (model.centers_.astype(float) + 1) * 127.5
+        if isinstance(model, Palette)
+        else model.cluster_centers_
+    )
     return float((cKDTree(centers).query(pixels, workers=-1)[0] ** 2).mean())
 
 
@@ -58,26 +65,39 @@ def main(data: Path = CIFAR10, images: int = 977, colors: int = 512, seeds: int 
         for name in runs:
             start = perf_counter()
             model = fit(name, pixels, colors, seed)
-            found = (perf_counter() - start, mean_squared_error(model, pixels), mean_squared_error(model, held_out))
+            found = (
+                perf_counter() - start,
+                mean_squared_error(model, pixels),
+                mean_squared_error(model, held_out),
+            )
             runs[name].append(dict(zip(MEASURES, found, strict=True)))
-            print("seed {}, {}: {:.1f} s, fit {:.3f}, held out {:.3f}".format(seed, name, *found), flush=True)
+            print(
+                "seed {}, {}: {:.1f} s, fit {:.3f}, held out {:.3f}".format(seed, name, *found),
+                flush=True,
+            )
 
     rows, summary = [], {}
     for name, own in runs.items():
         medians = {key: median(one[key] for one in own) for key in MEASURES}
         ratios = {
-            key: median(one[key] / ours[key] for one, ours in zip(own, runs[OURS], strict=True)) for key in MEASURES
+            key: median(one[key] / ours[key] for one, ours in zip(own, runs[OURS], strict=True))
+            for key in MEASURES
         }
         summary[name] = {"median": medians, "median_ratio_to_ours": ratios}
         seconds, *errors = medians.values()
         slower, *worse = ratios.values()
         figures = [f"{seconds:.2f}", *(f"{error:.3f}" for error in errors)]
         rows.append([name, *figures, f"{slower:.2f}", *(f"{ratio:.4f}" for ratio in worse)])
-    title = (
-        f"{images * 1024:,} pixels, k = {colors}: medians of {seeds} seeds, and of ratios to {OURS} at the same seed"
+    title = f"{images * 1024:,} pixels, k = {colors}: medians of {seeds} seeds, and of ratios to {OURS} at the same seed"
+    show(
+        title, ["", "seconds", "fit MSE", "held-out MSE", "seconds x", "fit x", "held-out x"], rows
     )
-    show(title, ["", "seconds", "fit MSE", "held-out MSE", "seconds x", "fit x", "held-out x"], rows)
-    settings = {"pixels": images * 1024, "colors": colors, "seeds": seeds, "scikit_learn": sklearn.__version__}
+    settings = {
+        "pixels": images * 1024,
+        "colors": colors,
+        "seeds": seeds,
+        "scikit_learn": sklearn.__version__,
+    }
     record("palette", {**settings, "summary": summary, "runs": runs})
 
 

@@ -1,8 +1,10 @@
 """JPEG photographs to tokens, against Pillow's bare decoding of the same files on the same cores.
 
-Goal: at most 1.25 times the decoding alone. On one core, files are opened and decoded by Pillow, or opened and turned
-into tokens of a 512-colour palette. On all cores, `prepare` of a folder of links to the files, with all that it does,
-takes turns with a pool of processes that only decode. What reduced-size decoding costs is measured too.
+Goal: at most 1.25 times the decoding alone. On one core, files are opened and decoded by Pillow, or
+    opened and turned
+into tokens of a 512-colour palette. On all cores, `prepare` of a folder of links to the files, with
+all that it does, takes turns with a pool of processes that only decode. What reduced-size decoding
+costs is measured too.
 """
 
 import os
@@ -16,9 +18,9 @@ import numpy as np
 from common import CIFAR10, interleaved, record, run, show
 from PIL import Image
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
+from igpt.data.images.transform import Transform
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.views import Transform
 from igpt.errors import InputError
 
 PHOTOGRAPHS = CIFAR10.with_name("imagenet-sample")
@@ -48,7 +50,9 @@ def decode_on_all_cores(paths: list[Path]) -> None:
 def fidelity(files: list[Path], size: int, palette: Palette) -> dict[str, float]:
     """What reduced-size decoding changes in the squares (8-bit levels), and in their tokens."""
     transforms = Transform(size), Transform(size, full_decode=True)
-    reduced, full = (np.concatenate([transform(file) for file in files]) for transform in transforms)
+    reduced, full = (
+        np.concatenate([transform(file) for file in files]) for transform in transforms
+    )
     squared = (reduced.astype(float) - full) ** 2
     tokens, exact = palette.transform(reduced), palette.transform(full)
     return {
@@ -61,7 +65,9 @@ def fidelity(files: list[Path], size: int, palette: Palette) -> dict[str, float]
     }
 
 
-def main(data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_rounds: int = 3) -> None:
+def main(
+    data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_rounds: int = 3
+) -> None:
     """Times one core, then all.
 
     Args:
@@ -76,10 +82,15 @@ def main(data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_roun
     palette = Palette(512).fit(np.concatenate([Transform(32)(file) for file in files]))
     palette.table  # noqa: B018  built once for any number of images
     transforms = {f"tokens, {size} px": Transform(size) for size in SIZES}
-    transforms |= {f"tokens, {size} px, full decoding": Transform(size, full_decode=True) for size in SIZES}
+    transforms |= {
+        f"tokens, {size} px, full decoding": Transform(size, full_decode=True) for size in SIZES
+    }
     transforms |= {f"tokens, 32 px, views {views}": Transform(32, views=views) for views in (1, 8)}
     contenders = {"Pillow decodes": partial(decode_all, files)}
-    contenders |= {name: partial(tokenise_all, files, transform, palette) for name, transform in transforms.items()}
+    contenders |= {
+        name: partial(tokenise_all, files, transform, palette)
+        for name, transform in transforms.items()
+    }
     seconds = interleaved(contenders, rounds)
     ratios = {name: value / seconds["Pillow decodes"] for name, value in seconds.items()}
     per_image = {name: 1000 * value / len(files) for name, value in seconds.items()}
@@ -105,9 +116,16 @@ def main(data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_roun
         config = PrepareConfig(palette=str(home / "palette.npy"))
 
         def prepare_all() -> None:
-            prepare(str(home / "images"), home / f"tokens-{next(attempt)}", config, workers=os.cpu_count() or 1)
+            prepare(
+                str(home / "images"),
+                home / f"tokens-{next(attempt)}",
+                config,
+                workers=os.cpu_count() or 1,
+            )
 
-        whole = interleaved({"decode": partial(decode_on_all_cores, paths), "prepare": prepare_all}, whole_rounds)
+        whole = interleaved(
+            {"decode": partial(decode_on_all_cores, paths), "prepare": prepare_all}, whole_rounds
+        )
     ratio = whole["prepare"] / whole["decode"]
     rates = {name: len(paths) / value for name, value in whole.items()}
     show(
@@ -123,7 +141,12 @@ def main(data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_roun
             "rounds": rounds,
             "one_core": {"ms_per_image": per_image, "ratio": ratios},
             "fidelity": lost,
-            "all_cores": {"images": len(paths), "rounds": whole_rounds, "seconds": whole, "ratio": ratio},
+            "all_cores": {
+                "images": len(paths),
+                "rounds": whole_rounds,
+                "seconds": whole,
+                "ratio": ratio,
+            },
         },
     )
 

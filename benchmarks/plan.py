@@ -1,7 +1,9 @@
 """Memory that `igpt plan` tells against memory that is measured, for updates of the real model by the real engine.
 
-pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one; in bf16
-computed    exact, and the peak resident memory (VmHWM) of a fresh process that does nothing else, on this CPU
+pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one;
+    in bf16
+computed    exact, and the peak resident memory (VmHWM) of a fresh process that does nothing else,
+on this CPU
 ranks       exact: two processes with DDP
 compiled    what a block keeps for its backward pass, when it is compiled for this CPU
 gpu         the allocator's own count, eager and compiled, where there is a GPU
@@ -21,17 +23,17 @@ from typing import Any
 import torch
 from common import record, run, show
 
-sys.path.append(str(Path(__file__).parents[1] / "tests" / "training"))
+sys.path.append(str(Path(__file__).parents[1]))
 from live_tensors import as_on_a_gpu, measure_update, update_twice
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
-from igpt.presets import MODELS
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.memory import kept_by_block, peak_memory
+from igpt.training.presets import MODELS
 from igpt.training.settings import Recomputation, TrainConfig
 
 METHODS = ("pretended", "computed", "ranks", "compiled", "gpu")
@@ -47,7 +49,10 @@ PRETENDED: list[tuple[dict[str, Any], dict[str, Any], int]] = [
     ({"preset": "igpt-xl"}, {"batch_size": 64, "shard": 8}, 64),
 ]
 COMPUTED: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    *(({"preset": "igpt-s"}, {"batch_size": 2, "activation_checkpointing": kind}) for kind in KINDS),
+    *(
+        ({"preset": "igpt-s"}, {"batch_size": 2, "activation_checkpointing": kind})
+        for kind in KINDS
+    ),
     ({"preset": "igpt-s", "resolution": 64}, {"batch_size": 1}),
 ]
 ON_A_GPU: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -61,7 +66,9 @@ ON_A_GPU: list[tuple[dict[str, Any], dict[str, Any]]] = [
 def shape_of(shape: dict[str, Any]) -> ModelConfig:
     recipe = MODELS[shape["preset"]] if "preset" in shape else {}
     known = {key: value for key, value in recipe.items() if key in ModelConfig.model_fields}
-    return ModelConfig.layered(known, {key: value for key, value in shape.items() if key != "preset"})
+    return ModelConfig.layered(
+        known, {key: value for key, value in shape.items() if key != "preset"}
+    )
 
 
 def settings_of(changes: dict[str, Any], device: str = "cpu") -> TrainConfig:
@@ -74,7 +81,9 @@ def pretended(shape: dict[str, Any], changes: dict[str, Any], ranks: int) -> dic
     return {"measured": live.peak}
 
 
-def computed(shape: dict[str, Any], changes: dict[str, Any], ranks: int, exactly: bool) -> dict[str, float]:
+def computed(
+    shape: dict[str, Any], changes: dict[str, Any], ranks: int, exactly: bool
+) -> dict[str, float]:
     def resident(what: str) -> int:
         found = re.search(rf"{what}:\s*(\d+) kB", Path("/proc/self/status").read_text())
         assert found
@@ -102,7 +111,10 @@ def on_a_gpu(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]
     for _ in update_twice(shape_of(shape), settings_of(changes, "cuda"), us, validate=True):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    return {"measured": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
+    return {
+        "measured": torch.cuda.max_memory_allocated(),
+        "reserved": torch.cuda.max_memory_reserved(),
+    }
 
 
 def kept_when_compiled(recomputation: Recomputation) -> float:
@@ -141,7 +153,9 @@ def row(
     model, settings = shape_of(shape), settings_of(changes)
     told = peak_memory(model, settings, ranks)
     predicted = told.total
-    if method == "computed" and settings.precision == "fp32":  # a CPU's scaled copies of the MLPs' weights
+    if (
+        method == "computed" and settings.precision == "fp32"
+    ):  # a CPU's scaled copies of the MLPs' weights
         blocks = model.n_layer if settings.activation_checkpointing == "none" else 1
         found["scaled_weights"] = 4 * 8 * model.n_embd**2 * blocks
         predicted += found["scaled_weights"]
@@ -159,7 +173,10 @@ def row(
         **found,
         "error": predicted / found["measured"] - 1,
     }
-    print(f"{made['method']} {made['model']} {made['checkpointing']}: {made['error']:+.2%}", flush=True)
+    print(
+        f"{made['method']} {made['model']} {made['checkpointing']}: {made['error']:+.2%}",
+        flush=True,
+    )
     return made
 
 
@@ -174,13 +191,22 @@ def main(only: tuple[str, ...] = METHODS) -> None:
         for shape, changes, ranks in PRETENDED:
             for kind in KINDS:
                 one = {**changes, "activation_checkpointing": kind}
-                rows.append(row("pretended", shape, one, ranks, alone(pretended, shape, one, ranks)))
+                rows.append(
+                    row("pretended", shape, one, ranks, alone(pretended, shape, one, ranks))
+                )
     if "computed" in only:
         # Where a CPU cannot multiply bf16, an update in it takes minutes.
-        fast = ("fp32", "bf16") if settle_precision("auto", torch.device("cpu")) == "bf16" else ("fp32",)
+        fast = (
+            ("fp32", "bf16")
+            if settle_precision("auto", torch.device("cpu")) == "bf16"
+            else ("fp32",)
+        )
         for (shape, rest), precision in product(COMPUTED, fast):
             changes = {**rest, "precision": precision}
-            found = {**alone(computed, shape, changes, 1, True), **alone(computed, shape, changes, 1, False)}
+            found = {
+                **alone(computed, shape, changes, 1, True),
+                **alone(computed, shape, changes, 1, False),
+            }
             rows.append(row("computed", shape, changes, 1, found))
     if "ranks" in only:
         for changes in ({"batch_size": 2}, {"batch_size": 4, "micro_batch_size": 1}):
@@ -188,12 +214,16 @@ def main(only: tuple[str, ...] = METHODS) -> None:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
             with get_context("spawn").Pool(2) as pool:
-                found = pool.starmap(ranks_of_ddp, [(rank, port, changes) for rank in range(2)], chunksize=1)[0]
+                found = pool.starmap(
+                    ranks_of_ddp, [(rank, port, changes) for rank in range(2)], chunksize=1
+                )[0]
             rows.append(row("ranks", SMALL, changes, 2, found))
     if "compiled" in only:
         small = ModelConfig(resolution=24, n_embd=256, n_head=4)
         for kind in KINDS:
-            told = kept_by_block(small, settings_of({"activation_checkpointing": kind}), small.n_places)
+            told = kept_by_block(
+                small, settings_of({"activation_checkpointing": kind}), small.n_places
+            )
             kept[kind] = {
                 "predicted": told / (small.n_places * small.n_embd),
                 "compiled": alone(kept_when_compiled, kind),
@@ -204,18 +234,38 @@ def main(only: tuple[str, ...] = METHODS) -> None:
                 for compiled in ("no", "yes"):
                     one = {**changes, "activation_checkpointing": kind, "compile": compiled}
                     rows.append(row("gpu", shape, one, 1, alone(on_a_gpu, shape, one)))
-    head = ("method", "model", "resolution", "ranks", "shard", "precision", "checkpointing", "compiled")
+    head = (
+        "method",
+        "model",
+        "resolution",
+        "ranks",
+        "shard",
+        "precision",
+        "checkpointing",
+        "compiled",
+    )
     cells = [
-        [*(made[key] for key in head), *(_gib(made[key]) for key in ("predicted", "measured")), f"{made['error']:+.2%}"]
+        [
+            *(made[key] for key in head),
+            *(_gib(made[key]) for key in ("predicted", "measured")),
+            f"{made['error']:+.2%}",
+        ]
         for made in rows
     ]
     show("Peak memory of an update, GiB", [*head, "predicted", "measured", "error"], cells)
     lines = [[kind, *(f"{value:.2f}" for value in kept[kind].values())] for kind in kept]
     show(
-        "What a block keeps, bytes a place and unit of width in bf16", ["checkpointing", "predicted", "compiled"], lines
+        "What a block keeps, bytes a place and unit of width in bf16",
+        ["checkpointing", "predicted", "compiled"],
+        lines,
     )
     if set(only) == set(METHODS):
-        result = {"n": "one run a case: tensors are counted, not sampled", "unit": "bytes", "rows": rows, "kept": kept}
+        result = {
+            "n": "one run a case: tensors are counted, not sampled",
+            "unit": "bytes",
+            "rows": rows,
+            "kept": kept,
+        }
         record("plan", result)
 
 

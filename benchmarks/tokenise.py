@@ -1,8 +1,10 @@
 """Palette.transform against transformers' ImageGPT image processor: images/s and equal tokens, CIFAR-10 at 32 px.
 
-Goal: at least 100 times its images/s, with equal tokens for the same pixels. The processor gets the centres as it reads
-them from a model's folder (float64) and as float32, which is faster; 32 images a call, and one a call, its fastest.
-Our side runs on one thread, in one call and one image a call. Where tokens differ, exact distances say who is right.
+Goal: at least 100 times its images/s, with equal tokens for the same pixels. The processor gets the
+    centres as it reads
+them from a model's folder (float64) and as float32, which is faster; 32 images a call, and one a
+call, its fastest. Our side runs on one thread, in one call and one image a call. Where tokens
+differ, exact distances say who is right.
 """
 
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from common import CIFAR10, cifar10, interleaved, record, run, show
 from numpy.typing import NDArray
 from transformers import ImageGPTImageProcessor
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 
 Tokens = NDArray[np.integer[Any]]
 OURS, OURS_SINGLY = "igpt, all in one call", "igpt, 1 image a call"
@@ -24,7 +26,10 @@ OURS, OURS_SINGLY = "igpt, all in one call", "igpt, 1 image a call"
 
 def tokens_of(processor: Any, pixels: NDArray[np.uint8], batch: int) -> Tokens:
     calls = [list(pixels[first : first + batch]) for first in range(0, len(pixels), batch)]
-    found = [np.asarray(processor(images, input_data_format="channels_last")["input_ids"]) for images in calls]
+    found = [
+        np.asarray(processor(images, input_data_format="channels_last")["input_ids"])
+        for images in calls
+    ]
     return np.concatenate(found).reshape(pixels.shape[:-1])
 
 
@@ -33,7 +38,9 @@ def differences(palette: Palette, pixels: NDArray[np.uint8], theirs: Tokens) -> 
     ours = palette.transform(pixels)
     places = ours != theirs
     centers = (palette.centers_.astype(float) + 1) * 127.5
-    mine, other = (((pixels[places] - centers[tokens[places]]) ** 2).sum(axis=-1) for tokens in (ours, theirs))
+    mine, other = (
+        ((pixels[places] - centers[tokens[places]]) ** 2).sum(axis=-1) for tokens in (ours, theirs)
+    )
     return {
         "tokens": ours.size,
         "differ": int(places.sum()),
@@ -43,7 +50,9 @@ def differences(palette: Palette, pixels: NDArray[np.uint8], theirs: Tokens) -> 
     }
 
 
-def main(data: Path = CIFAR10, images: int = 2000, timed: int = 200, colors: int = 512, rounds: int = 5) -> None:
+def main(
+    data: Path = CIFAR10, images: int = 2000, timed: int = 200, colors: int = 512, rounds: int = 5
+) -> None:
     """Tokenises images of CIFAR-10.
 
     Args:
@@ -63,7 +72,10 @@ def main(data: Path = CIFAR10, images: int = 2000, timed: int = 200, colors: int
         "float64": ImageGPTImageProcessor(clusters=palette.centers_.tolist(), **settings),
         "float32": ImageGPTImageProcessor(clusters=palette.centers_, **settings),
     }
-    compared = {name: differences(palette, pixels, tokens_of(one, pixels, 1)) for name, one in processors.items()}
+    compared = {
+        name: differences(palette, pixels, tokens_of(one, pixels, 1))
+        for name, one in processors.items()
+    }
 
     contenders: dict[str, Callable[[], object]] = {
         OURS: lambda: palette.transform(pixels),
@@ -74,20 +86,41 @@ def main(data: Path = CIFAR10, images: int = 2000, timed: int = 200, colors: int
             label = f"transformers, {name}, {batch} image{'s' * (batch > 1)} a call"
             contenders[label] = lambda one=one, batch=batch: tokens_of(one, pixels[:timed], batch)
     seconds = interleaved(contenders, rounds)
-    rates = {name: (images if name in (OURS, OURS_SINGLY) else timed) / value for name, value in seconds.items()}
+    rates = {
+        name: (images if name in (OURS, OURS_SINGLY) else timed) / value
+        for name, value in seconds.items()
+    }
     rows, results = [], {}
     for name, rate in rates.items():
         # The table costs as much as so many images by the contender, less what they cost by ours.
-        break_even = None if name in (OURS, OURS_SINGLY) else table_seconds / (1 / rate - 1 / rates[OURS])
-        results[name] = {"images_per_second": rate, "ours_over_it": rates[OURS] / rate, "break_even_images": break_even}
+        break_even = (
+            None if name in (OURS, OURS_SINGLY) else table_seconds / (1 / rate - 1 / rates[OURS])
+        )
+        results[name] = {
+            "images_per_second": rate,
+            "ours_over_it": rates[OURS] / rate,
+            "break_even_images": break_even,
+        }
         rows.append(
-            [name, f"{rate:,.0f}", f"{rates[OURS] / rate:.1f}", "" if break_even is None else f"{break_even:,.0f}"]
+            [
+                name,
+                f"{rate:,.0f}",
+                f"{rates[OURS] / rate:.1f}",
+                "" if break_even is None else f"{break_even:,.0f}",
+            ]
         )
     kind = type(processors["float64"]).__name__
-    show(f"{kind}, {images:,} images of 32 px, k = {colors}", ["", "images/s", "ours x", "break-even images"], rows)
+    show(
+        f"{kind}, {images:,} images of 32 px, k = {colors}",
+        ["", "images/s", "ours x", "break-even images"],
+        rows,
+    )
     print(f"\nour table is built once a palette, in {table_seconds:.2f} s")
     for name, found in compared.items():
-        print(f"tokens that differ, {name}: " + ", ".join(f"{value:,} {key}" for key, value in found.items()))
+        print(
+            f"tokens that differ, {name}: "
+            + ", ".join(f"{value:,} {key}" for key, value in found.items())
+        )
     made = {"images": images, "timed": timed, "colors": colors, "rounds": rounds, "processor": kind}
     made |= {"transformers": transformers.__version__, "table_seconds": table_seconds}
     record("tokenise", {**made, "differences": compared, "results": results})

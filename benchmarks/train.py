@@ -1,14 +1,16 @@
 """Training tokens/s of igpt's engine against transformers' ImageGPT and a plain loop, and of the machine's products.
 
-Contenders start from the same weights and train on the same random tokens with the same AdamW; they take turns, round
-by round, in one process. Each round also measures the fastest matrix products at the model's own shapes: a share of
-this "ceiling" is the model's FLOP/s (products only; causal attention counts half) over it. transformers' dropout is 0,
-and it is fed [sos, x1 .. x(n-1)], so that all learn all n places. Rates are per token, since slow contenders get
-smaller batches (equal within a precision), and sooner fewer turns: both stand in the JSON. A GPU's contenders are made
-anew for every turn, so that each has the memory to itself.
+Contenders start from the same weights and train on the same random tokens with the same AdamW; they
+take turns, round by round, in one process. Each round also measures the fastest matrix products at
+the model's own shapes: a share of this "ceiling" is the model's FLOP/s (products only; causal
+attention counts half) over it. transformers' dropout is 0, and it is fed [sos, x1 .. x(n-1)], so
+that all learn all n places. Rates are per token, since slow contenders get smaller batches (equal
+within a precision), and sooner fewer turns: both stand in the JSON. A GPU's contenders are made
+    anew for every turn, so that each has the memory to itself.
 
     python benchmarks/train.py
-    python benchmarks/train.py --shapes igpt-l --contenders igpt-bf16-compiled plain-bf16-compiled --result train-l
+    python benchmarks/train.py --shapes igpt-l --contenders igpt-bf16-compiled plain-bf16-compiled
+    --result train-l
 """
 
 import re
@@ -28,7 +30,7 @@ from train_contenders import ENTRIES, Job, Precision, activation_bytes
 from train_turns import TYPES, Bench, Contender, Settings, peak_growth, set_allocator
 
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, training_flops
 from igpt.training.distributed import team
 
@@ -42,19 +44,28 @@ class Shape:
 
 
 SHAPES = {
-    "small": Shape(ModelConfig(resolution=8, n_colors=17, n_layer=6, n_embd=192, n_head=6), 256, 4096, 1.0),
+    "small": Shape(
+        ModelConfig(resolution=8, n_colors=17, n_layer=6, n_embd=192, n_head=6), 256, 4096, 1.0
+    ),
     "igpt-s": Shape(ModelConfig(n_layer=24, n_embd=512, n_head=8), 4, 128),
     "igpt-l": Shape(ModelConfig(n_layer=48, n_embd=1536, n_head=16), 1, 128),
 }
 EXPECTED_SHARE = 0.25  # of the ceiling: batches are chosen by it
 
 
-def compare(bench: Bench, shape: Shape, names: Sequence[str], settings: Settings, seconds: float) -> dict[str, Any]:
+def compare(
+    bench: Bench, shape: Shape, names: Sequence[str], settings: Settings, seconds: float
+) -> dict[str, Any]:
     """Runs all rounds of one shape; roughly so many seconds for each contender."""
     start = time.monotonic()
-    config, largest = shape.config, settings.batch_size or (shape.gpu_batch if bench.gpu else shape.cpu_batch)
+    config, largest = (
+        shape.config,
+        settings.batch_size or (shape.gpu_batch if bench.gpu else shape.cpu_batch),
+    )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.n_colors, (largest, config.n_places), generator=generator).to(bench.us.device)
+    tokens = torch.randint(config.n_colors, (largest, config.n_places), generator=generator).to(
+        bench.us.device
+    )
     rows = {name: bench.ceiling_rows(config, tokens.numel(), name) for name in TYPES}
     ceilings = {name: [bench.ceiling(config, rows[name], name)] for name in TYPES}
     states = 16.0 * count_parameters(config)  # fp32 weights, gradients, AdamW's two moments
@@ -73,16 +84,29 @@ def compare(bench: Bench, shape: Shape, names: Sequence[str], settings: Settings
             micro = settings.micro_batch_size or max(1, int(room / activation_bytes(config, entry)))
             if not settings.micro_batch_size and micro < batch:
                 micro = 1 << (micro.bit_length() - 1)  # so that micro-batches come out equal
-            job = Job(directory, config, entry.precision, batch, min(batch, micro), settings.activation_checkpointing)
+            job = Job(
+                directory,
+                config,
+                entry.precision,
+                batch,
+                min(batch, micro),
+                settings.activation_checkpointing,
+            )
             contenders.append(Contender(name, job))
         allowed = 0.0
         for number in range(settings.rounds):
             if number == 1:
-                allowed = (seconds * len(names) - (time.monotonic() - start)) / len(names) / (settings.rounds - 1)
+                allowed = (
+                    (seconds * len(names) - (time.monotonic() - start))
+                    / len(names)
+                    / (settings.rounds - 1)
+                )
             taking_part = [one for one in contenders if number == 0 or one.due(number * allowed)]
             for name, values in ceilings.items():
                 if number:
-                    values.append(bench.ceiling(config, rows[name], name) if taking_part else values[-1])
+                    values.append(
+                        bench.ceiling(config, rows[name], name) if taking_part else values[-1]
+                    )
             for one in taking_part:
                 reference = sum(references[: one.job.batch_size]) / one.job.batch_size
                 bench.turn(one, number, tokens, reference, seconds, keep)
@@ -91,21 +115,36 @@ def compare(bench: Bench, shape: Shape, names: Sequence[str], settings: Settings
             for one in contenders:
                 if not one.skipped:
                     one.found["peak_bytes"] = peak_growth(one.name, one.job, settings)
-    return {"ceiling_tokens": rows, "kept_between_turns": keep, **summary(shape, contenders, ceilings)}
+    return {
+        "ceiling_tokens": rows,
+        "kept_between_turns": keep,
+        **summary(shape, contenders, ceilings),
+    }
 
 
-def summary(shape: Shape, contenders: Sequence[Contender], ceilings: dict[Precision, list[float]]) -> dict[str, Any]:
+def summary(
+    shape: Shape, contenders: Sequence[Contender], ceilings: dict[Precision, list[float]]
+) -> dict[str, Any]:
     """What is to be recorded of a shape; the fastest of igpt's contenders is "ours"."""
     per_token = training_flops(shape.config) / shape.config.n_places
     timed = [one for one in contenders if one.rates]
-    ours = max((one for one in timed if one.name.startswith("igpt")), key=lambda one: _median(one.rates), default=None)
+    ours = max(
+        (one for one in timed if one.name.startswith("igpt")),
+        key=lambda one: _median(one.rates),
+        default=None,
+    )
     rows = {}
     for one in contenders:
-        entry, row = ENTRIES[one.name], {**one.found, "precision": ENTRIES[one.name].precision, "skipped": one.skipped}
+        entry, row = (
+            ENTRIES[one.name],
+            {**one.found, "precision": ENTRIES[one.name].precision, "skipped": one.skipped},
+        )
         row |= {"batch_size": one.job.batch_size, "micro_batch_size": one.job.micro_batch_size}
         if one.rates:
             shares = {
-                name: median(rate * per_token / ceilings[name][number] for number, rate in one.rates.items())
+                name: median(
+                    rate * per_token / ceilings[name][number] for number, rate in one.rates.items()
+                )
                 for name in TYPES
             }
             row |= {
@@ -121,7 +160,9 @@ def summary(shape: Shape, contenders: Sequence[Contender], ceilings: dict[Precis
             }
             if ours:
                 both = ours.rates.keys() & one.rates.keys()
-                row["ours_over_it"] = median(ours.rates[number] / one.rates[number] for number in both)
+                row["ours_over_it"] = median(
+                    ours.rates[number] / one.rates[number] for number in both
+                )
         rows[one.name] = row
     return {
         "model": shape.config.model_dump(),
@@ -164,8 +205,22 @@ def table(name: str, result: dict[str, Any]) -> None:
             ]
         )
     found = {key: one["median"] / 1e12 for key, one in result["ceilings_flops_per_second"].items()}
-    title = f"{name}, training. Ceilings: fp32 {found['fp32']:.3f}, bf16 {found['bf16']:.3f} TFLOP/s"
-    head = ["", "batch/micro", "n", "tokens/s", "range", "ours x", "TFLOP/s", "of own", "of bf16", "loss off", "GiB"]
+    title = (
+        f"{name}, training. Ceilings: fp32 {found['fp32']:.3f}, bf16 {found['bf16']:.3f} TFLOP/s"
+    )
+    head = [
+        "",
+        "batch/micro",
+        "n",
+        "tokens/s",
+        "range",
+        "ours x",
+        "TFLOP/s",
+        "of own",
+        "of bf16",
+        "loss off",
+        "GiB",
+    ]
     show(title, head, rows)
 
 
@@ -185,7 +240,8 @@ def choose(settings: Settings, bench: Bench) -> tuple[list[str], list[str]]:
         return shapes, names
     left_out = set()
     if not names:
-        # On a GPU eager fp32 of ours is nobody's choice; a plain loop that is compiled is nanoGPT's on a GPU.
+        # On a GPU eager fp32 of ours is nobody's choice; a plain loop that is compiled is nanoGPT's
+        # on a GPU.
         left_out = {"plain-fp32-compiled", "igpt-fp32" if bench.gpu else "plain-bf16-compiled"}
         ceilings = {name: bench.ceiling(SHAPES["small"].config, 512, name) for name in TYPES}
         if ceilings["bf16"] < ceilings["fp32"]:  # emulated
@@ -213,7 +269,9 @@ def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
         for number, name in enumerate(shapes):
             shape = SHAPES[name]
             if settings.layers:
-                shape = replace(shape, config=shape.config.model_copy(update={"n_layer": settings.layers}))
+                shape = replace(
+                    shape, config=shape.config.model_copy(update={"n_layer": settings.layers})
+                )
             weights = [SHAPES[later].weight for later in shapes[number:]]
             seconds = (left - (time.monotonic() - start)) * weights[0] / sum(weights) / len(names)
             results[name] = compare(bench, shape, names, settings, max(1.0, seconds))
@@ -224,7 +282,9 @@ def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
                 "transformers": transformers_version(),
             }
             about["float32_matmul_precision"] = torch.get_float32_matmul_precision()
-            record(settings.result or (f"train-{gpu}" if gpu else "train"), about | {"shapes": results})
+            record(
+                settings.result or (f"train-{gpu}" if gpu else "train"), about | {"shapes": results}
+            )
 
 
 if __name__ == "__main__":

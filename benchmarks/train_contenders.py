@@ -1,7 +1,8 @@
 """Who trains in train.py: igpt's engine, transformers' ImageGPT, and a plain loop written for the purpose.
 
-All start from one model directory and learn all n places of an image from the places before, by AdamW with the same
-settings, gradients clipped to norm 1. B batch, n places, D width, H heads, K head width, V colours, L layers.
+All start from one model directory and learn all n places of an image from the places before, by
+AdamW with the same settings, gradients clipped to norm 1. B batch, n places, D width, H heads, K
+head width, V colours, L layers.
 """
 
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
@@ -55,7 +56,10 @@ class PlainAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         batch, places, width = x.shape
-        heads = (part.view(batch, places, self.n_head, -1).transpose(1, 2) for part in self.c_attn(x).chunk(3, dim=-1))
+        heads = (
+            part.view(batch, places, self.n_head, -1).transpose(1, 2)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
         y = F.scaled_dot_product_attention(*heads, is_causal=True)  # [B, H, n, K]
         return self.c_proj(y.transpose(1, 2).reshape(batch, places, width))
 
@@ -105,7 +109,9 @@ class PlainModel(nn.Module):
 class PlainLoop:
     """The loop as one writes it first, for any model that gives logits: autocast, accumulation, clipping, AdamW."""
 
-    def __init__(self, model: nn.Module, logits: Callable[[Tensor], Tensor], job: Job, device: torch.device) -> None:
+    def __init__(
+        self, model: nn.Module, logits: Callable[[Tensor], Tensor], job: Job, device: torch.device
+    ) -> None:
         self.model, self.logits, self.job, self.device = model, logits, job, device
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, fused=True
@@ -114,10 +120,16 @@ class PlainLoop:
     def update(self, tokens: Tensor) -> Tensor:
         total = torch.zeros((), device=self.device)
         for part in tokens.split(self.job.micro_batch_size):
-            inputs = torch.cat([part.new_full((len(part), 1), self.job.config.n_colors), part[:, :-1]], dim=1)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"):
+            inputs = torch.cat(
+                [part.new_full((len(part), 1), self.job.config.n_colors), part[:, :-1]], dim=1
+            )
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.job.precision == "bf16"
+            ):
                 logits = self.logits(inputs)
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), part.flatten()) * (len(part) / len(tokens))
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), part.flatten()) * (
+                len(part) / len(tokens)
+            )
             loss.backward()
             total += loss.detach()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -150,12 +162,18 @@ def transformers(job: Job, us: Team, compiled: bool) -> Made:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    model = ImageGPTForCausalImageModeling.from_pretrained(job.directory, dtype=torch.float32).to(us.device).train()
+    model = (
+        ImageGPTForCausalImageModeling.from_pretrained(job.directory, dtype=torch.float32)
+        .to(us.device)
+        .train()
+    )
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
     assert not any(bias.any() for bias in biases), "the biases are zero at the start"
     dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert not any(dropouts), "nothing is dropped"
-    loop = PlainLoop(model, lambda inputs: model(input_ids=inputs, use_cache=False).logits, job, us.device)
+    loop = PlainLoop(
+        model, lambda inputs: model(input_ids=inputs, use_cache=False).logits, job, us.device
+    )
     zeros = sum(bias.numel() for bias in biases)
     return Made(loop.update, count(model) - zeros, zeros)
 
@@ -198,5 +216,7 @@ def activation_bytes(config: ModelConfig, entry: Entry) -> float:
     """A rough upper bound of what an image leaves for the backward pass."""
     tensors = 24 * config.n_places * config.n_embd * config.n_layer
     logits = 4 * config.n_places * config.n_colors
-    scores = 3 * config.n_head * config.n_places**2 * config.n_layer * (entry.family == "transformers")
+    scores = (
+        3 * config.n_head * config.n_places**2 * config.n_layer * (entry.family == "transformers")
+    )
     return (4.0 if entry.precision == "fp32" else 2.5) * (tensors + scores) + 4.0 * logits

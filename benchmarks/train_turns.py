@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_contenders import ENTRIES, Job, Made, Precision
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import place_losses
 from igpt.model.transformer import ImageGPT
@@ -38,8 +38,10 @@ class Settings:
     """How to compare.
 
     Attributes:
-        shapes: of small, igpt-s, igpt-l; without it small and igpt-s on a CPU, igpt-s and igpt-l on a GPU.
-        contenders: by name (`--contenders all` names all); without it those that make sense on the machine.
+        shapes: of small, igpt-s, igpt-l; without it small and igpt-s on a CPU, igpt-s and igpt-l on
+            a GPU.
+        contenders: by name (`--contenders all` names all); without it those that make sense on the
+            machine.
         rounds: turns of each, or fewer where time does not suffice.
         minutes: for everything, roughly; without it 13 on a CPU, 9 on a GPU.
         layers: of the model, to try things out.
@@ -47,7 +49,8 @@ class Settings:
         micro_batch_size: of all; without it what should fit.
         activation_checkpointing: igpt's.
         keep_freed: tells glibc to keep freed memory, for all contenders.
-        memory: also measures the peak memory of each, in a process of its own (on a GPU it is always told).
+        memory: also measures the peak memory of each, in a process of its own (on a GPU it is
+            always told).
         result: name of the file in results/; without it "train" or "train-GPU".
     """
 
@@ -75,7 +78,9 @@ class Contender:
     updates: int = 1  # of a turn
     last: float = 0.0  # seconds that the last turn took
     spent: float = 0.0  # seconds of the turns after the first
-    first_counts: bool = False  # the very first update, too slow to be done twice, is what was timed
+    first_counts: bool = (
+        False  # the very first update, too slow to be done twice, is what was timed
+    )
     rates: dict[int, float] = field(default_factory=dict)  # tokens/s, by round
     found: dict[str, Any] = field(default_factory=dict)
     skipped: str | None = None
@@ -109,8 +114,14 @@ class Bench:
         best, width = 0.0, config.n_embd
         for inner, outer in ((width, 3 * width), (width, 4 * width), (4 * width, width)):
             sizes = ((rows, inner), (outer, inner), (rows, outer))
-            x, w, g = (torch.randn(size, device=self.us.device).to(TYPES[precision]) for size in sizes)
-            calls = (lambda x=x, w=w: F.linear(x, w), lambda g=g, w=w: g @ w, lambda x=x, g=g: g.t() @ x)
+            x, w, g = (
+                torch.randn(size, device=self.us.device).to(TYPES[precision]) for size in sizes
+            )
+            calls = (
+                lambda x=x, w=w: F.linear(x, w),
+                lambda g=g, w=w: g @ w,
+                lambda x=x, g=g: g.t() @ x,
+            )
             for call in calls:
                 call()
                 took = self.seconds(call)
@@ -122,7 +133,9 @@ class Bench:
     def ceiling_rows(self, config: ModelConfig, tokens: int, precision: Precision) -> int:
         """With how many of a batch's tokens to measure the ceiling: as many as make no product too slow to repeat."""
         rows = min(tokens, 1 << 15)
-        weight = torch.ones(4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.us.device)
+        weight = torch.ones(
+            4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.us.device
+        )
         while rows > 512:
             inputs = torch.ones(rows, config.n_embd, dtype=TYPES[precision], device=self.us.device)
             if self.seconds(lambda inputs=inputs: F.linear(inputs, weight)) < 0.15:
@@ -131,7 +144,13 @@ class Bench:
         return rows
 
     def turn(
-        self, contender: Contender, number: int, tokens: Tensor, reference: float, budget: float, keep: bool
+        self,
+        contender: Contender,
+        number: int,
+        tokens: Tensor,
+        reference: float,
+        budget: float,
+        keep: bool,
     ) -> None:
         """Times updates of a contender, which is made first if it is not there, and kept if `keep`."""
         start = time.perf_counter()
@@ -142,18 +161,26 @@ class Bench:
                     self.prepare(contender, tokens, reference, budget)
                 else:
                     update = contender.made.update
-                    contender.last = self.seconds(lambda update=update: update(tokens), contender.updates)
+                    contender.last = self.seconds(
+                        lambda update=update: update(tokens), contender.updates
+                    )
                     contender.rates[number] = tokens.numel() / contender.last
             except Exception as error:  # whoever cannot run here is left out, and the rest goes on
-                full = isinstance(error, torch.OutOfMemoryError) and contender.job.micro_batch_size > 1
+                full = (
+                    isinstance(error, torch.OutOfMemoryError) and contender.job.micro_batch_size > 1
+                )
                 if not full:
                     contender.skipped = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                     traceback.print_exc(limit=-3)
             else:
                 continue
-            self.release([contender], forget=not keep)  # here the error's frames, and what they held, are gone
+            self.release(
+                [contender], forget=not keep
+            )  # here the error's frames, and what they held, are gone
             if full:
-                contender.job = replace(contender.job, micro_batch_size=contender.job.micro_batch_size // 2)
+                contender.job = replace(
+                    contender.job, micro_batch_size=contender.job.micro_batch_size // 2
+                )
         if self.gpu:
             contender.found["peak_bytes"] = torch.cuda.max_memory_allocated()
         if not keep or contender.first_counts:
@@ -164,7 +191,9 @@ class Bench:
         told = contender.skipped or f"{contender.rates[number]:,.0f} tokens/s ({took:.0f} s)"
         print(f"round {number + 1}, {contender.name}: {told}", file=sys.stderr, flush=True)
 
-    def prepare(self, contender: Contender, tokens: Tensor, reference: float, budget: float) -> None:
+    def prepare(
+        self, contender: Contender, tokens: Tensor, reference: float, budget: float
+    ) -> None:
         """Makes a contender, looks whether it does the same work as the others, and warms it up."""
         entry = ENTRIES[contender.name]
         if self.gpu:
@@ -176,15 +205,28 @@ class Bench:
         if "loss_off" not in contender.found:  # afterwards it comes out the same
             parameters = count_parameters(contender.job.config)
             same = made.parameters == parameters and abs(off) <= TOLERANCE[entry.precision]
-            work = {"same_work": same, "parameters": made.parameters, "zero_biases": made.zero_biases}
-            contender.found |= {**work, "loss": float(losses[0]), "loss_off": off, "first_update_seconds": took}
+            work = {
+                "same_work": same,
+                "parameters": made.parameters,
+                "zero_biases": made.zero_biases,
+            }
+            contender.found |= {
+                **work,
+                "loss": float(losses[0]),
+                "loss_off": off,
+                "first_update_seconds": took,
+            }
             if not same:
-                print(f"{contender.name} DOES OTHER WORK: {work}, loss off by {off}", file=sys.stderr)
+                print(
+                    f"{contender.name} DOES OTHER WORK: {work}, loss off by {off}", file=sys.stderr
+                )
         if took > budget / 3 and not entry.compiled and not contender.rates:
             contender.first_counts = True
             contender.rates[0] = tokens.numel() / took
         elif entry.compiled or took < budget / 10:
-            for _ in range(2 if entry.compiled else 1):  # the second still compiles, or faults memory in
+            for _ in range(
+                2 if entry.compiled else 1
+            ):  # the second still compiles, or faults memory in
                 took = self.seconds(lambda: made.update(tokens))
         contender.updates = max(1, round(TURN_SECONDS / took))
         contender.made = made
@@ -208,7 +250,9 @@ class Bench:
         """Writes the model that all start from; its loss on each image, nats/pixel, in fp32."""
         torch.manual_seed(0)
         model = ImageGPT(config)
-        nn.init.normal_(model.lm_head.weight, std=0.02)  # with zeros the loss would say nothing of the rest
+        nn.init.normal_(
+            model.lm_head.weight, std=0.02
+        )  # with zeros the loss would say nothing of the rest
         model.save_pretrained(directory)
         model.to(self.us.device).eval()
         losses = []

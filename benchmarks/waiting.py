@@ -1,7 +1,8 @@
 """How threads that wait for each other cost time: alone, and next to two processes that keep both cores busy.
 
-OpenMP's threads spin while they wait. Where another process has their core, each of the many waits of a step then lasts
-until the scheduler takes turns, milliseconds later. Each run is a process of its own; the settings take turns.
+OpenMP's threads spin while they wait. Where another process has their core, each of the many waits
+of a step then lasts until the scheduler takes turns, milliseconds later. Each run is a process of
+its own; the settings take turns.
 """
 
 import json
@@ -28,7 +29,7 @@ STEP = """
 import json, sys, time
 import torch
 from igpt.allocator import keep_freed_memory
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
 
@@ -55,9 +56,13 @@ BUSY = "while True: pass"
 
 def step_seconds(shape: tuple[int, ...], setting: dict[str, str], seconds: float) -> float:
     """The median time of a step in a process of its own."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    kept = {
+        key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))
+    }
     command = [sys.executable, "-c", STEP, json.dumps(shape), str(seconds)]
-    done = subprocess.run(command, env={**kept, **setting}, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, env={**kept, **setting}, capture_output=True, text=True, check=True
+    )
     return float(json.loads(done.stdout))
 
 
@@ -71,7 +76,10 @@ def main(rounds: int = 3, seconds: float = 2.0, shapes: tuple[str, ...] = tuple(
     """
     found: dict[tuple[str, str, str], list[float]] = {}
     for load in ("alone", "next to two busy processes"):
-        busy = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(0 if load == "alone" else 2)]
+        busy = [
+            subprocess.Popen([sys.executable, "-c", BUSY])
+            for _ in range(0 if load == "alone" else 2)
+        ]
         try:
             for shape in shapes:
                 for _ in range(rounds):
@@ -82,17 +90,27 @@ def main(rounds: int = 3, seconds: float = 2.0, shapes: tuple[str, ...] = tuple(
             for process in busy:
                 process.kill()
     rows = [
-        {"shape": shape, "load": load, "setting": name, "milliseconds": round(1000 * statistics.median(taken), 2)}
+        {
+            "shape": shape,
+            "load": load,
+            "setting": name,
+            "milliseconds": round(1000 * statistics.median(taken), 2),
+        }
         for (shape, load, name), taken in found.items()
     ]
     for row in rows:
         default = next(
             other["milliseconds"]
             for other in rows
-            if (other["shape"], other["load"], other["setting"]) == (row["shape"], row["load"], "spinning (default)")
+            if (other["shape"], other["load"], other["setting"])
+            == (row["shape"], row["load"], "spinning (default)")
         )
         row["default_over_this"] = round(float(default) / float(row["milliseconds"]), 3)
-    show("Median milliseconds of a step", list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+    show(
+        "Median milliseconds of a step",
+        list(rows[0]),
+        [[str(value) for value in row.values()] for row in rows],
+    )
     record("waiting", {"n": rounds, "seconds": seconds, "unit": "ms a step", "rows": rows})
 
 

@@ -1,9 +1,11 @@
 """Wrong invocations of every command: how many are refused in one line, and what the others do.
 
-Goal: no traceback, no hang, nothing left behind. A refusal is exit code 2, one line on stderr, and a folder that is as
-it was before. What exits with 0 is printed as "accepted", for a person to judge. Cases are generated from the commands,
-their flags and the kinds of files that they read (`tests/helpers/invocations`), run in forked processes that work in a
-folder of their own, and a small sample of them as real programs too. Nothing reaches the network.
+Goal: no traceback, no hang, nothing left behind. A refusal is exit code 2, one line on stderr, and
+    a folder that is as
+it was before. What exits with 0 is printed as "accepted", for a person to judge. Cases are
+generated from the commands, their flags and the kinds of files that they read
+(`tests/helpers/invocations`), run in forked processes that work in a folder of their own, and a
+small sample of them as real programs too. Nothing reaches the network.
 """
 
 import gc
@@ -35,7 +37,7 @@ os.environ |= {
     "GRADIO_ANALYTICS_ENABLED": "False",
     "PYTHONDONTWRITEBYTECODE": "1",
 }
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def import_everything() -> None:
@@ -75,7 +77,9 @@ def summary(outcomes: Sequence[Any], key: str) -> dict[str, dict[str, int]]:
     """How many outcomes of each value of a key ended how; a faulty one may have several faults."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for one in outcomes:
-        counts[getattr(one, key)].update(["cases", "faulty" if one.faults else one.verdict, *one.faults])
+        counts[getattr(one, key)].update(
+            ["cases", "faulty" if one.faults else one.verdict, *one.faults]
+        )
     return {name: dict(counts[name]) for name in sorted(counts)}
 
 
@@ -104,7 +108,8 @@ def main(
 
     Args:
         every: take one of so many cases only, always the same.
-        most: cases of a damaged file and the first command that reads it, at most; a quarter of them for others.
+        most: cases of a damaged file and the first command that reads it, at most; a quarter of
+            them for others.
         jobs: cases at a time.
         seconds: after which a case counts as one that never ends.
         programs: so many of the cases run as programs of their own too.
@@ -112,12 +117,13 @@ def main(
         verb: take the cases of this command only.
         quick: of `demo` and `reproduce`, try only what is refused before any work.
         folder: where cases work; a temporary folder by default.
-        out: JSON to write; benchmarks/results/wrong-invocations.json by default, nothing with --only or --verb.
+        out: JSON to write; benchmarks/results/wrong-invocations.json by default, nothing with
+            --only or --verb.
     """
     from common import RESULTS, show
-    from invocations.cases import VALID_AND_LONG, all_cases, spread, subset
-    from invocations.execution import Limits, remove, run_cases
-    from invocations.samples import make_samples
+    from tests.helpers.invocations.cases import VALID_AND_LONG, all_cases, spread, subset
+    from tests.helpers.invocations.execution import Limits, remove, run_cases
+    from tests.helpers.invocations.samples import make_samples
 
     from igpt.cli import COMMANDS
     from igpt.environment import describe
@@ -125,7 +131,9 @@ def main(
 
     began = time.monotonic()
     import_everything()
-    home = Path(tempfile.mkdtemp(dir=folder, prefix="wrong-"))  # no object that removes it when a fork ends
+    home = Path(
+        tempfile.mkdtemp(dir=folder, prefix="wrong-")
+    )  # no object that removes it when a fork ends
     try:
         make_samples(home / "samples", long_work=not quick)
         if left := threads():
@@ -141,11 +149,18 @@ def main(
             cases = [case for case in cases if case.verb == verb]
         cases = subset(cases, every)
         plain = [case for case in cases if not case.program and case.privileges == "all"]
-        cases += [replace(case, name=f"{case.name} (as a program)", program=True) for case in spread(plain, programs)]
+        cases += [
+            replace(case, name=f"{case.name} (as a program)", program=True)
+            for case in spread(plain, programs)
+        ]
         print(f"left out, as they are valid and would take long: {', '.join(VALID_AND_LONG)}")
-        print(f"{len(cases)} of {generated} cases; samples made in {made - began:.0f} s", flush=True)
+        print(
+            f"{len(cases)} of {generated} cases; samples made in {made - began:.0f} s", flush=True
+        )
         outcomes = []
-        for outcome in run_cases(cases, home / "samples", home / "cases", igpt, Limits(seconds=seconds), jobs):
+        for outcome in run_cases(
+            cases, home / "samples", home / "cases", igpt, Limits(seconds=seconds), jobs
+        ):
             outcomes.append(outcome)
             if outcome.faults or only is not None:
                 verdict = ", ".join(outcome.faults) or outcome.verdict

@@ -1,9 +1,9 @@
 """Runs every example of the manual anew, and writes what came out back into its page: `python docs/examples.py`.
 
-An example is a block marked `console`: lines that begin with "$ " are commands, those below are what they print. All
-run in one empty folder, in the order of the navigation, so that a page uses what those before it have made. Blocks
-marked `bash` are commands that need a GPU or the network; they are not run. Pictures of the runs that pages show are
-copied.
+An example is a block marked `console`: lines that begin with "$ " are commands, those below are
+what they print. All run in one empty folder, in the order of the navigation, so that a page uses
+what those before it have made. Blocks marked `bash` are commands that need a GPU or the network;
+they are not run. Pictures of the runs that pages show are copied.
 """
 
 import os
@@ -42,7 +42,9 @@ def pages() -> list[Path]:
     def walk(part: object) -> None:
         if isinstance(part, str):
             found.append(DOCS / part)
-        for inner in part.values() if isinstance(part, dict) else part if isinstance(part, list) else ():
+        for inner in (
+            part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        ):
             walk(inner)
 
     walk(yaml.load((DOCS.parent / "mkdocs.yml").read_text(), _Loader)["nav"])

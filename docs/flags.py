@@ -1,9 +1,9 @@
 """The commands' flags as tables, from `igpt COMMAND --help` itself: a hook of MkDocs.
 
-A page asks for a table by a comment, `<!-- flags: pretrain -->`; `<!-- settings: module:Class -->` is a table of a
-class of settings, from its fields. What is missing (a command without a table, a flag without a word of help, a table
-of no command) is a warning, at which `mkdocs build --strict` stops; so is a page that would load anything from another
-host.
+A page asks for a table by a comment, `<!-- flags: pretrain -->`; `<!-- settings: module:Class -->`
+is a table of a class of settings, from its fields. What is missing (a command without a table, a
+flag without a word of help, a table of no command) is a warning, at which `mkdocs build --strict`
+stops; so is a page that would load anything from another host.
 """
 
 import contextlib
@@ -64,14 +64,25 @@ def _parsed(text: str) -> Iterator[Flag]:
         words, _, default = words.partition(" (default: ")
         names = tuple(re.findall(r"(?<!\S)--?[a-z][\w-]*", head))
         default = default.removesuffix(")")
-        yield Flag(names, _value(head), words.strip(), "" if default in ("False", "True", "()", "''") else default)
+        yield Flag(
+            names,
+            _value(head),
+            words.strip(),
+            "" if default in ("False", "True", "()", "''") else default,
+        )
 
 
 def _value(head: str) -> str:
     """The kind of a value: INT, "INT ..." for several, or the words to choose from."""
     kinds = re.findall(r"[A-Z][A-Z_]*", re.sub(r"(?<!\S)--?[a-z][\w-]*", "", head))
     choices = re.findall(r"\{([a-z][^{}]*)\}", head)
-    several = f"{kinds[0]} ..." if "..." in head else " ".join(kinds) if "{FLOAT" in head else "".join(kinds[:1])
+    several = (
+        f"{kinds[0]} ..."
+        if "..." in head
+        else " ".join(kinds)
+        if "{FLOAT" in head
+        else "".join(kinds[:1])
+    )
     return ",".join(filter(None, [several, *choices]))
 
 
@@ -83,7 +94,9 @@ def table(command: str) -> str:
             _log.warning("igpt %s %s has no help", command, " ".join(flag.names) or flag.value)
         names = ", ".join(f"`{name}`" for name in flag.names)
         names += " " + ", ".join(f"`{value}`" for value in flag.value.split(",") if value)
-        rows.append(f"| {names.strip()} | {_cell(flag.words)} | {f'`{flag.default}`' if flag.default else ''} |")
+        rows.append(
+            f"| {names.strip()} | {_cell(flag.words)} | {f'`{flag.default}`' if flag.default else ''} |"
+        )
     return "\n".join(rows)
 
 
@@ -116,7 +129,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         if kind == "settings":
             return settings_table(name)
         if name not in COMMANDS:
-            _log.warning("%s asks for the flags of %r, which is no command", page.file.src_uri, name)
+            _log.warning(
+                "%s asks for the flags of %r, which is no command", page.file.src_uri, name
+            )
             return ""
         _shown.add(name)
         return table(name)

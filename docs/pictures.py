@@ -1,7 +1,7 @@
 """Draws the pictures of the concepts page, as SVG: `python docs/pictures.py`. The same every time.
 
-All that is shown is made here or comes from the bundled digits. Lines and letters have a grey that can be read on white
-and on black; there is no background.
+All that is shown is made here or comes from the bundled digits. Lines and letters have a grey that
+can be read on white and on black; there is no background.
 """
 
 from pathlib import Path
@@ -27,25 +27,44 @@ class Drawing:
         ]
 
     def text(
-        self, x: float, y: float, words: str, *, size: int = 12, color: str = GREY, anchor: str = "middle"
+        self,
+        x: float,
+        y: float,
+        words: str,
+        *,
+        size: int = 12,
+        color: str = GREY,
+        anchor: str = "middle",
     ) -> None:
         look = "" if size == 12 else f' font-size="{size}"'
         look += "" if color == GREY else f' fill="{color}"'
         self.parts.append(f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}"{look}>{words}</text>')
 
     def box(
-        self, x: float, y: float, w: float, h: float, *, fill: str = "none", line: str = GREY, dash: bool = False
+        self,
+        x: float,
+        y: float,
+        w: float,
+        h: float,
+        *,
+        fill: str = "none",
+        line: str = GREY,
+        dash: bool = False,
     ) -> None:
         dashes = ' stroke-dasharray="3 2"' if dash else ""
         self.parts.append(
             f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{fill}" stroke="{line}"{dashes}/>'
         )
 
-    def labelled(self, x: float, y: float, w: float, h: float, words: str, *, line: str = GREY) -> None:
+    def labelled(
+        self, x: float, y: float, w: float, h: float, words: str, *, line: str = GREY
+    ) -> None:
         self.box(x, y, w, h, line=line)
         self.text(x + w / 2, y + h / 2 + 4, words, color=line)
 
-    def path(self, points: list[tuple[float, float]], *, color: str = GREY, arrow: bool = True) -> None:
+    def path(
+        self, points: list[tuple[float, float]], *, color: str = GREY, arrow: bool = True
+    ) -> None:
         """A line through some points, with an arrow at its end."""
         line = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
         if arrow:
@@ -57,7 +76,9 @@ class Drawing:
             line += f"M{left[0]:.1f} {left[1]:.1f}L{x:g} {y:g}L{right[0]:.1f} {right[1]:.1f}"
         self.parts.append(f'<path d="{line}" fill="none" stroke="{color}"/>')
 
-    def pixels(self, x: float, y: float, side: float, grid: Grid, shown: NDArray[np.bool_] | None = None) -> None:
+    def pixels(
+        self, x: float, y: float, side: float, grid: Grid, shown: NDArray[np.bool_] | None = None
+    ) -> None:
         """An image [H, W, 3] of pixels with this side; those that are not shown have a dot in their place."""
         height, width = grid.shape[:2]
         colors: dict[str, str] = {}
@@ -67,7 +88,9 @@ class Drawing:
                 left, top = x + column * side, y + row * side
                 if shown is None or shown[row, column]:
                     color = "#{:02x}{:02x}{:02x}".format(*grid[row, column])
-                    colors[color] = colors.get(color, "") + f"M{left:g} {top:g}h{side:g}v{side:g}h-{side:g}z"
+                    colors[color] = (
+                        colors.get(color, "") + f"M{left:g} {top:g}h{side:g}v{side:g}h-{side:g}z"
+                    )
                 else:
                     dots += f"M{left + side / 2 - 1:g} {top + side / 2:g}h2"
         self.parts += [f'<path d="{where}" fill="{color}"/>' for color, where in colors.items()]
@@ -87,9 +110,9 @@ def digit(number: int) -> tuple[NDArray[np.int64], Grid]:
 def palette() -> None:
     ramp = np.linspace(0, 1, 10)
     across, down = np.meshgrid(ramp, ramp)
-    image = np.stack([60 + 190 * across, 60 + 150 * down, 230 - 160 * across * down - 40 * down], axis=2).astype(
-        np.uint8
-    )
+    image = np.stack(
+        [60 + 190 * across, 60 + 150 * down, 230 - 160 * across * down - 40 * down], axis=2
+    ).astype(np.uint8)
     fitted = Palette(6, seed=0).fit(image)
     tokens = fitted.transform(image)
     made = Drawing(600, 190, "An image, its palette, its tokens, and what comes back")
@@ -138,7 +161,11 @@ def tokens() -> None:
 
 
 def sequence() -> None:
-    made = Drawing(640, 190, "The sequence is shifted by one place: place i is predicted from what lies before it")
+    made = Drawing(
+        640,
+        190,
+        "The sequence is shifted by one place: place i is predicted from what lies before it",
+    )
     names = ["start", "x1", "x2", "x3", "...", "x(n-1)"]
     goals = ["x1", "x2", "x3", "x4", "...", "xn"]
     made.text(86, 164, "what goes in", anchor="end", size=11)
@@ -170,7 +197,13 @@ def objectives() -> None:
             places == 35,
             ["place 36 is predicted from the 35 before it;", "every place is trained on, at once"],
         ),
-        (320, "BERT", ~hidden, hidden, ["15 % of the places are hidden,", "each is predicted from the rest"]),
+        (
+            320,
+            "BERT",
+            ~hidden,
+            hidden,
+            ["15 % of the places are hidden,", "each is predicted from the rest"],
+        ),
     ):
         made.text(x + 64, 18, title)
         made.pixels(x, 28, 16, image, shown)
@@ -181,7 +214,9 @@ def objectives() -> None:
         for row in range(8):
             for column in range(8):
                 sees = column <= row if title == "autoregressive" else True
-                made.box(x + 160 + 12 * column, 38 + 12 * row, 12, 12, fill=BLUE if sees else "none")
+                made.box(
+                    x + 160 + 12 * column, 38 + 12 * row, 12, 12, fill=BLUE if sees else "none"
+                )
         made.text(x + 208, 150, "who sees whom", size=11)
         for number, line in enumerate(lines):
             made.text(x, 182 + 17 * number, line, anchor="start")
@@ -225,7 +260,9 @@ def transformer() -> None:
 
 
 def finetuning() -> None:
-    made = Drawing(640, 170, "Fine-tuning: two heads on the final norm, and the sum of their losses")
+    made = Drawing(
+        640, 170, "Fine-tuning: two heads on the final norm, and the sum of their losses"
+    )
     made.labelled(20, 66, 110, 30, "all L blocks")
     made.path([(130, 81), (160, 81)])
     made.labelled(160, 66, 90, 30, "final norm")
@@ -244,14 +281,18 @@ def finetuning() -> None:
 def drawing() -> None:
     _, image = digit(2)
     places = np.arange(64).reshape(8, 8)
-    order = np.random.default_rng(2).permutation(64).reshape(8, 8)  # of a BERT model's confidence: for show
+    order = (
+        np.random.default_rng(2).permutation(64).reshape(8, 8)
+    )  # of a BERT model's confidence: for show
     made = Drawing(600, 330, "Completion: in raster order, or the surest places first")
     for y, title, when in (
         (28, "autoregressive: place after place", np.where(places < 32, 0, places - 31)),
         (194, "BERT: the surest places first, 16 rounds", np.where(places < 32, 0, 1 + order // 2)),
     ):
         made.text(10, y - 10, title, anchor="start")
-        for number, (known, words) in enumerate(((0, "what is kept"), (8, ""), (20, ""), (64, "complete"))):
+        for number, (known, words) in enumerate(
+            ((0, "what is kept"), (8, ""), (20, ""), (64, "complete"))
+        ):
             x = 10 + 150 * number
             made.pixels(x, y, 14, image, when <= known)
             made.text(x + 56, y + 128, words, size=11)

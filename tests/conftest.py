@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-# Before anything reads them, and for all processes that tests start: two test processes share two cores.
+# Before anything reads them, and for all processes that tests start: two test processes share two
+# cores.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"gradio-{os.getpid()}")
 
@@ -20,14 +21,16 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from sample_images import ImageSets, write_sample_sets
 
 from igpt.cli import main
-from igpt.data import palette
+from igpt.data.images import palette
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 
-# A shell that starts the tests with `&` lets them ignore Ctrl-C, and so all processes that they start and interrupt.
+from .helpers.sample_images import ImageSets, write_sample_sets
+
+# A shell that starts the tests with `&` lets them ignore Ctrl-C, and so all processes that they
+# start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -67,9 +70,13 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _tables_once() -> Iterator[None]:
     """The table of all colours, half a second for 512, is the same for the same palette: made once for some of them."""
-    made = lru_cache(6)(lambda centers, shape: _nearest_table(np.frombuffer(centers, np.float32).reshape(shape)))
+    made = lru_cache(6)(
+        lambda centers, shape: _nearest_table(np.frombuffer(centers, np.float32).reshape(shape))
+    )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(palette, "_nearest_table", lambda centers: made(centers.tobytes(), centers.shape))
+        patch.setattr(
+            palette, "_nearest_table", lambda centers: made(centers.tobytes(), centers.shape)
+        )
         yield
 
 
@@ -85,7 +92,9 @@ def short() -> dict[str, object]:
 @pytest.fixture(scope="session")
 def short_flags(short: dict[str, object]) -> list[str]:
     """The same as flags of `igpt pretrain`."""
-    return [word for key, value in short.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [
+        word for key, value in short.items() for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -109,7 +118,10 @@ def igpt() -> Run:
 
 @pytest.fixture(scope="session")
 def short_run(
-    igpt: Run, digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory
+    igpt: Run,
+    digits: TokenDataset,
+    short_flags: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A run of 24 updates on the digits, by the command line."""
     run = tmp_path_factory.mktemp("runs") / "short"
@@ -125,8 +137,14 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = np.random.default_rng(0)
     for index in range(48):
         ramp = np.linspace(0, 200, 20)
-        grid = np.broadcast_to(ramp, (20, 20)) if index % 2 else np.broadcast_to(ramp[:, None], (20, 20))
-        picture = grid[..., None] * generator.uniform(0.5, 1, 3) + generator.uniform(0, 50, (20, 20, 3))
+        grid = (
+            np.broadcast_to(ramp, (20, 20))
+            if index % 2
+            else np.broadcast_to(ramp[:, None], (20, 20))
+        )
+        picture = grid[..., None] * generator.uniform(0.5, 1, 3) + generator.uniform(
+            0, 50, (20, 20, 3)
+        )
         home = folder / "train" / ("across" if index % 2 else "down")
         home.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.astype(np.uint8)).save(home / f"{index:02d}.png")

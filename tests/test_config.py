@@ -31,7 +31,9 @@ def test_later_layers_override_earlier_ones_and_keep_the_rest():
 
 
 def test_unknown_key_names_the_nearest_one():
-    with pytest.raises(InputError, match=r"^unknown key 'sise' in recipe\.yaml; did you mean 'size'\?$"):
+    with pytest.raises(
+        InputError, match=r"^unknown key 'sise' in recipe\.yaml; did you mean 'size'\?$"
+    ):
         Recipe.layered({"sise": 8}, where="recipe.yaml")
     with pytest.raises(InputError, match="choose from: betas, order, palette, rate, size"):
         Recipe.layered({"xyzzy": 8})
@@ -74,7 +76,9 @@ def test_settings_are_frozen():
 
 @pytest.mark.parametrize("name", ["recipe.yaml", "recipe.json"])
 def test_round_trip(tmp_path: Path, name: str):
-    recipe = Recipe(size=8, rate=3e-5, order="snake", betas=(0.5, 0.75), palette=Path("farben/é.npy"))
+    recipe = Recipe(
+        size=8, rate=3e-5, order="snake", betas=(0.5, 0.75), palette=Path("farben/é.npy")
+    )
     recipe.save(tmp_path / "new" / name)
     assert Recipe.load(tmp_path / "new" / name) == recipe
     assert [file.name for file in (tmp_path / "new").iterdir()] == [name]
@@ -83,7 +87,9 @@ def test_round_trip(tmp_path: Path, name: str):
 def test_json_is_json_and_yaml_is_yaml(tmp_path: Path):
     Recipe(size=8).save(tmp_path / "a.json")
     assert json.loads((tmp_path / "a.json").read_text())["size"] == 8
-    (tmp_path / "tabs.json").write_text('{\n\t"size": 8,\n\t"rate": 1e-3\n}')  # no YAML: it forbids tabs
+    (tmp_path / "tabs.json").write_text(
+        '{\n\t"size": 8,\n\t"rate": 1e-3\n}'
+    )  # no YAML: it forbids tabs
     assert Recipe.load(tmp_path / "tabs.json") == Recipe(size=8)
     (tmp_path / "b.yaml").write_text("rate: 1e-3  # YAML 1.1 reads a word here\nsize: 8\n")
     assert Recipe.load(tmp_path / "b.yaml") == Recipe(size=8)
@@ -109,7 +115,9 @@ def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message:
     assert "\n" not in str(caught.value)
 
 
-BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))])
+BOMB = "\n".join(
+    ["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 12))]
+)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +141,9 @@ BOMB = "\n".join(["a0: &a0 [x]", *(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)
         ("a.yaml", f"order: {'x' * 300_000}\n", "that is no settings file"),
     ],
 )
-def test_hostile_settings_cost_nothing_and_are_one_line(tmp_path: Path, name: str, content: str, message: str):
+def test_hostile_settings_cost_nothing_and_are_one_line(
+    tmp_path: Path, name: str, content: str, message: str
+):
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError) as caught:
         Recipe.load(tmp_path / name)

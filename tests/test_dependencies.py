@@ -3,14 +3,17 @@
 import tomllib
 from pathlib import Path
 
-import floors
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from .helpers import floors
+
 ROOT = Path(__file__).parent.parent
-EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+    "optional-dependencies"
+]
 DIRECT = [*floors.requirements([]), *floors.requirements(list(EXTRAS))]
 
 
@@ -61,7 +64,9 @@ def test_the_lowest_version(requirement: str, lowest: str) -> None:
     assert floors.floor(requirement) == lowest
 
 
-@pytest.mark.parametrize("requirement", ["rich", "rich<15", "rich>13", "rich==14.3", "rich~=14.3", "rich>=14,!=14.1"])
+@pytest.mark.parametrize(
+    "requirement", ["rich", "rich<15", "rich>13", "rich==14.3", "rich~=14.3", "rich>=14,!=14.1"]
+)
 def test_a_requirement_without_a_lower_bound_is_refused(requirement: str) -> None:
     with pytest.raises(ValueError, match="has no lower bound"):
         floors.floor(requirement)

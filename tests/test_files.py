@@ -59,7 +59,9 @@ def test_a_file_is_replaced_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_no_file_and_keeps_the_old_one(tmp_path: Path, problem: type[BaseException]):
+def test_an_error_leaves_no_file_and_keeps_the_old_one(
+    tmp_path: Path, problem: type[BaseException]
+):
     path = tmp_path / "a.txt"
     for before in ([], ["a.txt"]):
         with pytest.raises(problem), atomic_file(path) as temporary:  # noqa: PT012
@@ -85,7 +87,9 @@ def test_a_folder_is_replaced_whole(tmp_path: Path):
 
 
 @pytest.mark.parametrize("problem", [ValueError, KeyboardInterrupt])
-def test_an_error_leaves_no_folder_and_keeps_the_old_one(tmp_path: Path, problem: type[BaseException]):
+def test_an_error_leaves_no_folder_and_keeps_the_old_one(
+    tmp_path: Path, problem: type[BaseException]
+):
     path = tmp_path / "model"
     for before in ([], ["model"]):
         with pytest.raises(problem), atomic_folder(path) as folder:  # noqa: PT012
@@ -192,7 +196,10 @@ def test_json_round_trip_and_refusals(tmp_path: Path):
 
 def test_checksum(tmp_path: Path):
     (tmp_path / "a").write_bytes(b"abc")
-    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert (
+        sha256_of(tmp_path / "a")
+        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    )
 
 
 def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
@@ -300,7 +307,11 @@ def test_nesting_of_repeated_parts_is_looked_at_once() -> None:
 def test_a_link_to_itself_is_refused_wherever_a_path_is_read_or_written(tmp_path: Path) -> None:
     link = tmp_path / "link.json"
     link.symlink_to(link)
-    for use in (lambda: write_json(link, {}), lambda: folder_to_read(link), lambda: recover_folder(link)):
+    for use in (
+        lambda: write_json(link, {}),
+        lambda: folder_to_read(link),
+        lambda: recover_folder(link),
+    ):
         with pytest.raises(InputError, match="leads back to itself"):
             use()
     assert link.is_symlink()

@@ -14,19 +14,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from small_hub import FOREIGN, Hub, serving
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.hub import require_name
-from igpt.model.checkpoint import weights_sha256
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
+from igpt.model.directory import weights_sha256
 from igpt.model.transformer import ImageGPT
 
-# Of each model in turn: the checksum of its weights and its palette's fingerprint, or what is wrong.
+from .helpers.small_hub import FOREIGN, Hub, serving
+
+# Of each model in turn: the checksum of its weights and its palette's fingerprint, or what is
+# wrong.
 PROGRAM = """
 import json, sys
-from igpt.data.palette import Palette
-from igpt.model.checkpoint import weights_sha256
+from igpt.data.images.palette import Palette
+from igpt.model.directory import weights_sha256
 from igpt.model.transformer import ImageGPT
 for word in sys.argv[1:]:
     name, _, what = word.partition(":")
@@ -75,7 +77,13 @@ def hub() -> Iterator[Hub]:
 
 def surroundings(hub: Hub, home: Path, **more: str) -> dict[str, str]:
     known = {key: value for key, value in os.environ.items() if key not in FOREIGN}
-    return {**known, **hub.environment(home), "OMP_NUM_THREADS": "1", "HF_HUB_ETAG_TIMEOUT": "5", **more}
+    return {
+        **known,
+        **hub.environment(home),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_ETAG_TIMEOUT": "5",
+        **more,
+    }
 
 
 @pytest.fixture
@@ -85,7 +93,9 @@ def read(hub: Hub, tmp_path: Path) -> Read:
     def run(*words: str, **more: str) -> list[Any]:
         command = [sys.executable, "-c", PROGRAM, *words]
         environment = surroundings(hub, tmp_path / "home", **more)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path
+        )
         assert done.returncode == 0, done.stderr
         return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -107,7 +117,11 @@ def pickled(tensors: Mapping[str, object]) -> bytes:
 def test_a_model_comes_down_once_and_is_there_without_the_network(
     hub: Hub, files: dict[str, bytes], known: list[str], read: Read
 ) -> None:
-    others = {"pytorch_model.bin": bytes(9000), "flax_model.msgpack": bytes(9000), "onnx/model.safetensors": b"other"}
+    others = {
+        "pytorch_model.bin": bytes(9000),
+        "flax_model.msgpack": bytes(9000),
+        "onnx/model.safetensors": b"other",
+    }
     hub.models["someone/model"] = {**files, **others, "README.md": b"# A model\n"}
     assert read("someone/model", "someone/model:palette") == [known, known[1]]
     assert sorted(path for path, _, _ in hub.log) == sorted(files), "what is not needed stays there"
@@ -125,7 +139,10 @@ def test_pickled_weights_come_down_whole_or_in_parts_and_run_no_code(
     tensors = load_file(tmp_path / "weights")
     plain = {name: content for name, content in files.items() if name.endswith(".json")}
     halves = [{name: tensors[name] for name in sorted(tensors)[part::2]} for part in (0, 1)]
-    parts = {f"pytorch_model-0000{part + 1}-of-00002.bin": pickled(half) for part, half in enumerate(halves)}
+    parts = {
+        f"pytorch_model-0000{part + 1}-of-00002.bin": pickled(half)
+        for part, half in enumerate(halves)
+    }
     hub.models |= {
         "someone/pickle": {**plain, "pytorch_model.bin": pickled(tensors)},
         "someone/parts": {**plain, **parts},
@@ -152,16 +169,31 @@ def test_the_index_decides_which_parts_come_down(
     parts = {name: save({key: tensors[key] for key in keys}) for name, keys in halves.items()}
     index = index_of({key: name for name, keys in halves.items() for key in keys})
     stale = {f"model-0000{part}-of-00002.safetensors": bytes(9000) for part in (1, 2)}
-    pickles = {f"{name}.bin": pickled({key: tensors[key] for key in keys}) for name, keys in halves.items()}
+    pickles = {
+        f"{name}.bin": pickled({key: tensors[key] for key in keys}) for name, keys in halves.items()
+    }
     pickle_index = index_of({key: f"{name}.bin" for name, keys in halves.items() for key in keys})
     hub.models |= {
         "someone/model": {**plain, **parts, **stale, "model.safetensors.index.json": index},
         "someone/pickle": {**plain, **pickles, "pytorch_model.bin.index.json": pickle_index},
-        "someone/lacking": {**plain, "part 0.safetensors": bytes(9000), "model.safetensors.index.json": index},
-        "someone/outside": {**plain, "model.safetensors.index.json": index_of({"a": "../x.safetensors"})},
+        "someone/lacking": {
+            **plain,
+            "part 0.safetensors": bytes(9000),
+            "model.safetensors.index.json": index,
+        },
+        "someone/outside": {
+            **plain,
+            "model.safetensors.index.json": index_of({"a": "../x.safetensors"}),
+        },
     }
     assert read("someone/model", "someone/pickle") == [known, known]
-    needed = {*plain, *parts, "model.safetensors.index.json", *pickles, "pytorch_model.bin.index.json"}
+    needed = {
+        *plain,
+        *parts,
+        "model.safetensors.index.json",
+        *pickles,
+        "pytorch_model.bin.index.json",
+    }
     assert {path for path, _, _ in hub.log} == needed, "stale parts stay there"
     assert read("someone/model", HF_HUB_OFFLINE="1") == [known]
     hub.log.clear()
@@ -173,11 +205,16 @@ def test_the_index_decides_which_parts_come_down(
     assert not any(path.endswith(".safetensors") for path, _, _ in hub.log)
 
 
-def test_what_the_hub_cannot_give_is_said_in_one_sentence(hub: Hub, files: dict[str, bytes], read: Read) -> None:
+def test_what_the_hub_cannot_give_is_said_in_one_sentence(
+    hub: Hub, files: dict[str, bytes], read: Read
+) -> None:
     plain = {name: content for name, content in files.items() if name.endswith(".json")}
     hub.models |= {
         "someone/hidden": files,
-        "someone/words": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": bytes(9000)},
+        "someone/words": {
+            "config.json": b'{"model_type": "gpt2"}',
+            "model.safetensors": bytes(9000),
+        },
         "someone/later": {**plain, "model-00001-of-00002.safetensors": bytes(9000)},
         "someone/bare": plain,
         "someone/space": {"README.md": b"# Nothing\n"},
@@ -193,17 +230,26 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(hub: Hub, files: dict[
     assert said[1] == said[0].replace("nothing", "hidden")
     assert said[2].startswith("refused: the Hub's someone/words: ")
     assert said[2].endswith("config.json is of a model of type 'gpt2'; 'imagegpt' is needed")
-    assert said[3].startswith("refused: the Hub's someone/later: model-00002-of-00002.safetensors is missing")
-    assert said[4] == "refused: the Hub's someone/bare: no weights are there: model.safetensors is missing"
+    assert said[3].startswith(
+        "refused: the Hub's someone/later: model-00002-of-00002.safetensors is missing"
+    )
+    assert (
+        said[4]
+        == "refused: the Hub's someone/bare: no weights are there: model.safetensors is missing"
+    )
     assert said[5] == "refused: the Hub's someone/space: config.json is missing"
     assert said[6] == "refused: the Hub's someone/space: preprocessor_config.json is missing"
     assert hub.sent(".safetensors") == 0, "nothing large is fetched in vain"
 
 
-def test_a_part_of_a_model_in_the_cache_is_no_model(hub: Hub, files: dict[str, bytes], read: Read) -> None:
+def test_a_part_of_a_model_in_the_cache_is_no_model(
+    hub: Hub, files: dict[str, bytes], read: Read
+) -> None:
     hub.models["someone/model"] = dict(files)
     (palette,) = read("someone/model:palette")
-    again, message, other = read("someone/model:palette", "someone/model", "someone/other", **no_network())
+    again, message, other = read(
+        "someone/model:palette", "someone/model", "someone/other", **no_network()
+    )
     assert again == palette
     for said, name in ((message, "model"), (other, "other")):
         assert said.startswith(
@@ -213,12 +259,29 @@ def test_a_part_of_a_model_in_the_cache_is_no_model(hub: Hub, files: dict[str, b
         assert "; download its files elsewhere (http://" in said
         assert said.endswith(f"/someone/{name}) and give the path of their folder")
     (offline,) = read("someone/other", HF_HUB_OFFLINE="1")
-    assert "the Hub cannot give it: HF_HUB_OFFLINE forbids to ask it; download its files elsewhere" in offline
+    assert (
+        "the Hub cannot give it: HF_HUB_OFFLINE forbids to ask it; download its files elsewhere"
+        in offline
+    )
 
 
 @pytest.mark.parametrize(
     "name",
-    ["model", "a/b/c", "", "a/", "/b", "a b/c", "a/b--c", "a/..b", "a/b.git", "-a/b", "a/b-", "a./b", "a/" + "b" * 95],
+    [
+        "model",
+        "a/b/c",
+        "",
+        "a/",
+        "/b",
+        "a b/c",
+        "a/b--c",
+        "a/..b",
+        "a/b.git",
+        "-a/b",
+        "a/b-",
+        "a./b",
+        "a/" + "b" * 95,
+    ],
 )
 def test_what_cannot_name_a_repository(name: str) -> None:
     with pytest.raises(ValueError, match="cannot name a model on the Hub; USER/NAME is needed"):

@@ -34,7 +34,9 @@ def refused(said: str) -> "pytest.RaisesExc[InputError]":
 
 
 def hold(folder: Path) -> "subprocess.Popen[str]":
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "held\n"
     return process
@@ -43,7 +45,10 @@ def hold(folder: Path) -> "subprocess.Popen[str]":
 def test_a_second_process_is_refused_with_the_first_ones_host_and_process_id(folder: Path) -> None:
     process = hold(folder)
     try:
-        with refused(rf"written by process {process.pid} on {socket.gethostname()}"), exclusive_folder(folder):
+        with (
+            refused(rf"written by process {process.pid} on {socket.gethostname()}"),
+            exclusive_folder(folder),
+        ):
             pass
         assert (folder / ".lock").exists(), "the refused one must not remove the lock of the first"
     finally:
@@ -81,7 +86,9 @@ def test_one_process_may_take_its_own_lock_again(folder: Path) -> None:
     assert not lock.exists()
 
 
-def test_a_lock_of_another_host_holds_while_its_owner_touches_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_another_host_holds_while_its_owner_touches_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(locks, "_TOUCHED_EVERY", 0.3)
     lock = folder.with_name(".run.lock")
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "command": "igpt pretrain"}))
@@ -99,7 +106,9 @@ def test_a_lock_of_another_host_holds_while_its_owner_touches_it(folder: Path, m
     finally:
         ended.set()
         owner.join()
-    with exclusive(folder):  # it is not touched any more: a job that was started again on another machine goes on
+    with exclusive(
+        folder
+    ):  # it is not touched any more: a job that was started again on another machine goes on
         assert json.loads(lock.read_text())["host"] == socket.gethostname()
 
 
@@ -116,7 +125,9 @@ def test_a_lock_that_was_cut_off_by_a_kill_is_taken_over(folder: Path, content: 
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
-def test_without_locks_of_the_file_system_the_process_id_decides(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_of_the_file_system_the_process_id_decides(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def unsupported(descriptor: int, how: int) -> None:
         raise OSError(38, "Function not implemented")
 

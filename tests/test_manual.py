@@ -12,13 +12,21 @@ from typing import Any
 import pytest
 
 from igpt.cli import COMMANDS
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FLAG = re.compile(r"--?[a-z][\w-]*")
-ELSEWHERE = {"--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--strict", "--help", "--version"}
+ELSEWHERE = {
+    "--nproc-per-node",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--strict",
+    "--help",
+    "--version",
+}
 
 
 def script(name: str) -> ModuleType:
@@ -43,7 +51,9 @@ def blocks(text: str, *languages: str) -> list[str]:
 def igpt_commands(text: str) -> list[list[str]]:
     """The words behind `igpt` of every example in a page: lines after a `$ `, and all lines of `bash` blocks."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
-    lines += re.findall(r"^\$ (.*)", "\n".join(blocks(text, "console")).replace("\\\n", " "), flags=re.MULTILINE)
+    lines += re.findall(
+        r"^\$ (.*)", "\n".join(blocks(text, "console")).replace("\\\n", " "), flags=re.MULTILINE
+    )
     found = [re.search(r"^(?:torchrun .*-m )?igpt (.*)", line) for line in lines]
     return [shlex.split(match[1], comments=True) for match in found if match]
 
@@ -51,14 +61,18 @@ def igpt_commands(text: str) -> list[list[str]]:
 def test_every_command_has_its_section_with_an_example_and_its_flags() -> None:
     sections: dict[str, str] = {}
     for page in (DOCS / "commands").glob("*.md"):
-        text = BLOCK.sub(lambda block: block[0].replace("\n#", "\n "), page.read_text())  # comments are no headings
+        text = BLOCK.sub(
+            lambda block: block[0].replace("\n#", "\n "), page.read_text()
+        )  # comments are no headings
         for part in re.split(r"^(?=##? )", text, flags=re.MULTILINE):
             title, _, below = part.partition("\n")
             sections[title.lstrip("# ")] = below
     for command in COMMANDS:
         section = sections.get(command, "")
         assert f"<!-- flags: {command} -->" in section, f"igpt {command} has no section of its own"
-        assert command in {words[0] for words in igpt_commands(section)}, f"there is no example of igpt {command}"
+        assert command in {words[0] for words in igpt_commands(section)}, (
+            f"there is no example of igpt {command}"
+        )
 
 
 def test_every_flag_of_an_example_exists(flags: Any) -> None:
@@ -69,18 +83,28 @@ def test_every_flag_of_an_example_exists(flags: Any) -> None:
             assert command in COMMANDS, f"{page}: igpt {command}"
             known = {name for flag in flags(command) for name in flag.names}
             given = {word for word in words if FLAG.fullmatch(word)}
-            shown_as_mistakes = set(re.findall(rf"igpt {command}: Unrecognized options: (--[\w-]+)", text))
-            assert given - known == given & shown_as_mistakes, f"{page}: igpt {command} has no {given - known}"
+            shown_as_mistakes = set(
+                re.findall(rf"igpt {command}: Unrecognized options: (--[\w-]+)", text)
+            )
+            assert given - known == given & shown_as_mistakes, (
+                f"{page}: igpt {command} has no {given - known}"
+            )
             seen += len(given)
     assert seen > 100
 
 
 def test_every_flag_of_the_text_exists(flags: Any) -> None:
-    known = {name for command in COMMANDS for flag in flags(command) for name in flag.names} | ELSEWHERE
+    known = {
+        name for command in COMMANDS for flag in flags(command) for name in flag.names
+    } | ELSEWHERE
     for page in PAGES:
         if page.name != "LOG.md":  # it speaks of what was, too
             text = BLOCK.sub("", page.read_text())
-            named = {word for code in re.findall(r"`([^`\n]+)`", text) for word in re.findall(r"--[a-z][\w-]*", code)}
+            named = {
+                word
+                for code in re.findall(r"`([^`\n]+)`", text)
+                for word in re.findall(r"--[a-z][\w-]*", code)
+            }
             assert named <= known, f"{page}: {named - known}"
 
 
@@ -122,10 +146,21 @@ def test_small_pictures() -> None:
 
 
 @pytest.mark.parametrize(
-    "page", ["extending/objective", "extending/source", "extending/model", "python/index", "commands/drawing"]
+    "page",
+    [
+        "extending/objective",
+        "extending/source",
+        "extending/model",
+        "python/index",
+        "commands/drawing",
+    ],
 )
 def test_python_as_written(
-    page: str, digits: TokenDataset, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str,
+    digits: TokenDataset,
+    short_run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Blocks that begin with an import are whole programs; the others are parts of files."""
     monkeypatch.chdir(tmp_path)
@@ -134,7 +169,9 @@ def test_python_as_written(
     Path("runs").mkdir()
     Path("runs/tiny").symlink_to(short_run)
     programs = [
-        code for code in blocks((DOCS / f"{page}.md").read_text(), "python") if code.startswith(("import ", "from "))
+        code
+        for code in blocks((DOCS / f"{page}.md").read_text(), "python")
+        if code.startswith(("import ", "from "))
     ]
     assert programs
     for code in programs:

@@ -16,16 +16,27 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-def test_commands_and_python_as_written(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_and_python_as_written(
+    igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     first, steps = blocks("bash")
-    assert [shlex.split(line, comments=True) for line in first.splitlines()] == [["make", "demo"], ["make", "test"]]
+    assert [shlex.split(line, comments=True) for line in first.splitlines()] == [
+        ["make", "demo"],
+        ["make", "test"],
+    ]
     for line in steps.replace("\\\n", " ").splitlines():
         command, *words = shlex.split(line, comments=True)
         assert command == "igpt"
         done = igpt(*words)
         assert done.returncode == 0, (line, done.stderr)
-    for made in ("probe.json", "samples.png", "completions.png", "report.html", "model/config.json"):
+    for made in (
+        "probe.json",
+        "samples.png",
+        "completions.png",
+        "report.html",
+        "model/config.json",
+    ):
         assert (tmp_path / "runs" / "tiny" / made).exists(), made
     probed = best_row(read_probe(tmp_path / "runs" / "tiny" / "probe.json"))["test_accuracy"]
     tuned = read_test(tmp_path / "runs" / "classes" / "test.json")["test_accuracy"]

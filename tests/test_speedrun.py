@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from igpt.data.palette import Palette
-from igpt.data.tokens import TokenDataset
+from igpt.data.images.palette import Palette
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.likelihood import score
 from igpt.model.transformer import ImageGPT
@@ -37,8 +37,18 @@ def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dic
         step = 10 * number
         lines.append({"kind": "train", "step": step, "loss": 9.0, "seconds": rate * step})
         lines.append({"kind": "validation", "step": step, "loss": loss})
-    environment = {"processor": "one", "commit": "abc1234", "started": f"2026-01-0{seed + 1}T00:00:00+00:00"}
-    return {"entry": entry, "seed": seed, "settings": {"batch_size": 4}, "lines": lines, "environment": environment}
+    environment = {
+        "processor": "one",
+        "commit": "abc1234",
+        "started": f"2026-01-0{seed + 1}T00:00:00+00:00",
+    }
+    return {
+        "entry": entry,
+        "seed": seed,
+        "settings": {"batch_size": 4},
+        "lines": lines,
+        "environment": environment,
+    }
 
 
 @pytest.fixture
@@ -66,7 +76,9 @@ def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path:
         assert config.warmup(45_000) < config.steps
         assert settings not in seen
         seen.append(settings)
-        assert entry.over in [None, *speedrun.NAMES][: len(seen)], "what it stands over comes before it"
+        assert entry.over in [None, *speedrun.NAMES][: len(seen)], (
+            "what it stands over comes before it"
+        )
         PretrainConfig.layered(speedrun.settings_of(entry.name, 2), {"tokens": tmp_path})
     assert len(speedrun.NAMES) == len(speedrun.ENTRIES)
     assert PretrainConfig.layered(seen[0], {"tokens": tmp_path}).faithful
@@ -81,7 +93,10 @@ def test_the_palette_is_there() -> None:
 def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
     summary = speedrun.summarise(results, (0, 1), None)
     assert summary["target"] == pytest.approx(4.0)
-    told = {(one["entry"], one["seed"]): (one["reached"], one["seconds"], one["updates"]) for one in summary["records"]}
+    told = {
+        (one["entry"], one["seed"]): (one["reached"], one["seconds"], one["updates"])
+        for one in summary["records"]
+    }
     assert told == {
         ("faithful", 0): (True, 60.0, 30),
         ("faithful", 1): (True, 60.0, 30),
@@ -103,14 +118,21 @@ def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, A
         "20 (20 to 20), 1 of 2 not reached",
         "not reached",
     ]
-    assert [row["kept"] for row in found.values()] == ["", "yes", "no", ""]  # rotary stands over what is not done
+    assert [row["kept"] for row in found.values()] == [
+        "",
+        "yes",
+        "no",
+        "",
+    ]  # rotary stands over what is not done
     assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
     assert found["batch"]["images/s"] == "1.8"
     assert found["batch"]["updates"] == "19"
     assert (found["batch"]["date"], found["batch"]["commit"]) == ("2026-01-02", "`abc1234`")
 
 
-def test_a_given_target_and_one_that_is_not_set_yet(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+def test_a_given_target_and_one_that_is_not_set_yet(
+    speedrun: ModuleType, results: list[dict[str, Any]]
+) -> None:
     given = speedrun.summarise(results, (0, 1), 4.5)
     assert [one["updates"] for one in given["records"]] == [20, 20, 10, 10, 10, None, None]
     unset = speedrun.summarise(results[1:], (0, 1), None)
@@ -141,20 +163,30 @@ def test_a_result_of_other_settings_is_not_taken(speedrun: ModuleType, tmp_path:
     assert speedrun.done_before(tmp_path, (0, 1)) == [{"settings": settings}]
 
 
-def test_one_seed_of_two_decides_nothing(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
-    records = speedrun.summarise([one for one in results if (one["entry"], one["seed"]) != ("batch", 1)], (0, 1), 4.0)
+def test_one_seed_of_two_decides_nothing(
+    speedrun: ModuleType, results: list[dict[str, Any]]
+) -> None:
+    records = speedrun.summarise(
+        [one for one in results if (one["entry"], one["seed"]) != ("batch", 1)], (0, 1), 4.0
+    )
     assert speedrun.kept("batch", records["records"]) is None
 
 
-def test_a_faster_moment_of_the_machine_is_no_improvement(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
-    quick = [result("muon", seed, [9.0, 9.0, 9.0, 3.9], rate=0.5) for seed in (0, 1)]  # 40 updates in 20 seconds
+def test_a_faster_moment_of_the_machine_is_no_improvement(
+    speedrun: ModuleType, results: list[dict[str, Any]]
+) -> None:
+    quick = [
+        result("muon", seed, [9.0, 9.0, 9.0, 3.9], rate=0.5) for seed in (0, 1)
+    ]  # 40 updates in 20 seconds
     some = [*results[:4], *({**one, **speedrun.measured(one["lines"], 4)} for one in quick)]
     records = speedrun.summarise(some, (0, 1), 4.0)["records"]
     assert speedrun.kept("batch", records)
     assert speedrun.kept("muon", records) is False
 
 
-def test_several_processors_are_not_compared(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
+def test_several_processors_are_not_compared(
+    speedrun: ModuleType, results: list[dict[str, Any]]
+) -> None:
     results[-1]["environment"] = {**results[-1]["environment"], "processor": "two"}
     with pytest.raises(InputError, match="several processors cannot be compared: one, two"):
         speedrun.summarise(results, (0, 1), None)
@@ -163,18 +195,52 @@ def test_several_processors_are_not_compared(speedrun: ModuleType, results: list
 def test_averages_of_snapshots(
     speedrun: ModuleType, igpt: Callable[..., Any], digits: TokenDataset, tmp_path: Path
 ) -> None:
-    flags = ["--model", "tiny", "--n-layer", 1, "--n-embd", 8, "--steps", 4, "--validate-every", 2, "--log-every", 2]
-    flags += ["--validation-images", 5, "--precision", "fp32", "--learning-rate", 0.1, "--warmup-steps", 0]
+    flags = [
+        "--model",
+        "tiny",
+        "--n-layer",
+        1,
+        "--n-embd",
+        8,
+        "--steps",
+        4,
+        "--validate-every",
+        2,
+        "--log-every",
+        2,
+    ]
+    flags += [
+        "--validation-images",
+        5,
+        "--precision",
+        "fp32",
+        "--learning-rate",
+        0.1,
+        "--warmup-steps",
+        0,
+    ]
     done = igpt("pretrain", digits.path, "-o", tmp_path / "run", *flags, "--snapshots", 1, 2, 3, 4)
     assert done.returncode == 0, done.stderr
     curve = speedrun.measured(read_metrics(tmp_path / "run" / "metrics.jsonl"), 32)["curve"]
-    assert [point["step"] for point in curve] == [2, 4], "what is validated for a snapshot alone is left out"
-    alone, of_two = (speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2))
-    assert [point["loss"] for point in alone] == pytest.approx([point["loss"] for point in curve], abs=1e-5)
-    assert [(point["step"], point["seconds"]) for point in of_two] == [(one["step"], one["seconds"]) for one in curve]
-    model, other = (ImageGPT.from_pretrained(tmp_path / f"run/snapshots/step-0000000{step}") for step in (3, 4))
+    assert [point["step"] for point in curve] == [2, 4], (
+        "what is validated for a snapshot alone is left out"
+    )
+    alone, of_two = (
+        speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2)
+    )
+    assert [point["loss"] for point in alone] == pytest.approx(
+        [point["loss"] for point in curve], abs=1e-5
+    )
+    assert [(point["step"], point["seconds"]) for point in of_two] == [
+        (one["step"], one["seconds"]) for one in curve
+    ]
+    model, other = (
+        ImageGPT.from_pretrained(tmp_path / f"run/snapshots/step-0000000{step}") for step in (3, 4)
+    )
     with torch.no_grad():
         for mine, its in zip(model.parameters(), other.parameters(), strict=True):
             mine.lerp_(its, 0.5)
-    assert of_two[1]["loss"] == pytest.approx(score(model, digits["validation"].spread(5)).mean(), abs=1e-5)
+    assert of_two[1]["loss"] == pytest.approx(
+        score(model, digits["validation"].spread(5)).mean(), abs=1e-5
+    )
     assert abs(of_two[1]["loss"] - alone[1]["loss"]) > 1e-3

@@ -1,10 +1,13 @@
 """The speedrun: the least training time to a fixed validation loss on CIFAR-10's tokens, one improvement at a time.
 
-    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy --out DIR
+    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy
+    --out DIR
 
-Every training is `igpt pretrain` in a process of its own, with one thread; two run at a time, one a core. What is done
-(DIR/results) is not repeated; what was interrupted is begun anew, since its clock would lack what was lost.
-The summary comes last: records.json, and the table in README.md, both beside this file. Only training time counts.
+Every training is `igpt pretrain` in a process of its own, with one thread; two run at a time, one a
+core. What is done (DIR/results) is not repeated; what was interrupted is begun anew, since its
+clock would lack what was lost.
+The summary comes last: records.json, and the table in README.md, both beside this file. Only
+    training time counts.
 """
 
 import math
@@ -25,8 +28,8 @@ import torch
 import tyro
 import yaml
 
-from igpt.data.palette import Palette
-from igpt.data.tokens import MANIFEST, TokenDataset, TokenSplit
+from igpt.data.images.palette import Palette
+from igpt.data.tokens.dataset import MANIFEST, TokenDataset, TokenSplit
 from igpt.environment import describe
 from igpt.errors import InputError, suggest
 from igpt.evaluation.likelihood import score
@@ -60,7 +63,8 @@ class Entry:
     Attributes:
         over: the entry whose settings `change` alters; the first has none.
         what: the improvement, for the table.
-        average: judged are means of the weights of so many snapshots, the last ones before each validation.
+        average: judged are means of the weights of so many snapshots, the last ones before each
+            validation.
     """
 
     name: str
@@ -90,7 +94,13 @@ ENTRIES = (
         "batch",
         "faithful",
         "4 images an update in place of 8",
-        {"batch_size": 4, "steps": 240, "warmup_steps": 24, "learning_rate": 3e-3, "validate_every": 20},
+        {
+            "batch_size": 4,
+            "steps": 240,
+            "warmup_steps": 24,
+            "learning_rate": 3e-3,
+            "validate_every": 20,
+        },
     ),
     Entry(
         "muon",
@@ -98,16 +108,45 @@ ENTRIES = (
         "Muon, learning rate 5e-3",
         {"optimizer": "muon", "learning_rate": 5e-3, "steps": 160, "warmup_steps": 16},
     ),
-    Entry("start_from_palette", "muon", "embeddings begin alike for like colours", {"start_from_palette": True}),
-    Entry("rotary", "start_from_palette", "rotary positions of rows and columns", {"positions": "rotary"}),
+    Entry(
+        "start_from_palette",
+        "muon",
+        "embeddings begin alike for like colours",
+        {"start_from_palette": True},
+    ),
+    Entry(
+        "rotary",
+        "start_from_palette",
+        "rotary positions of rows and columns",
+        {"positions": "rotary"},
+    ),
     Entry("qk_norm", "rotary", "RMS norm of queries and keys", {"qk_norm": True}),
-    Entry("shorter", "start_from_palette", "half as many updates planned", {"steps": 80, "warmup_steps": 8}),
+    Entry(
+        "shorter",
+        "start_from_palette",
+        "half as many updates planned",
+        {"steps": 80, "warmup_steps": 8},
+    ),
     Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
     Entry("relu2", "start_from_palette", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
-    Entry("value_residual", "start_from_palette", "values mixed with the first block's", {"value_residual": True}),
-    Entry("rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}),
-    Entry("rate_residual", "rate", "values mixed with the first block's, once more", {"value_residual": True}),
-    Entry("rate_rotary", "rate_residual", "rotary positions, a third time", {"positions": "rotary"}),
+    Entry(
+        "value_residual",
+        "start_from_palette",
+        "values mixed with the first block's",
+        {"value_residual": True},
+    ),
+    Entry(
+        "rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}
+    ),
+    Entry(
+        "rate_residual",
+        "rate",
+        "values mixed with the first block's, once more",
+        {"value_residual": True},
+    ),
+    Entry(
+        "rate_rotary", "rate_residual", "rotary positions, a third time", {"positions": "rotary"}
+    ),
     Entry(
         "averaged",
         "rate_residual",
@@ -135,26 +174,46 @@ def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
     if steps is not None:
         settings |= {"steps": steps, "warmup_steps": 1, "validate_every": 1, "validation_images": 2}
         settings |= {"snapshots": [*range(1, steps + 1)]} if "snapshots" in settings else {}
-    # A line of metrics with every validation tells when it was; a checkpoint is not needed before the end.
-    return {**settings, "log_every": settings["validate_every"], "checkpoint_every": settings["steps"]}
+    # A line of metrics with every validation tells when it was; a checkpoint is not needed before
+    # the end.
+    return {
+        **settings,
+        "log_every": settings["validate_every"],
+        "checkpoint_every": settings["steps"],
+    }
 
 
 def _asked(name: str, seed: int, steps: int | None) -> dict[str, Any]:
     """All that a result depends on."""
     average = NAMES[name].average
-    return {**settings_of(name, steps), "seed": seed} | ({"average": average} if average > 1 else {})
+    return {**settings_of(name, steps), "seed": seed} | (
+        {"average": average} if average > 1 else {}
+    )
 
 
 def prepare(data: str, palette: Path, tokens: Path) -> None:
     """Makes the token data set if it is not there.
 
     Raises:
-        InputError: the source cannot be prepared, or the tokens that are there have another palette.
+        InputError: the source cannot be prepared, or the tokens that are there have another
+            palette.
     """
     if not (tokens / MANIFEST).exists():
-        _igpt(tokens.parent / "prepare.txt", "prepare", data, "-o", tokens, "--size", 32, "--palette", palette)
+        _igpt(
+            tokens.parent / "prepare.txt",
+            "prepare",
+            data,
+            "-o",
+            tokens,
+            "--size",
+            32,
+            "--palette",
+            palette,
+        )
     if TokenDataset(tokens).palette.fingerprint != Palette.load(palette).fingerprint:
-        raise InputError(f"the tokens in {tokens} have another palette than {palette}; choose another --out")
+        raise InputError(
+            f"the tokens in {tokens} have another palette than {palette}; choose another --out"
+        )
 
 
 def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any]:
@@ -168,7 +227,9 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
     if path.exists():
         result = read_json(path, "result")
         if result["settings"] != settings:
-            raise InputError(f"{path} was made with other settings; delete it, or choose another --out")
+            raise InputError(
+                f"{path} was made with other settings; delete it, or choose another --out"
+            )
         return result
     run = out / "runs" / f"{name}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
@@ -182,26 +243,40 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
         "seed": seed,
         "settings": settings,
         **measured(read_metrics(run / "metrics.jsonl"), settings["batch_size"]),
-        "environment": {**read_json(run / "environment.json", "run"), "threads": 1, "trainings_at_a_time": AT_A_TIME},
+        "environment": {
+            **read_json(run / "environment.json", "run"),
+            "threads": 1,
+            "trainings_at_a_time": AT_A_TIME,
+        },
     }
     if (count := NAMES[name].average) > 1:
-        result["curve"] = averaged(run, TokenDataset(out / "tokens")["validation"], result["curve"], count)
+        result["curve"] = averaged(
+            run, TokenDataset(out / "tokens")["validation"], result["curve"], count
+        )
     write_json(path, result)
     return result
 
 
-def averaged(run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int) -> list[dict[str, Any]]:
+def averaged(
+    run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int
+) -> list[dict[str, Any]]:
     """The validations of a run, of the mean weights of the last `count` snapshots up to each of them.
 
     Making and judging a mean takes no training time.
     """
     config = PretrainConfig.load(run / "config.yaml")
-    images, kept, found = validation.spread(config.validation_images), sorted((run / "snapshots").iterdir()), []
+    images, kept, found = (
+        validation.spread(config.validation_images),
+        sorted((run / "snapshots").iterdir()),
+        [],
+    )
     for point in curve:
         last = [path for path in kept if int(path.name.split("-")[1]) <= point["step"]][-count:]
         models = [ImageGPT.from_pretrained(path) for path in last]
         weights = [model.state_dict() for model in models]
-        means = {name: torch.stack([one[name] for one in weights]).mean(dim=0) for name in weights[0]}
+        means = {
+            name: torch.stack([one[name] for one in weights]).mean(dim=0) for name in weights[0]
+        }
         models[0].load_state_dict(means)
         found.append({**point, "loss": float(score(models[0], images).mean())})
     return found
@@ -224,7 +299,8 @@ def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, A
     curve = [
         {"step": line["step"], "seconds": seconds[line["step"]], "loss": line["loss"]}
         for line in lines
-        if line["kind"] == "validation" and line["step"] in seconds  # not those of snapshots between them
+        if line["kind"] == "validation"
+        and line["step"] in seconds  # not those of snapshots between them
     ]
     last = curve[-1]
     return {"curve": curve, "images_per_second": batch_size * last["step"] / last["seconds"]}
@@ -235,15 +311,23 @@ def _igpt(log: Path, *words: object) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "igpt", *map(str, words)]
     with log.open("w") as said:
-        done = subprocess.run(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        done = subprocess.run(
+            command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
     if done.returncode:
         told = log.read_text().strip().splitlines()
-        raise InputError(f"igpt {words[0]} ended with {done.returncode}: {told[-1] if told else ''} ({log})")
+        raise InputError(
+            f"igpt {words[0]} ended with {done.returncode}: {told[-1] if told else ''} ({log})"
+        )
 
 
 def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> float | None:
     """The mean of the first entry's final losses; None until all its seeds are done."""
-    final = {result["seed"]: result["curve"][-1]["loss"] for result in results if result["entry"] == ENTRIES[0].name}
+    final = {
+        result["seed"]: result["curve"][-1]["loss"]
+        for result in results
+        if result["entry"] == ENTRIES[0].name
+    }
     return mean(final[seed] for seed in seeds) if final.keys() >= set(seeds) else None
 
 
@@ -255,13 +339,17 @@ def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[
             if before is None:
                 return point["seconds"], point["step"]
             part = (before["loss"] - target) / (before["loss"] - point["loss"])
-            seconds, step = (before[key] + part * (point[key] - before[key]) for key in ("seconds", "step"))
+            seconds, step = (
+                before[key] + part * (point[key] - before[key]) for key in ("seconds", "step")
+            )
             return seconds, round(step)
         before = point
     return None
 
 
-def record(result: Mapping[str, Any], target: float | None, sets_target: bool = False) -> dict[str, Any]:
+def record(
+    result: Mapping[str, Any], target: float | None, sets_target: bool = False
+) -> dict[str, Any]:
     """One training's record: when it came to the target, if it did.
 
     Args:
@@ -286,15 +374,18 @@ def record(result: Mapping[str, Any], target: float | None, sets_target: bool = 
 def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
     """Whether an entry is an improvement: by medians over the seeds it is at the target sooner, with no more images.
 
-    The machine's speed wanders by a tenth, which images do not. A seed that does not come to the target takes for ever.
-    None of the first entry, and while the two have not been trained with the same seeds.
+    The machine's speed wanders by a tenth, which images do not. A seed that does not come to the
+    target takes for ever. None of the first entry, and while the two have not been trained with the
+    same seeds.
     """
     over = NAMES[name].over
     mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
     if not mine or {one["seed"] for one in mine} != {one["seed"] for one in others}:
         return None
 
-    def taken(some: Sequence[Mapping[str, Any]], what: Callable[[Mapping[str, Any]], float]) -> float:
+    def taken(
+        some: Sequence[Mapping[str, Any]], what: Callable[[Mapping[str, Any]], float]
+    ) -> float:
         return median(what(one) if one["reached"] else math.inf for one in some)
 
     def images(one: Mapping[str, Any]) -> float:
@@ -316,7 +407,9 @@ def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
             continue
         times = sorted(one["seconds"] for one in some if one["reached"])
         updates = [one["updates"] for one in some if one["reached"]]
-        took = f"{median(times):.0f} ({times[0]:.0f} to {times[-1]:.0f})" if times else "not reached"
+        took = (
+            f"{median(times):.0f} ({times[0]:.0f} to {times[-1]:.0f})" if times else "not reached"
+        )
         if times and len(times) < len(some):
             took += f", {len(some) - len(times)} of {len(some)} not reached"
         losses = sorted(one["final_loss"] for one in some)
@@ -337,7 +430,9 @@ def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
     return "\n".join([f"Target: {aim}.", "", *rows])
 
 
-def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None) -> dict[str, Any]:
+def summarise(
+    results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None
+) -> dict[str, Any]:
     """All records, and what they are measured by; without a target, the first entry sets it."""
     processors = sorted({one["environment"]["processor"] for one in results})
     if len(processors) > 1:
@@ -349,9 +444,14 @@ def summarise(results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target
     first = ENTRIES[0].name
     return {
         "target": aim,
-        "target_from": "given" if given else f"mean of the final losses of {first}, seeds {list(seeds)}",
+        "target_from": "given"
+        if given
+        else f"mean of the final losses of {first}, seeds {list(seeds)}",
         "how": f"at most {AT_A_TIME} trainings at a time, of one thread each; seconds of training alone",
-        "records": [record(one, aim, one["entry"] == first and not given and aim is not None) for one in results],
+        "records": [
+            record(one, aim, one["entry"] == first and not given and aim is not None)
+            for one in results
+        ],
         "machine": describe(),
     }
 
@@ -382,7 +482,8 @@ def main(
         palette: of all entries.
         seeds: of the weights and of the order of images.
         only: entries to train; all by default. The summary is of all that is there.
-        target: validation loss to reach; by default what the first entry ends with, by the mean over its seeds.
+        target: validation loss to reach; by default what the first entry ends with, by the mean
+            over its seeds.
         minutes: begin no training after so long; 0 only makes the summary.
         steps: only try the entries with so few updates; the table is printed and nothing recorded.
     """
@@ -408,7 +509,9 @@ def main(
         prepare(data, palette, out / "tokens")
     pool = ThreadPoolExecutor(AT_A_TIME)
     try:
-        for done in as_completed([pool.submit(job, name, seed) for name, seed in product(wanted, seeds)]):
+        for done in as_completed(
+            [pool.submit(job, name, seed) for name, seed in product(wanted, seeds)]
+        ):
             print(done.result(), flush=True)
     finally:
         pool.shutdown(cancel_futures=True)

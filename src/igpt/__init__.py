@@ -1,11 +1,12 @@
 """Generative Pretraining from Pixels (Chen et al., 2020): palette, tokens, pretraining, probes, samples, reports."""
 
-TYPE_CHECKING = False  # as typing has it, without the import: Ctrl-C during the imports here would show a traceback
+# as typing has it, without the import: Ctrl-C during the imports here would show a traceback
+TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from igpt.data.palette import Palette
-    from igpt.data.tokens import TokenDataset
+    from igpt.data.images.palette import Palette
+    from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.estimator import ImageGPTFeatures
-    from igpt.model.configuration import ModelConfig
+    from igpt.model.config import ModelConfig
     from igpt.model.transformer import ImageGPT
 
 __version__ = "0.1.0"
@@ -14,9 +15,9 @@ __all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDatas
 _HOMES = {
     "ImageGPT": "igpt.model.transformer",
     "ImageGPTFeatures": "igpt.evaluation.estimator",
-    "ModelConfig": "igpt.model.configuration",
-    "Palette": "igpt.data.palette",
-    "TokenDataset": "igpt.data.tokens",
+    "ModelConfig": "igpt.model.config",
+    "Palette": "igpt.data.images.palette",
+    "TokenDataset": "igpt.data.tokens.dataset",
 }
 
 

@@ -31,8 +31,9 @@ def main() -> int:
 def _share_cores() -> None:
     """Let the threads of GNU's OpenMP spin for microseconds only while they wait, unless the user has chosen otherwise.
 
-    By default they spin for milliseconds. Next to other busy processes, that makes training steps twice as slow and
-    more (benchmarks/waiting.py). OpenMP reads these variables when it is loaded, with torch.
+    By default they spin for milliseconds. Next to other busy processes, that makes training steps
+    twice as slow and more (benchmarks/waiting.py). OpenMP reads these variables when it is loaded,
+    with torch.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
         os.environ["GOMP_SPINCOUNT"] = "1000"

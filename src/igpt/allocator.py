@@ -7,7 +7,8 @@ import platform
 def keep_freed_memory() -> None:
     """Tells glibc to keep freed memory for the next tensor, where it would give it back and fault it in anew.
 
-    Every large tensor gains from it (docs/LOG.md); elsewhere than on Linux with glibc, nothing is done.
+    Every large tensor gains from it (docs/LOG.md); elsewhere than on Linux with glibc, nothing is
+    done.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h

@@ -19,19 +19,29 @@ def read_settings(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML or JSON file.
 
     Raises:
-        InputError: no such file, no regular one or one larger than 256 KiB, a syntax error, a key that is there twice,
-            a YAML alias, or something else than a mapping.
+        InputError: no such file, no regular one or one larger than 256 KiB, a syntax error, a key
+            that is there twice, a YAML alias, or something else than a mapping.
     """
     import yaml
 
     text = read_text(path, "settings file", largest=_LARGEST)
     try:
         # Only almost every JSON is YAML: not one that is indented with tabs.
-        values = json.loads(text, object_pairs_hook=_once) if path.suffix == ".json" else _from_yaml(text)
+        values = (
+            json.loads(text, object_pairs_hook=_once)
+            if path.suffix == ".json"
+            else _from_yaml(text)
+        )
     except RecursionError:
         raise InputError(f"{path} is nested too deeply for settings") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # such as a date that does not exist
-        raise InputError(f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}") from None
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+    ) as error:  # such as a date that does not exist
+        raise InputError(
+            f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}"
+        ) from None
     if not isinstance(values, dict):
         raise InputError(f"{path} should hold settings as 'name: value' lines")
     return values
@@ -60,7 +70,9 @@ def _from_yaml(text: str) -> Any:
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
-                raise ValueError("it has an alias (*name), which settings may not have; write the value out")
+                raise ValueError(
+                    "it has an alias (*name), which settings may not have; write the value out"
+                )
             if self.depth == _DEEPEST:
                 raise RecursionError
             self.depth += 1
@@ -69,7 +81,12 @@ def _from_yaml(text: str) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            _once([(key.value if isinstance(key, yaml.ScalarNode) else id(key), None) for key, _ in node.value])
+            _once(
+                [
+                    (key.value if isinstance(key, yaml.ScalarNode) else id(key), None)
+                    for key, _ in node.value
+                ]
+            )
             return super().construct_mapping(node, deep)
 
     return yaml.load(text, Loader)
@@ -85,14 +102,17 @@ class Config(BaseModel):
         """Return settings from several mappings, each overriding the ones before it; `where` names them in errors.
 
         Raises:
-            InputError: an unknown key (the nearest known one is named) or a value that does not fit.
+            InputError: an unknown key (the nearest known one is named) or a value that does not
+                fit.
         """
         merged: dict[str, Any] = {}
         for layer in layers:
             merged.update(layer)
         for key in merged:
             if key not in cls.model_fields:
-                raise InputError(f"unknown key {key!r} in {where}; {suggest(str(key), cls.model_fields)}")
+                raise InputError(
+                    f"unknown key {key!r} in {where}; {suggest(str(key), cls.model_fields)}"
+                )
         try:
             return cls.model_validate(merged)
         except RecursionError:

@@ -1,8 +1,9 @@
 """The standard streams and the cache folders of a command, made usable whatever the process was started with.
 
-Letters that a stream cannot encode are escaped. Output whose reader has gone (`| head -1`) is discarded, and the work
-goes on. A stream that was closed before the start is the null device. Libraries that keep caches in a home folder that
-cannot be written to get a temporary folder, which is removed at the end.
+Letters that a stream cannot encode are escaped. Output whose reader has gone (`| head -1`) is
+discarded, and the work goes on. A stream that was closed before the start is the null device.
+Libraries that keep caches in a home folder that cannot be written to get a temporary folder, which
+is removed at the end.
 """
 
 import errno
@@ -18,7 +19,9 @@ class _Output(io.FileIO):
 
     def __init__(self, descriptor: int) -> None:
         super().__init__(descriptor, "w", closefd=False)
-        self._gone = (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)  # EIO: the terminal was closed
+        self._gone = (
+            (errno.EPIPE, errno.EIO) if self.isatty() else (errno.EPIPE,)
+        )  # EIO: the terminal was closed
 
     def write(self, data: Any, /) -> int:
         try:
@@ -36,7 +39,9 @@ def open_streams() -> None:
         try:
             os.fstat(descriptor)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it gets the lowest free number, this one
+            os.set_inheritable(
+                os.open(os.devnull, os.O_RDWR), True
+            )  # it gets the lowest free number, this one
     sys.stdin = sys.stdin or open(0, closefd=False, encoding="utf-8")  # noqa: SIM115  it stays open
     sys.stdout = _stream(1, sys.stdout)
     sys.stderr = _stream(2, sys.stderr)
@@ -46,7 +51,9 @@ def _stream(descriptor: int, before: TextIO | None) -> TextIO:
     encoding = "utf-8" if before is None else before.encoding
     if before is not None:
         before.flush()
-    at_once = descriptor == 2 or (before is not None and (before.isatty() or getattr(before, "write_through", False)))
+    at_once = descriptor == 2 or (
+        before is not None and (before.isatty() or getattr(before, "write_through", False))
+    )
     buffer = io.BufferedWriter(_Output(descriptor))
     return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=at_once)
 

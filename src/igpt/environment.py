@@ -55,7 +55,9 @@ def describe() -> dict[str, Any]:
         "numpy": version("numpy"),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
@@ -79,7 +81,9 @@ def _cgroup_limits() -> list[int]:
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        top, name = (
+            (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        )
         folder = top / path.lstrip("/")
         for each in (folder, *folder.parents):
             if each.is_relative_to(top):
@@ -114,8 +118,12 @@ def _processor() -> str:
 def _commit() -> str | None:
     here = Path(__file__).parent
     try:
-        ours = subprocess.run(["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+        ours = subprocess.run(
+            ["git", "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True
+        )
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True
+        )
     except OSError:  # git is not installed
         return None
     return found.stdout.strip() or None if ours.returncode == 0 and found.returncode == 0 else None

@@ -17,7 +17,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from igpt.errors import InputError
 
 _LARGEST_TEXT = 256 << 20  # bytes of JSON or YAML; larger files are something else
-_DEEPEST = 64  # levels of lists and objects; deeper ones would exhaust the stack of what works through them
+# levels of lists and objects; deeper ones would exhaust the stack of what works through them
+_DEEPEST = 64
 _KINDS = (
     (stat.S_ISFIFO, "a FIFO"),
     (stat.S_ISSOCK, "a socket"),
@@ -87,7 +88,9 @@ def require_folder_name(path: Path) -> None:
         InputError: `path` has no name of its own.
     """
     if path.name in ("", ".."):
-        raise InputError(f"{str(path)!r} cannot be the output; give the name of a folder to make, such as -o runs/one")
+        raise InputError(
+            f"{str(path)!r} cannot be the output; give the name of a folder to make, such as -o runs/one"
+        )
 
 
 def file_to_write(path: Path) -> Path:
@@ -126,8 +129,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a temporary folder to fill; on success it replaces `path`, on any error it is removed.
 
-    The files in it reach the disk before the rename. A folder cannot be exchanged in one step everywhere: an existing
-    one is moved aside first, and `recover_folder` puts it back if a kill fell between the two renames.
+    The files in it reach the disk before the rename. A folder cannot be exchanged in one step
+    everywhere: an existing one is moved aside first, and `recover_folder` puts it back if a kill
+        fell between the two renames.
 
     Raises:
         InputError: `path` is a file.
@@ -198,8 +202,8 @@ def read_text(path: Path, what: str, largest: int = _LARGEST_TEXT) -> str:
     """Return the text of a file; `what` names its content in errors.
 
     Raises:
-        InputError: there is no such file, it is not a regular one, it is larger than `largest` bytes, or it is not
-            UTF-8.
+        InputError: there is no such file, it is not a regular one, it is larger than `largest`
+            bytes, or it is not UTF-8.
     """
     require_regular(path)
     try:
@@ -233,8 +237,8 @@ def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict
         schema: what the object must look like; the first violation is reported with its key.
 
     Raises:
-        InputError: see `read_text`; or it is not a JSON object, has a key twice, is nested too deeply, or
-            violates the schema.
+        InputError: see `read_text`; or it is not a JSON object, has a key twice, is nested too
+            deeply, or violates the schema.
     """
     text = read_text(path, what)
     try:
@@ -261,10 +265,16 @@ def require_shallow(value: Any, where: Path | str) -> None:
     """
     level = [value]
     for _ in range(_DEEPEST):
-        nested = {id(one): one for one in level if isinstance(one, dict | list)}  # YAML may repeat one
+        nested = {
+            id(one): one for one in level if isinstance(one, dict | list)
+        }  # YAML may repeat one
         if not nested:
             return
-        level = [part for one in nested.values() for part in (one.values() if isinstance(one, dict) else one)]
+        level = [
+            part
+            for one in nested.values()
+            for part in (one.values() if isinstance(one, dict) else one)
+        ]
     raise InputError(f"{where} is nested too deeply; more than {_DEEPEST} levels are not read")
 
 

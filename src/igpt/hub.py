@@ -22,10 +22,12 @@ def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> 
     Args:
         what: is looked for, in words.
         needed: name of a file.
-        more: chooses more of the names of its files, and raises InputError where these are not enough.
+        more: chooses more of the names of its files, and raises InputError where these are not
+            enough.
 
     Raises:
-        InputError: a bad name, no such model or file, or no network and not enough of it in the cache.
+        InputError: a bad name, no such model or file, or no network and not enough of it in the
+            cache.
     """
     try:
         require_name(name)
@@ -33,8 +35,12 @@ def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> 
         raise InputError(f"no {what} {name} here, and {error}") from None
     from huggingface_hub import constants, model_info, snapshot_download, try_to_load_from_cache
 
-    try:  # snapshot_download has no time limit of its own: where packets vanish it would wait for ever
-        files = [file.rfilename for file in model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or ()]
+    # snapshot_download has no time limit of its own: where packets vanish it would wait for ever
+    try:
+        files = [
+            file.rfilename
+            for file in model_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT).siblings or ()
+        ]
         if needed not in files:
             raise InputError(f"{needed} is missing")
         return Path(snapshot_download(name, allow_patterns=[needed, *more(files)]))
@@ -66,8 +72,8 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
         private: of a new repository; one that is there already must be private.
 
     Raises:
-        InputError: a bad name, no token, no right to write, no network, or a public repository where it was to be
-            private.
+        InputError: a bad name, no token, no right to write, no network, or a public repository
+            where it was to be private.
     """
     require_name(name)
     from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -83,7 +89,9 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
             hub.create_repo(name, private=private)
             public = False
         if private and public:
-            raise InputError(f"{name} is public on the Hub already; choose another name, or make it private there")
+            raise InputError(
+                f"{name} is public on the Hub already; choose another name, or make it private there"
+            )
         additions = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
         hub.create_commit(name, additions, commit_message=message)
     except InputError:
@@ -111,16 +119,27 @@ def require_name(name: str) -> None:
 
 def _in_words(error: BaseException, name: str) -> str:
     """What an error of `huggingface_hub` means."""
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
 
     chain = [error]
     while cause := chain[-1].__cause__:  # what happened in an upload's thread is wrapped
         chain.append(cause)
-    answers = [link for link in chain if isinstance(link, HfHubHTTPError) and link.response is not None]
+    answers = [
+        link for link in chain if isinstance(link, HfHubHTTPError) and link.response is not None
+    ]
     if not answers:
         if isinstance(error, OfflineModeIsEnabled):
             return "HF_HUB_OFFLINE forbids to ask it"
-        if isinstance(error, OSError) and error.strerror and not isinstance(error, ConnectionError | TimeoutError):
+        if (
+            isinstance(error, OSError)
+            and error.strerror
+            and not isinstance(error, ConnectionError | TimeoutError)
+        ):
             return f"this machine says {error.strerror!r}{f' of {error.filename}' if error.filename else ''}"
         return f"there is no network, or it broke ({type(chain[-1]).__name__})"
     answer = answers[0]

@@ -43,8 +43,9 @@ def _stop(number: int, frame: "FrameType | None") -> None:
     is_new = number not in _repeated
     _repeated.discard(number)
     if _is_importing(frame):
-        # Python prints and drops exceptions in the callbacks of its import locks, and extension modules turn them into
-        # other errors: the signal waits until the import is over. Whoever asks a second time does not wait.
+        # Python prints and drops exceptions in the callbacks of its import locks, and extension
+        # modules turn them into other errors: the signal waits until the import is over. Whoever
+        # asks a second time does not wait.
         if is_new and number in _waiting:
             os._exit(128 + number)
         _waiting.add(number)

@@ -1,9 +1,10 @@
 """Locks that keep two processes from writing the same folder or file.
 
-The lock of a file or new folder `DIR/NAME` is the file `DIR/.NAME.lock`, that of a folder to work in is `FOLDER/.lock`.
-It holds the host, process id and command of its owner as JSON, is locked by the kernel as long as that process lives,
-and is removed at the end. What a killed process leaves is taken over. Where a file system has no locks between hosts, a
-lock of another host counts only if its owner is seen to touch it.
+The lock of a file or new folder `DIR/NAME` is the file `DIR/.NAME.lock`, that of a folder to work
+in is `FOLDER/.lock`. It holds the host, process id and command of its owner as JSON, is locked by
+the kernel as long as that process lives, and is removed at the end. What a killed process leaves is
+taken over. Where a file system has no locks between hosts, a lock of another host counts only if
+its owner is seen to touch it.
 """
 
 import fcntl
@@ -26,7 +27,9 @@ _TOUCHED_EVERY = 30.0  # seconds
 _STALE_AFTER = 300.0
 _TRIES = 1000  # to open a lock file in a folder that other processes make and remove
 
-_held = set[Path]()  # by this process: the demo runs other commands in the folder that it has locked
+_held = set[
+    Path
+]()  # by this process: the demo runs other commands in the folder that it has locked
 
 
 @contextmanager
@@ -80,7 +83,9 @@ def _held_by_us(file: Path, path: Path) -> Iterator[None]:
     finally:
         released.set()
         _held.discard(file)
-        if _is_same(descriptor, file):  # another host may have taken it over while this one was suspended
+        if _is_same(
+            descriptor, file
+        ):  # another host may have taken it over while this one was suspended
             file.unlink(missing_ok=True)  # before it is unlocked
         os.close(descriptor)
 
@@ -157,7 +162,8 @@ def _is_alive(pid: object) -> bool:
 def _is_touched(file: Path) -> bool:
     """Return whether the owner of a lock, on another host, touches it; that takes a while to see.
 
-    File systems differ in whether their locks hold between hosts. Where they do, the owner is dead already.
+    File systems differ in whether their locks hold between hosts. Where they do, the owner is dead
+    already.
     """
     before = _touched(file)
     if before is None or time.time() - before > _STALE_AFTER:
@@ -183,7 +189,11 @@ def _myself() -> dict[str, Any]:
 
 
 def _refusal(path: Path, owner: dict[str, Any]) -> str:
-    who = f"process {owner['pid']} on {owner['host']}" if {"pid", "host"} <= owner.keys() else "another process"
+    who = (
+        f"process {owner['pid']} on {owner['host']}"
+        if {"pid", "host"} <= owner.keys()
+        else "another process"
+    )
     command = f" ({owner['command']})" if owner.get("command") else ""
     return f"{path} is being written by {who}{command}; wait until it has ended, or choose another output"
 

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from sample_images import ImageSets
+
+from ..helpers.sample_images import ImageSets
 
 Write = Callable[..., Path]
 
@@ -20,7 +21,9 @@ def three_splits(image_sets: ImageSets, tmp_path_factory: pytest.TempPathFactory
     """A Parquet folder of 600 training, 100 validation and 300 test images."""
     folder = tmp_path_factory.mktemp("sets") / "three-splits"
     records = image_sets.test_rows(1000)
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
     for split, first, last in (("train", 0, 600), ("validation", 600, 700), ("test", 700, 1000)):
         rows = datasets.Dataset.from_list(records[first:last], features=features)
         folder.mkdir(exist_ok=True)
@@ -60,7 +63,9 @@ def write_folder(tmp_path: Path) -> Write:
 def write_parquet(tmp_path: Path) -> Write:
     """Writes columns as one Parquet file, typed for the Hub where `features` are given."""
 
-    def write(file: str, columns: dict[str, list[object]], features: datasets.Features | None = None) -> Path:
+    def write(
+        file: str, columns: dict[str, list[object]], features: datasets.Features | None = None
+    ) -> Path:
         path = tmp_path / file
         path.parent.mkdir(parents=True, exist_ok=True)
         if features is None:
@@ -68,7 +73,9 @@ def write_parquet(tmp_path: Path) -> Write:
         else:
             table = datasets.Dataset.from_dict(columns, features=features).data.table
             ordered = datasets.Features({name: features[name] for name in table.column_names})
-            pq.write_table(table.cast(ordered.arrow_schema), path)  # not all versions write an empty set themselves
+            pq.write_table(
+                table.cast(ordered.arrow_schema), path
+            )  # not all versions write an empty set themselves
         return path
 
     return write

@@ -11,14 +11,15 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
-from reading import refusal
 
+from igpt.data.images.palette import Palette
 from igpt.data.left_out import Allowance, LeftOut, left_out_of
-from igpt.data.palette import Palette
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.sources import SourceConfig, open_source
-from igpt.data.tokens import TokenDataset
+from igpt.data.sources.catalogue import SourceConfig, open_source
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+
+from ..helpers.reading import refusal
 
 Write = Callable[..., Path]
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,7 +27,10 @@ Picture = Callable[..., bytes]
 
 
 def counts(left_out: LeftOut) -> dict[str, tuple[int, str, bool]]:
-    return {kind: (entry.count, entry.first, entry.possible_images) for kind, entry in left_out.entries.items()}
+    return {
+        kind: (entry.count, entry.first, entry.possible_images)
+        for kind, entry in left_out.entries.items()
+    }
 
 
 def found(source: Path, **settings: str) -> dict[str, tuple[int, str, bool]]:
@@ -36,7 +40,16 @@ def found(source: Path, **settings: str) -> dict[str, tuple[int, str, bool]]:
 def test_every_kind_of_file(write_folder: Write, picture: Picture):
     folder = write_folder("all", *(f"{kind}/{number}.png" for kind in "ab" for number in range(9)))
     texts = ("a/labels.txt", "b/labels.TXT", "README", "LICENSE", "README.md", "boxes.json")
-    possible = ("IMG.HEIC", "raw", "scan.pdf", "x.tar.gz", "film.mp4", "a/y.zip", "frame.0001", "a.npy")
+    possible = (
+        "IMG.HEIC",
+        "raw",
+        "scan.pdf",
+        "x.tar.gz",
+        "film.mp4",
+        "a/y.zip",
+        "frame.0001",
+        "a.npy",
+    )
     for name in (*texts, *possible, "Thumbs.db", ".DS_Store"):
         (folder / name).write_bytes(picture(0))
     for name in ("@eaDir", "a/__MACOSX", "b/.thumbnails", "lost+found", "#recycle"):
@@ -70,7 +83,20 @@ def test_texts_never_stop_the_work(write_folder: Write, tmp_path: Path, igpt: Ru
     for number in range(100):
         (folder / f"{number}.txt").write_text("a caption")
     (folder / "LICENSE").touch()
-    done = igpt("prepare", folder, "-o", tmp_path / "t", "--size", 4, "--colors", 4, "--max-bad", 0, "--workers", 1)
+    done = igpt(
+        "prepare",
+        folder,
+        "-o",
+        tmp_path / "t",
+        "--size",
+        4,
+        "--colors",
+        4,
+        "--max-bad",
+        0,
+        "--workers",
+        1,
+    )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1] == (
         "left out: files ending in .txt: 100 (first: 0.txt); files named LICENSE, README and the like: 1 "
@@ -79,7 +105,9 @@ def test_texts_never_stop_the_work(write_folder: Write, tmp_path: Path, igpt: Ru
 
 
 def test_images_outside_the_splits_and_splits_that_are_not_used(write_folder: Write):
-    files = [f"{split}/{number}.png" for split in ("train", "test", "unlabeled") for number in range(10)]
+    files = [
+        f"{split}/{number}.png" for split in ("train", "test", "unlabeled") for number in range(10)
+    ]
     folder = write_folder("stl", *files, "overview.png", "unlabeled/deep/1.png")
     assert found(folder) == {
         "images outside the folders of the splits": (1, "overview.png", True),
@@ -94,7 +122,10 @@ def test_images_outside_the_splits_and_splits_that_are_not_used(write_folder: Wr
 def test_one_folder_around_the_splits(write_folder: Write):
     """As an archive unpacks: its splits are splits, and not all images training images of one class."""
     files = [
-        f"data-1.0/images/{split}/{kind}/{i}.png" for split in ("train", "test") for kind in "ab" for i in range(9)
+        f"data-1.0/images/{split}/{kind}/{i}.png"
+        for split in ("train", "test")
+        for kind in "ab"
+        for i in range(9)
     ]
     splits, names, left_out, notes = open_source(str(write_folder("unpacked", *files)))
     assert ([len(split) for split in splits.values()], names) == ([16, 2, 18], ["a", "b"])
@@ -102,7 +133,9 @@ def test_one_folder_around_the_splits(write_folder: Write):
 
 
 @pytest.mark.parametrize(("covers", "labelled"), [(1, True), (2, True), (3, False)])
-def test_covers_beside_class_folders(write_folder: Write, tmp_path: Path, igpt: Run, covers: int, labelled: bool):
+def test_covers_beside_class_folders(
+    write_folder: Write, tmp_path: Path, igpt: Run, covers: int, labelled: bool
+):
     """They have no label where they are fewer than one in ten; otherwise there are no classes, and it says why."""
     files = [f"{kind}/{number}.png" for kind in "ab" for number in range(12)]
     folder = write_folder("covers", *files, *(f"cover-{number}.png" for number in range(covers)))
@@ -124,11 +157,15 @@ def test_covers_beside_class_folders(write_folder: Write, tmp_path: Path, igpt: 
 
 def test_folders_of_classes_that_only_another_split_has(write_folder: Write):
     folder = write_folder(
-        "odd", *(f"train/{i}.png" for i in range(9)), *(f"test/{k}/{i}.png" for k in "ab" for i in "12")
+        "odd",
+        *(f"train/{i}.png" for i in range(9)),
+        *(f"test/{k}/{i}.png" for k in "ab" for i in "12"),
     )
     source = open_source(str(folder))
     assert source.class_names is None
-    assert source.notes == [f"no labels: {folder}/test has folders of classes, and {folder}/train has none"]
+    assert source.notes == [
+        f"no labels: {folder}/test has folders of classes, and {folder}/train has none"
+    ]
 
 
 def test_pictures_and_texts_beside_parquet(write_parquet: Write, picture: Picture):
@@ -154,12 +191,18 @@ def test_parquet_and_tars_in_one_folder(write_parquet: Write):
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.tar", "README.md", "metadata.csv"])
-def test_fifos_are_never_opened(write_parquet: Write, write_folder: Write, picture: Picture, name: str):
+def test_fifos_are_never_opened(
+    write_parquet: Write, write_folder: Write, picture: Picture, name: str
+):
     """Whoever opened one of these would wait for ever."""
     if name in ("README.md", "a.parquet"):
-        folder = write_parquet("pipes/b.parquet", {"image": [{"bytes": picture(0), "path": None}] * 9}).parent
+        folder = write_parquet(
+            "pipes/b.parquet", {"image": [{"bytes": picture(0), "path": None}] * 9}
+        ).parent
     else:
-        folder = write_folder("pipes", *(["0.png", "1.png", "2.png"] if name == "metadata.csv" else []))
+        folder = write_folder(
+            "pipes", *(["0.png", "1.png", "2.png"] if name == "metadata.csv" else [])
+        )
         folder.mkdir(exist_ok=True)
     os.mkfifo(folder / name)
     said = refusal(folder)
@@ -189,7 +232,9 @@ def test_parquet_in_a_system_folder(write_parquet: Write, picture: Picture):
 
 def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):
     features = datasets.Features({"image": datasets.Image()})
-    rows = datasets.Dataset.from_dict({"image": [{"bytes": picture(0), "path": None}] * 9}, features=features)
+    rows = datasets.Dataset.from_dict(
+        {"image": [{"bytes": picture(0), "path": None}] * 9}, features=features
+    )
     datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "saved")
     saved = tmp_path / "saved"
     assert len(open_source(str(saved)).splits["test"]) == 9
@@ -201,7 +246,11 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):
         (saved / "dataset_dict.json", '{"splits": 3}', "dataset_dict.json: splits = 3"),
         (saved / "dataset_dict.json", '{"splits": ["../../x"]}', "names the split '../../x'"),
         (saved / "dataset_dict.json", '{"splits": ["dev"]}', f"{saved}/dev: state.json is missing"),
-        (saved / "test" / "state.json", "{}", f"{saved}/test/state.json: the key '_data_files' is missing"),
+        (
+            saved / "test" / "state.json",
+            "{}",
+            f"{saved}/test/state.json: the key '_data_files' is missing",
+        ),
         (
             saved / "test" / "state.json",
             json.dumps({"_data_files": state["_data_files"]}),
@@ -212,7 +261,11 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):
             json.dumps(state | {"_data_files": [{"filename": "gone.arrow"}]}),
             "state.json names 'gone.arrow', which is not in",
         ),
-        (saved / "test" / "dataset_info.json", "{}", "dataset_info.json: the key 'features' is missing"),
+        (
+            saved / "test" / "dataset_info.json",
+            "{}",
+            "dataset_info.json: the key 'features' is missing",
+        ),
         (
             saved / "test" / "dataset_info.json",
             '{"features": {"image": {"_type": "Hologram"}}}',
@@ -232,7 +285,9 @@ def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):
         path.write_bytes(before)
 
 
-def test_missing_values_of_a_column_are_images_without_a_label(write_parquet: Write, picture: Picture, tmp_path: Path):
+def test_missing_values_of_a_column_are_images_without_a_label(
+    write_parquet: Write, picture: Picture, tmp_path: Path
+):
     images = [{"bytes": picture(number), "path": f"{number}.png"} for number in range(20)]
     words = [None if number == 7 else ["NA", "01", "1"][number % 3] for number in range(20)]
     numbers = [float("nan") if number == 7 else float(number % 3) for number in range(20)]
@@ -276,7 +331,10 @@ def test_a_palette_in_0_to_1_is_warned_of(tmp_path: Path, igpt: Run, photographs
     told = f"warning: all colours of the palette {tmp_path}/p.npy lie in 0..1, where palettes have -1..1"
     for command, out in (("prepare", "tokens"), ("palette", "out.npy")):
         assert told in igpt(command, *words, tmp_path / "p.npy", "-o", tmp_path / out).stdout
-        assert "warning" not in igpt(command, *words, tmp_path / "q.npy", "-o", tmp_path / f"q-{out}").stdout
+        assert (
+            "warning"
+            not in igpt(command, *words, tmp_path / "q.npy", "-o", tmp_path / f"q-{out}").stdout
+        )
     (warning,) = TokenDataset(tmp_path / "tokens").manifest["made"]["warnings"]
     assert json.loads((tmp_path / "out.json").read_text())["warnings"] == [warning]
 
@@ -314,7 +372,19 @@ def test_the_value_that_a_refusal_names_is_enough(write_folder: Write, tmp_path:
     for number in range(3):
         (folder / f"{number}.heic").touch()
         (folder / f"1{number}.png").write_text("no picture")
-    words = ("prepare", folder, "-o", tmp_path / "t", "--size", 4, "--colors", 4, "--workers", 1, "--max-bad")
+    words = (
+        "prepare",
+        folder,
+        "-o",
+        tmp_path / "t",
+        "--size",
+        4,
+        "--colors",
+        4,
+        "--workers",
+        1,
+        "--max-bad",
+    )
     allowed = "0"
     for _ in range(6):
         done = igpt(*words, allowed)
@@ -384,5 +454,7 @@ def test_counts_and_names():
         (100, 0, 0, 100, 0),
     ],
 )
-def test_how_many_may_fail_to_decode(images: int, left_out: int, max_bad: float, reading: int, allowed: int):
+def test_how_many_may_fail_to_decode(
+    images: int, left_out: int, max_bad: float, reading: int, allowed: int
+):
     assert Allowance(images, left_out, max_bad).undecoded(reading) == allowed

@@ -18,20 +18,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
-from reading import contents
-from reported_cases import script_without_guard
 from sklearn.datasets import load_digits
 
 from igpt.data import prepare as room
-from igpt.data.images import load, open_image
-from igpt.data.palette import Palette
-from igpt.data.parts import merge
+from igpt.data.images.decode import load, open_image
+from igpt.data.images.palette import Palette
+from igpt.data.images.transform import Transform
+from igpt.data.merge import merge
 from igpt.data.pool import _deferred_signals
 from igpt.data.prepare import PrepareConfig, prepare, prepare_part
-from igpt.data.sources import SourceConfig, open_source
-from igpt.data.tokens import TokenDataset
-from igpt.data.views import Transform
+from igpt.data.sources.catalogue import SourceConfig, open_source
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+
+from ..helpers.reading import contents
+from ..helpers.reported_cases import script_without_guard
 
 Write = Callable[..., Path]
 SMALL = PrepareConfig(size=4, colors=8)
@@ -41,7 +42,9 @@ SMALL = PrepareConfig(size=4, colors=8)
 def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> str:
     """48 random pictures with labels: 38 + 5 + 5."""
     file = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
+    )
     rows = {
         "image": [{"bytes": picture(number), "path": None} for number in range(48)],
         "label": [number % 3 for number in range(48)],
@@ -70,7 +73,9 @@ def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 def test_digits(tmp_path: Path):
     done: list[tuple[int, ...]] = []
     config = PrepareConfig(size=8)
-    dataset = prepare("digits", tmp_path / "digits", config, progress=lambda *counts: done.append(counts))
+    dataset = prepare(
+        "digits", tmp_path / "digits", config, progress=lambda *counts: done.append(counts)
+    )
     assert done == [(1024, 1797), (1797, 1797)]
     assert [len(dataset[split]) for split in dataset] == [1437, 180, 180]
     assert len(dataset.palette) == 17
@@ -108,7 +113,9 @@ def test_every_token_is_the_nearest_colour(three_splits: Path, tmp_path: Path):
     assert 20 < dataset.manifest["made"]["palette_error"]["psnr_db"] < 40
 
 
-def test_two_workers_make_the_same_bytes(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+def test_two_workers_make_the_same_bytes(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
     workers: set[int | None] = set()
     prepare(
         pictures,
@@ -119,7 +126,8 @@ def test_two_workers_make_the_same_bytes(pictures: str, whole: dict[str, bytes],
     )
     assert len(workers) == 2
     assert contents(tmp_path / "tokens") == whole
-    # The manifest, the palette's picture, and two files of each shard: five of training, the held-out ones by chance
+    # The manifest, the palette's picture, and two files of each shard: five of training, the
+    # held-out ones by chance
     shards = [name for name in whole if name.endswith(".tokens.npy")]
     assert sum(name.startswith("train-") for name in shards) == 5
     assert len(whole) == 2 + 2 * len(shards)
@@ -132,19 +140,27 @@ def stacks(tmp_path: Path) -> Path:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for number in range(20):
-        frames = [Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(5)]
+        frames = [
+            Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)) for _ in range(5)
+        ]
         frames[0].save(folder / f"{number:02}.tif", save_all=True, append_images=frames[1:])
     return folder
 
 
-def test_frames_after_the_first_are_counted_and_named(stacks: Path, tmp_path: Path, small_shards: None):
+def test_frames_after_the_first_are_counted_and_named(
+    stacks: Path, tmp_path: Path, small_shards: None
+):
     strict = PrepareConfig(size=4, colors=8, max_bad=0)
     alone = prepare(str(stacks), tmp_path / "alone", strict)
     made = alone.manifest["made"]
     assert sum(len(alone[split]) for split in alone) == 20
     (kind,) = made["left_out"]
     found = made["left_out"][kind]
-    assert (kind, found["count"], found["possible_images"]) == ("further frames of images", 80, False)
+    assert (kind, found["count"], found["possible_images"]) == (
+        "further frames of images",
+        80,
+        False,
+    )
     assert found["first"].endswith(f" {stacks / '00.tif'}")
     prepare(str(stacks), tmp_path / "several", strict, workers=2)
     assert contents(tmp_path / "several") == contents(tmp_path / "alone")
@@ -163,7 +179,9 @@ def test_frames_after_the_first_are_counted_and_named(stacks: Path, tmp_path: Pa
     assert merge(tmp_path / "merged").manifest["made"] == made
 
 
-def test_interrupted_work_is_continued(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+def test_interrupted_work_is_continued(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
     def interrupt(done: int, total: int) -> None:
         if done >= 20:
             raise KeyboardInterrupt
@@ -181,8 +199,9 @@ def test_interrupted_work_is_continued(pictures: str, whole: dict[str, bytes], t
     assert (out / "train-00000.tokens.npy").stat().st_mtime_ns == first.st_mtime_ns
 
 
-# Forks once per argument: the child prepares the pictures and is killed by the operating system just before the given
-# one of its operations that name or remove files; a second child then makes the same call.
+# Forks once per argument: the child prepares the pictures and is killed by the operating system
+# just before the given one of its operations that name or remove files; a second child then makes
+# the same call.
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -193,7 +212,8 @@ room.SHARD_IMAGES = (10, 10)
 pictures, home = sys.argv[1], Path(sys.argv[2])
 
 def run(out, kill_at):
-    # The child's status; without a moment to kill it at, it leaves the number of moments beside `out`.
+    # The child's status; without a moment to kill it at, it leaves the number of moments beside
+    # `out`.
     child = os.fork()
     if child == 0:
         seen = 0
@@ -223,9 +243,11 @@ for kill_at in map(int, sys.argv[3:]):
 """
 
 
-def test_killed_work_is_continued_wherever_the_kill_falls(pictures: str, whole: dict[str, bytes], tmp_path: Path):
-    # 0 plan, 1 its folder, from 2 on tokens, labels and records; from the end: -1 clearing the plan, -2 naming the
-    # folder, -3 to -7 clearing the five records, -8 manifest
+def test_killed_work_is_continued_wherever_the_kill_falls(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path
+):
+    # 0 plan, 1 its folder, from 2 on tokens, labels and records; from the end: -1 clearing the
+    # plan, -2 naming the folder, -3 to -7 clearing the five records, -8 manifest
     moments = [1, 3, 15, -8, -5, -2, -1]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, pictures, tmp_path, *map(str, moments)],
@@ -250,8 +272,13 @@ def test_killed_work_is_continued_wherever_the_kill_falls(pictures: str, whole: 
         assert made == whole
         TokenDataset(tmp_path / f"killed-{moment}").verify()
     names = {path.name for path in tmp_path.iterdir()}
-    # No second call follows the kill after the naming: the lock stays, and the next call would take it over.
-    assert names == {f"killed-{moment}" for moment in moments} | {"uninterrupted", "moments", ".killed--1.lock"}
+    # No second call follows the kill after the naming: the lock stays, and the next call would take
+    # it over.
+    assert names == {f"killed-{moment}" for moment in moments} | {
+        "uninterrupted",
+        "moments",
+        ".killed--1.lock",
+    }
 
 
 ABANDONED = """
@@ -284,7 +311,10 @@ def test_the_workers_of_a_killed_process_end(
     (tmp_path / "abandoned.py").write_text(ABANDONED)
     command = [sys.executable, tmp_path / "abandoned.py", pictures, tmp_path / "tokens"]
     with (tmp_path / "log").open("wb") as log:  # a pipe would stay open as long as the workers live
-        assert subprocess.run(command, stdout=log, stderr=log, timeout=120, check=False).returncode == -signal.SIGKILL
+        assert (
+            subprocess.run(command, stdout=log, stderr=log, timeout=120, check=False).returncode
+            == -signal.SIGKILL
+        )
     workers = [int(word) for word in (tmp_path / "log").read_text().splitlines()[0].split()]
     assert len(workers) == 2
     until = time.monotonic() + 60
@@ -334,13 +364,17 @@ def test_a_second_process_is_refused_while_the_first_one_works(
         for number in (1, 2):
             prepare_part(pictures, out, SMALL, (number, 2))
     command = [sys.executable, "-W", "ignore", "-c", HOLDING, verb, pictures, out]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdin
         assert first.stdout
         try:
             assert first.stdout.readline() == "working\n"
             before = contents(tmp_path)
-            with pytest.raises(InputError, match=rf"written by process {first.pid} on {socket.gethostname()} "):
+            with pytest.raises(
+                InputError, match=rf"written by process {first.pid} on {socket.gethostname()} "
+            ):
                 calls[verb]()
             assert contents(tmp_path) == before
             first.stdin.close()
@@ -360,10 +394,21 @@ def test_a_second_process_is_refused_while_the_first_one_works(
 def test_of_two_processes_started_together_one_finishes_and_one_is_refused(
     delay: float, pictures: str, whole: dict[str, bytes], tmp_path: Path
 ):
-    command = [sys.executable, "-W", "ignore", "-c", HOLDING, "prepare", pictures, tmp_path / "tokens"]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        HOLDING,
+        "prepare",
+        pictures,
+        tmp_path / "tokens",
+    ]
     started = []
     for _ in range(2):
-        started.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True))
+        started.append(
+            subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        )
         time.sleep(delay)
     errors = [process.communicate(timeout=120)[1] for process in started]
     codes = [process.returncode for process in started]
@@ -380,7 +425,9 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_its_work_goes_on(
 ):
     out = tmp_path / "tokens"
     command = [sys.executable, "-W", "ignore", "-c", HOLDING, "prepare", pictures, out]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
         assert first.stdout
         assert first.stdout.readline() == "working\n"
         first.kill()
@@ -407,7 +454,8 @@ def test_records_removed_meanwhile_are_named(pictures: str, tmp_path: Path, smal
             (partial / "0-00002.done.json").unlink()
 
     with pytest.raises(
-        InputError, match=r"2 shard records of .*partial have been removed \(0-00000\.done\.json, 0-00002\.done\.json\)"
+        InputError,
+        match=r"2 shard records of .*partial have been removed \(0-00000\.done\.json, 0-00002\.done\.json\)",
     ):
         prepare(pictures, tmp_path / "tokens", SMALL, progress=remove)
     assert not (tmp_path / "tokens").exists()
@@ -424,7 +472,9 @@ def test_shards_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small
     assert not (tmp_path / "tokens").exists()
 
 
-def test_damaged_shards_of_unfinished_work_are_made_again(pictures: str, whole: dict[str, bytes], unfinished: Path):
+def test_damaged_shards_of_unfinished_work_are_made_again(
+    pictures: str, whole: dict[str, bytes], unfinished: Path
+):
     partial = unfinished.with_name("tokens.partial")
     (partial / "train-00000.tokens.npy").unlink()
     damaged = bytearray((partial / "train-00001.tokens.npy").read_bytes())
@@ -460,13 +510,22 @@ SHARD = {"tokens": "train-0.tokens.npy", "labels": "train-0.labels.npy", "count"
         ({"skipped": "none"}, r"skipped = 'none': Input should be a valid list"),
         ({"shards": []}, r"shards = \[\]: Input should be a valid dictionary"),
         ({"shards": {"train": {}}}, r"the key 'shards\.train\.tokens' is missing"),
-        ({"shards": {"train": SHARD | {"count": -3}}}, r"shards\.train\.count = -3: Input should be greater"),
-        ({"shards": {"train": SHARD | {"count": "3"}}}, r"shards\.train\.count = '3': Input should be a valid integer"),
+        (
+            {"shards": {"train": SHARD | {"count": -3}}},
+            r"shards\.train\.count = -3: Input should be greater",
+        ),
+        (
+            {"shards": {"train": SHARD | {"count": "3"}}},
+            r"shards\.train\.count = '3': Input should be a valid integer",
+        ),
         (
             {"shards": {"train": SHARD | {"tokens": "../a.npy"}}},
             r"shards\.train\.tokens = '\.\./a\.npy': the plain name",
         ),
-        ({"shards": {"train": SHARD | {"labels": "/etc/passwd"}}}, r"shards\.train\.labels = '/etc/passwd': the plain"),
+        (
+            {"shards": {"train": SHARD | {"labels": "/etc/passwd"}}},
+            r"shards\.train\.labels = '/etc/passwd': the plain",
+        ),
     ],
 )
 def test_a_malformed_record_of_unfinished_work_is_named_with_its_key(
@@ -490,7 +549,10 @@ def test_a_malformed_record_of_unfinished_work_is_named_with_its_key(
         ({"part": [1]}, r"part = \[1\]: List should have at least 2"),
         ({"part": [3, 2]}, r"part = \[3, 2\]: \[i, n\] is needed"),
         ({"class_names": ["a", "a", "c"]}, r"class_names = .*: 'a' is there more than once"),
-        ({"palette": {"centers": "red"}}, r"palette\.centers = 'red': Input should be a valid list"),
+        (
+            {"palette": {"centers": "red"}},
+            r"palette\.centers = 'red': Input should be a valid list",
+        ),
     ],
 )
 def test_a_malformed_plan_of_unfinished_work_is_named_with_its_key(
@@ -503,7 +565,9 @@ def test_a_malformed_plan_of_unfinished_work_is_named_with_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_keys_of_a_later_version_pass(pictures: str, whole: dict[str, bytes], unfinished: Path):
+def test_unknown_keys_of_a_later_version_pass(
+    pictures: str, whole: dict[str, bytes], unfinished: Path
+):
     for name in ("plan.json", "0-00001.done.json"):
         file = unfinished.with_name("tokens.partial") / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"left_out": {"files": 3}}))
@@ -511,7 +575,9 @@ def test_unknown_keys_of_a_later_version_pass(pictures: str, whole: dict[str, by
     assert contents(unfinished) == whole
 
 
-def test_work_that_version_0_1_0_began_is_continued(pictures: str, whole: dict[str, bytes], unfinished: Path):
+def test_work_that_version_0_1_0_began_is_continued(
+    pictures: str, whole: dict[str, bytes], unfinished: Path
+):
     """Its plan does not say how many records there will be."""
     file = unfinished.with_name("tokens.partial") / "plan.json"
     plan = json.loads(file.read_text())
@@ -541,7 +607,9 @@ exec({SCRIPT!r}, vars(sys.modules["__main__"]))
 
 
 @pytest.mark.parametrize("how", ["file", "module", "stdin", "notebook"])
-def test_a_script_needs_no_guard_for_workers(how: str, pictures: str, whole: dict[str, bytes], tmp_path: Path):
+def test_a_script_needs_no_guard_for_workers(
+    how: str, pictures: str, whole: dict[str, bytes], tmp_path: Path
+):
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "script.py").write_text(SCRIPT)
     words = {
@@ -568,7 +636,9 @@ def test_a_script_needs_no_guard_for_workers(how: str, pictures: str, whole: dic
 def test_the_reported_script_without_a_guard(tmp_path: Path):
     """5,000 images, enough for workers: it ended never, as each worker started the script once more."""
     script_without_guard(tmp_path)
-    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     data = TokenDataset(tmp_path / "tokens")
     assert [len(data[split]) for split in data] == [4000, 500, 500]
@@ -578,7 +648,9 @@ def test_a_daemonic_process_is_told_that_it_cannot_start_workers(
     pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(vars(current_process())["_config"], "daemon", True)
-    with pytest.raises(InputError, match="a daemonic process cannot start workers; use workers=1 in it"):
+    with pytest.raises(
+        InputError, match="a daemonic process cannot start workers; use workers=1 in it"
+    ):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=2)
 
 
@@ -590,7 +662,9 @@ def test_ctrl_c_while_workers_start_is_handled_after_that_and_does_not_reach_the
     def start() -> None:
         with _deferred_signals():
             signal.raise_signal(signal.SIGINT)
-            started = subprocess.run([sys.executable, "-c", show], capture_output=True, text=True, check=True)
+            started = subprocess.run(
+                [sys.executable, "-c", show], capture_output=True, text=True, check=True
+            )
             reached.append(started.stdout)
 
     with pytest.raises(KeyboardInterrupt):
@@ -604,14 +678,23 @@ def test_ctrl_c_while_workers_start_is_handled_after_that_and_does_not_reach_the
     ("settings", "workers", "message"),
     [
         ({}, 100_000, r"100000 workers are too many for this machine; give at most \d+"),
-        ({"size": 1024, "views": 1000}, 1, "1000 views of 1024 px need too much memory; give at most --views 128"),
+        (
+            {"size": 1024, "views": 1000},
+            1,
+            "1000 views of 1024 px need too much memory; give at most --views 128",
+        ),
     ],
 )
 def test_absurd_settings_are_refused_before_any_work(
     settings: dict[str, int], workers: int, message: str, tmp_path: Path
 ):
     with pytest.raises(InputError, match=message):
-        prepare(str(tmp_path / "nowhere"), tmp_path / "tokens", PrepareConfig.layered(settings), workers=workers)
+        prepare(
+            str(tmp_path / "nowhere"),
+            tmp_path / "tokens",
+            PrepareConfig.layered(settings),
+            workers=workers,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -623,17 +706,31 @@ def test_absurd_settings_that_harm_nobody(pictures: str, tmp_path: Path):
 
 def test_shards_of_large_images_have_fewer_of_them():
     """Their tokens are in memory together: 256 MiB at most."""
-    limits = {size: room._shard_images(PrepareConfig(size=size)) for size in (32, 64, 128, 256, 1024)}
-    assert limits == {32: (1024, 8192), 64: (1024, 8192), 128: (1024, 8192), 256: (1024, 2048), 1024: (128, 128)}
+    limits = {
+        size: room._shard_images(PrepareConfig(size=size)) for size in (32, 64, 128, 256, 1024)
+    }
+    assert limits == {
+        32: (1024, 8192),
+        64: (1024, 8192),
+        128: (1024, 8192),
+        256: (1024, 2048),
+        1024: (128, 128),
+    }
 
 
-def test_a_killed_worker_is_told(pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "SHARD_IMAGES", (1, 1))  # so many that the other worker cannot finish them meanwhile
+def test_a_killed_worker_is_told(
+    pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(
+        room, "SHARD_IMAGES", (1, 1)
+    )  # so many that the other worker cannot finish them meanwhile
 
     def kill(*_: int) -> None:
         os.kill(active_children()[0].pid or 0, signal.SIGKILL)
 
-    with pytest.raises(InputError, match="a worker was killed, most often for want of memory; the same command"):
+    with pytest.raises(
+        InputError, match="a worker was killed, most often for want of memory; the same command"
+    ):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=2, progress=kill)
     dataset = prepare(pictures, tmp_path / "tokens", SMALL)
     dataset.verify()
@@ -671,10 +768,18 @@ def unfinished(pictures: str, tmp_path: Path, small_shards: None) -> Path:
 
 def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinished: Path):
     before = contents(unfinished.parent)
-    for other in ({"size": 5}, {"colors": 9}, {"seed": 1}, {"held_out": 0.2}, {"label_column": "none"}, {}):
+    for other in (
+        {"size": 5},
+        {"colors": 9},
+        {"seed": 1},
+        {"held_out": 0.2},
+        {"label_column": "none"},
+        {},
+    ):
         source = pictures if other else "digits"
         with pytest.raises(
-            InputError, match="holds unfinished work with other settings or images; remove it or choose another"
+            InputError,
+            match="holds unfinished work with other settings or images; remove it or choose another",
         ):
             prepare(source, unfinished, PrepareConfig.layered(SMALL.model_dump(), other))
         assert contents(unfinished.parent) == before
@@ -683,7 +788,9 @@ def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinishe
 @pytest.fixture
 def some_bad(write_folder: Write) -> Path:
     """Thirty images in two classes, of which two do not decode."""
-    folder = write_folder("some-bad", *(f"{kind}/{number:02}.png" for kind in "ab" for number in range(15)))
+    folder = write_folder(
+        "some-bad", *(f"{kind}/{number:02}.png" for kind in "ab" for number in range(15))
+    )
     (folder / "a" / "07.png").write_bytes(b"")
     (folder / "b" / "03.png").write_bytes((folder / "b" / "03.png").read_bytes()[:60])
     return folder
@@ -722,9 +829,16 @@ def test_a_given_palette_that_changed_does_not_continue_unfinished_work(
         prepare(pictures, tmp_path / "tokens", given)
 
 
-def test_class_numbers_beyond_the_classes(write_parquet: Write, tmp_path: Path, picture: Callable[..., bytes]):
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"image": [{"bytes": picture(number), "path": None} for number in range(12)], "label": [0, 1] * 6}
+def test_class_numbers_beyond_the_classes(
+    write_parquet: Write, tmp_path: Path, picture: Callable[..., bytes]
+):
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
+    rows = {
+        "image": [{"bytes": picture(number), "path": None} for number in range(12)],
+        "label": [0, 1] * 6,
+    }
     file = write_parquet("a.parquet", rows, features)
     table = pq.read_table(file)
     wrong = pa.array([0, 1] * 5 + [0, 7], table["label"].type)
@@ -744,7 +858,9 @@ def lenient(**settings: object) -> PrepareConfig:
 
 def test_too_many_bad_images_stop_the_work(some_bad: Path, tmp_path: Path):
     """Two of thirty are more than one in a hundred."""
-    with pytest.raises(InputError, match=r"do not decode: 1, where --max-bad 0.01 allows 0; the first: \w+ ") as caught:
+    with pytest.raises(
+        InputError, match=r"do not decode: 1, where --max-bad 0.01 allows 0; the first: \w+ "
+    ) as caught:
         prepare(str(some_bad), tmp_path / "tokens", SMALL)
     assert "\n" not in str(caught.value)
     assert any(f"{name}.png: " in str(caught.value) for name in ("a/07", "b/03"))
@@ -768,7 +884,9 @@ def check_all_but_two(dataset: TokenDataset, folder: Path) -> None:
         rows = dataset[name].rows(np.arange(len(dataset[name])))
         np.testing.assert_array_equal(rows, dataset.palette.transform(squares).reshape(-1, 16))
         assert dataset.class_names is not None
-        assert [dataset.class_names[label] for label in dataset[name].labels] == [file.parent.name for file in good]
+        assert [dataset.class_names[label] for label in dataset[name].labels] == [
+            file.parent.name for file in good
+        ]
         assert sum(line.startswith(f"{name} ") for line in skipped) == len(files) - len(good)
 
 
@@ -776,7 +894,9 @@ def test_few_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path):
     check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", lenient()), some_bad)
 
 
-def test_work_that_bad_images_stopped_goes_on_without_them(some_bad: Path, tmp_path: Path, small_shards: None):
+def test_work_that_bad_images_stopped_goes_on_without_them(
+    some_bad: Path, tmp_path: Path, small_shards: None
+):
     """What the message of the first call says can be done; the second makes what it would have made alone."""
     with pytest.raises(InputError, match="by a larger --max-bad"):
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0))
@@ -786,7 +906,9 @@ def test_work_that_bad_images_stopped_goes_on_without_them(some_bad: Path, tmp_p
     assert contents(tmp_path / "tokens") == contents(tmp_path / "alone")
 
 
-def test_skipped_images_are_not_forgotten_by_stopping(some_bad: Path, tmp_path: Path, small_shards: None):
+def test_skipped_images_are_not_forgotten_by_stopping(
+    some_bad: Path, tmp_path: Path, small_shards: None
+):
     def interrupt(done: int, total: int) -> None:
         if done == 20:  # both bad ones are among these
             raise KeyboardInterrupt
@@ -797,7 +919,9 @@ def test_skipped_images_are_not_forgotten_by_stopping(some_bad: Path, tmp_path: 
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0.05))
 
 
-def test_bad_images_are_counted_over_all_workers(some_bad: Path, tmp_path: Path, small_shards: None):
+def test_bad_images_are_counted_over_all_workers(
+    some_bad: Path, tmp_path: Path, small_shards: None
+):
     """Each job has one bad image, which is allowed; together they are too many."""
     with pytest.raises(InputError, match=r"do not decode: 2, where --max-bad 0\.05 allows 1"):
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0.05), workers=2)
@@ -808,7 +932,10 @@ def test_no_image_decodes(write_folder: Write, tmp_path: Path, max_bad: float):
     folder = write_folder("all-bad", *(f"{number}.png" for number in range(10)))
     for file in folder.iterdir():
         file.write_text("no image")
-    with pytest.raises(InputError, match=r"no training image of .* decodes; the first: .*/\d.png: not an image in a"):
+    with pytest.raises(
+        InputError,
+        match=r"no training image of .* decodes; the first: .*/\d.png: not an image in a",
+    ):
         prepare(str(folder), tmp_path / "tokens", lenient(max_bad=max_bad))
     assert [path.name for path in tmp_path.iterdir()] == ["all-bad"]
 
@@ -846,14 +973,19 @@ def test_everything_that_can_be_wrong_with_a_file(tmp_path: Path, picture: Calla
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     chunks = b""
     for kind, body in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
-        chunks += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        chunks += (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
     (folder / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
     (folder / "link.png").symlink_to(tmp_path / "gone.png")
     dataset = prepare(str(folder), tmp_path / "tokens", lenient(max_bad=0.2))
     skipped = dataset.manifest["made"]["skipped"]
     assert len(skipped) == len(BAD)
     for name, reason in BAD.items():
-        assert sum(f"/{name}: " in line and reason in line for line in skipped) == 1, (name, skipped)
+        assert sum(f"/{name}: " in line and reason in line for line in skipped) == 1, (
+            name,
+            skipped,
+        )
     assert sum(len(dataset[split]) for split in dataset) == 42
 
 
@@ -879,20 +1011,28 @@ def test_random_views_of_training_images(large_pictures: str, tmp_path: Path, sm
         for row, (image, _) in zip(split.indices, split.read(np.arange(24)), strict=True)
     ]
     rows = dataset["train"].rows(np.arange(72))
-    np.testing.assert_array_equal(rows, dataset.palette.transform(np.concatenate(expected)).reshape(72, 16))
+    np.testing.assert_array_equal(
+        rows, dataset.palette.transform(np.concatenate(expected)).reshape(72, 16)
+    )
     assert len(np.unique(rows, axis=0)) > 60
     for name in ("validation", "test"):
-        np.testing.assert_array_equal(dataset[name].rows(np.arange(3)), plain[name].rows(np.arange(3)))
+        np.testing.assert_array_equal(
+            dataset[name].rows(np.arange(3)), plain[name].rows(np.arange(3))
+        )
     prepare(large_pictures, tmp_path / "by-two", config, workers=2)
     assert contents(tmp_path / "by-two") == contents(tmp_path / "tokens")
 
 
-def test_the_picture_shows_originals_above_their_quantised_selves(large_pictures: str, tmp_path: Path):
+def test_the_picture_shows_originals_above_their_quantised_selves(
+    large_pictures: str, tmp_path: Path
+):
     dataset = prepare(large_pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8))
     picture = np.asarray(Image.open(tmp_path / "tokens" / "palette.png"))
     assert picture.shape == (2 * 66 + 2, 12 * 66 + 2, 3)
     cells = picture[2:, 2:].reshape(2, 66, 12, 66, 3)[:, :64:16, :, :64:16].transpose(0, 2, 1, 3, 4)
-    np.testing.assert_array_equal(cells[1], dataset.palette.inverse_transform(dataset.palette.transform(cells[0])))
+    np.testing.assert_array_equal(
+        cells[1], dataset.palette.inverse_transform(dataset.palette.transform(cells[0]))
+    )
     assert (cells[0] != cells[1]).any()
 
 
@@ -911,17 +1051,25 @@ def test_a_given_palette_is_used(pictures: str, tmp_path: Path):
     assert dataset.palette.fingerprint == given.fingerprint
     assert len(np.unique(dataset["train"].rows(np.arange(38)))) == 5
     assert dataset.manifest["made"]["palette_error"]["mse"] > 100
-    other = prepare("digits", tmp_path / "digits", PrepareConfig(size=4, palette=str(tmp_path / "tokens")))
+    other = prepare(
+        "digits", tmp_path / "digits", PrepareConfig(size=4, palette=str(tmp_path / "tokens"))
+    )
     assert other.palette.fingerprint == given.fingerprint
 
 
 def test_a_palette_that_is_not_there(pictures: str, tmp_path: Path):
     with pytest.raises(InputError, match="no palette at"):
-        prepare(pictures, tmp_path / "tokens", PrepareConfig(size=4, palette=str(tmp_path / "nowhere.npy")))
+        prepare(
+            pictures,
+            tmp_path / "tokens",
+            PrepareConfig(size=4, palette=str(tmp_path / "nowhere.npy")),
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_seed_is_of_splits_and_palette(pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None):
+def test_the_seed_is_of_splits_and_palette(
+    pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
+):
     prepare(pictures, tmp_path / "other", PrepareConfig(size=4, colors=8, seed=1))
     first, other = json.loads(whole["dataset.json"]), TokenDataset(tmp_path / "other")
     assert other.palette.fingerprint != first["palette"]["fingerprint"]
@@ -930,7 +1078,9 @@ def test_the_seed_is_of_splits_and_palette(pictures: str, whole: dict[str, bytes
 
 
 def test_labels_can_be_left_out(pictures: str, tmp_path: Path):
-    dataset = prepare(pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8, label_column="none"))
+    dataset = prepare(
+        pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8, label_column="none")
+    )
     assert dataset.class_names is None
     with pytest.raises(InputError, match="38 of 38 images"):
         dataset["train"].require_labels("a probe")
@@ -941,12 +1091,16 @@ def test_images_of_all_kinds_together(tmp_path: Path):
     folder = tmp_path / "kinds"
     folder.mkdir()
     generator = np.random.default_rng(0)
-    for number, mode in enumerate(["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "RGB", "YCbCr", "RGB"]):
+    for number, mode in enumerate(
+        ["L", "LA", "RGBA", "P", "1", "CMYK", "I;16", "RGB", "YCbCr", "RGB"]
+    ):
         side = 3 + 5 * number
         if mode == "I;16":
             image = Image.fromarray(generator.integers(0, 65536, (side, side + 3), dtype=np.uint16))
         else:
-            image = Image.fromarray(generator.integers(0, 256, (side, side + 3, 3), dtype=np.uint8)).convert(mode)
+            image = Image.fromarray(
+                generator.integers(0, 256, (side, side + 3, 3), dtype=np.uint8)
+            ).convert(mode)
         image.save(folder / f"{number}.{'jpg' if mode in ('CMYK', 'YCbCr') else 'png'}")
     dataset = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=8, colors=16))
     assert [len(dataset[split]) for split in dataset] == [8, 1, 1]
@@ -1007,9 +1161,13 @@ def test_at_most_so_many_of_each_split(pictures: str, tmp_path: Path):
     given = {"size": 8, "colors": 4}
     whole = prepare(pictures, tmp_path / "whole", PrepareConfig(**given))
     few = prepare(pictures, tmp_path / "few", PrepareConfig(**given, limit=5))
-    assert {name: len(few[name]) for name in few} == {name: min(5, len(whole[name])) for name in whole}
+    assert {name: len(few[name]) for name in few} == {
+        name: min(5, len(whole[name])) for name in whole
+    }
     assert few.manifest["made"]["config"]["limit"] == 5
     drawn = np.sort(np.random.default_rng(0).permutation(len(whole["train"]))[:5])
     assert few["train"].labels.tolist() == whole["train"].labels[drawn].tolist()
-    again = prepare(pictures, tmp_path / "again", PrepareConfig(**given, limit=5, palette=str(whole.path)))
+    again = prepare(
+        pictures, tmp_path / "again", PrepareConfig(**given, limit=5, palette=str(whole.path))
+    )
     assert (again["train"].rows(range(5)) == whole["train"].rows(drawn)).all()

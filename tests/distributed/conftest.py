@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from runs import free_port
+
+from ..helpers.runs import free_port
 
 Ranks = Callable[..., None]
 

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from runs import Command, Pair, assert_same_run, end_well, free_port, told
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.training.distributed import team
+
+from ..helpers.runs import Command, Pair, assert_same_run, end_well, free_port, told
 
 
 def wait_until(
@@ -51,7 +52,9 @@ def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         command += ["--master-port", free_port(), "-m", "igpt", *map(str, words)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         with (tmp_path / "out").open("w") as out:
-            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment)
+            process = subprocess.Popen(
+                command, stdout=out, stderr=subprocess.STDOUT, text=True, env=environment
+            )
         started.append(process.pid)
         return process
 
@@ -91,7 +94,8 @@ import os, sys, time
 from igpt.training.distributed import team
 os.environ["TORCHELASTIC_RUN_ID"] = "a test"
 import signal
-signal.signal(signal.SIGTERM, lambda *_: None)  # as while a collective hangs, and Python's handlers do not run
+# as while a collective hangs, and Python's handlers do not run
+signal.signal(signal.SIGTERM, lambda *_: None)
 with team("cpu", stop_seconds=0.1):
     print(os.getpid(), flush=True)
     while True:
@@ -103,14 +107,18 @@ def test_a_rank_that_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
     """The launcher here is a shell that is killed."""
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
-    shell = subprocess.Popen(["bash", "-c", f"{sys.executable} {script}; true"], stdout=subprocess.PIPE, text=True)
+    shell = subprocess.Popen(
+        ["bash", "-c", f"{sys.executable} {script}; true"], stdout=subprocess.PIPE, text=True
+    )
     pid = int(shell.stdout.readline())
     shell.kill()
     shell.wait()
     wait_until(lambda: not is_alive(pid), seconds=60)
 
 
-def test_two_groups_in_one_directory(digits: TokenDataset, short_flags: list[str], tmp_path: Path) -> None:
+def test_two_groups_in_one_directory(
+    digits: TokenDataset, short_flags: list[str], tmp_path: Path
+) -> None:
     words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *short_flags]
     first = Pair(tmp_path / "first", *words).start()
     first[0].wait_until(lambda: told(tmp_path / "run", 1))
@@ -125,7 +133,14 @@ def test_two_groups_in_one_directory(digits: TokenDataset, short_flags: list[str
 
 
 def joined(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -133,7 +148,13 @@ def joined(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None
         pass
 
 
-MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+MEETING = {
+    "WORLD_SIZE": "2",
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29555",
+}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +180,9 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "12
 def test_an_environment_that_torchrun_does_not_make(
     changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = {name: value for name, value in {**MEETING, **changes}.items() if value is not None}
+    environment = {
+        name: value for name, value in {**MEETING, **changes}.items() if value is not None
+    }
     with pytest.raises(InputError) as caught:
         joined(monkeypatch, environment)
     assert said in str(caught.value)
@@ -167,8 +190,12 @@ def test_an_environment_that_torchrun_does_not_make(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}])
-def test_one_process_needs_no_meeting(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
+)
+def test_one_process_needs_no_meeting(
+    environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     joined(monkeypatch, environment)
 
 
@@ -177,21 +204,29 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         other.bind(("0.0.0.0", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=rf"MASTER_PORT={port} is in use on this machine.*--master-port"):
+        with pytest.raises(
+            InputError, match=rf"MASTER_PORT={port} is in use on this machine.*--master-port"
+        ):
             joined(monkeypatch, {**MEETING, "MASTER_PORT": str(port)})
 
 
-def test_the_command_line_says_it_in_one_line(igpt, digits: TokenDataset, tmp_path: Path, monkeypatch) -> None:
+def test_the_command_line_says_it_in_one_line(
+    igpt, digits: TokenDataset, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     for device in ("cpu", "auto"):
-        done = igpt("pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--device", device)
+        done = igpt(
+            "pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--device", device
+        )
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert "has WORLD_SIZE but not RANK" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_control_c_while_waiting_for_other_ranks_ends_at_once(digits: TokenDataset, tmp_path: Path) -> None:
+def test_control_c_while_waiting_for_other_ranks_ends_at_once(
+    digits: TokenDataset, tmp_path: Path
+) -> None:
     environment = {**MEETING, "MASTER_PORT": free_port()}
     words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny"]
     command = Command(tmp_path, *words, environment=environment)

@@ -1,6 +1,7 @@
 """Several processes train as one does: the same batches, the same losses; and others resume what they saved.
 
-Tolerances are some ten times the largest differences measured over 8 updates: 1.3e-7 in the loss and of the gradient's
+Tolerances are some ten times the largest differences measured over 8 updates: 1.3e-7 in the loss
+    and of the gradient's
 norm in fp32; 4e-6 with Muon, which orthogonalises in bf16; 6e-4 (and 2e-3 of the norm) in bf16.
 """
 
@@ -10,14 +11,21 @@ from pathlib import Path
 
 import pytest
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.training.distributed import Team
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-# 11 images on 4 ranks are 3, 3, 3 and 2, in micro-batches of 2 and 1; BERT's masks are uneven in all of them.
-CHANGES = {"batch_size": 11, "micro_batch_size": 2, "steps": 8, "validate_every": 4, "checkpoint_every": 4}
+# 11 images on 4 ranks are 3, 3, 3 and 2, in micro-batches of 2 and 1; BERT's masks are uneven in
+# all of them.
+CHANGES = {
+    "batch_size": 11,
+    "micro_batch_size": 2,
+    "steps": 8,
+    "validate_every": 4,
+    "checkpoint_every": 4,
+}
 
 
 def lines(run: Path, kind: str) -> list[dict[str, float]]:
@@ -25,7 +33,11 @@ def lines(run: Path, kind: str) -> list[dict[str, float]]:
 
 
 def flags_of(settings: dict[str, object]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [
+        word
+        for key, value in settings.items()
+        for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
 
 
 def assert_same_losses(one: Path, other: Path, within: float = 1.5e-6) -> None:
@@ -52,14 +64,20 @@ def alone(
     runs = {}
     for objective in ("autoregressive", "bert"):
         runs[objective] = tmp_path_factory.mktemp("alone") / objective
-        pretrain(PretrainConfig.layered({**settings, "objective": objective, "tokens": digits.path}), runs[objective])
+        pretrain(
+            PretrainConfig.layered({**settings, "objective": objective, "tokens": digits.path}),
+            runs[objective],
+        )
     return runs
 
 
 @pytest.mark.parametrize(
     ("size", "shard", "objective"),
     [
-        *((size, shard, "autoregressive") for size, shard in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))),
+        *(
+            (size, shard, "autoregressive")
+            for size, shard in ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4))
+        ),
         *((size, shard, "bert") for size, shard in ((2, 1), (4, 4))),
     ],
 )
@@ -82,7 +100,13 @@ def test_all_numbers_of_ranks_and_ways_to_shard_give_the_losses_of_one(
 
 @pytest.mark.parametrize(("size", "shard"), [(2, 2), (2, 1), (1, 1)])
 def test_what_four_ranks_saved_is_resumed_by_fewer(
-    ranks, alone: dict[str, Path], saved_by_four: Path, digits: TokenDataset, tmp_path: Path, size: int, shard: int
+    ranks,
+    alone: dict[str, Path],
+    saved_by_four: Path,
+    digits: TokenDataset,
+    tmp_path: Path,
+    size: int,
+    shard: int,
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(saved_by_four, run)
@@ -93,12 +117,26 @@ def test_what_four_ranks_saved_is_resumed_by_fewer(
 
 @pytest.fixture(scope="session")
 def saved_by_four(
-    ranks, digits: TokenDataset, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+    ranks,
+    digits: TokenDataset,
+    settings: dict[str, object],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """A run of four sharded ranks, as a kill after update 4 leaves it."""
     run = tmp_path_factory.mktemp("four") / "run"
-    ranks(4, "pretrain", digits.path, "-o", run, "--model", "tiny", *flags_of({**settings, "shard": 4}))
-    assert len(list((run / "checkpoints" / "step-00000004").glob("*.distcp"))) == 4, "every rank writes its share"
+    ranks(
+        4,
+        "pretrain",
+        digits.path,
+        "-o",
+        run,
+        "--model",
+        "tiny",
+        *flags_of({**settings, "shard": 4}),
+    )
+    assert len(list((run / "checkpoints" / "step-00000004").glob("*.distcp"))) == 4, (
+        "every rank writes its share"
+    )
     shutil.rmtree(run / "checkpoints" / "step-00000008")
     return run
 
@@ -127,7 +165,12 @@ def test_muon_and_checkpointed_activations_shard_too(
 
 @pytest.mark.parametrize("shard", [1, 2])
 def test_bf16_differs_by_its_rounding_only(
-    ranks, alone: dict[str, Path], digits: TokenDataset, settings: dict[str, object], tmp_path: Path, shard: int
+    ranks,
+    alone: dict[str, Path],
+    digits: TokenDataset,
+    settings: dict[str, object],
+    tmp_path: Path,
+    shard: int,
 ) -> None:
     flags = flags_of({**settings, "precision": "bf16", "shard": shard})
     ranks(2, "pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *flags)
@@ -139,7 +182,13 @@ def test_fine_tuning_gives_the_classifiers_of_one_process(
     ranks, alone: dict[str, Path], digits: TokenDataset, tmp_path: Path, objective: str, shard: int
 ) -> None:
     """A search over learning rates, and the last training, on all images."""
-    settings = {"batch_size": 10, "steps": 4, "validate_every": 4, "log_every": 1, "precision": "fp32"}
+    settings = {
+        "batch_size": 10,
+        "steps": 4,
+        "validate_every": 4,
+        "log_every": 1,
+        "precision": "fp32",
+    }
     words = ["finetune", alone[objective], digits.path, *flags_of(settings), "--fold-back"]
     words += ["--learning-rates", 1e-3, 3e-3]
     ranks(1, *words, "-o", tmp_path / "one")
@@ -150,7 +199,10 @@ def test_fine_tuning_gives_the_classifiers_of_one_process(
     assert results[0] == results[1]
     assert ("modal" in results[0]) == (objective == "bert")
     for part in ("rates/0.001", "rates/0.003", "fold-back"):
-        losses = [[line["loss"] for line in lines(tmp_path / name / part, "train")] for name in ("one", "two")]
+        losses = [
+            [line["loss"] for line in lines(tmp_path / name / part, "train")]
+            for name in ("one", "two")
+        ]
         assert len(losses[0]) >= 4
         assert losses[1] == pytest.approx(losses[0], abs=1.5e-6)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
@@ -12,12 +12,22 @@ TOGETHER = {"positions": "rotary", "qk_norm": True, "activation": "relu2", "valu
 
 
 def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] in ("train", "validation")]
+    return [
+        line["loss"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if line["kind"] in ("train", "validation")
+    ]
 
 
 @pytest.fixture(scope="module")
 def settings(digits: TokenDataset, short: dict[str, object]) -> PretrainConfig:
-    changes = {"batch_size": 11, "micro_batch_size": 2, "steps": 6, "validate_every": 3, "start_from_palette": True}
+    changes = {
+        "batch_size": 11,
+        "micro_batch_size": 2,
+        "steps": 6,
+        "validate_every": 3,
+        "start_from_palette": True,
+    }
     return PretrainConfig.layered(short, TOGETHER, changes, {"tokens": digits.path})
 
 
@@ -28,11 +38,27 @@ def alone(settings: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) ->
     return losses(run)
 
 
-@pytest.mark.parametrize(("size", "shard", "recomputation"), [(2, 1, "none"), (4, 4, "selective"), (4, 2, "full")])
+@pytest.mark.parametrize(
+    ("size", "shard", "recomputation"), [(2, 1, "none"), (4, 4, "selective"), (4, 2, "full")]
+)
 def test_ranks_give_the_losses_of_one(
-    ranks, settings: PretrainConfig, alone: list[float], tmp_path: Path, size: int, shard: int, recomputation: str
+    ranks,
+    settings: PretrainConfig,
+    alone: list[float],
+    tmp_path: Path,
+    size: int,
+    shard: int,
+    recomputation: str,
 ) -> None:
     shared = settings.model_copy(update={"shard": shard, "activation_checkpointing": recomputation})
     shared.save(tmp_path / "settings.yaml")
-    ranks(size, "pretrain", settings.tokens, "-o", tmp_path / "run", "--config", tmp_path / "settings.yaml")
+    ranks(
+        size,
+        "pretrain",
+        settings.tokens,
+        "-o",
+        tmp_path / "run",
+        "--config",
+        tmp_path / "settings.yaml",
+    )
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1.5e-6)

@@ -9,7 +9,9 @@ import sys
 import igpt.training.pretrain  # noqa: F401  what every command needs
 from igpt.cli import main
 
-answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")  # what native code prints must not come between
+answers = os.fdopen(
+    os.dup(sys.stdout.fileno()), "w"
+)  # what native code prints must not come between
 os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 for line in sys.stdin:
     job = json.loads(line)
@@ -17,4 +19,8 @@ for line in sys.stdin:
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         code = main(job["words"])
-    print(json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}), file=answers, flush=True)
+    print(
+        json.dumps({"code": code, "out": out.getvalue(), "err": err.getvalue()}),
+        file=answers,
+        flush=True,
+    )

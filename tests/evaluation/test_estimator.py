@@ -24,10 +24,10 @@ from sklearn.utils.estimator_checks import check_estimator
 from sklearn.utils.validation import check_is_fitted, validate_data
 
 from igpt import ImageGPTFeatures
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 
@@ -41,7 +41,9 @@ def pixels(digits: TokenDataset) -> NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def expected(short_run: Path, digits: TokenDataset) -> NDArray[np.float32]:
     """Their features of all layers: [3, 180, 32]."""
-    return np.concatenate(list(pooled(ImageGPT.from_pretrained(short_run / "model"), digits["test"])), axis=1)
+    return np.concatenate(
+        list(pooled(ImageGPT.from_pretrained(short_run / "model"), digits["test"])), axis=1
+    )
 
 
 @pytest.fixture
@@ -82,7 +84,12 @@ def test_every_kind_of_image(
         "names": np.array([str(file) for file in files]),
         "objects": np.array(files, dtype=object),
         "four times as large": some.repeat(4, 1).repeat(4, 2),
-        "of several sizes": [some[0], some[1].repeat(2, 0).repeat(2, 1), files[2], *some[3:].repeat(3, 1).repeat(3, 2)],
+        "of several sizes": [
+            some[0],
+            some[1].repeat(2, 0).repeat(2, 1),
+            files[2],
+            *some[3:].repeat(3, 1).repeat(3, 2),
+        ],
         "wide": [np.pad(image.repeat(2, 0).repeat(2, 1), ((0, 0), (8, 8))) for image in some],
     }
     for kind, images in kinds.items():
@@ -91,8 +98,16 @@ def test_every_kind_of_image(
 
 def test_which_layer_is_taken(run: Path, digits: TokenDataset, tmp_path: Path) -> None:
     assert ImageGPTFeatures(run).fit(None).layer_ == 1, "the middle one of 0, 1, 2"
-    probe = {"format": "igpt-probe", "version": 2, "classes": 10, "images": {"train": 9, "validation": 9, "test": 9}}
-    probe |= {"layers": [{"layer": 2, "validation_accuracy": 0.5, "test_accuracy": 0.5}], "best_layer": 2}
+    probe = {
+        "format": "igpt-probe",
+        "version": 2,
+        "classes": 10,
+        "images": {"train": 9, "validation": 9, "test": 9},
+    }
+    probe |= {
+        "layers": [{"layer": 2, "validation_accuracy": 0.5, "test_accuracy": 0.5}],
+        "best_layer": 2,
+    }
     (run / "probe.json").write_text(json.dumps(probe))
     assert ImageGPTFeatures(run).fit(None).layer_ == 2
     assert ImageGPTFeatures(run, layer=0).fit(None).layer_ == 0
@@ -101,11 +116,22 @@ def test_which_layer_is_taken(run: Path, digits: TokenDataset, tmp_path: Path) -
     assert ImageGPTFeatures(tmp_path / "deep").fit(None).layer_ == 3
 
 
-def test_in_a_pipeline_and_a_search(short_run: Path, pixels: NDArray[np.uint8], digits: TokenDataset) -> None:
+def test_in_a_pipeline_and_a_search(
+    short_run: Path, pixels: NDArray[np.uint8], digits: TokenDataset
+) -> None:
     labels = digits["test"].labels
-    pipeline = make_pipeline(ImageGPTFeatures(short_run, layer=1), StandardScaler(), LogisticRegression(max_iter=500))
-    assert cross_val_score(pipeline, pixels, labels, cv=3).mean() > 0.4, "ten classes: chance is 0.1"
-    search = GridSearchCV(pipeline, {"imagegptfeatures__layer": [0, 2], "logisticregression__C": [0.1]}, cv=2, n_jobs=1)
+    pipeline = make_pipeline(
+        ImageGPTFeatures(short_run, layer=1), StandardScaler(), LogisticRegression(max_iter=500)
+    )
+    assert cross_val_score(pipeline, pixels, labels, cv=3).mean() > 0.4, (
+        "ten classes: chance is 0.1"
+    )
+    search = GridSearchCV(
+        pipeline,
+        {"imagegptfeatures__layer": [0, 2], "logisticregression__C": [0.1]},
+        cv=2,
+        n_jobs=1,
+    )
     search.fit(list(pixels), labels)
     assert search.best_params_["imagegptfeatures__layer"] in (0, 2)
     assert search.predict(list(pixels[:3])).shape == (3,)
@@ -129,7 +155,11 @@ def test_names_and_frames(short_run: Path, pixels: NDArray[np.uint8]) -> None:
 
 @pytest.mark.parametrize("store", [pickle, joblib])
 def test_a_stored_one_gives_the_same(
-    short_run: Path, pixels: NDArray[np.uint8], expected: NDArray[np.float32], tmp_path: Path, store: Any
+    short_run: Path,
+    pixels: NDArray[np.uint8],
+    expected: NDArray[np.float32],
+    tmp_path: Path,
+    store: Any,
 ) -> None:
     made = ImageGPTFeatures(short_run, layer=2).fit(None)
     with (tmp_path / "made").open("wb") as file:
@@ -148,17 +178,33 @@ def test_what_is_wrong_is_told(run: Path, pixels: NDArray[np.uint8], tmp_path: P
     made = ImageGPTFeatures(run, layer=1).fit(None)
     assert "the layers 0 to 2, not 3" in refusal(lambda: ImageGPTFeatures(run, layer=3).fit(None))
     assert "not 0 and 'fp32'" in refusal(lambda: ImageGPTFeatures(run, batch_size=0).fit(None))
-    assert "not None and 'fp16'" in refusal(lambda: ImageGPTFeatures(run, precision="fp16").fit(None))
+    assert "not None and 'fp16'" in refusal(
+        lambda: ImageGPTFeatures(run, precision="fp16").fit(None)
+    )
     assert "no model directory" in refusal(lambda: ImageGPTFeatures(tmp_path / "none").fit(None))
-    assert "uint8 [N, H, W, 3] or [N, H, W], not float64 [5, 8, 8]" in refusal(lambda: made.transform(pixels[:5] / 255))
+    assert "uint8 [N, H, W, 3] or [N, H, W], not float64 [5, 8, 8]" in refusal(
+        lambda: made.transform(pixels[:5] / 255)
+    )
     assert "not uint8 [180, 64]" in refusal(lambda: made.transform(pixels.reshape(180, 64)))
-    assert "looks like one coloured image" in refusal(lambda: made.transform(np.zeros((8, 8, 3), np.uint8)))
-    assert "a list or an array of images is needed, not str" in refusal(lambda: made.transform("image.png"))
+    assert "looks like one coloured image" in refusal(
+        lambda: made.transform(np.zeros((8, 8, 3), np.uint8))
+    )
+    assert "a list or an array of images is needed, not str" in refusal(
+        lambda: made.transform("image.png")
+    )
     assert "not NoneType" in refusal(lambda: made.transform(None))
-    assert "image 1: no such file" in refusal(lambda: made.transform([pixels[0], tmp_path / "none.png"]))
-    assert "image 0: floating-point pixels have no known range" in refusal(lambda: made.transform([pixels[0] / 255]))
+    assert "image 1: no such file" in refusal(
+        lambda: made.transform([pixels[0], tmp_path / "none.png"])
+    )
+    assert "image 0: floating-point pixels have no known range" in refusal(
+        lambda: made.transform([pixels[0] / 255])
+    )
     assert "there are no images here" in refusal(lambda: made.transform([]))
-    bare = ImageGPT(ModelConfig.layered({"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1}))
+    bare = ImageGPT(
+        ModelConfig.layered(
+            {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1}
+        )
+    )
     bare.save_pretrained(tmp_path / "bare")
     assert "holds no palette" in refusal(lambda: ImageGPTFeatures(tmp_path / "bare").fit(None))
 
@@ -185,7 +231,9 @@ def test_scikit_learns_own_checks(short_run: Path) -> None:
     """All that scikit-learn has for transformers: cloning, parameters, pickles, order of samples, idempotence ..."""
     done = check_estimator(OfRows(short_run / "model", batch_size=32), on_skip=None)
     passed = {check["check_name"] for check in done if check["status"] == "passed"}
-    assert {check["check_name"] for check in done} - passed <= {"check_array_api_input"}, "which needs SCIPY_ARRAY_API"
+    assert {check["check_name"] for check in done} - passed <= {"check_array_api_input"}, (
+        "which needs SCIPY_ARRAY_API"
+    )
     assert passed >= {
         "check_do_not_raise_errors_in_init_or_set_params",
         "check_estimators_pickle",
@@ -204,8 +252,6 @@ def test_images_are_declared(short_run: Path) -> None:
 
 
 def test_it_is_loaded_when_asked_for() -> None:
-    code = (
-        "import sys, igpt; assert 'sklearn' not in sys.modules; igpt.ImageGPTFeatures; assert 'sklearn' in sys.modules"
-    )
+    code = "import sys, igpt; assert 'sklearn' not in sys.modules; igpt.ImageGPTFeatures; assert 'sklearn' in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation import features
 from igpt.evaluation.features import Above, Beside, Masking, pooled, require_match, stored
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
@@ -33,7 +33,9 @@ def bert(digits: TokenDataset) -> ImageGPT:
     return ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"}), digits.palette)
 
 
-def test_they_are_the_mean_over_places_of_every_layer(model: ImageGPT, digits: TokenDataset) -> None:
+def test_they_are_the_mean_over_places_of_every_layer(
+    model: ImageGPT, digits: TokenDataset
+) -> None:
     split = digits["test"]
     found = np.concatenate(list(pooled(model, split, batch_size=7)), axis=1)
     assert found.shape == (3, 180, 32)
@@ -48,11 +50,16 @@ def test_bert_sees_all_unless_it_is_masked(bert: ImageGPT, digits: TokenDataset)
     (whole,) = pooled(bert, split, batch_size=180)
     expected = [layer.mean(1).detach() for layer in bert.features(tokens)]
     np.testing.assert_allclose(whole[:, 5], torch.cat(expected), atol=1e-5)
-    hidden = [np.concatenate(list(pooled(bert, split, masking=Masking(draw), batch_size=180)), 1) for draw in (0, 1)]
+    hidden = [
+        np.concatenate(list(pooled(bert, split, masking=Masking(draw), batch_size=180)), 1)
+        for draw in (0, 1)
+    ]
     assert np.abs(hidden[0] - whole).max() > 1e-3
     assert np.abs(hidden[0] - hidden[1]).max() > 1e-3
     again = np.concatenate(list(pooled(bert, split, masking=Masking(1), batch_size=7)), axis=1)
-    np.testing.assert_allclose(again, hidden[1], atol=1e-5, err_msg="an image's mask does not depend on its batch")
+    np.testing.assert_allclose(
+        again, hidden[1], atol=1e-5, err_msg="an image's mask does not depend on its batch"
+    )
 
 
 def test_they_are_written_once_and_read_from_the_disk(
@@ -67,12 +74,18 @@ def test_they_are_written_once_and_read_from_the_disk(
     np.testing.assert_array_equal(np.stack(again), np.stack(first))
 
 
-def test_those_of_something_else_are_refused(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+def test_those_of_something_else_are_refused(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
     stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
     other = ImageGPT(model.config, model.palette)
     wrong = [
         {"model": other},
-        {"split": digits["validation"].__class__("test", [digits["test"].rows([0])], [digits["test"].labels_of([0])])},
+        {
+            "split": digits["validation"].__class__(
+                "test", [digits["test"].rows([0])], [digits["test"].labels_of([0])]
+            )
+        },
         {"of": {"tokens": 2}},
         {"precision": "bf16"},
     ]

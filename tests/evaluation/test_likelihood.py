@@ -7,13 +7,14 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from igpt.confidence import auroc
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.likelihood import losses_of, score, summary, told_apart
-from igpt.model.configuration import ModelConfig
+from igpt.evaluation.loss_maps import loss_maps
+from igpt.model.config import ModelConfig
+from igpt.model.images import pictures, spread_evenly
 from igpt.model.transformer import ImageGPT
-from igpt.pictures import loss_maps, pictures, spread_evenly
+from igpt.statistics import auroc
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 1, "n_embd": 8, "n_head": 1}
 
@@ -29,8 +30,12 @@ def test_likelihood_is_that_of_the_model(model: ImageGPT, digits: TokenDataset) 
     tokens = torch.from_numpy(split.rows([3]).astype(np.int64))
     log_probability = model(tokens).double().log_softmax(-1).gather(-1, tokens[..., None])
     assert losses[3] == pytest.approx(-float(log_probability.detach().mean()), abs=1e-5)
-    inverted = TokenSplit("test", [(16 - split.rows(np.arange(180))).astype(np.uint16)], [split.labels])
-    assert score(model, inverted).mean() > losses.mean() + 0.3, "inverted digits are far less likely"
+    inverted = TokenSplit(
+        "test", [(16 - split.rows(np.arange(180))).astype(np.uint16)], [split.labels]
+    )
+    assert score(model, inverted).mean() > losses.mean() + 0.3, (
+        "inverted digits are far less likely"
+    )
 
 
 def test_a_pixels_loss_stands_at_its_place(model: ImageGPT, digits: TokenDataset) -> None:
@@ -69,11 +74,15 @@ def test_maps_show_each_pixel_in_its_place(model: ImageGPT, digits: TokenDataset
     assert low == 0
     assert high < losses.max(), "one pixel of 200 does not darken all others"
     size = figure.get_size_inches() * 200
-    assert (pairs[1].get_position().width * size[0] / 8) % 1 == pytest.approx(0, abs=1e-6), "whole dots a pixel"
+    assert (pairs[1].get_position().width * size[0] / 8) % 1 == pytest.approx(0, abs=1e-6), (
+        "whole dots a pixel"
+    )
 
 
 def test_bf16_is_near_and_not_the_same(model: ImageGPT, digits: TokenDataset) -> None:
-    whole, half = (score(model, digits["test"], precision=precision) for precision in ("fp32", "bf16"))
+    whole, half = (
+        score(model, digits["test"], precision=precision) for precision in ("fp32", "bf16")
+    )
     assert not np.array_equal(whole, half)
     np.testing.assert_allclose(half, whole, atol=0.02)
 
@@ -94,7 +103,9 @@ def test_bert_has_no_likelihood(digits: TokenDataset) -> None:
 def test_broken_weights_and_no_images(digits: TokenDataset) -> None:
     model = ImageGPT(ModelConfig.layered(SHAPE))
     torch.nn.init.constant_(model.wpe.weight, torch.nan)
-    with pytest.raises(InputError, match="likelihoods are not finite; the model's weights are broken"):
+    with pytest.raises(
+        InputError, match="likelihoods are not finite; the model's weights are broken"
+    ):
         score(model, digits["test"])
     with pytest.raises(InputError, match="a likelihood needs images"):
         score(model, TokenSplit("test", [np.empty((0, 64), np.uint16)], [np.empty(0, np.int32)]))
@@ -103,11 +114,18 @@ def test_broken_weights_and_no_images(digits: TokenDataset) -> None:
 @pytest.mark.parametrize("decimals", [8, 0])
 def test_auroc_is_scikit_learns_and_its_error_delongs(decimals: int) -> None:
     generator = np.random.default_rng(0)
-    lower, higher = generator.normal(size=40).round(decimals), generator.normal(0.8, 1, 60).round(decimals)
+    lower, higher = (
+        generator.normal(size=40).round(decimals),
+        generator.normal(0.8, 1, 60).round(decimals),
+    )
     found = auroc(lower, higher)
     truth = np.repeat([0, 1], [40, 60])
-    assert found["auroc"] == pytest.approx(roc_auc_score(truth, np.concatenate([lower, higher])), abs=1e-12)
-    wins = (higher[None] > lower[:, None]) + 0.5 * (higher[None] == lower[:, None])  # DeLong's components, pair by pair
+    assert found["auroc"] == pytest.approx(
+        roc_auc_score(truth, np.concatenate([lower, higher])), abs=1e-12
+    )
+    wins = (higher[None] > lower[:, None]) + 0.5 * (
+        higher[None] == lower[:, None]
+    )  # DeLong's components, pair by pair
     expected = np.sqrt(wins.mean(1).var(ddof=1) / 40 + wins.mean(0).var(ddof=1) / 60)
     assert found["standard_error"] == pytest.approx(expected, abs=1e-12)
     low, high = found["interval_95"]

@@ -12,24 +12,26 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
-from igpt.confidence import interval_of_share, unpacked
-from igpt.data.labels import few_of_each
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.labels import few_of_each
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
 from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, write_probe
 from igpt.evaluation.probe import probe as probe_and_classifier
-from igpt.evaluation.readout import Readout
+from igpt.evaluation.probe_classifier import Readout
 from igpt.evaluation.results import best_row, read_probe
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
+from igpt.statistics import interval_of_share, unpacked
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
 FEW = {"limit": 150, "baselines": False}
 
 
-def probe(model: ImageGPT, data: TokenDataset, config: ProbeConfig, features: Path) -> dict[str, Any]:
+def probe(
+    model: ImageGPT, data: TokenDataset, config: ProbeConfig, features: Path
+) -> dict[str, Any]:
     """What probe.json would hold."""
     return probe_and_classifier(model, data, config, features)[0]
 
@@ -52,7 +54,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("features")
 
 
-def test_it_is_scikit_learns_at_every_step(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_it_is_scikit_learns_at_every_step(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
     """Fitted on training images, chosen by validation, fitted again on both, tested: layer by layer."""
     config = ProbeConfig(baselines=False, strengths=(0.001, 0.1, 1.0))
     result = probe(model, digits, config, kept)
@@ -86,7 +90,9 @@ def test_the_classifier_that_was_tested_is_kept(
     model: ImageGPT, digits: TokenDataset, kept: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "probe.safetensors"
-    result, fitted = probe_and_classifier(model, digits, ProbeConfig(baselines=False, strengths=(0.1,)), kept)
+    result, fitted = probe_and_classifier(
+        model, digits, ProbeConfig(baselines=False, strengths=(0.1,)), kept
+    )
     write_probe(tmp_path / "probe.json", result, fitted)
     assert {**result, "classifier": fitted.fingerprint} == read_probe(tmp_path / "probe.json")
     readout = Readout.load(path)
@@ -105,10 +111,15 @@ def test_the_classifier_that_was_tested_is_kept(
         Readout.load(path)
 
 
-def test_without_fold_back_validation_images_only_choose(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_without_fold_back_validation_images_only_choose(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
     config = ProbeConfig(baselines=False, strengths=(1.0,), fold_back=False, layers=(1,))
     (row,) = probe(model, digits, config, kept)["layers"]
-    features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1)[1] for name in ("train", "test")}
+    features = {
+        name: np.concatenate(list(pooled(model, digits[name])), axis=1)[1]
+        for name in ("train", "test")
+    }
     scaler = StandardScaler().fit(features["train"])
     rival = LogisticRegression(C=1.0, tol=1e-6, max_iter=20_000)
     rival.fit(scaler.transform(features["train"]), digits["train"].labels)
@@ -117,8 +128,21 @@ def test_without_fold_back_validation_images_only_choose(model: ImageGPT, digits
     assert row["layer"] == 1
 
 
-def test_the_command_writes_every_protocol(igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    words = ["--limit", 150, "--concatenate", 1, 2, "--labels-per-class", 2, 8, "--features", tmp_path / "features"]
+def test_the_command_writes_every_protocol(
+    igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    words = [
+        "--limit",
+        150,
+        "--concatenate",
+        1,
+        2,
+        "--labels-per-class",
+        2,
+        8,
+        "--features",
+        tmp_path / "features",
+    ]
     done = igpt("probe", short_run, digits.path, "-o", tmp_path / "probe.json", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "probe.json").read_text())
@@ -142,7 +166,9 @@ def test_the_command_writes_every_protocol(igpt: Any, short_run: Path, digits: T
     assert not list(tmp_path.glob(".*")), "what was passing is gone"
 
 
-def test_few_labels_are_seeded_draws_of_equal_size(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_few_labels_are_seeded_draws_of_equal_size(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
     config = ProbeConfig(baselines=False, labels_per_class=(1, 10, 60), subsets=4)
     result = probe(model, digits, config, kept)
     few = result["few_labels"]
@@ -154,32 +180,54 @@ def test_few_labels_are_seeded_draws_of_equal_size(model: ImageGPT, digits: Toke
         assert row["standard_deviation"] == pytest.approx(np.std(row["test_accuracies"], ddof=1))
     assert few[0]["mean"] < few[1]["mean"] < few[2]["mean"], "more labels are worth something"
     assert few[2]["mean"] < result["layers"][result["best_layer"]]["test_accuracy"] + 0.05
-    other = probe(model, digits, config.model_copy(update={"seed": 7}), kept.parent / f"{kept.name}-7")["few_labels"]
+    other = probe(
+        model, digits, config.model_copy(update={"seed": 7}), kept.parent / f"{kept.name}-7"
+    )["few_labels"]
     assert other[0]["test_accuracies"] != few[0]["test_accuracies"]
-    with pytest.raises(InputError, match=r"1000 labels a class are asked for, and one class has \d+ training images"):
+    with pytest.raises(
+        InputError,
+        match=r"1000 labels a class are asked for, and one class has \d+ training images",
+    ):
         probe(model, digits, config.model_copy(update={"labels_per_class": (1000,)}), kept)
 
 
-def test_raw_pixels_are_probed_with_few_labels_too(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_raw_pixels_are_probed_with_few_labels_too(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
     config = ProbeConfig(labels_per_class=(5,), subsets=2, strengths=(0.1,), layers=(0,))
     row = probe(model, digits, config, kept)["baselines"]["raw_pixels"]["few_labels"][0]
-    pixels = {name: digits.palette.centers_[digits[name].rows(np.arange(len(digits[name])))] for name in SPLITS}
+    pixels = {
+        name: digits.palette.centers_[digits[name].rows(np.arange(len(digits[name])))]
+        for name in SPLITS
+    }
     for subset, accuracy in enumerate(row["test_accuracies"]):
         rows = few_of_each(digits["train"].labels, 5, (0, 5, subset))
         scaler = StandardScaler().fit(pixels["train"][rows].reshape(50, -1))
-        train, test = (scaler.transform(x.reshape(len(x), -1)) for x in (pixels["train"][rows], pixels["test"]))
-        rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000).fit(train, digits["train"].labels[rows])
+        train, test = (
+            scaler.transform(x.reshape(len(x), -1)) for x in (pixels["train"][rows], pixels["test"])
+        )
+        rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000).fit(
+            train, digits["train"].labels[rows]
+        )
         assert accuracy == pytest.approx(rival.score(test, digits["test"].labels), abs=0.012)
 
 
 def test_more_test_images_than_others(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
     """They are drawn as all others are, and each answer is kept."""
-    config = ProbeConfig(baselines=False, strengths=(0.1,), layers=(1,), fold_back=False, limit=60, test_images=150)
+    config = ProbeConfig(
+        baselines=False, strengths=(0.1,), layers=(1,), fold_back=False, limit=60, test_images=150
+    )
     result = probe(model, digits, config, kept.parent / f"{kept.name}-more")
     assert result["images"] == {"train": 60, "validation": 60, "test": 150}
-    rows = {name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:60]) for name in ("train",)}
+    rows = {
+        name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:60])
+        for name in ("train",)
+    }
     rows["test"] = np.sort(np.random.default_rng(0).permutation(len(digits["test"]))[:150])
-    x = {name: np.concatenate([batch[1] for batch in pooled(model, digits[name])])[rows[name]] for name in rows}
+    x = {
+        name: np.concatenate([batch[1] for batch in pooled(model, digits[name])])[rows[name]]
+        for name in rows
+    }
     scaler = StandardScaler().fit(x["train"])
     rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000)
     rival.fit(scaler.transform(x["train"]), digits["train"].labels[rows["train"]])
@@ -189,10 +237,17 @@ def test_more_test_images_than_others(model: ImageGPT, digits: TokenDataset, kep
     assert (found == answers).mean() > 0.99
 
 
-def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
-    config = ProbeConfig(baselines=False, strengths=(0.1,), concatenate=(0, 2), fold_back=False, layers=(0,))
+def test_layers_side_by_side_are_one_feature(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
+    config = ProbeConfig(
+        baselines=False, strengths=(0.1,), concatenate=(0, 2), fold_back=False, layers=(0,)
+    )
     row = probe(model, digits, config, kept)["concatenated"]
-    features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1) for name in ("train", "test")}
+    features = {
+        name: np.concatenate(list(pooled(model, digits[name])), axis=1)
+        for name in ("train", "test")
+    }
     x = {name: np.concatenate([array[0], array[2]], axis=1) for name, array in features.items()}
     scaler = StandardScaler().fit(x["train"])
     rival = LogisticRegression(C=0.1, tol=1e-6, max_iter=20_000).fit(
@@ -204,7 +259,9 @@ def test_layers_side_by_side_are_one_feature(model: ImageGPT, digits: TokenDatas
 
 def test_sgd_chooses_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
     config = ProbeConfig(baselines=False, solver="sgd", steps=400, batch_size=32, layers=(1,))
-    config = config.model_copy(update={"learning_rates": (1e30, 10.0, 1e-6)})  # the first one diverges
+    config = config.model_copy(
+        update={"learning_rates": (1e30, 10.0, 1e-6)}
+    )  # the first one diverges
     (row,) = probe(model, digits, config, kept)["layers"]
     assert row["learning_rate"] == 10.0
     assert row["iterations"] == 400
@@ -213,7 +270,9 @@ def test_sgd_chooses_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept
     assert row["test_accuracy"] > optimum["test_accuracy"] - 0.15
 
 
-def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(digits: TokenDataset, tmp_path: Path) -> None:
+def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(
+    digits: TokenDataset, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     bert = ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"}), digits.palette)
     plain = probe(bert, digits, ProbeConfig(**FEW), tmp_path)
@@ -225,9 +284,14 @@ def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(digits: TokenDataset,
     assert plain["layers"] != masked["layers"]
     row = masked["layers"][1]
     features = {
-        path.name: np.load(path / "layer-001.npy") for path in (tmp_path / "model").iterdir() if "mask" in path.name
+        path.name: np.load(path / "layer-001.npy")
+        for path in (tmp_path / "model").iterdir()
+        if "mask" in path.name
     }
-    drawn = {name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:150]) for name in digits}
+    drawn = {
+        name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:150])
+        for name in digits
+    }
     labels = {name: digits[name].labels_of(rows) for name, rows in drawn.items()}
     both = np.concatenate([features["train-mask-0"], features["validation-mask-0"]])
     scaler = StandardScaler().fit(both)
@@ -245,21 +309,43 @@ def changed(digits: TokenDataset, **labels: Any) -> TokenDataset:
     data = TokenDataset(digits.path)
     splits = {
         name: TokenSplit(
-            name, [digits[name].rows(np.arange(len(digits[name])))], [labels.get(name, digits[name].labels)]
+            name,
+            [digits[name].rows(np.arange(len(digits[name])))],
+            [labels.get(name, digits[name].labels)],
         )
         for name in digits
     }
-    data.__class__ = type("Changed", (TokenDataset,), {"__getitem__": lambda self, name: splits[name]})
+    data.__class__ = type(
+        "Changed", (TokenDataset,), {"__getitem__": lambda self, name: splits[name]}
+    )
     return data
 
 
-def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+def test_what_cannot_be_probed_is_refused(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
     train = digits["train"].labels
     refused: list[tuple[dict[str, Any], dict[str, Any], str]] = [
-        ({}, {"train": np.full_like(train, -1)}, "a probe needs labels, and 1437 of 1437 images of 'train' have none"),
-        ({}, {"train": np.zeros_like(train)}, "a probe needs at least two classes among the training images"),
-        ({}, {"train": np.minimum(train, 7)}, "2 classes of the validation images have no training image"),
-        ({"limit": 2}, {}, "of the (validation|test) images have no training image|every class; there are 2 for 10"),
+        (
+            {},
+            {"train": np.full_like(train, -1)},
+            "a probe needs labels, and 1437 of 1437 images of 'train' have none",
+        ),
+        (
+            {},
+            {"train": np.zeros_like(train)},
+            "a probe needs at least two classes among the training images",
+        ),
+        (
+            {},
+            {"train": np.minimum(train, 7)},
+            "2 classes of the validation images have no training image",
+        ),
+        (
+            {"limit": 2},
+            {},
+            "of the (validation|test) images have no training image|every class; there are 2 for 10",
+        ),
         ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
         ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
         ({"concatenate": (1,)}, {}, "two or more to concatenate"),
@@ -267,7 +353,12 @@ def test_what_cannot_be_probed_is_refused(model: ImageGPT, digits: TokenDataset,
     ]
     for settings, labels, message in refused:
         with pytest.raises(InputError, match=message):
-            probe(model, changed(digits, **labels), ProbeConfig.layered(settings), tmp_path / "features")
+            probe(
+                model,
+                changed(digits, **labels),
+                ProbeConfig.layered(settings),
+                tmp_path / "features",
+            )
         assert not (tmp_path / "features").exists(), "nothing is begun"
     broken = ImageGPT(model.config, model.palette)
     torch.nn.init.constant_(broken.wpe.weight, torch.nan)
@@ -292,7 +383,12 @@ def test_fewer_images_than_classes(model: ImageGPT, digits: TokenDataset, tmp_pa
     ],
 )
 def test_the_command_refuses_in_one_line(
-    igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, words: list[object], message: str
+    igpt: Any,
+    short_run: Path,
+    digits: TokenDataset,
+    tmp_path: Path,
+    words: list[object],
+    message: str,
 ) -> None:
     done = igpt("probe", short_run, digits.path, "-o", tmp_path / "probe.json", *words)
     assert (done.returncode, len(done.stderr.strip().splitlines())) == (2, 1)
@@ -301,7 +397,9 @@ def test_the_command_refuses_in_one_line(
 
 
 def test_plain_images_have_nothing_to_probe(igpt: Any, photographs: Path, tmp_path: Path) -> None:
-    plain = prepare(str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
+    plain = prepare(
+        str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none")
+    )
     fitting = ImageGPT(ModelConfig.layered(SHAPE), plain.palette)
     fitting.save_pretrained(tmp_path / "model")
     done = igpt("probe", tmp_path / "model", plain.path, "-o", tmp_path / "probe.json")
@@ -309,7 +407,9 @@ def test_plain_images_have_nothing_to_probe(igpt: Any, photographs: Path, tmp_pa
     assert "a probe needs labels, and 38 of 38 images of 'train' have none" in done.stderr
 
 
-def test_kept_features_serve_other_settings_and_seeds(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+def test_kept_features_serve_other_settings_and_seeds(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
     first = probe(model, digits, ProbeConfig(strengths=(1.0,)), tmp_path)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     again = probe(model, digits, ProbeConfig(strengths=(1.0,), seed=5), tmp_path)
@@ -320,11 +420,15 @@ def test_kept_features_serve_other_settings_and_seeds(model: ImageGPT, digits: T
         probe(model, digits, ProbeConfig(limit=150), tmp_path)
 
 
-def test_nothing_is_chosen_by_the_test_images(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_nothing_is_chosen_by_the_test_images(
+    model: ImageGPT, digits: TokenDataset, kept: Path
+) -> None:
     """With their labels shuffled, all that is chosen stays, and so do the accuracies on validation images."""
     config = ProbeConfig(baselines=False, labels_per_class=(3,), strengths=(1e-5, 1e-2, 10.0))
     permuted = np.random.default_rng(0).permutation(digits["test"].labels)
-    true, shuffled = (probe(model, data, config, kept) for data in (digits, changed(digits, test=permuted)))
+    true, shuffled = (
+        probe(model, data, config, kept) for data in (digits, changed(digits, test=permuted))
+    )
     for key in ("validation_accuracy", "regularisation", "converged", "iterations"):
         assert [row[key] for row in true["layers"]] == [row[key] for row in shuffled["layers"]]
     assert true["best_layer"] == shuffled["best_layer"]
@@ -342,7 +446,9 @@ def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
     rows = np.arange(400)
     train = np.stack([strong, strong + weak], axis=1).astype(np.float32)
     good = np.stack([strong, strong + weak], axis=1).astype(np.float32)
-    bad = np.stack([strong, strong - weak], axis=1).astype(np.float32)  # what only weak regularisation learns misleads
+    bad = np.stack([strong, strong - weak], axis=1).astype(
+        np.float32
+    )  # what only weak regularisation learns misleads
     for validation, test, expected in ((good, bad, 1e4), (bad, good, 1e-4)):
         found = {"train": train, "validation": validation, "test": test}
         images = {name: Images([[features]], labels, rows) for name, features in found.items()}
@@ -371,7 +477,9 @@ def test_folders_of_others_and_damaged_features_are_refused(
     whole = file.read_bytes()
     for damage in (whole[:100], whole[:3000], None):
         file.unlink() if damage is None else file.write_bytes(damage)
-        with pytest.raises(InputError, match=r"layer-001\.npy is missing, cut off or damaged .*; remove"):
+        with pytest.raises(
+            InputError, match=r"layer-001\.npy is missing, cut off or damaged .*; remove"
+        ):
             probe(model, digits, config, tmp_path / "kept")
 
 

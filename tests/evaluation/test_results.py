@@ -9,19 +9,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import malformed
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.export import best_layer
 from igpt.evaluation.probe import ProbeConfig, probe, write_probe
-from igpt.evaluation.readout import Readout
+from igpt.evaluation.probe_classifier import Readout
 from igpt.evaluation.results import read_probe, read_score
 from igpt.locks import exclusive, exclusive_folder
 from igpt.model.transformer import ImageGPT
+
+from ..helpers import malformed
 
 QUICK = ("--limit", 150, "--strengths", 0.1, "--layers", 0, "--no-baselines")
 RESULT = {
@@ -29,7 +30,9 @@ RESULT = {
     "version": 2,
     "classes": 2,
     "images": {"train": 9, "validation": 9, "test": 9},
-    "layers": [{"layer": layer, "validation_accuracy": 0.5, "test_accuracy": 0.5} for layer in (1, 2)],
+    "layers": [
+        {"layer": layer, "validation_accuracy": 0.5, "test_accuracy": 0.5} for layer in (1, 2)
+    ],
     "best_layer": 1,
 }
 # Writes the second probe over the first, and is killed just before the given rename.
@@ -38,7 +41,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from igpt.evaluation.probe import write_probe
-from igpt.evaluation.readout import Readout
+from igpt.evaluation.probe_classifier import Readout
 
 path, number, value = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 seen = 0
@@ -59,7 +62,9 @@ write_probe(path, result, readout)
 
 
 def readout(value: float = 1.0, layer: int = 1) -> Readout:
-    return Readout(layer, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2))
+    return Readout(
+        layer, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2)
+    )
 
 
 def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
@@ -68,7 +73,11 @@ def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
     write_probe(path, RESULT, readout())
     found = Readout.of_probe(path)
     assert found is not None
-    assert (found.layer, found.class_names, found.fingerprint) == (1, ("a", "b"), readout().fingerprint)
+    assert (found.layer, found.class_names, found.fingerprint) == (
+        1,
+        ("a", "b"),
+        readout().fingerprint,
+    )
     assert read_probe(path) == {**RESULT, "classifier": readout().fingerprint}
     path.with_suffix(".safetensors").unlink()
     assert Readout.of_probe(path) is None, "whoever needs no classifier may remove it"
@@ -77,10 +86,15 @@ def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
 def test_a_classifier_of_another_probe_is_refused(tmp_path: Path) -> None:
     path, other = tmp_path / "probe.json", tmp_path / "other.json"
     write_probe(path, RESULT, readout())
-    for result, classifier in ((RESULT, readout(2.0)), ({**RESULT, "best_layer": 2}, readout(1.0, 2))):
+    for result, classifier in (
+        (RESULT, readout(2.0)),
+        ({**RESULT, "best_layer": 2}, readout(1.0, 2)),
+    ):
         write_probe(other, result, classifier)
         other.with_suffix(".safetensors").rename(path.with_suffix(".safetensors"))
-        with pytest.raises(InputError, match=r"probe\.safetensors is not the classifier of .*probe\.json"):
+        with pytest.raises(
+            InputError, match=r"probe\.safetensors is not the classifier of .*probe\.json"
+        ):
             Readout.of_probe(path)
     path.unlink()
     with pytest.raises(InputError, match=r"probe\.safetensors has no probe\.json beside it"):
@@ -113,7 +127,9 @@ def test_a_kill_between_the_two_files_is_noticed(tmp_path: Path, number: int) ->
     assert found.fingerprint == readout(3.0).fingerprint
 
 
-def test_a_full_disk_leaves_both_files_as_they_were(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_both_files_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "probe.json"
     write_probe(path, RESULT, readout())
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
@@ -134,17 +150,38 @@ def damaged_classifiers(path: Path) -> Iterator[str]:
     whole, tensors = path.read_bytes(), load_file(path)
     about = {"format": "igpt-readout", "version": "1", "layer": "1", "classes": '["a", "b"]'}
     for key in about:
-        for value in ("", "x", "-1", "9" * 5000, "[" * 100_000, "[" * 900 + "]" * 900, "{}", '["a"]', '["a", 1]', "[]"):
+        for value in (
+            "",
+            "x",
+            "-1",
+            "9" * 5000,
+            "[" * 100_000,
+            "[" * 900 + "]" * 900,
+            "{}",
+            '["a"]',
+            '["a", 1]',
+            "[]",
+        ):
             save_file(tensors, path, metadata={**about, key: value})
             yield f"{key} = {value[:20]}"
-        save_file(tensors, path, metadata={name: value for name, value in about.items() if name != key})
+        save_file(
+            tensors, path, metadata={name: value for name, value in about.items() if name != key}
+        )
         yield f"without {key}"
     save_file(tensors, path)
     yield "without metadata"
     for name, tensor in tensors.items():
-        save_file({key: value for key, value in tensors.items() if key != name}, path, metadata=about)
+        save_file(
+            {key: value for key, value in tensors.items() if key != name}, path, metadata=about
+        )
         yield f"without {name}"
-        for other in (tensor.double(), tensor[None], tensor[:1], tensor * torch.nan, torch.zeros(())):
+        for other in (
+            tensor.double(),
+            tensor[None],
+            tensor[:1],
+            tensor * torch.nan,
+            torch.zeros(()),
+        ):
             save_file({**tensors, name: other.contiguous()}, path, metadata=about)
             yield f"{name} {other.dtype} {list(other.shape)}"
     for what, content in malformed.contents(whole):
@@ -165,7 +202,13 @@ def test_damaged_classifiers_are_refused_in_one_line(tmp_path: Path) -> None:
 
 
 def test_malformed_results_are_refused_in_one_line(tmp_path: Path) -> None:
-    score = {"format": "igpt-score", "version": 1, "images": 3, "nats_per_pixel": 1.5, "standard_error": None}
+    score = {
+        "format": "igpt-score",
+        "version": 1,
+        "images": 3,
+        "nats_per_pixel": 1.5,
+        "standard_error": None,
+    }
     score |= {"split": "test", "source": "digits"}
     readers: list[tuple[str, dict[str, Any], Callable[[Path], Any]]] = [
         ("score.json", score, read_score),
@@ -191,7 +234,9 @@ def model(short_run: Path) -> ImageGPT:
     return ImageGPT.from_pretrained(short_run / "model")
 
 
-def test_malformed_features_are_refused_in_one_line(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+def test_malformed_features_are_refused_in_one_line(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
     config = ProbeConfig(baselines=False, limit=150, strengths=(0.1,), layers=(1,))
     probe(model, digits, config, tmp_path)
     folder = tmp_path / "model" / "validation"
@@ -235,7 +280,12 @@ def test_every_number_that_a_probe_may_be_given_is_read_back(tmp_path: Path) -> 
     )
     settings = largest.model_dump(mode="json")
     rows = [{**row, "regularisation": 1e12, "learning_rate": 1e4} for row in RESULT["layers"]]
-    few = {"per_class": 2**53, "test_accuracies": [0.5, 0.5], "mean": 0.5, "standard_deviation": 0.0}
+    few = {
+        "per_class": 2**53,
+        "test_accuracies": [0.5, 0.5],
+        "mean": 0.5,
+        "standard_deviation": 0.0,
+    }
     path = tmp_path / "probe.json"
     path.write_text(json.dumps({**RESULT, "layers": rows, "few_labels": [few], "config": settings}))
     assert read_probe(path)["config"] == settings
@@ -278,7 +328,11 @@ def test_absurd_settings_are_refused_before_any_work_and_leave_nothing(
 
 
 def test_an_error_in_the_midst_of_a_probe_leaves_the_files_of_the_one_before(
-    igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    igpt: Any,
+    short_run: Path,
+    digits: TokenDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     words = ("probe", short_run, digits.path, "-o", tmp_path / "p.json")
     assert igpt(*words, *QUICK).returncode == 0
@@ -300,7 +354,10 @@ def test_what_is_no_classifier_is_not_replaced(
 ) -> None:
     weights = {"weight": torch.ones(3)}
     save_file(weights, tmp_path / "model.safetensors")
-    for name, said in (("model.json", "holds something else than a probe's classifier"), ("p.safetensors", ".json")):
+    for name, said in (
+        ("model.json", "holds something else than a probe's classifier"),
+        ("p.safetensors", ".json"),
+    ):
         done = igpt("probe", short_run, digits.path, "-o", tmp_path / name, *QUICK)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert said in done.stderr
@@ -308,7 +365,9 @@ def test_what_is_no_classifier_is_not_replaced(
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
-def test_two_probes_at_once_are_refused(igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_two_probes_at_once_are_refused(
+    igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
     code = (
         "import sys; from pathlib import Path; from igpt.locks import exclusive, exclusive_folder\n"
         "with exclusive(Path(sys.argv[1])), exclusive_folder(Path(sys.argv[2])): print(flush=True); input()"
@@ -317,7 +376,10 @@ def test_two_probes_at_once_are_refused(igpt: Any, short_run: Path, digits: Toke
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout is not None
         first.stdout.readline()
-        for words in (("-o", tmp_path / "p.json"), ("-o", tmp_path / "q.json", "--features", tmp_path / "features")):
+        for words in (
+            ("-o", tmp_path / "p.json"),
+            ("-o", tmp_path / "q.json", "--features", tmp_path / "features"),
+        ):
             done = igpt("probe", short_run, digits.path, *words, *QUICK)
             assert (done.returncode, done.stderr.count("\n")) == (2, 1)
             assert f"is being written by process {first.pid} on " in done.stderr
@@ -326,7 +388,8 @@ def test_two_probes_at_once_are_refused(igpt: Any, short_run: Path, digits: Toke
 
 
 @pytest.mark.parametrize(
-    ("command", "out"), [("score", "s.csv"), ("features", "f.npz"), ("evaluate", "e.json"), ("score", "s.jsonl")]
+    ("command", "out"),
+    [("score", "s.csv"), ("features", "f.npz"), ("evaluate", "e.json"), ("score", "s.jsonl")],
 )
 def test_two_commands_that_write_the_same_files_are_refused(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, command: str, out: str
@@ -352,7 +415,9 @@ def test_two_commands_that_write_the_same_files_are_refused(
 def begun(process: "subprocess.Popen[str]", folder: Path) -> None:
     """Wait until a probe writes features."""
     end = time.monotonic() + 120
-    while not any(folder.rglob(".passing/model/.*")) and not list(folder.glob(".p.json.passing/model/*")):
+    while not any(folder.rglob(".passing/model/.*")) and not list(
+        folder.glob(".p.json.passing/model/*")
+    ):
         assert process.poll() is None, "it has ended already"
         assert time.monotonic() < end
         time.sleep(0.005)
@@ -362,9 +427,20 @@ def begun(process: "subprocess.Popen[str]", folder: Path) -> None:
 def test_a_signal_in_the_midst_of_a_probe(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, number: signal.Signals
 ) -> None:
-    words = [short_run, digits.path, "-o", tmp_path / "p.json", "--labels-per-class", 10, "--subsets", 1000]
+    words = [
+        short_run,
+        digits.path,
+        "-o",
+        tmp_path / "p.json",
+        "--labels-per-class",
+        10,
+        "--subsets",
+        1000,
+    ]
     command = [sys.executable, "-m", "igpt", "probe", *map(str, words)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
         begun(process, tmp_path)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
@@ -378,7 +454,9 @@ def test_a_signal_in_the_midst_of_a_probe(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["p.json", "p.safetensors"]
 
 
-def test_a_process_may_hold_its_own_locks(model: ImageGPT, digits: TokenDataset, tmp_path: Path) -> None:
+def test_a_process_may_hold_its_own_locks(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
     config = ProbeConfig(baselines=False, limit=150, strengths=(0.1,), layers=(1,))
     with exclusive(tmp_path / "p.json"), exclusive_folder(tmp_path / "features"):
         probe(model, digits, config, tmp_path / "features")

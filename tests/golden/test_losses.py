@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-# 6 updates, fp32, seed 0, one thread; torch 2.13.0 (CPU). Rounding differs between processors: 1e-4.
-# Recorded anew when weights came to be drawn block by block, so that a sharded model need not be drawn as a whole; from
-# the weights drawn before, the losses were the same to 1e-6.
+# 6 updates, fp32, seed 0, one thread; torch 2.13.0 (CPU). Rounding differs between processors:
+# 1e-4. Recorded anew when weights came to be drawn block by block, so that a sharded model need not
+# be drawn as a whole; from the weights drawn before, the losses were the same to 1e-6.
 RECORDED = {
     "autoregressive": [2.833214, 2.820983, 2.786398, 2.730977, 2.657367, 2.579092],
     "bert": [2.833214, 2.819315, 2.791319, 2.728019, 2.654237, 2.61115],
@@ -21,7 +21,13 @@ RECORDED = {
 def test_losses_are_the_recorded_ones(
     objective: str, digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
-    config = PretrainConfig.layered({**short, "tokens": digits.path, "objective": objective, "steps": 6})
+    config = PretrainConfig.layered(
+        {**short, "tokens": digits.path, "objective": objective, "steps": 6}
+    )
     pretrain(config, tmp_path / "run")
-    losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [
+        line["loss"]
+        for line in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if line["kind"] == "train"
+    ]
     assert losses == pytest.approx(RECORDED[objective], abs=1e-4)

@@ -17,7 +17,9 @@ def requirements(extras: list[str]) -> list[str]:
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     if not extras:
         return project["dependencies"]
-    return [requirement for extra in extras for requirement in project["optional-dependencies"][extra]]
+    return [
+        requirement for extra in extras for requirement in project["optional-dependencies"][extra]
+    ]
 
 
 def floor(requirement: str) -> str:

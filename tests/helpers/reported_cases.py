@@ -50,7 +50,10 @@ def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
 def split_names_become_classes(home: Path) -> None:
     for i in range(60):
         put(home / ("train" if i < 40 else "test") / f"{i:02}.png", COLOURS[i % 3])
-    table(home / "metadata.csv", [(f"{'train' if i < 40 else 'test'}/{i:02}.png", "abc"[i % 3]) for i in range(60)])
+    table(
+        home / "metadata.csv",
+        [(f"{'train' if i < 40 else 'test'}/{i:02}.png", "abc"[i % 3]) for i in range(60)],
+    )
 
 
 def weights_index(home: Path) -> None:
@@ -77,8 +80,13 @@ def weights_index(home: Path) -> None:
     keys = sorted(tensors)
     parts = {"first.safetensors": keys[:9], "second.safetensors": keys[9:]}
     for name, part in parts.items():
-        save_file({key: tensors[key] for key in part}, home / "named" / name, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {key: name for name, part in parts.items() for key in part}}
+        save_file(
+            {key: tensors[key] for key in part}, home / "named" / name, metadata={"format": "pt"}
+        )
+    index = {
+        "metadata": {},
+        "weight_map": {key: name for name, part in parts.items() for key in part},
+    }
     (home / "named" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -87,11 +95,15 @@ def joined_tars(home: Path) -> None:
         label = b"0" if name == "1.tar" else b"1"
         members = [(f"{i:03}.png", encoded(COLOURS[int(label)])) for i in numbers]
         members = [
-            pair for i, member in zip(numbers, members, strict=True) for pair in (member, (f"{i:03}.cls", label))
+            pair
+            for i, member in zip(numbers, members, strict=True)
+            for pair in (member, (f"{i:03}.cls", label))
         ]
         tar(home / name, members)
     (home / "data").mkdir()
-    (home / "data" / "all.tar").write_bytes((home / "1.tar").read_bytes() + (home / "2.tar").read_bytes())
+    (home / "data" / "all.tar").write_bytes(
+        (home / "1.tar").read_bytes() + (home / "2.tar").read_bytes()
+    )
 
 
 def masks(home: Path) -> None:
@@ -123,7 +135,10 @@ def files_left_out(home: Path) -> None:
             archive.writestr(f"b/{i}.png", encoded(COLOURS[2]))
     for i in range(60):
         put(home / "half-listed" / "train" / f"{i:02}.png", COLOURS[i % 3])
-    table(home / "half-listed" / "train" / "metadata.csv", [(f"{i:02}.png", "abc"[i % 3]) for i in range(30)])
+    table(
+        home / "half-listed" / "train" / "metadata.csv",
+        [(f"{i:02}.png", "abc"[i % 3]) for i in range(30)],
+    )
     (home / "heic-only").mkdir()
     for i in range(30):
         (home / "heic-only" / f"p{i}.heic").write_bytes(heic)
@@ -133,17 +148,25 @@ def words_as_classes(home: Path) -> None:
     for name, words in (("country", ["US", "DE", "NA"]), ("code", ["01", "1", "2"])):
         for i in range(60):
             put(home / name / "train" / f"{i:02}.png", COLOURS[i % 3])
-        table(home / name / "train" / "metadata.csv", [(f"{i:02}.png", words[i % 3]) for i in range(60)])
+        table(
+            home / name / "train" / "metadata.csv",
+            [(f"{i:02}.png", words[i % 3]) for i in range(60)],
+        )
 
 
 def classes_by_depth(home: Path) -> None:
     for i in range(60):
         name = "abc"[i % 3]
-        put(home / "tiny-imagenet-layout" / "train" / name / "images" / f"{i:02}.png", COLOURS[i % 3])
+        put(
+            home / "tiny-imagenet-layout" / "train" / name / "images" / f"{i:02}.png",
+            COLOURS[i % 3],
+        )
         put(home / "cover" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
         put(home / "thumbnail" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
     put(home / "cover" / "train" / "cover.png", COLOURS[0])
-    put(home / "thumbnail" / "train" / "a" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB.png", COLOURS[0])
+    put(
+        home / "thumbnail" / "train" / "a" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB.png", COLOURS[0]
+    )
 
 
 def transparent_grey(home: Path) -> None:
@@ -151,7 +174,9 @@ def transparent_grey(home: Path) -> None:
     ramp = np.zeros((8, 8), np.uint16)
     ramp[:, 4:] = 40000
     Image.fromarray(ramp).save(home / "16-bit-level-0-transparent.png", transparency=0)
-    Image.fromarray((ramp >> 8).astype(np.uint8)).save(home / "8-bit-level-0-transparent.png", transparency=0)
+    Image.fromarray((ramp >> 8).astype(np.uint8)).save(
+        home / "8-bit-level-0-transparent.png", transparency=0
+    )
 
 
 def zip_of_images(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Small image sets in the layouts that users have, made of scikit-learn's two photographs and of drawn patterns.
 
-They let every test run where the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet) are absent.
+They let every test run where the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet) are
+absent.
 """
 
 import io
@@ -16,11 +17,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-CIFAR10_CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+CIFAR10_CLASSES = [
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+]
 WORDNET_IDS = [f"n{1440764 + 3331 * number:08d}" for number in range(20)]
 
-# Width, height and how the JPEG is encoded: the usual sizes of ImageNet's photographs, larger and smaller ones, sides
-# that do not divide by the decoder's blocks, all three chroma samplings, baseline and progressive, coarse and fine.
+# Width, height and how the JPEG is encoded: the usual sizes of ImageNet's photographs, larger and
+# smaller ones, sides that do not divide by the decoder's blocks, all three chroma samplings,
+# baseline and progressive, coarse and fine.
 PHOTOGRAPHS: list[tuple[int, int, dict[str, object]]] = [
     (500, 375, {"quality": 95}),
     (375, 500, {"quality": 90}),
@@ -71,7 +84,9 @@ class ImageSets:
     def small_images(self) -> NDArray[np.uint8]:
         """200 images of `cifar10`: uint8 [200, 32, 32, 3]."""
         encoded = [row["img"]["bytes"] for row in self.test_rows(200)]
-        return np.stack([np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded])
+        return np.stack(
+            [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded]
+        )
 
     def test_rows(self, count: int) -> list[dict[str, Any]]:
         """The first rows of the test split of `cifar10`, as the Parquet file has them."""
@@ -94,7 +109,11 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
     left = int(generator.integers(0, source.width - inner_width, endpoint=True))
     top = int(generator.integers(0, source.height - inner_height, endpoint=True))
     part = source.crop((left, top, left + inner_width, top + inner_height))
-    return part if part.size == (width, height) else part.resize((width, height), Image.Resampling.BICUBIC)
+    return (
+        part
+        if part.size == (width, height)
+        else part.resize((width, height), Image.Resampling.BICUBIC)
+    )
 
 
 def small_images(count: int, side: int = 32) -> NDArray[np.uint8]:
@@ -122,7 +141,9 @@ def pattern(side: int, generator: np.random.Generator) -> NDArray[np.uint8]:
     share = (columns if generator.random() < 0.5 else rows)[..., None]
     image = start * (1 - share) + end * share
     center = generator.uniform(0.25, 0.75, 2)
-    image[(rows - center[0]) ** 2 + (columns - center[1]) ** 2 < generator.uniform(0.01, 0.1)] = disc
+    image[(rows - center[0]) ** 2 + (columns - center[1]) ** 2 < generator.uniform(0.01, 0.1)] = (
+        disc
+    )
     return image.astype(np.uint8)
 
 
@@ -132,9 +153,13 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def write_parquet(path: Path, column: str, images: list[bytes], labels: list[int], names: list[str]) -> None:
+def write_parquet(
+    path: Path, column: str, images: list[bytes], labels: list[int], names: list[str]
+) -> None:
     """Write encoded images and their labels as a Parquet file with the features that the Hub's data sets have."""
-    features = datasets.Features({column: datasets.Image(), "label": datasets.ClassLabel(names=names)})
+    features = datasets.Features(
+        {column: datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    )
     rows = {column: [{"bytes": image, "path": None} for image in images], "label": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
@@ -143,9 +168,12 @@ def write_parquet(path: Path, column: str, images: list[bytes], labels: list[int
 def write_sample_sets(folder: Path) -> None:
     """Write `cifar10/`, `tiny-imagenet-32/` and `imagenet-sample/` into a folder.
 
-    - `cifar10`: Parquet with `img` (JPEG) and `label`, 10 classes, 200 training and 1,000 test images of 32 px.
-    - `tiny-imagenet-32`: two Parquet shards with `image` (WebP) and `label`, 20 classes, 60 + 40 images of 32 px.
-    - `imagenet-sample`: 20 JPEG photographs in the class folders `train/<WordNet id>/`, two of them grey.
+    - `cifar10`: Parquet with `img` (JPEG) and `label`, 10 classes, 200 training and 1,000 test
+    images of 32 px.
+    - `tiny-imagenet-32`: two Parquet shards with `image` (WebP) and `label`, 20 classes, 60 + 40
+    images of 32 px.
+    - `imagenet-sample`: 20 JPEG photographs in the class folders `train/<WordNet id>/`, two of them
+    grey.
     """
     images = [Image.fromarray(pixels) for pixels in small_images(1200)]
     jpegs = [encoded(image, "JPEG", quality=95) for image in images]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 N_COLORS = 11
@@ -88,19 +88,25 @@ def test_weights_of_other_types_become_float32_with_the_same_values(
     make_model(2).save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     stored = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
-    save_file(stored, file) if ending == "safetensors" else torch.save(stored, file.with_name("pytorch_model.bin"))
+    save_file(stored, file) if ending == "safetensors" else torch.save(
+        stored, file.with_name("pytorch_model.bin")
+    )
     if ending == "bin":
         file.unlink()
     read = ImageGPT.from_pretrained(tmp_path / "model")
     assert {parameter.dtype for parameter in read.parameters()} == {torch.float32}
     assert torch.equal(read.wte.weight, stored["transformer.wte.weight"].float())
-    assert torch.equal(read.h[1].mlp.c_fc.weight, stored["transformer.h.1.mlp.c_fc.weight"].float().t())
+    assert torch.equal(
+        read.h[1].mlp.c_fc.weight, stored["transformer.h.1.mlp.c_fc.weight"].float().t()
+    )
 
 
 def test_mixed_types_become_float32(tmp_path: Path) -> None:
     model = make_model(2)
     for index, parameter in enumerate(model.parameters()):
-        parameter.data = parameter.data.bfloat16().to((torch.float32, torch.bfloat16, torch.float64)[index % 3])
+        parameter.data = parameter.data.bfloat16().to(
+            (torch.float32, torch.bfloat16, torch.float64)[index % 3]
+        )
     model.save_pretrained(tmp_path / "model")
     assert_same(ImageGPT.from_pretrained(tmp_path / "model"), model.float())
 
@@ -110,7 +116,8 @@ def test_float64_weights_beyond_float32_are_refused_unless_asked_for(tmp_path: P
     model.ln_f.weight.data[3] += 1e-12
     model.save_pretrained(tmp_path / "model")
     with pytest.raises(
-        InputError, match=r"transformer\.ln_f\.weight in .* is stored as float64 with values that float32"
+        InputError,
+        match=r"transformer\.ln_f\.weight in .* is stored as float64 with values that float32",
     ):
         ImageGPT.from_pretrained(tmp_path / "model")
     assert_same(ImageGPT.from_pretrained(tmp_path / "model", dtype=torch.float64), model)
@@ -142,7 +149,9 @@ def test_saving_over_the_directory_that_was_read(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_here_and_links_are_directories_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_here_and_links_are_directories_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first, second = make_model(4), make_model(5)
     (tmp_path / "model").mkdir()
     (tmp_path / "latest").symlink_to("model")
@@ -158,7 +167,10 @@ def test_here_and_links_are_directories_too(tmp_path: Path, monkeypatch: pytest.
 
 def test_something_else_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("years of work")
-    for taken, words in ((tmp_path, "holds something else than a model"), (tmp_path / "config.json", "is a file")):
+    for taken, words in (
+        (tmp_path, "holds something else than a model"),
+        (tmp_path / "config.json", "is a file"),
+    ):
         with pytest.raises(InputError, match=words):
             make_model(6).save_pretrained(taken)
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
@@ -174,7 +186,8 @@ def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
     assert unfinished.is_dir()
 
 
-# What users get wrong. Each function damages a good directory; the message is to hold the words beside it.
+# What users get wrong. Each function damages a good directory; the message is to hold the words
+# beside it.
 
 
 def edit_json(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -191,12 +204,16 @@ def edit_config(**values: object) -> Callable[[Path], None]:
 
 
 def edit_clusters(clusters: object) -> Callable[[Path], None]:
-    return edit_json("preprocessor_config.json", lambda preprocessor: preprocessor.update(clusters=clusters))
+    return edit_json(
+        "preprocessor_config.json", lambda preprocessor: preprocessor.update(clusters=clusters)
+    )
 
 
 def edit_tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
-        tensors = {name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()}
+        tensors = {
+            name: tensor.clone() for name, tensor in load_file(path / "model.safetensors").items()
+        }
         change(tensors)
         save_file(tensors, path / "model.safetensors")
 
@@ -274,7 +291,9 @@ def as_type(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def edit_size(size: object) -> Callable[[Path], None]:
-    return edit_json("preprocessor_config.json", lambda preprocessor: preprocessor.update(size=size))
+    return edit_json(
+        "preprocessor_config.json", lambda preprocessor: preprocessor.update(size=size)
+    )
 
 
 GAIN, QUERIES = "transformer.h.1.ln_1.weight", "transformer.h.0.attn.c_attn.weight"
@@ -282,61 +301,127 @@ DAMAGES = {
     "no folder": (shutil.rmtree, "no model directory"),
     "no config": (remove("config.json"), "config.json is missing"),
     "config cut off": (truncate("config.json", 0.5), "is it cut off"),
-    "config is a list": (lambda path: (path / "config.json").write_text("[1]"), "should hold a JSON object"),
+    "config is a list": (
+        lambda path: (path / "config.json").write_text("[1]"),
+        "should hold a JSON object",
+    ),
     "another model": (edit_config(model_type="gpt2"), "of type 'gpt2'; 'imagegpt' is needed"),
-    "no model type": (edit_json("config.json", lambda config: config.pop("model_type")), "'imagegpt' is needed"),
+    "no model type": (
+        edit_json("config.json", lambda config: config.pop("model_type")),
+        "'imagegpt' is needed",
+    ),
     "later format": (edit_config(igpt={"version": 2}), "format version 2; this igpt reads 1"),
-    "no format": (edit_config(igpt="new"), "config.json: igpt = 'new': Input should be a valid dictionary"),
-    "unknown objective": (edit_config(igpt={"version": 1, "objective": "diffusion"}), "igpt.objective = 'diffusion'"),
-    "other resolution": (edit_config(igpt={"resolution": 5}), "igpt.resolution = 5, but n_positions = 16 is 4^2"),
-    "variant of another type": (edit_config(igpt={"positions": "rotary"}), "a variant has model_type = 'igpt'"),
+    "no format": (
+        edit_config(igpt="new"),
+        "config.json: igpt = 'new': Input should be a valid dictionary",
+    ),
+    "unknown objective": (
+        edit_config(igpt={"version": 1, "objective": "diffusion"}),
+        "igpt.objective = 'diffusion'",
+    ),
+    "other resolution": (
+        edit_config(igpt={"resolution": 5}),
+        "igpt.resolution = 5, but n_positions = 16 is 4^2",
+    ),
+    "variant of another type": (
+        edit_config(igpt={"positions": "rotary"}),
+        "a variant has model_type = 'igpt'",
+    ),
     **{
-        f"no {key}": (edit_json("config.json", lambda config, key=key: config.pop(key)), f"the key {key!r} is missing")
+        f"no {key}": (
+            edit_json("config.json", lambda config, key=key: config.pop(key)),
+            f"the key {key!r} is missing",
+        )
         for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
     },
-    "width in words": (edit_config(n_embd="wide"), "config.json: n_embd = 'wide': Input should be a valid integer"),
-    "width as a bool": (edit_config(n_embd=True), "config.json: n_embd = True: Input should be a valid integer"),
+    "width in words": (
+        edit_config(n_embd="wide"),
+        "config.json: n_embd = 'wide': Input should be a valid integer",
+    ),
+    "width as a bool": (
+        edit_config(n_embd=True),
+        "config.json: n_embd = True: Input should be a valid integer",
+    ),
     "width in digits": (edit_config(n_embd=10**4000), "n_embd = 1000"),
-    "width in too many digits": (write("config.json", b'{"n_embd": ' + b"9" * 5000 + b"}"), "not readable as JSON"),
-    "width that is no number": (edit_config(n_embd=math.nan), "n_embd = nan: Input should be a valid integer"),
+    "width in too many digits": (
+        write("config.json", b'{"n_embd": ' + b"9" * 5000 + b"}"),
+        "not readable as JSON",
+    ),
+    "width that is no number": (
+        edit_config(n_embd=math.nan),
+        "n_embd = nan: Input should be a valid integer",
+    ),
     "deep config": (write("config.json", b'{"a":' * 10**5), "is nested too deeply to be a model"),
     "config in another encoding": (
         write("config.json", '{"model_type": "\xe9"}'.encode("latin-1")),
         "readable as text",
     ),
-    "config of gigabytes": (sparse("config.json"), "config.json has 5,000,000,000 bytes; that is no model"),
+    "config of gigabytes": (
+        sparse("config.json"),
+        "config.json has 5,000,000,000 bytes; that is no model",
+    ),
     "config is a FIFO": (fifo("config.json"), "config.json is a FIFO; a regular file is needed"),
     "config is a folder": (folder("config.json"), "config.json is a folder"),
     "tied embeddings": (edit_config(tie_word_embeddings=True), "has tie_word_embeddings = True"),
     "scale in words": (edit_config(scale_attn_weights="no"), "scale_attn_weights = 'no'"),
-    "cross-attention": (edit_config(add_cross_attention=True), "add_cross_attention = True, which iGPT does not have"),
-    "epsilon that is no number": (edit_config(layer_norm_epsilon=math.nan), "layer_norm_epsilon = nan"),
+    "cross-attention": (
+        edit_config(add_cross_attention=True),
+        "add_cross_attention = True, which iGPT does not have",
+    ),
+    "epsilon that is no number": (
+        edit_config(layer_norm_epsilon=math.nan),
+        "layer_norm_epsilon = nan",
+    ),
     "no places": (edit_config(n_positions=-16), "n_positions = -16"),
     "no colours": (edit_config(vocab_size=1), "vocab_size = 1"),
     "no square": (edit_config(n_positions=15), "n_positions = 15"),
     "heads": (edit_config(n_head=5), "5 heads do not divide a width of 24"),
-    "other activation": (edit_config(activation_function="gelu_new"), "activation_function = 'gelu_new'"),
+    "other activation": (
+        edit_config(activation_function="gelu_new"),
+        "activation_function = 'gelu_new'",
+    ),
     "narrow MLP": (edit_config(n_inner=48), "n_inner = 48"),
     "unscaled": (edit_config(scale_attn_weights=False), "scale_attn_weights = False"),
-    "scaled by layer": (edit_config(scale_attn_by_inverse_layer_idx=True), "scale_attn_by_inverse_layer_idx = True"),
+    "scaled by layer": (
+        edit_config(scale_attn_by_inverse_layer_idx=True),
+        "scale_attn_by_inverse_layer_idx = True",
+    ),
     "other epsilon": (edit_config(layer_norm_epsilon=1e-6), "layer_norm_epsilon = 1e-06"),
     "more layers": (edit_config(n_layer=3), "h.2.attn.c_attn.weight is missing"),
     "fewer layers": (edit_config(n_layer=1), "nothing is expected"),
     "more classes": (edit_config(id2label={"0": "a", "1": "b", "2": "c"}), "score.weight"),
-    "no classes": (edit_json("config.json", lambda config: config.pop("id2label")), "id2label = None"),
+    "no classes": (
+        edit_json("config.json", lambda config: config.pop("id2label")),
+        "id2label = None",
+    ),
     "classes in words": (edit_config(id2label={"cat": "cat", "dog": "dog"}), "classes by number"),
     "classes in numbers": (edit_config(id2label={"0": 0, "1": 1}), "id2label.0 = 0"),
-    "classes with a gap": (edit_config(id2label={"0": "cat", "2": "dog"}), "classes by number, from 0 on"),
-    "a class twice": (edit_config(id2label={"0": "cat", "00": "dog"}), "classes by number, from 0 on"),
+    "classes with a gap": (
+        edit_config(id2label={"0": "cat", "2": "dog"}),
+        "classes by number, from 0 on",
+    ),
+    "a class twice": (
+        edit_config(id2label={"0": "cat", "00": "dog"}),
+        "classes by number, from 0 on",
+    ),
     "a class key twice": (write_twice, "the key '0' occurs twice"),
-    "a class name twice": (edit_config(id2label={"0": "cat", "1": "cat"}), "two classes named 'cat'"),
+    "a class name twice": (
+        edit_config(id2label={"0": "cat", "1": "cat"}),
+        "two classes named 'cat'",
+    ),
     "a list of classes": (edit_config(id2label=["cat", "dog"]), "id2label = ['cat', 'dog']"),
-    "classes without a head": (edit_tensors(lambda tensors: tensors.pop("score.weight")), "score.weight is missing"),
+    "classes without a head": (
+        edit_tensors(lambda tensors: tensors.pop("score.weight")),
+        "score.weight is missing",
+    ),
     "no weights": (remove("model.safetensors"), "model.safetensors is missing"),
     "weights cut off": (truncate("model.safetensors", 0.9), "is damaged"),
     "weights cut off early": (truncate("model.safetensors", 0.01), "is damaged"),
     "weights empty": (truncate("model.safetensors", 0), "is damaged"),
-    "weights are a FIFO": (fifo("model.safetensors"), "model.safetensors is a FIFO; a regular file is needed"),
+    "weights are a FIFO": (
+        fifo("model.safetensors"),
+        "model.safetensors is a FIFO; a regular file is needed",
+    ),
     "long header": (header(b" " * (9 << 20)), "has a header of 9,437,184 bytes"),
     "header beyond the file": (write("model.safetensors", b"\xff" * 100), "is damaged"),
     "header that is no JSON": (header(b"{}{}{}{}"), "is damaged"),
@@ -345,9 +430,18 @@ DAMAGES = {
         header(b'{"a":{"dtype":"F32","shape":[1000000000000],"data_offsets":[0,4000000000000]}}'),
         "is damaged",
     ),
-    "integers": (edit_tensors(as_type(torch.int8)), "is stored as i8; floating-point weights are needed"),
-    "flags": (edit_tensors(as_type(torch.bool)), "is stored as bool; floating-point weights are needed"),
-    "complex numbers": (edit_tensors(as_type(torch.complex64)), "is stored as c64; floating-point weights are needed"),
+    "integers": (
+        edit_tensors(as_type(torch.int8)),
+        "is stored as i8; floating-point weights are needed",
+    ),
+    "flags": (
+        edit_tensors(as_type(torch.bool)),
+        "is stored as bool; floating-point weights are needed",
+    ),
+    "complex numbers": (
+        edit_tensors(as_type(torch.complex64)),
+        "is stored as c64; floating-point weights are needed",
+    ),
     "one name twice": (
         edit_tensors(lambda tensors: tensors.update({"ln_f.weight": torch.ones(24)})),
         "ln_f.weight and transformer.ln_f.weight name the same tensor",
@@ -356,23 +450,56 @@ DAMAGES = {
         edit_tensors(lambda tensors: tensors.update({f"transformer.{GAIN}": tensors.pop(GAIN)})),
         "h.1.ln_1.weight is missing, (24,)",
     ),
-    "tensor of nothing": (edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(0)})), "is (0,), (24,)"),
-    "tensor missing": (edit_tensors(lambda tensors: tensors.pop(GAIN)), "h.1.ln_1.weight is missing, (24,)"),
-    "tensor too many": (edit_tensors(lambda tensors: tensors.update(more=torch.ones(2))), "more is (2,), nothing"),
-    "tensor misshapen": (edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(7)})), "is (7,), (24,)"),
-    "matrix misshapen": (edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5)})), "is (5, 3)"),
-    "matrix of three axes": (edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5, 7)})), "(3, 5, 7)"),
+    "tensor of nothing": (
+        edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(0)})),
+        "is (0,), (24,)",
+    ),
+    "tensor missing": (
+        edit_tensors(lambda tensors: tensors.pop(GAIN)),
+        "h.1.ln_1.weight is missing, (24,)",
+    ),
+    "tensor too many": (
+        edit_tensors(lambda tensors: tensors.update(more=torch.ones(2))),
+        "more is (2,), nothing",
+    ),
+    "tensor misshapen": (
+        edit_tensors(lambda tensors: tensors.update({GAIN: torch.ones(7)})),
+        "is (7,), (24,)",
+    ),
+    "matrix misshapen": (
+        edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5)})),
+        "is (5, 3)",
+    ),
+    "matrix of three axes": (
+        edit_tensors(lambda tensors: tensors.update({QUERIES: torch.ones(3, 5, 7)})),
+        "(3, 5, 7)",
+    ),
     "pickle of a list": (pickle([1, 2]), "something else than named tensors"),
-    "pickle of more": (pickle({"model": {"wte.weight": torch.ones(2)}, "step": 3}), "else than named tensors"),
+    "pickle of more": (
+        pickle({"model": {"wte.weight": torch.ones(2)}, "step": 3}),
+        "else than named tensors",
+    ),
     "pickle that would run code": (pickle({"wte.weight": os.getcwd}), "cannot be read safely"),
     "no pickle": (unpicklable, "cannot be read safely"),
     "pickle is a FIFO": (pickle_fifo, "pytorch_model.bin is a FIFO; a regular file is needed"),
     "pickle of numbered tensors": (pickle({1: torch.ones(2)}), "something else than named tensors"),
-    "pickle larger than stored": (pickle({"wte.weight": torch.ones(1).expand(10**9, 10**3)}), "than what is stored"),
-    "sparse pickle": (pickle({"wte.weight": torch.ones(2, 2).to_sparse()}), "a tensor without plain values"),
-    "pickle without values": (pickle({"wte.weight": torch.ones(2, device="meta")}), "a tensor without plain values"),
+    "pickle larger than stored": (
+        pickle({"wte.weight": torch.ones(1).expand(10**9, 10**3)}),
+        "than what is stored",
+    ),
+    "sparse pickle": (
+        pickle({"wte.weight": torch.ones(2, 2).to_sparse()}),
+        "a tensor without plain values",
+    ),
+    "pickle without values": (
+        pickle({"wte.weight": torch.ones(2, device="meta")}),
+        "a tensor without plain values",
+    ),
     "palette cut off": (truncate("preprocessor_config.json", 0.5), "is it cut off"),
-    "palette of another size": (edit_clusters([[0.0, 0.0, 0.0]]), "the palette has 1 colours, the model 11"),
+    "palette of another size": (
+        edit_clusters([[0.0, 0.0, 0.0]]),
+        "the palette has 1 colours, the model 11",
+    ),
     "palette out of range": (edit_clusters([[0.0, 0.0, 255.0]] * 11), "lie in [-1, 1]"),
     "palette ragged": (edit_clusters([[0.0, 0.0], [1.0]]), "are no palette"),
     "palette in words": (edit_clusters([["red", "green", "blue"]]), "clusters.0.0 = 'red'"),
@@ -383,8 +510,14 @@ DAMAGES = {
     "palette is a FIFO": (fifo("preprocessor_config.json"), "preprocessor_config.json is a FIFO"),
     "size in words": (edit_size("small"), "preprocessor_config.json: size"),
     "size of one side": (edit_size({"height": 4}), "preprocessor_config.json: "),
-    "another size": (edit_size({"height": 4, "width": 5}), "has a size of 4 x 5 pixels; the model has 4 x 4"),
-    "another size, in the old way": (edit_size(32), "has a size of 32 x 32 pixels; the model has 4 x 4"),
+    "another size": (
+        edit_size({"height": 4, "width": 5}),
+        "has a size of 4 x 5 pixels; the model has 4 x 4",
+    ),
+    "another size, in the old way": (
+        edit_size(32),
+        "has a size of 32 x 32 pixels; the model has 4 x 4",
+    ),
 }
 
 
@@ -454,16 +587,22 @@ def test_weights_in_parts(good_directory: Path, stem: str, ending: str, tmp_path
         save_file(some, file) if ending == "safetensors" else torch.save(some, file)
     assert_same(ImageGPT.from_pretrained(path), whole)
     (path / f"{stem}-00002-of-00003.{ending}").unlink()
-    with pytest.raises(InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 parts\)"):
+    with pytest.raises(
+        InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 parts\)"
+    ):
         ImageGPT.from_pretrained(path)
 
 
-def test_parts_of_two_saves_without_an_index_are_refused(good_directory: Path, tmp_path: Path) -> None:
+def test_parts_of_two_saves_without_an_index_are_refused(
+    good_directory: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "model"
     shutil.copytree(good_directory, path)
     (path / "model.safetensors").rename(path / "model-00001-of-00001.safetensors")
     ImageGPT.from_pretrained(path)
-    shutil.copy(path / "model-00001-of-00001.safetensors", path / "model-00002-of-00002.safetensors")
+    shutil.copy(
+        path / "model-00001-of-00001.safetensors", path / "model-00002-of-00002.safetensors"
+    )
     with pytest.raises(InputError, match="weights in 1 and in 2 parts are there, and no model"):
         ImageGPT.from_pretrained(path)
 
@@ -483,7 +622,11 @@ def test_parts_of_two_saves_without_an_index_are_refused(good_directory: Path, t
 )
 @pytest.mark.parametrize("ending", ["safetensors", "bin"])
 def test_absurd_sizes_are_refused_before_a_model_is_built(
-    good_directory: Path, change: dict[str, object], ending: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    good_directory: Path,
+    change: dict[str, object],
+    ending: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "model"
     shutil.copytree(good_directory, path)
@@ -507,7 +650,9 @@ def test_absurd_sizes_are_refused_before_a_model_is_built(
     ],
     ids=str,
 )
-def test_the_shapes_known_without_a_model_are_those_of_the_model(settings: dict[str, object]) -> None:
+def test_the_shapes_known_without_a_model_are_those_of_the_model(
+    settings: dict[str, object],
+) -> None:
     model = make_model(1, **settings)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert dict(model.config.parameter_shapes()) == expected
@@ -524,7 +669,7 @@ SAVE_FOR_EVER_AND_GET_KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 torch.set_num_threads(1)
@@ -573,10 +718,14 @@ def test_a_kill_in_the_middle_of_saving_leaves_a_whole_model(tmp_path: Path) -> 
     assert list(saved) == sorted(set(saved)), "what was saved before a kill is lost"
     assert any(left), "no kill fell into a save"
     ImageGPT.from_pretrained(path).save_pretrained(path)
-    assert [file.name for file in tmp_path.iterdir()] == ["model"], "a later save clears what kills left behind"
+    assert [file.name for file in tmp_path.iterdir()] == ["model"], (
+        "a later save clears what kills left behind"
+    )
 
 
-def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next_save_is_whole(tmp_path: Path) -> None:
+def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next_save_is_whole(
+    tmp_path: Path,
+) -> None:
     path, model, newer = tmp_path / "model", make_model(9), make_model(10)
     model.save_pretrained(path)
     path.rename(tmp_path / ".model.old")
@@ -590,15 +739,21 @@ def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next
 # The Hub.
 
 
-@pytest.mark.parametrize("name", ["someone/model/part", "nowhere", "./someone/model", "/someone/model", "~/someone"])
+@pytest.mark.parametrize(
+    "name", ["someone/model/part", "nowhere", "./someone/model", "/someone/model", "~/someone"]
+)
 def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
     with pytest.raises(InputError, match="no model directory"):
         ImageGPT.from_pretrained(name)
 
 
-@pytest.mark.parametrize("name", ["my models/best", "someone/my model", "someone/a..b", "a*/b", "someone/\u00e9"])
+@pytest.mark.parametrize(
+    "name", ["my models/best", "someone/my model", "someone/a..b", "a*/b", "someone/\u00e9"]
+)
 def test_a_path_that_cannot_name_a_hub_model_is_told_as_such(name: str) -> None:
-    with pytest.raises(InputError, match=r"no model directory .* here, and .* cannot name a model on the Hub"):
+    with pytest.raises(
+        InputError, match=r"no model directory .* here, and .* cannot name a model on the Hub"
+    ):
         ImageGPT.from_pretrained(name)
 
 
@@ -631,7 +786,11 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
                 connection.sendall(answer)
                 connection.close()
 
-    answers = {"closed": None, "refusing": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n", "silent": None}
+    answers = {
+        "closed": None,
+        "refusing": b"HTTP/1.1 403 Forbidden\r\nContent-Length: 0\r\n\r\n",
+        "silent": None,
+    }
     servers, processes = {}, {}
     for kind, answer in answers.items():
         servers[kind] = socket.create_server(("127.0.0.1", 0))
@@ -640,18 +799,25 @@ def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
             servers[kind].close()
         else:
             threading.Thread(target=serve, args=(servers[kind], kind, answer), daemon=True).start()
-        environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+        environment = {
+            name: value for name, value in os.environ.items() if "proxy" not in name.lower()
+        }
         environment |= {"HTTPS_PROXY": proxy, "HF_HOME": str(tmp_path), "HF_HUB_ETAG_TIMEOUT": "1"}
         environment.pop("HF_HUB_OFFLINE", None)
         processes[kind] = subprocess.Popen(
-            [sys.executable, "-c", ASK_THE_HUB], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+            [sys.executable, "-c", ASK_THE_HUB],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment,
         )
     try:
         for kind, process in processes.items():
             output, errors = process.communicate(timeout=120)
             message = output.decode().strip()
             assert process.returncode == 0, errors.decode()
-            assert "no model directory someone/model here, and the Hub cannot give it" in message, kind
+            assert "no model directory someone/model here, and the Hub cannot give it" in message, (
+                kind
+            )
             assert "there is no network, or it broke" in message, kind
             assert message.endswith("/someone/model) and give the path of their folder")
             assert "\n" not in message

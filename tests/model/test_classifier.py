@@ -7,10 +7,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import Predictions, class_logits, modal, predict, with_head
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import masks_of_rows
 from igpt.model.transformer import ImageGPT
 
@@ -20,7 +20,14 @@ PALETTE = Palette.from_centers(np.linspace(-1, 1, 21).reshape(7, 3))
 
 def random_model(**changes: object) -> ImageGPT:
     torch.manual_seed(0)
-    shape = {"resolution": 4, "n_colors": 7, "n_layer": 2, "n_embd": 16, "n_head": 2, "class_names": CLASSES}
+    shape = {
+        "resolution": 4,
+        "n_colors": 7,
+        "n_layer": 2,
+        "n_embd": 16,
+        "n_head": 2,
+        "class_names": CLASSES,
+    }
     model = ImageGPT(ModelConfig.layered({**shape, **changes}))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
@@ -55,7 +62,11 @@ def test_more_images_than_are_computed_at_a_time(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_modal_prediction_counts_what_each_mask_gives() -> None:
-    model, images, rows = random_model(objective="bert").double(), random_images(60), np.arange(100, 160)
+    model, images, rows = (
+        random_model(objective="bert").double(),
+        random_images(60),
+        np.arange(100, 160),
+    )
     found = predict(model, images, rows, masks=5, probability=0.4, seed=3)
     tokens = torch.from_numpy(images.astype(np.int64))
     votes, probabilities = np.zeros((60, 3), int), np.zeros((60, 3))
@@ -69,7 +80,9 @@ def test_the_modal_prediction_counts_what_each_mask_gives() -> None:
     np.testing.assert_allclose(found.probabilities, probabilities, atol=1e-12)
     assert (votes[np.arange(60), found.classes] == votes.max(axis=1)).all()
     assert (votes.max(axis=1) < 5).any(), "masks matter here"
-    assert (found.probabilities.argmax(axis=1) != found.classes).any(), "the most frequent, not the most probable"
+    assert (found.probabilities.argmax(axis=1) != found.classes).any(), (
+        "the most frequent, not the most probable"
+    )
 
 
 def test_what_is_said_of_an_image_depends_on_its_row_and_the_seed_alone() -> None:
@@ -79,8 +92,12 @@ def test_what_is_said_of_an_image_depends_on_its_row_and_the_seed_alone() -> Non
     part = predict(model, images[some], some, masks=4)
     assert np.array_equal(part.classes, whole.classes[some])
     assert np.array_equal(part.votes, whole.votes[some])
-    assert not np.array_equal(predict(model, images, np.arange(60), masks=4, seed=1).votes, whole.votes)
-    assert not np.array_equal(predict(model, images, np.arange(60) + 60, masks=4).votes, whole.votes)
+    assert not np.array_equal(
+        predict(model, images, np.arange(60), masks=4, seed=1).votes, whole.votes
+    )
+    assert not np.array_equal(
+        predict(model, images, np.arange(60) + 60, masks=4).votes, whole.votes
+    )
 
 
 def test_ties_are_drawn_by_seed_and_row() -> None:
@@ -90,7 +107,9 @@ def test_ties_are_drawn_by_seed_and_row() -> None:
     assert 150 < (drawn == 0).sum() < 250
     assert np.array_equal(modal(votes[7:9], rows[7:9], (0, 5)), drawn[7:9])
     assert not np.array_equal(modal(votes, rows, (1, 5)), drawn)
-    assert modal(np.array([[1, 3, 1]]), np.array([0]), (0, 5)).tolist() == [1], "the most frequent needs no luck"
+    assert modal(np.array([[1, 3, 1]]), np.array([0]), (0, 5)).tolist() == [1], (
+        "the most frequent needs no luck"
+    )
 
 
 def test_ranked_by_prediction_then_votes_then_probability() -> None:
@@ -110,7 +129,9 @@ def test_a_fresh_head_finds_all_classes_alike_and_shares_the_rest() -> None:
     assert not class_logits(fresh, tokens).any()
     assert class_logits(model, tokens).any()
     half = with_head(model.bfloat16(), CLASSES, PALETTE)
-    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}, "updates need fp32"
+    assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}, (
+        "updates need fp32"
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,11 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import attended_pairs, count_parameters, forward_flops, training_flops
 from igpt.model.objectives import autoregressive, bert, classification
 from igpt.model.transformer import ImageGPT
-from igpt.presets import MODELS
+from igpt.training.presets import MODELS
 
 SMALL = {"resolution": 8, "n_colors": 32, "n_layer": 2, "n_embd": 48, "n_head": 3}
 CLASSES = ("a", "b", "c")
@@ -29,7 +29,9 @@ def test_parameters_of_presets(name: str) -> None:
     assert count_parameters(config) == built_parameters(config)
 
 
-@pytest.mark.parametrize("more", [{}, {"bias": True}, {"class_names": CLASSES}, {"bias": True, "class_names": CLASSES}])
+@pytest.mark.parametrize(
+    "more", [{}, {"bias": True}, {"class_names": CLASSES}, {"bias": True, "class_names": CLASSES}]
+)
 def test_parameters_of_variants(more: dict[str, Any]) -> None:
     config = ModelConfig.layered({**SMALL, **more})
     assert count_parameters(config) == built_parameters(config)
@@ -37,14 +39,25 @@ def test_parameters_of_variants(more: dict[str, Any]) -> None:
 
 def test_published_sizes() -> None:
     """The paper's: 76 M, 455 M and 1362 M at 32 px, 6.8 B at 64 px."""
-    shapes = {(24, 512, 8, 32): 76e6, (36, 1024, 8, 32): 455e6, (48, 1536, 16, 32): 1362e6, (60, 3072, 48, 64): 6.8e9}
+    shapes = {
+        (24, 512, 8, 32): 76e6,
+        (36, 1024, 8, 32): 455e6,
+        (48, 1536, 16, 32): 1362e6,
+        (60, 3072, 48, 64): 6.8e9,
+    }
     for (layers, width, heads, resolution), published in shapes.items():
         config = ModelConfig(resolution=resolution, n_layer=layers, n_embd=width, n_head=heads)
         assert count_parameters(config) == pytest.approx(published, rel=0.01)
 
 
 @pytest.mark.parametrize(
-    "more", [{}, {"objective": "bert"}, {"class_names": CLASSES}, {"class_names": CLASSES, "objective": "bert"}]
+    "more",
+    [
+        {},
+        {"objective": "bert"},
+        {"class_names": CLASSES},
+        {"class_names": CLASSES, "objective": "bert"},
+    ],
 )
 def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
     """PyTorch counts attention in full, also under the causal mask; the plain kernel computes nothing twice."""
@@ -66,7 +79,12 @@ def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
 
 
 def test_causal_attention_counts_half() -> None:
-    causal, full = (ModelConfig.layered({**SMALL, "objective": name}) for name in ("autoregressive", "bert"))
+    causal, full = (
+        ModelConfig.layered({**SMALL, "objective": name}) for name in ("autoregressive", "bert")
+    )
     n = causal.n_places
     assert attended_pairs(causal) == sum(place + 1 for place in range(n))
-    assert training_flops(full) - training_flops(causal) == 12 * (n * (n - 1) // 2) * full.n_embd * full.n_layer
+    assert (
+        training_flops(full) - training_flops(causal)
+        == 12 * (n * (n - 1) // 2) * full.n_embd * full.n_layer
+    )

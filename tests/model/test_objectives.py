@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive, bert, classification, draw_masks
 from igpt.model.transformer import ImageGPT
 
@@ -35,7 +35,9 @@ def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> N
     expected = 0.0
     for image in range(3):
         places = mask[image].nonzero()[:, 0].tolist()
-        expected -= sum(float(log_probability[image, i, tokens[image, i]]) for i in places) / len(places)
+        expected -= sum(float(log_probability[image, i, tokens[image, i]]) for i in places) / len(
+            places
+        )
     total, count = bert(model, tokens, mask)
     assert count == 3
     assert float(total) == pytest.approx(expected, abs=1e-10)
@@ -64,7 +66,9 @@ def test_classification_adds_the_weighted_generative_loss() -> None:
     pooled = list(model.features(tokens))[-1].mean(1)
     scores = (pooled @ model.score.weight.t()).float().log_softmax(-1)
     expected = -float(sum(scores[b, labels[b]] for b in range(4)))
-    assert float(classification(model, tokens, labels, generation_weight=0.0)[0]) == pytest.approx(expected, rel=1e-6)
+    assert float(classification(model, tokens, labels, generation_weight=0.0)[0]) == pytest.approx(
+        expected, rel=1e-6
+    )
     generative = float(autoregressive(model, tokens)[0])
     joint = float(classification(model, tokens, labels, generation_weight=0.5)[0])
     assert joint == pytest.approx(expected + 0.5 * generative, rel=1e-6)
@@ -74,7 +78,11 @@ def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() 
     model = random_model(objective="bert", class_names=("a", "b", "c"))
     tokens, labels = torch.randint(0, 7, (4, 16)), torch.tensor([0, 2, 1, 2])
     mask = torch.from_numpy(draw_masks((4, 16), 0.3, np.random.default_rng(1)))
-    scores = (list(model.features(tokens, mask))[-1].mean(1) @ model.score.weight.t()).float().log_softmax(-1)
+    scores = (
+        (list(model.features(tokens, mask))[-1].mean(1) @ model.score.weight.t())
+        .float()
+        .log_softmax(-1)
+    )
     expected = -float(scores[torch.arange(4), labels].sum().detach()) + 0.5 * float(
         bert(model, tokens, mask)[0].detach()
     )

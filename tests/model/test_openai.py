@@ -1,7 +1,8 @@
 """OpenAI's checkpoints: read as TensorFlow reads them, and computed as their graph computes them.
 
-The checkpoints in fixtures/openai were written by TensorFlow from the released graph (its README says how). What
-TensorFlow would not write, `write_bundle` below does, byte by byte from the format's definition.
+The checkpoints in fixtures/openai were written by TensorFlow from the released graph (its README
+says how). What TensorFlow would not write, `write_bundle` below does, byte by byte from the
+format's definition.
 """
 
 import json
@@ -17,9 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.openai import _infer_config, _masked_crc32c, _read_index, load_openai, read_bundle
 from igpt.model.transformer import ImageGPT
@@ -55,7 +56,8 @@ def refusal(call, *arguments, **options):
     return str(caught.value)
 
 
-# The graph, from OpenAI's definitions, in float64 (B batch, n places, D width, H heads, K head width).
+# The graph, from OpenAI's definitions, in float64 (B batch, n places, D width, H heads, K head
+# width).
 
 
 def norm(x, gain):
@@ -68,7 +70,9 @@ def softmax(x):
 
 
 def graph_logits(variables, tokens, mask=None):
-    weights = {name.removeprefix("model/"): values.astype(np.float64) for name, values in variables.items()}
+    weights = {
+        name.removeprefix("model/"): values.astype(np.float64) for name, values in variables.items()
+    }
     x = weights["wte"][tokens]  # [B, n, D]
     if mask is None:
         start = np.broadcast_to(weights["sos"], (len(tokens), 1, x.shape[-1]))
@@ -80,7 +84,9 @@ def graph_logits(variables, tokens, mask=None):
     while f"h{layer}/ln_1/g" in weights:
         block = {name.removeprefix(f"h{layer}/"): values for name, values in weights.items()}
         normed = norm(x, block["ln_1/g"])
-        q, k, v = (np.einsum("bsf,hef->bhse", normed, block[f"attn/{name}_proj"]) for name in "qkv")  # [B, H, n, K]
+        q, k, v = (
+            np.einsum("bsf,hef->bhse", normed, block[f"attn/{name}_proj"]) for name in "qkv"
+        )  # [B, H, n, K]
         scores = q @ k.swapaxes(-1, -2) / np.sqrt(v.shape[-1])
         if mask is None:
             scores = np.where(np.tri(scores.shape[-1], dtype=bool), scores, -1e10)
@@ -125,7 +131,9 @@ def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"
     kinds = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19}
     for name, array in sorted(arrays.items()):
         content = array.tobytes()
-        rows[name] = entry(kinds[str(array.dtype)], array.shape, len(data), len(content), masked_crc32c(content))
+        rows[name] = entry(
+            kinds[str(array.dtype)], array.shape, len(data), len(content), masked_crc32c(content)
+        )
         data += content
     prefix.with_name(prefix.name + ".data-00000-of-00001").write_bytes(data)
     return write_index(prefix, rows, rows_per_block, compression)
@@ -153,7 +161,13 @@ def write_index(prefix, rows, rows_per_block=100, compression=0):
         block, last = b"", b""
         for key, value in pairs:
             shared = max(size for size in range(len(key) + 1) if last.startswith(key[:size]))
-            block += varint(shared) + varint(len(key) - shared) + varint(len(value)) + key[shared:] + value
+            block += (
+                varint(shared)
+                + varint(len(key) - shared)
+                + varint(len(value))
+                + key[shared:]
+                + value
+            )
             last = key
         block += struct.pack("<II", 0, 1)  # one place to start from: the first
         handle = varint(len(table)) + varint(len(block))
@@ -163,7 +177,9 @@ def write_index(prefix, rows, rows_per_block=100, compression=0):
 
     meta_index = add_block([])
     pairs = [(name.encode(), value) for name, value in rows.items()]
-    blocks = [pairs[first : first + rows_per_block] for first in range(0, len(pairs), rows_per_block)]
+    blocks = [
+        pairs[first : first + rows_per_block] for first in range(0, len(pairs), rows_per_block)
+    ]
     leaves = [(block[-1][0], add_block(block)) for block in blocks]
     footer = meta_index + add_block(leaves)
     prefix.with_name(prefix.name + ".index").write_bytes(
@@ -174,7 +190,9 @@ def write_index(prefix, rows, rows_per_block=100, compression=0):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_variables_are_those_that_tensorflow_reads(objective):
-    expected = {name: values for name, values in expected_of(objective).items() if name not in RESULTS}
+    expected = {
+        name: values for name, values in expected_of(objective).items() if name not in RESULTS
+    }
     found = read_bundle(FIXTURES / objective / "model.ckpt-7")
     assert found.keys() == expected.keys()  # not the string, and not the variable in slices
     for name, values in expected.items():
@@ -186,7 +204,9 @@ def test_variables_are_those_that_tensorflow_reads(objective):
 def test_logits_are_those_of_the_released_graph(objective):
     expected = expected_of(objective)
     model = load_openai(FIXTURES / objective / "model.ckpt-7", None, objective=objective)
-    np.testing.assert_allclose(logits_of(model, expected, objective), expected["logits"], rtol=0, atol=1e-5)
+    np.testing.assert_allclose(
+        logits_of(model, expected, objective), expected["logits"], rtol=0, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -205,7 +225,13 @@ def test_model_has_the_checkpoint_s_sizes_and_can_be_trained_and_saved(tmp_path)
     prefix = FIXTURES / "autoregressive" / "model.ckpt-7"
     model = load_openai(prefix, tmp_path / "kmeans_centers.npy")
     config = model.config
-    assert (config.resolution, config.n_colors, config.n_layer, config.n_embd, config.n_head) == (4, 8, 2, 16, 2)
+    assert (config.resolution, config.n_colors, config.n_layer, config.n_embd, config.n_head) == (
+        4,
+        8,
+        2,
+        16,
+        2,
+    )
     assert not model.training
     for parameter in model.parameters():
         assert parameter.requires_grad
@@ -221,7 +247,10 @@ def test_model_has_the_checkpoint_s_sizes_and_can_be_trained_and_saved(tmp_path)
 
 def test_checksums_and_values_of_every_length_and_many_blocks(tmp_path):
     random = np.random.default_rng(0)
-    arrays = {f"a/{size}": random.standard_normal(size).astype(np.float16) for size in (*range(1, 40), 1001)}
+    arrays = {
+        f"a/{size}": random.standard_normal(size).astype(np.float16)
+        for size in (*range(1, 40), 1001)
+    }
     arrays |= {"many": random.integers(-9, 9, [3, 0, 2]), "step": np.array(2**40)}
     found = read_bundle(write_bundle(tmp_path / "x", arrays, rows_per_block=7))
     assert found.keys() == arrays.keys()
@@ -231,7 +260,10 @@ def test_checksums_and_values_of_every_length_and_many_blocks(tmp_path):
 
 
 def test_published_check_value_of_the_checksum():
-    assert masked_crc32c(b"123456789") == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    assert (
+        masked_crc32c(b"123456789")
+        == ((0xE3069283 >> 15 | 0xE3069283 << 17) + 0xA282EAD8) & 0xFFFFFFFF
+    )
 
 
 def test_missing_index(tmp_path):
@@ -281,7 +313,9 @@ def test_table_that_is_no_checkpoint(tmp_path):
 
 def test_missing_shard(checkpoint):
     Path(f"{checkpoint}.data-00001-of-00002").unlink()
-    assert "data-00001-of-00002 is missing; all 00002 data shards" in refusal(load_openai, checkpoint, None)
+    assert "data-00001-of-00002 is missing; all 00002 data shards" in refusal(
+        load_openai, checkpoint, None
+    )
 
 
 def test_truncated_shard(checkpoint):
@@ -332,18 +366,29 @@ def test_index_with_checksums_that_fit_and_entries_that_do_not(tmp_path, message
     prefix = write_index(tmp_path / "x", {"": b"\x08\x01", "model/wte": message})
     assert "is damaged" in refusal(read_bundle, prefix)
     for header in (b"\x0a\x01\x01", b"\x08\xff", b"\x08"):
-        assert "is damaged" in refusal(read_bundle, write_index(tmp_path / "x", {"": header, "model/wte": b""}))
+        assert "is damaged" in refusal(
+            read_bundle, write_index(tmp_path / "x", {"": header, "model/wte": b""})
+        )
 
 
 def test_entries_that_contradict_the_data(tmp_path):
-    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
-    arrays = {key: array for key, array in variables.items() if "Adam" not in key and array.dtype == np.float32}
+    variables = {
+        key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS
+    }
+    arrays = {
+        key: array
+        for key, array in variables.items()
+        if "Adam" not in key and array.dtype == np.float32
+    }
     prefix = write_bundle(tmp_path / "x", arrays)
     rows = {"": b"\x08\x01"}
     rows |= {name: entry(1, array.shape, 0, 4, 0) for name, array in sorted(arrays.items())}
     write_index(prefix, rows)
     assert "is damaged (a size differs)" in refusal(load_openai, prefix, None)
-    rows |= {name: entry(1, array.shape, 2**63, 4 * array.size, 0) for name, array in sorted(arrays.items())}
+    rows |= {
+        name: entry(1, array.shape, 2**63, 4 * array.size, 0)
+        for name, array in sorted(arrays.items())
+    }
     write_index(prefix, rows)
     assert f"is cut off before its byte {2**63 + 4 * 16}" in refusal(load_openai, prefix, None)
     huge = {
@@ -366,8 +411,14 @@ def test_entries_that_contradict_the_data(tmp_path):
     ],
 )
 def test_weights_of_other_types(tmp_path, dtype, said):
-    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
-    arrays = {key: array for key, array in variables.items() if "Adam" not in key and array.dtype == np.float32}
+    variables = {
+        key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS
+    }
+    arrays = {
+        key: array
+        for key, array in variables.items()
+        if "Adam" not in key and array.dtype == np.float32
+    }
     gains = np.arange(16).astype(dtype)
     prefix = write_bundle(tmp_path / "x", {**arrays, "model/ln_f/g": gains})
     if said:
@@ -375,10 +426,14 @@ def test_weights_of_other_types(tmp_path, dtype, said):
         return
     model = load_openai(prefix, None)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    np.testing.assert_array_equal(model.ln_f.weight.detach().numpy(), np.arange(16, dtype=np.float32))
+    np.testing.assert_array_equal(
+        model.ln_f.weight.detach().numpy(), np.arange(16, dtype=np.float32)
+    )
     if dtype == np.float64:
         gains[3] += 1e-12
-        message = refusal(load_openai, write_bundle(tmp_path / "x", {**arrays, "model/ln_f/g": gains}), None)
+        message = refusal(
+            load_openai, write_bundle(tmp_path / "x", {**arrays, "model/ln_f/g": gains}), None
+        )
         assert "has float64 values that float32 does not have" in message
 
 
@@ -394,7 +449,9 @@ def test_optimizer_variables_need_not_be_there(checkpoint):
 
 
 def test_checkpoint_of_another_model(tmp_path):
-    prefix = write_bundle(tmp_path / "x", {"model/h0/attn/c_attn/w": np.ones([1, 4, 12], np.float32)})
+    prefix = write_bundle(
+        tmp_path / "x", {"model/h0/attn/c_attn/w": np.ones([1, 4, 12], np.float32)}
+    )
     assert "is no image-gpt checkpoint" in refusal(load_openai, prefix, None)
 
 
@@ -402,16 +459,24 @@ def test_checkpoint_of_another_model(tmp_path):
     ("name", "values", "complaint"),
     [
         ("model/h1/mlp/c_fc/w", None, "model/h1/mlp/c_fc/w is missing, not (16, 64)"),
-        ("model/h0/mlp/c_proj/w", np.ones([16, 64]), "model/h0/mlp/c_proj/w is (16, 64), not (64, 16)"),
+        (
+            "model/h0/mlp/c_proj/w",
+            np.ones([16, 64]),
+            "model/h0/mlp/c_proj/w is (16, 64), not (64, 16)",
+        ),
         ("model/wpe", np.ones([15, 16]), "model/wpe is (15, 16), not (9, 16)"),
         ("model/h0/attn/q_proj", np.ones([3, 5, 16]), "3 heads do not divide a width of 16"),
         ("model/sos", None, "its objective can only be 'bert'"),
     ],
 )
 def test_variables_that_do_not_fit(tmp_path, name, values, complaint):
-    variables = {key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS}
+    variables = {
+        key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS
+    }
     variables[name] = values if values is None else values.astype(np.float32)
-    arrays = {key: array for key, array in variables.items() if array is not None and "Adam" not in key}
+    arrays = {
+        key: array for key, array in variables.items() if array is not None and "Adam" not in key
+    }
     assert complaint in refusal(load_openai, write_bundle(tmp_path / "x", arrays), None)
 
 
@@ -443,7 +508,12 @@ PUBLISHED = {
 def published_shapes(size, objective, resolution=32):
     """The variables of a released checkpoint, as its graph names and shapes them (openai/image-gpt, src/model.py)."""
     layers, width, heads, _ = PUBLISHED[size]
-    shapes = {"wte": (512, width), "wtet": (512, width), "wpe": (resolution**2, width), "ln_f/g": (width,)}
+    shapes = {
+        "wte": (512, width),
+        "wtet": (512, width),
+        "wpe": (resolution**2, width),
+        "ln_f/g": (width,),
+    }
     if objective == "autoregressive":
         shapes["sos"] = (width,)
     for layer in range(layers):
@@ -460,9 +530,16 @@ def test_index_of_a_published_size(tmp_path, size, objective):
     """Read from an index as the released ones are; the data, gigabytes of them, need not be there for that."""
     layers, width, heads, millions = PUBLISHED[size]
     shapes = published_shapes(size, objective)
-    slots = {f"{name}/{kind}": shape for name, shape in shapes.items() for kind in ("Adam", "Adam_1")}
-    rows = {name: entry(1, shape, 0, 4 * math.prod(shape), 0) for name, shape in (shapes | slots).items()}
-    prefix = write_index(tmp_path / "model.ckpt-1000000", {"": b"\x08\x20", **dict(sorted(rows.items()))})
+    slots = {
+        f"{name}/{kind}": shape for name, shape in shapes.items() for kind in ("Adam", "Adam_1")
+    }
+    rows = {
+        name: entry(1, shape, 0, 4 * math.prod(shape), 0)
+        for name, shape in (shapes | slots).items()
+    }
+    prefix = write_index(
+        tmp_path / "model.ckpt-1000000", {"": b"\x08\x20", **dict(sorted(rows.items()))}
+    )
     found = {name: one.shape for name, one in _read_index(prefix).items()}
     assert found == shapes | slots
     config = _infer_config(found, str(prefix), objective)
@@ -471,7 +548,9 @@ def test_index_of_a_published_size(tmp_path, size, objective):
     )
     stored = sum(map(math.prod, shapes.values()))
     assert stored // 10**6 == millions
-    start = width if objective == "bert" else 0  # of a BERT model, ours has a row that is never looked up
+    start = (
+        width if objective == "bert" else 0
+    )  # of a BERT model, ours has a row that is never looked up
     assert count_parameters(config) == stored + start
 
 
@@ -484,7 +563,9 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
     """S as released, but with zeros for weights: all 512 colours are as likely, ln 512 nats."""
     monkeypatch.chdir(tmp_path)
     write_zeros(tmp_path / "model.ckpt-1000000", published_shapes("S", "autoregressive"))
-    np.save("kmeans_centers.npy", np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32))
+    np.save(
+        "kmeans_centers.npy", np.random.default_rng(0).uniform(-1, 1, (512, 3)).astype(np.float32)
+    )
     np.save("imagenet_teX.npy", np.random.default_rng(1).integers(0, 512, (1, 1024)))
     done = igpt("import", "model.ckpt-1000000", "--clusters", "kmeans_centers.npy", "-o", "igpt-s")
     assert done.returncode == 0, done.stderr
@@ -509,7 +590,9 @@ with exclusive(Path(sys.argv[1])):
 """
 
 
-def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tmp_path, monkeypatch):
+def test_what_import_refuses_is_one_line_and_leaves_nothing(
+    igpt, checkpoint, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     for name, colours in (("eight.npy", 8), ("nine.npy", 9)):
         np.save(name, np.random.default_rng(0).uniform(-1, 1, (colours, 3)))
@@ -524,7 +607,10 @@ def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tm
     before = sorted(tmp_path.rglob("*"))
     for words, message in (
         ((checkpoint, "-o", "taken"), "taken exists already; remove it or choose another -o"),
-        ((checkpoint, "-o", "model", "--clusters", "nine.npy"), "the palette has 9 colours, the model 8"),
+        (
+            (checkpoint, "-o", "model", "--clusters", "nine.npy"),
+            "the palette has 9 colours, the model 8",
+        ),
         ((checkpoint, "-o", "model", "--clusters", "ten.npy"), "no palette at ten.npy"),
         ((checkpoint, "-o", "model", "--clusters", f"{checkpoint}.index"), "is not a palette"),
         ((checkpoint, "-o", "model", "--clusters", "fifo.npy"), "fifo.npy is a FIFO"),
@@ -539,14 +625,19 @@ def test_what_import_refuses_is_one_line_and_leaves_nothing(igpt, checkpoint, tm
         ((f"{checkpoint}.index", "-o", "model"), "give the path without endings"),
         (("nowhere", "-o", "model"), "no checkpoint: nowhere.index is missing"),
         (("bert/model.ckpt-7", "-o", "model"), "its objective can only be 'bert'"),
-        (("bert/model.ckpt-7", "-o", "model", "--objective", "bert"), "data-00001-of-00002 is missing"),
+        (
+            ("bert/model.ckpt-7", "-o", "model", "--objective", "bert"),
+            "data-00001-of-00002 is missing",
+        ),
     ):
         done = igpt("import", *words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
         assert message in done.stderr, words
         assert sorted(tmp_path.rglob("*")) == before, words
     command = [sys.executable, "-c", HOLDER, tmp_path / "model"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
         assert other.stdout.readline() == "held\n"
         done = igpt("import", checkpoint, "-o", "model")
         assert done.returncode == 2

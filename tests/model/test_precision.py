@@ -30,7 +30,9 @@ def _asked_again() -> Iterator[None]:
         ({}, False),
     ],
 )
-def test_instruction_sets(capabilities: Mapping[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instruction_sets(
+    capabilities: Mapping[str, bool], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert has_bf16_instructions() == expected
 

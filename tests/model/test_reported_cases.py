@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import reported_cases
 from PIL import Image
 
-from igpt.data.masks import hidden_pixels
+from igpt.data.images.masks import hidden_pixels
+
+from ..helpers import reported_cases
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,19 @@ def test_a_mask_hides_what_is_painted(
     expected = np.zeros((8, 8), bool)
     expected[slice(*rows), slice(*columns)] = True
     np.testing.assert_array_equal(hidden_pixels(mask, 8), expected)
-    done = igpt("complete", short_run, picture, "--mask", mask, "--completions", 1, "-o", out, "--precision", "fp32")
+    done = igpt(
+        "complete",
+        short_run,
+        picture,
+        "--mask",
+        mask,
+        "--completions",
+        1,
+        "-o",
+        out,
+        "--precision",
+        "fp32",
+    )
     assert done.returncode == 0, done.stderr
     assert f"{64 - expected.sum()} of 64 pixels, by {mask}" in done.stdout
     assert json.loads(out.with_suffix(".json").read_text())["kept_pixels"] == 64 - expected.sum()

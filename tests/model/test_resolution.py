@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
@@ -37,7 +37,9 @@ def weights(old: int, new: int) -> Tensor:
     rows = []
     for place in range(new):
         middle = (place + 0.5) * old / new
-        row = torch.tensor([kernel((other + 0.5 - middle) / width) for other in range(old)], dtype=torch.float64)
+        row = torch.tensor(
+            [kernel((other + 0.5 - middle) / width) for other in range(old)], dtype=torch.float64
+        )
         rows.append(row / row.sum())
     return torch.stack(rows)
 
@@ -45,7 +47,9 @@ def weights(old: int, new: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("resolution", [1, 2, 7, 8, 32])
 def test_its_own_resolution_changes_no_bit(resolution: int, dtype: torch.dtype) -> None:
-    model = model_of(resolution, class_names=("a", "b"), objective="bert", bias=True).to(dtype).eval()
+    model = (
+        model_of(resolution, class_names=("a", "b"), objective="bert", bias=True).to(dtype).eval()
+    )
     same = at_resolution(model, resolution)
     assert same.config == model.config
     assert not same.training
@@ -53,11 +57,15 @@ def test_its_own_resolution_changes_no_bit(resolution: int, dtype: torch.dtype) 
         assert torch.equal(same.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize(("old", "new"), [(8, 16), (8, 12), (16, 8), (12, 8), (7, 5), (3, 10), (32, 48)])
+@pytest.mark.parametrize(
+    ("old", "new"), [(8, 16), (8, 12), (16, 8), (12, 8), (7, 5), (3, 10), (32, 48)]
+)
 def test_places_are_weighted_by_the_kernel_of_both_axes(old: int, new: int) -> None:
     model = model_of(old).double()
     one = weights(old, new)
-    expected = torch.einsum("yi,xj,ijd->yxd", one, one, model.wpe.weight.detach().unflatten(0, (old, old)))
+    expected = torch.einsum(
+        "yi,xj,ijd->yxd", one, one, model.wpe.weight.detach().unflatten(0, (old, old))
+    )
     found = at_resolution(model, new).wpe.weight.detach().unflatten(0, (new, new))
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -74,7 +82,10 @@ def test_a_ramp_stays_a_ramp(old: int, new: int) -> None:
     inner = slice(border, new - border)
     wanted = centres(new)[inner]
     assert len(wanted) >= 4
-    within = {"rtol": 0, "atol": 1e-6 if new > old or old % new == 0 else 0.02 / new}  # a fiftieth of a place
+    within = {
+        "rtol": 0,
+        "atol": 1e-6 if new > old or old % new == 0 else 0.02 / new,
+    }  # a fiftieth of a place
     torch.testing.assert_close(found[inner, :, 0], wanted[:, None].expand(-1, new), **within)
     torch.testing.assert_close(found[:, inner, 1], wanted.expand(new, -1), **within)
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT, attention, plain_attention
 
@@ -21,13 +21,17 @@ def random_model(seed: int, **settings: object) -> ImageGPT:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         center = 1.0 if "ln_" in name else 0.0
-        parameter.data = center + 0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.data = center + 0.4 * torch.randn(
+            parameter.shape, dtype=torch.float64, generator=generator
+        )
     return model
 
 
 def random_tokens(model: ImageGPT, seed: int, images: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, model.config.n_colors, (images, model.config.n_places), generator=generator)
+    return torch.randint(
+        0, model.config.n_colors, (images, model.config.n_places), generator=generator
+    )
 
 
 def influence(model: ImageGPT, pixels: list[int], mask: Tensor | None = None) -> Tensor:
@@ -70,13 +74,17 @@ def test_bert_sees_all_but_the_masked_places(resolution: int) -> None:
 @pytest.mark.parametrize("places", [1, 9, 64])
 def test_both_ways_to_attend_agree(places: int, causal: bool) -> None:
     generator = torch.Generator().manual_seed(4)
-    q, k, v = torch.randn(3, 2, 3, places, 8, dtype=torch.float64, generator=generator).requires_grad_()
+    q, k, v = torch.randn(
+        3, 2, 3, places, 8, dtype=torch.float64, generator=generator
+    ).requires_grad_()
     upstream = torch.randn(2, 3, places, 8, dtype=torch.float64, generator=generator)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     ours = plain_attention(q, k, v, causal)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
     gradients = torch.autograd.grad(ours, (q, k, v), upstream)
-    for gradient, reference in zip(gradients, torch.autograd.grad(expected, (q, k, v), upstream), strict=True):
+    for gradient, reference in zip(
+        gradients, torch.autograd.grad(expected, (q, k, v), upstream), strict=True
+    ):
         torch.testing.assert_close(gradient, reference, rtol=0, atol=1e-12)
 
 
@@ -107,7 +115,11 @@ def test_every_parameter_gets_a_gradient() -> None:
     for objective in ("autoregressive", "bert"):
         model = random_model(9, objective=objective, bias=True)
         tokens = random_tokens(model, 10, 2)
-        loss, _ = autoregressive(model, tokens) if objective == "autoregressive" else bert(model, tokens, tokens < 5)
+        loss, _ = (
+            autoregressive(model, tokens)
+            if objective == "autoregressive"
+            else bert(model, tokens, tokens < 5)
+        )
         loss.backward()
         for name, parameter in model.named_parameters():
             assert parameter.grad is not None, name
@@ -118,7 +130,14 @@ def test_initial_weights() -> None:
     width, layers = 96, 6
     torch.manual_seed(11)
     model = ImageGPT(
-        ModelConfig(resolution=16, n_colors=300, n_layer=layers, n_embd=width, n_head=4, class_names=("a", "b"))
+        ModelConfig(
+            resolution=16,
+            n_colors=300,
+            n_layer=layers,
+            n_embd=width,
+            n_head=4,
+            class_names=("a", "b"),
+        )
     )
     deviations = {
         "wte.weight": 0.02,
@@ -138,10 +157,14 @@ def test_initial_weights() -> None:
             deviation = next(value for end, value in deviations.items() if name.endswith(end))
             drawn += 1
             # Five standard errors of an estimated standard deviation, and of a mean.
-            assert parameter.std().item() == pytest.approx(deviation, rel=5 / math.sqrt(2 * parameter.numel())), name
+            assert parameter.std().item() == pytest.approx(
+                deviation, rel=5 / math.sqrt(2 * parameter.numel())
+            ), name
             assert abs(parameter.mean().item()) < 5 * deviation / math.sqrt(parameter.numel()), name
             fourth_moment = ((parameter / deviation) ** 4).mean().item()
-            assert fourth_moment == pytest.approx(3, abs=5 * math.sqrt(96 / parameter.numel())), f"{name}: not normal"
+            assert fourth_moment == pytest.approx(3, abs=5 * math.sqrt(96 / parameter.numel())), (
+                f"{name}: not normal"
+            )
     assert drawn == 2 + 4 * layers
     start = model.wte.weight[-1]
     assert start.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * width))
@@ -165,7 +188,9 @@ def test_initial_loss_is_that_of_guessing(objective: str) -> None:
     ).double()
     tokens = random_tokens(model, 12, 3)
     total, count = (
-        autoregressive(model, tokens) if objective == "autoregressive" else bert(model, tokens, tokens % 2 == 0)
+        autoregressive(model, tokens)
+        if objective == "autoregressive"
+        else bert(model, tokens, tokens % 2 == 0)
     )
     assert total.item() / count == pytest.approx(math.log(300), abs=1e-12)
 
@@ -186,7 +211,9 @@ def test_published_sizes(
     config = ModelConfig(resolution=resolution, n_layer=layers, n_embd=width, n_head=heads)
     with torch.device("meta"):
         count = sum(parameter.numel() for parameter in ImageGPT(config).parameters())
-    block = 3 * width**2 + width**2 + 8 * width**2 + 2 * width  # q, k, v; their output; MLP; two gains
+    block = (
+        3 * width**2 + width**2 + 8 * width**2 + 2 * width
+    )  # q, k, v; their output; MLP; two gains
     assert count == 513 * width + resolution**2 * width + layers * block + width + 512 * width
     assert abs(count - published) < rounding
 
@@ -203,7 +230,11 @@ def test_a_palette_of_another_size_is_refused() -> None:
 
 
 def test_a_model_of_another_objective_is_refused() -> None:
-    model = ImageGPT(ModelConfig(resolution=2, n_colors=3, n_layer=1, n_embd=8, n_head=2, objective="bert"))
+    model = ImageGPT(
+        ModelConfig(resolution=2, n_colors=3, n_layer=1, n_embd=8, n_head=2, objective="bert")
+    )
     model.require("bert", "filling")
-    with pytest.raises(InputError, match="sampling needs a model trained as 'autoregressive'; this one is 'bert'"):
+    with pytest.raises(
+        InputError, match="sampling needs a model trained as 'autoregressive'; this one is 'bert'"
+    ):
         model.require("autoregressive", "sampling")

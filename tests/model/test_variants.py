@@ -13,16 +13,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import with_head
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, forward_flops
-from igpt.model.decoder import Decoder
-from igpt.model.generate import complete, sample
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import turn
+from igpt.sampling.decoder import Decoder
+from igpt.sampling.sampler import complete, sample
 
 APART: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
@@ -30,7 +30,10 @@ APART: dict[str, dict[str, Any]] = {
     "relu2": {"activation": "relu2"},
     "value_residual": {"value_residual": True},
 }
-VARIANTS = {**APART, "together": {name: value for one in APART.values() for name, value in one.items()}}
+VARIANTS = {
+    **APART,
+    "together": {name: value for one in APART.values() for name, value in one.items()},
+}
 PALETTE = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (11, 3)))
 all_variants = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
@@ -47,12 +50,16 @@ def random_model(variant: dict[str, Any], **more: Any) -> ImageGPT:
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         center = 1.0 if "ln_" in name else 0.0
-        parameter.data = center + 0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.data = center + 0.4 * torch.randn(
+            parameter.shape, dtype=torch.float64, generator=generator
+        )
     return model
 
 
 def random_tokens(model: ImageGPT, images: int) -> Tensor:
-    return torch.randint(0, 11, (images, model.config.n_places), generator=torch.Generator().manual_seed(2))
+    return torch.randint(
+        0, 11, (images, model.config.n_places), generator=torch.Generator().manual_seed(2)
+    )
 
 
 # A plain computation: one image and one head at a time, pairs of numbers as complex ones.
@@ -89,7 +96,9 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
     head, first = config.n_embd // config.n_head, None
     for layer in range(config.n_layer):
         at = f"h.{layer}."
-        q, k, v = np.split(norm(x) * weights[at + "ln_1.weight"] @ weights[at + "attn.c_attn.weight"].T, 3, axis=1)
+        q, k, v = np.split(
+            norm(x) * weights[at + "ln_1.weight"] @ weights[at + "attn.c_attn.weight"].T, 3, axis=1
+        )
         if config.value_residual:
             if first is None:
                 first = v
@@ -109,7 +118,11 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
             read[:, some] = scores / scores.sum(1, keepdims=True) @ v[:, some]
         x = x + read @ weights[at + "attn.c_proj.weight"].T
         inner = norm(x) * weights[at + "ln_2.weight"] @ weights[at + "mlp.c_fc.weight"].T
-        inner = np.maximum(inner, 0) ** 2 if config.activation == "relu2" else inner / (1 + np.exp(-1.702 * inner))
+        inner = (
+            np.maximum(inner, 0) ** 2
+            if config.activation == "relu2"
+            else inner / (1 + np.exp(-1.702 * inner))
+        )
         x = x + inner @ weights[at + "mlp.c_proj.weight"].T
     return norm(x) * weights["ln_f.weight"] @ weights["lm_head.weight"].T
 
@@ -136,12 +149,16 @@ def test_a_turned_product_depends_on_the_offset_alone() -> None:
     found = {}
     for at in np.ndindex(7, 7, 7, 7):
         offset = (at[0] - at[2], at[1] - at[3])
-        assert grid[at].item() == pytest.approx(found.setdefault(offset, grid[at].item()), abs=1e-12)
+        assert grid[at].item() == pytest.approx(
+            found.setdefault(offset, grid[at].item()), abs=1e-12
+        )
     assert len({round(score, 9) for score in found.values()}) == 13 * 13, "each offset has its own"
 
 
 @all_variants
-def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(variant: dict[str, Any]) -> None:
+def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(
+    variant: dict[str, Any],
+) -> None:
     model = random_model(variant)
     tokens = random_tokens(model, 1).repeat(25, 1)
     changed = tokens.clone()
@@ -155,7 +172,9 @@ def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(variant: d
 
 @pytest.mark.parametrize("prefix", [0, 1, 12])
 @all_variants
-def test_cached_logits_equal_the_full_forward_at_every_place(variant: dict[str, Any], prefix: int) -> None:
+def test_cached_logits_equal_the_full_forward_at_every_place(
+    variant: dict[str, Any], prefix: int
+) -> None:
     model = random_model(variant)
     tokens = random_tokens(model, 3)
     sequence = torch.cat([torch.full((3, 1), 11), tokens], 1)
@@ -185,7 +204,9 @@ def test_a_bert_variant_fills(variant: dict[str, Any]) -> None:
 
 
 @all_variants
-def test_the_last_feature_gives_the_logits_and_all_parameters_learn(variant: dict[str, Any]) -> None:
+def test_the_last_feature_gives_the_logits_and_all_parameters_learn(
+    variant: dict[str, Any],
+) -> None:
     model = random_model(variant)
     tokens = random_tokens(model, 2)
     features = list(model.features(tokens))
@@ -205,12 +226,18 @@ def test_parameters_are_those_counted(variant: dict[str, Any], more: dict[str, A
     with torch.device("meta"):
         model = ImageGPT(config)
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
-    assert forward_flops(config) == forward_flops(config_of({}, **more)), "no matrix product comes or goes"
+    assert forward_flops(config) == forward_flops(config_of({}, **more)), (
+        "no matrix product comes or goes"
+    )
 
 
-@pytest.mark.parametrize("more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str
+)
 @all_variants
-def test_what_is_written_is_read(variant: dict[str, Any], more: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_written_is_read(
+    variant: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
     model = random_model(variant, **more)
     model.save_pretrained(tmp_path)
     read = ImageGPT.from_pretrained(tmp_path, dtype=torch.float64)
@@ -233,7 +260,9 @@ def test_what_is_written_is_read(variant: dict[str, Any], more: dict[str, Any], 
     ],
     ids=str,
 )
-def test_an_unknown_variant_is_refused_in_a_sentence(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_an_unknown_variant_is_refused_in_a_sentence(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
     random_model(VARIANTS["together"]).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -254,7 +283,9 @@ def test_the_papers_model_says_nothing_of_variants() -> None:
 def test_another_resolution_and_a_class_head(variant: dict[str, Any]) -> None:
     model = random_model(variant)
     larger = with_head(at_resolution(model, 7), ("a", "b"), PALETTE)
-    assert larger.config == model.config.model_copy(update={"resolution": 7, "class_names": ("a", "b")})
+    assert larger.config == model.config.model_copy(
+        update={"resolution": 7, "class_names": ("a", "b")}
+    )
     assert larger(torch.zeros(1, 49, dtype=torch.long)).shape == (1, 49, 11)
     same = at_resolution(model, 5)
     assert torch.equal(same(random_tokens(model, 2)), model(random_tokens(model, 2)))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from igpt.model import objectives
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
 TOLERANCE = {"rtol": 0, "atol": 1e-9}
@@ -20,7 +20,8 @@ Array = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int64]
 
 
-# The reference, written before the package was read. Weights are named as in GPT-2; matrices multiply from the right.
+# The reference, written before the package was read. Weights are named as in GPT-2; matrices
+# multiply from the right.
 
 
 def reference_norm(x: Array, gain: Array) -> Array:
@@ -33,13 +34,19 @@ def reference_linear(x: Array, weights: dict[str, Array], name: str) -> Array:
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
-def reference_attention(x: Array, weights: dict[str, Array], name: str, heads: int, causal: bool) -> Array:
+def reference_attention(
+    x: Array, weights: dict[str, Array], name: str, heads: int, causal: bool
+) -> Array:
     """One head of one image at a time, the scores written out."""
     width = x.shape[-1]
     head_width = width // heads
     mixed = np.zeros_like(x)  # (B, T, D)
     for image, projected in enumerate(reference_linear(x, weights, f"{name}.c_attn")):  # (T, 3D)
-        queries, keys, values = projected[:, :width], projected[:, width : 2 * width], projected[:, 2 * width :]
+        queries, keys, values = (
+            projected[:, :width],
+            projected[:, width : 2 * width],
+            projected[:, 2 * width :],
+        )
         for head in range(heads):
             columns = slice(head * head_width, (head + 1) * head_width)
             scores = queries[:, columns] @ keys[:, columns].T / np.sqrt(head_width)  # (T, T)
@@ -47,7 +54,9 @@ def reference_attention(x: Array, weights: dict[str, Array], name: str, heads: i
                 later = np.arange(scores.shape[1])[None, :] > np.arange(scores.shape[0])[:, None]
                 scores[later] = -np.inf
             shares = np.exp(scores - scores.max(axis=-1, keepdims=True))
-            mixed[image, :, columns] = shares / shares.sum(axis=-1, keepdims=True) @ values[:, columns]
+            mixed[image, :, columns] = (
+                shares / shares.sum(axis=-1, keepdims=True) @ values[:, columns]
+            )
     return reference_linear(mixed, weights, f"{name}.c_proj")
 
 
@@ -85,8 +94,12 @@ def reference_features(
         name = f"transformer.h.{layer}"
         normalised = reference_norm(x, weights[f"{name}.ln_1.weight"])
         features.append(normalised)
-        x = x + reference_attention(normalised, weights, f"{name}.attn", heads, causal=objective == "autoregressive")
-        x = x + reference_mlp(reference_norm(x, weights[f"{name}.ln_2.weight"]), weights, f"{name}.mlp")
+        x = x + reference_attention(
+            normalised, weights, f"{name}.attn", heads, causal=objective == "autoregressive"
+        )
+        x = x + reference_mlp(
+            reference_norm(x, weights[f"{name}.ln_2.weight"]), weights, f"{name}.mlp"
+        )
         layer += 1
     features.append(reference_norm(x, weights["transformer.ln_f.weight"]))
     return features
@@ -114,13 +127,22 @@ def reference_autoregressive_loss(logits: Array, tokens: Tokens) -> float:
 def reference_bert_loss(logits: Array, tokens: Tokens, mask: npt.NDArray[np.bool_]) -> float:
     """Mean over the masked places of an image, then over images."""
     nats = reference_nats(logits, tokens)
-    return float(np.mean([image_nats[image_mask].mean() for image_nats, image_mask in zip(nats, mask, strict=True)]))
+    return float(
+        np.mean(
+            [
+                image_nats[image_mask].mean()
+                for image_nats, image_mask in zip(nats, mask, strict=True)
+            ]
+        )
+    )
 
 
 # The comparison.
 
 
-def random_model(seed: int, **settings: object) -> tuple[ImageGPT, dict[str, Array], np.random.Generator]:
+def random_model(
+    seed: int, **settings: object
+) -> tuple[ImageGPT, dict[str, Array], np.random.Generator]:
     """A float64 model whose every weight is random, gains and biases too, and the same weights for the reference."""
     generator = np.random.default_rng(seed)
     shape = {"resolution": 4, "n_colors": 11, "n_layer": 3, "n_embd": 24, "n_head": 3}
@@ -135,15 +157,22 @@ def random_model(seed: int, **settings: object) -> tuple[ImageGPT, dict[str, Arr
     return model, weights, generator
 
 
-def random_tokens(model: ImageGPT, generator: np.random.Generator, images: int, places: int) -> Tokens:
+def random_tokens(
+    model: ImageGPT, generator: np.random.Generator, images: int, places: int
+) -> Tokens:
     return generator.integers(0, model.config.n_colors, (images, places))
 
 
 def assert_same(
-    model: ImageGPT, weights: dict[str, Array], tokens: Tokens, mask: npt.NDArray[np.bool_] | None = None
+    model: ImageGPT,
+    weights: dict[str, Array],
+    tokens: Tokens,
+    mask: npt.NDArray[np.bool_] | None = None,
 ) -> None:
     """Features of all layers and logits agree."""
-    expected = reference_features(tokens, weights, model.config.n_head, model.config.objective, mask)
+    expected = reference_features(
+        tokens, weights, model.config.n_head, model.config.objective, mask
+    )
     torch_mask = None if mask is None else torch.from_numpy(mask)
     with torch.no_grad():
         features = list(model.features(torch.from_numpy(tokens), torch_mask))
@@ -177,7 +206,12 @@ def test_long_sequences(objective: str, places: int) -> None:
     settings = {"resolution": 17, "n_layer": 2, "n_embd": 16, "n_head": 2, "objective": objective}
     model, weights, generator = random_model(3, **settings)
     tokens = random_tokens(model, generator, 2, places)
-    assert_same(model, weights, tokens, generator.random(tokens.shape) < 0.15 if objective == "bert" else None)
+    assert_same(
+        model,
+        weights,
+        tokens,
+        generator.random(tokens.shape) < 0.15 if objective == "bert" else None,
+    )
 
 
 def test_autoregressive_loss() -> None:
@@ -201,7 +235,9 @@ def test_bert_loss_weighs_images_alike_whatever_their_masks() -> None:
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
 def test_class_head_and_joint_loss(objective: str) -> None:
-    model, weights, generator = random_model(6, objective=objective, class_names=("cat", "dog", "ship"))
+    model, weights, generator = random_model(
+        6, objective=objective, class_names=("cat", "dog", "ship")
+    )
     tokens = random_tokens(model, generator, 4, 16)
     labels = generator.integers(0, 3, 4)
     features = reference_features(tokens, weights, model.config.n_head, objective)
@@ -218,9 +254,14 @@ def test_class_head_and_joint_loss(objective: str) -> None:
         generative = reference_bert_loss(reference_logits(features, weights), tokens, mask)
     else:
         generative = reference_autoregressive_loss(reference_logits(features, weights), tokens)
-    expected = float(reference_nats(reference_class_logits(features, weights), labels).mean()) + 0.5 * generative
+    expected = (
+        float(reference_nats(reference_class_logits(features, weights), labels).mean())
+        + 0.5 * generative
+    )
     masks = [] if mask is None else [torch.from_numpy(mask)]
     total, count = objectives.classification(
         model, torch.from_numpy(tokens), torch.from_numpy(labels), *masks, generation_weight=0.5
     )
-    assert total.item() / count == pytest.approx(expected, rel=1e-6)  # the class part is computed in float32
+    assert total.item() / count == pytest.approx(
+        expected, rel=1e-6
+    )  # the class part is computed in float32

@@ -1,6 +1,7 @@
 """ImageGPT against transformers' own: weights travel both ways and the logits stay, in float64.
 
-transformers' model does not shift: it is fed the start-of-sequence token and the pixels but the last.
+transformers' model does not shift: it is fed the start-of-sequence token and the pixels but the
+last.
 """
 
 import json
@@ -23,12 +24,12 @@ from transformers import (
     pipeline,
 )
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits
-from igpt.model.configuration import ModelConfig
-from igpt.model.generate import sample
+from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
+from igpt.sampling.sampler import sample
 
 N_COLORS, RESOLUTION, N_LAYER = 16, 4, 2
 CLASSES = ("cat", "dog", "ship")
@@ -41,11 +42,15 @@ def randomize(model: nn.Module, seed: int) -> None:
     model.double().eval()
     for name, parameter in model.named_parameters():
         center = 1.0 if ".ln_" in f".{name}" else 0.0
-        parameter.data = center + 0.4 * torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+        parameter.data = center + 0.4 * torch.randn(
+            parameter.shape, dtype=torch.float64, generator=generator
+        )
 
 
 def random_tokens(seed: int, images: int = 3) -> Tensor:
-    return torch.randint(0, N_COLORS, (images, RESOLUTION**2), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, N_COLORS, (images, RESOLUTION**2), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def shifted(tokens: Tensor) -> Tensor:
@@ -54,7 +59,13 @@ def shifted(tokens: Tensor) -> Tensor:
 
 
 def hub_config(**changes: Any) -> ImageGPTConfig:
-    shape = {"vocab_size": N_COLORS + 1, "n_positions": RESOLUTION**2, "n_embd": 24, "n_layer": N_LAYER, "n_head": 3}
+    shape = {
+        "vocab_size": N_COLORS + 1,
+        "n_positions": RESOLUTION**2,
+        "n_embd": 24,
+        "n_layer": N_LAYER,
+        "n_head": 3,
+    }
     return ImageGPTConfig(**{**shape, **changes})
 
 
@@ -72,7 +83,9 @@ def assert_same(ours: ImageGPT, theirs: ImageGPTForCausalImageModeling) -> None:
         output = theirs(shifted(tokens), output_hidden_states=True)
         torch.testing.assert_close(ours(tokens), output.logits, **TOLERANCE)
         *residuals, final = output.hidden_states
-        expected = [block.ln_1(x) for block, x in zip(theirs.transformer.h, residuals, strict=True)] + [final]
+        expected = [
+            block.ln_1(x) for block, x in zip(theirs.transformer.h, residuals, strict=True)
+        ] + [final]
         for feature, reference in zip(ours.features(tokens), expected, strict=True):
             torch.testing.assert_close(feature, reference, **TOLERANCE)
 
@@ -91,7 +104,9 @@ def test_what_transformers_saves_loads(
     assert_same(ours, hub_model)
 
 
-def test_old_pickled_weights_load(hub_model: ImageGPTForCausalImageModeling, tmp_path: Path) -> None:
+def test_old_pickled_weights_load(
+    hub_model: ImageGPTForCausalImageModeling, tmp_path: Path
+) -> None:
     """A directory as of transformers 4.11, whose weights held each layer's causal mask too."""
     state = dict(hub_model.state_dict())
     causal = torch.ones(RESOLUTION**2, RESOLUTION**2, dtype=torch.uint8).tril()[None, None]
@@ -114,7 +129,11 @@ def test_old_pickled_weights_load(hub_model: ImageGPTForCausalImageModeling, tmp
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     clusters = np.random.default_rng(3).uniform(-1, 1, (N_COLORS, 3))
-    preprocessor = {"clusters": clusters.tolist(), "feature_extractor_type": "ImageGPTFeatureExtractor", "size": 4}
+    preprocessor = {
+        "clusters": clusters.tolist(),
+        "feature_extractor_type": "ImageGPTFeatureExtractor",
+        "size": 4,
+    }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     ours = ImageGPT.from_pretrained(tmp_path, dtype=torch.float64)
     assert ours.palette is not None
@@ -138,7 +157,9 @@ def test_biases_of_zero_are_dropped(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
-    config = ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, bias=bias)
+    config = ModelConfig(
+        resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, bias=bias
+    )
     ours = ImageGPT(config)
     randomize(ours, seed=5)
     ours.save_pretrained(tmp_path / "model")
@@ -180,7 +201,9 @@ def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -
 @pytest.mark.parametrize("given", [0, 5])
 def test_both_draw_the_same_images(given: int, tmp_path: Path) -> None:
     """From the start token and from a prefix, the likeliest colour at every place, in one precision."""
-    ours = ImageGPT(ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3))
+    ours = ImageGPT(
+        ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3)
+    )
     randomize(ours, seed=10)
     ours.save_pretrained(tmp_path)
     theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=torch.float64)
@@ -206,22 +229,32 @@ def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageCl
         class_names=CLASSES,
         objective=objective,
     )
-    ours = ImageGPT(config, Palette.from_centers(np.random.default_rng(6).uniform(-1, 1, (N_COLORS, 3))))
+    ours = ImageGPT(
+        config, Palette.from_centers(np.random.default_rng(6).uniform(-1, 1, (N_COLORS, 3)))
+    )
     randomize(ours, seed=6)
     ours.save_pretrained(path)
-    theirs, info = ImageGPTForImageClassification.from_pretrained(path, output_loading_info=True, dtype=torch.float64)
+    theirs, info = ImageGPTForImageClassification.from_pretrained(
+        path, output_loading_info=True, dtype=torch.float64
+    )
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
-    assert set(info["unexpected_keys"]) == {"lm_head.weight"}  # their classifier has no generative head
+    assert set(info["unexpected_keys"]) == {
+        "lm_head.weight"
+    }  # their classifier has no generative head
     return ours, theirs
 
 
-def test_classifier_loads_in_transformers_and_agrees_when_it_is_fed_the_start(tmp_path: Path) -> None:
+def test_classifier_loads_in_transformers_and_agrees_when_it_is_fed_the_start(
+    tmp_path: Path,
+) -> None:
     ours, theirs = classifier(tmp_path, "autoregressive")
     assert theirs.config.id2label == dict(enumerate(CLASSES))
     tokens = random_tokens(seed=7)
     with torch.no_grad():
-        torch.testing.assert_close(class_logits(ours, tokens), theirs(shifted(tokens)).logits, **TOLERANCE)
+        torch.testing.assert_close(
+            class_logits(ours, tokens), theirs(shifted(tokens)).logits, **TOLERANCE
+        )
 
 
 def test_their_processors_tokens_give_their_classifier_something_else(tmp_path: Path) -> None:
@@ -259,7 +292,9 @@ def test_their_classifier_is_refused_for_want_of_a_generative_head(tmp_path: Pat
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_variants_that_we_do_not_compute_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
+def test_variants_that_we_do_not_compute_are_refused(
+    change: dict[str, Any], tmp_path: Path
+) -> None:
     ImageGPTForCausalImageModeling(hub_config(**change)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=rf"config\.json has {next(iter(change))} = "):
         ImageGPT.from_pretrained(tmp_path)
@@ -273,7 +308,9 @@ def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
     processor = AutoImageProcessor.from_pretrained(tmp_path / "model")
     np.testing.assert_array_equal(np.asarray(processor.clusters, np.float32), palette.centers_)
     pixels = generator.integers(0, 256, (5, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
-    theirs = processor([Image.fromarray(image) for image in pixels], input_data_format="channels_last")["input_ids"]
+    theirs = processor(
+        [Image.fromarray(image) for image in pixels], input_data_format="channels_last"
+    )["input_ids"]
     np.testing.assert_array_equal(np.asarray(theirs), palette.transform(pixels).reshape(5, -1))
 
     processor.save_pretrained(tmp_path / "processor")
@@ -295,7 +332,9 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
     """As they are, they feed every pixel at the wrong place: other classes' probabilities, other features."""
     ours, _ = classifier(tmp_path, "autoregressive")
     assert ours.palette is not None
-    pixels = np.random.default_rng(12).integers(0, 256, (3, RESOLUTION, RESOLUTION, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(12).integers(
+        0, 256, (3, RESOLUTION, RESOLUTION, 3), dtype=np.uint8
+    )
     images = [Image.fromarray(image) for image in pixels]
     tokens = torch.from_numpy(ours.palette.transform(pixels).reshape(3, -1).astype(np.int64))
     with torch.no_grad():
@@ -304,7 +343,9 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
     for processor, agrees in ((None, False), (ShiftedProcessor.from_pretrained(tmp_path), True)):
         chosen = {"model": str(tmp_path), "image_processor": processor, "dtype": torch.float64}
         told = pipeline("image-classification", **chosen)(images)
-        theirs = torch.tensor([[{c["label"]: c["score"] for c in image}[name] for name in CLASSES] for image in told])
+        theirs = torch.tensor(
+            [[{c["label"]: c["score"] for c in image}[name] for name in CLASSES] for image in told]
+        )
         assert ((theirs - probabilities).abs().max() < 1e-6) == agrees
         found = torch.tensor(pipeline("image-feature-extraction", **chosen)(images))[:, 0]
         assert found.shape == features.shape
@@ -317,11 +358,19 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
     [{"positions": "rotary"}, {"qk_norm": True}, {"activation": "relu2"}, {"value_residual": True}],
     ids=str,
 )
-@pytest.mark.parametrize("more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str
+)
 def test_transformers_refuses_what_only_igpt_computes(
     variant: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
-    shape = {"resolution": RESOLUTION, "n_colors": N_COLORS, "n_layer": N_LAYER, "n_embd": 24, "n_head": 3}
+    shape = {
+        "resolution": RESOLUTION,
+        "n_colors": N_COLORS,
+        "n_layer": N_LAYER,
+        "n_embd": 24,
+        "n_head": 3,
+    }
     ImageGPT(ModelConfig.layered(shape, variant, more)).save_pretrained(tmp_path)
     for reader in (AutoConfig, ImageGPTForCausalImageModeling):
         with pytest.raises((ValueError, KeyError), match="igpt"):

@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import reported_cases
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
 from igpt.errors import InputError
 from igpt.model.transformer import ImageGPT
+
+from ..helpers import reported_cases
 
 N_COLORS, RESOLUTION = 16, 4
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,13 @@ INDEX = "model.safetensors.index.json"
 def save(path: Path, seed: int, **settings: Any) -> dict[str, torch.Tensor]:
     """Save a random model with transformers; return its tensors."""
     torch.manual_seed(seed)
-    shape = {"vocab_size": N_COLORS + 1, "n_positions": RESOLUTION**2, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    shape = {
+        "vocab_size": N_COLORS + 1,
+        "n_positions": RESOLUTION**2,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 2,
+    }
     model = ImageGPTForCausalImageModeling(ImageGPTConfig(**shape))
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
@@ -37,7 +44,9 @@ def assert_same_logits(path: Path) -> ImageGPT:
     """Compare a directory as igpt and as transformers read it."""
     ours = ImageGPT.from_pretrained(path)
     theirs = ImageGPTForCausalImageModeling.from_pretrained(path).eval()
-    tokens = torch.randint(0, N_COLORS, (2, RESOLUTION**2), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(
+        0, N_COLORS, (2, RESOLUTION**2), generator=torch.Generator().manual_seed(0)
+    )
     start = torch.full((2, 1), N_COLORS)
     with torch.no_grad():
         expected = theirs(torch.cat([start, tokens[:, :-1]], dim=1)).logits
@@ -107,12 +116,20 @@ def test_the_file_that_config_json_names_is_read(tmp_path: Path) -> None:
     save(tmp_path / "new", 4)
     shutil.copy(tmp_path / "new" / "model.safetensors", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "other.safetensors"})
+    )
     assert torch.equal(assert_same_logits(tmp_path).wte.weight, tensors["transformer.wte.weight"])
     for name, words in (
         ("none.safetensors", "none.safetensors, which config.json names, is missing"),
-        ("../other.safetensors", "config.json names '../other.safetensors'; the plain name of a .safetensors file"),
-        ("pytorch_model.bin", "config.json names 'pytorch_model.bin'; the plain name of a .safetensors file"),
+        (
+            "../other.safetensors",
+            "config.json names '../other.safetensors'; the plain name of a .safetensors file",
+        ),
+        (
+            "pytorch_model.bin",
+            "config.json names 'pytorch_model.bin'; the plain name of a .safetensors file",
+        ),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
         with pytest.raises(InputError, match=words):
@@ -170,9 +187,15 @@ def test_a_tensor_in_two_parts_is_named(parts: tuple[Path, dict[str, str]]) -> N
         ('{"weight_map": []}', "weight_map = []"),
         ('{"weight_map": {}}', "weight_map is empty"),
         ('{"weight_map": {"a": 1}}', "weight_map.a = 1"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "the key 'a' occurs twice"),
+        (
+            '{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}',
+            "the key 'a' occurs twice",
+        ),
         *(
-            (json.dumps({"weight_map": {"a": name}}), f"weight_map names {name!r}; the plain name of a .safetensors")
+            (
+                json.dumps({"weight_map": {"a": name}}),
+                f"weight_map names {name!r}; the plain name of a .safetensors",
+            )
             for name in (
                 "../first.safetensors",
                 "/etc/first.safetensors",
@@ -187,7 +210,9 @@ def test_a_tensor_in_two_parts_is_named(parts: tuple[Path, dict[str, str]]) -> N
         ),
     ],
 )
-def test_a_malformed_index_is_one_line(text: str, words: str, parts: tuple[Path, dict[str, str]]) -> None:
+def test_a_malformed_index_is_one_line(
+    text: str, words: str, parts: tuple[Path, dict[str, str]]
+) -> None:
     path, _ = parts
     (path / INDEX).write_text(text)
     assert str(path / INDEX) in refusal(path)
@@ -214,11 +239,14 @@ def test_of_reported_folders_the_weights_of_the_index_are_read(reported: Path, n
     assert all(torch.equal(tensor, newest[key]) for key, tensor in ours.state_dict().items())
 
 
-def test_a_part_that_a_reported_index_names_and_that_is_missing_is_refused(reported: Path, tmp_path: Path) -> None:
+def test_a_part_that_a_reported_index_names_and_that_is_missing_is_refused(
+    reported: Path, tmp_path: Path
+) -> None:
     for file in (reported / "named").iterdir():
         if file.name != "second.safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with pytest.raises(
-        InputError, match=r"second\.safetensors, which model\.safetensors\.index\.json names, is missing"
+        InputError,
+        match=r"second\.safetensors, which model\.safetensors\.index\.json names, is missing",
     ):
         ImageGPT.from_pretrained(tmp_path)

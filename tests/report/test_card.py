@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits
 from igpt.model.transformer import ImageGPT
@@ -25,7 +25,9 @@ NAME = "someone/digits"
 
 
 @pytest.fixture(scope="module")
-def whole(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A run with all that a card can tell of."""
     run = tmp_path_factory.mktemp("card") / "whole"
     shutil.copytree(short_run, run)
@@ -41,7 +43,9 @@ def whole(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: py
 
 
 @pytest.fixture(scope="module")
-def classifier(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(
+    igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run = tmp_path_factory.mktemp("card") / "classes"
     few = ("--steps", 4, "--batch-size", 8, "--validate-every", 2, "--precision", "fp32")
     done = igpt("finetune", short_run, digits.path, "-o", run, *few)
@@ -50,9 +54,16 @@ def classifier(igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factor
 
 
 @pytest.fixture(scope="module")
-def bert(igpt: Run, digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bert(
+    igpt: Run,
+    digits: TokenDataset,
+    short_flags: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     run = tmp_path_factory.mktemp("card") / "bert"
-    done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--objective", "bert")
+    done = igpt(
+        "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--objective", "bert"
+    )
     assert done.returncode == 0, done.stderr
     return run
 
@@ -64,7 +75,11 @@ def front_of(card: str) -> dict[str, object]:
 
 def rows_of(card: str) -> list[list[str]]:
     """The cells of all tables."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in card.splitlines() if line[:1] == "|"]
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in card.splitlines()
+        if line[:1] == "|"
+    ]
 
 
 def facts_of(card: str) -> dict[str, str]:
@@ -89,22 +104,37 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     }
     assert "\n# Image GPT trained on digits\n" in card
     facts = facts_of(card)
-    assert {facts[f"{split} images"] for split in ("train", "validation", "test")} == {"1,437", "180"}
+    assert {facts[f"{split} images"] for split in ("train", "validation", "test")} == {
+        "1,437",
+        "180",
+    }
     assert facts["palette"] == f"17 colours, fingerprint `{digits.palette.fingerprint[:12]}`"
     assert (facts["resolution"], facts["source"]) == ("8 \u00d7 8 pixels", "`digits`")
-    assert (facts["learning rate"], facts["betas"], facts["seed"]) == ("`0.003`", "`0.9, 0.95`", "`0`")
+    assert (facts["learning rate"], facts["betas"], facts["seed"]) == (
+        "`0.003`",
+        "`0.9, 0.95`",
+        "`0`",
+    )
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     best = min(record["loss"] for record in records if record["kind"] == "validation")
     rows = rows_of(card)
     assert ["This model", f"{best:.3f}", f"{best / np.log(2):.3f}"] in rows
-    assert ["Colour frequencies alone", f"{records[0]['unigram_loss']:.3f}"] in [row[:2] for row in rows]
+    assert ["Colour frequencies alone", f"{records[0]['unigram_loss']:.3f}"] in [
+        row[:2] for row in rows
+    ]
     probe = json.loads((whole / "probe.json").read_text())
     for layer in probe["layers"]:
         mark = " (chosen)" if layer["layer"] == probe["best_layer"] else ""
         low, high = layer["test_interval_95"]
         accuracies = [percent(layer["validation_accuracy"]), percent(layer["test_accuracy"])]
-        assert [f"{layer['layer']}{mark}", *accuracies, f"{percent(low)} to {percent(high)}"] in rows
-    assert percent(probe["concatenated"]["test_accuracy"]) in next(row for row in rows if row[0] == "0, 2 side by side")
+        assert [
+            f"{layer['layer']}{mark}",
+            *accuracies,
+            f"{percent(low)} to {percent(high)}",
+        ] in rows
+    assert percent(probe["concatenated"]["test_accuracy"]) in next(
+        row for row in rows if row[0] == "0, 2 side by side"
+    )
     assert any(row[0].endswith(", 4 labels a class") for row in rows)
     score = json.loads((whole / "score.json").read_text())
     assert f"30 test images of `digits`: {score['nats_per_pixel']:.4f} nats/pixel \u00b1 " in card
@@ -113,7 +143,9 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     assert "(the upper 4 of 8 pixel rows)" in card
     assert "The objective is autoregressive: every pixel is predicted from those before it." in card
     assert str(whole) not in card
-    assert str(digits.path.parent) not in card, "where things lie on this machine is nobody's business"
+    assert str(digits.path.parent) not in card, (
+        "where things lie on this machine is nobody's business"
+    )
     assert "\n\n\n" not in card
     assert "license" not in front_of(write_card(whole, NAME).read_text())
 
@@ -175,7 +207,9 @@ def test_what_it_says_to_do_works(
         (1, "this model's is 32, and with 5 in place of 5.66 the logits are wrong."),
     ],
 )
-def test_it_says_which_transformers_computes_the_model(short_run: Path, heads: int, said: str, tmp_path: Path) -> None:
+def test_it_says_which_transformers_computes_the_model(
+    short_run: Path, heads: int, said: str, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     config = json.loads((run / "model" / "config.json").read_text())
@@ -186,7 +220,9 @@ def test_it_says_which_transformers_computes_the_model(short_run: Path, heads: i
         (run / "model" / "config.json").write_text(json.dumps({**config, "n_head": wrong}))
         with pytest.raises(InputError, match=rf"config\.json.* n_head = {wrong!r}"):
             write_card(run, NAME)
-    assert ("**transformers 5.21 or later is needed.** Versions 4.57 to 5.20 divide" in card) == (heads != 2)
+    assert ("**transformers 5.21 or later is needed.** Versions 4.57 to 5.20 divide" in card) == (
+        heads != 2
+    )
 
 
 def test_what_the_data_set_left_out_is_counted_without_paths(
@@ -201,7 +237,10 @@ def test_what_the_data_set_left_out_is_counted_without_paths(
     entry = {"count": 1200, "first": "train /home/me/x.tif", "possible_images": False}
     manifest["made"] |= {
         "config": {"palette": "/home/me/colours.npy"},
-        "left_out": {"further frames of images": entry, "files ending in .txt": entry | {"count": 2}},
+        "left_out": {
+            "further frames of images": entry,
+            "files ending in .txt": entry | {"count": 2},
+        },
         "warnings": ["all colours of the palette /home/me/colours.npy lie in 0..1"],
     }
     (tokens / "dataset.json").write_text(json.dumps(manifest))
@@ -239,11 +278,15 @@ def test_files_that_cannot_go_up_are_named(short_run: Path, tmp_path: Path) -> N
         push_to_hub(run, NAME)
     (model / "pipe").unlink()
     (model / "more").mkdir()
-    with pytest.raises(InputError, match="more is not a file; only files are uploaded, so move it elsewhere"):
+    with pytest.raises(
+        InputError, match="more is not a file; only files are uploaded, so move it elsewhere"
+    ):
         push_to_hub(run, NAME)
     (model / "more").rmdir()
     (model / "README.md").write_text("notes")
-    with pytest.raises(InputError, match="would be one file on the Hub; move one of them elsewhere"):
+    with pytest.raises(
+        InputError, match="would be one file on the Hub; move one of them elsewhere"
+    ):
         push_to_hub(run, NAME)
     (model / "README.md").unlink()
     (model / "model.safetensors").unlink()
@@ -252,7 +295,11 @@ def test_files_that_cannot_go_up_are_named(short_run: Path, tmp_path: Path) -> N
 
 
 def test_a_classifier_s_card(
-    igpt: Run, classifier: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    igpt: Run,
+    classifier: Path,
+    digits: TokenDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     card = write_card(classifier, NAME).read_text()
     assert front_of(card)["pipeline_tag"] == "image-classification"

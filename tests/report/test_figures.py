@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from igpt.data.grids import grid_counts, image_grid
-from igpt.data.palette import Palette
+from igpt.data.images.grid import grid_counts, image_grid
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.report.figures import (
     DARK,
@@ -93,7 +93,14 @@ class TestImageGrid:
         assert grid_counts(grid.crop((0, 0, grid.width - 1, grid.height)), side) is None
 
     @pytest.mark.parametrize(
-        "rows", [[], [[]], [[picture(0), picture(0, 5)]], [[picture(0).astype(float)]], [[np.zeros((4, 4), np.uint8)]]]
+        "rows",
+        [
+            [],
+            [[]],
+            [[picture(0), picture(0, 5)]],
+            [[picture(0).astype(float)]],
+            [[np.zeros((4, 4), np.uint8)]],
+        ],
     )
     def test_refuses_what_is_no_grid_of_pictures(self, rows):
         with pytest.raises(InputError):
@@ -117,7 +124,10 @@ class TestLossCurve:
         words = texts(loss_curve(METRICS, unit="nats/masked pixel"))
         for expected in ("training", "validation", "uniform 2.83", "colour\nfrequencies 2.08"):
             assert expected in words
-        assert loss_curve(METRICS, unit="nats/masked pixel").axes[0].get_ylabel() == "loss, nats/masked pixel"
+        assert (
+            loss_curve(METRICS, unit="nats/masked pixel").axes[0].get_ylabel()
+            == "loss, nats/masked pixel"
+        )
 
     def test_everything_lies_within_the_axes(self):
         axes = loss_curve(METRICS).axes[0]
@@ -126,7 +136,11 @@ class TestLossCurve:
         assert high > 2.833
 
     def test_what_a_kill_made_moot_is_not_drawn(self):
-        again = [*METRICS, {"kind": "resume", "step": 100}, {"kind": "train", "step": 150, "loss": 1.4}]
+        again = [
+            *METRICS,
+            {"kind": "resume", "step": 100},
+            {"kind": "train", "step": 150, "loss": 1.4},
+        ]
         drawn = lines(loss_curve(again))
         assert drawn["training"].get_xydata().tolist() == [[50, 2.5], [100, 1.7], [150, 1.4]]
         assert drawn["validation"].get_xydata().tolist() == [[100, 1.6]]
@@ -147,9 +161,14 @@ class TestLossCurve:
 
 def test_accuracy_is_drawn_in_percent_and_its_best_is_ringed():
     errors = [(100, 0.5), (200, 0.2), (300, 0.3)]
-    metrics = [{"kind": "validation", "step": step, "error": error, "best": False} for step, error in errors]
+    metrics = [
+        {"kind": "validation", "step": step, "error": error, "best": False}
+        for step, error in errors
+    ]
     figure = accuracy_curve(metrics)
-    assert lines(figure)["validation"].get_xydata() == pytest.approx(np.array([[100, 50], [200, 80], [300, 70]]))
+    assert lines(figure)["validation"].get_xydata() == pytest.approx(
+        np.array([[100, 50], [200, 80], [300, 70]])
+    )
     assert lines(figure)["best"].get_xydata() == pytest.approx(np.array([[200, 80]]))
     assert "best 80.0 %, step 200" in texts(figure)
 
@@ -177,13 +196,19 @@ class TestProbe:
         assert set(drawn) == {"test", "validation", "best"}
 
     def test_one_layer_and_perfect_answers_can_be_drawn(self):
-        only = {**PROBE, "layers": [{"layer": 1, "validation_accuracy": 1.0, "test_accuracy": 1.0}], "baselines": {}}
+        only = {
+            **PROBE,
+            "layers": [{"layer": 1, "validation_accuracy": 1.0, "test_accuracy": 1.0}],
+            "baselines": {},
+        }
         assert set(lines(probe_by_layer(only))) == {"test", "validation", "best"}
         assert encode(probe_by_layer(only)).startswith("data:image/svg+xml")
 
 
 class TestSwatch:
-    @pytest.mark.parametrize(("count", "columns"), [(1, 1), (17, 17), (32, 32), (33, 32), (512, 32), (5000, 100)])
+    @pytest.mark.parametrize(
+        ("count", "columns"), [(1, 1), (17, 17), (32, 32), (33, 32), (512, 32), (5000, 100)]
+    )
     def test_shows_every_colour_once_in_token_order(self, count, columns):
         centers = np.random.default_rng(0).uniform(-1, 1, (count, 3))
         palette = Palette.from_centers(centers)
@@ -215,11 +240,18 @@ class TestEncode:
 
     def test_a_long_run_stays_light(self):
         steps = np.random.default_rng(0).normal(2, 0.1, 20_000)
-        metrics = [{"kind": "train", "step": step, "loss": loss} for step, loss in enumerate(steps.tolist())]
+        metrics = [
+            {"kind": "train", "step": step, "loss": loss}
+            for step, loss in enumerate(steps.tolist())
+        ]
         assert len(encode(loss_curve(metrics))) < 300_000
 
     def test_looks_and_widths_differ(self):
-        versions = {encode(probe_by_layer(PROBE, look=k, width=w)) for k in (LIGHT, DARK) for w in (WIDE, NARROW)}
+        versions = {
+            encode(probe_by_layer(PROBE, look=k, width=w))
+            for k in (LIGHT, DARK)
+            for w in (WIDE, NARROW)
+        }
         assert len(versions) == 4
 
     def test_settings_of_matplotlib_are_left_alone(self):

@@ -17,7 +17,13 @@ from igpt.report.findings import (
 )
 from igpt.report.record import Run
 
-START = {"kind": "start", "step": 0, "parameters": 1_234_567, "train_images": 1437, "unigram_loss": 2.0}
+START = {
+    "kind": "start",
+    "step": 0,
+    "parameters": 1_234_567,
+    "train_images": 1437,
+    "unigram_loss": 2.0,
+}
 START |= {"places": 64, "n_colors": 17}
 CONFIG = {"steps": 400, "batch_size": 16, "n_layer": 4, "n_embd": 64, "objective": "autoregressive"}
 
@@ -36,7 +42,11 @@ def probe(accuracy, raw=None, untrained=None, count=180):
     known = {} if raw is None else {"raw_pixels": {"test_accuracy": raw}}
     if untrained is not None:
         known["untrained"] = layers(untrained)
-    return {**layers(accuracy), "images": {"train": 9, "validation": 9, "test": count}, "baselines": known}
+    return {
+        **layers(accuracy),
+        "images": {"train": 9, "validation": 9, "test": count},
+        "baselines": known,
+    }
 
 
 def of(config=CONFIG, metrics=(), **others):
@@ -54,14 +64,20 @@ def test_the_model_is_described_as_far_as_it_is_known():
 
 
 def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
-    words = describe_model(of(metrics=[{**START, "classes": 10}], saved={"n_head": 2, "igpt": {"resolution": 8}}))
+    words = describe_model(
+        of(metrics=[{**START, "classes": 10}], saved={"n_head": 2, "igpt": {"resolution": 8}})
+    )
     assert "2 heads" in words
-    assert "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes." in words  # noqa: RUF001
+    told = "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes."  # noqa: RUF001
+    assert told in words
 
 
 def test_the_loss_is_set_against_colour_frequencies():
     better = describe_loss(of(metrics=[START, validation(100, 1.0)]))
-    assert "1.000 nats/pixel, at step 100, 1.000 below what colour frequencies alone give (2.000)" in better
+    assert (
+        "1.000 nats/pixel, at step 100, 1.000 below what colour frequencies alone give (2.000)"
+        in better
+    )
     assert "among 2.7 colours instead of 7.4" in better
     assert "has not learnt more" in describe_loss(of(metrics=[START, validation(100, 2.0)]))
     assert describe_loss(of(metrics=[START])) == ""
@@ -73,7 +89,9 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     assert describe_classifier(of(metrics=metrics)) == (
         "Its best validation accuracy is 87.5\u00a0%, at step 50; it is not tested yet."
     )
-    words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180}))
+    words = describe_classifier(
+        of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180})
+    )
     assert "right on 90.0\u00a0% of 180 test images (standard error 2.2 points)" in words
     assert "chosen by validation accuracy, at step 50" in words
     whole = {
@@ -82,9 +100,14 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
         "fold_back": {"before": {"test_accuracy": 0.89}},
         "modal": {"masks": 5, "accuracy": 0.91},
     }
-    words = describe_classifier(of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180, **whole}))
+    words = describe_classifier(
+        of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180, **whole})
+    )
     assert "Its learning rate, 0.001, is the best of 2 by validation accuracy." in words
-    assert "trained again, on validation images too, for as many epochs; before that, 89.0\u00a0%." in words
+    assert (
+        "trained again, on validation images too, for as many epochs; before that, 89.0\u00a0%."
+        in words
+    )
     assert "The modal prediction over 5 masks is right on 91.0\u00a0%." in words
     assert describe_classifier(of()) == ""
 
@@ -98,7 +121,9 @@ def test_a_clear_lead_is_called_one():
 
 def test_a_lead_within_two_standard_errors_is_not_claimed():
     words = describe_probe(probe(0.96, raw=0.95))
-    assert "within two standard errors (4.4): these test images do not show that it is better" in words
+    assert (
+        "within two standard errors (4.4): these test images do not show that it is better" in words
+    )
     assert "above" not in words
 
 
@@ -115,13 +140,18 @@ def test_missing_comparisons_are_told():
 
 def test_state_of_the_run():
     end = {"kind": "end", "step": 400, "seconds": 81.0}
-    assert describe_state(of(metrics=[START, end])) == "Finished: 400 steps of 16 images in 1 min 21 s."
+    assert (
+        describe_state(of(metrics=[START, end]))
+        == "Finished: 400 steps of 16 images in 1 min 21 s."
+    )
     early = describe_state(of(metrics=[START, {**end, "step": 250}]))
     assert early == "Finished: 250 steps of 16 images in 1 min 21 s, stopped early (at most 400)."
     assert describe_state(of(metrics=[START, validation(100, 2.0)])).startswith(
         "Not finished: the last record is of step 100 of 400;"
     )
-    assert "Not finished" in describe_state(of(metrics=[START, end, {"kind": "resume", "step": 400}]))
+    assert "Not finished" in describe_state(
+        of(metrics=[START, end, {"kind": "resume", "step": 400}])
+    )
     assert "2 unreadable lines of metrics.jsonl left out" in describe_state(of({}, unreadable=2))
 
 
@@ -142,7 +172,12 @@ def test_durations(seconds, words):
 
 @pytest.mark.parametrize(
     ("source", "name"),
-    [("digits", "digits"), ("uoft-cs/cifar10", "uoft-cs/cifar10"), ("/data/my/birds/", "birds"), ("./birds", "birds")],
+    [
+        ("digits", "digits"),
+        ("uoft-cs/cifar10", "uoft-cs/cifar10"),
+        ("/data/my/birds/", "birds"),
+        ("./birds", "birds"),
+    ],
 )
 def test_sources_in_titles(source, name):
     assert short_source(source) == name

@@ -6,18 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import malformed
 import numpy as np
 import pytest
 import yaml
 
-from igpt.data.grids import image_grid
+from igpt.data.images.grid import image_grid
 from igpt.errors import InputError
 from igpt.report import figures
 from igpt.report.findings import describe_probe
 from igpt.report.page import write_report
 from igpt.report.record import read_metrics, read_run
 from igpt.report.sections import key_tables, probe_section, read_picture
+
+from ..helpers import malformed
 
 ROW = {
     "validation_accuracy": 0.5,
@@ -27,7 +28,13 @@ ROW = {
     "regularisation": 0.1,
     "converged": True,
 }
-FEW = {"per_class": 4, "layer": 1, "mean": 0.7, "standard_deviation": 0.01, "test_accuracies": [0.7, 0.71]}
+FEW = {
+    "per_class": 4,
+    "layer": 1,
+    "mean": 0.7,
+    "standard_deviation": 0.01,
+    "test_accuracies": [0.7, 0.71],
+}
 PROBE: dict[str, Any] = {
     "format": "igpt-probe",
     "version": 2,
@@ -40,7 +47,10 @@ PROBE: dict[str, Any] = {
     "best_layer": 1,
     "concatenated": {"layers": [0, 1], **ROW},
     "few_labels": [FEW],
-    "baselines": {"raw_pixels": {**ROW, "few_labels": [FEW]}, "untrained": {"layers": [{"layer": 0, **ROW}]}},
+    "baselines": {
+        "raw_pixels": {**ROW, "few_labels": [FEW]},
+        "untrained": {"layers": [{"layer": 0, **ROW}]},
+    },
     "classifier": "0" * 64,
 }
 PROBE["baselines"]["untrained"]["best_layer"] = 0
@@ -67,8 +77,21 @@ SAVED = {
     "igpt": {"resolution": 8, "objective": "autoregressive"},
 }
 LINES = [
-    {"kind": "start", "step": 0, "parameters": 10, "train_images": 9, "validation_images": 9, "places": 64}
-    | {"n_colors": 2, "classes": 2, "source": "digits", "uniform_loss": math.log(2), "unigram_loss": 0.6},
+    {
+        "kind": "start",
+        "step": 0,
+        "parameters": 10,
+        "train_images": 9,
+        "validation_images": 9,
+        "places": 64,
+    }
+    | {
+        "n_colors": 2,
+        "classes": 2,
+        "source": "digits",
+        "uniform_loss": math.log(2),
+        "unigram_loss": 0.6,
+    },
     {"kind": "train", "step": 50, "loss": 0.7, "learning_rate": 0.001},
     {"kind": "validation", "step": 100, "loss": 0.5, "error": 0.5, "best": True},
     {"kind": "resume", "step": 100},
@@ -78,10 +101,23 @@ MADE = {
     "config": {"palette": None},
     "palette_error": {"mse": 2.5, "psnr_db": 44.2},
     "skipped": ["train a.png: empty"],
-    "left_out": {"images that do not decode": {"count": 1, "first": "train a.png: empty", "possible_images": True}},
+    "left_out": {
+        "images that do not decode": {
+            "count": 1,
+            "first": "train a.png: empty",
+            "possible_images": True,
+        }
+    },
     "warnings": ["nearly black"],
 }
-CONFIG = {"tokens": "tokens", "steps": 100, "batch_size": 4, "n_layer": 2, "objective": "bert", "betas": [0.9, 0.95]}
+CONFIG = {
+    "tokens": "tokens",
+    "steps": 100,
+    "batch_size": 4,
+    "n_layer": 2,
+    "objective": "bert",
+    "betas": [0.9, 0.95],
+}
 
 
 @pytest.fixture
@@ -93,7 +129,14 @@ def run(tmp_path: Path) -> Path:
     picture = np.zeros((8, 8, 3), np.uint8)
     for name in ("samples", "completions"):
         image_grid([[picture] * 3]).save(run / f"{name}.png")
-    how = {"temperature": 1.0, "top_k": None, "top_p": 0.9, "seed": 0, "keep_rows": 4, "command": "igpt sample"}
+    how = {
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": 0.9,
+        "seed": 0,
+        "keep_rows": 4,
+        "command": "igpt sample",
+    }
     for name, value in {
         "config.yaml": {**CONFIG, "tokens": str(tokens)},
         "environment.json": {"igpt": "0.1.0", "cores": 2, "gpu": None},
@@ -102,7 +145,11 @@ def run(tmp_path: Path) -> Path:
         "samples.json": how,
         "completions.json": how,
         "test.json": TEST,
-        "../tokens/dataset.json": {"source": "digits", "class_names": ["a"], "splits": {"train": {"count": 9}}}
+        "../tokens/dataset.json": {
+            "source": "digits",
+            "class_names": ["a"],
+            "splits": {"train": {"count": 9}},
+        }
         | {"made": MADE},
     }.items():
         (run / name).write_text(json.dumps(value))
@@ -137,7 +184,9 @@ def test_a_malformed_file_gives_a_page_or_one_line(run: Path, name: str, least: 
     def report() -> None:
         write_report(run)
 
-    refused = sum(refused_in_one_line(report, Path(name).name, what) for what in malformed.files(run / name))
+    refused = sum(
+        refused_in_one_line(report, Path(name).name, what) for what in malformed.files(run / name)
+    )
     assert refused >= least, "most of them are refused"
     report()
 
@@ -170,7 +219,12 @@ def test_settings_of_other_kinds_give_a_page_or_one_line(run: Path) -> None:
     for what, content in malformed.contents(whole):
         path.write_bytes(content)
         assert refused_in_one_line(lambda: write_report(run), "config.yaml", what), what
-    for text in ("a: &a [*a]", "1: 2", "? [1, 2]\n: 3", "a: 2001-01-01\nb: !!binary aGVsbG8=\nc: !!set {x}"):
+    for text in (
+        "a: &a [*a]",
+        "1: 2",
+        "? [1, 2]\n: 3",
+        "a: 2001-01-01\nb: !!binary aGVsbG8=\nc: !!set {x}",
+    ):
         path.write_text(text)
         refused_in_one_line(lambda: write_report(run), "config.yaml", text)
     path.write_bytes(whole)
@@ -189,7 +243,9 @@ def test_malformed_lines_of_metrics_are_counted_and_the_rest_is_shown(run: Path)
             found = read_run(run)
             assert key_tables(found) is not None
             figures.loss_curve(found.metrics)
-    path.write_text("".join(json.dumps(one) + "\n" for one in [*LINES, 1, "x", None, {"kind": 1}, [[]]]))
+    path.write_text(
+        "".join(json.dumps(one) + "\n" for one in [*LINES, 1, "x", None, {"kind": 1}, [[]]])
+    )
     assert read_metrics(path) == (LINES, 5)
     path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n\xff\xfe\n" + b'{"kind": "tra')
     assert read_metrics(path) == (LINES, 7)
@@ -202,7 +258,14 @@ def test_pictures_that_are_none_are_refused(run: Path) -> None:
     path = run / "samples.png"
     whole = path.read_bytes()
     huge = whole.replace(whole[16:24], (100_000).to_bytes(4) * 2)
-    for content in (b"", b"text", whole[:20], whole[: len(whole) // 2], whole[:50] + b"\0" * 50, huge):
+    for content in (
+        b"",
+        b"text",
+        whole[:20],
+        whole[: len(whole) // 2],
+        whole[:50] + b"\0" * 50,
+        huge,
+    ):
         path.write_bytes(content)
         assert refused_in_one_line(lambda: write_report(run), "samples.png", repr(content[:20]))
     path.write_bytes(whole)

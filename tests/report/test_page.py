@@ -10,8 +10,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from igpt.data.grids import image_grid
-from igpt.data.palette import Palette
+from igpt.data.images.grid import image_grid
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.report.page import write_report
 
@@ -56,7 +56,13 @@ def read(path):
 def probe_record(**changes):
     def layers(*accuracies):
         return [
-            {"layer": i, "validation_accuracy": p, "test_accuracy": p, "regularisation": 0.1, "converged": i != 2}
+            {
+                "layer": i,
+                "validation_accuracy": p,
+                "test_accuracy": p,
+                "regularisation": 0.1,
+                "converged": i != 2,
+            }
             for i, p in enumerate(accuracies)
         ]
 
@@ -85,7 +91,14 @@ def bare(tmp_path):
         "n_layer: 2\nn_head: 2\nn_embd: 32\nobjective: autoregressive\npatience: null\n"
     )
     records = [
-        {"kind": "start", "step": 0, "parameters": 27_500, "train_images": 1437, "validation_images": 180, "places": 64}
+        {
+            "kind": "start",
+            "step": 0,
+            "parameters": 27_500,
+            "train_images": 1437,
+            "validation_images": 180,
+            "places": 64,
+        }
         | {"n_colors": 17, "uniform_loss": math.log(17), "unigram_loss": 2.08},
         {"kind": "train", "step": 50, "loss": 1.71, "learning_rate": 0.001},
         {"kind": "validation", "step": 100, "loss": 1.55, "best": True},
@@ -93,7 +106,9 @@ def bare(tmp_path):
         {"kind": "validation", "step": 200, "loss": 1.432, "best": True},
         {"kind": "end", "step": 200, "best_step": 200, "best": 1.432, "seconds": 81.0},
     ]
-    run.joinpath("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    run.joinpath("metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     return run
 
 
@@ -108,15 +123,31 @@ def whole(bare, tmp_path):
     }
     (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
     (bare / "environment.json").write_text(
-        json.dumps({"igpt": "0.1.0", "cores": 2, "device": "cpu", "command": "igpt pretrain digits", "commit": None})
+        json.dumps(
+            {
+                "igpt": "0.1.0",
+                "cores": 2,
+                "device": "cpu",
+                "command": "igpt pretrain digits",
+                "commit": None,
+            }
+        )
     )
     (bare / "model").mkdir()
-    (bare / "model" / "preprocessor_config.json").write_text(json.dumps({"clusters": PALETTE.centers_.tolist()}))
+    (bare / "model" / "preprocessor_config.json").write_text(
+        json.dumps({"clusters": PALETTE.centers_.tolist()})
+    )
     (bare / "probe.json").write_text(json.dumps(probe_record()))
     pictures = [[np.full((8, 8, 3), 10 * i + j, np.uint8) for j in range(5)] for i in range(4)]
     image_grid([*pictures, pictures[0][:2]]).save(bare / "samples.png")
     image_grid(pictures).save(bare / "completions.png")
-    how = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0, "command": "igpt sample runs/first/model"}
+    how = {
+        "temperature": 1.0,
+        "top_k": None,
+        "top_p": None,
+        "seed": 0,
+        "command": "igpt sample runs/first/model",
+    }
     (bare / "samples.json").write_text(json.dumps(how))
     (bare / "completions.json").write_text(json.dumps({**how, "keep_rows": 4}))
     return bare
@@ -130,7 +161,8 @@ def test_the_page_stands_alone(whole):
         assert tag not in {"script", "link", "iframe", "object", "embed", "base"}
         for name in ("src", "srcset", "href", "data", "poster", "action"):
             assert re.match(
-                r"data:image/(png|svg\+xml);base64,[\w+/=]+$", attributes.get(name) or "data:image/png;base64,A"
+                r"data:image/(png|svg\+xml);base64,[\w+/=]+$",
+                attributes.get(name) or "data:image/png;base64,A",
             )
         assert not [name for name in attributes if name.startswith("on")]
     style = path.read_text("utf-8").split("<style>")[1].split("</style>")[0]
@@ -206,7 +238,10 @@ def test_what_the_data_set_left_out_and_its_warnings_are_on_the_page(whole, tmp_
     manifest = json.loads(path.read_text())
     assert "left out" not in read(write_report(whole)).text
     frames = {"count": 80, "first": "train /home/x.tif", "possible_images": False}
-    manifest["made"] = {"left_out": {"further frames of images": frames}, "warnings": ["nearly black"]}
+    manifest["made"] = {
+        "left_out": {"further frames of images": frames},
+        "warnings": ["nearly black"],
+    }
     path.write_text(json.dumps(manifest))
     text = read(write_report(whole)).text
     assert "left out further frames of images: 80 (first: train /home/x.tif)" in text
@@ -220,7 +255,9 @@ def test_what_the_data_set_left_out_and_its_warnings_are_on_the_page(whole, tmp_
 def test_before_the_first_validation_the_model_has_no_loss_to_compare(bare):
     lines = (bare / "metrics.jsonl").read_text().splitlines()
     (bare / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
-    assert "This model not yet not yet Colour frequencies alone 2.080" in read(write_report(bare)).text
+    assert (
+        "This model not yet not yet Colour frequencies alone 2.080" in read(write_report(bare)).text
+    )
 
 
 def test_grids_without_a_record_beside_them_claim_nothing_about_how_they_were_drawn(whole):
@@ -249,7 +286,13 @@ def test_every_protocol_of_a_probe_is_told(whole):
         config={"fold_back": True},
         concatenated={"layers": [0, 1], "validation_accuracy": 0.9, "test_accuracy": 0.912},
         few_labels=[
-            {"per_class": 4, "layer": 1, "mean": 0.732, "standard_deviation": 0.015, "test_accuracies": [0.7] * 5}
+            {
+                "per_class": 4,
+                "layer": 1,
+                "mean": 0.732,
+                "standard_deviation": 0.015,
+                "test_accuracies": [0.7] * 5,
+            }
         ],
     )
     (whole / "probe.json").write_text(json.dumps(record))
@@ -273,15 +316,26 @@ def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
         "model: runs/first/model\ntokens: gone\ngeneration_weight: 1.0\nsteps: 500\n"
     )
     records = [
-        {"kind": "start", "step": 0, "source": "digits", "train_images": 1437, "validation_images": 180, "classes": 10},
+        {
+            "kind": "start",
+            "step": 0,
+            "source": "digits",
+            "train_images": 1437,
+            "validation_images": 180,
+            "classes": 10,
+        },
         {"kind": "train", "step": 50, "loss": 3.2},
         {"kind": "validation", "step": 50, "error": 0.1, "best": True},
         {"kind": "validation", "step": 100, "error": 0.05, "best": True},
         {"kind": "end", "step": 100, "best": 0.05, "best_step": 100, "seconds": 3.0},
     ]
-    bare.joinpath("metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    bare.joinpath("metrics.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in records)
+    )
     bare.joinpath("test.json").write_text(
-        json.dumps({"format": "igpt-finetune", "version": 1, "test_accuracy": 0.93, "test_images": 180})
+        json.dumps(
+            {"format": "igpt-finetune", "version": 1, "test_accuracy": 0.93, "test_images": 180}
+        )
     )
     page = read(write_report(bare))
     for expected in (
@@ -319,7 +373,9 @@ def test_whatever_comes_from_files_is_escaped(whole, tmp_path):
     (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
     (whole / "environment.json").write_text(json.dumps({"igpt": evil, "command": evil}))
     (whole / "samples.json").write_text(json.dumps({"temperature": 0.5, "command": evil}))
-    (whole / "probe.json").write_text(json.dumps({"format": "igpt-probe", "version": 2, "skipped": f"`{evil}`"}))
+    (whole / "probe.json").write_text(
+        json.dumps({"format": "igpt-probe", "version": 2, "skipped": f"`{evil}`"})
+    )
     path = write_report(whole)
     page = read(path)
     assert page.all("script") == []
@@ -347,8 +403,16 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
     [
         ("probe.json", '{"format": "igpt-probe", "version": 1}', "format version 2"),
         ("probe.json", '{"format": "igpt-probe", "version": 2}', "the key 'layers' is missing"),
-        ("probe.json", json.dumps(probe_record(best_layer=9)), "best_layer = 9: that layer is not among the layers"),
-        ("probe.json", json.dumps(probe_record(classes="ten")), "classes = 'ten': Input should be a valid integer"),
+        (
+            "probe.json",
+            json.dumps(probe_record(best_layer=9)),
+            "best_layer = 9: that layer is not among the layers",
+        ),
+        (
+            "probe.json",
+            json.dumps(probe_record(classes="ten")),
+            "classes = 'ten': Input should be a valid integer",
+        ),
         ("probe.json", '{"form', "cut off"),
         ("samples.png", "text", "not a readable PNG"),
         ("config.yaml", "- a\n- b\n", "name: value"),
@@ -364,6 +428,8 @@ def test_damaged_files_are_named_and_the_old_page_stays(whole, name, content, me
 
 
 def test_importing_needs_neither_torch_nor_matplotlib():
-    code = "import igpt.report.page, sys; print({'torch', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    code = (
+        "import igpt.report.page, sys; print({'torch', 'matplotlib', 'jinja2'} & set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

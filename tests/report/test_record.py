@@ -2,7 +2,15 @@
 
 import pytest
 
-from igpt.report.record import Run, baselines, best_validation, flat, history, read_metrics, standard_error
+from igpt.report.record import (
+    Run,
+    baselines,
+    best_validation,
+    flat,
+    history,
+    read_metrics,
+    standard_error,
+)
 
 
 def validation(step, loss):
@@ -17,15 +25,25 @@ def test_a_cut_last_line_is_no_damage(tmp_path):
 
 def test_unreadable_lines_before_the_last_are_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "tra{"kind": "resume", "step": 1}\n\n[1]\n{"kind": "train", "step": 2, "loss": 2}\n')
+    path.write_text(
+        '{"kind": "tra{"kind": "resume", "step": 1}\n\n[1]\n{"kind": "train", "step": 2, "loss": 2}\n'
+    )
     records, unreadable = read_metrics(path)
     assert [record["step"] for record in records] == [2]
     assert unreadable == 2
 
 
 def test_steps_taken_again_after_a_resume_count_once():
-    metrics = [validation(100, 1.0), validation(200, 0.1), {"kind": "resume", "step": 150}, validation(200, 0.9)]
-    assert [(record["step"], record["loss"]) for record in history(metrics, "validation")] == [(100, 1.0), (200, 0.9)]
+    metrics = [
+        validation(100, 1.0),
+        validation(200, 0.1),
+        {"kind": "resume", "step": 150},
+        validation(200, 0.9),
+    ]
+    assert [(record["step"], record["loss"]) for record in history(metrics, "validation")] == [
+        (100, 1.0),
+        (200, 0.9),
+    ]
     assert best_validation(metrics) == (200, 0.9)
 
 
@@ -48,13 +66,20 @@ def test_the_shape_comes_from_whichever_file_tells_it(tmp_path):
         "n_colors": 17,
         "n_layer": 4,
     }
-    assert Run(tmp_path, {"n_head": 2, "objective": "bert"}).shape == {"n_head": 2, "objective": "bert"}
-    saved = Run(tmp_path, {"model": "runs/first/model"}, saved={"n_layer": 2, "igpt": {"resolution": 16}})
+    assert Run(tmp_path, {"n_head": 2, "objective": "bert"}).shape == {
+        "n_head": 2,
+        "objective": "bert",
+    }
+    saved = Run(
+        tmp_path, {"model": "runs/first/model"}, saved={"n_layer": 2, "igpt": {"resolution": 16}}
+    )
     assert (saved.shape["n_layer"], saved.shape["resolution"]) == (2, 16)
 
 
 def test_the_source_is_the_name_that_the_user_gave(tmp_path):
-    assert Run(tmp_path, {"tokens": "t"}, [{"kind": "start", "source": "digits"}]).source == "digits"
+    assert (
+        Run(tmp_path, {"tokens": "t"}, [{"kind": "start", "source": "digits"}]).source == "digits"
+    )
     assert Run(tmp_path, {"tokens": "t"}, manifest={"source": "birds"}).source == "birds"
     assert Run(tmp_path, {"tokens": "t"}).source == "t"
     assert Run(tmp_path).source == tmp_path.name

@@ -6,17 +6,18 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-import malformed
 import numpy as np
 import pytest
 
-from igpt.confidence import interval_of_share, packed
 from igpt.errors import InputError
 from igpt.evaluation.results import PROBE, PROBE_VERSION, TEST, TEST_VERSION
 from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_draws, of_images
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION
 from igpt.reproduction.scale import Scale, scale
+from igpt.statistics import interval_of_share, packed
+
+from ..helpers import malformed
 
 SCALE = scale("cpu", rehearsal=True)
 SIZES = list(SCALE.sizes)
@@ -24,7 +25,9 @@ SIZES = list(SCALE.sizes)
 
 def row(accuracy: float, images: int, name: str) -> dict[str, Any]:
     """A row of results: right on images that are drawn by its name, so that two rows differ as on different images."""
-    right = np.random.default_rng(crc32(name.encode())).permutation(images) < round(accuracy * images)
+    right = np.random.default_rng(crc32(name.encode())).permutation(images) < round(
+        accuracy * images
+    )
     return {"test_accuracy": float(right.mean()), "test_right": packed(right)}
 
 
@@ -38,27 +41,52 @@ class Made:
         target = self.folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(value)
-        machine = {"igpt": "0.1.0", "torch": "2.13.0", "processor": "a processor", "cores": 2, "gpu": None}
+        machine = {
+            "igpt": "0.1.0",
+            "torch": "2.13.0",
+            "processor": "a processor",
+            "cores": 2,
+            "gpu": None,
+        }
         about = {"command": ["a"], "ended": "done", "seconds": 1.0, "side_by_side": 1}
         self.steps[name] = {**about, "machine": machine}
         record = {"format": FORMAT, "version": VERSION, "steps": self.steps}
         (self.folder / RECORD).write_text(json.dumps(record))
 
     def probe(
-        self, name: str, accuracies: list[float], best: int, images: int = 2000, right: str = "", **more: Any
+        self,
+        name: str,
+        accuracies: list[float],
+        best: int,
+        images: int = 2000,
+        right: str = "",
+        **more: Any,
     ) -> None:
         layers = [
-            {"layer": layer, "validation_accuracy": value, **row(value, images, f"{right or name}, {layer}")}
+            {
+                "layer": layer,
+                "validation_accuracy": value,
+                **row(value, images, f"{right or name}, {layer}"),
+            }
             for layer, value in enumerate(accuracies)
         ]
         counts = dict.fromkeys(("train", "validation", "test"), images)
         config = {"limit": images, "test_images": None, "seed": 0}
-        about = {"best_layer": best, "images": counts, "classes": 10, "tokens": "tokens", "config": config}
+        about = {
+            "best_layer": best,
+            "images": counts,
+            "classes": 10,
+            "tokens": "tokens",
+            "config": config,
+        }
         whole = {"format": PROBE, "version": PROBE_VERSION, "layers": layers, **about, **more}
         self._record(f"probes/{name}", f"probes/{name}.json", json.dumps(whole))
 
     def run(self, name: str, losses: dict[int, float]) -> None:
-        lines = [json.dumps({"kind": "validation", "step": step, "loss": loss}) for step, loss in losses.items()]
+        lines = [
+            json.dumps({"kind": "validation", "step": step, "loss": loss})
+            for step, loss in losses.items()
+        ]
         self._record(f"runs/{name}", f"runs/{name}/metrics.jsonl", "\n".join(lines))
 
     def finetuned(self, name: str, accuracy: float, images: int = 2000, right: str = "") -> None:
@@ -93,12 +121,18 @@ def test_intervals() -> None:
     assert draws.high - draws.value == pytest.approx((of_labels**2 + of_test**2) ** 0.5, rel=1e-3)
     assert draws.n == "3 draws, 50 images"
     same = of_draws([0.1, 0.1], 1000)
-    assert same.half == pytest.approx(of_images(0.1, 1000).half), "the images' part stays when all draws agree"
+    assert same.half == pytest.approx(of_images(0.1, 1000).half), (
+        "the images' part stays when all draws agree"
+    )
 
 
 def test_draws_are_compared_draw_by_draw(made: Made) -> None:
     """The same draws on the same images: only what is right once and wrong once is uncertain."""
-    wins = [[40, 60], [50, 70], [60, 80]]  # right answers of 100, by draw; every image of the lower is the higher's too
+    wins = [
+        [40, 60],
+        [50, 70],
+        [60, 80],
+    ]  # right answers of 100, by draw; every image of the lower is the higher's too
     for draw, pair in enumerate(wins):
         for start, count in zip(("scratch", "ar"), pair, strict=True):
             made.finetuned(f"{start}-4-{draw}", count / 100, images=100, right=f"{draw}")
@@ -106,10 +140,14 @@ def test_draws_are_compared_draw_by_draw(made: Made) -> None:
     first, second = results.finetuned("ar", 4), results.finetuned("scratch", 4)
     found, half = difference(first, second)
     assert found == pytest.approx(20)
-    each = np.mean(np.asarray(first.right, float) - second.right, axis=0)  # 20 points in every draw: no part of theirs
+    each = np.mean(
+        np.asarray(first.right, float) - second.right, axis=0
+    )  # 20 points in every draw: no part of theirs
     assert half == pytest.approx(196 * each.std(ddof=1) / 10, rel=1e-3)
     assert half < np.hypot(100 * first.half, 100 * second.half) / 3
-    assert difference(first, replace(second, images=())) == pytest.approx((20, 100 * np.hypot(first.half, second.half)))
+    assert difference(first, replace(second, images=())) == pytest.approx(
+        (20, 100 * np.hypot(first.half, second.half))
+    )
     spread = replace(second, right=np.roll(second.right, 1, axis=0))
     assert difference(first, spread)[1] > 10, "draws that differ count"
 
@@ -118,7 +156,13 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
     made.finetuned("ar-all", 0.5)
     path = made.folder / "finetuned/ar-all/test.json"
     path.write_text(
-        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "test_right"})
+        json.dumps(
+            {
+                key: value
+                for key, value in json.loads(path.read_text()).items()
+                if key != "test_right"
+            }
+        )
     )
     with pytest.raises(InputError, match="a fine-tuning here was made by an earlier igpt"):
         Results(made.folder, SCALE).finetuned("ar", "all")
@@ -134,7 +178,11 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
         ([0.3, 0.45, 0.5, 0.4], 1, "yes"),  # one peak, beside the layer that validation chose
         ([0.5, 0.4, 0.3, 0.3], 0, "no"),  # the first is clearly best
         ([0.3, 0.5, 0.3, 0.5, 0.4], 3, "no"),  # two peaks
-        ([0.48, 0.46, 0.44, 0.42, 0.53, 0.4], 4, "no"),  # no single step of the fall is clear, all together are
+        (
+            [0.48, 0.46, 0.44, 0.42, 0.53, 0.4],
+            4,
+            "no",
+        ),  # no single step of the fall is clear, all together are
     ],
 )
 def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> None:
@@ -150,7 +198,9 @@ def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> No
 def along_training(made: Made, lead: float, gain: float) -> dict[str, Any]:
     """Sizes whose losses overlap, each `lead` better than the one before at equal loss."""
     for place, size in enumerate(SIZES):
-        losses = {step: 3.0 - 0.5 * number - 0.2 * place for number, step in enumerate(SCALE.snapshots)}
+        losses = {
+            step: 3.0 - 0.5 * number - 0.2 * place for number, step in enumerate(SCALE.snapshots)
+        }
         made.run(size, losses)
         for step, loss in losses.items():
             made.probe(f"{size}-{step}", [0.2, 0.3 + gain * (3.0 - loss) + lead * place], 1)
@@ -174,7 +224,9 @@ def test_lower_loss_and_larger_models(made: Made) -> None:
         (0.0, -0.1, "no", "in 0 of 3 sizes, and clearly not in 3"),
     ],
 )
-def test_what_does_not_hold_of_loss_and_size(made: Made, lead: float, gain: float, held: str, words: str) -> None:
+def test_what_does_not_hold_of_loss_and_size(
+    made: Made, lead: float, gain: float, held: str, words: str
+) -> None:
     answer = along_training(made, lead, gain)
     assert answer["held"] == held
     assert words in answer["verdict"]
@@ -198,7 +250,9 @@ def test_losses_that_do_not_overlap_leave_it_open(made: Made) -> None:
         (0.4, 0.5, 0.6, 0.6, "no"),
     ],
 )
-def test_bert(made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: float, held: str) -> None:
+def test_bert(
+    made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: float, held: str
+) -> None:
     made.probe("main", [0.1, ar], 1)
     made.probe("bert", [0.1, bert], 1)
     made.finetuned("ar-all", ar_tuned)
@@ -209,7 +263,12 @@ def test_bert(made: Made, ar: float, bert: float, ar_tuned: float, bert_tuned: f
 def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dict[str, Any]:
     few, few_of_pixels = (
         [
-            {"per_class": labels, "test_accuracies": [share, share + 0.001], "mean": share, "standard_deviation": 0.001}
+            {
+                "per_class": labels,
+                "test_accuracies": [share, share + 0.001],
+                "mean": share,
+                "standard_deviation": 0.001,
+            }
             for labels in SCALE.few
         ]
         for share in (0.3, raw)
@@ -239,7 +298,9 @@ def test_finetuning_loses(made: Made) -> None:
     assert by_labels(made, tuned=0.1, scratch=0.35)["held"] == "no"
 
 
-@pytest.mark.parametrize(("low", "high", "held"), [(0.3, 0.4, "yes"), (0.4, 0.3, "no"), (0.3, 0.31, "undecided")])
+@pytest.mark.parametrize(
+    ("low", "high", "held"), [(0.3, 0.4, "yes"), (0.4, 0.3, "no"), (0.3, 0.31, "undecided")]
+)
 def test_resolution(made: Made, low: float, high: float, held: str) -> None:
     sides = sorted(SCALE.resolutions)
     for side in sides:
@@ -249,7 +310,9 @@ def test_resolution(made: Made, low: float, high: float, held: str) -> None:
 
 def test_resolutions_are_compared_image_by_image(made: Made) -> None:
     sides = sorted(SCALE.resolutions)
-    for side in sides:  # the higher resolution is right on all images of the lower one, and on twenty more
+    for (
+        side
+    ) in sides:  # the higher resolution is right on all images of the lower one, and on twenty more
         values = [0.1, 0.31 if side == sides[-1] else 0.3]
         made.probe(f"at-{side}", values, 1, right="all", tokens=f"tokens/labelled-{side}")
     assert made.answer("resolution")["held"] == "yes"
@@ -269,10 +332,19 @@ def asked(made: Made, names: tuple[str, ...]) -> None:
 def test_malformed_results_are_refused_in_one_line_or_make_no_difference(made: Made) -> None:
     small = replace(SCALE, sizes={size: SCALE.sizes[size] for size in SIZES[:2]}, few=SCALE.few[:1])
     made = Made(made.folder, replace(small, main=SIZES[0], snapshots=SCALE.snapshots[-2:]))
-    few = {"per_class": made.scale.few[0], "test_accuracies": [0.3, 0.4], "mean": 0.35, "standard_deviation": 0.01}
+    few = {
+        "per_class": made.scale.few[0],
+        "test_accuracies": [0.3, 0.4],
+        "mean": 0.35,
+        "standard_deviation": 0.01,
+    }
     pixels = {**row(0.2, 8, "raw"), "validation_accuracy": 0.2, "few_labels": [few]}
     more = {"few_labels": [few], "baselines": {"raw_pixels": pixels}}
-    for name in ("main", f"{SIZES[1]}-{made.scale.updates}", *(f"{size}-{step}" for size in SIZES for step in (2, 4))):
+    for name in (
+        "main",
+        f"{SIZES[1]}-{made.scale.updates}",
+        *(f"{size}-{step}" for size in SIZES for step in (2, 4)),
+    ):
         made.probe(name, [0.25, 0.5], 1, images=8, **more)
     for size in made.scale.sizes:
         made.run(size, dict.fromkeys(made.scale.snapshots, 2.0))
@@ -311,7 +383,10 @@ def test_malformed_lines_of_metrics_are_refused_in_one_line(made: Made) -> None:
             asked(made, ("loss",))
         except InputError as error:
             said = str(error)
-            assert f"metrics.jsonl: the validation loss of update {SCALE.snapshots[-1]} is missing" in said, what
+            assert (
+                f"metrics.jsonl: the validation loss of update {SCALE.snapshots[-1]} is missing"
+                in said
+            ), what
     path.write_bytes(whole)
     for what in malformed.others(path):
         with pytest.raises(InputError, match=r"metrics\.jsonl") as refusal:
@@ -321,12 +396,16 @@ def test_malformed_lines_of_metrics_are_refused_in_one_line(made: Made) -> None:
 
 def test_few_labels_of_other_numbers_are_refused(made: Made) -> None:
     made.probe("main", [0.1, 0.4], 1)
-    with pytest.raises(InputError, match=r"main\.json: few_labels are not of \(1, 2\) labels a class"):
+    with pytest.raises(
+        InputError, match=r"main\.json: few_labels are not of \(1, 2\) labels a class"
+    ):
         made.answer("finetuning")
 
 
 def test_draws_on_other_images_are_refused(made: Made) -> None:
     for draw, images in enumerate((100, 104)):
         made.finetuned(f"ar-4-{draw}", 0.5, images=images)
-    with pytest.raises(InputError, match=r"ar-4-1/test\.json is of other test images than .*ar-4-0/test\.json"):
+    with pytest.raises(
+        InputError, match=r"ar-4-1/test\.json is of other test images than .*ar-4-0/test\.json"
+    ):
         Results(made.folder, SCALE).finetuned("ar", 4)

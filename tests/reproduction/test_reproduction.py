@@ -8,7 +8,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import malformed
 import numpy as np
 import pytest
 import torch
@@ -24,6 +23,8 @@ from igpt.reproduction.reproduce import gather, reproduce
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION, records
 from igpt.reproduction.scale import Scale, scale
 from igpt.reproduction.steps import steps
+
+from ..helpers import malformed
 
 SMALL = replace(
     scale("cpu", rehearsal=True),
@@ -59,25 +60,39 @@ def test_every_step_is_done_once(folder: Path) -> None:
     for step in planned:
         assert tuple(known[step.name]["command"]) == step.words
         made = folder / step.name
-        assert made.is_dir() or made.with_suffix(".json").exists() or made.with_suffix(".png").exists(), step.name
+        assert (
+            made.is_dir() or made.with_suffix(".json").exists() or made.with_suffix(".png").exists()
+        ), step.name
     assert reproduce(folder, SMALL, source, source, main)
     assert records(folder) == known, "a second call has nothing to do"
 
 
 def test_the_evidence_is_whole(folder: Path) -> None:
     evidence = json.loads((folder / "evidence.json").read_text())
-    assert (evidence["format"], evidence["version"], evidence["complete"]) == ("igpt-reproduction", 1, True)
+    assert (evidence["format"], evidence["version"], evidence["complete"]) == (
+        "igpt-reproduction",
+        1,
+        True,
+    )
     assert [asked["name"] for asked in evidence["questions"]] == [name for name, *_ in QUESTIONS]
     for asked in evidence["questions"]:
         assert asked["held"] in ("yes", "in part", "no", "undecided", "shown")
         assert asked["table"]["rows"]
         assert asked["how"]
         assert all(len(row) == len(asked["table"]["head"]) for row in asked["table"]["rows"])
-    assert [model["name"] for model in evidence["models"]] == ["small", "large", "bert", "at-4", "at-6"]
+    assert [model["name"] for model in evidence["models"]] == [
+        "small",
+        "large",
+        "bert",
+        "at-4",
+        "at-6",
+    ]
     assert evidence["models"][1]["images_seen"] == 16
     assert [machine["torch"] for machine in evidence["machines"]] == [torch.__version__]
     assert evidence["questions"][0]["tried"] == "twice as many updates, without a difference"
-    own = next(row for row in evidence["questions"][0]["table"]["rows"] if "own 2 classes" in row[0])
+    own = next(
+        row for row in evidence["questions"][0]["table"]["rows"] if "own 2 classes" in row[0]
+    )
     assert own[1].endswith(")")
 
 
@@ -87,11 +102,17 @@ def test_the_figures_say_what_the_files_say(folder: Path) -> None:
     probe = json.loads((folder / "probes" / "main.json").read_text())
     best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
     assert results.best(results.probe("main")).value == best["test_accuracy"]
-    lines = [json.loads(line) for line in (folder / "runs" / "large" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "runs" / "large" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert results.losses("large")[2] == next(
         line["loss"] for line in lines if line["kind"] == "validation" and line["step"] == 2
     )
-    tests = [json.loads((folder / f"finetuned/ar-1-{draw}/test.json").read_text()) for draw in range(SMALL.draws)]
+    tests = [
+        json.loads((folder / f"finetuned/ar-1-{draw}/test.json").read_text())
+        for draw in range(SMALL.draws)
+    ]
     assert {test["train_images"] for test in tests} == {2}, "one label of each of two classes"
     mean = sum(test["test_accuracy"] for test in tests) / SMALL.draws
     assert results.finetuned("ar", 1).value == pytest.approx(mean)
@@ -125,18 +146,26 @@ def test_stacked_pictures_keep_their_pixels(folder: Path) -> None:
         with Image.open(folder / "figures" / f"{kind}.png") as opened:
             assert opened.mode == "P"
             sheet = np.asarray(opened.convert("RGBA"))
-        parts = [np.asarray(Image.open(folder / "pictures" / f"{kind}-{step}.png").convert("RGB")) for step in (1, 2)]
+        parts = [
+            np.asarray(Image.open(folder / "pictures" / f"{kind}-{step}.png").convert("RGB"))
+            for step in (1, 2)
+        ]
         height, width = parts[0].shape[:2]
         second = sheet[height:] if kind == "samples" else sheet[:, width + 12 :]
         for part, shown in zip(parts, (sheet[:height, :width], second), strict=True):
             np.testing.assert_array_equal(shown[..., :3], part)
             assert (shown[..., 3] == 255).all()
         if kind == "completions":
-            assert not sheet[:, width : width + 12, 3].any(), "between them the page's own ground is seen"
+            assert not sheet[:, width : width + 12, 3].any(), (
+                "between them the page's own ground is seen"
+            )
 
 
 def test_the_same_evidence_gives_the_same_page(folder: Path, tmp_path: Path) -> None:
-    before = {name: (folder / name).read_bytes() for name in ("report.html", "report.md", "figures/layers.svg")}
+    before = {
+        name: (folder / name).read_bytes()
+        for name in ("report.html", "report.md", "figures/layers.svg")
+    }
     write_page(folder, json.loads((folder / "evidence.json").read_text()))
     assert {name: (folder / name).read_bytes() for name in before} == before
 
@@ -151,20 +180,27 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
 def test_labels_are_looked_at_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out", str(folder.parent / "images")
     shutil.copytree(folder / "tokens", out / "tokens")
-    tokens = {name: record for name, record in records(folder).items() if name.startswith("tokens/")}
+    tokens = {
+        name: record for name, record in records(folder).items() if name.startswith("tokens/")
+    }
     write_json(out / RECORD, {"format": FORMAT, "version": VERSION, "steps": tokens})
     with pytest.raises(InputError, match="100 labels a class are asked for, and one class has"):
         reproduce(out, replace(SMALL, few=(100,)), source, source, main)
     for place in out.glob("tokens/labelled-*/dataset.json"):
         place.write_text(json.dumps({**json.loads(place.read_text()), "class_names": None}))
-    with pytest.raises(InputError, match="images has no labels, and all is judged by them; name others by --labelled"):
+    with pytest.raises(
+        InputError,
+        match="images has no labels, and all is judged by them; name others by --labelled",
+    ):
         reproduce(out, SMALL, source, source, main)
     assert not (out / "runs").exists()
 
 
 def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.yaml").write_text("layer: more\n")
-    with pytest.raises(InputError, match=r"notes\.yaml: there is no question 'layer'; did you mean 'layers'"):
+    with pytest.raises(
+        InputError, match=r"notes\.yaml: there is no question 'layer'; did you mean 'layers'"
+    ):
         reproduce(tmp_path, SMALL, "photographs", "photographs", main)
 
 
@@ -234,7 +270,10 @@ def test_the_graph_has_what_every_step_reads(name: str, rehearsal: bool) -> None
 def test_mistakes(igpt, tmp_path: Path) -> None:
     for words, line in (
         (["--scale", "tpu"], "invalid choice"),
-        (["--minutes", "0"], "igpt reproduce: --minutes is more than 0 and at most 1,000,000, not 0"),
+        (
+            ["--minutes", "0"],
+            "igpt reproduce: --minutes is more than 0 and at most 1,000,000, not 0",
+        ),
         (["--minutes", "nan"], "--minutes is more than 0 and at most 1,000,000, not nan"),
         (["--minutes", "inf"], "--minutes is more than 0 and at most 1,000,000, not inf"),
         (["--jobs", "0"], "igpt reproduce: --jobs is 1 to 1024, not 0"),

@@ -12,14 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import command
 
 from igpt.errors import InputError, Interrupted
 from igpt.reproduction.runner import LOGS, RECORD, StepsFailed, records, run
 from igpt.reproduction.steps import Step
 
+from ..helpers.commands import command
 
-def go(steps: list[Step], folder: Path, jobs: int = 2, minutes: float | None = None) -> tuple[bool, list[str]]:
+
+def go(
+    steps: list[Step], folder: Path, jobs: int = 2, minutes: float | None = None
+) -> tuple[bool, list[str]]:
     said: list[str] = []
     return run(steps, folder, command, jobs=jobs, minutes=minutes, say=said.append), said
 
@@ -58,7 +61,9 @@ def test_the_cores_are_shared_out(tmp_path: Path) -> None:
     before = os.environ.get("OMP_NUM_THREADS")
     for jobs in (1, 2, 64):
         go([Step(f"{jobs}", ("threads", f"{jobs}"))], tmp_path, jobs=jobs)
-        assert int((tmp_path / f"{jobs}").read_text()) == max(1, len(os.sched_getaffinity(0)) // jobs)
+        assert int((tmp_path / f"{jobs}").read_text()) == max(
+            1, len(os.sched_getaffinity(0)) // jobs
+        )
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
@@ -69,7 +74,9 @@ def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
         Step("apart", ("write", "a")),
         Step("later", ("need", "a"), after=("apart",)),
     ]
-    told = r"step bad failed \(exit code 2\): no such file; all .*bad\.log \(2 of 4 steps are done\)"
+    told = (
+        r"step bad failed \(exit code 2\): no such file; all .*bad\.log \(2 of 4 steps are done\)"
+    )
     with pytest.raises(StepsFailed, match=told):
         go(steps, tmp_path, jobs=1)
     ended = {name: record["ended"] for name, record in records(tmp_path).items()}
@@ -85,7 +92,10 @@ def test_what_may_fail_is_skipped_when_it_is_refused(tmp_path: Path) -> None:
     done, said = go(steps, tmp_path, jobs=1)
     assert done
     assert said[0] == "own: skipped (no labels)"
-    assert {name: record["ended"] for name, record in records(tmp_path).items()} == {"own": "skipped", "else": "done"}
+    assert {name: record["ended"] for name, record in records(tmp_path).items()} == {
+        "own": "skipped",
+        "else": "done",
+    }
     with pytest.raises(InputError, match="step own failed"):
         go([Step("own", ("kill", "me"), optional=True)], tmp_path / "other")
 
@@ -167,7 +177,9 @@ def test_a_run_directory_is_continued(tmp_path: Path) -> None:
 
 def test_other_commands_are_refused(tmp_path: Path) -> None:
     go([Step("a", ("write", "a"))], tmp_path)
-    with pytest.raises(InputError, match=r"holds a by another command \(igpt write a\); choose another -o"):
+    with pytest.raises(
+        InputError, match=r"holds a by another command \(igpt write a\); choose another -o"
+    ):
         go([Step("a", ("write", "b"))], tmp_path)
 
 
@@ -196,7 +208,10 @@ def test_seconds_add_up(tmp_path: Path) -> None:
 
 def test_a_signal_stops_all(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGTERM)
-    assert stopped([Step("slow", ("slow", "pid"))], tmp_path, tmp_path / "pid") == "0 of 1 steps are done"
+    assert (
+        stopped([Step("slow", ("slow", "pid"))], tmp_path, tmp_path / "pid")
+        == "0 of 1 steps are done"
+    )
     assert (tmp_path / "pid.stopped").exists()
     assert records(tmp_path)["slow"]["ended"] == "stopped"
     assert signal.getsignal(signal.SIGTERM) == before
@@ -210,10 +225,14 @@ def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> No
     )
     known = os.environ.get("PYTHONPATH", "")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), known])}
-    process = subprocess.Popen([sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment
+    )
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     child = int((tmp_path / "pid").read_text())
-    with pytest.raises(InputError, match=rf"is being written by process {process.pid} on {socket.gethostname()}"):
+    with pytest.raises(
+        InputError, match=rf"is being written by process {process.pid} on {socket.gethostname()}"
+    ):
         go([Step("slow", ("slow", "pid"))], tmp_path)
     process.kill()
     process.wait()

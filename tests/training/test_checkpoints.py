@@ -5,16 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_tensors
 from torch import nn
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+from igpt.training.checkpoints import Checkpoints, Progress, newest_whole
 from igpt.training.distributed import Team
 from igpt.training.metrics import read_metrics
 from igpt.training.optimizer import make_optimizers
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.state import Checkpoints, Progress, newest_whole
+
+from ..helpers.runs import assert_same_tensors
 
 DATA = "__0_0.distcp"
 
@@ -41,10 +42,14 @@ class Saved:
 
     @property
     def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.checkpoints.folder.iterdir())
+        return sorted(
+            int(path.name.removeprefix("step-")) for path in self.checkpoints.folder.iterdir()
+        )
 
 
-def test_a_damaged_one_is_replaced_by_the_next_save_and_good_ones_stay_until_then(tmp_path: Path) -> None:
+def test_a_damaged_one_is_replaced_by_the_next_save_and_good_ones_stay_until_then(
+    tmp_path: Path,
+) -> None:
     some = Saved(tmp_path, keep=2)
     some.save(2, 4, 6, 8, best=2)
     assert some.steps == [2, 6, 8]
@@ -84,7 +89,9 @@ def test_every_missing_file_is_noticed(name: str, tmp_path: Path) -> None:
     assert step == 2
     assert f"{name} is missing" in notes[0]
     (tmp_path / "step-00000002" / name).unlink()
-    with pytest.raises(InputError, match=r"no whole checkpoint in .* there is nothing to resume; start another run"):
+    with pytest.raises(
+        InputError, match=r"no whole checkpoint in .* there is nothing to resume; start another run"
+    ):
         some.load()
 
 
@@ -100,11 +107,23 @@ def test_the_optimisers_come_back_too(tmp_path: Path) -> None:
     assert_same_tensors(*states)
 
 
-def test_the_newest_and_the_best_remain(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
+def test_the_newest_and_the_best_remain(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path
+) -> None:
     """At a learning rate that is too high, the first validation is the best, and after two others patience ends."""
-    high = {"learning_rate": 0.1, "schedule": "constant", "validate_every": 2, "checkpoint_every": 2}
-    config = PretrainConfig.layered({**short, **high, "patience": 2, "keep_checkpoints": 1, "tokens": digits.path})
+    high = {
+        "learning_rate": 0.1,
+        "schedule": "constant",
+        "validate_every": 2,
+        "checkpoint_every": 2,
+    }
+    config = PretrainConfig.layered(
+        {**short, **high, "patience": 2, "keep_checkpoints": 1, "tokens": digits.path}
+    )
     pretrain(config, tmp_path)
     end = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert (end["best_step"], end["step"]) == (2, 6)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000002", "step-00000006"]
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002",
+        "step-00000006",
+    ]

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import Interrupted
-from igpt.training import state
+from igpt.training import checkpoints as state
+from igpt.training.checkpoints import Checkpoints, newest_whole
 from igpt.training.engine import Engine
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.run import team_settings
-from igpt.training.state import Checkpoints, newest_whole
+from igpt.training.run_directory import team_settings
 from igpt.training.trainer import Trainer
 
 

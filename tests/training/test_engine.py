@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team
@@ -25,9 +25,13 @@ def engine(settings: dict[str, Any] | None = None, **shape: Any) -> Engine:
     small = {"resolution": 4, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 2}
     torch.manual_seed(0)
     model = ImageGPT(ModelConfig.layered({**small, **shape}))
-    torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # or nothing below it would have a gradient
+    torch.nn.init.normal_(
+        model.lm_head.weight, std=0.1
+    )  # or nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **(settings or {})})
-    return Engine(model, config, ALONE, autoregressive if model.config.objective == "autoregressive" else bert)
+    return Engine(
+        model, config, ALONE, autoregressive if model.config.objective == "autoregressive" else bert
+    )
 
 
 def tokens(seed: int, images: int = 4, places: int = 16) -> torch.Tensor:
@@ -53,7 +57,9 @@ def test_selective_checkpointing_computes_no_product_again() -> None:
         some = engine({"activation_checkpointing": recomputation})
         with Watch() as watch:
             some.update((tokens(0),), 1e-3)
-        counts[recomputation] = {name: watch.operations[f"aten.{name}.default"] for name in ("mm", "silu")}
+        counts[recomputation] = {
+            name: watch.operations[f"aten.{name}.default"] for name in ("mm", "silu")
+        }
     assert counts["selective"]["mm"] == counts["none"]["mm"] < counts["full"]["mm"]
     assert counts["selective"]["silu"] == counts["full"]["silu"] == 2 * counts["none"]["silu"]
 
@@ -100,12 +106,23 @@ def test_the_host_waits_for_nothing_in_an_update(settings: dict[str, Any]) -> No
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_matrix_of_places_by_places_at_64_px(objective: str, precision: str) -> None:
     some = engine(
-        {"batch_size": 1, "precision": precision}, objective=objective, resolution=64, n_layer=1, n_embd=16, n_head=1
+        {"batch_size": 1, "precision": precision},
+        objective=objective,
+        resolution=64,
+        n_layer=1,
+        n_embd=16,
+        n_head=1,
     )
-    masks = [torch.rand(1, 4096, generator=torch.Generator().manual_seed(1)) < 0.15] if objective == "bert" else []
+    masks = (
+        [torch.rand(1, 4096, generator=torch.Generator().manual_seed(1)) < 0.15]
+        if objective == "bert"
+        else []
+    )
     with Watch() as watch:
         some.update((tokens(0, 1, 4096), *masks), 1e-3)
-    assert 4096 * 64 <= watch.largest < 4096 * 4096 / 16, "the activations of 64 numbers a place are the largest"
+    assert 4096 * 64 <= watch.largest < 4096 * 4096 / 16, (
+        "the activations of 64 numbers a place are the largest"
+    )
 
 
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
@@ -122,7 +139,8 @@ def faults():
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 4
 given_back = min(faults() for _ in range(3))
 keep_freed_memory()
-print(given_back, min(faults() for _ in range(4)))  # the first ones find no freed memory, or pieces of it
+# the first ones find no freed memory, or pieces of it
+print(given_back, min(faults() for _ in range(4)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     given_back, kept = map(float, done.stdout.split())
@@ -133,5 +151,8 @@ print(given_back, min(faults() for _ in range(4)))  # the first ones find no fre
 
 def test_every_rank_needs_an_image() -> None:
     model = ImageGPT(ModelConfig(resolution=2, n_colors=3, n_layer=1, n_embd=8, n_head=2))
-    with pytest.raises(InputError, match=re.escape("a batch of 3 leaves some of 4 processes idle; raise --batch-size")):
+    with pytest.raises(
+        InputError,
+        match=re.escape("a batch of 3 leaves some of 4 processes idle; raise --batch-size"),
+    ):
         Engine(model, TrainConfig(batch_size=3), Team(0, 4, torch.device("cpu")), autoregressive)

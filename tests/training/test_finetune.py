@@ -9,28 +9,42 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from runs import assert_same_tensors, saved
 
-from igpt.confidence import interval_of_share, unpacked
-from igpt.data.batches import Batches
-from igpt.data.labels import few_of_each
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset, write_manifest, write_shard
+from igpt.data.tokens.batches import Batches
+from igpt.data.tokens.dataset import TokenDataset, write_manifest, write_shard
+from igpt.data.tokens.labels import few_of_each
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import draw_masks
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
+from igpt.statistics import interval_of_share, unpacked
+from igpt.training.checkpoints import checkpoints
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import read_metrics
-from igpt.training.state import checkpoints
 
-FLAGS = ["--steps", 120, "--batch-size", 32, "--learning-rate", "3e-3", "--validate-every", 40, "--precision", "fp32"]
+from ..helpers.runs import assert_same_tensors, saved
+
+FLAGS = [
+    "--steps",
+    120,
+    "--batch-size",
+    32,
+    "--learning-rate",
+    "3e-3",
+    "--validate-every",
+    40,
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")
-def classifier(igpt, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def classifier(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run = tmp_path_factory.mktemp("runs") / "classifier"
     done = igpt("finetune", short_run, digits.path, "-o", run, *FLAGS, "--checkpoint-every", 40)
     assert done.returncode == 0, done.stderr
@@ -44,17 +58,27 @@ def test_accuracy_is_real_and_chosen_on_validation(classifier: Path, digits: Tok
     test = digits["test"]
     with torch.no_grad():
         tokens = torch.from_numpy(test.rows(np.arange(len(test))).astype(np.int64))
-        predicted = (list(model.features(tokens))[-1].mean(1) @ model.score.weight.t()).argmax(1).numpy()
+        predicted = (
+            (list(model.features(tokens))[-1].mean(1) @ model.score.weight.t()).argmax(1).numpy()
+        )
     assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
     assert (unpacked(result["test_right"], len(test)) == (predicted == test.labels)).all()
     assert result["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
-    errors = {line["step"]: line["error"] for line in read_metrics(classifier / "metrics.jsonl") if "error" in line}
+    errors = {
+        line["step"]: line["error"]
+        for line in read_metrics(classifier / "metrics.jsonl")
+        if "error" in line
+    }
     assert result["best_step"] == min(errors, key=lambda step: (errors[step], step))
     assert result["validation_accuracy"] == pytest.approx(1 - min(errors.values()))
     right = round(result["test_accuracy"] * len(test))
     assert result["test_interval_95"] == pytest.approx(interval_of_share(right, len(test)))
     assert result["epochs"] == result["best_step"] * 32 / len(digits["train"])
-    assert (result["format"], result["version"], result["learning_rate"]) == ("igpt-finetune", 1, 3e-3)
+    assert (result["format"], result["version"], result["learning_rate"]) == (
+        "igpt-finetune",
+        1,
+        3e-3,
+    )
     assert len(result["rates"]) == 1
     assert result["environment"]["torch"] == torch.__version__
     assert "modal" not in result, "nothing was masked"
@@ -81,7 +105,14 @@ def fresh_model(path: Path, digits: TokenDataset, **changes: object) -> Path:
     return path
 
 
-SIZES = {"batch_size": 8, "precision": "fp32", "validate_every": 3, "checkpoint_every": 3, "steps": 6, "log_every": 1}
+SIZES = {
+    "batch_size": 8,
+    "precision": "fp32",
+    "validate_every": 3,
+    "checkpoint_every": 3,
+    "steps": 6,
+    "log_every": 1,
+}
 
 
 @pytest.mark.parametrize(
@@ -102,18 +133,29 @@ def test_all_losses_resume_to_the_bit(
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(checkpoints(tmp_path / "cut" / "checkpoints")[0])
     finetune(config, tmp_path / "cut", resume=True)
-    weights = [(tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")]
+    weights = [
+        (tmp_path / run / "model" / "model.safetensors").read_bytes() for run in ("whole", "cut")
+    ]
     assert weights[0] == weights[1]
     newest = [checkpoints(tmp_path / run / "checkpoints")[0] for run in ("whole", "cut")]
     assert newest[0].name == newest[1].name == "step-00000006"
-    assert_same_tensors(*(saved(path, tmp_path / f"{number}.pt") for number, path in enumerate(newest)))
+    assert_same_tensors(
+        *(saved(path, tmp_path / f"{number}.pt") for number, path in enumerate(newest))
+    )
 
 
 def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    # The rate is zero in fp32: the head stays at zero, which any change of it, however small, would tell apart.
-    settings = {"model": short_run / "model", "tokens": digits.path, "learning_rate": 1e-60, "validate_every": 2}
+    # The rate is zero in fp32: the head stays at zero, which any change of it, however small, would
+    # tell apart.
+    settings = {
+        "model": short_run / "model",
+        "tokens": digits.path,
+        "learning_rate": 1e-60,
+        "validate_every": 2,
+    }
     config = FinetuneConfig.layered(
-        {**settings, "steps": 50, "patience": 2, "batch_size": 8, "precision": "fp32"}, {"checkpoint_every": 4}
+        {**settings, "steps": 50, "patience": 2, "batch_size": 8, "precision": "fp32"},
+        {"checkpoint_every": 4},
     )
     finetune(config, tmp_path / "run")
     last = read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
@@ -124,19 +166,29 @@ def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: P
     finetune(config, tmp_path / "run", resume=True)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6
     finetune(config, tmp_path / "run", resume=True)
-    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6, "it had stopped early; it stays stopped"
+    assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 6, (
+        "it had stopped early; it stays stopped"
+    )
 
 
-def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(digits: TokenDataset, tmp_path: Path) -> None:
+def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(
+    digits: TokenDataset, tmp_path: Path
+) -> None:
     model = fresh_model(tmp_path / "model", digits, objective="bert")
-    config = FinetuneConfig.layered({"model": model, "tokens": digits.path, "learning_rate": 1e-2, **SIZES, "seed": 3})
+    config = FinetuneConfig.layered(
+        {"model": model, "tokens": digits.path, "learning_rate": 1e-2, **SIZES, "seed": 3}
+    )
     result = finetune(config, tmp_path / "run")
     tuned = ImageGPT.from_pretrained(tmp_path / "run" / "model")
     untuned = ImageGPT.from_pretrained(model)
-    assert not torch.equal(tuned.lm_head.weight, untuned.lm_head.weight), "the masked places are predicted as well"
+    assert not torch.equal(tuned.lm_head.weight, untuned.lm_head.weight), (
+        "the masked places are predicted as well"
+    )
     recorded = FinetuneConfig.load(tmp_path / "run" / "config.yaml")
     assert recorded.mask_probability == 0.15
-    splits = {name: (digits[name].rows(range(len(digits[name]))), digits[name].labels) for name in digits}
+    splits = {
+        name: (digits[name].rows(range(len(digits[name]))), digits[name].labels) for name in digits
+    }
     for name, key in (("test", "test_accuracy"), ("validation", "validation_accuracy")):
         rows, labels = splits[name]
         whole = class_logits(tuned, torch.from_numpy(rows.astype(np.int64))).argmax(1).numpy()
@@ -162,7 +214,14 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
     classification = module.classification
     monkeypatch.setattr(module, "classification", spy)
     model = fresh_model(tmp_path / "model", digits, objective="bert")
-    base = {"model": model, "tokens": digits.path, **SIZES, "steps": 2, "seed": 5, "mask_probability": 0.4}
+    base = {
+        "model": model,
+        "tokens": digits.path,
+        **SIZES,
+        "steps": 2,
+        "seed": 5,
+        "mask_probability": 0.4,
+    }
     finetune(FinetuneConfig.layered(base, {"micro_batch_size": 3}), tmp_path / "run")
     for step, masks in enumerate((torch.cat(seen[:3]), torch.cat(seen[3:]))):
         drawn = draw_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
@@ -184,7 +243,15 @@ def test_every_setting_reaches_the_training(
     classification = module.classification
     monkeypatch.setattr(module, "classification", spy)
     model = fresh_model(tmp_path / "model", digits, objective="autoregressive")
-    settings = {"model": model, "tokens": digits.path, **SIZES, "steps": 4, "seed": 5, "flip": True, "shift": 2}
+    settings = {
+        "model": model,
+        "tokens": digits.path,
+        **SIZES,
+        "steps": 4,
+        "seed": 5,
+        "flip": True,
+        "shift": 2,
+    }
     config = FinetuneConfig.layered(settings, {"generation_weight": 0.25, "log_every": 1})
     result = finetune(config, tmp_path / "run")
     batches = Batches(digits["train"], 8, 8, 5, flip=True, shift=2)
@@ -192,11 +259,17 @@ def test_every_setting_reaches_the_training(
         assert torch.equal(tokens, batches.tokens(step))
         assert options == {"generation_weight": 0.25}
     assert len(seen) == 4
-    before, after = (ImageGPT.from_pretrained(path).state_dict() for path in (model, tmp_path / "run" / "model"))
-    assert not [name for name, tensor in before.items() if torch.equal(tensor, after[name])], "all weights are trained"
+    before, after = (
+        ImageGPT.from_pretrained(path).state_dict() for path in (model, tmp_path / "run" / "model")
+    )
+    assert not [name for name, tensor in before.items() if torch.equal(tensor, after[name])], (
+        "all weights are trained"
+    )
     assert result["seed"] == 5
     rates = {
-        line["learning_rate"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "learning_rate" in line
+        line["learning_rate"]
+        for line in read_metrics(tmp_path / "run" / "metrics.jsonl")
+        if "learning_rate" in line
     }
     assert rates == {config.learning_rate}
     assert (config.schedule, FinetuneConfig.model_fields["patience"].default) == ("constant", 5)
@@ -204,7 +277,14 @@ def test_every_setting_reaches_the_training(
 
 def test_the_mode_is_over_masks_as_in_training(digits: TokenDataset, tmp_path: Path) -> None:
     model = fresh_model(tmp_path / "model", digits, objective="bert")
-    base = {"model": model, "tokens": digits.path, **SIZES, "steps": 3, "seed": 5, "mask_probability": 0.4}
+    base = {
+        "model": model,
+        "tokens": digits.path,
+        **SIZES,
+        "steps": 3,
+        "seed": 5,
+        "mask_probability": 0.4,
+    }
     modal = finetune(FinetuneConfig.layered(base), tmp_path / "run")["modal"]
     assert (modal["probability"], modal["seed"]) == (0.4, 5)
     test = digits["test"]
@@ -227,8 +307,22 @@ def test_another_resolution_is_interpolated_to_and_told(
     igpt, short_run: Path, photographs: Path, tmp_path: Path, size: int
 ) -> None:
     pretrained = ImageGPT.from_pretrained(short_run / "model")
-    data = prepare(str(photographs), tmp_path / "tokens", PrepareConfig(size=size, palette=str(short_run / "model")))
-    words = ["finetune", short_run, data.path, "-o", tmp_path / "run", "--steps", 2, "--batch-size", 8]
+    data = prepare(
+        str(photographs),
+        tmp_path / "tokens",
+        PrepareConfig(size=size, palette=str(short_run / "model")),
+    )
+    words = [
+        "finetune",
+        short_run,
+        data.path,
+        "-o",
+        tmp_path / "run",
+        "--steps",
+        2,
+        "--batch-size",
+        8,
+    ]
     # The rate is zero in fp32: the weights stay what they were.
     done = igpt(*words, "--learning-rate", "1e-60", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
@@ -243,8 +337,12 @@ def test_another_resolution_is_interpolated_to_and_told(
         assert torch.equal(tuned.state_dict()[name], tensor), name
 
 
-def test_at_its_own_resolution_nothing_is_said(igpt, classifier: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    done = igpt("finetune", classifier, digits.path, "-o", tmp_path / "run", "--steps", 1, "--batch-size", 8)
+def test_at_its_own_resolution_nothing_is_said(
+    igpt, classifier: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    done = igpt(
+        "finetune", classifier, digits.path, "-o", tmp_path / "run", "--steps", 1, "--batch-size", 8
+    )
     assert done.returncode == 0, done.stderr
     assert "interpolated" not in done.stdout
 
@@ -252,7 +350,9 @@ def test_at_its_own_resolution_nothing_is_said(igpt, classifier: Path, digits: T
 def labelled(folder: Path, digits: TokenDataset, **labels: list[int]) -> Path:
     """A data set of black images with these labels of its splits."""
     shards = {
-        split: [write_shard(folder, split, np.zeros((len(of), 64), np.uint16), np.array(of, np.int32))]
+        split: [
+            write_shard(folder, split, np.zeros((len(of), 64), np.uint16), np.array(of, np.int32))
+        ]
         for split, of in labels.items()
     }
     write_manifest(
@@ -289,8 +389,12 @@ def test_classes_that_do_not_allow_it_are_refused(
     assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
 
 
-def test_what_does_not_fit_is_refused(short_run: Path, digits: TokenDataset, photographs: Path, tmp_path: Path) -> None:
-    plain = prepare(str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none"))
+def test_what_does_not_fit_is_refused(
+    short_run: Path, digits: TokenDataset, photographs: Path, tmp_path: Path
+) -> None:
+    plain = prepare(
+        str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none")
+    )
     other = prepare(str(photographs), tmp_path / "other", PrepareConfig(size=8, colors=17))
     broken = ImageGPT.from_pretrained(short_run / "model")
     with torch.no_grad():
@@ -300,7 +404,10 @@ def test_what_does_not_fit_is_refused(short_run: Path, digits: TokenDataset, pho
     for changes, said in (
         ({"tokens": plain.path}, "has no classes"),
         ({"tokens": other.path}, "the palettes differ"),
-        ({"model": tmp_path / "broken"}, r"are broken: h\.1\.mlp\.c_fc\.weight is not finite \(1 such\)"),
+        (
+            {"model": tmp_path / "broken"},
+            r"are broken: h\.1\.mlp\.c_fc\.weight is not finite \(1 such\)",
+        ),
         ({"mask_probability": 0.15}, "--mask-probability is for BERT models"),
         ({"shift": 8}, "a shift of 8 does not fit"),
     ):
@@ -309,7 +416,9 @@ def test_what_does_not_fit_is_refused(short_run: Path, digits: TokenDataset, pho
         assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
 
 
-def test_few_labels_and_few_images_to_judge_by(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_few_labels_and_few_images_to_judge_by(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
     """The images that are trained on are the first draw of a probe by the same seed."""
     few = ["--labels-per-class", 2, "--validation-images", 30, "--test-images", 20, "--seed", 3]
     short = ["--steps", 4, "--batch-size", 8, "--validate-every", 2, "--precision", "fp32"]
@@ -335,8 +444,14 @@ def test_few_labels_and_few_images_to_judge_by(igpt, short_run: Path, digits: To
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--labels-per-class", 1000], r"1000 labels a class are asked for, and one class has \d+ training images"),
-        (["--labels-per-class", 2, "--fold-back"], "--fold-back would add every validation label to the few"),
+        (
+            ["--labels-per-class", 1000],
+            r"1000 labels a class are asked for, and one class has \d+ training images",
+        ),
+        (
+            ["--labels-per-class", 2, "--fold-back"],
+            "--fold-back would add every validation label to the few",
+        ),
     ],
 )
 def test_few_labels_that_do_not_go(

@@ -5,17 +5,18 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import Command, assert_same_run, told
 
 from igpt.config import read_settings
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.training import pretrain as pretraining
 from igpt.training.engine import Engine
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import Metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.run import has_begun
+from igpt.training.run_directory import has_begun
+
+from ..helpers.runs import Command, assert_same_run, told
 
 
 @pytest.fixture
@@ -23,7 +24,9 @@ def config(digits: TokenDataset, short: dict[str, object]) -> PretrainConfig:
     return PretrainConfig.layered({**short, "tokens": digits.path})
 
 
-def fail_in_the_first_step(run: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def fail_in_the_first_step(
+    run: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def update(*arguments: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -38,7 +41,9 @@ def test_an_error_in_the_first_step_is_no_start(
     config: PretrainConfig, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    fail_in_the_first_step(run, config.model_copy(update={"batch_size": 999, "snapshots": (0,)}), monkeypatch)
+    fail_in_the_first_step(
+        run, config.model_copy(update={"batch_size": 999, "snapshots": (0,)}), monkeypatch
+    )
     assert (run / "snapshots" / "step-00000000").exists()
     pretrain(config, run)
     assert_same_run(short_run, run, tmp_path)
@@ -70,7 +75,9 @@ def test_a_kill_before_the_first_step_is_no_start(
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_a_run_that_has_begun_is_not_overwritten(config: PretrainConfig, short_run: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_begun_is_not_overwritten(
+    config: PretrainConfig, short_run: Path, tmp_path: Path
+) -> None:
     for kept in ("checkpoints", "model", "metrics.jsonl"):
         run = tmp_path / kept
         shutil.copytree(short_run, run)
@@ -104,7 +111,9 @@ def test_metrics_that_cannot_be_read_are_not_overwritten(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "rates/mine", "checkpoints/mine"])
-def test_files_of_somebody_else_are_not_overwritten(name: str, config: PretrainConfig, tmp_path: Path) -> None:
+def test_files_of_somebody_else_are_not_overwritten(
+    name: str, config: PretrainConfig, tmp_path: Path
+) -> None:
     """A settings file in the present folder, say, with `-o .`."""
     run = tmp_path / "run"
     (run / name).parent.mkdir(parents=True)
@@ -130,7 +139,13 @@ def test_nothing_but_what_a_start_wrote_is_removed(
 def test_a_search_over_rates_that_did_not_begin_is_started_again(
     short_run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"model": short_run / "model", "tokens": digits.path, "steps": 2, "validate_every": 2, "batch_size": 8}
+    settings = {
+        "model": short_run / "model",
+        "tokens": digits.path,
+        "steps": 2,
+        "validate_every": 2,
+        "batch_size": 8,
+    }
     searched = FinetuneConfig.layered({**settings, "learning_rates": (1e-3, 1e-2)})
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "update", lambda *arguments: 1 / 0)

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import Command, assert_same_run, losses, told
 
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens import TokenDataset
-from igpt.training.state import checkpoints, step_of
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.training.checkpoints import checkpoints, step_of
+
+from ..helpers.runs import Command, assert_same_run, losses, told
 
 
 def left_behind(run: Path) -> list[Path]:
@@ -29,7 +30,17 @@ def test_eight_kills_at_random_moments_change_nothing(
 ) -> None:
     """After every second update: in turn as soon as the next save is seen, and after a delay of up to two updates."""
     run = tmp_path / "run"
-    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--checkpoint-every", 1]
+    words = [
+        "pretrain",
+        digits.path,
+        "-o",
+        run,
+        "--model",
+        "tiny",
+        *short_flags,
+        "--checkpoint-every",
+        1,
+    ]
     delays, cut_off = random.Random(0), 0
     for kill in range(8):
         command = Command(tmp_path, *words, *(["--resume"] if kill else []))
@@ -60,7 +71,18 @@ def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 def test_an_update_that_outlasts_the_deadline_is_given_up(
     half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
-    slow = ["--batch-size", 600, "--n-embd", 64, "--steps", 2, "--validate-every", 2, "--checkpoint-every", 1]
+    slow = [
+        "--batch-size",
+        600,
+        "--n-embd",
+        64,
+        "--steps",
+        2,
+        "--validate-every",
+        2,
+        "--checkpoint-every",
+        1,
+    ]
     words = ["pretrain", half_held_out.path, "--model", "tiny", *short_flags, *slow]
     assert Command(tmp_path, *words, "-o", tmp_path / "whole").code() == 0
     run = tmp_path / "run"
@@ -69,7 +91,9 @@ def test_an_update_that_outlasts_the_deadline_is_given_up(
     command.send(signal.SIGTERM)
     assert command.code() == 128 + signal.SIGTERM
     newest = run / "checkpoints" / "step-00000001"
-    assert command.complaint == f"igpt: not saved within 0.1 seconds; the newest checkpoint: {newest}"
+    assert (
+        command.complaint == f"igpt: not saved within 0.1 seconds; the newest checkpoint: {newest}"
+    )
     assert max(losses(run)) == 1, "the second update was not waited for"
     last = Command(tmp_path, *words, "-o", run, "--resume")
     assert last.code() == 0, last.err
@@ -80,7 +104,16 @@ def test_a_validation_is_cut_short_and_made_up_for(
     half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     """The last one too, after which nothing else is left to do."""
-    few = ["--batch-size", 4, "--micro-batch-size", 1, "--steps", 4, "--validate-every", 2]  # 4 images at a time
+    few = [
+        "--batch-size",
+        4,
+        "--micro-batch-size",
+        1,
+        "--steps",
+        4,
+        "--validate-every",
+        2,
+    ]  # 4 images at a time
     long = ["--n-layer", 4, "--validation-images", 809]
     words = ["pretrain", half_held_out.path, "--model", "tiny", *short_flags, *few, *long]
     assert Command(tmp_path, *words, "-o", tmp_path / "whole").code() == 0
@@ -91,7 +124,8 @@ def test_a_validation_is_cut_short_and_made_up_for(
         command.send(signal.SIGTERM)
         assert command.code() == 128 + signal.SIGTERM, command.out + command.err
         assert re.search(
-            f"stopped and saved after {step} of 4 updates; continue with: igpt pretrain", command.complaint
+            f"stopped and saved after {step} of 4 updates; continue with: igpt pretrain",
+            command.complaint,
         )
         assert not told(run, step, "validation")
         assert saved_steps(run)[0] == step

@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.environment import memory_limit
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.transformer import ImageGPT
+from igpt.planning.plan import PlanConfig, plan
 from igpt.training import memory
 from igpt.training.distributed import Team
 from igpt.training.finetune import FinetuneConfig
 from igpt.training.memory import peak_memory, require_memory, state_bytes
-from igpt.training.plan import PlanConfig, plan
 from igpt.training.pretrain import PretrainConfig, pretrain
 from igpt.training.settings import TrainConfig
 
@@ -28,10 +28,19 @@ SMALL = ModelConfig(resolution=8, n_layer=4, n_embd=64, n_head=2, n_colors=16)
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"n_layer": 1_000_000}, r"the model \(12,\d{3},\d{3},\d{3} parameters\) needs at least [\d.]+ GiB"),
-        ({"n_embd": 10_000_000}, r"the model \(2,4\d\d,[\d,]+ parameters\) needs at least [\d.]+ PiB"),
+        (
+            {"n_layer": 1_000_000},
+            r"the model \(12,\d{3},\d{3},\d{3} parameters\) needs at least [\d.]+ GiB",
+        ),
+        (
+            {"n_embd": 10_000_000},
+            r"the model \(2,4\d\d,[\d,]+ parameters\) needs at least [\d.]+ PiB",
+        ),
         ({"n_layer": 10**9, "n_embd": 10**9}, r"parameters\) needs at least [\d.,]+ EiB"),
-        ({"batch_size": 10**9}, r"a batch of 1,000,000,000 images needs at least [\d.]+ GiB .* lower --batch-size"),
+        (
+            {"batch_size": 10**9},
+            r"a batch of 1,000,000,000 images needs at least [\d.]+ GiB .* lower --batch-size",
+        ),
         (
             {"batch_size": 10**6},
             r"1,000,000 images at a time need at least [\d.]+ GiB, and this machine has 64\.0 GiB; lower --micro-batch",
@@ -55,7 +64,9 @@ def test_absurd_sizes_are_refused_within_a_second(
     assert not (tmp_path / "run").exists()
 
 
-def test_this_machine_is_asked(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
+def test_this_machine_is_asked(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path
+) -> None:
     config = PretrainConfig.layered({**short, "tokens": digits.path, "n_layer": 10**9})
     with pytest.raises(InputError, match="and this machine has"):
         pretrain(config, tmp_path / "run")
@@ -64,7 +75,9 @@ def test_this_machine_is_asked(digits: TokenDataset, short: dict[str, object], t
 def test_a_model_that_just_fits_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = TrainConfig(batch_size=1, precision="fp32")
     exact = peak_memory(SMALL, settings, 1)
-    assert state_bytes(SMALL, settings) == exact.weights + exact.optimizer + 4 * count_parameters(SMALL)
+    assert state_bytes(SMALL, settings) == exact.weights + exact.optimizer + 4 * count_parameters(
+        SMALL
+    )
     monkeypatch.setattr(memory, "memory_limit", lambda: int(exact.total))
     require_memory(SMALL, settings, ALONE)
     monkeypatch.setattr(memory, "memory_limit", lambda: state_bytes(SMALL, settings) - 1)
@@ -81,7 +94,9 @@ def test_the_state_is_what_optimisers_really_hold(optimizer: str) -> None:
     model(torch.zeros(1, 64, dtype=torch.long)).sum().backward()
     for one in optimizers:
         one.step()
-    moments = [value for one in optimizers for state in one.state.values() for value in state.values()]
+    moments = [
+        value for one in optimizers for state in one.state.values() for value in state.values()
+    ]
     held = sum(tensor.nbytes for tensor in moments if tensor.ndim)
     held += sum(parameter.nbytes + parameter.grad.nbytes for parameter in model.parameters())
     assert state_bytes(SMALL, TrainConfig(optimizer=optimizer)) == held
@@ -100,7 +115,9 @@ def test_the_state_is_what_optimisers_really_hold(optimizer: str) -> None:
 def test_ranks_share_the_memory_of_their_machine(
     team: Team, settings: dict[str, int], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = TrainConfig(batch_size=4, micro_batch_size=1, activation_checkpointing="full", **settings)
+    config = TrainConfig(
+        batch_size=4, micro_batch_size=1, activation_checkpointing="full", **settings
+    )
     monkeypatch.setattr(memory, "memory_limit", lambda: 2 * state_bytes(SMALL, config))
     if fits:
         require_memory(SMALL, config, team)
@@ -149,12 +166,16 @@ def test_the_memory_of_this_machine() -> None:
 )
 def test_settings_have_bounds(schema: type[TrainConfig], key: str, value: object) -> None:
     paths = {name: "x" for name in ("tokens", "model") if name in schema.model_fields}
-    with pytest.raises(InputError, match=rf"{key}.*less than or equal to|{key}.*unable to parse|{key}.*too large"):
+    with pytest.raises(
+        InputError, match=rf"{key}.*less than or equal to|{key}.*unable to parse|{key}.*too large"
+    ):
         schema.layered(paths, {key: value})
 
 
 def test_learning_rates_have_bounds() -> None:
-    with pytest.raises(InputError, match=r"learning_rates\.1 = 1e\+300: .*less than or equal to 1000"):
+    with pytest.raises(
+        InputError, match=r"learning_rates\.1 = 1e\+300: .*less than or equal to 1000"
+    ):
         FinetuneConfig.layered({"tokens": "x", "model": "x", "learning_rates": (1e-3, 1e300)})
 
 

@@ -3,21 +3,26 @@
 from typing import Any
 
 import pytest
-from live_tensors import as_on_a_gpu, measure_update
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.training.memory import kept_by_block, peak_memory
 from igpt.training.settings import TrainConfig
+
+from ..helpers.live_tensors import as_on_a_gpu, measure_update
 
 # 289 places: with 256 or fewer, bf16 takes another attention on a CPU.
 SMALL = ModelConfig(resolution=17, n_layer=4, n_embd=128, n_head=4)
 WIDE = ModelConfig(resolution=24, n_layer=3, n_embd=512, n_head=8)
 
-DEEP = ModelConfig(resolution=8, n_layer=8, n_embd=256, n_head=4)  # gradients grow faster than activations fall
+DEEP = ModelConfig(
+    resolution=8, n_layer=8, n_embd=256, n_head=4
+)  # gradients grow faster than activations fall
 
 
 def settings(**changes: Any) -> TrainConfig:
-    return TrainConfig.layered({"batch_size": 2, "device": "cpu", "compile": "no", "precision": "bf16", **changes})
+    return TrainConfig.layered(
+        {"batch_size": 2, "device": "cpu", "compile": "no", "precision": "bf16", **changes}
+    )
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -34,7 +39,9 @@ def test_a_real_update_with_the_operations_of_a_cpu(precision: str) -> None:
     """There, fp32 keeps scaled copies of the MLPs' weights too; in bf16 they are casts as anywhere."""
     one = settings(precision=precision)
     scaled = 4 * 8 * SMALL.n_embd**2 * SMALL.n_layer * (precision == "fp32")
-    assert peak_memory(SMALL, one, 1).total + scaled == pytest.approx(measure_update(SMALL, one).peak, rel=0.01)
+    assert peak_memory(SMALL, one, 1).total + scaled == pytest.approx(
+        measure_update(SMALL, one).peak, rel=0.01
+    )
 
 
 def test_pretended_updates_are_as_large_as_real_ones() -> None:
@@ -52,7 +59,9 @@ def test_pretended_updates_are_as_large_as_real_ones() -> None:
 def test_muon_keeps_one_moment(changes: dict[str, Any]) -> None:
     one = settings(**changes)
     with as_on_a_gpu():
-        assert peak_memory(SMALL, one, 1).total == pytest.approx(measure_update(SMALL, one).peak, rel=0.01)
+        assert peak_memory(SMALL, one, 1).total == pytest.approx(
+            measure_update(SMALL, one).peak, rel=0.01
+        )
 
 
 @pytest.mark.parametrize(
@@ -62,7 +71,16 @@ def test_muon_keeps_one_moment(changes: dict[str, Any]) -> None:
         (WIDE, {"activation_checkpointing": "full", "batch_size": 4, "micro_batch_size": 2}, 1),
         (WIDE, {"batch_size": 16, "shard": 8}, 8),
         (WIDE, {"batch_size": 32, "shard": 4, "micro_batch_size": 2}, 8),
-        (WIDE, {"batch_size": 16, "shard": 8, "activation_checkpointing": "selective", "micro_batch_size": 1}, 8),
+        (
+            WIDE,
+            {
+                "batch_size": 16,
+                "shard": 8,
+                "activation_checkpointing": "selective",
+                "micro_batch_size": 1,
+            },
+            8,
+        ),
         (WIDE, {"batch_size": 16, "shard": 8, "activation_checkpointing": "full"}, 8),
         (DEEP, {"shard": 2, "activation_checkpointing": "full"}, 2),
         (WIDE.model_copy(update={"objective": "bert"}), {}, 1),
@@ -81,11 +99,15 @@ def test_what_a_block_keeps() -> None:
     for precision, expected in (("bf16", (36, 24, 4)), ("fp32", (64, 44, 4))):
         for name, number in zip(("none", "selective", "full"), expected, strict=True):
             one = settings(precision=precision, activation_checkpointing=name)
-            assert kept_by_block(SMALL, one, 100) / (100 * SMALL.n_embd) == pytest.approx(number, abs=0.2)
+            assert kept_by_block(SMALL, one, 100) / (100 * SMALL.n_embd) == pytest.approx(
+                number, abs=0.2
+            )
 
 
 def test_sharding_divides_what_stays_and_ddp_doubles_gradients_that_accumulate() -> None:
-    whole, accumulated = (peak_memory(WIDE, settings(batch_size=16, micro_batch_size=size), 8) for size in (2, 1))
+    whole, accumulated = (
+        peak_memory(WIDE, settings(batch_size=16, micro_batch_size=size), 8) for size in (2, 1)
+    )
     shared = peak_memory(WIDE, settings(batch_size=16, micro_batch_size=2, shard=8), 8)
     for part in ("weights", "optimizer"):
         assert whole.parts[part] == 8 * shared.parts[part]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.training.metrics import Metrics, bar, read_metrics, readable_metrics, say
 from igpt.training.pretrain import PretrainConfig, pretrain
@@ -47,7 +47,9 @@ TRAIN = {"kind": "train", "step": 1, "loss": 2.5}
         (b'{"kind": "' + b"x" * 2_000_000 + b'"}', "not readable as JSON"),
     ],
 )
-def test_a_line_that_is_no_record_is_named_with_its_key(line: bytes, said: str, tmp_path: Path) -> None:
+def test_a_line_that_is_no_record_is_named_with_its_key(
+    line: bytes, said: str, tmp_path: Path
+) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps(TRAIN).encode() + b"\n"
     path.write_bytes(whole + line + b"\n" + whole)
@@ -70,7 +72,9 @@ def test_what_other_versions_may_add_passes(tmp_path: Path) -> None:
     assert readable_metrics(path) == (lines, 0)
 
 
-@pytest.mark.parametrize("tail", [b'{"kind": "train", "st', b"\x00" * 100, b"\xc3", b'{"kind": "train"}'])
+@pytest.mark.parametrize(
+    "tail", [b'{"kind": "train", "st', b"\x00" * 100, b"\xc3", b'{"kind": "train"}']
+)
 def test_a_last_line_without_an_end_is_a_kill_and_no_damage(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(TRAIN).encode() + b"\n" + tail)

@@ -8,7 +8,9 @@ from igpt.training.muon import Muon, orthogonalise
 
 
 @pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
-def test_steps_are_pytorchs_where_both_compute_in_bf16(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_are_pytorchs_where_both_compute_in_bf16(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(muon, "_type_of_products", lambda device: torch.bfloat16)
     torch.manual_seed(0)
     ours = torch.nn.Parameter(torch.randn(shape))

@@ -9,16 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import Command, told
 
 from igpt.config import read_settings
-from igpt.data.tokens import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.model.classifier import predict
 from igpt.model.transformer import ImageGPT
+from igpt.training.checkpoints import checkpoints
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import read_metrics
-from igpt.training.state import checkpoints
+
+from ..helpers.runs import Command, told
 
 RATES = [1e-4, 1e-2, 1e-3]  # the middle one learns most in so few updates
 SHORT = {"steps": 30, "batch_size": 16, "validate_every": 10, "checkpoint_every": 5, "log_every": 1}
@@ -26,7 +27,11 @@ SETTINGS = {**SHORT, "precision": "fp32", "seed": 2, "shift": 1}
 
 
 def flags_of(settings: dict[str, object]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    return [
+        word
+        for key, value in settings.items()
+        for word in (f"--{key.replace('_', '-')}", str(value))
+    ]
 
 
 SEARCH = ["--learning-rates", *map(str, RATES), "--fold-back", *flags_of(SETTINGS)]
@@ -54,7 +59,9 @@ def accuracy(run: Path, split: TokenSplit) -> float:
 
 
 @pytest.fixture(scope="module")
-def searched(igpt, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def searched(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     run = tmp_path_factory.mktemp("runs") / "searched"
     done = igpt("finetune", short_run, digits.path, "-o", run, *SEARCH)
     assert done.returncode == 0, done.stderr
@@ -80,7 +87,10 @@ def test_validation_chooses_the_rate(searched: Path, chosen: Path, digits: Token
         assert accuracy(folder, digits["validation"]) == pytest.approx(1 - errors[best])
         found[rate] = 1 - errors[best]
     assert max(found.values()) == found[1e-2] > found[1e-3], "otherwise nothing is shown"
-    assert (result["learning_rate"], result["validation_accuracy"]) == (1e-2, pytest.approx(found[1e-2]))
+    assert (result["learning_rate"], result["validation_accuracy"]) == (
+        1e-2,
+        pytest.approx(found[1e-2]),
+    )
     assert result["epochs"] == result["best_step"] * 16 / len(digits["train"])
     assert (searched / "metrics.jsonl").read_bytes() == (chosen / "metrics.jsonl").read_bytes()
     settings = read_settings(searched / "config.yaml")
@@ -114,14 +124,25 @@ def test_the_last_training_is_on_all_images_for_the_chosen_epochs(
     both = TokenSplit.joined("train", [train, validation])
     (tmp_path / "tokens").mkdir()
     shards = {
-        split.name: [write_shard(tmp_path / "tokens", split.name, split.rows(range(len(split))), split.labels)]
+        split.name: [
+            write_shard(
+                tmp_path / "tokens", split.name, split.rows(range(len(split))), split.labels
+            )
+        ]
         for split in (both, validation, digits["test"])
     }
-    manifest = {"resolution": 8, "palette": digits.palette, "class_names": digits.class_names, "splits": shards}
+    manifest = {
+        "resolution": 8,
+        "palette": digits.palette,
+        "class_names": digits.class_names,
+        "splits": shards,
+    }
     write_manifest(tmp_path / "tokens", **manifest, source="a test", made={})
     settings = {**SETTINGS, "learning_rate": 1e-2, "steps": steps, "validate_every": steps}
     finetune(
-        FinetuneConfig.layered({"model": short_run / "model", "tokens": tmp_path / "tokens", **settings}),
+        FinetuneConfig.layered(
+            {"model": short_run / "model", "tokens": tmp_path / "tokens", **settings}
+        ),
         tmp_path / "run",
     )
     assert weights(searched / "fold-back") == weights(tmp_path / "run")
@@ -129,7 +150,9 @@ def test_the_last_training_is_on_all_images_for_the_chosen_epochs(
     assert start["train_images"] == count
 
 
-def test_the_model_is_the_last_one_and_both_are_tested(searched: Path, chosen: Path, digits: TokenDataset) -> None:
+def test_the_model_is_the_last_one_and_both_are_tested(
+    searched: Path, chosen: Path, digits: TokenDataset
+) -> None:
     result = result_of(searched)
     assert weights(searched) == weights(searched / "fold-back") != weights(chosen)
     assert result["test_accuracy"] == pytest.approx(accuracy(searched, digits["test"]))
@@ -138,7 +161,10 @@ def test_the_model_is_the_last_one_and_both_are_tested(searched: Path, chosen: P
     assert before["test_images"] == result["test_images"] == len(digits["test"])
     said = (searched.parent / "said").read_text()
     for rate, tried in zip(RATES, result["rates"], strict=True):
-        assert f"learning rate {rate:g}: validation accuracy {tried['validation_accuracy']:.4f}" in said
+        assert (
+            f"learning rate {rate:g}: validation accuracy {tried['validation_accuracy']:.4f}"
+            in said
+        )
     assert f"the one chosen by them has {before['test_accuracy']:.4f}" in said
 
 
@@ -146,7 +172,10 @@ def test_a_report_can_be_made_of_it(igpt, searched: Path, tmp_path: Path) -> Non
     shutil.copytree(searched, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
     done = igpt("report", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert f"{100 * result_of(searched)['test_accuracy']:.1f}" in (tmp_path / "run" / "report.html").read_text()
+    assert (
+        f"{100 * result_of(searched)['test_accuracy']:.1f}"
+        in (tmp_path / "run" / "report.html").read_text()
+    )
 
 
 def test_kills_in_every_part_change_nothing(
@@ -157,7 +186,9 @@ def test_kills_in_every_part_change_nothing(
     parts = ["rates/0.0001", "rates/0.01", "rates/0.001", "fold-back"]
     for number, part in enumerate(parts):
         command = Command(tmp_path, *words, *(["--resume"] if number else []))
-        command.wait_until(lambda part=part: told(run / part, 7) and checkpoints(run / part / "checkpoints"))
+        command.wait_until(
+            lambda part=part: told(run / part, 7) and checkpoints(run / part / "checkpoints")
+        )
         command.send(signal.SIGKILL)
         assert command.code() == -signal.SIGKILL
         assert not (run / "test.json").exists()
@@ -169,7 +200,9 @@ def test_kills_in_every_part_change_nothing(
         assert weights(run / part) == weights(searched / part), part
     for part in parts:
         assert len(lines(run / part, "resume")) == 1, "what had ended was not taken up again"
-        losses = [[line["loss"] for line in lines(home / part, "train")] for home in (run, searched)]
+        losses = [
+            [line["loss"] for line in lines(home / part, "train")] for home in (run, searched)
+        ]
         assert losses[0] == losses[1]
 
 
@@ -188,10 +221,14 @@ def test_a_kill_while_the_result_is_written_changes_nothing(
     assert not list(run.rglob("checkpoints")), "nothing was trained"
 
 
-def test_a_model_that_changes_on_the_way_is_refused(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_a_model_that_changes_on_the_way_is_refused(
+    short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
     """As by pretraining that goes on; a later rate, or the last training, would begin with other weights."""
     shutil.copytree(short_run / "model", tmp_path / "model")
-    config = FinetuneConfig.layered({"model": tmp_path / "model", "tokens": digits.path, "fold_back": True}, SETTINGS)
+    config = FinetuneConfig.layered(
+        {"model": tmp_path / "model", "tokens": digits.path, "fold_back": True}, SETTINGS
+    )
     finetune(config, tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "ended")
     shutil.rmtree(tmp_path / "run" / "fold-back")
@@ -206,18 +243,35 @@ def test_a_model_that_changes_on_the_way_is_refused(short_run: Path, digits: Tok
         finetune(config, tmp_path / "ended", resume=True)
 
 
-def test_a_signal_says_how_to_go_on(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_a_signal_says_how_to_go_on(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    words = ["finetune", short_run, digits.path, "-o", run, "--learning-rates", 1e-3, 1e-2, *flags_of(SETTINGS)]
+    words = [
+        "finetune",
+        short_run,
+        digits.path,
+        "-o",
+        run,
+        "--learning-rates",
+        1e-3,
+        1e-2,
+        *flags_of(SETTINGS),
+    ]
     command = Command(tmp_path, *words)
     command.wait_until(lambda: told(run / "rates" / "0.01", 3))
     command.send(signal.SIGTERM)
     assert command.code() == 128 + signal.SIGTERM
-    assert re.search(r"stopped and saved after \d+ of 30 updates; continue with: igpt finetune", command.complaint)
+    assert re.search(
+        r"stopped and saved after \d+ of 30 updates; continue with: igpt finetune",
+        command.complaint,
+    )
     done = igpt("finetune", short_run, digits.path, "-o", run, "--resume")
     assert done.returncode == 0, done.stderr
     assert result_of(run)["learning_rate"] == 1e-2
-    assert weights(run) == weights(run / "rates" / "0.01"), "nothing is folded back unless it is asked for"
+    assert weights(run) == weights(run / "rates" / "0.01"), (
+        "nothing is folded back unless it is asked for"
+    )
 
 
 @pytest.mark.parametrize("rates", [(1e-60, 2e-60), (2e-60, 1e-60)])
@@ -238,13 +292,24 @@ def test_of_equals_the_lower_rate_is_taken(
     ).read_bytes()
 
 
-def test_a_rate_that_diverges_is_out(igpt, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    words = ["finetune", short_run, digits.path, *flags_of({**SETTINGS, "max_skipped": 0, "weight_decay": 100})]
+def test_a_rate_that_diverges_is_out(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    words = [
+        "finetune",
+        short_run,
+        digits.path,
+        *flags_of({**SETTINGS, "max_skipped": 0, "weight_decay": 100}),
+    ]
     done = igpt(*words, "-o", tmp_path / "run", "--learning-rates", "1000", "1e-3")
     assert done.returncode == 0, done.stderr
     assert "learning rate 1000.0 is out: " in done.stdout
     result = result_of(tmp_path / "run")
-    assert result["rates"][0] == {"learning_rate": 1000.0, "validation_accuracy": None, "best_step": 0}
+    assert result["rates"][0] == {
+        "learning_rate": 1000.0,
+        "validation_accuracy": None,
+        "best_step": 0,
+    }
     assert result["learning_rate"] == 1e-3
     done = igpt(*words, "-o", tmp_path / "none", "--learning-rates", "999", "1000")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
@@ -260,15 +325,29 @@ def test_weights_that_are_broken_never_win(
     """Too few updates for the skipped ones to be too many: what NaN logits answer must not count as a class."""
     small = {**SETTINGS, "steps": 6, "validate_every": 2}
     config = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path}, small)
-    finetune(config.model_copy(update={"learning_rates": (1e10, 1e-3)}), tmp_path / "run")  # above the bound
-    assert "learning rate 10000000000.0 is out: the validation error is nan" in capsys.readouterr().out
+    finetune(
+        config.model_copy(update={"learning_rates": (1e10, 1e-3)}), tmp_path / "run"
+    )  # above the bound
+    assert (
+        "learning rate 10000000000.0 is out: the validation error is nan" in capsys.readouterr().out
+    )
     assert result_of(tmp_path / "run")["learning_rate"] == 1e-3
 
 
-def test_files_give_way_to_words(igpt, searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_files_give_way_to_words(
+    igpt, searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
     """The settings of a search serve another run, of another model, with one rate or others."""
     shutil.copytree(short_run / "model", tmp_path / "other")
-    words = ["finetune", tmp_path / "other", digits.path, "--config", searched / "config.yaml", "--steps", 2]
+    words = [
+        "finetune",
+        tmp_path / "other",
+        digits.path,
+        "--config",
+        searched / "config.yaml",
+        "--steps",
+        2,
+    ]
     done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1e-4")
     assert done.returncode == 0, done.stderr
     recorded = read_settings(tmp_path / "one" / "config.yaml")
@@ -279,14 +358,19 @@ def test_files_give_way_to_words(igpt, searched: Path, short_run: Path, digits: 
     assert [one["learning_rate"] for one in result_of(tmp_path / "two")["rates"]] == [1e-4, 1e-3]
 
 
-def test_rates_that_do_not_fit_are_refused(short_run: Path, digits: TokenDataset, igpt, tmp_path: Path) -> None:
+def test_rates_that_do_not_fit_are_refused(
+    short_run: Path, digits: TokenDataset, igpt, tmp_path: Path
+) -> None:
     words = ["finetune", short_run, digits.path, "-o", tmp_path / "run"]
     for more, said in (
         (["--learning-rates", "1e-3", "0.001"], "a learning rate is named twice"),
         (["--learning-rates", "1e-3", "0"], "greater than 0"),
         (["--learning-rates", "1e-3", "1e300"], "less than or equal to 1000"),
         (["--learning-rate", "1e300"], "less than or equal to 1000"),
-        (["--learning-rates", "1e-3", "--learning-rate", "1e-3"], "give one --learning-rate, or several"),
+        (
+            ["--learning-rates", "1e-3", "--learning-rate", "1e-3"],
+            "give one --learning-rate, or several",
+        ),
         (["--learning-rates"], "give one --learning-rate, or several"),
     ):
         done = igpt(*words, *more)
@@ -298,7 +382,10 @@ def test_rates_that_do_not_fit_are_refused(short_run: Path, digits: TokenDataset
 def test_runs_are_not_mixed_up(igpt, searched: Path, short_run: Path, digits: TokenDataset) -> None:
     words = ["finetune", short_run, digits.path, "-o", searched]
     assert "exists already" in igpt(*words).stderr
-    assert "was started with learning_rates" in igpt(*words, "--learning-rates", 1e-3, 1e-2, "--resume").stderr
+    assert (
+        "was started with learning_rates"
+        in igpt(*words, "--learning-rates", 1e-3, 1e-2, "--resume").stderr
+    )
     assert "was begun by igpt pretrain" in igpt(*words[:3], "-o", short_run, "--resume").stderr
     part = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path})
     with pytest.raises(InputError, match=r"environment\.json is missing"):

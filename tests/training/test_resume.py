@@ -8,13 +8,14 @@ import signal
 from pathlib import Path
 
 import pytest
-from runs import Command, assert_same_run, losses, told
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+from igpt.training.checkpoints import checkpoints, newest_whole
 from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.state import checkpoints, newest_whole
+
+from ..helpers.runs import Command, assert_same_run, losses, told
 
 
 def test_killed_before_the_first_checkpoint_then_resumed(
@@ -22,7 +23,17 @@ def test_killed_before_the_first_checkpoint_then_resumed(
 ) -> None:
     """Later kills: test_kills.py."""
     run = tmp_path / "run"
-    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--checkpoint-every", 24]
+    words = [
+        "pretrain",
+        digits.path,
+        "-o",
+        run,
+        "--model",
+        "tiny",
+        *short_flags,
+        "--checkpoint-every",
+        24,
+    ]
     command = Command(tmp_path, *words)
     command.wait_until(lambda: told(run, 3))
     command.send(signal.SIGKILL)
@@ -35,7 +46,12 @@ def test_killed_before_the_first_checkpoint_then_resumed(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_saves_and_says_how_to_go_on(
-    igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path, number: signal.Signals
+    igpt,
+    digits: TokenDataset,
+    short_run: Path,
+    short_flags: list[str],
+    tmp_path: Path,
+    number: signal.Signals,
 ) -> None:
     run = tmp_path / "stopped"
     command = Command(tmp_path, "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
@@ -51,8 +67,14 @@ def test_signal_saves_and_says_how_to_go_on(
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_bert_and_muon_resume_exactly_too(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
-    changes = {"objective": "bert", "log_every": 5, "optimizer": "muon"}  # a line spans a checkpoint
+def test_bert_and_muon_resume_exactly_too(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path
+) -> None:
+    changes = {
+        "objective": "bert",
+        "log_every": 5,
+        "optimizer": "muon",
+    }  # a line spans a checkpoint
     config = PretrainConfig.layered({**short, **changes, "tokens": digits.path})
     pretrain(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
@@ -65,7 +87,10 @@ def test_bert_and_muon_resume_exactly_too(digits: TokenDataset, short: dict[str,
 def test_micro_batches_change_nothing_but_rounding(
     digits: TokenDataset, short: dict[str, object], short_run: Path, tmp_path: Path
 ) -> None:
-    pretrain(PretrainConfig.layered({**short, "tokens": digits.path, "micro_batch_size": 5}), tmp_path / "run")
+    pretrain(
+        PretrainConfig.layered({**short, "tokens": digits.path, "micro_batch_size": 5}),
+        tmp_path / "run",
+    )
     for step, loss in losses(tmp_path / "run").items():
         assert loss == pytest.approx(losses(short_run)[step], abs=2e-5)
 
@@ -75,7 +100,17 @@ def test_damaged_checkpoints_are_passed_over_and_named(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
-    words = ["pretrain", digits.path, "-o", run, "--resume", "--checkpoint-every", 3, "--keep-checkpoints", 3]
+    words = [
+        "pretrain",
+        digits.path,
+        "-o",
+        run,
+        "--resume",
+        "--checkpoint-every",
+        3,
+        "--keep-checkpoints",
+        3,
+    ]
     newest, older = checkpoints(run / "checkpoints")
     (newest / "__0_0.distcp").unlink()
     assert igpt(*words).returncode == 0
@@ -93,7 +128,9 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     assert newest_whole(run / "checkpoints") == (newest, []), "it was replaced"
 
 
-def test_no_whole_checkpoint_is_an_error(igpt, digits: TokenDataset, short_run: Path, tmp_path: Path) -> None:
+def test_no_whole_checkpoint_is_an_error(
+    igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     for path in (run / "checkpoints").iterdir():
@@ -105,11 +142,16 @@ def test_no_whole_checkpoint_is_an_error(igpt, digits: TokenDataset, short_run: 
     assert "no whole checkpoint" in done.stderr
 
 
-def test_run_directories_are_not_mixed_up(igpt, digits: TokenDataset, short_run: Path, tmp_path: Path) -> None:
+def test_run_directories_are_not_mixed_up(
+    igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
+) -> None:
     for words, expected in [
         (["-o", short_run, "--model", "tiny"], "exists already; --resume continues it"),
         (["-o", tmp_path / "none", "--resume"], "there is no run to resume"),
-        (["-o", short_run, "--resume", "--learning-rate", "0.1"], "was started with learning_rate = 0.003, not 0.1"),
+        (
+            ["-o", short_run, "--resume", "--learning-rate", "0.1"],
+            "was started with learning_rate = 0.003, not 0.1",
+        ),
     ]:
         done = igpt("pretrain", digits.path, *words)
         assert done.returncode == 2
@@ -121,11 +163,15 @@ def test_the_interrupted_command_may_say_auto_and_things_may_move(
 ) -> None:
     shutil.copytree(short_run, tmp_path / "run")
     shutil.copytree(digits.path, tmp_path / "moved")
-    done = igpt("pretrain", tmp_path / "moved", "-o", tmp_path / "run", "--precision", "auto", "--resume")
+    done = igpt(
+        "pretrain", tmp_path / "moved", "-o", tmp_path / "run", "--precision", "auto", "--resume"
+    )
     assert done.returncode == 0, done.stderr
 
 
-def test_changed_tokens_are_refused_on_resume(digits: TokenDataset, short: dict[str, object], tmp_path: Path) -> None:
+def test_changed_tokens_are_refused_on_resume(
+    digits: TokenDataset, short: dict[str, object], tmp_path: Path
+) -> None:
     tokens = tmp_path / "tokens"
     shutil.copytree(digits.path, tokens)
     config = PretrainConfig.layered({**short, "tokens": tokens, "steps": 2})
@@ -156,7 +202,11 @@ def test_diverging_loss_stops_and_names_the_last_checkpoint(
     (line,) = done.stderr.strip().splitlines()
     assert "at update" in line or "after" in line
     reached = int(re.search(r"(?:at update|after) (\d+)", line)[1])
-    good = int(re.search(r"the last good checkpoint is \S+step-(\d+)", line)[1]) if "is /" in line else 0
+    good = (
+        int(re.search(r"the last good checkpoint is \S+step-(\d+)", line)[1])
+        if "is /" in line
+        else 0
+    )
     updates = reached - ("at update" in line)
     assert good < updates, "the newest one holds the very weights that gave this loss"
 

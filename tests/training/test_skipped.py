@@ -7,20 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from runs import assert_same_tensors, losses
 from torch import Tensor
 
-from igpt.data.batches import Batch
+from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import Summed, autoregressive
 from igpt.model.transformer import ImageGPT
+from igpt.training.checkpoints import Progress, checkpoints, newest_whole, step_of
 from igpt.training.distributed import Team
 from igpt.training.engine import Engine
 from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
-from igpt.training.state import Progress, checkpoints, newest_whole, step_of
 from igpt.training.trainer import Trainer, Validation
+
+from ..helpers.runs import assert_same_tensors, losses
 
 FINE, NO_LOSS, NO_GRADIENT = range(3)
 
@@ -31,7 +32,9 @@ def troubled(model: ImageGPT, tokens: Tensor, trouble: Tensor) -> Summed:
     if (trouble == NO_LOSS).any():
         summed = summed * torch.nan
     if (trouble == NO_GRADIENT).any():
-        summed = summed + (0 * model.lm_head.weight.sum()).sqrt()  # 0, and its derivative is infinity times 0
+        summed = (
+            summed + (0 * model.lm_head.weight.sum()).sqrt()
+        )  # 0, and its derivative is infinity times 0
     return summed, count
 
 
@@ -43,16 +46,30 @@ def batch(number: int, trouble: int = FINE) -> Batch:
 def make_engine(settings: dict[str, Any]) -> Engine:
     torch.manual_seed(0)
     model = ImageGPT(ModelConfig(resolution=4, n_colors=16, n_layer=2, n_embd=16, n_head=2))
-    torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # or nothing below it would have a gradient
+    torch.nn.init.normal_(
+        model.lm_head.weight, std=0.1
+    )  # or nothing below it would have a gradient
     common = {"batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "weight_decay": 0.1}
-    return Engine(model, TrainConfig.layered({**common, **settings}), Team(0, 1, torch.device("cpu")), troubled)
+    return Engine(
+        model,
+        TrainConfig.layered({**common, **settings}),
+        Team(0, 1, torch.device("cpu")),
+        troubled,
+    )
 
 
 def state(engine: Engine) -> list[Any]:
     """Copies of the weights and of what the optimisers remember."""
-    kept = [engine.model.state_dict(), *(optimizer.state_dict()["state"] for optimizer in engine.optimizers)]
+    kept = [
+        engine.model.state_dict(),
+        *(optimizer.state_dict()["state"] for optimizer in engine.optimizers),
+    ]
     return [
-        {key: value.clone() if isinstance(value, Tensor) else {k: v.clone() for k, v in value.items()}}
+        {
+            key: value.clone()
+            if isinstance(value, Tensor)
+            else {k: v.clone() for k, v in value.items()}
+        }
         for part in kept
         for key, value in part.items()
     ]
@@ -79,7 +96,12 @@ def test_a_skipped_update_changes_no_bit(optimizer: str, trouble: int) -> None:
 
 
 def train(
-    run: Path, troubles: Set[int], *, resume: bool = False, objective: int = NO_LOSS, **settings: object
+    run: Path,
+    troubles: Set[int],
+    *,
+    resume: bool = False,
+    objective: int = NO_LOSS,
+    **settings: object,
 ) -> Progress:
     """A run of 12 updates, in which those of some numbers (from 1) go wrong."""
     common = {"steps": 12, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 1}
@@ -95,7 +117,11 @@ def train(
 
 def counts(run: Path) -> dict[int, int]:
     """Updates skipped so far, by the updates that metrics.jsonl tells of."""
-    return {line["step"]: line["skipped"] for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "train"}
+    return {
+        line["step"]: line["skipped"]
+        for line in read_metrics(run / "metrics.jsonl")
+        if line["kind"] == "train"
+    }
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -118,10 +144,14 @@ def test_lines_tell_the_mean_of_the_others(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", [NO_LOSS, NO_GRADIENT], ids=["loss", "gradient"])
-def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(objective: int, tmp_path: Path) -> None:
+def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(
+    objective: int, tmp_path: Path
+) -> None:
     """The newest one holds the very weights that gave no number, and so does that of the update before."""
     troubles = {3, 6, 7, 8}
-    with pytest.raises(InputError, match="at update 8, and 4 updates were skipped so far") as caught:
+    with pytest.raises(
+        InputError, match="at update 8, and 4 updates were skipped so far"
+    ) as caught:
         train(tmp_path, troubles, max_skipped=3, objective=objective)
     good = Path(re.search(r"the last good checkpoint is (\S+);", str(caught.value))[1])
     assert step_of(good) == 4

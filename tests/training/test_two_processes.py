@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import Command, assert_same_run, losses, told
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.locks import exclusive_folder
+from igpt.training.checkpoints import checkpoints
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.state import checkpoints
+
+from ..helpers.runs import Command, assert_same_run, losses, told
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "as soon as it works there": lambda run: (run / ".lock").exists(),
@@ -27,7 +28,9 @@ MOMENTS: dict[str, Callable[[Path], bool]] = {
 
 def assert_refused(second: Command, command: str, run: Path, owner: int | None = None) -> None:
     assert second.code() == 2, second.out + second.err
-    said = re.match(rf"igpt {command}: (.+) is being written by process (\d+) on (\S+)", second.complaint)
+    said = re.match(
+        rf"igpt {command}: (.+) is being written by process (\d+) on (\S+)", second.complaint
+    )
     assert said, second.err
     assert (said[1], said[3]) == (str(run), socket.gethostname())
     if owner is not None:
@@ -55,7 +58,9 @@ def test_a_second_one_that_resumes_is_refused_and_the_first_ends_as_if_alone(
     assert not (run / ".lock").exists()
 
 
-def test_of_two_that_start_together_one_trains(words: list[object], short_run: Path, tmp_path: Path) -> None:
+def test_of_two_that_start_together_one_trains(
+    words: list[object], short_run: Path, tmp_path: Path
+) -> None:
     both = [Command(tmp_path / name, *words) for name in ("one", "other")]
     codes = [command.code() for command in both]
     assert sorted(codes) == [0, 2], [command.err for command in both]
@@ -63,7 +68,9 @@ def test_of_two_that_start_together_one_trains(words: list[object], short_run: P
     assert_same_run(short_run, tmp_path / "run", tmp_path)
 
 
-def test_one_that_was_killed_is_taken_over(words: list[object], short_run: Path, tmp_path: Path) -> None:
+def test_one_that_was_killed_is_taken_over(
+    words: list[object], short_run: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     first = Command(tmp_path / "first", *words)
     first.wait_until(lambda: bool(checkpoints(run / "checkpoints")))
@@ -99,8 +106,12 @@ def test_fine_tuning_is_refused_while_pretraining_goes_on_and_the_reverse(
     finetuning = ["finetune", short_run, digits.path, "-o", run]
     with exclusive_folder(run):
         assert_refused(Command(tmp_path / "second", *finetuning), "finetune", run, os.getpid())
-        assert_refused(Command(tmp_path / "third", *finetuning, "--resume"), "finetune", run, os.getpid())
-        assert_refused(Command(tmp_path / "fourth", *words, "--resume"), "pretrain", run, os.getpid())
+        assert_refused(
+            Command(tmp_path / "third", *finetuning, "--resume"), "finetune", run, os.getpid()
+        )
+        assert_refused(
+            Command(tmp_path / "fourth", *words, "--resume"), "pretrain", run, os.getpid()
+        )
 
 
 def test_a_process_that_holds_the_directory_may_train_in_it(
@@ -115,7 +126,9 @@ def test_a_process_that_holds_the_directory_may_train_in_it(
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_a_refusal_for_another_reason_leaves_no_directory(words: list[object], tmp_path: Path) -> None:
+def test_a_refusal_for_another_reason_leaves_no_directory(
+    words: list[object], tmp_path: Path
+) -> None:
     command = Command(tmp_path / "first", *words, "--n-head", 5)
     assert command.code() == 2
     assert "5 heads do not divide" in command.complaint

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_checkpoints import DATA, Saved
 
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+from igpt.training.checkpoints import VERSION, checkpoints
 from igpt.training.optimizer import make_optimizers
-from igpt.training.state import VERSION, checkpoints
+
+from .test_checkpoints import DATA, Saved
 
 METADATA = ".metadata"
 
@@ -35,7 +36,10 @@ def seal(checkpoint: Path) -> None:
     state = json.loads((checkpoint / "state.json").read_text())
     for name in state["files"]:
         content = (checkpoint / name).read_bytes()
-        state["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        state["files"][name] = {
+            "bytes": len(content),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
     del state["sha256"]
     state["sha256"] = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
     (checkpoint / "state.json").write_text(json.dumps(state))
@@ -78,7 +82,9 @@ ATTACKS = [replace_metadata, extend_metadata, call_metadata, replace_entry]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_the_payloads_work_where_they_are_trusted(attack: Callable[[Path, Path], None], tmp_path: Path) -> None:
+def test_the_payloads_work_where_they_are_trusted(
+    attack: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
     """Otherwise the tests below would show nothing."""
     Saved(tmp_path / "saved", keep=1).save(2)
     checkpoint = tmp_path / "saved" / "step-00000002"
@@ -95,7 +101,9 @@ def test_the_payloads_work_where_they_are_trusted(attack: Callable[[Path, Path],
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_code_in_a_checkpoint_is_not_executed(attack: Callable[[Path, Path], None], tmp_path: Path) -> None:
+def test_code_in_a_checkpoint_is_not_executed(
+    attack: Callable[[Path, Path], None], tmp_path: Path
+) -> None:
     some = Saved(tmp_path / "saved", keep=2)
     some.save(2, 4)
     for step in (4, 2):
@@ -114,7 +122,11 @@ def test_code_in_a_checkpoint_is_not_executed(attack: Callable[[Path, Path], Non
 
 @pytest.mark.parametrize("attack", [extend_metadata, replace_entry])
 def test_resuming_refuses_code_in_one_line(
-    attack: Callable[[Path, Path], None], igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
+    attack: Callable[[Path, Path], None],
+    igpt,
+    digits: TokenDataset,
+    short_run: Path,
+    tmp_path: Path,
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
@@ -141,7 +153,11 @@ def test_a_flipped_byte_is_noticed_wherever_it_is(name: str, tmp_path: Path) -> 
     some.save(2, 4)
     file = tmp_path / "step-00000004" / name
     whole = file.read_bytes()
-    counts = [offset for offset, byte in enumerate(whole) if name != "state.json" or not bytes([byte]).isspace()]
+    counts = [
+        offset
+        for offset, byte in enumerate(whole)
+        if name != "state.json" or not bytes([byte]).isspace()
+    ]
     for part in (0, 0.1, 0.3, 0.5, 0.8, 1):
         offset = counts[round(part * (len(counts) - 1))]
         damaged = bytearray(whole)
@@ -181,7 +197,9 @@ def test_every_number_of_the_state_is_covered(tmp_path: Path) -> None:
         ({"best": True}, "best = True"),
     ],
 )
-def test_a_state_of_another_form_is_refused_with_its_key(change: dict[str, object], said: str, tmp_path: Path) -> None:
+def test_a_state_of_another_form_is_refused_with_its_key(
+    change: dict[str, object], said: str, tmp_path: Path
+) -> None:
     assert VERSION == 3
     some = Saved(tmp_path, keep=1)
     some.save(4)

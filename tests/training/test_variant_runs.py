@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from igpt.data.tokens import TokenDataset
-from igpt.model.configuration import ModelConfig
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.report.card import write_card
@@ -28,26 +28,37 @@ def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]
     shape = {"resolution": 4, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 2}
     torch.manual_seed(0)
     model = ImageGPT(ModelConfig.layered({**shape, **variant}))
-    torch.nn.init.normal_(model.lm_head.weight, std=0.1)  # or nothing below it would have a gradient
+    torch.nn.init.normal_(
+        model.lm_head.weight, std=0.1
+    )  # or nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **settings})
     engine = Engine(model, config, Team(0, 1, torch.device("cpu")), autoregressive)
     generator = torch.Generator().manual_seed(1)
-    return [engine.update((torch.randint(0, 16, (4, 16), generator=generator),), 1e-2).tolist() for _ in range(3)]
+    return [
+        engine.update((torch.randint(0, 16, (4, 16), generator=generator),), 1e-2).tolist()
+        for _ in range(3)
+    ]
 
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_computing_activations_again_changes_nothing(recomputation: str, precision: str) -> None:
     kept = told({"precision": precision}, TOGETHER)
-    assert told({"precision": precision, "activation_checkpointing": recomputation}, TOGETHER) == kept
+    assert (
+        told({"precision": precision, "activation_checkpointing": recomputation}, TOGETHER) == kept
+    )
     assert told({"precision": precision}, {}) != kept
 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective"])
-def test_compiled_blocks_are_one_graph_and_give_the_same(recomputation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_are_one_graph_and_give_the_same(
+    recomputation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Their graphs run without code being generated for them, which would take a minute."""
     plain = told({}, TOGETHER)
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)
+    )
     compiled = told({"compile": "yes", "activation_checkpointing": recomputation}, TOGETHER)
     for one, other in zip(plain, compiled, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
@@ -57,7 +68,13 @@ def test_compiled_blocks_are_one_graph_and_give_the_same(recomputation: str, mon
 def test_a_run_writes_its_variant_and_is_fine_tuned(
     objective: str, digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
-    settings = {**short, **TOGETHER, "objective": objective, "optimizer": "muon", "schedule": "linear"}
+    settings = {
+        **short,
+        **TOGETHER,
+        "objective": objective,
+        "optimizer": "muon",
+        "schedule": "linear",
+    }
     more = {"tokens": digits.path, "start_from_palette": True}
     found = pretrain(PretrainConfig.layered(settings, more), tmp_path / "run")
     model = ImageGPT.from_pretrained(found)
@@ -71,7 +88,10 @@ def test_a_run_writes_its_variant_and_is_fine_tuned(
         "learning_rates": (),
         "validate_every": 2,
     }
-    result = finetune(FinetuneConfig.layered(tuning, {"learning_rate": 1e-3, "precision": "fp32"}), tmp_path / "tuned")
+    result = finetune(
+        FinetuneConfig.layered(tuning, {"learning_rate": 1e-3, "precision": "fp32"}),
+        tmp_path / "tuned",
+    )
     assert 0 <= result["test_accuracy"] <= 1
     assert ImageGPT.from_pretrained(tmp_path / "tuned" / "model").config.value_residual
     for run in ("run", "tuned"):
@@ -82,5 +102,7 @@ def test_a_run_writes_its_variant_and_is_fine_tuned(
 
 def test_the_linear_schedule() -> None:
     steps = (0, 9, 10, 55, 99, 100)
-    rates = [learning_rate(step, peak=1.0, warmup=10, total=100, schedule="linear") for step in steps]
+    rates = [
+        learning_rate(step, peak=1.0, warmup=10, total=100, schedule="linear") for step in steps
+    ]
     assert rates == pytest.approx([0.1, 1.0, 1.0, 0.5, 1 / 90, 0.0])

@@ -13,7 +13,8 @@ from igpt.files import require_regular
 def map_array(path: Path) -> NDArray[Any]:
     """Return the array in a `.npy` file as a read-only memory map.
 
-    Only the header is read. The type, the shape and the order are those of the file: check them before use.
+    Only the header is read. The type, the shape and the order are those of the file: check them
+    before use.
 
     Raises:
         InputError: it is not a regular file, not a `.npy` file, cut off, or holds Python objects.
@@ -26,4 +27,6 @@ def map_array(path: Path) -> NDArray[Any]:
         raise InputError(f"{path} is missing") from None
     except Exception as error:  # NumPy has many types for malformed headers
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise InputError(f"{path} is not readable as a .npy array ({reason}); is it cut off?") from None
+        raise InputError(
+            f"{path} is not readable as a .npy array ({reason}); is it cut off?"
+        ) from None

@@ -36,7 +36,8 @@ class Entry:
     Attributes:
         count: how many.
         first: the name of the first one; of columns, the names of up to ten.
-        possible_images: whether they are images, or files that may be or hold some: these count against `max_bad`.
+        possible_images: whether they are images, or files that may be or hold some: these count
+            against `max_bad`.
     """
 
     count: int
@@ -85,7 +86,9 @@ class LeftOut:
     def advice(self) -> str:
         """Return what to do about archives and HEIC that are left out, to be put behind `text`."""
         words = ""
-        packed = next((entry for kind, entry in self.entries.items() if kind.endswith(ARCHIVES)), None)
+        packed = next(
+            (entry for kind, entry in self.entries.items() if kind.endswith(ARCHIVES)), None
+        )
         if packed:
             words += f"; unpack {packed.first} first"
         if any(kind.endswith(_HEIC) for kind in self.entries):
@@ -182,12 +185,17 @@ class Allowance:
         """Refuse more images that do not decode than are allowed where `reading` images are read.
 
         Raises:
-            InputError: names the counts, the first image, and the value of `--max-bad` that allows so many.
+            InputError: names the counts, the first image, and the value of `--max-bad` that allows
+                so many.
         """
         allowed = self.undecoded(reading)
         if len(bad) > allowed:
             share = (len(bad) / reading * self.images + self.left_out) / self.total
-            before = f", besides {self.left_out} possible images left out before" if self.left_out else ""
+            before = (
+                f", besides {self.left_out} possible images left out before"
+                if self.left_out
+                else ""
+            )
             raise InputError(
                 f"images that do not decode: {len(bad)}, where --max-bad {self.max_bad:g} allows "
                 f"{allowed}{before}; the first: {bad[0]}; mend or remove them, or go on without them by a larger "

@@ -20,11 +20,14 @@ Result = TypeVar("Result")
 
 
 @contextmanager
-def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[Iterable[Job]], Iterator[Result]]]:
+def running(
+    work: Callable[[Job], Result], workers: int
+) -> Iterator[Callable[[Iterable[Job]], Iterator[Result]]]:
     """How jobs are run: in this process, or by spawned ones, which are sent `work` once and then job by job.
 
-    Jobs are taken from their iterable as they are needed. The workers do not import the script that was started, so
-    that it needs no `if __name__ == "__main__"`: `work` and the jobs are of classes from modules.
+    Jobs are taken from their iterable as they are needed. The workers do not import the script that
+    was started, so that it needs no `if __name__ == "__main__"`: `work` and the jobs are of classes
+    from modules.
 
     Raises:
         InputError: a worker was killed.
@@ -34,7 +37,9 @@ def running(work: Callable[[Job], Result], workers: int) -> Iterator[Callable[[I
         return
     if current_process().daemon:
         raise InputError("a daemonic process cannot start workers; use workers=1 in it")
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker, initargs=(work,))
+    pool = ProcessPoolExecutor(
+        workers, get_context("spawn"), initializer=_start_worker, initargs=(work,)
+    )
 
     def submit(job: Job) -> Future[Any]:
         # Any call may start a worker.
@@ -89,12 +94,15 @@ def _run_in_worker(job: Any) -> Any:
 def _deferred_signals() -> Iterator[None]:
     """Handle Ctrl-C and SIGTERM only at the end of what is done in here; processes started in here never see Ctrl-C.
 
-    A half-started worker would complain. Ctrl-C reaches all processes of a terminal: this one ends its workers.
+    A half-started worker would complain. Ctrl-C reaches all processes of a terminal: this one ends
+    its workers.
     """
     resource_tracker.ensure_running()  # it would be started in here, and then unblock SIGINT
     arrived = list[int]()
     handled = [signal.SIGINT, signal.SIGTERM] if current_thread() is main_thread() else []
-    before = {number: signal.getsignal(number) for number in handled if callable(signal.getsignal(number))}
+    before = {
+        number: signal.getsignal(number) for number in handled if callable(signal.getsignal(number))
+    }
     for number in before:
         signal.signal(number, lambda received, _: arrived.append(received))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit it
@@ -112,8 +120,9 @@ def _deferred_signals() -> Iterator[None]:
 def _hidden_main() -> Iterator[None]:
     """Keep processes that are started in here from importing the main module.
 
-    `multiprocessing.spawn.get_preparation_data` sends the name and the file of `__main__` to a new process, which
-    imports it. A script without `if __name__ == "__main__"` would start its work once more there.
+    `multiprocessing.spawn.get_preparation_data` sends the name and the file of `__main__` to a new
+    process, which imports it. A script without `if __name__ == "__main__"` would start its work
+    once more there.
     """
     with _hiding:
         main = vars(sys.modules["__main__"])

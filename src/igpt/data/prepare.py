@@ -21,14 +21,20 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
-from igpt.data.archives import TokenRows
-from igpt.data.fit import PaletteConfig, given_palette, palette_notes, settle_palette, transform_of
+from igpt.data.images.palette import Palette, StoredPalette
 from igpt.data.left_out import BAD, FRAMES, UNLABELLED, Allowance, LeftOut
-from igpt.data.palette import Palette, StoredPalette
+from igpt.data.palette_fit import (
+    PaletteConfig,
+    given_palette,
+    palette_notes,
+    settle_palette,
+    transform_of,
+)
 from igpt.data.pool import running
-from igpt.data.readers import Reader, name_of_image
-from igpt.data.sources import Split, open_source
-from igpt.data.tokens import (
+from igpt.data.sources.archives import TokenRows
+from igpt.data.sources.catalogue import Split, open_source
+from igpt.data.sources.readers import Reader, name_of_image
+from igpt.data.tokens.dataset import (
     SPLITS,
     ClassNames,
     Count,
@@ -52,7 +58,10 @@ from igpt.files import (
 from igpt.locks import exclusive
 
 PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
-SHARD_IMAGES = (1024, 8192)  # at least, at most: between them a source is cut into 32 shards, for as many processes
+SHARD_IMAGES = (
+    1024,
+    8192,
+)  # at least, at most: between them a source is cut into 32 shards, for as many processes
 SHARD_BYTES = 2**28  # of tokens, at most; it lowers the number of images from 129 px on
 _TWELVE_BITS = 4095  # the highest level
 ALONE_BELOW = 4096  # images; starting workers costs more than they gain
@@ -110,7 +119,8 @@ class Plan(Stored):
     """Schema of `plan.json`.
 
     Attributes:
-        jobs: number of shard records of each reader, in all parts together; version 0.1.0 did not write it.
+        jobs: number of shard records of each reader, in all parts together; version 0.1.0 did not
+            write it.
         part: (i, n), see `prepare_part`.
         left_out, warnings: see `made` of the data set; version 0.1.0 did not write them.
     """
@@ -134,9 +144,14 @@ class PrepareConfig(PaletteConfig):
     """How images become tokens."""
 
     views: int = Field(
-        0, ge=0, le=1000, description="random crops of each training image (paper); 0: its centre square"
+        0,
+        ge=0,
+        le=1000,
+        description="random crops of each training image (paper); 0: its centre square",
     )
-    limit: int | None = Field(None, ge=1, description="at most so many images of each split, drawn by seed")
+    limit: int | None = Field(
+        None, ge=1, description="at most so many images of each split, drawn by seed"
+    )
 
 
 def record_name(reader: int, number: int) -> str:
@@ -183,10 +198,14 @@ class _Work:
         unlabelled, levels, frames = list[str](), list[int](), LeftOut()
         reader = self.readers[job.reader]
         count = 0
-        for row, owner, (image, label) in zip(job.rows.tolist(), job.splits, reader.read(job.rows), strict=False):
+        for row, owner, (image, label) in zip(
+            job.rows.tolist(), job.splits, reader.read(job.rows), strict=False
+        ):
             split, count = SPLITS[owner], count + 1
             if not -1 <= label < self.classes:
-                raise InputError(f"{reader.name_of(row)} has the class {label}, and there are {self.classes} (from 0)")
+                raise InputError(
+                    f"{reader.name_of(row)} has the class {label}, and there are {self.classes} (from 0)"
+                )
             try:
                 made, level, further = self._tokens(reader, image, split, row)
             except InputError as error:
@@ -201,7 +220,9 @@ class _Work:
                 if label < 0 and self.classes:
                     unlabelled.append(f"{split} {name_of_image(image, row)}")
         if count < len(job.rows):
-            raise InputError(f"{reader.name_of(0)} and its neighbours have become fewer while they were read")
+            raise InputError(
+                f"{reader.name_of(0)} and its neighbours have become fewer while they were read"
+            )
         shards = {
             split: write_shard(
                 self.folder,
@@ -223,11 +244,15 @@ class _Work:
         write_json(self.folder / job.record, result)
         return result
 
-    def _tokens(self, reader: Reader, image: Any, split: str, row: int) -> tuple[NDArray[np.uint16], int | None, int]:
+    def _tokens(
+        self, reader: Reader, image: Any, split: str, row: int
+    ) -> tuple[NDArray[np.uint16], int | None, int]:
         """Return the tokens of an image, [max(V, 1), n], the highest level of a 16-bit one, and its further frames."""
         if isinstance(reader, TokenRows):
             if image.min() < 0 or image.max() >= len(self.palette):
-                raise InputError(f"tokens {image.min()} to {image.max()} in a palette of {len(self.palette)} colours")
+                raise InputError(
+                    f"tokens {image.min()} to {image.max()} in a palette of {len(self.palette)} colours"
+                )
             return np.asarray(image, dtype=np.uint16)[None], None, 0
         transform = transform_of(self.config, self.config.views if split == "train" else 0)
         pixels, level, further = transform.squares_of(image, (self.config.seed, row))
@@ -235,7 +260,12 @@ class _Work:
 
 
 def prepare(
-    source: str, out: Path, config: PrepareConfig, *, workers: int = 1, progress: Progress | None = None
+    source: str,
+    out: Path,
+    config: PrepareConfig,
+    *,
+    workers: int = 1,
+    progress: Progress | None = None,
 ) -> TokenDataset:
     """Turns a source of images into a token data set.
 
@@ -248,13 +278,15 @@ def prepare(
         progress: called with (images done, images in all).
 
     Raises:
-        InputError: what the source, too many of its images, or `out` have wrong; or another process is making `out`.
+        InputError: what the source, too many of its images, or `out` have wrong; or another process
+            is making `out`.
     """
     require_new(out, source)
     with exclusive(out):
         folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress)
         write_dataset(folder, plan, list(records.values()))
-        # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is complete.
+        # The plan goes last: wherever a kill falls, the same call finishes the work or `out` is
+        # complete.
         _clear(folder)
         folder.rename(out)
         (out / PLAN).unlink()
@@ -272,7 +304,8 @@ def prepare_part(
 ) -> Path:
     """Makes one of n parts of a token data set, for machines that share the work without knowing of each other.
 
-    Parts that are joined (`igpt.data.parts.merge`) are the same to the byte as what `prepare` makes.
+    Parts that are joined (`igpt.data.merge.merge`) are the same to the byte as what `prepare`
+    makes.
 
     Args:
         part: (i, n), the i-th of n, from 1.
@@ -286,7 +319,9 @@ def prepare_part(
     """
     require_new(out, source)
     if not 1 <= part[0] <= part[1] <= MOST_PARTS:
-        raise InputError(f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}; n is at most {MOST_PARTS}")
+        raise InputError(
+            f"the shards of n are 1/n to n/n, not {part[0]}/{part[1]}; n is at most {MOST_PARTS}"
+        )
     out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
     require_new(out)
     with exclusive(out):
@@ -315,17 +350,23 @@ def _make_shards(
     if workers < 1:
         raise InputError(f"at least one worker is needed, not {workers}")
     if workers > _MOST_WORKERS:
-        raise InputError(f"{workers} workers are too many for this machine; give at most {_MOST_WORKERS}")
+        raise InputError(
+            f"{workers} workers are too many for this machine; give at most {_MOST_WORKERS}"
+        )
     if config.size**2 * config.views > _MOST_PIXELS:
         most = _MOST_PIXELS // config.size**2
-        raise InputError(f"{config.views} views of {config.size} px need too much memory; give at most --views {most}")
+        raise InputError(
+            f"{config.views} views of {config.size} px need too much memory; give at most --views {most}"
+        )
     opened = open_source(source, config)
     class_names, allowance = opened.class_names, opened.allowance(config.max_bad)
     _require_distinct(class_names, source)
     allowance.require(source, opened.left_out)
     splits = {name: _limited(split, config) for name, split in opened.splits.items()}
     if config.views and isinstance(splits["train"].reader, TokenRows):
-        raise InputError(f"{source} holds tokens, of which no random crops can be taken; leave --views out")
+        raise InputError(
+            f"{source} holds tokens, of which no random crops can be taken; leave --views out"
+        )
     given = given_palette(source, splits["train"], config)
     folder = out.with_name(out.name + ".partial")
     limits = _shard_images(config)
@@ -352,7 +393,9 @@ def _make_shards(
     skipped = [line for record in finished.values() for line in record["skipped"]]
     total = sum(len(job.rows) for job in jobs())
     done = sum(len(job.rows) for job in jobs() if job.record in finished)
-    work = _Work(_readers(splits), palette, config, folder, len(class_names or ()), allowance, total)
+    work = _Work(
+        _readers(splits), palette, config, folder, len(class_names or ()), allowance, total
+    )
     allowance.require_decoded(skipped, total)
     with running(work, workers if total >= ALONE_BELOW else 1) as run:
         for result in run(job for job in jobs() if job.record not in finished):
@@ -367,7 +410,9 @@ def _make_shards(
 def _require_distinct(class_names: list[str] | None, source: str) -> None:
     twice = [name for name, count in Counter(class_names or ()).items() if count > 1]
     if twice:
-        raise InputError(f"{source} has more than one class named {twice[0]!r}; give each class its own name")
+        raise InputError(
+            f"{source} has more than one class named {twice[0]!r}; give each class its own name"
+        )
 
 
 def _finished(folder: Path, jobs: Iterator[_Job]) -> dict[str, dict[str, Any]]:
@@ -380,7 +425,11 @@ def _finished(folder: Path, jobs: Iterator[_Job]) -> dict[str, dict[str, Any]]:
             shards = [Shard(**shard) for shard in record["shards"].values()]
             with suppress(InputError):
                 require_files(folder, shards)
-                if all(sha256_of(folder / file) == value for shard in shards for file, value in shard.sha256.items()):
+                if all(
+                    sha256_of(folder / file) == value
+                    for shard in shards
+                    for file, value in shard.sha256.items()
+                ):
                     finished[job.record] = record
     return finished
 
@@ -389,7 +438,8 @@ def _all_records(folder: Path, jobs: Iterator[_Job], views: int) -> dict[str, di
     """Return the records of all jobs, by name and in order.
 
     Raises:
-        InputError: a record or one of its shards is missing, or their numbers of images are not those of the job.
+        InputError: a record or one of its shards is missing, or their numbers of images are not
+            those of the job.
     """
     records, missing = dict[str, dict[str, Any]](), list[str]()
     for job in jobs:
@@ -443,14 +493,21 @@ def _shard_images(config: PrepareConfig) -> tuple[int, int]:
 
 def _jobs(splits: Mapping[str, Split], limits: tuple[int, int], views: int) -> Iterator[_Job]:
     for reader, images in enumerate(_readers(splits)):
-        owners = {SPLITS.index(name): split.indices for name, split in splits.items() if split.reader is images}
+        owners = {
+            SPLITS.index(name): split.indices
+            for name, split in splits.items()
+            if split.reader is images
+        }
         size = min(limits[1] // max(1, views) or 1, max(limits[0], -(-len(images) // 32)))
         for number, first in enumerate(range(0, len(images), size)):
             parts = {
-                owner: rows[slice(*np.searchsorted(rows, (first, first + size)))] for owner, rows in owners.items()
+                owner: rows[slice(*np.searchsorted(rows, (first, first + size)))]
+                for owner, rows in owners.items()
             }
             rows = np.concatenate(list(parts.values()))
-            owned = np.repeat(np.array(list(parts), np.uint8), [len(part) for part in parts.values()])
+            owned = np.repeat(
+                np.array(list(parts), np.uint8), [len(part) for part in parts.values()]
+            )
             order = np.argsort(rows)
             yield _Job(reader, number, rows[order], owned[order])
 
@@ -464,7 +521,11 @@ def _settle_plan(
         return plan, Palette.load(folder / PLAN)
     settled = settle_palette(plan["source"], train, config, given)
     palette, picture = settled.palette, settled.picture
-    plan = {**plan, "palette_error": settled.quality, "palette": {"centers": palette.centers_.tolist()}}
+    plan = {
+        **plan,
+        "palette_error": settled.quality,
+        "palette": {"centers": palette.centers_.tolist()},
+    }
     with atomic_folder(folder) as temporary:
         write_json(temporary / PLAN, plan)
         if picture:
@@ -474,12 +535,17 @@ def _settle_plan(
 
 def _continue_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     if not (folder / PLAN).exists():
-        raise InputError(f"{folder} exists and holds no unfinished work; remove it or choose another -o")
+        raise InputError(
+            f"{folder} exists and holds no unfinished work; remove it or choose another -o"
+        )
     plan = read_json(folder / PLAN, "plan", Plan)
     # Work that bad images stopped may go on with more of them: what is done does not depend on it.
     config = plan["config"]
     begun = {"jobs": wanted["jobs"]} | plan | {key: wanted[key] for key in ("left_out", "warnings")}
-    begun["config"] = config | {"limit": config.get("limit"), "max_bad": wanted["config"]["max_bad"]}
+    begun["config"] = config | {
+        "limit": config.get("limit"),
+        "max_bad": wanted["config"]["max_bad"],
+    }
     if {key: begun.get(key) for key in wanted} != wanted:
         raise InputError(
             f"{folder} holds unfinished work with other settings or images; remove it or choose another -o"
@@ -523,7 +589,9 @@ def with_records(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> Left
     left_out = LeftOut.from_json(plan.get("left_out", {}), PLAN)
     for record in records:
         if record["skipped"]:
-            left_out.add(BAD, record["skipped"][0], count=len(record["skipped"]), possible_images=True)
+            left_out.add(
+                BAD, record["skipped"][0], count=len(record["skipped"]), possible_images=True
+            )
         if unlabelled := record.get("unlabelled"):
             left_out.add(UNLABELLED, unlabelled["first"], count=unlabelled["count"])
         if frames := record.get("further_frames"):

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from igpt.data.tokens import TokenSplit
-from igpt.data.views import Transform
+from igpt.data.images.transform import Transform
+from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.export import best_layer, require_layer
 from igpt.evaluation.features import pooled
@@ -26,14 +26,15 @@ from igpt.model.transformer import ImageGPT
 class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
     """Images -> one layer's activations, averaged over all places (paper, section 2.3): float32 [N, D].
 
-    Images are uint8 [N, H, W, 3], grey ones [N, H, W], or a list of PIL images, paths or arrays of any sizes; their
-    centre squares are brought to the model's resolution and palette. Nothing is learned from them: `fit` reads the
-    model. Features are not scaled; a `StandardScaler` behind them is what `igpt probe` has.
+    Images are uint8 [N, H, W, 3], grey ones [N, H, W], or a list of PIL images, paths or arrays of
+    any sizes; their centre squares are brought to the model's resolution and palette. Nothing is
+    learned from them: `fit` reads the model. Features are not scaled; a `StandardScaler` behind
+        them is what `igpt probe` has.
 
     Args:
         model: a run, a model directory or a Hub id.
-        layer: 0 is the first block's input, L the final norm's output; None takes the best-probing layer of a run that
-            has a `probe.json`, and the middle one otherwise.
+        layer: 0 is the first block's input, L the final norm's output; None takes the best-probing
+            layer of a run that has a `probe.json`, and the middle one otherwise.
         batch_size: images at a time; None takes as many as have 65,536 places.
         precision: "fp32", or "bf16" products.
 
@@ -61,7 +62,10 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         Raises:
             InputError: no model there, one without a palette, or settings out of range.
         """
-        if (self.batch_size is not None and self.batch_size < 1) or self.precision not in ("fp32", "bf16"):
+        if (self.batch_size is not None and self.batch_size < 1) or self.precision not in (
+            "fp32",
+            "bf16",
+        ):
             raise InputError(
                 f"batch_size is 1 or more and precision fp32 or bf16, not {self.batch_size} and {self.precision!r}"
             )
@@ -90,7 +94,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         model = self.model_.to("cuda" if torch.cuda.is_available() else "cpu")
         tokens = self._tokens(X)
         split = TokenSplit("images", [tokens], [np.full(len(tokens), -1, dtype=np.int32)])
-        batches = pooled(model, split, precision=self.precision, batch_size=self.batch_size, last=self.layer_)
+        batches = pooled(
+            model, split, precision=self.precision, batch_size=self.batch_size, last=self.layer_
+        )
         return np.concatenate([batch[self.layer_] for batch in batches])
 
     def _tokens(self, images: Iterable[Any]) -> NDArray[np.uint16]:
@@ -98,7 +104,11 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             raise InputError(f"a list or an array of images is needed, not {type(images).__name__}")
         if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
             _require_pixels(images)
-        transform, palette, tokens = Transform(self.model_.config.resolution), self.model_.palette, []
+        transform, palette, tokens = (
+            Transform(self.model_.config.resolution),
+            self.model_.palette,
+            [],
+        )
         assert palette is not None
         for place, image in enumerate(images):
             try:
@@ -131,4 +141,6 @@ def _require_pixels(images: NDArray[Any]) -> None:
             f"an array of images is uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} {list(images.shape)}"
         )
     if images.ndim == 3 and images.shape[-1] in (3, 4):
-        raise InputError(f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, 3]")
+        raise InputError(
+            f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, 3]"
+        )

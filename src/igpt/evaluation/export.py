@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.data.gathered import Gathered
+from igpt.data.image_set import Gathered
 from igpt.errors import InputError
 from igpt.evaluation.results import read_probe
 from igpt.files import atomic_file
@@ -55,12 +55,15 @@ def require_features_file(path: Path) -> None:
         raise InputError(f"features are written as .npz or .parquet, not as {path.name}")
 
 
-def write_features(path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]) -> None:
+def write_features(
+    path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]
+) -> None:
     """Writes the features of all images, atomically, batch by batch as they come.
 
-    `.npz` has `features` float32 [N, D], `labels` int32 [N] (-1 without one), `names` [N], `class_names`, `layer`, and
-    `metadata`, the text of a JSON object. Parquet has the columns `image`, `label` and `class` (null without one) and
-    `features` (lists of D float32), and the metadata in its schema's, under `igpt`.
+    `.npz` has `features` float32 [N, D], `labels` int32 [N] (-1 without one), `names` [N],
+    `class_names`, `layer`, and `metadata`, the text of a JSON object. Parquet has the columns
+    `image`, `label` and `class` (null without one) and `features` (lists of D float32), and the
+    metadata in its schema's, under `igpt`.
 
     Args:
         metadata: of the features, with their `layer` and `width` among it.
@@ -101,17 +104,27 @@ def _names(images: Gathered) -> Iterator[NDArray[np.str_]]:
 
 
 def _store(
-    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], kind: np.dtype[Any], parts: Iterable[NDArray[Any]]
+    archive: zipfile.ZipFile,
+    name: str,
+    shape: tuple[int, ...],
+    kind: np.dtype[Any],
+    parts: Iterable[NDArray[Any]],
 ) -> None:
     """An array of a `.npz` from consecutive parts: `numpy.savez` would need all of it."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+        header = {
+            "descr": np.lib.format.dtype_to_descr(kind),
+            "fortran_order": False,
+            "shape": shape,
+        }
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:
             file.write(part.astype(kind).tobytes())
 
 
-def _write_parquet(path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]) -> None:
+def _write_parquet(
+    path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,7 +1,7 @@
 """Features for probes: every layer's normalised activations, averaged over all places, in one pass.
 
-They are written to disk as they come, a file a layer, so that memory does not grow with the number of images.
-N images, B of them at a time, n places, L layers, D width.
+They are written to disk as they come, a file a layer, so that memory does not grow with the number
+of images. N images, B of them at a time, n places, L layers, D width.
 """
 
 import json
@@ -17,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.allocator import keep_freed_memory
-from igpt.data.palette import Palette
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.images.palette import Palette
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, require_regular, write_json
-from igpt.model.checkpoint import weights_sha256
 from igpt.model.classifier import MASKED
 from igpt.model.cost import images_at_once
+from igpt.model.directory import weights_sha256
 from igpt.model.objectives import masks_of_rows
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
@@ -59,8 +59,8 @@ def pooled(
 ) -> Iterator[NDArray[np.float32]]:
     """Mean-pooled n^l of all layers (paper, section 2.3), batch by batch in the order of the split: [L + 1, B, D] each.
 
-    Entry l is the normalised input of block l's attention, the last one the final norm's output. `precision` is that
-    of the products; norms, residuals and means are fp32 always.
+    Entry l is the normalised input of block l's attention, the last one the final norm's output.
+    `precision` is that of the products; norms, residuals and means are fp32 always.
 
     Args:
         masking: what a BERT model does not see; None: nothing is masked, for BERT models neither.
@@ -77,7 +77,9 @@ def pooled(
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)
         mask = None
         if masking:
-            drawn = masks_of_rows(rows, tokens.shape[1], masking.probability, (masking.seed, masking.draw))
+            drawn = masks_of_rows(
+                rows, tokens.shape[1], masking.probability, (masking.seed, masking.draw)
+            )
             mask = torch.from_numpy(drawn).to(device)
         with autocast(precision, device):
             layers = [n.float().mean(dim=1) for n in islice(model.features(tokens, mask), count)]
@@ -99,7 +101,8 @@ def stored(
     """What `pooled` gives, from files that are mapped: [N, D] for each of L + 1 layers; they are made if need be.
 
     Args:
-        folder: gets `layer-LLL.npy` and `features.json`; it is whole or absent, whatever interrupts the work.
+        folder: gets `layer-LLL.npy` and `features.json`; it is whole or absent, whatever interrupts
+            the work.
         of: what else than the model and these settings the features depend on: the images.
 
     Raises:
@@ -122,7 +125,9 @@ def stored(
         raise InputError(f"{folder} holds something else than features; name another folder")
     if (folder / MANIFEST).exists():
         found = read_json(folder / MANIFEST, "features")
-        same = {key for key in what.keys() & found.keys() if _as_json(found[key]) == _as_json(what[key])}
+        same = {
+            key for key in what.keys() & found.keys() if _as_json(found[key]) == _as_json(what[key])
+        }
         other = sorted({*what, *found} - same)
         if other:
             raise InputError(
@@ -130,13 +135,19 @@ def stored(
                 f"{MANIFEST} differ); name another folder"
             )
     else:
-        header = {"descr": "<f4", "fortran_order": False, "shape": (len(split), model.config.n_embd)}
+        header = {
+            "descr": "<f4",
+            "fortran_order": False,
+            "shape": (len(split), model.config.n_embd),
+        }
         with atomic_folder(folder) as temporary:
             with ExitStack() as stack:
                 opened = [stack.enter_context((temporary / name).open("wb")) for name in files]
                 for file in opened:
                     np.lib.format.write_array_header_1_0(file, header)
-                for batch in pooled(model, split, masking=masking, precision=precision, progress=progress):
+                for batch in pooled(
+                    model, split, masking=masking, precision=precision, progress=progress
+                ):
                     for file, layer in zip(opened, batch.astype("<f4"), strict=True):
                         file.write(layer.tobytes())
             write_json(temporary / MANIFEST, what)
@@ -154,9 +165,13 @@ def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
     try:
         array: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # of a damaged header, NumPy raises errors of many kinds
-        raise InputError(f"{path} is missing, cut off or damaged ({error!r:.200}); {remedy}") from None
+        raise InputError(
+            f"{path} is missing, cut off or damaged ({error!r:.200}); {remedy}"
+        ) from None
     if array.shape != shape or array.dtype != np.dtype("<f4") or not array.flags.c_contiguous:
-        raise InputError(f"{path} holds {array.dtype} {list(array.shape)}, not float32 {list(shape)}; {remedy}")
+        raise InputError(
+            f"{path} holds {array.dtype} {list(array.shape)}, not float32 {list(shape)}; {remedy}"
+        )
     return array
 
 

@@ -14,21 +14,23 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.allocator import keep_freed_memory
-from igpt.confidence import auroc, mean_of
-from igpt.data.gathered import Gathered
-from igpt.data.tokens import TokenSplit
+from igpt.data.image_set import Gathered
+from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_file
 from igpt.model.cost import images_at_once
 from igpt.model.objectives import place_losses
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
+from igpt.statistics import auroc, mean_of
 
 Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 @torch.inference_mode()
-def losses_of(model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32") -> NDArray[np.float64]:
+def losses_of(
+    model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32"
+) -> NDArray[np.float64]:
     """Negative log-likelihood of every pixel, given those before it: tokens [B, n] -> nats [B, n].
 
     Raises:
@@ -90,7 +92,9 @@ def told_apart(losses: NDArray[np.float64], others: NDArray[np.float64]) -> dict
         InputError: fewer than two images of either.
     """
     if min(len(losses), len(others)) < 2:
-        raise InputError(f"telling images apart needs two or more of each, not {len(losses)} and {len(others)}")
+        raise InputError(
+            f"telling images apart needs two or more of each, not {len(losses)} and {len(others)}"
+        )
     return auroc(losses, others)
 
 
@@ -107,17 +111,29 @@ def require_table(path: Path) -> None:
 def write_scores(path: Path, images: Gathered, losses: NDArray[np.float64]) -> None:
     """Writes a line an image, atomically, as CSV or JSON lines by the file's ending.
 
-    Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the source has classes
-    the number (`label`) and name (`class`) of the image's, empty or null of an image without.
+    Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the
+    source has classes the number (`label`) and name (`class`) of the image's, empty or null of an
+    image without.
     """
     labels = images.tokens.labels.tolist()
-    fields = ["index", "image", "nats_per_pixel", *(["label", "class"] if images.class_names else [])]
+    fields = [
+        "index",
+        "image",
+        "nats_per_pixel",
+        *(["label", "class"] if images.class_names else []),
+    ]
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
         table = csv.DictWriter(file, fields, lineterminator="\n")
         if path.suffix == ".csv":
             table.writeheader()
-        for position, (row, loss, label) in enumerate(zip(images.rows.tolist(), losses, labels, strict=True)):
-            record = {"index": row, "image": images.name_of(position), "nats_per_pixel": round(float(loss), 6)}
+        for position, (row, loss, label) in enumerate(
+            zip(images.rows.tolist(), losses, labels, strict=True)
+        ):
+            record = {
+                "index": row,
+                "image": images.name_of(position),
+                "nats_per_pixel": round(float(loss), 6),
+            }
             if images.class_names:
                 record |= {"label": None if label < 0 else label, "class": images.class_of(label)}
             if path.suffix == ".csv":

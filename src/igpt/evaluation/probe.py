@@ -14,20 +14,20 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.confidence import interval_of_share, packed
 from igpt.config import Config
-from igpt.data.labels import few_of_each, require_classes
-from igpt.data.tokens import MANIFEST, SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import MANIFEST, SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.labels import few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
-from igpt.evaluation.readout import Readout
-from igpt.evaluation.regression import Classifiers, fit_lbfgs, fit_sgd
+from igpt.evaluation.logistic_regression import Classifiers, fit_lbfgs, fit_sgd
+from igpt.evaluation.probe_classifier import Readout
 from igpt.evaluation.results import PROBE, PROBE_VERSION
 from igpt.files import atomic_file, sha256_of, sync, write_json
 from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
 from igpt.model.transformer import ImageGPT
+from igpt.statistics import interval_of_share, packed
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 Strength = Annotated[float, Field(ge=1e-12, le=1e12)]
@@ -40,12 +40,16 @@ class ProbeConfig(Config):
     """Which features are probed, and how."""
 
     layers: tuple[int, ...] = Field((), description="layers to probe; all where none is named")
-    concatenate: tuple[int, ...] = Field((), description="probe the features of these layers side by side as well")
+    concatenate: tuple[int, ...] = Field(
+        (), description="probe the features of these layers side by side as well"
+    )
     labels_per_class: tuple[Count, ...] = Field(
         (), max_length=_MOST, description="probe the best layer with so few labels as well"
     )
     subsets: int = Field(5, ge=2, le=1000, description="seeded draws of so few labels")
-    solver: Literal["lbfgs", "sgd"] = Field("lbfgs", description="sgd where the features do not fit into memory")
+    solver: Literal["lbfgs", "sgd"] = Field(
+        "lbfgs", description="sgd where the features do not fit into memory"
+    )
     strengths: tuple[Strength, ...] = Field(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         min_length=1,
@@ -60,15 +64,33 @@ class ProbeConfig(Config):
     )
     steps: int = Field(1_000_000, ge=1, le=10**9, description="updates of sgd")
     batch_size: int = Field(128, ge=1, le=16_384, description="images of an update of sgd")
-    fold_back: bool = Field(True, description="fit the chosen setting again on training and validation images")
-    masks: int = Field(
-        0, ge=0, le=100, description="mask BERT's input, and take the modal prediction over so many masks"
+    fold_back: bool = Field(
+        True, description="fit the chosen setting again on training and validation images"
     )
-    limit: Count | None = Field(None, description="at most so many images of each split, drawn by seed")
-    test_images: Count | None = Field(None, description="at most so many test images, in place of --limit")
-    baselines: bool = Field(True, description="probe raw pixels and an untrained model of the same shape as well")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the products that make the features")
-    seed: int = Field(0, ge=0, lt=2**63, description="of all draws: images, masks, the untrained model, sgd's batches")
+    masks: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="mask BERT's input, and take the modal prediction over so many masks",
+    )
+    limit: Count | None = Field(
+        None, description="at most so many images of each split, drawn by seed"
+    )
+    test_images: Count | None = Field(
+        None, description="at most so many test images, in place of --limit"
+    )
+    baselines: bool = Field(
+        True, description="probe raw pixels and an untrained model of the same shape as well"
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of the products that make the features"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**63,
+        description="of all draws: images, masks, the untrained model, sgd's batches",
+    )
 
 
 @dataclass(frozen=True)
@@ -88,7 +110,10 @@ class Images:
     def of(self, layers: Sequence[int]) -> "Images":
         """The same with the features of some layers only, side by side."""
         chosen = [[Beside([draw[layer] for layer in layers])] for draw in self.features]
-        return replace(self, features=chosen if len(layers) > 1 else [[draw[layers[0]]] for draw in self.features])
+        return replace(
+            self,
+            features=chosen if len(layers) > 1 else [[draw[layers[0]]] for draw in self.features],
+        )
 
 
 def probe(
@@ -102,14 +127,16 @@ def probe(
     """Probe the layers of a model on a labelled data set.
 
     Args:
-        features: folder that the features are written to; those that it holds already are not made again.
+        features: folder that the features are written to; those that it holds already are not made
+            again.
 
     Returns:
         what `probe.json` holds, and the best layer's classifier; see `write_probe`.
 
     Raises:
-        InputError: model and tokens do not match, labels are missing, the splits' classes do not allow a probe, there
-            is no such layer, the features are not finite, or another process works in `features`.
+        InputError: model and tokens do not match, labels are missing, the splits' classes do not
+            allow a probe, there is no such layer, the features are not finite, or another process
+            works in `features`.
     """
     require_match(model, data)
     depth = model.config.n_layer
@@ -119,13 +146,19 @@ def probe(
             raise InputError(
                 f"there is no layer {layer}: the model's are 0 to {depth}, the last the final norm's output"
             )
-    if len(config.concatenate) == 1 or any(len(set(named)) < len(named) for named in (layers, config.concatenate)):
+    if len(config.concatenate) == 1 or any(
+        len(set(named)) < len(named) for named in (layers, config.concatenate)
+    ):
         raise InputError("name each layer once, and two or more to concatenate")
     if config.masks:
         model.require("bert", "masking at test time")
-    limits = dict.fromkeys(SPLITS, config.limit) | ({"test": config.test_images} if config.test_images else {})
+    limits = dict.fromkeys(SPLITS, config.limit) | (
+        {"test": config.test_images} if config.test_images else {}
+    )
     drawn = {name: draw_images(data[name], limits[name], config.seed) for name in SPLITS}
-    require_classes({name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe")
+    require_classes(
+        {name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe"
+    )
     if config.labels_per_class:  # too many are refused before the work
         few_of_each(drawn["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
@@ -158,7 +191,9 @@ def _probe(
     device = model.wte.weight.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
-    readout = Readout.of(best, result["best_layer"], tuple((data.class_names or [])[number] for number in known))
+    readout = Readout.of(
+        best, result["best_layer"], tuple((data.class_names or [])[number] for number in known)
+    )
     if config.concatenate:
         say("concatenated layers", 0, 1)
         row, _ = fit({name: images.of(config.concatenate) for name, images in found.items()})
@@ -166,7 +201,11 @@ def _probe(
     if config.labels_per_class:
         chosen = {name: images.of([result["best_layer"]]) for name, images in found.items()}
         result["few_labels"] = [
-            {"per_class": count, "layer": result["best_layer"], **few_labels(chosen, count, config, device)}
+            {
+                "per_class": count,
+                "layer": result["best_layer"],
+                **few_labels(chosen, count, config, device),
+            }
             for count in config.labels_per_class
         ]
     compared: dict[str, Any] = {}
@@ -180,13 +219,18 @@ def _probe(
         compared["raw_pixels"], _ = fit(pixels)
         if config.labels_per_class:
             compared["raw_pixels"]["few_labels"] = [
-                {"per_class": count, **few_labels(pixels, count, config, device)} for count in config.labels_per_class
+                {"per_class": count, **few_labels(pixels, count, config, device)}
+                for count in config.labels_per_class
             ]
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
         place = features / f"untrained-{config.seed}"
-        theirs = _images(untrained, drawn, known, config, place, of, partial(say, "untrained: features"))
-        compared["untrained"], _ = _probe_layers(fit, theirs, layers, partial(say, "untrained: probes"))
+        theirs = _images(
+            untrained, drawn, known, config, place, of, partial(say, "untrained: features")
+        )
+        compared["untrained"], _ = _probe_layers(
+            fit, theirs, layers, partial(say, "untrained: probes")
+        )
     whole = {
         "format": PROBE,
         "version": PROBE_VERSION,
@@ -206,8 +250,8 @@ def _probe(
 def write_probe(path: Path, result: Mapping[str, Any], readout: Readout) -> None:
     """Write a `probe.json`, and its classifier beside it.
 
-    The former holds the latter's fingerprint and is replaced first, so that a kill between the two is noticed by
-    `Readout.of_probe`.
+    The former holds the latter's fingerprint and is replaced first, so that a kill between the two
+    is noticed by `Readout.of_probe`.
     """
     with atomic_file(path.with_suffix(".safetensors")) as classifier:
         classifier.write_bytes(readout.to_bytes())
@@ -215,7 +259,9 @@ def write_probe(path: Path, result: Mapping[str, Any], readout: Readout) -> None
         write_json(path, {**result, "classifier": readout.fingerprint})
 
 
-def draw_images(split: TokenSplit, limit: int | None, seed: int) -> tuple[TokenSplit, NDArray[np.int64]]:
+def draw_images(
+    split: TokenSplit, limit: int | None, seed: int
+) -> tuple[TokenSplit, NDArray[np.int64]]:
     """At most `limit` images of a split, and their rows."""
     rows = np.arange(len(split))
     if limit is None or limit >= len(split):
@@ -258,7 +304,9 @@ def _images(
     return found
 
 
-def _progress_after(progress: Callable[[int, int], None], before: int, total: int, done: int, _: int) -> None:
+def _progress_after(
+    progress: Callable[[int, int], None], before: int, total: int, done: int, _: int
+) -> None:
     progress(before + done, total)
 
 
@@ -289,7 +337,9 @@ def fit_and_test(
     """
     train, validation, test = (found[name] for name in SPLITS)
     name, settings = (
-        ("regularisation", config.strengths) if config.solver == "lbfgs" else ("learning_rate", config.learning_rates)
+        ("regularisation", config.strengths)
+        if config.solver == "lbfgs"
+        else ("learning_rate", config.learning_rates)
     )
     solve: Callable[..., Classifiers] = fit_lbfgs
     if config.solver == "sgd":
@@ -323,7 +373,9 @@ def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bo
     answers = predicted[0]
     if len(predicted) > 1:
         classes = np.arange(classifiers.coef.shape[1])
-        votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))  # S of [N, C]
+        votes = (
+            (each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1)
+        )  # S of [N, C]
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
     right: NDArray[np.bool_] = answers == images.labels
     return right
@@ -344,7 +396,9 @@ def few_labels(
     converged = []
     for subset in range(config.subsets):
         rows = few_of_each(train.labels, per_class, (config.seed, per_class, subset))
-        fitted = fit_lbfgs(train.features[0][0][rows], train.labels[rows], config.strengths, device=device)
+        fitted = fit_lbfgs(
+            train.features[0][0][rows], train.labels[rows], config.strengths, device=device
+        )
         for name, counts in right.items():
             counts.append(_right(fitted, found[name], config.seed).sum(axis=1))
         converged.append(fitted.converged)

@@ -4,12 +4,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 
 FORMAT, VERSION = "igpt-published", 1
 _SOURCE = "github.com/openai/image-gpt"
-# By layers, width and heads: on the 50,000 test images of ImageNet as released (32 px, 512 colours), nats/pixel.
-_IMAGENET = {(24, 512, 8): ("igpt-s", 2.0895), (36, 1024, 8): ("igpt-m", 2.0614), (48, 1536, 16): ("igpt-l", 2.0466)}
+# By layers, width and heads: on the 50,000 test images of ImageNet as released (32 px, 512
+# colours), nats/pixel.
+_IMAGENET = {
+    (24, 512, 8): ("igpt-s", 2.0895),
+    (36, 1024, 8): ("igpt-m", 2.0614),
+    (48, 1536, 16): ("igpt-l", 2.0466),
+}
 
 
 def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
@@ -26,10 +31,13 @@ def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
     return {"model": model, "nats_per_pixel": loss, "source": _SOURCE}
 
 
-def compared(found: Mapping[str, Any], published: Mapping[str, Any], *, whole: bool) -> dict[str, Any]:
+def compared(
+    found: Mapping[str, Any], published: Mapping[str, Any], *, whole: bool
+) -> dict[str, Any]:
     """A published loss beside a measured one: their difference, and whether they agree.
 
-    All test images must give the published four digits; some of them, a mean within two of its standard errors.
+    All test images must give the published four digits; some of them, a mean within two of its
+    standard errors.
 
     Args:
         found: see `summary`.
@@ -37,6 +45,10 @@ def compared(found: Mapping[str, Any], published: Mapping[str, Any], *, whole: b
     """
     loss, error = found["nats_per_pixel"], found["standard_error"]
     difference = loss - published["nats_per_pixel"]
-    agrees = round(loss, 4) == published["nats_per_pixel"] if whole else abs(difference) <= 2 * (error or 0)
+    agrees = (
+        round(loss, 4) == published["nats_per_pixel"]
+        if whole
+        else abs(difference) <= 2 * (error or 0)
+    )
     within = "four digits" if whole else "two standard errors"
     return {**published, "difference": difference, "agrees": bool(agrees), "within": within}

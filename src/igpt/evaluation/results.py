@@ -1,6 +1,7 @@
 """Schemas and readers of result files: probe.json, test.json and score.json.
 
-Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, see `igpt.confidence.packed`.
+Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, see
+`igpt.statistics.packed`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,9 @@ TEST, TEST_VERSION = "igpt-finetune", 1
 SCORE, SCORE_VERSION = "igpt-score", 1
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Number = Annotated[float, Field(ge=-1e100, le=1e100)]  # beyond, sums and squares of a figure's axes overflow
+Number = Annotated[
+    float, Field(ge=-1e100, le=1e100)
+]  # beyond, sums and squares of a figure's axes overflow
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -218,13 +221,19 @@ def read_score(path: Path) -> dict[str, Any]:
 
 def best_row(result: Mapping[str, Any]) -> dict[str, Any]:
     """Return the row of the best layer of a probe, or of its untrained model."""
-    best: dict[str, Any] = next(row for row in result["layers"] if row["layer"] == result["best_layer"])
+    best: dict[str, Any] = next(
+        row for row in result["layers"] if row["layer"] == result["best_layer"]
+    )
     return best
 
 
-def _require_version(found: Mapping[str, Any], path: Path, kind: str, version: int, maker: str) -> None:
+def _require_version(
+    found: Mapping[str, Any], path: Path, kind: str, version: int, maker: str
+) -> None:
     if (found.get("format"), found.get("version")) != (kind, version) or found["version"] is True:
-        raise InputError(f"{path} is not {kind} of format version {version}; `{maker}` writes it again")
+        raise InputError(
+            f"{path} is not {kind} of format version {version}; `{maker}` writes it again"
+        )
 
 
 def _tested(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -239,4 +248,6 @@ def _tested(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def _require_answers(row: Mapping[str, Any], count: int, path: Path) -> None:
     answers = row.get("test_right")
     if answers is not None and len(answers) != 2 * -(-count // 8):
-        raise InputError(f"{path}: test_right has {4 * len(answers)} bits; {count} test images need a bit each")
+        raise InputError(
+            f"{path}: test_right has {4 * len(answers)} bits; {count} test images need a bit each"
+        )

@@ -3,8 +3,8 @@
     model = ImageGPT.from_pretrained("RUN/model")  # what `igpt finetune` wrote
     predict(model, tokens, np.arange(len(tokens))).classes
 
-transformers reads such a directory as ImageGPTForImageClassification, and agrees when it is fed [start, x1 .. x(n-1)];
-its attention is always causal, so that it cannot compute a BERT classifier.
+transformers reads such a directory as ImageGPTForImageClassification, and agrees when it is fed
+[start, x1 .. x(n-1)]; its attention is always causal, so that it cannot compute a BERT classifier.
 N images, B of them at a time, n places, C classes.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt.allocator import keep_freed_memory
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.cost import images_at_once
 from igpt.model.objectives import masks_of_rows
@@ -63,7 +63,9 @@ class Predictions:
     def ranked(self) -> NDArray[np.int64]:
         """The classes of every image, [N, C]: the predicted one, then by votes, then by probability."""
         predicted = np.arange(self.votes.shape[1]) == self.classes[:, None]
-        order: NDArray[np.int64] = np.lexsort((-self.probabilities, -self.votes, ~predicted), axis=1)
+        order: NDArray[np.int64] = np.lexsort(
+            (-self.probabilities, -self.votes, ~predicted), axis=1
+        )
         return order
 
 
@@ -80,22 +82,30 @@ def predict(
     """Classes of images [N, n].
 
     Args:
-        rows: a number for every image, [N]. Its masks and its draws depend on that and the seed alone.
-        masks: 0 masks nothing. Of a BERT model, the modal prediction over so many masks (paper, section 4.6); equally
-            frequent classes are drawn from.
+        rows: a number for every image, [N]. Its masks and its draws depend on that and the seed
+            alone.
+        masks: 0 masks nothing. Of a BERT model, the modal prediction over so many masks (paper,
+            section 4.6); equally frequent classes are drawn from.
         probability: of a place to be masked.
 
     Raises:
-        InputError: the model has no class head or broken weights, or it is autoregressive and masks are asked for.
+        InputError: the model has no class head or broken weights, or it is autoregressive and masks
+            are asked for.
     """
     if model.config.class_names is None:
         raise InputError("the model has no class head; `igpt finetune` makes a classifier of it")
     if masks < 0 or not 0 <= seed < 2**63:
-        raise InputError(f"masks are 0 or more and a seed lies in 0 .. 2^63 - 1, not {masks} and {seed}")
+        raise InputError(
+            f"masks are 0 or more and a seed lies in 0 .. 2^63 - 1, not {masks} and {seed}"
+        )
     if masks:
         model.require("bert", "masking at test time")
     model.eval()
-    device, places, classes = model.wte.weight.device, model.config.n_places, len(model.config.class_names)
+    device, places, classes = (
+        model.wte.weight.device,
+        model.config.n_places,
+        len(model.config.class_names),
+    )
     probabilities = np.zeros((len(rows), classes))
     votes = np.zeros((len(rows), classes), np.int64)
     if device.type == "cpu":
@@ -106,7 +116,9 @@ def predict(
         images = torch.from_numpy(tokens[some].astype(np.int64)).to(device)
         for draw in range(max(masks, 1)):
             drawn = masks_of_rows(rows[some], places, probability, (seed, draw)) if masks else None
-            logits = class_logits(model, images, None if drawn is None else torch.from_numpy(drawn).to(device))
+            logits = class_logits(
+                model, images, None if drawn is None else torch.from_numpy(drawn).to(device)
+            )
             if not logits.isfinite().all():
                 raise InputError("the class logits are not finite; the model's weights are broken")
             probabilities[some] += logits.double().softmax(dim=1).cpu().numpy() / max(masks, 1)
@@ -114,10 +126,13 @@ def predict(
     return Predictions(modal(votes, rows, (seed, masks)), probabilities, votes)
 
 
-def modal(votes: NDArray[np.int64], rows: NDArray[np.int64], seed: tuple[int, ...]) -> NDArray[np.int64]:
+def modal(
+    votes: NDArray[np.int64], rows: NDArray[np.int64], seed: tuple[int, ...]
+) -> NDArray[np.int64]:
     """The class with the most votes of every image [N]: votes [N, C].
 
-    Equally frequent ones are drawn from, by the seed and the number that `rows` [N] gives the image.
+    Equally frequent ones are drawn from, by the seed and the number that `rows` [N] gives the
+    image.
     """
     predicted: NDArray[np.int64] = votes.argmax(axis=1)
     tied = votes == votes.max(axis=1, keepdims=True)

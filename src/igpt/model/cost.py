@@ -3,7 +3,7 @@
 T places, D width, V colours, L layers, C classes; n = T places of an image.
 """
 
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 
 
 def block_parameters(config: ModelConfig) -> int:
@@ -22,7 +22,10 @@ def head_parameters(config: ModelConfig) -> int:
 
 def root_parameters(config: ModelConfig) -> int:
     """Parameters outside the blocks: embeddings of colours, start and places, the final gain, and the heads."""
-    classes, places = len(config.class_names or ()), config.n_places if config.positions == "learned" else 0
+    classes, places = (
+        len(config.class_names or ()),
+        config.n_places if config.positions == "learned" else 0,
+    )
     return config.n_embd * (config.n_colors + 1 + places + 1 + config.n_colors + classes)
 
 
@@ -51,8 +54,10 @@ def attended_pairs(config: ModelConfig) -> int:
 def block_flops(config: ModelConfig) -> int:
     """Floating-point operations of one block and one image, forward: two a multiply-add of the matrix products.
 
-    Counted are the products of the weights at every place, and attention's two (queries with keys, weights with values)
-    over the pairs that must be computed: under the causal mask half of them, whatever a kernel does with the other
+    Counted are the products of the weights at every place, and attention's two (queries with keys,
+    weights with values)
+    over the pairs that must be computed: under the causal mask half of them, whatever a kernel does
+        with the other
     half. Norms, softmax, rotary turns and the activation are not counted.
     """
     width = config.n_embd
@@ -62,8 +67,8 @@ def block_flops(config: ModelConfig) -> int:
 def forward_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image, forward: those of the blocks and of the heads.
 
-    A model with classes is counted as fine-tuning by the joint loss uses it: its class head, once an image, and the
-    output matrix. Looking up embeddings is not counted.
+    A model with classes is counted as fine-tuning by the joint loss uses it: its class head, once
+    an image, and the output matrix. Looking up embeddings is not counted.
     """
     heads = 2 * config.n_embd * (config.n_places * config.n_colors + len(config.class_names or ()))
     return config.n_layer * block_flops(config) + heads
@@ -72,8 +77,9 @@ def forward_flops(config: ModelConfig) -> int:
 def training_flops(config: ModelConfig) -> int:
     """Floating-point operations of one image, forward and backward: three times `forward_flops`.
 
-    Every product has two in the backward pass, one for each factor's gradient. These are the model's operations, as in
-    the field's model FLOPs utilisation (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): what activation
-    checkpointing or a fused attention kernel computes a second time is not counted.
+    Every product has two in the backward pass, one for each factor's gradient. These are the
+    model's operations, as in the field's model FLOPs utilisation (Chowdhery et al. 2022, arXiv
+    2204.02311, appendix B): what activation checkpointing or a fused attention kernel computes a
+    second time is not counted.
     """
     return 3 * forward_flops(config)

@@ -27,7 +27,11 @@ class _LeanNorm(torch.autograd.Function):
         scale = mean_square.add_(NORM_EPS).rsqrt_()  # [B, T, 1]
         ctx.save_for_backward(x, gain, scale)
         normal: Tensor = (x * scale).mul_(gain)
-        return normal.to(torch.get_autocast_dtype("cpu")) if torch.is_autocast_enabled("cpu") else normal
+        return (
+            normal.to(torch.get_autocast_dtype("cpu"))
+            if torch.is_autocast_enabled("cpu")
+            else normal
+        )
 
     @staticmethod
     @once_differentiable

@@ -1,7 +1,7 @@
 """What a model is trained to do. Each objective returns a summed loss and the count of images it sums over.
 
-Losses are per image in nats (nats/pixel for the generative ones), so that sums of micro-batches and ranks, divided by
-the sum of their counts, weigh every image alike.
+Losses are per image in nats (nats/pixel for the generative ones), so that sums of micro-batches and
+ranks, divided by the sum of their counts, weigh every image alike.
 B batch, n places, V colours, C classes.
 """
 
@@ -33,31 +33,46 @@ def bert(model: ImageGPT, tokens: Tensor, mask: Tensor) -> Summed:
     return (losses.sum(dim=1) / mask.sum(dim=1)).sum(), len(tokens)
 
 
-def draw_masks(shape: tuple[int, int], probability: float, generator: np.random.Generator) -> NDArray[np.bool_]:
+def draw_masks(
+    shape: tuple[int, int], probability: float, generator: np.random.Generator
+) -> NDArray[np.bool_]:
     """Masks [B, n]: each place with the given probability (0.15 in the paper), and at least one place an image."""
     mask = generator.random(shape) < probability
     mask[np.arange(shape[0]), generator.integers(0, shape[1], shape[0])] |= ~mask.any(axis=1)
     return mask
 
 
-def masks_of_rows(rows: NDArray[np.int64], places: int, probability: float, seed: tuple[int, ...]) -> NDArray[np.bool_]:
+def masks_of_rows(
+    rows: NDArray[np.int64], places: int, probability: float, seed: tuple[int, ...]
+) -> NDArray[np.bool_]:
     """Masks [B, n] of some images by their rows [B]: the same for an image whichever others are with it."""
-    masks = [draw_masks((1, places), probability, np.random.default_rng((*seed, row))) for row in rows.tolist()]
+    masks = [
+        draw_masks((1, places), probability, np.random.default_rng((*seed, row)))
+        for row in rows.tolist()
+    ]
     return np.concatenate(masks)
 
 
 def classification(
-    model: ImageGPT, tokens: Tensor, labels: Tensor, mask: Tensor | None = None, *, generation_weight: float = 1.0
+    model: ImageGPT,
+    tokens: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    generation_weight: float = 1.0,
 ) -> Summed:
     """Fine-tuning: class cross-entropy plus the weighted generative loss (paper, section 2.3).
 
-    The class head reads the mean over places of the final norm's output. Labels are [B] in 0 .. C-1. A BERT model may
-    be fine-tuned on masked images, mask [B, n] as in `bert`; unmasked ones have no generative loss.
+    The class head reads the mean over places of the final norm's output. Labels are [B] in 0 ..
+    C-1. A BERT model may be fine-tuned on masked images, mask [B, n] as in `bert`; unmasked ones
+    have no generative loss.
     """
     hidden = model.hidden(tokens, mask)  # [B, n, D]
     loss = F.cross_entropy(model.score(hidden.mean(dim=1)).float(), labels, reduction="sum")
     if generation_weight and (mask is not None or model.config.objective == "autoregressive"):
         losses = place_losses(model.lm_head(hidden), tokens)
-        generative = losses.mean(dim=1) if mask is None else (losses * mask).sum(dim=1) / mask.sum(dim=1)
+        generative = (
+            losses.mean(dim=1) if mask is None else (losses * mask).sum(dim=1) / mask.sum(dim=1)
+        )
         loss = loss + generation_weight * generative.sum()
     return loss, len(tokens)

@@ -1,8 +1,9 @@
 """OpenAI's TensorFlow checkpoints (github.com/openai/image-gpt, `model.ckpt-*`) -> ImageGPT, without TensorFlow.
 
-A checkpoint is a "tensor bundle" (tensorflow/core/util/tensor_bundle): PREFIX.index, a LevelDB table from names to
-protobuf entries (tensorflow/core/protobuf/tensor_bundle.proto), and PREFIX.data-00000-of-000NN, the raw values. Of
-LevelDB's format and of protobuf, what bundles use is read here. D width, H heads, K head width, V colours, n places.
+A checkpoint is a "tensor bundle" (tensorflow/core/util/tensor_bundle): PREFIX.index, a LevelDB
+table from names to protobuf entries (tensorflow/core/protobuf/tensor_bundle.proto), and
+PREFIX.data-00000-of-000NN, the raw values. Of LevelDB's format and of protobuf, what bundles use is
+read here. D width, H heads, K head width, V colours, n places.
 """
 
 import math
@@ -17,14 +18,23 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.files import require_regular
-from igpt.model.configuration import ModelConfig, Objective
+from igpt.model.config import ModelConfig, Objective
 from igpt.model.transformer import ImageGPT
 
-_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}  # by TensorFlow's DataType: plain numbers
-_MAGIC, _FOOTER = 0xDB4775248B80FB57.to_bytes(8, "little"), 48  # how a table ends, and how many bytes its end has
+_DTYPES = {
+    1: "<f4",
+    2: "<f8",
+    3: "<i4",
+    9: "<i8",
+    19: "<f2",
+}  # by TensorFlow's DataType: plain numbers
+_MAGIC, _FOOTER = (
+    0xDB4775248B80FB57.to_bytes(8, "little"),
+    48,
+)  # how a table ends, and how many bytes its end has
 _FLOATS = (1, 2, 19)  # those of them that weights may have
 _LARGEST_INDEX = 64 << 20  # bytes; those of the released checkpoints have some 100 kB
 _LONGEST_VARINT = 10  # bytes of a number of 64 bits
@@ -45,26 +55,35 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
     return {name: entry.read() for name, entry in entries.items()}
 
 
-def load_openai(prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive") -> ImageGPT:
+def load_openai(
+    prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive"
+) -> ImageGPT:
     """The model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`: float32, in evaluation mode.
 
-    Names and shapes are those of the released graph (openai/image-gpt, src/model.py). Optimizer variables and a
-    classification head (the names of its classes are not stored) are neither read nor checked.
+    Names and shapes are those of the released graph (openai/image-gpt, src/model.py). Optimizer
+    variables and a classification head (the names of its classes are not stored) are neither read
+    nor checked.
 
     Args:
         prefix: path of the checkpoint without `.index`.
         clusters: the palette (`kmeans_centers.npy`); None for a model without one.
-        objective: what the model was trained for. Without a start embedding it must be "bert"; with one, that warns.
+        objective: what the model was trained for. Without a start embedding it must be "bert"; with
+            one, that warns.
 
     Raises:
-        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective or palette size.
+        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective or
+            palette size.
     """
     entries = _read_index(prefix)
-    config = _infer_config({name: entry.shape for name, entry in entries.items()}, str(prefix), objective)
+    config = _infer_config(
+        {name: entry.shape for name, entry in entries.items()}, str(prefix), objective
+    )
     used = {name: entries[f"model/{name}"] for name in _expected_shapes(config)}
     for name, entry in used.items():
         if entry.dtype not in _FLOATS:
-            raise InputError(f"{prefix}: model/{name} has TensorFlow's type {entry.dtype}; weights in float are needed")
+            raise InputError(
+                f"{prefix}: model/{name} has TensorFlow's type {entry.dtype}; weights in float are needed"
+            )
     _check_shards(list(used.values()))
     if clusters is not None:
         require_regular(clusters)
@@ -75,22 +94,38 @@ def load_openai(prefix: Path, clusters: Path | None, *, objective: Objective = "
     return model.eval()
 
 
-def _infer_config(shapes: dict[str, tuple[int, ...]], where: str, objective: Objective) -> ModelConfig:
+def _infer_config(
+    shapes: dict[str, tuple[int, ...]], where: str, objective: Objective
+) -> ModelConfig:
     """The configuration of a model with variables of these shapes; they are all that it needs, and fit it."""
-    table, places, query = (shapes.get(f"model/{name}", ()) for name in ("wte", "wpe", "h0/attn/q_proj"))
+    table, places, query = (
+        shapes.get(f"model/{name}", ()) for name in ("wte", "wpe", "h0/attn/q_proj")
+    )
     if (len(table), len(places), len(query)) != (2, 2, 3):
-        raise InputError(f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or model/h0/attn/q_proj")
+        raise InputError(
+            f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or model/h0/attn/q_proj"
+        )
     if objective == "autoregressive" and "model/sos" not in shapes:
-        raise InputError(f"{where} has no start embedding (model/sos): its objective can only be 'bert'")
+        raise InputError(
+            f"{where} has no start embedding (model/sos): its objective can only be 'bert'"
+        )
     if objective == "bert" and "model/sos" in shapes:  # it would run, and give noise
-        warnings.warn(f"{where} has a start embedding, which only 'autoregressive' models use", stacklevel=3)
-    values: dict[str, Any] = {"resolution": math.isqrt(places[0]), "n_colors": table[0], "n_embd": table[1]}
+        warnings.warn(
+            f"{where} has a start embedding, which only 'autoregressive' models use", stacklevel=3
+        )
+    values: dict[str, Any] = {
+        "resolution": math.isqrt(places[0]),
+        "n_colors": table[0],
+        "n_embd": table[1],
+    }
     values["n_layer"] = len({name.split("/")[1] for name in shapes if name.startswith("model/h")})
     config = ModelConfig.layered(values, {"n_head": query[0], "objective": objective}, where=where)
     for name, expected in _expected_shapes(config).items():
         if shapes.get(f"model/{name}") != expected:
             found = shapes.get(f"model/{name}", "missing")
-            raise InputError(f"{where} is not a whole image-gpt checkpoint: model/{name} is {found}, not {expected}")
+            raise InputError(
+                f"{where} is not a whole image-gpt checkpoint: model/{name} is {found}, not {expected}"
+            )
     return config
 
 
@@ -99,9 +134,15 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     width, table = config.n_embd, (config.n_colors, config.n_embd)
     shapes = {"wte": table, "wtet": table, "wpe": (config.n_places, width), "ln_f/g": (width,)}
     block: dict[str, tuple[int, ...]] = {"ln_1/g": (width,), "ln_2/g": (width,)}
-    block |= {f"attn/{name}_proj": (config.n_head, width // config.n_head, width) for name in "qkvc"}
+    block |= {
+        f"attn/{name}_proj": (config.n_head, width // config.n_head, width) for name in "qkvc"
+    }
     block |= {"mlp/c_fc/w": (width, 4 * width), "mlp/c_proj/w": (4 * width, width)}
-    shapes |= {f"h{layer}/{name}": shape for layer in range(config.n_layer) for name, shape in block.items()}
+    shapes |= {
+        f"h{layer}/{name}": shape
+        for layer in range(config.n_layer)
+        for name, shape in block.items()
+    }
     return shapes | ({"sos": (width,)} if config.objective == "autoregressive" else {})
 
 
@@ -113,8 +154,11 @@ def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str
         with np.errstate(over="ignore"):  # told below
             values = stored.astype(np.float32)  # a copy: what was read cannot be written to
         if not np.array_equal(stored, values.astype(stored.dtype), equal_nan=True):
-            raise InputError(f"model/{name} in {entries[name].path} has float64 values that float32 does not have")
-        # The graph multiplies from the right, x @ w. Only q, k and v [H, K, D], which lead to the heads, are [out, in].
+            raise InputError(
+                f"model/{name} in {entries[name].path} has float64 values that float32 does not have"
+            )
+        # The graph multiplies from the right, x @ w. Only q, k and v [H, K, D], which lead to the
+        # heads, are [out, in].
         turn = name.endswith(("/w", "c_proj"))
         return torch.from_numpy(values.reshape(-1, values.shape[-1]).T.copy() if turn else values)
 
@@ -173,9 +217,13 @@ def _read_index(prefix: Path) -> dict[str, _Entry]:
     path = Path(f"{prefix}.index")
     require_regular(path)
     if not path.is_file():
-        raise InputError(f"no checkpoint: {path} is missing; give the path without endings, as in model.ckpt-1000000")
+        raise InputError(
+            f"no checkpoint: {path} is missing; give the path without endings, as in model.ckpt-1000000"
+        )
     if path.stat().st_size > _LARGEST_INDEX:
-        raise InputError(f"{path} has {path.stat().st_size:,} bytes; that is no index of a checkpoint")
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes; that is no index of a checkpoint"
+        )
     content = path.read_bytes()
     if len(content) < _FOOTER or not content.endswith(_MAGIC):
         raise InputError(
@@ -186,36 +234,57 @@ def _read_index(prefix: Path) -> dict[str, _Entry]:
     except InputError:
         raise
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
-        raise InputError(f"{path} is damaged (its parts do not lead to each other); download it again") from None
+        raise InputError(
+            f"{path} is damaged (its parts do not lead to each other); download it again"
+        ) from None
 
 
 def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
     rows: dict[bytes, bytes] = {}
-    index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]  # after the handle of the empty meta-index
+    index = _parse_varints(content, len(content) - _FOOTER, 4)[0][
+        2:
+    ]  # after the handle of the empty meta-index
     for leaf in _read_block(content, index, path).values():
         rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
     n_shards = _parse_message(rows.pop(b""))[1][0]
     entries = {}
     for name, message in rows.items():
         fields = _parse_message(message)
-        shape = tuple((_parse_message(side)[1] or [0])[0] for part in fields[2] for side in _parse_message(part)[2])
-        dtype, shard, offset, size, checksum = ((fields[number] or [0])[0] for number in (1, 3, 4, 5, 6))
-        if not all(isinstance(number, int) for number in (dtype, shard, offset, size, checksum, n_shards, *shape)):
+        shape = tuple(
+            (_parse_message(side)[1] or [0])[0]
+            for part in fields[2]
+            for side in _parse_message(part)[2]
+        )
+        dtype, shard, offset, size, checksum = (
+            (fields[number] or [0])[0] for number in (1, 3, 4, 5, 6)
+        )
+        if not all(
+            isinstance(number, int)
+            for number in (dtype, shard, offset, size, checksum, n_shards, *shape)
+        ):
             raise ValueError("a number is needed")
         data = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
         if not fields[7] and not name.startswith(b"\0"):
-            entries[name.decode(errors="replace")] = _Entry(dtype, shape, data, offset, size, checksum)
+            entries[name.decode(errors="replace")] = _Entry(
+                dtype, shape, data, offset, size, checksum
+            )
     return entries
 
 
 def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, bytes]:
     """The rows of the block at a handle; each key shares its beginning with the one before it."""
     offset, end = handle[0], sum(handle)
-    if _masked_crc32c(content[offset : end + 1]) != int.from_bytes(content[end + 1 : end + 5], "little"):
+    if _masked_crc32c(content[offset : end + 1]) != int.from_bytes(
+        content[end + 1 : end + 5], "little"
+    ):
         raise InputError(f"{path} is damaged (a checksum differs); download it again")
     if content[end] != 0:
-        raise InputError(f"{path} is compressed; an index as tf.train.Saver writes it, uncompressed, is needed")
-    end -= 4 * (1 + int.from_bytes(content[end - 4 : end], "little"))  # a list of places to start from, and its length
+        raise InputError(
+            f"{path} is compressed; an index as tf.train.Saver writes it, uncompressed, is needed"
+        )
+    end -= 4 * (
+        1 + int.from_bytes(content[end - 4 : end], "little")
+    )  # a list of places to start from, and its length
     rows, key = {}, b""
     while offset < end:
         (shared, fresh, length), offset = _parse_varints(content, offset, 3)
@@ -256,8 +325,8 @@ def _parse_message(data: bytes) -> defaultdict[int, list[Any]]:
 
 def _masked_crc32c(data: bytes) -> int:
     """CRC-32C (Castagnoli) as bundles store it: turned, and a constant added."""
-    # The sum is linear: first words, moved on by n words, may be added to the last n. So the data halves in each round.
-    # Zeros before the start change nothing; they fill its first word up.
+    # The sum is linear: first words, moved on by n words, may be added to the last n. So the data
+    # halves in each round. Zeros before the start change nothing; they fill its first word up.
     words = np.frombuffer(bytes(-len(data) % 4) + _CRC_START + data, "<u4").copy()
     while len(words) > 1:
         level = (len(words) - 1).bit_length() - 1
@@ -278,5 +347,9 @@ def _advance_tables(level: int) -> NDArray[np.uint32]:
     """What `_advance` makes of every lower and of every upper half of a register, [2, 65536]."""
     registers: NDArray[Any] = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
     for _ in range(2 if level else 32):
-        registers = _advance(registers, level - 1) if level else registers >> 1 ^ (registers & 1) * _CASTAGNOLI
+        registers = (
+            _advance(registers, level - 1)
+            if level
+            else registers >> 1 ^ (registers & 1) * _CASTAGNOLI
+        )
     return registers

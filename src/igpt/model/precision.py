@@ -10,8 +10,9 @@ import torch
 Precision = Literal["bf16", "fp32"]
 TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# What a CPU multiplies bf16 with: AMX tiles, AVX-512, and ARM's instructions (names of `torch.cpu.get_capabilities`).
-# Where there are none, oneDNN emulates it, at a fraction of the speed of fp32.
+# What a CPU multiplies bf16 with: AMX tiles, AVX-512, and ARM's instructions (names of
+# `torch.cpu.get_capabilities`). Where there are none, oneDNN emulates it, at a fraction of the
+# speed of fp32.
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
 

@@ -1,6 +1,7 @@
 """The transformer of iGPT: GPT-2's shape, RMS norms, no biases (Chen et al. 2020, section 2.2, and its released code).
 
-B batch, T places, D width, H heads, K head width, V colours, L layers, R resolution; n = R^2 places in raster order.
+B batch, T places, D width, H heads, K head width, V colours, L layers, R resolution; n = R^2 places
+in raster order.
 """
 
 from collections.abc import Iterator
@@ -11,16 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.checkpoint import ModelDirectory, read_directory, write_directory
-from igpt.model.configuration import ModelConfig, Objective
+from igpt.model.config import ModelConfig, Objective
+from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm, trains_on_cpu
 from igpt.model.variants import normalise, turn
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 SLOPE = 1.702  # of the sigmoid in the activation
-_SHORT = 256  # places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
+# places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
+_SHORT = 256
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -36,9 +38,15 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """softmax(q k' / sqrt(K)) v, each [B, H, T, K]; `causal` needs as many queries as keys.
 
-    The fused kernel, except where its backward is slow: short sequences in bf16 on a CPU (docs/LOG.md has the times).
+    The fused kernel, except where its backward is slow: short sequences in bf16 on a CPU
+        (docs/LOG.md has the times).
     """
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and q.shape[-2] <= _SHORT:
+    if (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.requires_grad
+        and q.shape[-2] <= _SHORT
+    ):
         return plain_attention(q, k, v, causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
@@ -55,12 +63,16 @@ class Attention(nn.Module):
         if config.value_residual and layer > 0:
             self.mix = nn.Parameter(torch.empty(2))  # of this layer's values and the first one's
 
-    def forward(self, x: Tensor, first: Tensor | None, cache: LayerCache | None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, x: Tensor, first: Tensor | None, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`.
 
         `first` is what `vary` has given to the layers before, and is given on.
         """
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)  # [3, B, H, T, K]
+        qkv = (
+            self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
+        )  # [3, B, H, T, K]
         q, k, v = qkv.unbind(0)
         q, k, v, first = self.vary(q, k, v, first)
         if cache is not None:
@@ -73,8 +85,8 @@ class Attention(nn.Module):
         """What a variant makes of queries, keys and values, each [B, H, T, K]; the paper's model leaves them be.
 
         Args:
-            first: the first layer's values (None to that layer, and without value residual), which are the fourth of
-                what is returned (Zhou et al. 2024, arXiv 2410.17897).
+            first: the first layer's values (None to that layer, and without value residual), which
+                are the fourth of what is returned (Zhou et al. 2024, arXiv 2410.17897).
             places: those that are predicted, [T]; all from 0 on by default.
         """
         config = self.config
@@ -104,8 +116,14 @@ class MLP(nn.Module):
         if self.activation == "relu2":
             return self.c_proj(F.relu(self.c_fc(x)).square())  # type: ignore[no-any-return]
         # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
-        if trains_on_cpu(x):  # the factors go into the weights, which are fewer than the activations
-            inner = F.linear(x, SLOPE * self.c_fc.weight, None if self.c_fc.bias is None else SLOPE * self.c_fc.bias)
+        if trains_on_cpu(
+            x
+        ):  # the factors go into the weights, which are fewer than the activations
+            inner = F.linear(
+                x,
+                SLOPE * self.c_fc.weight,
+                None if self.c_fc.bias is None else SLOPE * self.c_fc.bias,
+            )
             return F.linear(F.silu(inner), self.c_proj.weight / SLOPE, self.c_proj.bias)
         return self.c_proj(F.silu(SLOPE * self.c_fc(x)) / SLOPE)  # type: ignore[no-any-return]
 
@@ -138,11 +156,13 @@ class ImageGPT(nn.Module):
         palette: the colours that its tokens index; it travels with the model.
         from_palette: draw embeddings of colours that begin as linear functions of the palette's.
 
-    A freshly made model has the paper's initial weights, drawn from torch's global generator. Made on the meta
-    device, it has none until `draw` gives them.
+    A freshly made model has the paper's initial weights, drawn from torch's global generator. Made
+    on the meta device, it has none until `draw` gives them.
     """
 
-    def __init__(self, config: ModelConfig, palette: Palette | None = None, from_palette: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, palette: Palette | None = None, from_palette: bool = False
+    ) -> None:
         super().__init__()
         if palette is not None and len(palette) != config.n_colors:
             raise InputError(f"the palette has {len(palette)} colours, the model {config.n_colors}")
@@ -150,7 +170,9 @@ class ImageGPT(nn.Module):
         self.palette = palette
         self.from_palette = from_palette
         with torch.device("meta"):  # what PyTorch would draw is not wanted
-            self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)  # its last row is the start of a sequence
+            self.wte = nn.Embedding(
+                config.n_colors + 1, config.n_embd
+            )  # its last row is the start of a sequence
             if config.positions == "learned":
                 self.wpe = nn.Embedding(config.n_places, config.n_embd)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -172,7 +194,8 @@ class ImageGPT(nn.Module):
     def draw(self, name: str, device: torch.device) -> None:
         """Gives one of the `parts`, made on the meta device, the paper's initial weights (released code).
 
-        They are drawn on the CPU, part by part, so that they are the same on every device and however they are shared.
+        They are drawn on the CPU, part by part, so that they are the same on every device and
+        however they are shared.
         """
         width = self.config.n_embd
         deviations = {
@@ -186,22 +209,29 @@ class ImageGPT(nn.Module):
         part = self.get_submodule(name).to_empty(device=device)
         for inner, parameter in part.named_parameters():
             path = f"{name}.{inner}"
-            deviation = next((value for end, value in deviations.items() if path.endswith(end)), None)
+            deviation = next(
+                (value for end, value in deviations.items() if path.endswith(end)), None
+            )
             if deviation is not None:
                 parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=deviation))
             else:
-                parameter.fill_(1.0 if ".ln_" in f".{path}" else 0.5 if path.endswith("attn.mix") else 0.0)
+                parameter.fill_(
+                    1.0 if ".ln_" in f".{path}" else 0.5 if path.endswith("attn.mix") else 0.0
+                )
         if name == "wte" and self.from_palette:
             assert self.palette is not None, "embeddings from the palette need one"
             colors = torch.from_numpy(self.palette.centers_).float()  # [V, 3], in -1 .. 1
             projection = torch.empty(3, width, device="cpu").normal_(std=deviations["wte.weight"])
-            size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)  # with it, the deviation is the usual one
+            size = (
+                colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
+            )  # with it, the deviation is the usual one
             self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """What enters the first block: tokens [B, T] -> [B, T, D].
 
-        Autoregressive: the start embedding, then the tokens but the last. BERT: the tokens, with zeros at the places
+        Autoregressive: the start embedding, then the tokens but the last. BERT: the tokens, with
+            zeros at the places
         where `mask` [B, T] is True. Position embeddings are added, if the model has any.
         """
         if self.config.objective == "autoregressive":
@@ -230,15 +260,16 @@ class ImageGPT(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits of the colour at every place: tokens [B, T], T <= n -> [B, T, V].
 
-        An autoregressive model predicts place i from the places before i (it shifts by itself); a BERT model predicts
-        the places where `mask` is True from the others.
+        An autoregressive model predicts place i from the places before i (it shifts by itself); a
+        BERT model predicts the places where `mask` is True from the others.
         """
         return self.lm_head(self.hidden(tokens, mask))  # type: ignore[no-any-return]
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
         """Normalised activations n^l of every layer in one pass: tokens [B, T] -> L + 1 tensors [B, T, D].
 
-        n^l is the normalised input of block l's attention, and at last the final norm's output (paper, section 2.3).
+        n^l is the normalised input of block l's attention, and at last the final norm's output
+        (paper, section 2.3).
         """
         x, first = self.embed(tokens, mask), None
         for block in self.h:
@@ -262,11 +293,13 @@ class ImageGPT(nn.Module):
         """Read a model directory: ours, one that transformers wrote, or a Hub id.
 
         Args:
-            dtype: of all parameters. Weights stored in smaller types are converted; float64 ones only where they have
-                float32 values, unless `dtype` is torch.float64, which serves comparisons.
+            dtype: of all parameters. Weights stored in smaller types are converted; float64 ones
+                only where they have float32 values, unless `dtype` is torch.float64, which serves
+                comparisons.
 
         Raises:
-            InputError: it is missing, damaged or not an ImageGPT, or its weights cannot be converted exactly.
+            InputError: it is missing, damaged or not an ImageGPT, or its weights cannot be
+                converted exactly.
         """
         directory = read_directory(name, dtype)
         with torch.device("meta"):
@@ -281,4 +314,6 @@ class ImageGPT(nn.Module):
             InputError: the objectives differ.
         """
         if self.config.objective != objective:
-            raise InputError(f"{purpose} needs a model trained as {objective!r}; this one is {self.config.objective!r}")
+            raise InputError(
+                f"{purpose} needs a model trained as {objective!r}; this one is {self.config.objective!r}"
+            )

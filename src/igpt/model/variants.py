@@ -21,10 +21,16 @@ _BASE = 100.0  # of the wavelengths, for grids of some tens of places (arXiv 240
 class Variants(Config):
     """In which respects a model differs from the paper's; by default in none."""
 
-    positions: Positions = Field("learned", description="of places: an embedding each, or turned queries and keys")
+    positions: Positions = Field(
+        "learned", description="of places: an embedding each, or turned queries and keys"
+    )
     qk_norm: bool = Field(False, description="RMS norm of every head's queries and keys")
-    activation: Activation = Field("quick_gelu", description="between the MLP's layers; relu2 is relu(x)^2")
-    value_residual: bool = Field(False, description="mix each block's values with the first block's")
+    activation: Activation = Field(
+        "quick_gelu", description="between the MLP's layers; relu2 is relu(x)^2"
+    )
+    value_residual: bool = Field(
+        False, description="mix each block's values with the first block's"
+    )
 
     @property
     def faithful(self) -> bool:
@@ -45,9 +51,10 @@ def normalise(x: Tensor) -> Tensor:
 def turn(x: Tensor, places: Tensor, resolution: int) -> Tensor:
     """Rotary positions of a grid: [..., T, K] at `places` [T] -> [..., T, K], K divisible by 4.
 
-    The first half of K turns with the row of a place, the second half with its column: each as K/4 pairs of numbers,
-    pair p by the angle (row or column) / 100^(4p/K). The product of a query and a key, both turned, then depends on
-    their offset alone (arXiv 2104.09864; of two axes, 2403.13298).
+    The first half of K turns with the row of a place, the second half with its column: each as K/4
+        pairs of numbers,
+    pair p by the angle (row or column) / 100^(4p/K). The product of a query and a key, both turned,
+    then depends on their offset alone (arXiv 2104.09864; of two axes, 2403.13298).
     """
     quarter = x.shape[-1] // 4
     frequencies = _BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)

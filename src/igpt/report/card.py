@@ -1,6 +1,7 @@
 """The model card of a run, RUN/README.md, written from the run's files alone, and its upload with the model.
 
-It says which data and objective the model was trained with, how good it is, how to use it, and what its limits are.
+It says which data and objective the model was trained with, how good it is, how to use it, and what
+its limits are.
 """
 
 import math
@@ -34,7 +35,13 @@ from igpt.report.sections import Table, key_tables
 CARD = "README.md"
 _LIBRARY = "library_name: igpt"  # by this line a card is known from a README of another kind
 _PICTURES = ("completions.png", "samples.png")
-_TOLD = ("metrics.jsonl", "probe.json", "test.json", "score.json", *_PICTURES)  # what a card tells of
+_TOLD = (
+    "metrics.jsonl",
+    "probe.json",
+    "test.json",
+    "score.json",
+    *_PICTURES,
+)  # what a card tells of
 _MOST_CLASSES = 20  # that are named
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
@@ -48,13 +55,16 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
         license: its identifier on the Hub, such as apache-2.0; nothing is said of one by default.
 
     Raises:
-        InputError: a bad name, no run with a model, a damaged file in it, or another README.md is there.
+        InputError: a bad name, no run with a model, a damaged file in it, or another README.md is
+            there.
     """
     from jinja2 import Environment, StrictUndefined
 
     require_name(name)
     if license is not None and not _LICENSE.fullmatch(license):
-        raise InputError(f"{license!r} is not the identifier of a license on the Hub, such as apache-2.0")
+        raise InputError(
+            f"{license!r} is not the identifier of a license on the Hub, such as apache-2.0"
+        )
     path = run / CARD
     if path.exists() and _LIBRARY not in _text(path):
         raise InputError(f"{path} is no model card that igpt wrote; move it elsewhere")
@@ -71,7 +81,8 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
 def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
     """Uploads a run's model directory, card and pictures to the Hub in one commit, and returns the address.
 
-    A card that is there goes up as it is, whoever has edited it; otherwise it is written first (`write_card`).
+    A card that is there goes up as it is, whoever has edited it; otherwise it is written first
+    (`write_card`).
 
     Args:
         run: a run directory with a model.
@@ -94,7 +105,9 @@ def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
         if not file.is_file():
             raise InputError(f"{file} is not a file; only files are uploaded, so move it elsewhere")
         if file.name in sent:
-            raise InputError(f"{sent[file.name]} and {file} would be one file on the Hub; move one of them elsewhere")
+            raise InputError(
+                f"{sent[file.name]} and {file} would be one file on the Hub; move one of them elsewhere"
+            )
         sent[file.name] = file
     return upload(name, sent, private=private, message="Model trained with igpt")
 
@@ -102,7 +115,11 @@ def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
 def doubts(run: Path, name: str) -> list[str]:
     """What may be wrong with a card that is there: the name in it, or its age."""
     path = run / CARD
-    newer = [file for file in _TOLD if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime]
+    newer = [
+        file
+        for file in _TOLD
+        if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime
+    ]
     found = [f"is older than {', '.join(newer)}"] if newer else []
     return found if name in _text(path) else [*found, f"does not name {name}"]
 
@@ -117,11 +134,15 @@ def _text(card: Path) -> str:
 def _with_model(path: Path) -> Run:
     run = read_run(path)
     if not run.saved:
-        raise InputError(f"{path} holds no model yet; igpt pretrain writes one at its first validation")
+        raise InputError(
+            f"{path} holds no model yet; igpt pretrain writes one at its first validation"
+        )
     for key in ("n_embd", "n_head"):
         value = run.saved.get(key)
         if type(value) is not int or value < 1:
-            raise InputError(f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is needed")
+            raise InputError(
+                f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is needed"
+            )
     return run
 
 
@@ -129,10 +150,18 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
     """What the template shows, in its words."""
     objective, classes = str(run.shape["objective"]), _classes(run)
     head_width = run.saved["n_embd"] // run.saved["n_head"]
-    task = "unconditional-image-generation" if objective == "autoregressive" else "image-feature-extraction"
+    task = (
+        "unconditional-image-generation"
+        if objective == "autoregressive"
+        else "image-feature-extraction"
+    )
     task = "image-classification" if classes else task
     front: dict[str, Any] = {"license": license} if license else {}
-    front |= {"library_name": "igpt", "pipeline_tag": task, "tags": ["imagegpt", "image-gpt", objective]}
+    front |= {
+        "library_name": "igpt",
+        "pipeline_tag": task,
+        "tags": ["imagegpt", "image-gpt", objective],
+    }
     try:
         probed = run.probe if run.probe and "skipped" not in run.probe else None
         findings = [describe_classifier(run) if run.finetuned else describe_loss(run)]
@@ -144,7 +173,9 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
         ) from None
     return {
         "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
-        "title": _plain(f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on {short_source(run.source)}"),
+        "title": _plain(
+            f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on {short_source(run.source)}"
+        ),
         "description": describe_model(run),
         "findings": [sentence for sentence in findings if sentence],
         "state": describe_state(run),
@@ -170,32 +201,58 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
 def _classes(run: Run) -> list[str]:
     if run.saved.get("architectures") != ["ImageGPTForImageClassification"]:
         return []
-    return [str(name) for _, name in sorted(run.saved.get("id2label", {}).items(), key=lambda item: int(item[0]))]
+    return [
+        str(name)
+        for _, name in sorted(run.saved.get("id2label", {}).items(), key=lambda item: int(item[0]))
+    ]
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
     """What the model has seen, by name."""
     rows = [("source", _code(short_source(run.source)))]
     splits = run.manifest.get("splits") or {}
-    counts = {split: found.get("count") for split, found in splits.items() if isinstance(found, dict)}
-    counts = counts or {"train": run.start.get("train_images"), "validation": run.start.get("validation_images")}
-    rows += [(f"{split} images", number(count)) for split, count in counts.items() if isinstance(count, int)]
+    counts = {
+        split: found.get("count") for split, found in splits.items() if isinstance(found, dict)
+    }
+    counts = counts or {
+        "train": run.start.get("train_images"),
+        "validation": run.start.get("validation_images"),
+    }
+    rows += [
+        (f"{split} images", number(count))
+        for split, count in counts.items()
+        if isinstance(count, int)
+    ]
     resolution = run.shape["resolution"]
     rows.append(("resolution", f"{resolution} \N{MULTIPLICATION SIGN} {resolution} pixels"))
     if run.palette is not None:
-        rows.append(("palette", f"{len(run.palette)} colours, fingerprint `{run.palette.fingerprint[:12]}`"))
+        rows.append(
+            ("palette", f"{len(run.palette)} colours, fingerprint `{run.palette.fingerprint[:12]}`")
+        )
     error = (run.manifest.get("made") or {}).get("palette_error")
     if isinstance(error, dict) and isinstance(error.get("mse"), int | float):
         exact, psnr = error.get("psnr_db") is None, f"{error.get('psnr_db') or 0:.1f} dB PSNR"
-        rows.append(("error of the palette", "none" if exact else f"{error['mse']:.1f} a channel (squared), {psnr}"))
+        rows.append(
+            (
+                "error of the palette",
+                "none" if exact else f"{error['mse']:.1f} a channel (squared), {psnr}",
+            )
+        )
     if run.left_out:
         # Without the names: the first one may be a path of this machine.
-        rows.append(("left out", "; ".join(f"{_plain(kind)}: {count}" for kind, count in _counts(run))))
+        rows.append(
+            ("left out", "; ".join(f"{_plain(kind)}: {count}" for kind, count in _counts(run)))
+        )
     rows += [("warning", _plain(_without_folders(warning, run))) for warning in run.warnings]
     classes = _classes(run)
     if classes:
         more = f", and {len(classes) - _MOST_CLASSES} more" if len(classes) > _MOST_CLASSES else ""
-        rows.append((plural(len(classes), "class", "classes"), ", ".join(map(_code, classes[:_MOST_CLASSES])) + more))
+        rows.append(
+            (
+                plural(len(classes), "class", "classes"),
+                ", ".join(map(_code, classes[:_MOST_CLASSES])) + more,
+            )
+        )
     return rows
 
 
@@ -221,10 +278,16 @@ def _training(run: Run) -> list[tuple[str, str]]:
         if config.get(key) not in (None, 0, False) or (key == "seed" and key in config)
     ]
     machine = environment.get("gpu") or environment.get("processor")
-    ranks = next((record["ranks"] for record in run.metrics if isinstance(record.get("ranks"), int)), 1)
+    ranks = next(
+        (record["ranks"] for record in run.metrics if isinstance(record.get("ranks"), int)), 1
+    )
     if machine:
-        rows.append(("machine", f"{_code(machine)}" + (f", {ranks} processes" if ranks > 1 else "")))
-    versions = [f"{name} {environment[name]}" for name in ("igpt", "torch") if environment.get(name)]
+        rows.append(
+            ("machine", f"{_code(machine)}" + (f", {ranks} processes" if ranks > 1 else ""))
+        )
+    versions = [
+        f"{name} {environment[name]}" for name in ("igpt", "torch") if environment.get(name)
+    ]
     return rows + ([("software", ", ".join(versions))] if versions else [])
 
 
@@ -261,7 +324,8 @@ def _accuracies(run: Run) -> list[Table]:
             before.get("test_interval_95"),
         )
     rows = [
-        (words, percent(share), " to ".join(map(percent, interval or ()))) for words, (share, interval) in found.items()
+        (words, percent(share), " to ".join(map(percent, interval or ())))
+        for words, (share, interval) in found.items()
     ]
     caption = f"Classes of {plural(test['test_images'], 'test image')} (higher is better)"
     return [Table(caption, ("", "accuracy", "95 % interval"), rows)]
@@ -272,10 +336,17 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
 
     def row(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         interval = " to ".join(map(percent, found.get("test_interval_95") or ()))
-        return (label, percent(found["validation_accuracy"]), percent(found["test_accuracy"]), interval)
+        return (
+            label,
+            percent(found["validation_accuracy"]),
+            percent(found["test_accuracy"]),
+            interval,
+        )
 
     rows = [
-        row(f"{layer['layer']}{' (chosen)' if layer['layer'] == probe['best_layer'] else ''}", layer)
+        row(
+            f"{layer['layer']}{' (chosen)' if layer['layer'] == probe['best_layer'] else ''}", layer
+        )
         for layer in probe["layers"]
     ]
     if "concatenated" in probe:
@@ -283,7 +354,14 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
         rows.append(row(f"{', '.join(map(str, together['layers']))} side by side", together))
     for few in probe.get("few_labels") or ():
         spread = f"\N{PLUS-MINUS SIGN} {100 * few['standard_deviation']:.1f} (standard deviation)"
-        rows.append((f"{few['layer']}, {plural(few['per_class'], 'label')} a class", "", percent(few["mean"]), spread))
+        rows.append(
+            (
+                f"{few['layer']}, {plural(few['per_class'], 'label')} a class",
+                "",
+                percent(few["mean"]),
+                spread,
+            )
+        )
     caption = "Linear probe of every layer (0: input of the first block; the last: the final norm)"
     return Table(caption, ("layer", "validation", "test", "95 % interval"), rows)
 
@@ -318,7 +396,11 @@ def _pictures(run: Run) -> list[dict[str, str]]:
             caption = f"Drawn by the model from nothing{drawn}."
         else:
             kept = how.get("keep_rows")
-            rows = "" if kept is None else f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
+            rows = (
+                ""
+                if kept is None
+                else f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
+            )
             caption = f"Left to right: the original, what was kept of it{rows}, and completions by the model{drawn}."
         found.append({"file": file, "name": path.stem.capitalize(), "caption": caption})
     return found
@@ -326,7 +408,11 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 
 def _code(value: Any) -> str:
     """Words of others as Markdown's code, which leaves them as they are."""
-    listed = ", ".join(map(str, value)) if isinstance(value, Iterable) and not isinstance(value, str) else str(value)
+    listed = (
+        ", ".join(map(str, value))
+        if isinstance(value, Iterable) and not isinstance(value, str)
+        else str(value)
+    )
     return "`" + " ".join(listed.replace("`", "'").split()) + "`"
 
 

@@ -22,8 +22,9 @@ def draw(plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE) ->
     """The figure of a plot of kind "lines" or "groups".
 
     Args:
-        plot: "x", "y": labels; "series": lists "x", "y", "low", "high", a "name" and perhaps a "ring" (a point's
-            number); "categories" of groups; "falling" if x goes down to the right.
+        plot: "x", "y": labels; "series": lists "x", "y", "low", "high", a "name" and perhaps a
+            "ring" (a point's number); "categories" of groups; "falling" if x goes down to the
+            right.
     """
     figure, axes = canvas(look, width)
     every = [np.array(one[key], float) for one in plot["series"] for key in ("low", "high")]
@@ -51,11 +52,25 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
     axes.set_xlim(min(xs) - margin, max(xs) + margin)
     if plot.get("falling"):
         axes.invert_xaxis()
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(
+            MaxNLocator(nbins=8 if width >= WIDE else 4, steps=[1, 2, 2.5, 5, 10])
+        )
         axes.xaxis.set_major_formatter("{x:.3g}")
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
-        style: dict[str, Any] = {"linestyle": _DASHES[number], "marker": _MARKERS[number], "markersize": 4.5}
-        axes.plot(one["x"], one["y"], color=color, label=one["name"], clip_on=False, linewidth=1.8, **style)
+        style: dict[str, Any] = {
+            "linestyle": _DASHES[number],
+            "marker": _MARKERS[number],
+            "markersize": 4.5,
+        }
+        axes.plot(
+            one["x"],
+            one["y"],
+            color=color,
+            label=one["name"],
+            clip_on=False,
+            linewidth=1.8,
+            **style,
+        )
         axes.fill_between(one["x"], one["low"], one["high"], color=color, alpha=0.13, linewidth=0)
         if one.get("ring") is not None:
             ring(axes, one["x"][one["ring"]], one["y"][one["ring"]], look, color=color)
@@ -71,12 +86,25 @@ def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> 
         y = np.array(one["y"], float)
         bars = np.abs(np.array([y - one["low"], one["high"] - y]))
         axes.errorbar(
-            x, y, bars, fmt=_MARKERS[number], color=color, label=one["name"], markersize=6, capsize=3, linewidth=1.4
+            x,
+            y,
+            bars,
+            fmt=_MARKERS[number],
+            color=color,
+            label=one["name"],
+            markersize=6,
+            capsize=3,
+            linewidth=1.4,
         )
     axes.set_xlim(-0.5, len(plot["categories"]) - 0.5)
     axes.set_xticks(range(len(plot["categories"])), plot["categories"])
     box = axes.get_position()
     axes.set_position((box.x0, box.y0, box.width - 0.3 / width, box.height))  # for long names
     axes.legend(
-        loc="upper left", bbox_to_anchor=(1.0, 1.03), frameon=False, fontsize=FONT, labelcolor=look.ink, handlelength=1
+        loc="upper left",
+        bbox_to_anchor=(1.0, 1.03),
+        frameon=False,
+        fontsize=FONT,
+        labelcolor=look.ink,
+        handlelength=1,
     )

@@ -1,7 +1,8 @@
 """Figures and picture grids from what a run wrote down; nothing here recomputes a result.
 
-Colours keep apart for colour-blind readers and by line style in black and white; figures have no background, and a look
-for light and one for dark pages. Lines carry labels ("training", "best", ...) by which a program finds their data.
+Colours keep apart for colour-blind readers and by line style in black and white; figures have no
+background, and a look for light and one for dark pages. Lines carry labels ("training", "best",
+...) by which a program finds their data.
 """
 
 import base64
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from igpt.data.palette import Palette
+from igpt.data.images.palette import Palette
 from igpt.evaluation.results import best_row
 from igpt.report.record import baselines, best_validation, history, standard_error
 
@@ -41,8 +42,12 @@ class Look:
     other: str
 
 
-LIGHT = Look(paper="#ffffff", ink="#1f2328", muted="#59636e", grid="#e1e5ea", main="#0a62a9", other="#b34700")
-DARK = Look(paper="#15181c", ink="#e8eaed", muted="#a3adb8", grid="#353c45", main="#6cb8f0", other="#f0a04b")
+LIGHT = Look(
+    paper="#ffffff", ink="#1f2328", muted="#59636e", grid="#e1e5ea", main="#0a62a9", other="#b34700"
+)
+DARK = Look(
+    paper="#15181c", ink="#e8eaed", muted="#a3adb8", grid="#353c45", main="#6cb8f0", other="#f0a04b"
+)
 
 
 def palette_swatch(palette: Palette) -> Image.Image:
@@ -56,7 +61,11 @@ def palette_swatch(palette: Palette) -> Image.Image:
 
 
 def loss_curve(
-    metrics: list[dict[str, Any]], *, unit: str = "nats/pixel", look: Look = LIGHT, width: float = WIDE
+    metrics: list[dict[str, Any]],
+    *,
+    unit: str = "nats/pixel",
+    look: Look = LIGHT,
+    width: float = WIDE,
 ) -> "Figure":
     """Training and validation loss by step, against the baselines; the step with the lowest validation loss is ringed.
 
@@ -73,14 +82,24 @@ def loss_curve(
         text = "uniform" if name == "uniform" else "colour\nfrequencies"
         labels.append((value, f"{text} {value:.2f}", look.muted))
     if train:
-        # As a path, a long run's every step would make the page heavy; the axes and all text stay vector.
+        # As a path, a long run's every step would make the page heavy; the axes and all text stay
+        # vector.
         many = len(train) > 3000
         style = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
         _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
         labels.append((_last(losses), "training", look.other))
     if validation:
         marker = "o" if len(validation) <= 60 else ""
-        _, losses = _line(axes, validation, "loss", "validation", look.main, linewidth=2, marker=marker, markersize=3.5)
+        _, losses = _line(
+            axes,
+            validation,
+            "loss",
+            "validation",
+            look.main,
+            linewidth=2,
+            marker=marker,
+            markersize=3.5,
+        )
         labels.append((_last(losses), "validation", look.main))
     best = best_validation(metrics)
     if best is not None:
@@ -98,12 +117,18 @@ def loss_curve(
     return figure
 
 
-def accuracy_curve(metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
+def accuracy_curve(
+    metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
     """Validation accuracy of a classifier by step of fine-tuning, in percent; the best is ringed."""
     figure, axes = canvas(look, width)
     records = history(metrics, "validation", "error")
-    shown = [{"step": record["step"], "accuracy": 100 * (1 - record["error"])} for record in records]
-    _, values = _line(axes, shown, "accuracy", "validation", look.main, linewidth=2, marker="o", markersize=3.5)
+    shown = [
+        {"step": record["step"], "accuracy": 100 * (1 - record["error"])} for record in records
+    ]
+    _, values = _line(
+        axes, shown, "accuracy", "validation", look.main, linewidth=2, marker="o", markersize=3.5
+    )
     low, high = span([values])
     axes.set_ylim(low - 0.08 * (high - low), high + 0.16 * (high - low))
     axes.set_xlim(0, shown[-1]["step"])
@@ -121,8 +146,8 @@ def accuracy_curve(metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: 
 def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
     """Linear probe accuracy by layer, in percent, with what raw pixels and an untrained network reach.
 
-    The band is one standard error, sqrt(p (1 - p) / n), around the test accuracy; the layer chosen on validation is
-    ringed.
+    The band is one standard error, sqrt(p (1 - p) / n), around the test accuracy; the layer chosen
+    on validation is ringed.
 
     Args:
         probe: what `probe.json` holds.
@@ -137,23 +162,39 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
         labels.append((value, f"raw pixels {value:.1f}", look.muted))
     if known.get("untrained"):
         _, values = _line(
-            axes, known["untrained"]["layers"], "test_accuracy", "untrained", look.other, linestyle="-.", linewidth=1.4
+            axes,
+            known["untrained"]["layers"],
+            "test_accuracy",
+            "untrained",
+            look.other,
+            linestyle="-.",
+            linewidth=1.4,
         )
         labels.append((values[-1], "untrained\nnetwork", look.other))
-    _, values = _line(axes, layers, "validation_accuracy", "validation", look.main, linestyle=":", linewidth=1.4)
+    _, values = _line(
+        axes, layers, "validation_accuracy", "validation", look.main, linestyle=":", linewidth=1.4
+    )
     labels.append((values[-1], "validation", look.main))
-    steps, values = _line(axes, layers, "test_accuracy", "test", look.main, linewidth=2, marker="o", markersize=4)
+    steps, values = _line(
+        axes, layers, "test_accuracy", "test", look.main, linewidth=2, marker="o", markersize=4
+    )
     labels.append((values[-1], "test", look.main))
     error = np.array([100 * standard_error(value / 100, count) for value in values])
-    axes.fill_between(steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0)
+    axes.fill_between(
+        steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0
+    )
     chosen = best_row(probe)
     ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
-    low, high = span([*(line.get_ydata() for line in axes.get_lines()), values - error, values + error])
+    low, high = span(
+        [*(line.get_ydata() for line in axes.get_lines()), values - error, values + error]
+    )
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
     text = f"layer {chosen['layer']}: {100 * chosen['test_accuracy']:.1f} %"
     beside = values[abs(steps - chosen["layer"]) == 1]
-    above = not len(beside) or 100 * chosen["test_accuracy"] >= beside.mean()  # away from where the line goes on
+    above = (
+        not len(beside) or 100 * chosen["test_accuracy"] >= beside.mean()
+    )  # away from where the line goes on
     _note(axes, chosen["layer"], 100 * chosen["test_accuracy"], text, look, above=above)
     axes.set_xlabel("layer", color=look.ink)
     axes.set_ylabel("accuracy, %", color=look.ink)
@@ -177,8 +218,16 @@ def svg(figure: "Figure", *, transparent: bool = True) -> bytes:
     buffer = io.BytesIO()
     fonts = ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"]
     # matplotlib takes these three from its settings alone; they are put back at once.
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.sans-serif": fonts}):
-        figure.savefig(buffer, format="svg", transparent=transparent, dpi=200, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(
+        {"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.sans-serif": fonts}
+    ):
+        figure.savefig(
+            buffer,
+            format="svg",
+            transparent=transparent,
+            dpi=200,
+            metadata={"Date": None, "Creator": None},
+        )
     return buffer.getvalue()
 
 
@@ -194,7 +243,12 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
 
     figure = Figure(figsize=(width, _HEIGHT))
     right = 1.15  # inches, for the labels
-    box = (_LEFT / width, _BOTTOM / _HEIGHT, 1 - (_LEFT + right) / width, 1 - (_BOTTOM + _TOP) / _HEIGHT)
+    box = (
+        _LEFT / width,
+        _BOTTOM / _HEIGHT,
+        1 - (_LEFT + right) / width,
+        1 - (_BOTTOM + _TOP) / _HEIGHT,
+    )
     axes = figure.add_axes(box, facecolor="none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -203,7 +257,9 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     axes.tick_params(axis="x", length=3, color=look.muted)
     axes.grid(axis="y", color=look.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=8 if width >= WIDE else 4, integer=True, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(
+        MaxNLocator(nbins=8 if width >= WIDE else 4, integer=True, steps=[1, 2, 2.5, 5, 10])
+    )
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.xaxis.label.set_fontsize(FONT)
@@ -217,15 +273,31 @@ def _line(
     """Draws `key` of the records by step or layer; accuracies in percent."""
     place = "layer" if "layer" in records[0] else "step"
     x = np.array([record[place] for record in records], dtype=np.float64)
-    y = np.array([record[key] for record in records], dtype=np.float64) * (100 if place == "layer" else 1)
+    y = np.array([record[key] for record in records], dtype=np.float64) * (
+        100 if place == "layer" else 1
+    )
     axes.plot(x, y, color=color, label=label, clip_on=False, **style)
     return x, y
 
 
 def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None) -> None:
     """Rings a point, the best one."""
-    style: dict[str, Any] = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "markeredgewidth": 1.6}
-    axes.plot([x], [y], linestyle="none", color=color or look.main, label="best", clip_on=False, zorder=4, **style)
+    style: dict[str, Any] = {
+        "marker": "o",
+        "markersize": 11,
+        "markerfacecolor": "none",
+        "markeredgewidth": 1.6,
+    }
+    axes.plot(
+        [x],
+        [y],
+        linestyle="none",
+        color=color or look.main,
+        label="best",
+        clip_on=False,
+        zorder=4,
+        **style,
+    )
 
 
 def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: bool) -> None:
@@ -266,7 +338,9 @@ def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float)
     """Writes what the lines are at their right ends, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     points = 72 * (_HEIGHT - _TOP - _BOTTOM)
-    wanted = sorted(((value - low) / (high - low) * points, text, color) for value, text, color in labels)
+    wanted = sorted(
+        ((value - low) / (high - low) * points, text, color) for value, text, color in labels
+    )
     wanted = [entry for entry in wanted if math.isfinite(entry[0])]
     heights = [1.18 * FONT * (1 + text.count("\n")) for _, text, _ in wanted]
     middles = spread([place for place, _, _ in wanted], heights)

@@ -17,8 +17,14 @@ def describe_model(run: Run) -> str:
     size = [f"{shape['n_layer']} layers"] if "n_layer" in shape else []
     size += [f"width {shape['n_embd']}"] if "n_embd" in shape else []
     size += [f"{shape['n_head']} heads"] if "n_head" in shape else []
-    size += [f"{_short(start['parameters'])} parameters"] if isinstance(start.get("parameters"), int) else []
-    text = f"{'An' if kind[:1] in 'aeiou' else 'A'} {kind} transformer" + (f" ({', '.join(size)})" if size else "")
+    size += (
+        [f"{_short(start['parameters'])} parameters"]
+        if isinstance(start.get("parameters"), int)
+        else []
+    )
+    text = f"{'An' if kind[:1] in 'aeiou' else 'A'} {kind} transformer" + (
+        f" ({', '.join(size)})" if size else ""
+    )
     text += ", fine-tuned with labels" if run.finetuned else ", trained without labels"
     if isinstance(start.get("train_images"), int):
         text += f" on {plural(start['train_images'], 'image')}"
@@ -40,12 +46,24 @@ def describe_state(run: Run) -> str:
         elif record["kind"] == "end":
             ended = record
     steps = [record["step"] for record in run.metrics if isinstance(record.get("step"), int)]
-    last, planned, size = steps[-1] if steps else 0, run.config.get("steps"), run.config.get("batch_size")
+    last, planned, size = (
+        steps[-1] if steps else 0,
+        run.config.get("steps"),
+        run.config.get("batch_size"),
+    )
     if ended is not None:
         batch = f" of {plural(size, 'image')}" if isinstance(size, int) else ""
         seconds = ended.get("seconds")
-        took = f" in {duration(seconds)}" if isinstance(seconds, int | float) and math.isfinite(seconds) else ""
-        early = f", stopped early (at most {number(planned)})" if isinstance(planned, int) and last < planned else ""
+        took = (
+            f" in {duration(seconds)}"
+            if isinstance(seconds, int | float) and math.isfinite(seconds)
+            else ""
+        )
+        early = (
+            f", stopped early (at most {number(planned)})"
+            if isinstance(planned, int) and last < planned
+            else ""
+        )
         text = f"Finished: {plural(last, 'step')}{batch}{took}{early}."
     else:
         of = f" of {number(planned)}" if isinstance(planned, int) else ""
@@ -69,9 +87,7 @@ def describe_loss(run: Run) -> str:
         return f"{text}; colour frequencies alone give {unigram:.3f}: it has not learnt more than those."
     text += f", {difference:.3f} below what colour frequencies alone give ({unigram:.3f})"
     if unigram < 12:
-        text += (
-            f": as uncertain as an even choice among {math.exp(loss):.1f} colours instead of {math.exp(unigram):.1f}"
-        )
+        text += f": as uncertain as an even choice among {math.exp(loss):.1f} colours instead of {math.exp(unigram):.1f}"
     return text + "."
 
 
@@ -85,12 +101,14 @@ def describe_classifier(run: Run) -> str:
             f"The classifier is right on {percent(accuracy)} of {plural(count, 'test image')} (standard error "
             f"{100 * standard_error(accuracy, count):.1f} points)"
         )
-        text += "." if best is None else f"; it was chosen by validation accuracy, at step {number(best[0])}."
+        text += (
+            "."
+            if best is None
+            else f"; it was chosen by validation accuracy, at step {number(best[0])}."
+        )
         rates, folded, modal = test.get("rates") or (), test.get("fold_back"), test.get("modal")
         if len(rates) > 1 and test.get("learning_rate") is not None:
-            text += (
-                f" Its learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by validation accuracy."
-            )
+            text += f" Its learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by validation accuracy."
         if folded:
             text += (
                 f" It was then trained again, on validation images too, for as many epochs; before that, "
@@ -117,24 +135,30 @@ def describe_probe(probe: dict[str, Any]) -> str:
     if known.get("raw_pixels"):
         compared.append(("raw pixels", known["raw_pixels"]["test_accuracy"]))
     if known.get("untrained"):
-        compared.append(("the best layer of an untrained network", best_row(known["untrained"])["test_accuracy"]))
+        compared.append(
+            (
+                "the best layer of an untrained network",
+                best_row(known["untrained"])["test_accuracy"],
+            )
+        )
     for what, theirs in compared:
         text += " " + compare(ours, theirs, count, what)
-    return text if compared else text + " It was not compared with raw pixels or an untrained network."
+    return (
+        text if compared else text + " It was not compared with raw pixels or an untrained network."
+    )
 
 
 def compare(ours: float, theirs: float, count: int, what: str) -> str:
     """One sentence on two accuracies over `count` images; a difference counts beyond two of its standard errors.
 
-    The two are treated as independent, which overstates the error where they err on the same images.
+    The two are treated as independent, which overstates the error where they err on the same
+    images.
     """
     points = 100 * (ours - theirs)
     error = 100 * math.hypot(standard_error(ours, count), standard_error(theirs, count))
     if abs(points) > 2 * error:
         place = "above" if points > 0 else "below"
-        return (
-            f"It is {abs(points):.1f} points {place} {what} ({percent(theirs)}; two standard errors: {2 * error:.1f})."
-        )
+        return f"It is {abs(points):.1f} points {place} {what} ({percent(theirs)}; two standard errors: {2 * error:.1f})."
     return (
         f"Its difference from {what} ({percent(theirs)}), {signed(points)} points, is within two standard errors "
         f"({2 * error:.1f}): these test images do not show that it is {'better' if points >= 0 else 'worse'}."

@@ -1,6 +1,7 @@
 """One self-contained HTML page about a run, made from the run's files alone.
 
-It refers to nothing outside itself: figures are embedded, styles are in it, and there are no scripts. What a run does
+It refers to nothing outside itself: figures are embedded, styles are in it, and there are no
+    scripts. What a run does
 not hold yet, the page names together with the command that makes it.
 """
 
@@ -41,8 +42,12 @@ def write_report(run: Path) -> Path:
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("igpt.report").joinpath("page.html.j2").read_text("utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("igpt.report").joinpath("page.html.j2").read_text("utf-8")
+    )
     text = template.render(_contents(read_run(run)))
     path = run / "report.html"
     with atomic_file(path) as temporary:

@@ -1,7 +1,7 @@
 """What a run directory holds, read leniently: a run in progress, a killed one and an old one are runs too.
 
-What is missing is empty; what is there and of a wrong kind is refused in one line. Losses are in nats per pixel (of
-masked pixels under the BERT objective); accuracies are shares from 0 to 1.
+What is missing is empty; what is there and of a wrong kind is refused in one line. Losses are in
+nats per pixel (of masked pixels under the BERT objective); accuracies are shares from 0 to 1.
 """
 
 import math
@@ -14,9 +14,9 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field
 
 from igpt.config import read_settings
+from igpt.data.images.palette import Palette
 from igpt.data.left_out import LeftOut, left_out_of
-from igpt.data.palette import Palette
-from igpt.data.tokens import MANIFEST
+from igpt.data.tokens.dataset import MANIFEST
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
@@ -228,15 +228,22 @@ def read_run(path: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        InputError: it is none (`config.yaml` or `metrics.jsonl` is missing), or a file in it is damaged.
+        InputError: it is none (`config.yaml` or `metrics.jsonl` is missing), or a file in it is
+            damaged.
     """
-    tried = sorted((path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime)
+    tried = sorted(
+        (path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime
+    )
     if tried and not (path / "metrics.jsonl").exists():
-        raise InputError(f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` shows the newest")
+        raise InputError(
+            f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` shows the newest"
+        )
     for name in ("config.yaml", "metrics.jsonl"):
         require_regular(path / name)
         if not (path / name).is_file():
-            raise InputError(f"{path} is no run directory: {name} is missing; `igpt pretrain` writes one")
+            raise InputError(
+                f"{path} is no run directory: {name} is missing; `igpt pretrain` writes one"
+            )
     config = _read_config(path / "config.yaml")
     metrics, unreadable = read_metrics(path / "metrics.jsonl")
     tokens = config.get("tokens")
@@ -291,7 +298,8 @@ def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, A
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
     """Return the records of a `metrics.jsonl`, and how many of its lines cannot be shown.
 
-    A run in progress may be writing the last line, and a killed one leaves it cut off: that is no damage.
+    A run in progress may be writing the last line, and a killed one leaves it cut off: that is no
+        damage.
 
     Raises:
         InputError: there is no such file, or no regular one.
@@ -313,7 +321,8 @@ def _can_be_shown(record: dict[str, Any]) -> bool:
 def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list[dict[str, Any]]:
     """The records of one kind ("train", "validation") that have `key` and count, by step.
 
-    A run that was killed and resumed takes some steps twice; those it had taken past the resumed state are dropped.
+    A run that was killed and resumed takes some steps twice; those it had taken past the resumed
+    state are dropped.
     """
     kept: dict[int, dict[str, Any]] = {}
     for record in metrics:

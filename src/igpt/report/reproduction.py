@@ -24,7 +24,8 @@ _HELD = {
     "shown": "shown",
     "not yet": "not done yet",
 }
-_PAPER = {  # Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images
+# Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images
+_PAPER = {
     "pretraining images": "1.28 M (ImageNet)",
     "images seen by a model": "128 M",
     "parameters": "76 M to 6.8 B",
@@ -44,8 +45,12 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
     """
     from jinja2 import Environment, StrictUndefined
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("igpt.report").joinpath("page.html.j2").read_text("utf-8"))
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("igpt.report").joinpath("page.html.j2").read_text("utf-8")
+    )
     sections = [section for asked in evidence["questions"] for section in _sections(asked, folder)]
     page = {
         "title": "Generative pretraining from pixels: which of its findings hold here",
@@ -65,7 +70,9 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
             for name, content in _figure_files(asked, folder).items():
                 (temporary / name).write_bytes(content)
     with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(_markdown(page, evidence, folder), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(
+            _markdown(page, evidence, folder), encoding="utf-8", errors="backslashreplace"
+        )
     return folder / "report.html"
 
 
@@ -73,10 +80,19 @@ def _description(evidence: Mapping[str, Any]) -> str:
     models = evidence["models"]
     if not models:
         return "Nothing has been trained yet."
-    smallest, largest = (f"{extreme(model['parameters'] for model in models) / 1e6:.2g} M" for extreme in (min, max))
+    smallest, largest = (
+        f"{extreme(model['parameters'] for model in models) / 1e6:.2g} M" for extreme in (min, max)
+    )
     side = round(models[0]["places"] ** 0.5)
-    rehearsal = " This is a rehearsal at toy length: its numbers mean nothing." if evidence["rehearsal"] else ""
-    images, size = number(models[0]["train_images"]), f"{side} \N{MULTIPLICATION SIGN} {side} pixels"
+    rehearsal = (
+        " This is a rehearsal at toy length: its numbers mean nothing."
+        if evidence["rehearsal"]
+        else ""
+    )
+    images, size = (
+        number(models[0]["train_images"]),
+        f"{side} \N{MULTIPLICATION SIGN} {side} pixels",
+    )
     return (
         f"Transformers of {smallest} to {largest} parameters, pretrained without labels on {images} images of "
         f"{_short(evidence['corpus'])} at {size}, and judged on {_short(evidence['labelled'])}.{rehearsal}"
@@ -92,7 +108,10 @@ def _short(source: str) -> str:
 
 
 def _cost(evidence: Mapping[str, Any]) -> str:
-    seconds, side_by_side = [step["seconds"] for step in evidence["steps"].values()], evidence["side_by_side"] or 1
+    seconds, side_by_side = (
+        [step["seconds"] for step in evidence["steps"].values()],
+        evidence["side_by_side"] or 1,
+    )
     told = list(dict.fromkeys(map(_where, evidence["machines"])))
     elsewhere = f", elsewhere on {' and '.join(told[1:])}" if told[1:] else ""
     return (
@@ -125,10 +144,18 @@ def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
             "parameters": f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M",
             "operations of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
-            "positions": "turned queries and keys, by row and column" if rotary else _PAPER["positions"],
-            "optimiser": "Muon" if evidence["recipe"].get("optimizer") == "muon" else "AdamW without decay",
+            "positions": "turned queries and keys, by row and column"
+            if rotary
+            else _PAPER["positions"],
+            "optimiser": "Muon"
+            if evidence["recipe"].get("optimizer") == "muon"
+            else "AdamW without decay",
         }
-    return Table("Data and compute", ("", "paper", "here"), [(name, _PAPER[name], here[name]) for name in _PAPER])
+    return Table(
+        "Data and compute",
+        ("", "paper", "here"),
+        [(name, _PAPER[name], here[name]) for name in _PAPER],
+    )
 
 
 def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
@@ -137,14 +164,28 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
     if asked.get("tried"):
         lead += f" Tried: {asked['tried']}"
     if asked["held"] == "not yet":
-        return [Section(title, name, absent=f"{asked['verdict']} `igpt reproduce` goes on with the same command.")]
-    table = Table("The numbers", tuple(asked["table"]["head"]), [tuple(row) for row in asked["table"]["rows"]])
+        return [
+            Section(
+                title,
+                name,
+                absent=f"{asked['verdict']} `igpt reproduce` goes on with the same command.",
+            )
+        ]
+    table = Table(
+        "The numbers", tuple(asked["table"]["head"]), [tuple(row) for row in asked["table"]["rows"]]
+    )
     if asked["plot"]["kind"] != "pictures":
         draw = partial(comparison.draw, asked["plot"])
-        bars = " Bands and bars: 95 % intervals." + (" Ring: the layer chosen." if name == "layers" else "")
+        bars = " Bands and bars: 95 % intervals." + (
+            " Ring: the layer chosen." if name == "layers" else ""
+        )
         alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
-        return [Section(title, name, lead, chart(draw, alt), caption=asked["how"] + bars, table=table)]
-    samples, completions = (_stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions"))
+        return [
+            Section(title, name, lead, chart(draw, alt), caption=asked["how"] + bars, table=table)
+        ]
+    samples, completions = (
+        _stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions")
+    )
     updates = ", ".join(map(number, asked["plot"]["steps"]))
     return [
         Section(
@@ -170,10 +211,14 @@ def _picture(image: Image.Image, alt: str) -> Picture:
 
 def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
     """The pictures of all steps: samples below each other, completions side by side."""
-    found = [read_picture(folder / "pictures" / f"{kind}-{step}.png").convert("RGB") for step in steps]
+    found = [
+        read_picture(folder / "pictures" / f"{kind}-{step}.png").convert("RGB") for step in steps
+    ]
     gap = 0 if kind == "samples" else 12
     across = kind == "completions"
-    width = sum(one.width + gap for one in found) - gap if across else max(one.width for one in found)
+    width = (
+        sum(one.width + gap for one in found) - gap if across else max(one.width for one in found)
+    )
     height = max(one.height for one in found) if across else sum(one.height for one in found)
     sheet, at = Image.new("RGBA", (width, height)), 0
     for one in found:
@@ -198,7 +243,9 @@ def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
     if asked["held"] == "not yet":
         return {}
     if asked["plot"]["kind"] != "pictures":
-        return {f"{asked['name']}.svg": figures.svg(comparison.draw(asked["plot"]), transparent=False)}
+        return {
+            f"{asked['name']}.svg": figures.svg(comparison.draw(asked["plot"]), transparent=False)
+        }
     found = {}
     for kind in ("samples", "completions"):
         buffer = io.BytesIO()
@@ -225,14 +272,19 @@ def _models(evidence: Mapping[str, Any]) -> Table:
 
 def _machine(evidence: Mapping[str, Any]) -> Table:
     rows = [
-        (key, str(value)) for machine in evidence["machines"] for key, value in machine.items() if value is not None
+        (key, str(value))
+        for machine in evidence["machines"]
+        for key, value in machine.items()
+        if value is not None
     ]
     rows.append(("written", evidence["environment"]["started"]))
     return Table("Machine and software", (), rows)
 
 
 def _steps(evidence: Mapping[str, Any]) -> Table:
-    return Table("Steps", (), [(name, duration(step["seconds"])) for name, step in evidence["steps"].items()])
+    return Table(
+        "Steps", (), [(name, duration(step["seconds"])) for name, step in evidence["steps"].items()]
+    )
 
 
 def _markdown(page: Mapping[str, Any], evidence: Mapping[str, Any], folder: Path) -> str:
@@ -260,4 +312,11 @@ def _markdown_table(table: Table) -> list[str]:
     def line(cells: tuple[str, ...]) -> str:
         return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
 
-    return [f"{table.caption}:", "", line(table.head), "|" + "---|" * len(table.head), *map(line, table.rows), ""]
+    return [
+        f"{table.caption}:",
+        "",
+        line(table.head),
+        "|" + "---|" * len(table.head),
+        *map(line, table.rows),
+        "",
+    ]

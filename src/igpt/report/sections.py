@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from igpt.data.grids import grid_counts
+from igpt.data.images.grid import grid_counts
 from igpt.errors import InputError
 from igpt.evaluation.results import best_row
 from igpt.files import require_regular
@@ -32,7 +32,15 @@ if TYPE_CHECKING:
 
 _MOST_PIXELS = 1 << 27
 # What Pillow raises of damaged files; "SyntaxError" is of broken PNG chunks.
-_PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_PILLOWS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 @dataclass(frozen=True)
@@ -86,23 +94,37 @@ def key_tables(run: Run) -> list[Table]:
     best, known, probe = best_validation(run.metrics), baselines(run.metrics), run.probe
     if best is not None or known:
         rows = [("This model", math.nan if best is None else best[1])]
-        for name, words in (("unigram", "Colour frequencies alone"), ("uniform", "Every colour equally likely")):
+        for name, words in (
+            ("unigram", "Colour frequencies alone"),
+            ("uniform", "Every colour equally likely"),
+        ):
             rows += [(words, known[name])] if name in known else []
         cells = [
-            (name, "not yet", "not yet") if math.isnan(loss) else (name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
+            (name, "not yet", "not yet")
+            if math.isnan(loss)
+            else (name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
             for name, loss in rows
         ]
         place = run.unit.removeprefix("nats/")
-        tables.append(Table(f"Validation loss per {place} (lower is better)", ("", "nats", "bits"), cells))
+        tables.append(
+            Table(f"Validation loss per {place} (lower is better)", ("", "nats", "bits"), cells)
+        )
     if probe is not None and "skipped" not in probe:
         count, compared = probe["images"]["test"], probe.get("baselines") or {}
         reached = [(f"This model, layer {probe['best_layer']}", best_row(probe)["test_accuracy"])]
         if compared.get("untrained"):
             other = compared["untrained"]
-            reached.append((f"Untrained network, layer {other['best_layer']}", best_row(other)["test_accuracy"]))
+            reached.append(
+                (
+                    f"Untrained network, layer {other['best_layer']}",
+                    best_row(other)["test_accuracy"],
+                )
+            )
         if compared.get("raw_pixels"):
             reached.append(("Raw pixels", compared["raw_pixels"]["test_accuracy"]))
-        cells = [(name, percent(p), f"± {100 * standard_error(p, count):.1f}") for name, p in reached]
+        cells = [
+            (name, percent(p), f"± {100 * standard_error(p, count):.1f}") for name, p in reached
+        ]
         caption = f"Linear probe, {plural(count, 'test image')} (higher is better)"
         tables.append(Table(caption, ("", "accuracy", "std. error"), cells))
     return tables
@@ -113,20 +135,37 @@ def loss_section(run: Run) -> Section:
     title, name = "Loss during training", "loss"
     train, validation = history(run.metrics, "train"), history(run.metrics, "validation")
     if not train and not validation:
-        return Section(title, name, absent="No loss is recorded yet; `igpt pretrain` writes them as it trains.")
-    what = " (class loss, plus the weighted generative loss where there is one)" if run.finetuned else ""
+        return Section(
+            title, name, absent="No loss is recorded yet; `igpt pretrain` writes them as it trains."
+        )
+    what = (
+        " (class loss, plus the weighted generative loss where there is one)"
+        if run.finetuned
+        else ""
+    )
     caption = (
         f"Loss in {run.unit}{what}. Training: {plural(len(train), 'point')}, each the mean over the batches since "
         "the point before it."
     )
     if validation:
         images = run.start.get("validation_images")
-        among = plural(images, "validation image") if isinstance(images, int) else "the validation images"
+        among = (
+            plural(images, "validation image")
+            if isinstance(images, int)
+            else "the validation images"
+        )
         caption += f" Validation: {plural(len(validation), 'point')}, on {among}; the ring marks the lowest."
     if baselines(run.metrics):
         caption += " The grey lines need no network: all colours equally likely, and colour frequencies alone."
-    alt, best = f"Line chart of the loss in {run.unit} by training step", best_validation(run.metrics)
-    alt += "." if best is None else f"; the lowest validation loss is {best[1]:.3f} at step {best[0]:,}."
+    alt, best = (
+        f"Line chart of the loss in {run.unit} by training step",
+        best_validation(run.metrics),
+    )
+    alt += (
+        "."
+        if best is None
+        else f"; the lowest validation loss is {best[1]:.3f} at step {best[0]:,}."
+    )
 
     def draw(**options: Any) -> "Figure":
         return figures.loss_curve(run.metrics, unit=run.unit, **options)
@@ -137,17 +176,22 @@ def loss_section(run: Run) -> Section:
 def accuracy_section(run: Run) -> Section:
     """A classifier's validation accuracy during fine-tuning."""
     title, name = "Accuracy during fine-tuning", "accuracy"
-    validation, images = history(run.metrics, "validation", "error"), run.start.get("validation_images")
+    validation, images = (
+        history(run.metrics, "validation", "error"),
+        run.start.get("validation_images"),
+    )
     if not validation:
         trained = history(run.metrics, "validation", "error_on_trained")
         why = "Not validated yet; `igpt finetune` does so as it trains."
         return Section(
-            title, name, absent="Nothing was held out: validation images were trained on." if trained else why
+            title,
+            name,
+            absent="Nothing was held out: validation images were trained on." if trained else why,
         )
-    among = plural(images, "validation image") if isinstance(images, int) else "the validation images"
-    caption = (
-        f"Share of {among} whose class is predicted rightly, {plural(len(validation), 'point')}; the best is ringed."
+    among = (
+        plural(images, "validation image") if isinstance(images, int) else "the validation images"
     )
+    caption = f"Share of {among} whose class is predicted rightly, {plural(len(validation), 'point')}; the best is ringed."
     alt = f"Line chart of validation accuracy by training step; the last is {percent(1 - validation[-1]['error'])}."
 
     def draw(**options: Any) -> "Figure":
@@ -160,7 +204,9 @@ def probe_section(run: Run) -> Section:
     """Linear probe accuracy by layer."""
     title, name, probe = "Linear probe of every layer", "probe", run.probe
     if probe is None:
-        return Section(title, name, absent="The layers have not been probed; `igpt probe` writes probe.json.")
+        return Section(
+            title, name, absent="The layers have not been probed; `igpt probe` writes probe.json."
+        )
     if "skipped" in probe:
         return Section(title, name, absent=f"The probe was skipped: {probe['skipped']}")
     layers, count = probe["layers"], probe["images"]
@@ -188,8 +234,18 @@ def probe_section(run: Run) -> Section:
     for layer in layers:
         strength = layer.get(setting)
         accuracies = (percent(layer["validation_accuracy"]), percent(layer["test_accuracy"]))
-        rows.append((str(layer["layer"]), *accuracies, "not recorded" if strength is None else f"{strength:g}"))
-    table = Table("The numbers behind the figure", ("layer", "validation", "test", setting.replace("_", " ")), rows)
+        rows.append(
+            (
+                str(layer["layer"]),
+                *accuracies,
+                "not recorded" if strength is None else f"{strength:g}",
+            )
+        )
+    table = Table(
+        "The numbers behind the figure",
+        ("layer", "validation", "test", setting.replace("_", " ")),
+        rows,
+    )
 
     def draw(**options: Any) -> "Figure":
         return figures.probe_by_layer(probe, **options)
@@ -216,35 +272,59 @@ def completions_section(run: Run) -> Section:
     """Images that the model has completed."""
     title, name, path = "Completions", "completions", run.path / "completions.png"
     if not path.exists():
-        return Section(title, name, absent="No image has been completed; `igpt complete` writes completions.png.")
+        return Section(
+            title,
+            name,
+            absent="No image has been completed; `igpt complete` writes completions.png.",
+        )
     uri, size, counts, how = _grid(path, run)
     kept, resolution = how.get("keep_rows"), run.shape.get("resolution")
-    rows = f"the upper {kept} of {resolution} pixel rows" if resolution else f"the upper {kept} pixel rows"
+    rows = (
+        f"the upper {kept} of {resolution} pixel rows"
+        if resolution
+        else f"the upper {kept} pixel rows"
+    )
     given = "what was kept" if kept is None else f"what the model was given of it ({rows})"
     each = f"{plural(len(counts), 'image')}, one a row" if counts else "One image a row"
     drawn = plural(max(counts) - 2, "completion") if counts and max(counts) > 2 else "completions"
     caption = f"{each}. Left to right: the original, {given}, and {drawn} by the model{describe_sampling(how)}."
     alt = f"Grid of pictures. {each}: original, what was kept, {drawn}."
-    return Section(title, name, picture=Picture(uri, *size, alt), caption=caption, code=str(how.get("command") or ""))
+    return Section(
+        title,
+        name,
+        picture=Picture(uri, *size, alt),
+        caption=caption,
+        code=str(how.get("command") or ""),
+    )
 
 
 def samples_section(run: Run) -> Section:
     """Images that the model has drawn."""
     title, name, path = "Samples", "samples", run.path / "samples.png"
     if not path.exists():
-        return Section(title, name, absent="No image has been sampled; `igpt sample` writes samples.png.")
+        return Section(
+            title, name, absent="No image has been sampled; `igpt sample` writes samples.png."
+        )
     uri, size, counts, how = _grid(path, run)
     many = plural(sum(counts), "image") if counts else "Images"
     caption = f"{many} drawn by the model from nothing{describe_sampling(how)}."
     alt = f"Grid of pictures: {many.lower()} drawn by the model."
-    return Section(title, name, picture=Picture(uri, *size, alt), caption=caption, code=str(how.get("command") or ""))
+    return Section(
+        title,
+        name,
+        picture=Picture(uri, *size, alt),
+        caption=caption,
+        code=str(how.get("command") or ""),
+    )
 
 
 def palette_section(run: Run) -> Section:
     """The model's colours."""
     title, name, palette = "Palette", "palette", run.palette
     if palette is None:
-        return Section(title, name, absent="No palette is there yet; `igpt pretrain` writes it with the model.")
+        return Section(
+            title, name, absent="No palette is there yet; `igpt pretrain` writes it with the model."
+        )
     image = figures.palette_swatch(palette)
     colors = plural(len(palette), "colour")
     caption = f"The {colors} that pixels may take, in the order of their tokens. Fingerprint:"
@@ -264,16 +344,27 @@ def fact_tables(run: Run) -> list[Table]:
     names = run.manifest.get("class_names") or []
     if names:
         more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-        rows.append((plural(len(names), "class", "classes"), ", ".join(map(str, names[:20])) + more))
+        rows.append(
+            (plural(len(names), "class", "classes"), ", ".join(map(str, names[:20])) + more)
+        )
     if run.left_out:
         rows.append(("left out", run.left_out.text()))
     rows += [("warning", warning) for warning in run.warnings]
-    settings = [(key, "none" if value is None else str(value)) for key, value in flat(run.config).items()]
-    machine = [(key, "none" if value is None else str(value)) for key, value in flat(run.environment).items()]
+    settings = [
+        (key, "none" if value is None else str(value)) for key, value in flat(run.config).items()
+    ]
+    machine = [
+        (key, "none" if value is None else str(value))
+        for key, value in flat(run.environment).items()
+    ]
     return [
         Table("Data", (), rows),
         Table("Configuration", (), settings),
-        Table("Machine and software", (), machine or [("environment.json", "not in the run directory")]),
+        Table(
+            "Machine and software",
+            (),
+            machine or [("environment.json", "not in the run directory")],
+        ),
     ]
 
 
@@ -297,7 +388,12 @@ def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None,
     resolution = run.shape.get("resolution")
     picture = read_picture(path)
     counts = grid_counts(picture, resolution) if resolution else None
-    return figures.data_uri(path.read_bytes(), "image/png"), picture.size, counts, read_drawing(path)
+    return (
+        figures.data_uri(path.read_bytes(), "image/png"),
+        picture.size,
+        counts,
+        read_drawing(path),
+    )
 
 
 def read_picture(path: Path) -> Image.Image:
@@ -309,7 +405,9 @@ def read_picture(path: Path) -> Image.Image:
     require_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is looked at here
+            warnings.simplefilter(
+                "ignore", Image.DecompressionBombWarning
+            )  # the size is looked at here
             picture = Image.open(path, formats=["PNG"])
         too_large = picture.width * picture.height > _MOST_PIXELS
         if not too_large:
@@ -317,5 +415,7 @@ def read_picture(path: Path) -> Image.Image:
     except _PILLOWS as error:
         raise InputError(f"{path} is not a readable PNG picture ({error}); draw it again") from None
     if too_large:
-        raise InputError(f"{path} has {picture.width} x {picture.height} pixels, too many for a page")
+        raise InputError(
+            f"{path} has {picture.width} x {picture.height} pixels, too many for a page"
+        )
     return picture

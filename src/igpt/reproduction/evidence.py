@@ -1,6 +1,7 @@
 """What the steps of a reproduction have measured, and the form in which a question's answer is recorded.
 
-Accuracies are shares from 0 to 1 until they become cells and figures, where they are percent; losses are nats/pixel.
+Accuracies are shares from 0 to 1 until they become cells and figures, where they are percent;
+losses are nats/pixel.
 """
 
 import math
@@ -12,13 +13,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.confidence import interval_of_share, paired_difference, unpacked
 from igpt.errors import InputError
 from igpt.evaluation.results import Probe, ProbeSettings, best_row, read_probe, read_test
 from igpt.files import require_schema
 from igpt.report.record import history, read_metrics
 from igpt.reproduction.runner import records
 from igpt.reproduction.scale import Scale
+from igpt.statistics import interval_of_share, paired_difference, unpacked
 
 Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
 
@@ -40,7 +41,8 @@ class Share:
 
     Attributes:
         n: how it was measured, for a table: test images, or draws.
-        right: which test images were answered rightly, [N], or in every draw of the labels, [draws, N], where known.
+        right: which test images were answered rightly, [N], or in every draw of the labels, [draws,
+            N], where known.
         images: what tells these images, and these draws, from others.
     """
 
@@ -71,14 +73,18 @@ def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
     """The test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
     images = (probe["tokens"], config.get("test_images") or config.get("limit"), config.get("seed"))
-    return replace(of_images(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images)
+    return replace(
+        of_images(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images
+    )
 
 
 def of_test(test: Mapping[str, Any]) -> Share:
     """The accuracy in a test.json."""
     count = test["test_images"]
     share = of_images(test["test_accuracy"], count)
-    return replace(share, right=_right(test, count, "fine-tuning"), images=(test.get("tokens"), count))
+    return replace(
+        share, right=_right(test, count, "fine-tuning"), images=(test.get("tokens"), count)
+    )
 
 
 def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
@@ -92,12 +98,14 @@ def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_
 def of_draws(values: Sequence[float], count: int) -> Share:
     """The mean accuracy over two or more draws of the labels, all on the same `count` test images.
 
-    The interval is Student's over the draws and Wilson's over the images, added in squares: the draws share the images,
-    so that their spread does not hold the images' part.
+    The interval is Student's over the draws and Wilson's over the images, added in squares: the
+    draws share the images, so that their spread does not hold the images' part.
     """
     mean = float(np.mean(values))
     half = math.hypot(_half_of_draws(np.asarray(values)), of_images(mean, count).half)
-    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), f"{len(values)} draws, {count:,} images")
+    return Share(
+        mean, max(0.0, mean - half), min(1.0, mean + half), f"{len(values)} draws, {count:,} images"
+    )
 
 
 def _half_of_draws(values: NDArray[np.float64]) -> float:
@@ -110,14 +118,16 @@ def _half_of_draws(values: NDArray[np.float64]) -> float:
 def difference(first: Share, second: Share) -> tuple[float, float]:
     """first - second in points, and half of its 95 % interval: paired where both were measured on the same images.
 
-    Draws are paired too, and their part and the images' added in squares. Elsewhere the intervals are, as of different
-    images; where some are shared, that is too wide.
+    Draws are paired too, and their part and the images' added in squares. Elsewhere the intervals
+    are, as of different images; where some are shared, that is too wide.
     """
     if first.right is None or second.right is None or first.images != second.images:
         return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
     found, half = paired_difference(first.right, second.right)
     if first.right.ndim > 1:
-        half = math.hypot(half, _half_of_draws(first.right.mean(axis=1) - second.right.mean(axis=1)))
+        half = math.hypot(
+            half, _half_of_draws(first.right.mean(axis=1) - second.right.mean(axis=1))
+        )
     return 100 * found, 100 * half
 
 
@@ -194,7 +204,9 @@ class Results:
         for each in found:
             if [one["per_class"] for one in each] != list(self.scale.few):
                 path = self.folder / "probes" / f"{name}.json"
-                raise InputError(f"{path}: few_labels are not of {self.scale.few} labels a class; choose another -o")
+                raise InputError(
+                    f"{path}: few_labels are not of {self.scale.few} labels a class; choose another -o"
+                )
         layer, raw = ([of_draws(one["test_accuracies"], count) for one in each] for each in found)
         return layer, raw
 
@@ -207,7 +219,9 @@ class Results:
         probe = self.probe(name)
         row = (probe.get("baselines") or {}).get("raw_pixels")
         if not row:
-            raise InputError(f"{self.folder / 'probes' / name}.json: raw_pixels are missing; choose another -o")
+            raise InputError(
+                f"{self.folder / 'probes' / name}.json: raw_pixels are missing; choose another -o"
+            )
         return of_row(row, probe)
 
     def losses(self, run: str) -> dict[int, float]:
@@ -218,15 +232,22 @@ class Results:
         """
         self.require(f"runs/{run}")
         path = self.folder / "runs" / run / "metrics.jsonl"
-        found = {line["step"]: float(line["loss"]) for line in history(read_metrics(path)[0], "validation")}
-        if missing := [step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))]:
+        found = {
+            line["step"]: float(line["loss"])
+            for line in history(read_metrics(path)[0], "validation")
+        }
+        if missing := [
+            step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))
+        ]:
             raise InputError(f"{path}: the validation loss of update {missing[0]} is missing")
         return found
 
     def finetuned(self, start: str, labels: str | int) -> Share:
         """Return the test accuracy after fine-tuning; over all draws where there are several."""
         names = (
-            [f"{start}-all"] if labels == "all" else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
+            [f"{start}-all"]
+            if labels == "all"
+            else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
         )
         for name in names:
             self.require(f"finetuned/{name}")
@@ -234,8 +255,14 @@ class Results:
         shares = [of_test(read_test(path)) for path in paths]
         if labels == "all":
             return shares[0]
-        if other := [path for path, share in zip(paths, shares, strict=True) if share.images != shares[0].images]:
-            raise InputError(f"{other[0]} is of other test images than {paths[0]}; choose another -o")
+        if other := [
+            path
+            for path, share in zip(paths, shares, strict=True)
+            if share.images != shares[0].images
+        ]:
+            raise InputError(
+                f"{other[0]} is of other test images than {paths[0]}; choose another -o"
+            )
         right = np.stack([share.right for share in shares if share.right is not None])
         together = of_draws([share.value for share in shares], right.shape[1])
         return replace(together, right=right, images=(*shares[0].images, labels))
@@ -272,7 +299,9 @@ def question(
     }
 
 
-def series(name: str, x: Sequence[float], shares: Sequence[Share], ring: int | None = None) -> dict[str, Any]:
+def series(
+    name: str, x: Sequence[float], shares: Sequence[Share], ring: int | None = None
+) -> dict[str, Any]:
     """A line or a group of points with their intervals, in percent."""
     return {
         "name": name,

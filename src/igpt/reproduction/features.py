@@ -6,8 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from igpt.confidence import mean_of
-from igpt.reproduction.evidence import Held, Results, Share, clearly, of_row, points, question, series, together
+from igpt.reproduction.evidence import (
+    Held,
+    Results,
+    Share,
+    clearly,
+    of_row,
+    points,
+    question,
+    series,
+    together,
+)
+from igpt.statistics import mean_of
 
 
 def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
@@ -15,7 +25,9 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
     lines, rows, said, fitted = [], [], [], []
     found: list[Held] = []
     for size in results.scale.sizes:
-        probe = results.probe("main" if size == results.scale.main else f"{size}-{results.scale.updates}")
+        probe = results.probe(
+            "main" if size == results.scale.main else f"{size}-{results.scale.updates}"
+        )
         layers = probe["layers"]
         shares = [of_row(row, probe) for row in layers]
         numbers = [row["layer"] for row in layers]
@@ -28,13 +40,19 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
             f"{points(shares[peak], shares[-1])} from the last"
         )
         rows += [
-            [f"{size}, layer {number}{' (chosen)' if number == probe['best_layer'] else ''}", share.cell, share.n]
+            [
+                f"{size}, layer {number}{' (chosen)' if number == probe['best_layer'] else ''}",
+                share.cell,
+                share.n,
+            ]
             for number, share in zip(numbers, shares, strict=True)
         ]
     if results.has("probes/own"):
         own = results.probe("own")
         best = results.best(own)
-        rows.append([f"{results.scale.main} on the corpus' own {own['classes']} classes", best.cell, best.n])
+        rows.append(
+            [f"{results.scale.main} on the corpus' own {own['classes']} classes", best.cell, best.n]
+        )
     held = together(found)
     total = len(found)
     verdict = (
@@ -55,8 +73,8 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
 def _peak(shares: list[Share], chosen: int) -> Held:
     """Whether accuracies by layer have one peak, inside, and the layer that validation chose is clearly above the last.
 
-    "no" needs that no layer inside can be the only peak. Every comparison is at 95 %, and they are many: of some twenty
-    layers one would have a dent by chance.
+    "no" needs that no layer inside can be the only peak. Every comparison is at 95 %, and they are
+    many: of some twenty layers one would have a dent by chance.
     """
     inside = range(1, len(shares) - 1)
     if not any(_may_be_the_peak(shares, layer) for layer in inside):
@@ -89,7 +107,9 @@ def loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[s
         ]
     better: list[Held] = []
     for size, curve in curves.items():
-        correlation = _rank_correlation([-loss for loss, _ in curve], [share.value for _, share in curve])
+        correlation = _rank_correlation(
+            [-loss for loss, _ in curve], [share.value for _, share in curve]
+        )
         first, last = curve[0][1], curve[-1][1]
         up = correlation > 0.5 and clearly(last, first)
         better.append("yes" if up else "no" if clearly(first, last) else "undecided")
@@ -106,7 +126,9 @@ def loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[s
             continue
         value, half, count = gain
         ahead.append("yes" if value > half else "no" if value < -half else "undecided")
-        said.append(f"{larger} against {smaller} at equal loss: {value:+.1f} ± {half:.1f} points over {count} points")
+        said.append(
+            f"{larger} against {smaller} at equal loss: {value:+.1f} ± {half:.1f} points over {count} points"
+        )
     held = together([*better, *ahead])
     verdict = (
         f"Lower loss clearly goes with better features in {better.count('yes')} of {len(better)} sizes, and clearly "
@@ -166,13 +188,17 @@ def resolution(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     sides = sorted(results.scale.resolutions)
     probes = {side: results.probe(f"at-{side}") for side in sides}
     best = [results.best(probes[side]) for side in sides]
-    ours = [replace(share, images=share.images[1:]) for share in best]  # of every data set the same ones, in its order
+    ours = [
+        replace(share, images=share.images[1:]) for share in best
+    ]  # of every data set the same ones, in its order
     first, last = ours[0], ours[-1]
     held: Held = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
         f"{sides[-1]} px is {points(last, first)} beside {sides[0]} px"
         f"{'' if held != 'undecided' else ', within the interval'}: "
-        + ", ".join(f"{side} px {100 * share.value:.1f} %" for side, share in zip(sides, ours, strict=True))
+        + ", ".join(
+            f"{side} px {100 * share.value:.1f} %" for side, share in zip(sides, ours, strict=True)
+        )
         + "."
     )
     rows = [[f"{side} px", share.cell, share.n] for side, share in zip(sides, ours, strict=True)]

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from igpt.config import read_settings
-from igpt.data.labels import few_of_each, require_classes
-from igpt.data.tokens import TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.data.tokens.labels import few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError, suggest
 from igpt.evaluation.probe import draw_images
@@ -50,13 +50,15 @@ def reproduce(
         command: runs the words of a command line, see `run`.
         minutes: stop after so many; the same call goes on.
         jobs: steps side by side, if not the scale's.
-        tokens_only: prepare the tokens; without the images, and elsewhere, the same call then does the rest.
+        tokens_only: prepare the tokens; without the images, and elsewhere, the same call then does
+            the rest.
 
     Returns:
         whether all is done.
 
     Raises:
-        InputError: steps failed, `out` holds another reproduction, or the labelled images have too few labels.
+        InputError: steps failed, `out` holds another reproduction, or the labelled images have too
+            few labels.
         Interrupted: on Ctrl-C or SIGTERM.
     """
     if minutes is not None and not 0 < minutes <= _LONGEST:
@@ -81,15 +83,21 @@ def _reproduce(
     planned = steps(scale, corpus, labelled)
     tokens = [step for step in planned if step.name.startswith("tokens/")]
     _notes(out)  # a mistake in them is told before the work
-    places = {source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()}
+    places = {
+        source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()
+    }
     told = partial(console.print, soft_wrap=True, markup=False)
-    begin = partial(run, folder=out, command=command, places=places, jobs=jobs or scale.jobs, say=told)
+    begin = partial(
+        run, folder=out, command=command, places=places, jobs=jobs or scale.jobs, say=told
+    )
     end = None if minutes is None else time.monotonic() + 60 * minutes
     failed: StepsFailed | None = None
     try:
         done = begin(tokens, minutes=minutes)
         if done and not tokens_only:
-            _require_labels(TokenDataset(out / LABELLED.format(scale.resolutions[0])), scale, labelled)
+            _require_labels(
+                TokenDataset(out / LABELLED.format(scale.resolutions[0])), scale, labelled
+            )
             done = begin(planned, minutes=end and max(0.0, end - time.monotonic()) / 60)
     except StepsFailed as failure:  # the page tells of all else
         failed = failure
@@ -110,7 +118,11 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
         try:
             answered.append(answer(results, name, asks, paper))
         except NotDone as missing:
-            answered.append(question(name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""))
+            answered.append(
+                question(
+                    name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""
+                )
+            )
     notes = _notes(folder)
     known = records(folder)
     return {
@@ -127,7 +139,10 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
         "models": _models(results),
         "steps": {name: {"seconds": record["seconds"]} for name, record in known.items()},
         "side_by_side": max((record["side_by_side"] for record in known.values()), default=None),
-        "machines": [dict(pairs) for pairs in dict.fromkeys(tuple(one["machine"].items()) for one in known.values())],
+        "machines": [
+            dict(pairs)
+            for pairs in dict.fromkeys(tuple(one["machine"].items()) for one in known.values())
+        ],
         "environment": describe(),
     }
 
@@ -141,15 +156,23 @@ def _notes(folder: Path) -> dict[str, Any]:
         if name not in known:
             raise InputError(f"{path}: there is no question {name!r}; {suggest(str(name), known)}")
         if not isinstance(note, str):
-            raise InputError(f"{path}: {name} = {reprlib.repr(note)}: a note is text; put it into quotes")
+            raise InputError(
+                f"{path}: {name} = {reprlib.repr(note)}: a note is text; put it into quotes"
+            )
     return notes
 
 
 def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
     """Refuses images by which not everything can be judged, before anything is trained."""
     if data.class_names is None:
-        raise InputError(f"{labelled} has no labels, and all is judged by them; name others by --labelled")
-    limits = {"train": scale.probe_images, "validation": scale.probe_images, "test": scale.test_images}
+        raise InputError(
+            f"{labelled} has no labels, and all is judged by them; name others by --labelled"
+        )
+    limits = {
+        "train": scale.probe_images,
+        "validation": scale.probe_images,
+        "test": scale.test_images,
+    }
     splits = {name: draw_images(data[name], limit, 0)[0] for name, limit in limits.items()}
     require_classes(splits, len(data.class_names), "a reproduction")
     few_of_each(splits["train"].labels, max(scale.few), (0,))
@@ -191,7 +214,13 @@ def _models(results: Results) -> list[dict[str, Any]]:
         kinds = {line["kind"]: line for line in read_metrics(path)[0]}
         require_schema(kinds, _Lines, path)
         start, end, machine = kinds["start"], kinds["end"], kinds["machine"]
-        size = scale.main if name == "bert" else scale.resolution_size if name.startswith("at-") else name
+        size = (
+            scale.main
+            if name == "bert"
+            else scale.resolution_size
+            if name.startswith("at-")
+            else name
+        )
         images = end["step"] * int(str(scale.recipe["batch-size"]))
         found.append(
             {

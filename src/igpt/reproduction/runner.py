@@ -1,7 +1,7 @@
 """Runs the steps of a reproduction: side by side, each once, and from where they were stopped.
 
-steps.json       of every step that ran: its command, how it ended, the seconds of all its runs together
-logs/NAME.log    what it said
+steps.json       of every step that ran: its command, how it ended, the seconds of all its runs
+together logs/NAME.log    what it said
 
 Steps run in processes forked from one that has imported all that they need.
 """
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import Field
 
-from igpt.data.tokens import MANIFEST
+from igpt.data.tokens.dataset import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError, Interrupted
 from igpt.evaluation.results import Count, Positive
@@ -33,7 +33,13 @@ from igpt.locks import exclusive_folder
 from igpt.reproduction.steps import Step
 
 RECORD, LOGS = "steps.json", "logs"
-_IMPORTED = ["igpt.cli", "igpt.training.pretrain", "igpt.training.finetune", "igpt.evaluation.probe", "igpt.pictures"]
+_IMPORTED = [
+    "igpt.cli",
+    "igpt.training.pretrain",
+    "igpt.training.finetune",
+    "igpt.evaluation.probe",
+    "igpt.sampling.grids",
+]
 FORMAT, VERSION = "igpt-reproduction-steps", 1
 _REFUSED = 2  # exit code of a mistake
 Command = Callable[[list[str]], int]  # the words of a command line -> its exit code
@@ -123,7 +129,9 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     found = read_json(path, "reproduction")
     if (found.get("format"), found.get("version")) != (FORMAT, VERSION):
-        raise InputError(f"{path} is not {FORMAT} of version {VERSION}, which this igpt reads; choose another -o")
+        raise InputError(
+            f"{path} is not {FORMAT} of version {VERSION}, which this igpt reads; choose another -o"
+        )
     require_schema(found, _Steps, path)
     return dict(found["steps"])
 
@@ -169,7 +177,9 @@ class _Runner:
         self.folder, self.command, self.places = folder, command, places
         self.jobs, self.say, self.stop = jobs, say, stop
         self.threads = max(1, _cores() // jobs)
-        self.machine = {key: value for key, value in describe().items() if key not in ("command", "started")}
+        self.machine = {
+            key: value for key, value in describe().items() if key not in ("command", "started")
+        }
         self.records = records(folder)
         for step in steps:
             known = self.records.get(step.name)
@@ -197,7 +207,11 @@ class _Runner:
         if self.stop.number is not None:
             raise Interrupted(self.stop.number, reached)
         if self.failures:
-            several = f" ({len(self.failures)} steps failed; {reached})" if len(self.failures) > 1 else f" ({reached})"
+            several = (
+                f" ({len(self.failures)} steps failed; {reached})"
+                if len(self.failures) > 1
+                else f" ({reached})"
+            )
             raise StepsFailed(self.failures[0] + several)
         if late:
             self.say(f"stopped after {minutes:g} minutes: {reached}; the same command goes on")
@@ -226,7 +240,9 @@ class _Runner:
             self.waiting.remove(step)
             began = True
             if step.words[0] == "prepare" and (self.folder / step.name / MANIFEST).exists():
-                self._record(step, "done", 0.0)  # it ended together with whoever should have recorded it
+                self._record(
+                    step, "done", 0.0
+                )  # it ended together with whoever should have recorded it
             else:
                 self._start(step)
         return began
@@ -235,7 +251,9 @@ class _Runner:
         words = list(step.words)
         if words[0] == "prepare":
             words[1] = str(self.places.get(words[1], words[1]))
-        words += ["--resume"] if step.run and (self.folder / step.name / "config.yaml").exists() else []
+        words += (
+            ["--resume"] if step.run and (self.folder / step.name / "config.yaml").exists() else []
+        )
         (self.folder / LOGS).mkdir(exist_ok=True, parents=True)
         context = get_context("forkserver")
         ready, begun = context.Pipe(duplex=False)
@@ -259,7 +277,11 @@ class _Runner:
                 self._record(one.step, "stopped", seconds)
                 continue
             log = self.folder / _log(one.step)
-            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() if log.exists() else []
+            lines = (
+                log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+                if log.exists()
+                else []
+            )
             reason = lines[-1] if lines else "it said nothing"
             if one.step.optional and one.process.exitcode == _REFUSED:
                 self._record(one.step, "skipped", seconds)
@@ -296,7 +318,9 @@ class _Runner:
             "side_by_side": self.jobs,
             "machine": self.machine,
         }
-        write_json(self.folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": self.records})
+        write_json(
+            self.folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": self.records}
+        )
 
 
 def _log(step: Step) -> Path:
@@ -323,9 +347,13 @@ def _threads(count: int) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _child(command: Command, words: list[str], folder: Path, log: Path, threads: int, begun: Connection) -> None:
+def _child(
+    command: Command, words: list[str], folder: Path, log: Path, threads: int, begun: Connection
+) -> None:
     """A command in a process of its own, that ends when the one that began it does."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs begin without it
     begun.close()
     import torch
 

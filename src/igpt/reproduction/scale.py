@@ -16,16 +16,19 @@ class Scale:
 
     Attributes:
         rehearsal: whether lengths are toys, and numbers mean nothing.
-        resolutions: of the question what a higher resolution gives; the first is that of all other questions.
+        resolutions: of the question what a higher resolution gives; the first is that of all other
+            questions.
         corpus_images, labelled_images: at most so many of each split become tokens.
         sizes: of the models that are compared, the smallest first.
         main: the size that is trained as BERT too, and fine-tuned.
         recipe: of all pretraining.
         updates: of pretraining, and `snapshots`: after how many a model is probed as well.
         resolution_size, resolution_updates: of the models at several resolutions.
-        probe_images: of each split, for the probes of the main size and of BERT; snapshot_images: for all others.
+        probe_images: of each split, for the probes of the main size and of BERT; snapshot_images:
+            for all others.
         test_images: of all probes.
-        finetuning: of all fine-tuning, and what the training with all labels and with few adds to it.
+        finetuning: of all fine-tuning, and what the training with all labels and with few adds to
+            it.
         few: labels of a class, and how often they are drawn.
         masks: of a BERT model under the probe, for the modal prediction; 0 shows it whole images.
         drawn: pictures of a row.
@@ -117,7 +120,8 @@ _CPU = Scale(
     jobs=2,
 )
 
-# Half an hour on an H100 by arithmetic, not measured. Packed, so many images at three resolutions are 55 MB.
+# Half an hour on an H100 by arithmetic, not measured. Packed, so many images at three resolutions
+# are 55 MB.
 _GPU = replace(
     _CPU,
     name="gpu",

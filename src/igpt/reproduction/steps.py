@@ -2,8 +2,9 @@
 
 tokens/corpus-R, tokens/labelled-R     token data sets at resolution R
 runs/SIZE, runs/bert, runs/at-R        pretraining
-probes/NAME.json                       linear probes: SIZE-STEP of a snapshot, main, bert, at-R; own: the corpus' labels
-finetuned/START-LABELS[-DRAW]          fine-tuning from "ar", "bert" or "scratch"
+probes/NAME.json                       linear probes: SIZE-STEP of a snapshot, main, bert, at-R;
+own: the corpus' labels finetuned/START-LABELS[-DRAW]          fine-tuning from "ar", "bert" or
+    "scratch"
 pictures/NAME.png                      samples and completions
 """
 
@@ -23,8 +24,10 @@ class Step:
         name: where its result stands in the reproduction's folder.
         words: of the command line, after `igpt`.
         after: the names of the steps whose results it reads.
-        run: whether the result is a run directory, that an interrupted command continues with --resume.
-        optional: whether all else is whole without it: where the command refuses its input, it is skipped.
+        run: whether the result is a run directory, that an interrupted command continues with
+            --resume.
+        optional: whether all else is whole without it: where the command refuses its input, it is
+            skipped.
     """
 
     name: str
@@ -93,7 +96,9 @@ def _pretraining(scale: Scale) -> Iterator[Step]:
 
 def _at_resolution(scale: Scale, side: int) -> Step:
     tokens = CORPUS.format(side)
-    return _pretrain(scale, f"runs/at-{side}", scale.resolution_size, tokens, scale.resolution_updates, {})
+    return _pretrain(
+        scale, f"runs/at-{side}", scale.resolution_size, tokens, scale.resolution_updates, {}
+    )
 
 
 def _pretrain(scale: Scale, run: str, size: str, tokens: str, updates: int, more: Flags) -> Step:
@@ -121,14 +126,20 @@ def _probes(scale: Scale) -> Iterator[Step]:
         yield _probe(f"probes/at-{side}", f"runs/at-{side}", LABELLED.format(side), fewer)
 
 
-def _probe(name: str, run: str, tokens: str, flags: Flags, model: str = "", optional: bool = False) -> Step:
+def _probe(
+    name: str, run: str, tokens: str, flags: Flags, model: str = "", optional: bool = False
+) -> Step:
     words = ("probe", model or run, tokens, "-o", f"{name}.json", *_flags(flags))
     return Step(name, words, (run, tokens), optional=optional)
 
 
 def _finetuning(scale: Scale) -> Iterator[Step]:
     main = f"runs/{scale.main}"
-    starts = {"ar": (main, main), "scratch": (snapshot(main, 0), main), "bert": ("runs/bert", "runs/bert")}
+    starts = {
+        "ar": (main, main),
+        "scratch": (snapshot(main, 0), main),
+        "bert": ("runs/bert", "runs/bert"),
+    }
     tokens = LABELLED.format(scale.resolutions[0])
     for start, (model, run) in starts.items():
         kind: Flags = {"generation-weight": 0.0} if start == "scratch" else {}
@@ -140,8 +151,15 @@ def _finetuning(scale: Scale) -> Iterator[Step]:
         for count in scale.few:
             for draw in range(scale.draws):
                 name = f"finetuned/{start}-{count}-{draw}"
-                flags = _flags(scale.finetuning, scale.with_few, kind, {"labels-per-class": count, "seed": draw})
-                yield Step(name, ("finetune", model, tokens, "-o", name, *flags), (run, tokens), run=True)
+                flags = _flags(
+                    scale.finetuning,
+                    scale.with_few,
+                    kind,
+                    {"labels-per-class": count, "seed": draw},
+                )
+                yield Step(
+                    name, ("finetune", model, tokens, "-o", name, *flags), (run, tokens), run=True
+                )
 
 
 def _drawing(scale: Scale) -> Iterator[Step]:

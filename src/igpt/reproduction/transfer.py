@@ -52,9 +52,19 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         for what, pair in (("linear probe", probes), ("fine-tuned", tuned))
         for kind, share in zip(("autoregressive", "BERT"), pair, strict=True)
     ]
-    plot = {"kind": "groups", "x": "", "y": "test accuracy, %", "categories": categories, "series": lines}
+    plot = {
+        "kind": "groups",
+        "x": "",
+        "y": "test accuracy, %",
+        "categories": categories,
+        "series": lines,
+    }
     masks = results.scale.masks
-    sees = f"{masks} masked versions, of which the modal prediction counts" if masks else "whole images"
+    sees = (
+        f"{masks} masked versions, of which the modal prediction counts"
+        if masks
+        else "whole images"
+    )
     how = (
         f"The {results.scale.main} size, as many updates of the same batches for both, one run each (seed 0); BERT's "
         f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
@@ -79,15 +89,23 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     said, wins, losses = [], 0, 0
     for position, labels in enumerate(categories):
         ours = found["fine-tuned"][position]
-        others = {other: found[other][position] for other in ("linear probe", "from scratch", "raw pixels")}
+        others = {
+            other: found[other][position]
+            for other in ("linear probe", "from scratch", "raw pixels")
+        }
         wins += sum(clearly(ours, other) for other in others.values())
         losses += sum(clearly(other, ours) for other in others.values())
         said.append(
             f"{labels}: fine-tuned {100 * ours.value:.1f} %, "
-            + ", ".join(f"{other} {100 * share.value:.1f} % ({points(ours, share)})" for other, share in others.items())
+            + ", ".join(
+                f"{other} {100 * share.value:.1f} % ({points(ours, share)})"
+                for other, share in others.items()
+            )
         )
     comparisons = 3 * len(categories)
-    held: Held = "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
+    held: Held = (
+        "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
+    )
     verdict = (
         f"Fine-tuning is clearly ahead in {wins} of {comparisons} comparisons and clearly behind in {losses}. "
         f"{'; '.join(said)}."
@@ -102,11 +120,17 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "x": "labels",
         "y": "test accuracy, %",
         "categories": categories,
-        "series": [series(kind, list(range(len(shares))), shares) for kind, shares in found.items()],
+        "series": [
+            series(kind, list(range(len(shares))), shares) for kind, shares in found.items()
+        ],
     }
     flags: dict[str, Any] = {**scale.finetuning, **scale.with_all}
     rates = [f"{rate:g}" for rate in flags.get("learning-rates", ())]
-    at = f"learning rates {' and '.join(rates)}" if rates else f"a learning rate of {flags['learning-rate']:g}"
+    at = (
+        f"learning rates {' and '.join(rates)}"
+        if rates
+        else f"a learning rate of {flags['learning-rate']:g}"
+    )
     seen = flags["batch-size"] * flags["steps"]
     few_flags: dict[str, Any] = {**scale.finetuning, **scale.with_few}
     little = few_flags["batch-size"] * few_flags["steps"]

@@ -35,7 +35,8 @@ class Team:
     Attributes:
         rank, size: 0 .. size - 1, of how many.
         device: what it computes on.
-        control: a process group of the CPUs, for words between ranks that no GPU need wait for (None when alone).
+        control: a process group of the CPUs, for words between ranks that no GPU need wait for
+            (None when alone).
         disk: another one, for checkpoints that are written while training goes on.
         local_size: ranks of this machine.
     """
@@ -92,12 +93,16 @@ class Team:
             InputError: the groups do not come out even.
         """
         if self.size % shard:
-            raise InputError(f"--shard {shard} does not divide {self.size} processes; take a divisor of it")
+            raise InputError(
+                f"--shard {shard} does not divide {self.size} processes; take a divisor of it"
+            )
         if shard == 1:
             return None
         if shard == self.size:
             return init_device_mesh(self.device.type, (shard,), mesh_dim_names=("shard",))
-        return init_device_mesh(self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(
+            self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard")
+        )
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ class _Place:
     port: int
 
 
-def _number(environment: Mapping[str, str], name: str, least: int, beyond: int | None = None) -> int:
+def _number(
+    environment: Mapping[str, str], name: str, least: int, beyond: int | None = None
+) -> int:
     """Return a number of the environment, at least `least` and below `beyond`.
 
     Raises:
@@ -125,7 +132,9 @@ def _number(environment: Mapping[str, str], name: str, least: int, beyond: int |
     """
     value = environment.get(name)
     if value is None:
-        raise InputError(f"the environment has WORLD_SIZE but not {name}; torchrun sets both, so start ranks with it")
+        raise InputError(
+            f"the environment has WORLD_SIZE but not {name}; torchrun sets both, so start ranks with it"
+        )
     plain = value.isascii() and value.isdecimal() and len(value) < 10
     if not plain or int(value) < least or (beyond is not None and int(value) >= beyond):
         upper = "" if beyond is None else f" below {beyond}"
@@ -140,10 +149,13 @@ def _place(environment: Mapping[str, str]) -> _Place:
     """Return the place that the environment gives this process: alone without WORLD_SIZE, or if that is 1.
 
     Raises:
-        InputError: a variable is missing, or its value is no number in its range; the message names it.
+        InputError: a variable is missing, or its value is no number in its range; the message names
+            it.
     """
     size = _number(environment, "WORLD_SIZE", 1) if "WORLD_SIZE" in environment else 1
-    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else size
+    local_size = (
+        _number(environment, "LOCAL_WORLD_SIZE", 1) if "LOCAL_WORLD_SIZE" in environment else size
+    )
     local_rank = _number(environment, "LOCAL_RANK", 0) if "LOCAL_RANK" in environment else 0
     if size == 1:
         return _Place(0, 1, local_rank, 1, 0)
@@ -160,7 +172,8 @@ def _place(environment: Mapping[str, str]) -> _Place:
 def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
     """Join the process group that torchrun's environment describes, or work alone without one.
 
-    When a rank fails, the others learn why: what it raised is told to all through the store they met at. When torchrun
+    When a rank fails, the others learn why: what it raised is told to all through the store they
+        met at. When torchrun
     itself is gone, every rank stops as by SIGTERM, so that no training goes on that nobody can end.
 
     Args:
@@ -168,13 +181,15 @@ def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
         stop_seconds: time to save in when torchrun is gone.
 
     Raises:
-        InputError: a GPU is asked for and there is none, the environment is not one that torchrun makes, or the port is
-            in use.
+        InputError: a GPU is asked for and there is none, the environment is not one that torchrun
+            makes, or the port is in use.
         LostRank: another rank has failed or vanished.
     """
     place = _place(os.environ)
     if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("device 'cuda' is asked for and there is no GPU here; use --device cpu or auto")
+        raise InputError(
+            "device 'cuda' is asked for and there is no GPU here; use --device cpu or auto"
+        )
     gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     chosen = torch.device("cuda", place.local_rank) if gpu else torch.device("cpu")
     if gpu:
@@ -187,12 +202,16 @@ def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
         with _ending_with_launcher(stop_seconds):
             yield Team(0, 1, chosen)
         return
-    if not gpu and "OMP_NUM_THREADS" not in os.environ:  # ranks that share a machine share its cores
+    if (
+        not gpu and "OMP_NUM_THREADS" not in os.environ
+    ):  # ranks that share a machine share its cores
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // place.local_size))
     with _ending_with_launcher(stop_seconds):
         store = _meet(place)
         try:
-            dist.init_process_group("nccl" if gpu else "gloo", store=store, rank=place.rank, world_size=place.size)
+            dist.init_process_group(
+                "nccl" if gpu else "gloo", store=store, rank=place.rank, world_size=place.size
+            )
             control, disk = (dist.new_group(backend="gloo") for _ in range(2))
             yield Team(place.rank, place.size, chosen, control, disk, place.local_size)
         except (Interrupted, KeyboardInterrupt):
@@ -229,7 +248,9 @@ def _meet(place: _Place) -> Any:
             "minutes"
         ) from None
     except (ValueError, RuntimeError) as error:
-        raise InputError(f"the ranks cannot meet at MASTER_ADDR={address}, MASTER_PORT={place.port}: {error}") from None
+        raise InputError(
+            f"the ranks cannot meet at MASTER_ADDR={address}, MASTER_PORT={place.port}: {error}"
+        ) from None
     return store
 
 
@@ -251,7 +272,11 @@ def _end_on_interrupt(signals: socket.socket) -> None:
     while number := signals.recv(1):
         if number[0] == signal.SIGINT:
             with suppress(OSError, ValueError):  # nobody reads it
-                print("igpt: interrupted while waiting for the other ranks", file=sys.stderr, flush=True)
+                print(
+                    "igpt: interrupted while waiting for the other ranks",
+                    file=sys.stderr,
+                    flush=True,
+                )
             os._exit(128 + signal.SIGINT)
 
 
@@ -286,7 +311,11 @@ def _cause(store: Any, rank: int, error: Exception) -> str | None:
     echo = _is_echo(error)
     try:
         if not echo:
-            said = f"rank {rank}: {type(error).__name__}: {error}" if not isinstance(error, InputError) else str(error)
+            said = (
+                f"rank {rank}: {type(error).__name__}: {error}"
+                if not isinstance(error, InputError)
+                else str(error)
+            )
             first = str(store.compare_set(_CAUSE, "", said).decode())
             return None if first == said else first
         deadline = time.monotonic() + _PATIENCE
@@ -296,7 +325,11 @@ def _cause(store: Any, rank: int, error: Exception) -> str | None:
             time.sleep(0.05)
     except RuntimeError:
         pass  # the store is gone with the rank that kept it
-    return "another rank is gone: killed, or its machine was lost; its own output may say more" if echo else None
+    return (
+        "another rank is gone: killed, or its machine was lost; its own output may say more"
+        if echo
+        else None
+    )
 
 
 @contextmanager

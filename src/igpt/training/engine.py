@@ -1,7 +1,8 @@
 """One update of a model on this machine: where its weights lie, what is kept for the backward pass, who adds what up.
 
-Rows of a batch are shared out among the ranks, and each rank's rows among micro-batches; sums are divided by the count
-of the whole batch, so that the update is the same however they are shared. B images of a batch, n places.
+Rows of a batch are shared out among the ranks, and each rank's rows among micro-batches; sums are
+divided by the count of the whole batch, so that the update is the same however they are shared. B
+images of a batch, n places.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,10 +17,14 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 from igpt.allocator import keep_freed_memory
-from igpt.data.batches import Batch
+from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
 from igpt.model.objectives import Summed
 from igpt.model.precision import autocast
@@ -69,7 +74,9 @@ def _prepare_block(block: nn.Module, recomputation: Recomputation, compiled: boo
         if recomputation == "selective":
             contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
         # Nothing in a block is random.
-        forward = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **contexts)
+        forward = partial(
+            checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **contexts
+        )
     block.forward = torch.compile(forward) if compiled else forward
 
 
@@ -77,15 +84,18 @@ class Engine:
     """Updates a model.
 
     Args:
-        model: with weights, or made on the meta device: then it gets its initial ones, part by part, so that one that
-            is sharded need not fit on any device as a whole.
-        objective: called with the model and the tensors of a micro-batch; gives a summed loss and a count of images.
+        model: with weights, or made on the meta device: then it gets its initial ones, part by
+            part, so that one that is sharded need not fit on any device as a whole.
+        objective: called with the model and the tensors of a micro-batch; gives a summed loss and a
+            count of images.
 
     Raises:
         InputError: the batch or the sharding does not fit the number of ranks.
     """
 
-    def __init__(self, model: ImageGPT, config: TrainConfig, team: Team, objective: Objective) -> None:
+    def __init__(
+        self, model: ImageGPT, config: TrainConfig, team: Team, objective: Objective
+    ) -> None:
         if config.batch_size < team.size:
             raise InputError(
                 f"a batch of {config.batch_size} leaves some of {team.size} processes idle; raise --batch-size"
@@ -95,10 +105,14 @@ class Engine:
         mesh = team.mesh(config.shard)
         if team.device.type == "cpu":
             keep_freed_memory()
-        compiled = config.compile == "yes" or (config.compile == "auto" and team.device.type == "cuda")
+        compiled = config.compile == "yes" or (
+            config.compile == "auto" and team.device.type == "cuda"
+        )
         policy = MixedPrecisionPolicy()
         if config.precision == "bf16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            policy = MixedPrecisionPolicy(
+                torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         for name, part in model.parts():
             if any(parameter.is_meta for parameter in part.parameters()):
                 model.draw(name, team.device)
@@ -115,14 +129,16 @@ class Engine:
         elif team.size > 1:
             self._training_call = DistributedDataParallel(self._call, gradient_as_bucket_view=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizers = make_optimizers(model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay)
+        self.optimizers = make_optimizers(
+            model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
+        )
 
     def update(self, batch: Batch, rate: float) -> Tensor:
         """One update with a whole batch, whose tensors' rows are images; nothing here waits for the device.
 
         Returns:
-            the loss (mean over the batch), the gradient's norm before clipping, and whether the update was skipped
-            since one of them is not finite (1 or 0): float64 [3] on the device.
+            the loss (mean over the batch), the gradient's norm before clipping, and whether the
+            update was skipped since one of them is not finite (1 or 0): float64 [3] on the device.
         """
         count, team = len(batch[0]), self.team
         total = torch.zeros((), dtype=torch.float64, device=team.device)
@@ -187,7 +203,8 @@ class Engine:
     def _synchronised(self, last: bool) -> Iterator[None]:
         """Gradients go between the copies of the model with the last micro-batch only.
 
-        Where a copy is sharded, each rank's share is added up every time: all of a copy's gradients might not fit.
+        Where a copy is sharded, each rank's share is added up every time: all of a copy's gradients
+        might not fit.
         """
         call = self._training_call
         if isinstance(call, FSDPModule):

@@ -1,8 +1,9 @@
 """Fine-tunes a whole model with a class head until the validation accuracy no longer rises (paper, section 2.3).
 
-RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json; checkpoints/ if nothing is below
-RUN/rates/RATE/    a training at each of several learning rates: config.yaml, metrics.jsonl, checkpoints/, model/
-RUN/fold-back/     the same, of the last training on training and validation images
+RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json; checkpoints/ if
+nothing is below RUN/rates/RATE/    a training at each of several learning rates: config.yaml,
+metrics.jsonl, checkpoints/, model/ RUN/fold-back/     the same, of the last training on training
+and validation images
 """
 
 import gc
@@ -16,28 +17,35 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from igpt.data.batches import Batches
-from igpt.data.labels import few_of_each, require_classes
-from igpt.data.tokens import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.batches import Batches
+from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.labels import few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
-from igpt.model.checkpoint import weights_sha256
 from igpt.model.classifier import MASKED
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, head_parameters
+from igpt.model.directory import weights_sha256
 from igpt.model.objectives import classification
 from igpt.model.precision import settle_precision
 from igpt.model.transformer import ImageGPT
-from igpt.training.classes import accuracies, errors, new_classifier, pretrained_model, training_batch, validation_batch
+from igpt.training.checkpoints import Progress
+from igpt.training.classification import (
+    accuracies,
+    errors,
+    new_classifier,
+    pretrained_model,
+    training_batch,
+    validation_batch,
+)
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics, read_metrics, say
 from igpt.training.optimizer import Schedule
-from igpt.training.run import record_run, settle_config, sole_writer, team_settings
+from igpt.training.run_directory import record_run, settle_config, sole_writer, team_settings
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
-from igpt.training.state import Progress
 from igpt.training.trainer import Diverged, Trainer, Validation
 
 FORMAT, VERSION = "igpt-finetune", 1
@@ -52,14 +60,20 @@ class FinetuneConfig(TrainConfig):
         1.0, ge=0, le=1e6, description="weight of the generative loss beside the class loss"
     )
     mask_probability: float | None = Field(
-        None, ge=0, lt=1, description=f"share of pixels masked for BERT models, {MASKED} by default; 0 masks none"
+        None,
+        ge=0,
+        lt=1,
+        description=f"share of pixels masked for BERT models, {MASKED} by default; 0 masks none",
     )
     flip: bool = Field(False, description="mirror images at random; the paper does on CIFAR")
-    shift: int = Field(0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR")
+    shift: int = Field(
+        0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR"
+    )
     steps: int = Field(10_000, ge=1, le=MOST, description="updates at most")
     learning_rate: float = Field(3e-4, gt=0, le=HIGHEST_RATE, description="learning rate")
     learning_rates: tuple[Annotated[float, Field(gt=0, le=HIGHEST_RATE)], ...] = Field(
-        (), description="several, in place of one: a run for each, of which validation accuracy chooses"
+        (),
+        description="several, in place of one: a run for each, of which validation accuracy chooses",
     )
     labels_per_class: int | None = Field(
         None,
@@ -70,14 +84,23 @@ class FinetuneConfig(TrainConfig):
     validation_images: int | None = Field(
         None, ge=1, le=MOST, description="at most so many, spread evenly over the split"
     )
-    test_images: int | None = Field(None, ge=1, le=MOST, description="at most so many, spread evenly over the split")
-    fold_back: bool = Field(
-        False, description="train anew on training and validation images, at the rate and for the epochs chosen"
+    test_images: int | None = Field(
+        None, ge=1, le=MOST, description="at most so many, spread evenly over the split"
     )
-    schedule: Schedule = Field("constant", description="how the learning rate goes on from its peak")
-    validate_every: int = Field(250, ge=1, le=MOST, description="updates between validations; the best model is kept")
+    fold_back: bool = Field(
+        False,
+        description="train anew on training and validation images, at the rate and for the epochs chosen",
+    )
+    schedule: Schedule = Field(
+        "constant", description="how the learning rate goes on from its peak"
+    )
+    validate_every: int = Field(
+        250, ge=1, le=MOST, description="updates between validations; the best model is kept"
+    )
     checkpoint_every: int = Field(250, ge=1, le=MOST, description="updates between checkpoints")
-    patience: int | None = Field(5, ge=1, le=MOST, description="stop after so many validations without a better one")
+    patience: int | None = Field(
+        5, ge=1, le=MOST, description="stop after so many validations without a better one"
+    )
 
     @field_validator("learning_rates")
     @classmethod
@@ -93,36 +116,48 @@ class FinetuneConfig(TrainConfig):
 
 
 def finetune(
-    config: FinetuneConfig, run: Path, *, given: Mapping[str, Any] | None = None, resume: bool = False
+    config: FinetuneConfig,
+    run: Path,
+    *,
+    given: Mapping[str, Any] | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:
     """Fine-tunes a model on a labelled data set, or continues an interrupted run.
 
-    A BERT model is trained on masked images and judged on whole ones. Where the tokens' resolution is not the model's,
-    its position embeddings are interpolated.
+    A BERT model is trained on masked images and judged on whole ones. Where the tokens' resolution
+    is not the model's, its position embeddings are interpolated.
 
     Args:
-        run: the run directory; RUN/model becomes the best classifier by validation accuracy, or with `fold_back` the
-            one trained on validation images too.
+        run: the run directory; RUN/model becomes the best classifier by validation accuracy, or
+            with `fold_back` the one trained on validation images too.
         given: settings that must be the recorded ones when resuming (default: the tokens alone).
-        resume: continue `run` with its recorded settings; learning rates that have come to their end are not repeated
-            (one that diverged goes on from its newest checkpoint, to the same end).
+        resume: continue `run` with its recorded settings; learning rates that have come to their
+            end are not repeated (one that diverged goes on from its newest checkpoint, to the same
+            end).
 
     Returns:
-        what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the chosen one.
+        what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the
+        chosen one.
 
     Raises:
-        InputError: model and tokens do not match or have changed, labels are missing, the classes do not allow it,
-            every learning rate diverged, another process works in the directory, or the machine's memory cannot hold
-            the model or a batch.
+        InputError: model and tokens do not match or have changed, labels are missing, the classes
+            do not allow it, every learning rate diverged, another process works in the directory,
+            or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
     with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
-        config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
+        config = settle_config(
+            run, config, {"tokens": config.tokens} if given is None else given, resume
+        )
         us.wait()  # no rank may take the directory that another makes for an old one
         if config.fold_back and config.schedule != "constant":
-            raise InputError("--fold-back repeats a constant rate; leave --schedule or --fold-back out")
+            raise InputError(
+                "--fold-back repeats a constant rate; leave --schedule or --fold-back out"
+            )
         if config.fold_back and config.labels_per_class:
-            raise InputError("--fold-back would add every validation label to the few; leave it out")
+            raise InputError(
+                "--fold-back would add every validation label to the few; leave it out"
+            )
         data = TokenDataset(config.tokens)
         if data.class_names is None:
             raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
@@ -130,22 +165,33 @@ def finetune(
         require_classes(splits, len(data.class_names), "fine-tuning")
         if config.labels_per_class:
             labels, seed = splits["train"].labels, (config.seed, config.labels_per_class, 0)
-            splits["train"] = splits["train"].subset(few_of_each(labels, config.labels_per_class, seed))
+            splits["train"] = splits["train"].subset(
+                few_of_each(labels, config.labels_per_class, seed)
+            )
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)
         pretrained = pretrained_model(config.model, data)
-        precision = us.tell(settle_precision(config.precision, us.device))  # the ranks' machines may differ
+        precision = us.tell(
+            settle_precision(config.precision, us.device)
+        )  # the ranks' machines may differ
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})
         checksum, shape = weights_sha256(pretrained.state_dict()), pretrained.config
         require_memory(
-            shape.model_copy(update={"resolution": data.resolution}), config, us, frozen=head_parameters(shape)
+            shape.model_copy(update={"resolution": data.resolution}),
+            config,
+            us,
+            frozen=head_parameters(shape),
         )
         del pretrained  # every training reads the weights anew, for it changes them
         if resume:
-            record_run(run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum)
+            record_run(
+                run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum
+            )
         if us.leads and shape.resolution != data.resolution:
-            say(f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px")
+            say(
+                f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px"
+            )
         return _Finetuning(config, run, data, splits, us, shape, recorded=resume).complete()
 
 
@@ -153,7 +199,9 @@ def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
     if pretrained.objective == "bert":
         return MASKED if config.mask_probability is None else config.mask_probability
     if config.mask_probability:
-        raise InputError("--mask-probability is for BERT models; this one is autoregressive, and nothing is masked")
+        raise InputError(
+            "--mask-probability is for BERT models; this one is autoregressive, and nothing is masked"
+        )
     return 0.0
 
 
@@ -196,7 +244,9 @@ class _Finetuning:
         tried = [self._try(rate) for rate in config.learning_rates or (config.learning_rate,)]
         best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
         if not math.isfinite(best.error):
-            raise Diverged("every learning rate came to losses that are not finite; start another run with lower ones")
+            raise Diverged(
+                "every learning rate came to losses that are not finite; start another run with lower ones"
+            )
         tested = self._tested(best.folder)
         result = {
             "format": FORMAT,
@@ -230,7 +280,9 @@ class _Finetuning:
         return result
 
     def _try(self, rate: float) -> _Tried:
-        config = self.config.model_copy(update={"learning_rate": rate, "learning_rates": (), "fold_back": False})
+        config = self.config.model_copy(
+            update={"learning_rate": rate, "learning_rates": (), "fold_back": False}
+        )
         folder = self.run / "rates" / str(rate) if self.config.in_folders else self.run
         try:
             progress = self._train(config, folder, self.splits["train"], "error")
@@ -248,13 +300,17 @@ class _Finetuning:
 
         Nothing is left to choose by: the model after the last update is kept.
         """
-        train = TokenSplit.joined("train+validation", [self.splits["train"], self.data["validation"]])
+        train = TokenSplit.joined(
+            "train+validation", [self.splits["train"], self.data["validation"]]
+        )
         steps = -(-best.best_step * len(train) // len(self.splits["train"]))
         config = best.config.model_copy(update={"steps": steps, "validate_every": steps})
         self._train(config, self.run / "fold-back", train, "error_on_trained")
         return self.run / "fold-back", steps
 
-    def _train(self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str) -> Progress:
+    def _train(
+        self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str
+    ) -> Progress:
         """One training, from its newest checkpoint if there is one; one that has ended in a folder is not repeated.
 
         Args:
@@ -265,11 +321,30 @@ class _Finetuning:
             return ended
         gc.collect()  # blocks refer to themselves; those of the training before are in the way
         masked = config.mask_probability or 0.0
-        generates = config.generation_weight > 0 and (self.pretrained.objective != "bert" or masked > 0)
+        generates = config.generation_weight > 0 and (
+            self.pretrained.objective != "bert" or masked > 0
+        )
         model, checksum = new_classifier(config.model, data, generates=generates)
-        batches = Batches(train, data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device)
-        engine = Engine(model, config, us, partial(classification, generation_weight=config.generation_weight))
-        record_run(self.run, self.config, config.tokens, resume=self.recorded, leads=us.leads, model_sha256=checksum)
+        batches = Batches(
+            train,
+            data.resolution,
+            config.batch_size,
+            config.seed,
+            config.flip,
+            config.shift,
+            us.device,
+        )
+        engine = Engine(
+            model, config, us, partial(classification, generation_weight=config.generation_weight)
+        )
+        record_run(
+            self.run,
+            self.config,
+            config.tokens,
+            resume=self.recorded,
+            leads=us.leads,
+            model_sha256=checksum,
+        )
         self.recorded = True
         if self.config.in_folders and us.leads:
             folder.mkdir(parents=True, exist_ok=True)
@@ -279,16 +354,26 @@ class _Finetuning:
         trainer = Trainer(
             engine,
             batches=partial(training_batch, batches, masked, config.seed),
-            validation=Validation(error, errors, len(validation), partial(validation_batch, validation, us)),
+            validation=Validation(
+                error, errors, len(validation), partial(validation_batch, validation, us)
+            ),
             run=folder,
             warmup=config.warmup(len(train)),
             title=f"fine-tuning at {config.learning_rate:g}",
         )
-        return trainer.train(resume=True, on_start=partial(self._start_line, model.config, len(train)))
+        return trainer.train(
+            resume=True, on_start=partial(self._start_line, model.config, len(train))
+        )
 
     def _tested(self, folder: Path) -> dict[str, Any]:
         config = self.config
-        return accuracies(folder / "model", self.splits["test"], self.us, config.mask_probability or 0.0, config.seed)
+        return accuracies(
+            folder / "model",
+            self.splits["test"],
+            self.us,
+            config.mask_probability or 0.0,
+            config.seed,
+        )
 
     def _start_line(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
         metrics.write(

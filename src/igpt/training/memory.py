@@ -1,9 +1,10 @@
 """How much memory an update takes on one GPU, by part, from the settings alone.
 
-Counted are the tensors that `Engine` keeps alive, operation by operation, at the moments when they are most; compiled
-blocks keep no more of them. Kernels' own workspace and the allocator's fragments come on top. `benchmarks/plan.py`
-compares it with what is measured. The model is the paper's, no variant of it. Bytes everywhere.
-t places of a micro-batch, D width, V colours, L layers, H heads; c bytes of a number that products are computed in.
+Counted are the tensors that `Engine` keeps alive, operation by operation, at the moments when they
+are most; compiled blocks keep no more of them. Kernels' own workspace and the allocator's fragments
+come on top. `benchmarks/plan.py` compares it with what is measured. The model is the paper's, no
+variant of it. Bytes everywhere. t places of a micro-batch, D width, V colours, L layers, H heads; c
+bytes of a number that products are computed in.
 """
 
 from collections.abc import Iterator
@@ -13,12 +14,14 @@ import torch
 
 from igpt.environment import memory_limit
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig
+from igpt.model.config import ModelConfig
 from igpt.model.cost import block_parameters, count_parameters, root_parameters
 from igpt.training.distributed import Team
 from igpt.training.settings import TrainConfig
 
-_VALIDATED = 4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it
+_VALIDATED = (
+    4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it
+)
 
 
 @dataclass(frozen=True)
@@ -57,18 +60,22 @@ def state_bytes(config: ModelConfig, settings: TrainConfig, frozen: int = 0) -> 
         frozen: parameters that are not trained.
     """
     parameters = count_parameters(config)
-    orthogonalised = 12 * config.n_embd**2 * config.n_layer * (settings.optimizer == "muon")  # with one moment, not two
+    orthogonalised = (
+        12 * config.n_embd**2 * config.n_layer * (settings.optimizer == "muon")
+    )  # with one moment, not two
     return 4 * parameters + 12 * (parameters - frozen) - 4 * orthogonalised
 
 
 def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, frozen: int = 0) -> None:
     """Refuse a model or a batch that cannot fit, before anything is built of it.
 
-    Counted is only what is certainly needed at once: weights, gradients and optimizer state, the tokens of a batch, and
+    Counted is only what is certainly needed at once: weights, gradients and optimizer state, the
+        tokens of a batch, and
     half of the activations that are kept by the formula (compiled blocks may keep fewer).
 
     Raises:
-        InputError: the estimate is above what the machine (or, of a GPU, the GPU) has; both are named.
+        InputError: the estimate is above what the machine (or, of a GPU, the GPU) has; both are
+            named.
     """
     on_gpu = team.device.type == "cuda"
     limit = torch.cuda.get_device_properties(team.device).total_memory if on_gpu else memory_limit()
@@ -97,7 +104,9 @@ def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, froze
         )
     if forward > limit:
         advice = (
-            "lower --micro-batch-size" if micro > 1 else "choose a smaller model or --activation-checkpointing full"
+            "lower --micro-batch-size"
+            if micro > 1
+            else "choose a smaller model or --activation-checkpointing full"
         )
         raise InputError(
             f"{micro:,} images at a time need at least {_readable(forward)}{together}, and {has}; {advice}"
@@ -115,10 +124,10 @@ def _readable(count: int) -> str:
 def kept_by_block(config: ModelConfig, settings: TrainConfig, t: int) -> int:
     """Bytes that a block keeps from its forward pass to its backward pass.
 
-    "none": two residuals in fp32 (the norms' inputs); in the products' type the norms' outputs (2 D), queries, keys and
-    values (3 D), attention's output (D), and the MLP's inside before and after its activation (8 D); a sum a head of
-    attention and one a norm. "selective": the block's input, and the outputs of products and attention (10 D). "full":
-    its input.
+    "none": two residuals in fp32 (the norms' inputs); in the products' type the norms' outputs (2
+    D), queries, keys and values (3 D), attention's output (D), and the MLP's inside before and
+    after its activation (8 D); a sum a head of attention and one a norm. "selective": the block's
+    input, and the outputs of products and attention (10 D). "full": its input.
     """
     c, unit = _bytes(settings), t * config.n_embd
     return {
@@ -148,14 +157,17 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     unit = t * width
 
     kept = kept_by_block(config, settings, t)
-    whole = kept_by_block(config, settings.model_copy(update={"activation_checkpointing": "none"}), t)
+    whole = kept_by_block(
+        config, settings.model_copy(update={"activation_checkpointing": "none"}), t
+    )
     end = (4 + c) * unit + 4 * t  # the final norm's input and output
 
     sharded, half = shard > 1, c == 2
     cast, head_cast = 24 * width**2 * (half and not sharded), 2 * head * half
     gathered, gathered_root = c * block * sharded, 4 * root * sharded
-    # DDP's buckets never go, and what earlier micro-batches left lies beside them until both are summed. FSDP's shares
-    # grow block by block and stay between micro-batches. Alone, gradients come as the backward pass goes.
+    # DDP's buckets never go, and what earlier micro-batches left lies beside them until both are
+    # summed. FSDP's shares grow block by block and stay between micro-batches. Alone, gradients
+    # come as the backward pass goes.
     accumulates, replicated = micro < rows, ranks > 1 and not sharded
     weights = 4 * count_parameters(config) / shard
     buckets, earlier = weights * replicated, weights * accumulates
@@ -163,7 +175,9 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     orthogonalised = 12 * width**2 * layers * (settings.optimizer == "muon")
     moments = 2 * weights - 4 * orthogonalised / shard
 
-    def at(moment: str, gradients: float, copies: float, activations: float, temporaries: float) -> Memory:
+    def at(
+        moment: str, gradients: float, copies: float, activations: float, temporaries: float
+    ) -> Memory:
         return Memory(moment, weights, moments, gradients, copies, activations, temporaries)
 
     if recomputation != "none":  # what is not kept is there for a moment, while all casts are held
@@ -174,7 +188,9 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     copies = head_cast + gathered_root
     yield at("loss", resting, layers * cast + copies, layers * kept + end, 8 * config.n_colors * t)
     copies += layers * cast * (recomputation == "none")
-    yield at("backward pass of the loss", resting, copies, layers * kept + end, 12 * config.n_colors * t)
+    yield at(
+        "backward pass of the loss", resting, copies, layers * kept + end, 12 * config.n_colors * t
+    )
 
     ends = {
         number for number in (layers, layers - 1, 2, 1) if number >= 1 and number <= layers
@@ -183,13 +199,24 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
         coming = 4 * block * (layers - number) / shard
         gradients = resting - coming * bool(buckets and earlier) if resting else coming
         gradients += 4 * head * (sharded or not resting)
-        copies = cast * (number if recomputation == "none" else 1) + gathered_root + gathered * min(number, 2)
+        copies = (
+            cast * (number if recomputation == "none" else 1)
+            + gathered_root
+            + gathered * min(number, 2)
+        )
         activations = (number - 1) * kept + whole + c * unit * (recomputation == "selective")
-        # The residual's gradient, its cast, the gradient inside the MLP and that of its second matrix.
+        # The residual's gradient, its cast, the gradient inside the MLP and that of its second
+        # matrix.
         temporaries = (4 + c * half + 4 * c) * unit + 4 * c * width**2
         if sharded:  # fp32 sums under way to their owners: of the block after this, or of the last micro-batch's root
             temporaries += 4 * block if number < layers else 4 * root * accumulates
-        yield at(f"backward pass of block {number} of {layers}", gradients, copies, activations, temporaries)
+        yield at(
+            f"backward pass of block {number} of {layers}",
+            gradients,
+            copies,
+            activations,
+            temporaries,
+        )
 
     copies = layers * cast + head_cast + gathered_root + 2 * gathered
     inside = _VALIDATED * max((8 + 9 * c) * unit, 8 * config.n_colors * t)

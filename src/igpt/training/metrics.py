@@ -1,7 +1,7 @@
 """What a run reports while it runs: metrics.jsonl (the only source of figures), and a progress bar.
 
-Every line of metrics.jsonl is one JSON object with "kind" (start, machine, train, validation, resume, end) and "step";
-`Record` has the other keys. A kill may leave the last line cut off.
+Every line of metrics.jsonl is one JSON object with "kind" (start, machine, train, validation,
+resume, end) and "step"; `Record` has the other keys. A kill may leave the last line cut off.
 """
 
 import json
@@ -33,7 +33,9 @@ class Record(Stored):
     loss: float | None = None
     error: float | None = None
     error_on_trained: float | None = None
-    best: bool | float | None = None  # of a validation, whether it was the best so far; at the end, the best value
+    best: bool | float | None = (
+        None  # of a validation, whether it was the best so far; at the end, the best value
+    )
     best_step: int | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -83,7 +85,8 @@ class Metrics:
         """Drop what a killed run had written beyond the checkpoint it resumes from, and a half-written last line.
 
         Args:
-            step, validated: updates done, and those after which it was last validated, by that checkpoint.
+            step, validated: updates done, and those after which it was last validated, by that
+                checkpoint.
 
         Raises:
             InputError: see `read_metrics`.
@@ -91,9 +94,13 @@ class Metrics:
         if not self.leads or not self.path.exists():
             return
         last = {"validation": validated, "end": -1}
-        kept = [line for line in read_metrics(self.path) if line["step"] <= last.get(line["kind"], step)]
+        kept = [
+            line for line in read_metrics(self.path) if line["step"] <= last.get(line["kind"], step)
+        ]
         with atomic_file(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8"
+            )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -220,7 +227,9 @@ class Bar:
 
     def say(self, line: str) -> None:
         """Print a line above the bar, as it is: square brackets and colons mean nothing."""
-        self._progress.console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)
+        self._progress.console.print(
+            line, markup=False, emoji=False, highlight=False, soft_wrap=True
+        )
 
 
 @contextmanager

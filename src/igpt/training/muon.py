@@ -1,6 +1,7 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
 
-PyTorch has the same, always in bf16, which processors without it emulate at a hundredth of the speed of fp32.
+PyTorch has the same, always in bf16, which processors without it emulate at a hundredth of the
+speed of fp32.
 """
 
 from collections.abc import Iterable
@@ -12,7 +13,11 @@ from torch.optim import Optimizer
 from igpt.model.precision import multiplies_bf16
 
 _MOMENTUM, _EPS = 0.95, 1e-7
-_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic iteration, and five of them, as its author has it
+_COEFFICIENTS = (
+    3.4445,
+    -4.7750,
+    2.0315,
+)  # of the quintic iteration, and five of them, as its author has it
 _STEPS = 5
 
 
@@ -38,7 +43,9 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MOMENTUM)
-                update = orthogonalise(matrix.grad.lerp(momentum, _MOMENTUM), _type_of_products(matrix.device.type))
+                update = orthogonalise(
+                    matrix.grad.lerp(momentum, _MOMENTUM), _type_of_products(matrix.device.type)
+                )
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
 

@@ -17,7 +17,8 @@ Schedule = Literal["cosine", "linear", "constant"]
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: Schedule) -> float:
     """The learning rate of update number `step` (from 0): a linear rise over `warmup` updates, then the schedule.
 
-    "cosine" falls to 0 at `total` (paper, section 3.3), and so does "linear"; "constant" stays at `peak`.
+    "cosine" falls to 0 at `total` (paper, section 3.3), and so does "linear"; "constant" stays at
+    `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -32,17 +33,24 @@ def make_optimizers(
 ) -> list[Optimizer]:
     """The optimisers that share a model's parameters out among them; the learning rate is set before every update.
 
-    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices and leaves the rest to
-    AdamW. Decay applies to matrices only (not to gains), and is 0 in the paper.
+    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices and leaves
+    the rest to AdamW. Decay applies to matrices only (not to gains), and is 0 in the paper.
     """
-    named = [(path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad]
+    named = [
+        (path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad
+    ]
     hidden = [
-        parameter for path, parameter in named if name == "muon" and path.startswith("h.") and parameter.ndim == 2
+        parameter
+        for path, parameter in named
+        if name == "muon" and path.startswith("h.") and parameter.ndim == 2
     ]
     orthogonalised = {id(parameter) for parameter in hidden}
     rest = [parameter for _, parameter in named if id(parameter) not in orthogonalised]
     groups = [
-        {"params": [parameter for parameter in rest if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {
+            "params": [parameter for parameter in rest if parameter.ndim >= 2],
+            "weight_decay": weight_decay,
+        },
         {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0},
     ]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
@@ -54,7 +62,8 @@ def make_optimizers(
 def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
     """One update at a learning rate, and zero gradients after it; no update where `skip` (on the device) is 1, not 0.
 
-    AdamW's fused kernel looks at `skip` itself, as it does for gradient scalers, so that nobody waits for the device.
+    AdamW's fused kernel looks at `skip` itself, as it does for gradient scalers, so that nobody
+    waits for the device.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -9,10 +9,10 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.data.batches import Batch, Batches, to_device
-from igpt.data.tokens import TokenDataset, TokenSplit
+from igpt.data.tokens.batches import Batch, Batches, to_device
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.model.configuration import ModelConfig, Objective
+from igpt.model.config import ModelConfig, Objective
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import autoregressive, bert, draw_masks
 from igpt.model.precision import settle_precision
@@ -22,12 +22,17 @@ from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.run import record_run, settle_config, sole_writer, team_settings
+from igpt.training.run_directory import record_run, settle_config, sole_writer, team_settings
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
-_SAMPLED_PIXELS = 2**24  # for the frequencies of the colours; at most 16,384 images, which these are at 32 px
-_VALIDATION_MASKS = (0.15, 0)  # probability and seed: the same for all runs, whose losses can then be compared
+_SAMPLED_PIXELS = (
+    2**24
+)  # for the frequencies of the colours; at most 16,384 images, which these are at 32 px
+_VALIDATION_MASKS = (
+    0.15,
+    0,
+)  # probability and seed: the same for all runs, whose losses can then be compared
 
 
 class PretrainConfig(Variants, TrainConfig):
@@ -41,14 +46,24 @@ class PretrainConfig(Variants, TrainConfig):
     n_embd: int = Field(512, ge=1, le=MOST, description="width")
     n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
-    start_from_palette: bool = Field(False, description="let embeddings begin alike for like colours")
+    start_from_palette: bool = Field(
+        False, description="let embeddings begin alike for like colours"
+    )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
-    flip: bool = Field(False, description="mirror images at random; the paper does not for pretraining")
-    shift: int = Field(0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random")
-    validation_images: int = Field(4096, ge=1, le=MOST, description="at most so many, spread evenly over the split")
+    flip: bool = Field(
+        False, description="mirror images at random; the paper does not for pretraining"
+    )
+    shift: int = Field(
+        0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random"
+    )
+    validation_images: int = Field(
+        4096, ge=1, le=MOST, description="at most so many, spread evenly over the split"
+    )
 
 
-def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False) -> Path:
+def pretrain(
+    config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False
+) -> Path:
     """Pretrain a model, or continue an interrupted run; the result does not depend on interruptions.
 
     Args:
@@ -60,20 +75,30 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         the model directory, RUN/model: the best model by validation loss.
 
     Raises:
-        InputError: what the settings, the tokens or the directory have wrong; another process works in the directory;
-            or the machine's memory cannot hold the model or a batch.
+        InputError: what the settings, the tokens or the directory have wrong; another process works
+            in the directory; or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
     with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
-        config = settle_config(run, config, {"tokens": config.tokens} if given is None else given, resume)
+        config = settle_config(
+            run, config, {"tokens": config.tokens} if given is None else given, resume
+        )
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
-        precision = us.tell(settle_precision(config.precision, us.device))  # the ranks' machines may differ
+        precision = us.tell(
+            settle_precision(config.precision, us.device)
+        )  # the ranks' machines may differ
         config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
         require_memory(shape, config, us)
         train = Batches(
-            data["train"], data.resolution, config.batch_size, config.seed, config.flip, config.shift, us.device
+            data["train"],
+            data.resolution,
+            config.batch_size,
+            config.seed,
+            config.flip,
+            config.shift,
+            us.device,
         )
         checked = _validation_tokens(data["validation"], config)
         objective = autoregressive if config.objective == "autoregressive" else bert
@@ -86,7 +111,9 @@ def pretrain(config: PretrainConfig, run: Path, *, given: dict[str, Any] | None 
         trainer = Trainer(
             engine,
             batches=partial(_batch, train, config),
-            validation=Validation("loss", objective, len(checked), partial(_validation_batch, config, checked, us)),
+            validation=Validation(
+                "loss", objective, len(checked), partial(_validation_batch, config, checked, us)
+            ),
             run=run,
             warmup=config.warmup(len(train.split)),
         )
@@ -125,12 +152,16 @@ def _batch(train: Batches, config: PretrainConfig, step: int) -> Batch:
 
 def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.uint16]:
     if len(split) == 0:
-        raise InputError("the validation split is empty; there is nothing to choose the best model by")
+        raise InputError(
+            "the validation split is empty; there is nothing to choose the best model by"
+        )
     count = min(config.validation_images, len(split))
     return split.rows(np.arange(count) * len(split) // count)
 
 
-def _validation_batch(config: PretrainConfig, checked: NDArray[np.uint16], us: Team, first: int, last: int) -> Batch:
+def _validation_batch(
+    config: PretrainConfig, checked: NDArray[np.uint16], us: Team, first: int, last: int
+) -> Batch:
     """Validation images from `first` up to `last`; a BERT model's masks are the same every time, and for every run."""
     tokens = to_device(checked[first:last].astype(np.int64), us.device)
     if config.objective == "autoregressive":
@@ -140,12 +171,15 @@ def _validation_batch(config: PretrainConfig, checked: NDArray[np.uint16], us: T
     return tokens, to_device(masks[first:], us.device)
 
 
-def _start_line(shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics) -> None:
+def _start_line(
+    shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics
+) -> None:
     colors = shape.n_colors
     train = data["train"]
     count = min(len(train), 16384, max(1, _SAMPLED_PIXELS // shape.n_places))
     sampled = train.rows(np.arange(count) * len(train) // count)
-    # One is added to every count, so that a colour unseen in training costs a finite number of nats.
+    # One is added to every count, so that a colour unseen in training costs a finite number of
+    # nats.
     frequency = np.bincount(sampled.ravel(), minlength=colors) + 1.0
     unigram = -np.log(frequency / frequency.sum())[checked].mean()
     metrics.write(

@@ -16,14 +16,14 @@ from types import FrameType
 import torch
 from torch import Tensor
 
-from igpt.data.batches import Batch, Prefetch
+from igpt.data.tokens.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
 from igpt.model.cost import training_flops
 from igpt.model.precision import matmul_rate, settle_precision
+from igpt.training.checkpoints import Checkpoints, Progress, checkpoints, step_of
 from igpt.training.engine import Engine, Objective
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import learning_rate
-from igpt.training.state import Checkpoints, Progress, checkpoints, step_of
 
 _ONE_WISH = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have heard themselves
 
@@ -40,11 +40,15 @@ class _Stop:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self.since = number, time.monotonic()
-        elif time.monotonic() - self.since > _ONE_WISH:  # asked a second time: do not wait for the checkpoint
+        elif (
+            time.monotonic() - self.since > _ONE_WISH
+        ):  # asked a second time: do not wait for the checkpoint
             raise KeyboardInterrupt
 
 
-def _end_in_time(signals: socket.socket, seconds: float, done: threading.Event, folder: Path) -> None:
+def _end_in_time(
+    signals: socket.socket, seconds: float, done: threading.Event, folder: Path
+) -> None:
     """End the process when a stop was asked for and is not done in time, whatever its main thread waits for."""
     while number := signals.recv(1):
         if number[0] in (signal.SIGINT, signal.SIGTERM):
@@ -125,8 +129,8 @@ class Trainer:
     """Everything the loop needs.
 
     Args:
-        batches: the whole batch of update s, as tensors whose rows are images; a pure function of s. It runs in a
-            thread of its own while the update before is computed.
+        batches: the whole batch of update s, as tensors whose rows are images; a pure function of
+            s. It runs in a thread of its own while the update before is computed.
         run: the run directory, with config.yaml already in it.
         warmup: updates over which the learning rate rises.
     """
@@ -138,23 +142,29 @@ class Trainer:
     warmup: int
     title: str = "pretraining"
 
-    def train(self, *, resume: bool = False, on_start: Callable[[Metrics], None] | None = None) -> Progress:
+    def train(
+        self, *, resume: bool = False, on_start: Callable[[Metrics], None] | None = None
+    ) -> Progress:
         """Trains to the last update; the best model by validation stands in RUN/model.
 
         Args:
-            resume: continue from the newest whole checkpoint (from the start if none was written yet).
+            resume: continue from the newest whole checkpoint (from the start if none was written
+                yet).
             on_start: writes what a fresh run's metrics begin with.
 
         Raises:
             Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was written.
-            Diverged: too many losses or gradients were not finite; the step and the last good checkpoint are named.
+            Diverged: too many losses or gradients were not finite; the step and the last good
+                checkpoint are named.
         """
         self.config, self.team = self.engine.config, self.engine.team
         self.metrics = Metrics(self.run / "metrics.jsonl", self.team.leads)
         self.progress, self._saved = Progress(), 0
         self._untold: list[Tensor] = []  # of updates whose losses the host has not read
         self._norm = self._rate = 0.0
-        self.checkpoints = Checkpoints(self.run / "checkpoints", self.team, self.config.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            self.run / "checkpoints", self.team, self.config.keep_checkpoints
+        )
         resumes = self.team.tell(resume and bool(checkpoints(self.checkpoints.folder)))
         notes = self._resume() if resumes else []
         if self.progress.step == 0:
@@ -190,8 +200,12 @@ class Trainer:
             seconds=self.progress.seconds,
             skipped=self.progress.skipped,
         )
-        if number := self.team.largest(stop.number or 0):  # it came too late for the loop, and more may follow
-            raise Interrupted(number, f"stopped at the end of training, after {self.progress.step} updates")
+        if number := self.team.largest(
+            stop.number or 0
+        ):  # it came too late for the loop, and more may follow
+            raise Interrupted(
+                number, f"stopped at the end of training, after {self.progress.step} updates"
+            )
         return self.progress
 
     def _resume(self) -> list[str]:
@@ -237,7 +251,9 @@ class Trainer:
                 break
             if wish:
                 self.checkpoints.finish()
-                raise Interrupted(wish, f"stopped and saved after {progress.step} of {config.steps} updates")
+                raise Interrupted(
+                    wish, f"stopped and saved after {progress.step} of {config.steps} updates"
+                )
             rate = learning_rate(
                 progress.step,
                 peak=config.learning_rate,
@@ -251,7 +267,9 @@ class Trainer:
             tells = progress.step % config.log_every == 0 or progress.step == config.steps
             if tells or team.device.type == "cpu":  # of a GPU, the host reads nothing in between
                 loss = self._read()
-                shown.update(progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s")
+                shown.update(
+                    progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s"
+                )
             if tells:
                 self._tell(clock, rate)
         if progress.step < config.steps:
@@ -275,8 +293,14 @@ class Trainer:
             progress.skipped += 1
             progress.first_skipped = progress.first_skipped or number
             if progress.skipped > self.config.max_skipped:
-                several = f", and {progress.skipped} updates were skipped so far" if progress.skipped > 1 else ""
-                self._not_finite(f"the loss is {loss} and the gradient's norm {norm} at update {number}{several}")
+                several = (
+                    f", and {progress.skipped} updates were skipped so far"
+                    if progress.skipped > 1
+                    else ""
+                )
+                self._not_finite(
+                    f"the loss is {loss} and the gradient's norm {norm} at update {number}{several}"
+                )
         return loss
 
     def _tell(self, clock: "_Clock", rate: float) -> None:
@@ -304,8 +328,14 @@ class Trainer:
         bad = self.progress.first_skipped or self.progress.step + 1
         self.checkpoints.finish()
         kept = [path for path in checkpoints(self.checkpoints.folder) if step_of(path) < bad - 1]
-        good = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint from before"
-        raise Diverged(f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps")
+        good = (
+            f"the last good checkpoint is {kept[0]}"
+            if kept
+            else "there is no checkpoint from before"
+        )
+        raise Diverged(
+            f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps"
+        )
 
     def _validate(self, stop: _Stop, shown: Bar) -> None:
         """Validates and keeps the best model; leaves it undone when the run is to stop."""
@@ -320,10 +350,14 @@ class Trainer:
             total += self.engine.evaluate(validation.objective, batch)
         found = float(total) / validation.images
         if not math.isfinite(found):
-            self._not_finite(f"the validation {validation.name} is {found} after {progress.step} updates")
+            self._not_finite(
+                f"the validation {validation.name} is {found} after {progress.step} updates"
+            )
         better = progress.best is None or found < progress.best
         progress.validated = progress.step
-        progress.validations_without_better = 0 if better else progress.validations_without_better + 1
+        progress.validations_without_better = (
+            0 if better else progress.validations_without_better + 1
+        )
         if better:
             progress.best, progress.best_step = found, progress.step
             self._keep_model(self.run / "model")

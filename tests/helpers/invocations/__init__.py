@@ -3,5 +3,6 @@
 samples.py     valid inputs of every kind, made once by the commands themselves
 damage.py      generic damage to a file of each format
 cases.py       the invocations: wrong flags, wrong paths, damaged files, odd environments
-execution.py   one invocation in a process of its own: limits, exit code, what it printed and what it left behind
+execution.py   one invocation in a process of its own: limits, exit code, what it printed and what
+it left behind
 """

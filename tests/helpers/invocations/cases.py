@@ -18,8 +18,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from pydantic.fields import FieldInfo
 
-from invocations.damage import DIGITS, damaged
-from invocations.execution import Arrange, Case
+from ...helpers.invocations.damage import DIGITS, damaged
+from ...helpers.invocations.execution import Arrange, Case
 
 # Valid words of every command, of which the wrong ones are made: positional words first.
 VALID: Mapping[str, str] = {
@@ -45,7 +45,8 @@ VALID: Mapping[str, str] = {
     "app": "classifier --host 300.1.1.1",  # it would serve without an end: there is no such host
 }
 _PREPARE = "-o new --size 8 --colors 4 --workers 1"
-# Which files a command reads. The first one that names a file is tried with more damage than the others.
+# Which files a command reads. The first one that names a file is tried with more damage than the
+# others.
 READS: Mapping[str, tuple[str, ...]] = {
     "inspect tokens -o new.png": (
         "tokens/dataset.json",
@@ -206,9 +207,16 @@ _SOURCES = {
     "data",
     "tokens",
 }  # strings that may be paths
-_LONG_WORK = {"demo": "demo", "reproduce": "reproduction"}  # and their samples, which take long to make
+_LONG_WORK = {
+    "demo": "demo",
+    "reproduce": "reproduction",
+}  # and their samples, which take long to make
 # A training of as many updates as there are by default, and the whole demonstration.
-VALID_AND_LONG = ("pretrain.yaml: steps removed", "pretrain.json: steps removed", "demo: no words at all")
+VALID_AND_LONG = (
+    "pretrain.yaml: steps removed",
+    "pretrain.json: steps removed",
+    "demo: no words at all",
+)
 _REFUSED_AT_ONCE = ("unknown flag", "misspelt flag", "missing value", "wrong type")
 
 
@@ -265,7 +273,9 @@ def parameters(function: Callable[..., None], settings: str) -> list[Parameter]:
         fields: Mapping[str, FieldInfo] = getattr(import_module(module), kind).model_fields
         known = {parameter.name for parameter in found}
         found += [
-            _parameter(name, one.annotation, one.metadata, False) for name, one in fields.items() if name not in known
+            _parameter(name, one.annotation, one.metadata, False)
+            for name, one in fields.items()
+            if name not in known
         ]
     return found
 
@@ -310,7 +320,9 @@ def all_cases(commands: Mapping[str, Any], samples: Path, most: int) -> list[Cas
     known = {verb: parameters(*command) for verb, command in commands.items()}
     missing = sorted(known.keys() ^ VALID.keys())
     if missing:
-        raise ValueError(f"there is no valid invocation of {', '.join(missing)} to make wrong ones of")
+        raise ValueError(
+            f"there is no valid invocation of {', '.join(missing)} to make wrong ones of"
+        )
     found = [*_no_command()]
     for verb in known:
         words = (verb, *VALID[verb].split())
@@ -323,7 +335,9 @@ def all_cases(commands: Mapping[str, Any], samples: Path, most: int) -> list[Cas
     unique = {case.name: case for case in found}
     if len(unique) < len(found):
         names = [case.name for case in found]
-        raise ValueError(f"two cases have one name: {next(name for name in names if names.count(name) > 1)}")
+        raise ValueError(
+            f"two cases have one name: {next(name for name in names if names.count(name) > 1)}"
+        )
     found = [case for case in found if not case.name.endswith(VALID_AND_LONG)]
     absent = [verb for verb, sample in _LONG_WORK.items() if not (samples / sample).exists()]
     found = [case for case in found if case.verb not in absent or case.kind in _REFUSED_AT_ONCE]
@@ -366,7 +380,11 @@ def _no_command() -> Iterator[Case]:
 
 def needs_of(words: Sequence[str], samples: Path, *files: str) -> tuple[str, ...]:
     """The samples that words and files name; of a data set in parts, all of them."""
-    names = {Path(word).parts[0] for word in (*words[1:], *files) if word and (samples / word).parent.exists()}
+    names = {
+        Path(word).parts[0]
+        for word in (*words[1:], *files)
+        if word and (samples / word).parent.exists()
+    }
     if "--merge" in words:
         names |= {"cut.1-of-2", "cut.2-of-2"}
     return tuple(sorted(name for name in names if (samples / name).exists()))
@@ -415,7 +433,9 @@ def _wrong_values(parameter: Parameter) -> Iterator[tuple[str, str]]:
         for bound, step, what in ((parameter.low, -1, "below"), (parameter.high, 1, "above")):
             if bound is not None:
                 value, allowed = bound
-                wrong = value + (step if parameter.kind is int else step * 0.001) if allowed else value
+                wrong = (
+                    value + (step if parameter.kind is int else step * 0.001) if allowed else value
+                )
                 yield f"{what} its bound", f"{int(wrong)}" if parameter.kind is int else f"{wrong}"
     elif parameter.choices:
         yield "an empty value", ""
@@ -574,7 +594,9 @@ def _value_of(words: Sequence[str], parameter: Parameter) -> str:
     for spelling in (parameter.flag, "-o" if parameter.name == "out" else parameter.flag):
         if spelling in words:
             return words[words.index(spelling) + 1]
-    return {"config": "x.yaml", "mask": "x.png", "clusters": "x.npy", "maps": "x.png"}.get(parameter.name, "")
+    return {"config": "x.yaml", "mask": "x.png", "clusters": "x.npy", "maps": "x.png"}.get(
+        parameter.name, ""
+    )
 
 
 def _inputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -590,7 +612,11 @@ def _outputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[
     first = next((base[at] for at in positional_words(base)), "images")
     for kind, name in _OUTPUT_NAMES.items():
         made = {"arrange": (partial(_make, "a file of text", "afile"),)}
-        yield kind, name.replace("INPUT", first), {**made, "privileges": "other" if kind == "/" else "all"}
+        yield (
+            kind,
+            name.replace("INPUT", first),
+            {**made, "privileges": "other" if kind == "/" else "all"},
+        )
     made = {"arrange": (partial(_make, "a folder of text", "closed"), _close)}
     yield "in a closed folder", f"closed/new{ending}", {**made, "privileges": "owner"}
     if not ending:
@@ -705,7 +731,9 @@ def _damaged_files(samples: Path, most: int) -> Iterator[Case]:
                     changes = (written, partial(_sign, file))
                     yield replace(case, name=f"{name}, signed: {what}", arrange=changes)
             for what in ("removed", "a folder", "a FIFO"):
-                yield replace(case, name=f"{name}: {what}", arrange=(partial(_replace, file, what),))
+                yield replace(
+                    case, name=f"{name}: {what}", arrange=(partial(_replace, file, what),)
+                )
 
 
 def _write(file: str, content: bytes, work: Path) -> None:

@@ -109,7 +109,11 @@ def structures(value: Any) -> Iterator[tuple[str, Any]]:
         name = ".".join(map(str, path))
         yield f"{name} removed", changed(value, path, lambda parent, key: parent.pop(key))
         for new in REPLACEMENTS:
-            shown = json.dumps(new) if len(json.dumps(new)) < 40 else f"a string of {len(new)} characters"
+            shown = (
+                json.dumps(new)
+                if len(json.dumps(new)) < 40
+                else f"a string of {len(new)} characters"
+            )
 
             def replace(parent: Any, key: Any, new: Any = new) -> None:
                 parent[key] = new
@@ -342,7 +346,11 @@ def tensors_file(content: bytes) -> Damage:
     )
     yield (
         "a tensor more",
-        made(json.dumps({**head, "more": {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}}).encode()),
+        made(
+            json.dumps(
+                {**head, "more": {"dtype": "F32", "shape": [0], "data_offsets": [len(data)] * 2}}
+            ).encode()
+        ),
     )
     for name, value in structures(head):
         yield name, made(json.dumps(value).encode())
@@ -491,7 +499,7 @@ def _features(columns: bytes) -> bytes:
 
 def tar_file(content: bytes) -> Damage:
     """Tars with odd members."""
-    from invocations.samples import picture
+    from ...helpers.invocations.samples import picture
 
     def made(*members: tuple[str, bytes, bytes | None]) -> bytes:
         buffer = io.BytesIO()

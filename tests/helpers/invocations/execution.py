@@ -1,8 +1,9 @@
 """Run one invocation in a process of its own, and judge how it ended.
 
-Importing torch takes seconds, so that a process that has imported everything is forked instead. It must not have
-started threads. Each case gets two processes: a supervisor, which makes the folder, keeps the limits and compares the
-folder before and after, and the invocation itself, which works in that folder.
+Importing torch takes seconds, so that a process that has imported everything is forked instead. It
+must not have started threads. Each case gets two processes: a supervisor, which makes the folder,
+keeps the limits and compares the folder before and after, and the invocation itself, which works in
+that folder.
 """
 
 import atexit
@@ -50,7 +51,8 @@ class Case:
         environment: variables to set, or to remove (None).
         closed: file descriptors that are closed.
         file_size: largest file that may be written, in bytes.
-        privileges: "all", "owner" (modes of files bind root too) or "other" (may read everything, owns nothing).
+        privileges: "all", "owner" (modes of files bind root too) or "other" (may read everything,
+            owns nothing).
         program: run `python -m igpt` rather than a fork.
     """
 
@@ -92,9 +94,10 @@ class Outcome:
     """How an invocation ended.
 
     Attributes:
-        faults: what is wrong with that, of "hang", "memory", "killed", "traceback", "left behind", "exit code",
-            "lines" and "processes"; empty where the invocation was refused as it should be, or accepted.
-            Unfinished work (OUT.partial) may be left where the message names it.
+        faults: what is wrong with that, of "hang", "memory", "killed", "traceback", "left behind",
+            "exit code", "lines" and "processes"; empty where the invocation was refused as it
+            should be, or accepted. Unfinished work (OUT.partial) may be left where the message
+            names it.
         exit_code: None if it was killed.
         lines: of stderr that are not blank.
         message: the last line of stderr.
@@ -152,7 +155,9 @@ def run_cases(
             remove(home)
 
 
-def _supervise_and_exit(case: Case, samples: Path, home: Path, main: Main, limits: Limits) -> NoReturn:
+def _supervise_and_exit(
+    case: Case, samples: Path, home: Path, main: Main, limits: Limits
+) -> NoReturn:
     """Supervise a case and end this process, without what the parent's stack would still do."""
     code = 1
     try:
@@ -239,7 +244,11 @@ def _watch(process: int, limits: Limits) -> tuple[int | None, str | None]:
             return None, "memory"
         if busy > worked:
             worked, last_work = busy, now
-        if worked > limits.seconds or now - last_work > limits.idle or now - begun > 15 * limits.seconds:
+        if (
+            worked > limits.seconds
+            or now - last_work > limits.idle
+            or now - begun > 15 * limits.seconds
+        ):
             return None, "hang"
         time.sleep(min(0.2, max(_POLL, (now - begun) / 20)))
 
@@ -494,7 +503,10 @@ def _command(case: Case) -> str:
         for name, value in case.environment.items()
     ]
     closing = [f"{descriptor}>&-" for descriptor in case.closed]
-    words = [word if len(word) < 120 else f"{word[:20]}... ({len(word)} characters)" for word in case.words]
+    words = [
+        word if len(word) < 120 else f"{word[:20]}... ({len(word)} characters)"
+        for word in case.words
+    ]
     return _printable(" ".join([*variables, shlex.join(["igpt", *words]), *closing]))
 
 

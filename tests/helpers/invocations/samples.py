@@ -70,11 +70,21 @@ OPENAI = Path(__file__).parents[2] / "fixtures" / "openai" / "autoregressive"
 def make_samples(folder: Path, *, long_work: bool = True) -> None:
     """Fill a folder with samples; without `long_work` there are none of `reproduce` and `demo`.
 
-    Every step runs in a forked process, so that this one starts no thread. What a step imports is imported here too,
-    for the later forks.
+    Every step runs in a forked process, so that this one starts no thread. What a step imports is
+    imported here too, for the later forks.
     """
     folder.mkdir(parents=True)
-    steps = [_images, _settings, _tokens, _packed, _run, _of_the_run, _classifier, _unfinished, _archives]
+    steps = [
+        _images,
+        _settings,
+        _tokens,
+        _packed,
+        _run,
+        _of_the_run,
+        _classifier,
+        _unfinished,
+        _archives,
+    ]
     for step in [*steps, _long_work] if long_work else steps:
         for name in _in_a_fork(step, folder):
             with suppress(Exception):  # some modules cannot be imported by name
@@ -164,7 +174,9 @@ def _packed() -> None:
 
     files = sorted(Path("images", "train").rglob("*.png"))
     labels = [file.parent.name for file in files]
-    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    kinds = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
+    )
     columns = {
         "image": [{"bytes": file.read_bytes(), "path": None} for file in files],
         "label": labels,
@@ -219,7 +231,7 @@ def _of_the_run() -> None:
     size = sum(tensor.nbytes for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": placed}
     Path("parts-model/model.safetensors.index.json").write_text(json.dumps(index))
-    from igpt.data.palette import Palette
+    from igpt.data.images.palette import Palette
 
     palette = Palette.load("run")
     palette.save("palette.npy")
@@ -262,7 +274,9 @@ def _archives() -> None:
     cifar.mkdir()
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
         rows = generator.integers(0, 255, (4, 3072), dtype=np.uint8)
-        cifar.joinpath(name).write_bytes(pickle.dumps({b"data": rows, b"labels": [0, 1, 2, 3]}, protocol=2))
+        cifar.joinpath(name).write_bytes(
+            pickle.dumps({b"data": rows, b"labels": [0, 1, 2, 3]}, protocol=2)
+        )
     names = [f"class {number}".encode() for number in range(10)]
     cifar.joinpath("batches.meta").write_bytes(pickle.dumps({b"label_names": names}, protocol=2))
     with tarfile.open("cifar.tar.gz", "w:gz") as tar:

@@ -1,0 +1,251 @@
+"""The commands that make and look at data: palette, prepare, inspect."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tyro.conf import Positional
+
+from igpt.cli.run import MaybeOut, OutFolder, file_settings, given, progress_bar
+from igpt.errors import InputError
+
+if TYPE_CHECKING:
+    from igpt.data.left_out import LeftOut
+
+_CLASSES_SHOWN = 20
+
+
+def palette(
+    source: Positional[str], flags: Any, out: MaybeOut = None, config: Path | None = None
+) -> None:
+    """Fit a palette to images, or see how well a given one serves them.
+
+    Args:
+        source: see igpt prepare.
+        out: file to write (.npy, as OpenAI's), palette.npy here by default, with what it costs in a
+            .json and a picture in a .png beside it.
+        config: settings in YAML or JSON; flags override them.
+    """
+    from igpt.data.images.grid import save_png
+    from igpt.data.left_out import BAD
+    from igpt.data.palette_fit import PaletteConfig, given_palette, palette_notes, settle_palette
+    from igpt.data.sources.catalogue import open_source
+    from igpt.environment import describe
+    from igpt.files import write_json
+
+    out = out or Path("palette.npy")
+    if out.suffix != ".npy":
+        raise InputError(f"a palette is written as .npy, not as {out.name}")
+    settings = PaletteConfig.layered(file_settings(config), given(flags), where="the settings")
+    opened = open_source(source, settings)
+    train, left_out, allowance = (
+        opened.splits["train"],
+        opened.left_out,
+        opened.allowance(settings.max_bad),
+    )
+    allowance.require(source, left_out)
+    chosen = given_palette(source, train, settings)
+    settled = settle_palette(source, train, settings, chosen)
+    result, quality, picture = settled.palette, settled.quality, settled.picture
+    if settled.bad:
+        allowance.require_decoded(settled.bad, settled.read)
+        left_out.add(BAD, settled.bad[0], count=len(settled.bad), possible_images=True)
+    warnings = palette_notes(chosen, train, settings)
+    result.save(out)
+    report = {
+        "source": source,
+        "config": settings.model_dump(mode="json"),
+        "fingerprint": result.fingerprint,
+        **quality,
+        "left_out": left_out.to_json(),
+        "warnings": warnings,
+    }
+    write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
+    if picture:
+        save_png(picture, out.with_suffix(".png"))
+    shown = (
+        f"; {out.with_suffix('.png')} shows originals above what it makes of them"
+        if picture
+        else ""
+    )
+    print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
+    print_left_out(left_out, warnings, out.with_suffix(".json"))
+
+
+def print_left_out(
+    left_out: "LeftOut", warnings: Sequence[str], where: Path, *, what: str = "left out"
+) -> None:
+    """Print what was left out of a source, in one line, and each warning in one."""
+    if left_out:
+        print(f"{what}: {left_out.text()}{left_out.advice()}; {where} lists it")
+    for warning in warnings:
+        print(f"warning: {warning}")
+
+
+def _fidelity(quality: Mapping[str, Any]) -> str:
+    if not quality:
+        return "tokens as they were given"
+    if quality["psnr_db"] is None:
+        return "exact"
+    return f"mean squared error {quality['mse']:.1f} a channel, {quality['psnr_db']:.1f} dB PSNR"
+
+
+def prepare(
+    out: OutFolder,
+    flags: Any,
+    source: Positional[str] = "",
+    config: Path | None = None,
+    workers: int | None = None,
+    shard: str | None = None,
+    merge: bool = False,
+) -> None:
+    """Turn images into a token data set: palette, tokens, splits.
+
+    Args:
+        source: "digits" (bundled), a folder or file of images, Parquet, Arrow or WebDataset tars,
+            CIFAR's, STL-10's or OpenAI's own files, or a Hub id (id:config).
+        out: folder to make.
+        config: settings in YAML or JSON; flags override them.
+        workers: processes; all cores by default.
+        shard: i/n makes the i-th of n parts only, OUT.i-of-n, for n machines.
+        merge: check the parts of OUT and join them.
+    """
+    from igpt.data.left_out import left_out_of
+    from igpt.data.merge import merge as join
+    from igpt.data.prepare import (
+        PLAN,
+        RECORDS,
+        PrepareConfig,
+        prepare_part,
+        warnings_of,
+        with_records,
+    )
+    from igpt.data.prepare import prepare as run
+    from igpt.files import read_json
+
+    if merge and shard:
+        raise InputError("--shard makes a part and --merge joins all; give one of them")
+    if bool(source) == merge:
+        raise InputError(
+            "name a SOURCE of images"
+            if not source
+            else "--merge takes no SOURCE: it joins OUT's parts"
+        )
+    settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
+    count = os.cpu_count() or 1 if workers is None else workers
+    with progress_bar() as show:
+        if merge:
+            result = join(out)
+        elif shard:
+            part = prepare_part(
+                source,
+                out,
+                settings,
+                _part(shard),
+                workers=count,
+                progress=partial(show, "tokenising"),
+            )
+            print(
+                f"{part}: shard {shard}; when all are there, igpt prepare --merge -o {out} joins them"
+            )
+            plan = read_json(part / PLAN, "part of a token data set")
+            records = list(
+                read_json(part / RECORDS, "part of a token data set")["records"].values()
+            )
+            print_left_out(with_records(plan, records), warnings_of(plan, records), part)
+            return
+        else:
+            result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
+    made = result.manifest["made"]
+    counts = ", ".join(f"{len(result[split])} {split}" for split in result)
+    classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
+    kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
+    print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
+    print_left_out(
+        left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json"
+    )
+
+
+def _part(shard: str) -> tuple[int, int]:
+    number, slash, count = shard.partition("/")
+    if not slash or not number.isdecimal() or not count.isdecimal() or len(shard) > 20:
+        raise InputError(
+            f"--shard takes i/n, such as 1/4 for the first of four, not {shard[:40]!r}"
+        )
+    return int(number), int(count)
+
+
+def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
+    """Tell what is in a token data set, check all of it, and draw a sheet of its images.
+
+    Args:
+        tokens: token data set.
+        out: PNG to write, with all figures in a .json beside it; by default TOKENS.png beside the
+            data set.
+    """
+    from igpt.data.images.grid import require_png, save_png
+    from igpt.data.tokens.dataset import TokenDataset
+    from igpt.data.tokens.inspect import inspect as run
+    from igpt.data.tokens.inspect import sheet
+    from igpt.files import resolved, write_json
+
+    target = out or resolved(tokens).with_name(resolved(tokens).name + ".png")
+    require_png(target)
+    data = TokenDataset(tokens)
+    with progress_bar() as show:
+        found = run(data, partial(show, "reading"))
+    save_png(sheet(data), target)
+    write_json(target.with_suffix(".json"), found)
+    print(
+        "\n".join(
+            [
+                *_told(found),
+                f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures",
+            ]
+        )
+    )
+
+
+def _told(found: Mapping[str, Any]) -> Iterator[str]:
+    from igpt.data.left_out import LeftOut
+    from igpt.data.prepare import PrepareConfig
+
+    made, splits = found["made"], found["splits"]
+    yield (
+        f"{found['path']}: {found['resolution']} px, {found['colors']} colours ({found['fingerprint'][:12]}), "
+        f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all whole"
+    )
+    usual = PrepareConfig().model_dump(mode="json")
+    settings = [
+        f"{key} {value}" for key, value in made["config"].items() if value != usual.get(key)
+    ]
+    yield f"made from {found['source']}{' with ' if settings else ''}{', '.join(settings)}"
+    yield f"palette: {_fidelity(made['palette_error'])}; {_usage(found['color_share'])}"
+    for name, split in splits.items():
+        unlabelled = (
+            f", {split['unlabelled']} without a label"
+            if 0 < split["unlabelled"] < split["images"]
+            else ""
+        )
+        yield f"{name}: {split['images']} images{unlabelled or ('' if split['per_class'] else ', no labels')}"
+    classes = list(splits["train"]["per_class"])
+    if classes:
+        yield f"images of each of the {len(classes)} classes ({', '.join(splits)}):"
+        for label in classes[:_CLASSES_SHOWN]:
+            yield f"  {label}: {', '.join(str(split['per_class'][label]) for split in splits.values())}"
+        if len(classes) > _CLASSES_SHOWN:
+            counts = list(splits["train"]["per_class"].values())
+            more = len(classes) - _CLASSES_SHOWN
+            yield f"  ... and {more} more; training images of a class: {min(counts)} to {max(counts)}"
+    left_out = LeftOut.from_json(found["left_out"], found["path"])
+    if left_out:
+        yield f"left out: {left_out.text()}"
+    for warning in made.get("warnings", []):
+        yield f"warning: {warning}"
+
+
+def _usage(share: list[float]) -> str:
+    used = sum(value > 0 for value in share)
+    return f"{used} of {len(share)} colours occur in training, the commonest in {max(share):.1%} of the pixels"

@@ -1,0 +1,190 @@
+"""Any image a camera, scanner or web page makes -> upright RGB."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from igpt.errors import InputError
+from igpt.files import require_regular
+
+_UPRIGHT = {  # EXIF orientation -> what undoes it
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+_LEVEL_SCALE = {"L;2": 85, "L;4": 17}  # raw modes of PNG whose levels Pillow scales to 8 bits
+_WHITE_16 = 65535
+
+
+@cache
+def register_decoders() -> None:
+    """Let Pillow read HEIC where the optional package pillow-heif is installed."""
+    try:
+        from pillow_heif import register_heif_opener  # type: ignore[import-not-found,unused-ignore]
+    except ImportError:
+        return
+    register_heif_opener()
+
+
+@contextmanager
+def _reasons(image: Any) -> Iterator[None]:
+    """Turns whatever an image has wrong into an `InputError` with the reason."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"no such file: {image}") from None
+    except IsADirectoryError:
+        raise InputError(f"{image} is a folder; an image file is needed here") from None
+    except UnidentifiedImageError:
+        raise InputError("not an image in a known format") from None
+    except (
+        Exception
+    ) as error:  # of any type: each of Pillow's readers has its own for malformed files
+        raise InputError(f"does not decode: {str(error) or type(error).__name__}") from None
+
+
+def open_image(image: Any) -> Image.Image:
+    """Reads an image's header; `load` decodes it.
+
+    Args:
+        image: a path, encoded bytes, a PIL image, an array uint8 [H, W, 3] or [H, W], or the
+            `{"bytes", "path"}` record of an undecoded `datasets.Image`.
+
+    Raises:
+        InputError: it is no image; the message gives the reason.
+    """
+    if isinstance(image, dict):
+        image = image["bytes"] if image.get("bytes") is not None else image["path"]
+    if image is None:
+        raise InputError("there is no image here")
+    if isinstance(image, Image.Image):
+        return image
+    register_decoders()
+    with _reasons(image):
+        if isinstance(image, np.ndarray):
+            return Image.fromarray(image)
+        encoded = image if isinstance(image, bytes) else _content(Path(image))
+        if not encoded:
+            raise InputError("the file is empty (zero bytes)")
+        opened = Image.open(io.BytesIO(encoded))
+        _scale_transparent_level(opened)
+        return opened
+
+
+def _content(path: Path) -> bytes:
+    require_regular(path)
+    return path.read_bytes()
+
+
+def _scale_transparent_level(image: Image.Image) -> None:
+    """Bring the transparent level or colour of a PNG to the scale of the pixels that Pillow decodes.
+
+    Pillow scales grey levels of 2 and 4 bits to 8 bits and keeps the upper byte of 16-bit colours,
+    but leaves the transparent level as the file has it.
+    """
+    level = image.info.get("transparency")
+    tiles = getattr(image, "tile", None)
+    if image.format != "PNG" or level is None or not tiles:
+        return
+    raw_mode = tiles[0].args
+    if raw_mode in _LEVEL_SCALE and isinstance(level, int):
+        image.info["transparency"] = level * _LEVEL_SCALE[raw_mode]
+    elif raw_mode == "RGB;16B" and isinstance(level, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in level)
+
+
+def load(image: Image.Image, reduction: int = 1) -> Image.Image:
+    """Decodes an opened image, a JPEG at 1/2, 1/4 or 1/8 of its size if asked for: pixels are averaged by its decoder.
+
+    Pixel i of the result covers the pixels from reduction * i to reduction * (i + 1) of the whole
+    image.
+
+    Raises:
+        InputError: it does not decode; the message gives the reason.
+    """
+    with _reasons(image):
+        if reduction > 1:
+            image.draft(image.mode, (image.width // reduction, image.height // reduction))
+        image.load()
+    return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB, upright.
+
+    The EXIF orientation is applied; transparency is laid over white; 16-bit grey levels are scaled
+    to 8 bits, and a transparent level becomes white; palette, grey, bilevel, CMYK, YCbCr and Lab
+    images are converted by Pillow.
+
+    Raises:
+        InputError: pixels without a known range (floating point, or integers beyond 16 bits).
+    """
+    turn = orientation(image)
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I"):
+        levels = np.asarray(image)
+        if levels.size and (levels.min() < 0 or levels.max() > 65535):
+            raise InputError("integer pixels beyond 16 bits; convert them to 8 or 16 bits first")
+        transparent = image.info.get("transparency")
+        if isinstance(transparent, int):
+            levels = np.where(levels == transparent, _WHITE_16, levels)
+        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise InputError(
+            "floating-point pixels have no known range; convert them to 8 or 16 bits first"
+        )
+    if image.has_transparency_data:
+        layered = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert(
+            "RGB"
+        )
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def highest_level(image: Image.Image) -> int | None:
+    """Return the highest level of a decoded image of 16-bit grey levels; None for images of other kinds."""
+    if not image.mode.startswith("I") or 0 in image.size:
+        return None
+    return int(np.asarray(image).max())
+
+
+def further_frames(image: Image.Image) -> int:
+    """Return how many frames an image file has after its first one; 1 if there are some and they cannot be counted.
+
+    Counting may move the file's position: decode the first frame before. Layers of PSD files are no
+    frames.
+    """
+    if image.format == "PSD":
+        return 0
+    try:
+        return max(0, int(getattr(image, "n_frames", 1)) - 1)
+    except (
+        Exception
+    ):  # of any type: what follows the first frame may be malformed, and the first frame is good
+        return int(vars(image).get("is_animated", False))
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """What brings an image upright by its EXIF orientation; None if it is."""
+    # Not Pillow's `exif_transpose`, which also writes the metadata anew, and fails where that
+    # cannot be done.
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    # of many types: malformed metadata says nothing about the orientation, and the pixels are good
+    except Exception:
+        return None

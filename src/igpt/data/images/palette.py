@@ -1,0 +1,424 @@
+"""The colour palette: k-means on RGB, exact nearest colours, and back.
+
+Colours live in [-1, 1] per channel, as in OpenAI's `kmeans_centers.npy`; a pixel is uint8 RGB,
+rint(127.5 * (c + 1)).
+Shapes: k colours, ... any leading dimensions.
+"""
+
+import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
+
+from igpt.data.arrays import map_array
+from igpt.errors import InputError
+from igpt.files import Stored, atomic_file, expanded, read_json, require_schema
+from igpt.hub import download
+
+Floats = NDArray[np.float64]
+
+MAX_COLORS = 65536  # tokens are uint16
+_CELL = 8  # edge of the colour cells in which candidates are searched
+_AT_ONCE = 2**20  # distances in memory at a time
+# squared 8-bit levels: far above the rounding of float64, far below what float32 centres differ by
+_TIE = 1e-9
+_QUERIED = (
+    2**15
+)  # colours whose nearest centres one thread looks for at a time: some hundredths of a second
+_BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
+_COARSE = 50  # cells a colour that the coarse round of k-means needs
+_MOMENTUM = 0.9
+_TOLERANCE = 1e-4  # of the error: k-means stops when an iteration gains less
+
+_Color = Annotated[list[float], Field(min_length=3, max_length=3)]
+_Colors = Annotated[list[_Color], Field(min_length=1, max_length=MAX_COLORS)]
+
+
+class StoredPalette(Stored):
+    """Schema of the palette in the JSON of a token data set or a plan."""
+
+    centers: _Colors
+    fingerprint: str | None = None
+
+
+class _OurFile(Stored):
+    palette: StoredPalette
+
+
+class _HubFile(Stored):
+    clusters: _Colors
+
+
+class Palette:
+    """A palette of at most `n_colors` colours, with the manners of a scikit-learn estimator.
+
+    Args:
+        n_colors: k; 512 in the paper (a 9-bit palette). Data with fewer distinct colours gets
+            exactly those.
+        max_iter: iterations at most; fitting stops earlier when one gains less than 0.01 % of the
+            error. Large data are iterated so often coarsely, then so often as a whole.
+        seed: of the k-means++ start; the same pixels and seed give the same palette.
+
+    Attributes:
+        centers_: float32 [k, 3] in [-1, 1], from dark to light (by luma).
+        inertia_: mean over the fitted pixels of the squared distance to their colour, summed over
+            RGB, in 8-bit levels.
+    """
+
+    centers_: NDArray[np.float32]
+    inertia_: float
+
+    def __init__(self, n_colors: int = 512, *, max_iter: int = 30, seed: int = 0) -> None:
+        if not 1 <= n_colors <= MAX_COLORS:
+            raise InputError(f"a palette has 1 to {MAX_COLORS} colours, not {n_colors}")
+        if max_iter < 1 or seed < 0:
+            raise InputError(
+                f"max_iter is at least 1 and seed at least 0, not {max_iter} and {seed}"
+            )
+        self.n_colors, self.max_iter, self.seed = n_colors, max_iter, seed
+        self._table: NDArray[np.uint16] | None = None
+
+    def fit(self, pixels: ArrayLike) -> Self:
+        """Learns the colours of uint8 RGB pixels [..., 3]: k-means on the distinct ones, weighted by their counts."""
+        rows = _as_pixels(pixels).reshape(-1, 3)
+        if rows.size == 0:
+            raise InputError("a palette needs at least one pixel to be fitted to")
+        unique, counts = np.unique(
+            _pack(rows, np.zeros((len(rows), 8), dtype=np.uint8)), return_counts=True
+        )
+        if len(unique) <= self.n_colors:
+            centers, self.inertia_ = _unpack(unique), 0.0
+        else:
+            centers, self.inertia_ = _k_means(
+                unique, counts, self.n_colors, self.max_iter, self.seed
+            )
+        centers = centers[np.argsort(centers @ (0.299, 0.587, 0.114), kind="stable")]
+        return self._set_centers(centers / 127.5 - 1)
+
+    @classmethod
+    def from_centers(cls, centers: ArrayLike) -> Self:
+        """A palette of given colours, [k, 3] in [-1, 1]."""
+        try:
+            with np.errstate(
+                over="ignore"
+            ):  # too large for float32: infinity, which is refused below
+                array = np.asarray(centers, dtype=np.float32)
+        except (TypeError, ValueError, OverflowError):
+            raise InputError("palette centres are numbers in the shape [k, 3]") from None
+        if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
+            raise InputError(f"palette centres have the shape [k, 3], not {list(array.shape)}")
+        if not np.isfinite(array).all() or np.abs(array).max() > 1.001:
+            raise InputError("palette centres lie in [-1, 1] (8-bit levels / 127.5 - 1)")
+        return cls(len(array))._set_centers(array)
+
+    def _set_centers(self, centers: ArrayLike) -> Self:
+        self.centers_, self._table = np.ascontiguousarray(centers, dtype="<f4"), None
+        return self
+
+    def __len__(self) -> int:
+        return len(self.centers_)
+
+    def __repr__(self) -> str:
+        return (
+            f"Palette({len(self)} colours, {self.fingerprint[:12]})"
+            if hasattr(self, "centers_")
+            else "Palette()"
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the centres (little-endian float32): tokens and models that share it speak of the same colours."""
+        return hashlib.sha256(self.centers_.tobytes()).hexdigest()
+
+    @property
+    def table(self) -> NDArray[np.uint16]:
+        """The nearest colour of every 8-bit RGB value, uint16 [256 * 256 * 256], built on first use (32 MiB)."""
+        if self._table is None:
+            self._table = _nearest_table(self.centers_)
+        return self._table
+
+    def transform(self, pixels: ArrayLike) -> NDArray[np.uint16]:
+        """Tokens of uint8 RGB pixels: [..., 3] -> uint16 [...], the exactly nearest colour (ties: the lower token)."""
+        array = _as_pixels(pixels)
+        rows = array.reshape(-1, 3)
+        tokens = np.empty(len(rows), dtype=np.uint16)
+        wide = np.zeros((min(len(rows), _BLOCK), 8), dtype=np.uint8)
+        for first in range(0, len(rows), _BLOCK):
+            block, out = rows[first : first + _BLOCK], tokens[first : first + _BLOCK]
+            # No index is out of range; "wrap" is the fastest of the three modes.
+            np.take(self.table, _pack(block, wide[: len(block)]), out=out, mode="wrap")
+        return tokens.reshape(array.shape[:-1])
+
+    def inverse_transform(self, tokens: ArrayLike) -> NDArray[np.uint8]:
+        """RGB of tokens: [...] -> uint8 [..., 3]."""
+        tokens = np.asarray(tokens)
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= len(self)):
+            raise InputError(
+                f"tokens of this palette lie in 0..{len(self) - 1}, not {tokens.min()}..{tokens.max()}"
+            )
+        pixels: NDArray[np.uint8] = self.colors[tokens]
+        return pixels
+
+    @property
+    def colors(self) -> NDArray[np.uint8]:
+        """The colours as 8-bit RGB, uint8 [k, 3]."""
+        levels: NDArray[np.uint8] = np.clip(np.rint(127.5 * (self.centers_ + 1)), 0, 255).astype(
+            np.uint8
+        )
+        return levels
+
+    def save(self, path: str | Path) -> None:
+        """Writes the centres as float32 `.npy`, the format of OpenAI's `kmeans_centers.npy`."""
+        with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.save(file, self.centers_)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Reads a palette: `.npy` centres, or the JSON or folder of a token data set, a model or a Hub processor.
+
+        What is not here but looks like the id of a Hub model ("openai/imagegpt-small") is asked for
+        there.
+
+        Raises:
+            InputError: there is no palette at `path`, nor on the Hub.
+        """
+        path = _locate(path)
+        if path.is_dir():
+            for name in (
+                "dataset.json",
+                "preprocessor_config.json",
+                "model/preprocessor_config.json",
+            ):
+                if (path / name).exists():
+                    return cls.load(path / name)
+            raise InputError(
+                f"no palette in {path}: neither dataset.json nor preprocessor_config.json is there"
+            )
+        in_json = path.suffix == ".json"
+        centers, fingerprint = (
+            _centers_in_json(path) if in_json else (_centers_in_array(path), None)
+        )
+        try:
+            palette = cls.from_centers(centers)
+        except InputError as error:
+            raise InputError(f"{path} is not a palette: {error}") from None
+        if fingerprint not in (None, palette.fingerprint):
+            raise InputError(f"{path}: the palette does not match its fingerprint; was it edited?")
+        return palette
+
+    def require_same(self, other: "Palette", what: str, whose: str) -> None:
+        """Refuses two things whose palettes differ, both named with their fingerprints.
+
+        Raises:
+            InputError: the palettes differ.
+        """
+        if self.fingerprint != other.fingerprint:
+            raise InputError(
+                f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), {whose} has "
+                f"{other.fingerprint[:12]} ({len(other)} colours); prepare the images with --palette MODEL"
+            )
+
+
+def _centers_in_json(path: Path) -> tuple[ArrayLike, str | None]:
+    """Return the centres in a JSON file, and their fingerprint where it has one."""
+    values = read_json(path, "palette")
+    if values.get("clusters") is not None:
+        require_schema(values, _HubFile, path)
+        return values["clusters"], None
+    if isinstance(values.get("palette"), dict):
+        require_schema(values, _OurFile, path)
+        return values["palette"]["centers"], values["palette"].get("fingerprint")
+    raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
+
+
+def _centers_in_array(path: Path) -> NDArray[Any]:
+    """Return the array of a `.npy` file that has the type and the shape of centres, whatever its values."""
+    if not path.exists():
+        raise InputError(f"no palette at {path}")
+    try:
+        array = map_array(path)
+    except InputError as error:
+        raise InputError(f"{path} is not a palette: {error}") from None
+    # These are from the header: they are checked before anything else is read.
+    if array.dtype.kind not in "fiu":
+        raise InputError(f"{path} is not a palette: its centres are not numbers but {array.dtype}")
+    if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
+        shape = list(array.shape)
+        raise InputError(f"{path} is not a palette: centres have the shape [k, 3], not {shape}")
+    return array
+
+
+def _locate(name: str | Path) -> Path:
+    path, given = expanded(name), str(name)
+    is_path = (
+        given.count("/") != 1
+        or given.startswith(("/", ".", "~"))
+        or given.endswith((".npy", ".npz", ".json"))
+    )
+    if is_path or path.exists():
+        return path
+    return download(given, "palette", "preprocessor_config.json") / "preprocessor_config.json"
+
+
+def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:
+    array = np.asarray(pixels)
+    if array.dtype != np.uint8 or array.ndim < 1 or array.shape[-1] != 3:
+        raise InputError(
+            f"pixels are uint8 with RGB last ([..., 3]), not {array.dtype} {list(array.shape)}"
+        )
+    return array
+
+
+def _pack(pixels: NDArray[np.uint8], wide: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """[N, 3] -> [N]: red, green and blue in one number of 24 bits, as bytes of `wide`, which is [N, 8] and else 0."""
+    wide[:, 2], wide[:, 1], wide[:, 0] = pixels[:, 0], pixels[:, 1], pixels[:, 2]
+    return wide.view("<i8")[:, 0]
+
+
+def _unpack(packed: NDArray[np.int64]) -> Floats:
+    return np.stack([packed >> 16, (packed >> 8) & 255, packed & 255], axis=-1).astype(np.float64)
+
+
+def _k_means(
+    packed: NDArray[np.int64], weights: NDArray[Any], k: int, max_iter: int, seed: int
+) -> tuple[Floats, float]:
+    """k-means of distinct colours, weighted by their counts; returns the centres [k, 3] and the mean squared distance.
+
+    Large data first stand at the means of cells of 4^3 or 2^3 colours, for which greedy k-means++
+    and most of the way cost little; then all colours are iterated. Sums are never left to BLAS,
+    whose order depends on its threads.
+    """
+    from sklearn.cluster import kmeans_plusplus
+    from threadpoolctl import threadpool_limits
+
+    colors = _unpack(packed)
+    coarse, coarse_weights = colors, weights
+    for edge in (4, 2):
+        _, cells = np.unique(packed & (256 - edge) * 0x010101, return_inverse=True)
+        if (n_cells := int(cells.max()) + 1) >= _COARSE * k:
+            coarse, coarse_weights = _means(cells, colors, weights, n_cells)
+            break
+    with threadpool_limits(1):
+        centers, _ = kmeans_plusplus(
+            coarse, k, sample_weight=coarse_weights, random_state=seed % 2**32
+        )
+    if len(coarse) < len(colors):
+        centers = _lloyd(coarse, coarse_weights, centers, max_iter)
+    centers = _lloyd(colors, weights, centers, max_iter)
+    return centers, float((weights * _assign(centers, colors)[0] ** 2).sum() / weights.sum())
+
+
+def _means(
+    group: NDArray[np.int64], colors: Floats, weights: NDArray[Any], n: int
+) -> tuple[Floats, NDArray[Any]]:
+    """The weighted means [n, 3] of colours by their group 0..n-1, and the groups' weights [n]; empty groups are 0."""
+    weight: NDArray[Any] = np.bincount(group, weights, minlength=n)
+    sums = np.stack(
+        [np.bincount(group, weights * channel, minlength=n) for channel in colors.T], axis=1
+    )
+    return sums / np.where(weight == 0, 1, weight)[:, None], weight
+
+
+def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int) -> Floats:
+    """The best means of Lloyd's iterations with momentum, of which 20 go as far as 100 plain ones.
+
+    Where the error grows, the centres have gone too far: they stop at the means and start anew from
+        there.
+    """
+    best = before = centers
+    least = last = np.inf
+    for _ in range(max_iter):
+        distance, nearest = _assign(centers, colors)
+        losses = weights * distance**2
+        error = losses.sum()
+        means, weight = _means(nearest, colors, weights, len(centers))
+        empty = weight == 0
+        if (
+            empty.any()
+        ):  # a colour that lost all its pixels starts anew, at rest, at the worst-served ones
+            means[empty] = colors[np.argsort(-losses, kind="stable")[: empty.sum()]]
+            before = np.where(empty[:, None], means, before)
+        if error < least:
+            best, least = means, error
+        if 0 <= last - error <= _TOLERANCE * error:
+            break
+        centers = means + _MOMENTUM * (means - before) if error < last else means
+        before, last = means, error
+    return best
+
+
+def _assign(centers: Floats, colors: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Return the distance of each colour to its nearest centre, [N], and the number of that centre, [N]."""
+    from scipy.spatial import cKDTree
+
+    query = cKDTree(centers).query
+    blocks = [colors[first : first + _QUERIED] for first in range(0, len(colors), _QUERIED)]
+    # `query` has threads of its own (`workers`), but does not wait for them when Ctrl-C interrupts
+    # it: they would write on into freed memory. These here end before the interrupt goes on.
+    with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
+        found = list(threads.map(query, blocks))
+    distances, nearest = zip(*found, strict=True)
+    return np.concatenate(distances), np.concatenate(nearest)
+
+
+def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The nearest centre of all 256^3 colours, in float64 arithmetic; ties go to the lower token.
+
+    The cube is cut into cells of 8^3 colours. A centre can be nearest to a colour of a cell only if
+    there is a corner of the cell to which it is nearer than that centre which is nearest to the
+    cell's middle; few are. Distances are taken relative to the middle, which keeps the numbers
+    small, and compared for the remaining candidates alone. What differs by no more than rounding is
+    a tie, so that every machine makes the same table, in whatever order it adds.
+    """
+    points = (np.asarray(centers, dtype=np.float64) + 1) * 127.5
+    half = (_CELL - 1) / 2
+    edge = np.arange(_CELL) - half
+    offsets = np.stack(np.meshgrid(edge, edge, edge, indexing="ij"), axis=-1).reshape(-1, 3)
+    per_axis = 256 // _CELL
+    axis = np.arange(per_axis) * _CELL + half
+    middles = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
+    table = np.empty((per_axis,) * 3 + (_CELL,) * 3, dtype=np.uint16)
+    flat = table.reshape(len(middles), -1)
+    rows = max(1, _AT_ONCE // len(points))
+    for first in range(0, len(middles), rows):
+        distance = (points**2).sum(-1) - 2 * (
+            middles[first : first + rows] @ points.T
+        )  # squared, less |m|^2
+        best = distance.argmin(axis=1)[:, None]
+        # |m + o - c|^2 - |m + o - b|^2 = |m - c|^2 - |m - b|^2 - 2 o.(c - b), least at the corner
+        # along c - b
+        gain = sum(2 * half * np.abs(channel - channel[best]) for channel in points.T)
+        reach = distance - np.take_along_axis(distance, best, axis=1) <= gain + 1e-6
+        # Stable: candidates stay in the order of their tokens, so that the first of equals is the
+        # lowest.
+        order = np.argsort(~reach, axis=1, kind="stable")
+        widths = reach.sum(axis=1)
+        for width in np.unique(widths):
+            cells = np.flatnonzero(widths == width)
+            for part in np.array_split(
+                cells, 1 + len(cells) * int(width) * len(offsets) // _AT_ONCE
+            ):
+                candidates = order[part, :width]
+                relative = points[candidates] - middles[first + part][:, None, :]
+                score = (relative**2).sum(-1)[:, :, None] - 2 * (relative @ offsets.T)
+                nearest = (score <= score.min(axis=1, keepdims=True) + _TIE).argmax(axis=1)
+                flat[first + part] = np.take_along_axis(candidates, nearest, axis=1)
+    return np.ascontiguousarray(table.transpose(0, 3, 1, 4, 2, 5)).reshape(-1)
+
+
+def nearest_color_error(palette: Palette, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    """What the palette costs on `pixels` [..., 3], and how they use it.
+
+    The mean squared error per channel (8-bit levels), PSNR in dB (None without error), each
+    colour's share of pixels.
+    """
+    tokens = palette.transform(pixels)
+    mse = float(((pixels.astype(np.float64) - palette.inverse_transform(tokens)) ** 2).mean())
+    share = np.bincount(tokens.reshape(-1), minlength=len(palette)) / tokens.size
+    psnr = None if mse == 0 else float(10 * np.log10(255**2 / mse))
+    return {"mse": mse, "psnr_db": psnr, "share": share.round(6).tolist()}

@@ -1,0 +1,251 @@
+"""Which part of an image the model sees, brought to the model resolution: whole squares, or the paper's random crops.
+
+Shapes: V views of an image, R model resolution.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from igpt.data.images.decode import (
+    further_frames,
+    highest_level,
+    load,
+    open_image,
+    orientation,
+    to_rgb,
+)
+from igpt.errors import InputError
+
+Filter = Literal["area", "nearest", "bilinear", "bicubic", "lanczos"]
+Enlarge = Literal["pad", "nearest", "bilinear", "bicubic", "lanczos"]
+
+_SHORTER_SIDE, _CROP = (256, 384), 224  # paper, section 3.1
+# Pixels that a JPEG's decoder leaves for each of the model's when it decodes at reduced size: with
+# 3, the squares of photographs keep 48 dB or more of those averaged from all pixels at 32, 48 and
+# 64 pixels (a sixteenth of the palette's own squared error), and 44 dB at other sizes.
+_MARGIN = 3
+
+
+class Box(NamedTuple):
+    """A square within an upright image, in pixels."""
+
+    left: int
+    top: int
+    side: int
+
+
+class Squares(NamedTuple):
+    """What an image gives.
+
+    Attributes:
+        pixels: uint8 [V, R, R, 3].
+        highest_level: of 16-bit grey levels; None for images of other kinds.
+        further_frames: frames of the file after the first, which are not used.
+    """
+
+    pixels: NDArray[np.uint8]
+    highest_level: int | None
+    further_frames: int
+
+
+@dataclass(frozen=True)
+class Transform:
+    """Any image -> upright RGB squares at the model resolution.
+
+    Images whose shorter side is at or below the resolution pass without a resample: they are
+        cropped to its centre,
+    and where they are smaller, they get a mirrored border (or are enlarged, if asked for). They
+    have one view only.
+
+    Args:
+        size: R, the model resolution in pixels.
+        views: random crops of an image: its shorter side brought to a random size in [256, 384], a
+            random square of 224 cropped from that and brought to the resolution, in one resample
+            (paper, section 3.1). 0 takes the centre square, as the paper's evaluation does.
+        filter: what makes squares smaller. "area" averages exactly the pixels below each pixel of
+            the result, in integers, rounded half up; the others are Pillow's. The paper names none.
+        enlarge: what images below the resolution get: "pad" a mirrored border, the others enlarge.
+        full_decode: decode JPEGs at full size always, where "area" would let their decoder average
+            blocks of pixels.
+    """
+
+    size: int
+    views: int = 0
+    filter: Filter = "area"
+    enlarge: Enlarge = "pad"
+    full_decode: bool = False
+
+    def __call__(self, image: Any, seed: tuple[int, ...] = ()) -> NDArray[np.uint8]:
+        """The squares of an image, uint8 [V, R, R, 3]; what `open_image` takes is an image.
+
+        V is 1 without `views`, and for images at or below the resolution, which have no other.
+
+        Args:
+            seed: of the random crops: the same image and seed give the same ones.
+
+        Raises:
+            InputError: the image does not decode, or its pixels have no known range.
+        """
+        return self.squares_of(image, seed).pixels
+
+    def squares_of(self, image: Any, seed: tuple[int, ...] = ()) -> Squares:
+        """Return the squares of an image, and what else is to be known of it; see `__call__`."""
+        opened = open_image(image)
+        pixels = self._pixels(image, opened, seed)
+        level = highest_level(opened)
+        # Last, because it moves the file's position. A caller's own image stays as it is.
+        frames = 0 if opened is image else further_frames(opened)
+        return Squares(pixels, level, frames)
+
+    def _pixels(self, image: Any, opened: Image.Image, seed: tuple[int, ...]) -> NDArray[np.uint8]:
+        # A caller's own image stays whole: it may be decoded already, or used again.
+        reducible = (
+            opened is not image
+            and opened.format == "JPEG"
+            and self.filter == "area"
+            and not self.full_decode
+        )
+        if not reducible:
+            load(
+                opened
+                # before it is asked its size and orientation, which decoding changes for TIFF and ICO
+            )
+        width, height = opened.size
+        turn = orientation(opened)
+        if turn is not None and turn not in _HALF_TURNS:
+            width, height = height, width
+        if min(width, height) == 0:
+            raise InputError("the image has no pixels")
+        if min(width, height) <= self.size:
+            return self._small(to_rgb(load(opened)))[None]
+        boxes = self._boxes(width, height, seed)
+        reduction = self._reduction(opened, turn is not None) if reducible else 1
+        rgb = to_rgb(load(opened, reduction))
+        return np.stack([self._square(rgb, box, reduction) for box in boxes])
+
+    def _boxes(self, width: int, height: int, seed: tuple[int, ...]) -> list[Box]:
+        shorter = min(width, height)
+        if not self.views:
+            return [Box((width - shorter) // 2, (height - shorter) // 2, shorter)]
+        generator = np.random.default_rng(seed)
+        boxes = []
+        for _ in range(self.views):
+            scaled = int(generator.integers(_SHORTER_SIDE[0], _SHORTER_SIDE[1] + 1))
+            side = max(self.size, round(shorter * _CROP / scaled))
+            left, top = generator.integers(0, (width - side + 1, height - side + 1))
+            boxes.append(Box(int(left), int(top), side))
+        return boxes
+
+    def _reduction(self, opened: Image.Image, turned: bool) -> int:
+        side = min(opened.size)
+        if (
+            self.views
+        ):  # the smallest that may be drawn, so that a view does not depend on which others are
+            side = side * _CROP // _SHORTER_SIDE[1]
+        for reduction in (8, 4, 2):
+            # Turned, a last block that the image fills in part only would come first.
+            whole = opened.width % reduction == opened.height % reduction == 0
+            if side >= _MARGIN * self.size * reduction and (whole or not turned):
+                return reduction
+        return 1
+
+    def _square(self, rgb: Image.Image, box: Box, reduction: int) -> NDArray[np.uint8]:
+        left, top, side = box
+        edges = (left, top, left + side, top + side)
+        if (
+            self.filter != "area"
+        ):  # cropped before it is resized: interpolation reaches beyond a box within an image
+            return np.asarray(rgb.crop(edges).resize((self.size, self.size), _PILLOW[self.filter]))
+        factor, rest = divmod(side, self.size)
+        if reduction == 1 and rest == 0 and factor & (factor - 1) == 0:
+            return np.asarray(
+                rgb.reduce(factor, edges)
+            )  # the common case, in which Pillow is fast and rounds right
+        return _area_average(rgb, box, self.size, reduction)
+
+    def _small(self, rgb: Image.Image) -> NDArray[np.uint8]:
+        side = min(rgb.size)
+        if self.enlarge != "pad" and side < self.size:
+            left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+            square = rgb.crop((left, top, left + side, top + side))
+            return np.asarray(square.resize((self.size, self.size), _PILLOW[self.enlarge]))
+        width, height = min(rgb.width, self.size), min(rgb.height, self.size)
+        left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
+        pixels = np.asarray(rgb.crop((left, top, left + width, top + height)))
+        missing = [(self.size - have) for have in (height, width)]
+        return np.pad(
+            pixels, [*((gap // 2, gap - gap // 2) for gap in missing), (0, 0)], mode="reflect"
+        )
+
+
+_HALF_TURNS = (
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+)
+_PILLOW = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+def _area_average(rgb: Image.Image, box: Box, size: int, reduction: int) -> NDArray[np.uint8]:
+    """Means over the size x size equal cells of a box: uint8 [size, size, 3].
+
+    The box is given in pixels of the whole image, of which `rgb` has one for `reduction` in each
+    direction.
+    """
+    # In integers, so that every machine rounds alike. Pillow's box filter takes whole pixels only:
+    # at a factor of 1.5 it averages two and one by turns.
+    (left, top, side), unit = box, size * reduction
+    wide = np.int32 if 512 * side**2 < 2**31 else np.int64
+    lines = slice(top // reduction, -(-(top + side) // reduction))
+    columns = slice(3 * (left // reduction), 3 * -(-(left + side) // reduction))
+    pixels = np.asarray(rgb).reshape(rgb.height, -1)[lines, columns]
+    down = _stretches(pixels, top * size % unit, side, size, unit, wide)
+    across = np.ascontiguousarray(down.reshape(size, -1, 3).transpose(1, 0, 2))
+    sums = _stretches(across.reshape(len(across), -1), left * size % unit, side, size, unit, wide)
+    averages: NDArray[np.uint8] = ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
+    return averages.reshape(size, size, 3).transpose(1, 0, 2)
+
+
+def _stretches(
+    rows: NDArray[Any],
+    first: int,
+    length: int,
+    size: int,
+    unit: int,
+    wide: type[np.signedinteger[Any]],
+) -> NDArray[Any]:
+    """Sums over `size` stretches of the rows [M, W], each `length` long, the first from `first` on: [size, W].
+
+    Lengths are counted in parts of which a row has `unit`, and each part weighs 1: a row may belong
+    to two by parts.
+    """
+    whole, part = np.divmod(first + np.arange(size + 1) * length, unit)
+    # Up to 257 8-bit values fit 16 bits, which numpy adds much faster.
+    narrow = np.uint16 if rows.dtype == np.uint8 and length <= 255 * unit else wide
+    sums = np.empty((size, rows.shape[1]), narrow)
+    for index, (start, end) in enumerate(pairwise(whole.tolist())):
+        np.add.reduce(rows[start:end], axis=0, dtype=narrow, out=sums[index])
+    begun = part[:, None].astype(wide) * rows[np.minimum(whole, len(rows) - 1)]
+    total: NDArray[Any] = np.multiply(sums, unit, dtype=wide)
+    total += begun[1:]
+    total -= begun[:-1]
+    return total
+
+
+def load_square(path: str | Path, size: int) -> NDArray[np.uint8]:
+    """The centre square of an image file at the model resolution, uint8 [size, size, 3]; errors name the file."""
+    try:
+        return Transform(size)(path).reshape(size, size, 3)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,131 @@
+"""The palette of a source, fitted to a sample of its images or given: how well it serves them, and a picture of it."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from pydantic import Field
+
+from igpt.data.images.grid import image_grid
+from igpt.data.images.palette import Palette, nearest_color_error
+from igpt.data.images.transform import Enlarge, Filter, Transform
+from igpt.data.sources.archives import TokenRows, token_palette
+from igpt.data.sources.catalogue import SourceConfig, Split
+from igpt.data.sources.readers import name_of_image
+from igpt.errors import InputError
+
+_PIXELS = {
+    "fit": 2_000_000,
+    "judge": 250_000,
+}  # of the training images, drawn by seed; k = 512 needs no more
+_NEIGHBOURS = 8  # images of the sample that are read together
+_SHOWN = 12  # images in the picture
+
+
+class PaletteConfig(SourceConfig):
+    """How a palette is fitted to images."""
+
+    size: int = Field(
+        32, ge=2, le=1024, description="model resolution in pixels; the paper has 32, 48 and 64"
+    )
+    colors: int = Field(
+        512,
+        ge=2,
+        le=65535,
+        description="palette size; greyscale data gets as many levels as it has",
+    )
+    palette: str | None = Field(
+        None, description="use this palette (.npy, token data set, model, Hub id) and fit none"
+    )
+    filter: Filter = Field("area", description="what makes images smaller; area averages exactly")
+    enlarge: Enlarge = Field("pad", description="what smaller images get: pad mirrors their border")
+    full_decode: bool = Field(
+        False, description="never let the JPEG decoder average pixels (slower, see the manual)"
+    )
+
+
+def transform_of(config: PaletteConfig, views: int = 0) -> Transform:
+    """How images are brought to squares."""
+    return Transform(config.size, views, config.filter, config.enlarge, config.full_decode)
+
+
+def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette | None:
+    """The palette that the settings name, or that lies beside ready tokens; None where one is to be fitted.
+
+    Raises:
+        InputError: there is no palette where one is said to be, or none for ready tokens.
+    """
+    ready = isinstance(train.reader, TokenRows)
+    name = config.palette or (token_palette(source) if ready else None)
+    if ready and name is None:
+        raise InputError(f"{source} holds tokens; name their palette: --palette kmeans_centers.npy")
+    return Palette.load(name) if name else None
+
+
+def palette_notes(given: Palette | None, train: Split, config: PaletteConfig) -> list[str]:
+    """Return a warning where a given palette seems to have its colours in 0..1 instead of -1..1."""
+    if given is None or isinstance(train.reader, TokenRows):
+        return []
+    if given.centers_.min() < 0 or given.centers_.max() > 1:
+        return []
+    return [
+        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if it was made for 0..1, "
+        "the images come out wrong; give 2 c - 1 in place of each value c"
+    ]
+
+
+class SettledPalette(NamedTuple):
+    """A palette for the images of a source.
+
+    Attributes:
+        quality: how well it serves a sample of the training images; empty for ready tokens.
+        picture: some of these images above what the palette makes of them.
+        bad: images of the sample that do not decode, with the reasons.
+        read: how many images the sample has.
+    """
+
+    palette: Palette
+    quality: dict[str, Any]
+    picture: Image.Image | None
+    bad: list[str]
+    read: int
+
+
+def settle_palette(
+    source: str, train: Split, config: PaletteConfig, given: Palette | None
+) -> SettledPalette:
+    """Return the given palette, or one fitted to a sample of the training images.
+
+    Raises:
+        InputError: no training image decodes, or ready tokens have another resolution.
+    """
+    if isinstance(train.reader, TokenRows):
+        assert given is not None
+        if config.size != train.reader.resolution:
+            raise InputError(
+                f"{source} holds tokens of {train.reader.resolution} px; --size {train.reader.resolution}"
+            )
+        return SettledPalette(given, {}, None, [], 0)
+    # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean
+    # reading all of it.
+    groups = max(1, _PIXELS["judge" if given else "fit"] // config.size**2 // _NEIGHBOURS)
+    starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
+    positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
+    positions = positions[positions < len(train)]
+    transform, squares, bad = transform_of(config), [], list[str]()
+    for row, (image, _) in zip(
+        train.indices[positions].tolist(), train.read(positions), strict=False
+    ):
+        try:
+            squares.append(transform(image))
+        except InputError as error:
+            bad.append(f"{name_of_image(image, row)}: {error}")
+    if not squares:
+        raise InputError(f"no training image of {source} decodes; the first: {bad[0]}")
+    pixels = np.concatenate(squares)
+    palette = given or Palette(config.colors, seed=config.seed).fit(pixels)
+    shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
+    picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
+    return SettledPalette(
+        palette, nearest_color_error(palette, pixels), picture, bad, len(positions)
+    )

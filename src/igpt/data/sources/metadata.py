@@ -1,0 +1,414 @@
+"""Files that describe the images of a folder: `metadata.csv`, `.jsonl` and `.parquet`, and Tiny ImageNet's annotations.
+
+They are read as text: no column is ever taken for numbers, dates or missing values, so "NA", "01"
+    and "1" stay three
+words. A metadata file describes the images in its folder and below, by the column `file_name`,
+which is relative to it. N images, R rows.
+"""
+
+import csv
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from igpt.data.left_out import UNLISTED, LeftOut, listed
+from igpt.data.sources.readers import is_missing, opened_parquet, word_of
+from igpt.errors import InputError, suggest
+from igpt.files import require_regular
+
+FILE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: file, class and box, separated by tabs
+FILE_NAME, LABEL = "file_name", "label"
+_AT_ONCE = 65536
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the metadata files of a folder say of its images.
+
+    Attributes:
+        kept: whether an image is used, an Arrow array of booleans [N]: listed, or below no metadata
+            file.
+        words: the class of each image, an Arrow array of strings [N], null without one; None
+            without classes.
+        left_out: images that are not listed, and columns, rows and files that are not used.
+        columns: which columns there are, in words.
+        further: whether there are others than `file_name`.
+    """
+
+    kept: Any
+    words: Any | None
+    left_out: LeftOut
+    columns: str
+    further: bool
+
+
+def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) -> Described:
+    """Look all images of a folder up in its metadata files; the nearest file above an image describes it.
+
+    Args:
+        names: of all the images in it, relative to it, an Arrow array [N].
+        files: its metadata files, relative to it.
+        label: the column of classes; None takes `label`, or the one column of Parquet with named
+            classes; "none" takes none.
+
+    Raises:
+        InputError: a file is malformed, lists an image twice, or lists one that is not there; or no
+            file has `label`.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    columns, left_out = {file: _columns(folder / file) for file in files}, LeftOut()
+    if label == "none":
+        for file in [file for file in files if FILE_NAME not in columns[file]]:
+            left_out.add(f"metadata files without a column {FILE_NAME}", file)
+            del columns[file]
+    homes = _homes(folder, columns)
+    for file, found in columns.items():
+        if FILE_NAME not in found:
+            raise _no_file_name(folder / file, found)
+    column = _label_column(folder, list(columns), columns, label)
+    unused: dict[str, dict[str, None]] = {}  # columns by the name of the file, in their order
+    for file, names_of_columns in columns.items():
+        others = [name for name in names_of_columns if name not in (FILE_NAME, column)]
+        unused.setdefault(PurePosixPath(file).name, {}).update(dict.fromkeys(others))
+    for file_name, others_of in unused.items():
+        if others_of:
+            left_out.add(f"columns of {file_name}", listed(list(others_of)), count=len(others_of))
+    position = pa.nulls(len(names), pa.int64())  # of each image's row among all rows
+    owned = pc.is_valid(position)
+    values, rows = [], 0
+    for home in sorted(homes, key=lambda home: (-home.count("/"), home)):
+        file = homes[home]
+        described, words, repeated = _read(
+            folder / file, column if column in columns[file] else None
+        )
+        if repeated:
+            left_out.add(
+                f"further rows of {PurePosixPath(file).name}", repeated[0], count=len(repeated)
+            )
+        inside = pc.starts_with(names, home)
+        own = pc.and_(inside, pc.invert(owned))
+        relative = pc.utf8_slice_codeunits(names, len(home))
+        _require_there(folder, file, described, pc.filter(relative, inside), names)
+        row = pc.index_in(relative, value_set=described)
+        position = pc.if_else(own, pc.add(row.cast(pa.int64()), rows), position)
+        owned = pc.or_(owned, own)
+        values.append(words)
+        rows += len(described)
+    kept = pc.or_(pc.is_valid(position), pc.invert(owned))
+    dropped = pc.filter(names, pc.invert(kept))
+    if len(dropped):
+        left_out.add(UNLISTED, dropped[0].as_py(), count=len(dropped), possible_images=True)
+    words = pc.take(pa.concat_arrays(values), position) if column else None
+    known = list(
+        dict.fromkeys(name for file in columns for name in columns[file] if name != FILE_NAME)
+    )
+    told = f"{files[0]} has {f'the columns {listed(known)}' if known else f'no column but {FILE_NAME}'}"
+    return Described(kept, words, left_out, told, bool(known))
+
+
+def read_annotations(path: Path) -> dict[str, str]:
+    """Return the class of each image by its file name, as Tiny ImageNet's `val_annotations.txt` has it.
+
+    Raises:
+        InputError: it is not readable, a line has no second field, or a file is listed twice.
+    """
+    found: dict[str, str] = {}
+    for number, line in enumerate(_text(path).splitlines(), 1):
+        name, _, rest = line.partition("\t")
+        word = rest.split("\t", 1)[0].strip()
+        if not line.strip():
+            continue
+        if not word:
+            raise InputError(
+                f"{path}, line {number}: a file name, a tab and a class are needed, not {line[:80]!r}"
+            )
+        if name in found:
+            raise InputError(f"{path}, line {number}: {name!r} is listed twice")
+        found[name] = word
+    return found
+
+
+def _homes(folder: Path, files: Iterable[str]) -> dict[str, str]:
+    """Return the metadata file of each folder that has one; the folders end with a slash, or are empty."""
+    homes: dict[str, str] = {}
+    for file in files:
+        home = file[: file.rfind("/") + 1]
+        if home in homes:
+            raise InputError(
+                f"{folder / home} has two metadata files, {homes[home]} and {file}; keep one of them"
+            )
+        homes[home] = file
+    return homes
+
+
+def _label_column(
+    folder: Path, files: Sequence[str], columns: dict[str, list[str]], label: str | None
+) -> str | None:
+    known = list(
+        dict.fromkeys(name for file in files for name in columns[file] if name != FILE_NAME)
+    )
+    if label == "none":
+        return None
+    if label is not None:
+        if label not in known:
+            raise InputError(
+                f"{folder / files[0]} has no column {label!r}; {suggest(label, [*known, 'none'])}"
+            )
+        return label
+    if LABEL in known:
+        return LABEL
+    named = {
+        name for file in files if file.endswith(".parquet") for name in _class_names(folder / file)
+    }
+    return named.pop() if len(named) == 1 else None
+
+
+def _require_there(folder: Path, file: str, described: Any, images: Any, names: Any) -> None:
+    """Refuse a list with a file that is not there. Files that are there and are no images are counted elsewhere.
+
+    Args:
+        described: the file names that the metadata file lists.
+        images: those in its folder and below, relative to it.
+        names: those in the whole folder.
+    """
+    import pyarrow.compute as pc
+
+    path = folder / file
+    for value in pc.filter(described, pc.invert(pc.is_in(described, value_set=images))):
+        name = value.as_py()
+        inside = not name.startswith("/") and ".." not in name.split("/")
+        if not inside or not os.path.exists(path.parent / name):  # noqa: PTH110  no name is an error to it
+            base = PurePosixPath(name).name
+            same = pc.filter(names, pc.or_(pc.ends_with(names, f"/{base}"), pc.equal(names, base)))
+            advice = ""
+            if len(same) == 1:
+                advice = (
+                    f"; {FILE_NAME} is relative to the folder of the metadata file, and "
+                    f"{folder / same[0].as_py()} has that name: {_where(folder / same[0].as_py(), path)}"
+                )
+            raise InputError(f"{path} lists {name!r}, which is not in {path.parent}{advice}")
+
+
+def _where(image: Path, metadata: Path) -> str:
+    """Return how a metadata file can list an image."""
+    if image.is_relative_to(metadata.parent):
+        return f"write {image.relative_to(metadata.parent).as_posix()!r}"
+    return f"put the metadata file into {Path(os.path.commonpath([image.parent, metadata.parent]))} for it"
+
+
+def _columns(path: Path) -> list[str]:
+    """Return the names of the columns."""
+    require_regular(path)
+    if path.suffix == ".parquet":
+        with opened_parquet(str(path)) as parquet:
+            names = list(parquet.schema_arrow.names)
+    elif path.suffix == ".jsonl":
+        names = list(dict.fromkeys(name for _, row in _json_rows(path) for name in row))
+    else:
+        names = next((cells for _, cells in _csv_rows(path)), [])
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise InputError(f"{path} has two columns {twice[0]!r}")
+    return names
+
+
+def _no_file_name(path: Path, names: Sequence[str]) -> InputError:
+    found = listed(list(map(repr, names))) or "none"
+    wrong = [mark for mark in ";\t|" if len(names) == 1 and mark in names[0]]
+    if wrong:
+        advice = f"is it separated by {wrong[0]!r}? commas are needed"
+    else:
+        advice = f"call the column of file names {FILE_NAME}, or give the file another name if it does not describe images"
+    return InputError(f"{path} has no column {FILE_NAME!r}; its columns: {found}; {advice}")
+
+
+def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
+    """Return what a metadata file lists; several rows of an image are one where they have the same class.
+
+    Returns:
+        The file names and their classes, Arrow arrays of strings [R], classes may be null; and the
+        file names of further rows.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = pa.large_string()
+    names, words = [pa.array([], kind)], [pa.array([], kind)]
+    chunk: list[tuple[str, str | None]] = []
+
+    def flush() -> None:
+        names.append(pa.array([name for name, _ in chunk], kind))
+        words.append(pa.array([word for _, word in chunk], kind))
+        chunk.clear()
+
+    try:
+        for pair in _pairs(path, column):
+            chunk.append(pair)
+            if len(chunk) == _AT_ONCE:
+                flush()
+        flush()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{path} holds {error.object!r}, which is not UTF-8") from None
+    described, classes = pa.concat_arrays(names), pa.concat_arrays(words)
+    if len(pc.unique(described)) == len(described):
+        return described, classes, []
+    seen, kept, repeated = dict[str, str | None](), list[int](), list[str]()
+    for row, (name, word) in enumerate(
+        zip(described.to_pylist(), classes.to_pylist(), strict=True)
+    ):
+        if name not in seen:
+            seen[name] = word
+            kept.append(row)
+        elif seen[name] == word:
+            repeated.append(name)
+        else:
+            raise InputError(
+                f"{path} lists {name!r} twice, with the classes {seen[name]!r} and {word!r}; one class for each image "
+                "is needed"
+            )
+    return described.take(pa.array(kept)), classes.take(pa.array(kept)), repeated
+
+
+def _pairs(path: Path, column: str | None) -> Iterator[tuple[str, str | None]]:
+    """Yield the file name and the class of each row."""
+    rows: Iterator[tuple[int, dict[str, Any]]]
+    class_names: dict[str, list[str]] = {}
+    if path.suffix == ".parquet":
+        rows, class_names = _parquet_rows(path, column), _class_names(path)
+    elif path.suffix == ".jsonl":
+        rows = _json_rows(path)
+    else:
+        rows = _csv_objects(path)
+    for number, row in rows:
+        name, value = row.get(FILE_NAME), row.get(column) if column else None
+        if not isinstance(name, str) or not name:
+            raise InputError(
+                f"{path}, row {number}: file_name is {name!r}; the name of one file is needed"
+            )
+        if isinstance(value, dict | list):
+            raise InputError(
+                f"{path}, row {number}: the column {column!r} holds {str(value)[:60]}; one class is needed"
+            )
+        if path.suffix == ".jsonl" and isinstance(value, float):
+            value = None if is_missing(value) else str(value)
+        yield _normal(name), _word(value, class_names.get(column or ""))
+
+
+def _word(value: Any, class_names: list[str] | None) -> str | None:
+    if is_missing(value):
+        return None
+    if class_names is not None and isinstance(value, int):
+        return class_names[value] if 0 <= value < len(class_names) else None
+    return word_of(value).strip() or None
+
+
+def _normal(name: str) -> str:
+    """Return a relative path with slashes, as the files of the folder are named."""
+    return str(PurePosixPath(name.replace("\\", "/")))
+
+
+def _text(path: Path) -> str:
+    require_regular(path)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from None
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows with their lines, the header first; empty lines, and lines of spaces, are no rows."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, strict=True)
+            header: list[str] | None = None
+            for cells in reader:
+                if not cells or (len(cells) == 1 and not cells[0].strip()):
+                    continue
+                if header is None:
+                    header = [cell.strip() for cell in cells]
+                    yield reader.line_num, header
+                    continue
+                if len(cells) != len(header):
+                    advice = (
+                        "; put cells with commas into quotation marks"
+                        if len(cells) > len(header)
+                        else ""
+                    )
+                    raise InputError(
+                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}{advice}"
+                    )
+                yield reader.line_num, cells
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from None
+    except csv.Error as error:
+        raise InputError(
+            f"{path} is not readable as CSV: line {reader.line_num}: {error}"
+        ) from None
+
+
+def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    rows = _csv_rows(path)
+    _, header = next(rows)
+    for number, cells in rows:
+        yield number, dict(zip(header, cells, strict=True))
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects with their lines."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise InputError(
+                        f"{path}, line {number}: a JSON object is needed, not {line.strip()[:60]!r}"
+                    )
+                yield number, row
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{path}, line {number}: not readable as JSON ({error}); one object a line is needed"
+        ) from None
+
+
+def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield two columns of the rows, with their numbers from 1."""
+    number = 0
+    columns = [FILE_NAME, *([column] if column else [])]
+    with opened_parquet(str(path)) as parquet:
+        for batch in parquet.iter_batches(_AT_ONCE, columns=columns, use_threads=False):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def _class_names(path: Path) -> dict[str, list[str]]:
+    """Return the columns of a Parquet file whose numbers have class names, and the names."""
+    from datasets import ClassLabel, Features
+
+    with opened_parquet(str(path)) as parquet:
+        features = Features.from_arrow_schema(parquet.schema_arrow)
+    return {
+        name: list(feature.names)
+        for name, feature in features.items()
+        if isinstance(feature, ClassLabel)
+    }

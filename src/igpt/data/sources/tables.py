@@ -1,0 +1,473 @@
+"""Tables of images: Parquet and Arrow files, folders that `datasets` wrote, the Hub; which column is what."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from igpt.data.left_out import COLUMNS, LeftOut, listed
+from igpt.data.sources.folders import Opened, require_known, sort_classes
+from igpt.data.sources.metadata import LABEL
+from igpt.data.sources.readers import (
+    Column,
+    ParquetRows,
+    Reader,
+    TableRows,
+    is_missing,
+    opened_parquet,
+    word_of,
+)
+from igpt.errors import InputError, suggest
+from igpt.files import Stored, read_json, require_regular
+
+_FINE_AND_COARSE = ["coarse_label", "fine_label"]  # CIFAR-100's two sets of classes
+
+
+@dataclass(frozen=True)
+class ArrowTable:
+    """A split that `datasets` holds: memory-mapped, or small and in memory."""
+
+    table: Any
+
+    @property
+    def features(self) -> Mapping[str, Any]:
+        """The columns and their types."""
+        return self.table.features  # type: ignore[no-any-return]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def values(self, column: str) -> set[Any]:
+        """Return all values of a column, missing ones too."""
+        return set(self.table.unique(column))
+
+    def rows(self, image: str, label: Column | None) -> TableRows:
+        """A reader of two columns; no other is touched."""
+        from datasets import Image
+
+        columns = self.table.select_columns([image, label.name] if label else [image])
+        return TableRows(columns.cast_column(image, Image(decode=False)), image, label)
+
+
+@dataclass(frozen=True)
+class ParquetTable:
+    """A split in Parquet files, which are read where they lie: on this machine, or on the Hub."""
+
+    files: tuple[str, ...]
+    counts: tuple[int, ...]
+    features: Mapping[str, Any]
+
+    @classmethod
+    def open(cls, files: Iterable[str], features: Mapping[str, Any] | None) -> "ParquetTable":
+        """Reads the files' ends, which tell their rows and columns."""
+        from datasets import Features
+
+        files = tuple(files)
+
+        def end(file: str) -> tuple[int, Any]:
+            with opened_parquet(file) as parquet:
+                return parquet.metadata.num_rows, parquet.schema_arrow
+
+        with ThreadPoolExecutor(
+            16
+        ) as threads:  # a remote file takes a second, and there may be hundreds
+            ends = list(threads.map(end, files))
+        columns = [Features.from_arrow_schema(schema) for _, schema in ends]
+        for file, found in zip(files, columns, strict=True):
+            if _classes_of(found) != _classes_of(columns[0]):
+                raise InputError(
+                    f"{file} has other columns than {files[0]}, or other class names: {', '.join(found)}"
+                )
+        return cls(files, tuple(count for count, _ in ends), features or columns[0])
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def values(self, column: str) -> set[Any]:
+        """Return all values of a column, missing ones too."""
+        found = set[Any]()
+        for file in self.files:
+            with opened_parquet(file) as parquet:
+                for batch in parquet.iter_batches(columns=[column], use_threads=False):
+                    found |= set(batch[0].unique().to_pylist())
+        return found
+
+    def rows(self, image: str, label: Column | None) -> ParquetRows:
+        """A reader of two columns; no other is touched."""
+        return ParquetRows(self.files, self.counts, image, label)
+
+
+def _classes_of(features: Mapping[str, Any]) -> dict[str, list[str] | None]:
+    return {column: getattr(feature, "names", None) for column, feature in features.items()}
+
+
+Table = ArrowTable | ParquetTable
+
+
+def open_tables(
+    tables: Mapping[str, Table], source: str, image_column: str | None, label_column: str | None
+) -> Opened:
+    """Open all splits, "train" among them, and find their classes.
+
+    Raises:
+        InputError: an ambiguous or missing column, or labels that disagree between splits.
+    """
+    features = tables["train"].features
+    image = _image_column(features, image_column, source)
+    label = _label_column(features, label_column, source)
+    for split, table in tables.items():
+        if image not in table.features or (label is not None and label not in table.features):
+            advice = "; --label-column none leaves labels out" if image in table.features else ""
+            raise InputError(
+                f"{source}: split {split!r} lacks the columns of the training split ({image}, {label}){advice}"
+            )
+    names = _class_names(tables, label, source)
+    typed = label is not None and hasattr(features[label], "names")
+    column = None
+    if label is not None and names is not None:
+        column = Column(
+            label, None if typed else {name: number for number, name in enumerate(names)}
+        )
+    left_out = LeftOut()
+    unused = [name for name in features if name not in (image, label)]
+    if unused:
+        left_out.add(COLUMNS, listed(unused), count=len(unused))
+    notes = list[str]()
+    if label is None and label_column is None and unused:
+        notes.append(
+            f"no labels: {source} has the columns {listed(unused)}; --label-column names one"
+        )
+    readers: dict[str, Reader] = {
+        split: table.rows(image, column) for split, table in tables.items()
+    }
+    return Opened(readers, names, left_out, notes)
+
+
+def _class_names(tables: Mapping[str, Table], label: str | None, source: str) -> list[str] | None:
+    if label is None:
+        return None
+    names = getattr(tables["train"].features[label], "names", None)
+    if names is None:
+        words = {}
+        for split, table in tables.items():
+            values = {value for value in table.values(label) if not is_missing(value)}
+            if any(isinstance(value, float) and not value.is_integer() for value in values):
+                raise _no_classes(label, tables[split].features[label], source)
+            words[split] = set(map(word_of, values))
+        require_known(words["train"], words, source)
+        return sort_classes(words["train"])
+    for split, table in tables.items():
+        others = getattr(table.features[label], "names", None)
+        if others != names:
+            require_known(names, {split: others or []}, source)
+            raise InputError(
+                f"{source}: the labels disagree between splits: {split} numbers the classes otherwise"
+            )
+    return list(names)
+
+
+def _is_image(feature: Any) -> bool:
+    """Whether a column holds images by its type: also the records of encoded images that other tools write."""
+    from datasets import Image
+
+    return isinstance(feature, Image) or (
+        isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    )
+
+
+def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str:
+    if wanted is not None:
+        if wanted not in features:
+            raise InputError(f"{source} has no column {wanted!r}; {suggest(wanted, features)}")
+        # Encoded images or their paths; what it is in truth shows when it is decoded.
+        kind = getattr(features[wanted], "dtype", "")
+        if not _is_image(features[wanted]) and kind not in (
+            "binary",
+            "large_binary",
+            "string",
+            "large_string",
+        ):
+            raise InputError(f"column {wanted!r} of {source} holds {features[wanted]}, not images")
+        return wanted
+    images = [name for name, feature in features.items() if _is_image(feature)]
+    if len(images) != 1:
+        problem = (
+            "no image column" if not images else f"several image columns ({', '.join(images)})"
+        )
+        raise InputError(
+            f"{source} has {problem}; name one with --image-column from: {', '.join(features)}"
+        )
+    return images[0]
+
+
+def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) -> str | None:
+    from datasets import ClassLabel
+
+    if wanted == "none":
+        return None
+    if wanted is not None:
+        if wanted not in features:
+            raise InputError(
+                f"{source} has no column {wanted!r}; {suggest(wanted, [*features, 'none'])}"
+            )
+        kind = getattr(features[wanted], "dtype", "")
+        if not kind.startswith(("int", "uint", "float", "string", "large_string", "bool")):
+            raise _no_classes(wanted, features[wanted], source)
+        return wanted
+    labels = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    if sorted(labels) == _FINE_AND_COARSE:
+        return "fine_label"
+    if len(labels) > 1:
+        raise InputError(
+            f"{source} has several label columns; name one with --label-column from: {', '.join(labels)}"
+        )
+    if labels:
+        return labels[0]
+    kind = getattr(features.get(LABEL), "dtype", "")  # numbers with fractions are no classes
+    return LABEL if kind.startswith(("int", "uint", "string", "large_string", "bool")) else None
+
+
+def _no_classes(column: str, feature: Any, source: str) -> InputError:
+    return InputError(
+        f"column {column!r} of {source} holds {feature}; classes are integers or strings"
+    )
+
+
+def load_file(path: Path) -> dict[str, Table]:
+    """Return the one split of a Parquet or Arrow file, "train".
+
+    Raises:
+        InputError: it is not readable as such.
+    """
+    import datasets
+
+    require_regular(path)
+    if path.suffix == ".parquet":
+        return {"train": _open_parquet([str(path)], None)}
+    datasets.disable_progress_bars()
+    try:
+        return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many types: `datasets`, Arrow and the file system have their own
+        raise InputError(f"{path} is not readable as Arrow: {_reason(error)}") from None
+
+
+def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
+    """Return the splits of a folder of Parquet or of Arrow files, by their own names.
+
+    Parquet is read where it lies.
+
+    Args:
+        files: the Parquet or Arrow files in it, relative to it.
+
+    Raises:
+        InputError: it cannot be loaded, or some of its files have no split.
+    """
+    import datasets
+
+    if "[" in str(path):
+        raise InputError(
+            f"{path}: `datasets` cannot read folders with a '[' in their names; rename it"
+        )
+    for file in files:
+        require_regular(path / file)
+    datasets.disable_progress_bars()
+    try:
+        builder = datasets.load_dataset_builder(str(path.resolve()))
+        used = [str(file) for of_split in builder.config.data_files.values() for file in of_split]
+        wrong = next(
+            (file for file in used if Path(file).suffix not in (".parquet", ".arrow")), None
+        )
+        if wrong:
+            raise InputError(
+                f"{path}: `datasets` takes this for a folder of {Path(wrong).suffix} files ({Path(wrong).name}); "
+                f"move the {Path(files[0]).suffix} files to a folder of their own"
+            )
+        tables = _build(builder)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many types: `datasets`, Arrow and the file system have their own
+        raise InputError(
+            f"cannot load {str(path)!r}: its files are not readable as images ({_reason(error)})"
+        ) from None
+    _require_all(path, files, used)
+    return tables
+
+
+class _SavedDict(Stored):
+    splits: list[str]
+
+
+class _SavedFile(Stored):
+    filename: str
+
+
+class _SavedState(Stored):
+    data_files: list[_SavedFile] = Field(alias="_data_files")
+
+
+class _SavedInfo(Stored):
+    features: dict[str, Any]
+
+
+_DICT, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
+
+
+def is_saved(path: Path) -> bool:
+    """Return whether a folder was written by `save_to_disk` of `datasets`."""
+    return (path / _DICT).exists() or ((path / _STATE).exists() and (path / _INFO).exists())
+
+
+def load_saved(path: Path) -> dict[str, Table]:
+    """Return the splits of a folder that `save_to_disk` of `datasets` wrote, by their own names.
+
+    Raises:
+        InputError: one of its files is missing or malformed; names it.
+    """
+    import datasets
+
+    if not (path / _DICT).exists():
+        return {"train": _load_saved(path)}
+    saved = read_json(path / _DICT, "list of the splits of a saved data set", _SavedDict)
+    for split in saved["splits"]:
+        if "/" in split or split in ("", ".", ".."):
+            raise InputError(f"{path / _DICT} names the split {split!r}, which cannot be a folder")
+    datasets.disable_progress_bars()
+    return {split: _load_saved(path / split) for split in saved["splits"]}
+
+
+def _load_saved(folder: Path) -> Table:
+    import datasets
+
+    state = read_json(folder / _STATE, "state of a saved data set", _SavedState)
+    read_json(folder / _INFO, "description of a saved data set", _SavedInfo)
+    for file in state["_data_files"]:
+        name = file["filename"]
+        if "/" in name or not (folder / name).exists():
+            raise InputError(
+                f"{folder / _STATE} names {name!r}, which is not in {folder}; save the data set again"
+            )
+        require_regular(folder / name)
+    try:
+        return ArrowTable(datasets.Dataset.load_from_disk(str(folder)))
+    except Exception as error:  # of many types: `datasets` checks little of what it reads
+        raise InputError(
+            f"{folder} is not readable as a saved data set: {_reason(error)}"
+        ) from None
+
+
+def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
+    """Return the splits of a data set of the Hub, by their own names: downloaded first, or read there (`stream`).
+
+    Raises:
+        InputError: it cannot be loaded, or it is to be streamed and is not in Parquet.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        return _load_from_hub(name, config, stream=stream)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # of many types: `datasets`, the Hub's client and the network have their own
+        source = f"{name}:{config}" if config else name
+        raise InputError(
+            f"cannot load {source!r}: no such folder here and no such data set within reach of the Hub, or its files "
+            f"are not readable as images ({_reason(error)})"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    import datasets
+
+    cause = (
+        error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
+    )
+    shown = cause or error
+    words = " ".join(str(shown).split())
+    if not words or isinstance(shown, KeyError):
+        words = f"{type(shown).__name__} {words}".strip()
+    return words[:300]
+
+
+def _arrow(loaded: Mapping[str, Any]) -> dict[str, Table]:
+    return {str(split): ArrowTable(table) for split, table in loaded.items()}
+
+
+def _open_parquet(files: Iterable[str], features: Mapping[str, Any] | None) -> ParquetTable:
+    try:
+        return ParquetTable.open(files, features)
+    except InputError:
+        raise
+    except (
+        Exception
+    ) as error:  # a description of columns, which the file carries, may hold anything
+        raise InputError(
+            f"{next(iter(files))} is not readable as Parquet of `datasets`: {_reason(error)}"
+        ) from None
+
+
+def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    if isinstance(builder, Parquet):
+        return {
+            str(split): _open_parquet(list(files), builder.info.features)
+            for split, files in builder.config.data_files.items()
+        }
+    if not local:
+        raise InputError(
+            f"{builder.repo_id} is not in Parquet, and only that is streamed; leave --stream out"
+        )
+    builder.download_and_prepare()
+    return _arrow(builder.as_dataset())
+
+
+def _require_all(folder: Path, there: Sequence[str], used: Sequence[str]) -> None:
+    """Refuse files of which `datasets` would use some, by the splits in their names, or more than there are to use."""
+    listed = {(folder / name).resolve() for name in there}
+    strange = next((file for file in used if Path(file).resolve() not in listed), None)
+    if strange:
+        raise InputError(
+            f"{folder}: `datasets` would read {strange}, which lies in a system folder; remove it"
+        )
+    if len(there) > len(used):
+        names = {Path(file).name for file in used}
+        left = next((name for name in there if Path(name).name not in names), there[-1])
+        raise InputError(
+            f"{folder}: {len(there) - len(used)} of {len(there)} {Path(left).suffix} files have no split in their "
+            f"names, {left} is the first, and others do; name them alike, or give one file"
+        )
+
+
+def _load_from_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
+    import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:  # first of all, once: where there is no network, `load_dataset` tries for half a minute and fills the console
+        if not offline:
+            HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:
+        pass  # the Hub has answered; `load_dataset` says what
+    except (
+        Exception
+    ):  # the network fails in many ways, proxies among them; the cache may have the data set
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        if stream:
+            return _build(datasets.load_dataset_builder(name, config or None), local=False)
+        return _arrow(datasets.load_dataset(name, config or None))
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline

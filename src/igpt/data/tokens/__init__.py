@@ -1,0 +1,1 @@
+"""Token data sets on disk, and batches of them."""

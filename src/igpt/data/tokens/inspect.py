@@ -1,0 +1,102 @@
+"""What is in a token data set, whether all of it is whole, and a sheet of its images.
+
+k colours, C classes.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from igpt.data.images.grid import image_grid
+from igpt.data.left_out import left_out_of
+from igpt.data.tokens.dataset import MANIFEST, TokenDataset
+
+_ROWS, _COLUMNS = 10, 12  # pictures of a sheet
+_NAME = 24  # letters of a class name that are drawn at most
+_AT_ONCE = 2**24  # tokens in memory
+
+
+def inspect(
+    data: TokenDataset, progress: Callable[[int, int], None] | None = None
+) -> dict[str, Any]:
+    """Reads every shard: checksums, images by split and class, the share of each colour among the training pixels.
+
+    Args:
+        progress: called with (images read, images in all).
+
+    Raises:
+        InputError: shards have changed since they were written, or hold what cannot be; the files
+            are named.
+    """
+    data.verify()
+    left_out = left_out_of(data.manifest["made"], str(data.path / MANIFEST))
+    colors, classes = len(data.palette), len(data.class_names or ())
+    total, done = sum(len(data[split]) for split in data), 0
+    at_once = max(1, _AT_ONCE // data.resolution**2)
+    shares = np.zeros(colors, dtype=np.int64)
+    splits = {}
+    for split in data:
+        rows = data[split]
+        counts = np.bincount(rows.labels + 1, minlength=classes + 1)
+        for first in range(0, len(rows), at_once):
+            tokens = rows.rows(np.arange(first, min(first + at_once, len(rows))))
+            if split == "train":
+                shares += np.bincount(tokens.ravel(), minlength=colors)
+            done += len(tokens)
+            if progress:
+                progress(done, total)
+        splits[split] = {
+            "images": len(rows),
+            "unlabelled": int(counts[0]),
+            "per_class": dict(zip(data.class_names or (), counts[1:].tolist(), strict=True)),
+        }
+    shards = [shard for split in data.manifest["splits"].values() for shard in split["shards"]]
+    return {
+        "path": str(data.path),
+        "source": data.manifest["source"],
+        "resolution": data.resolution,
+        "colors": colors,
+        "fingerprint": data.palette.fingerprint,
+        "shards": len(shards),
+        "bytes": sum(size for shard in shards for size in shard["bytes"].values()),
+        "splits": splits,
+        "color_share": (shares / max(1, shares.sum())).round(6).tolist(),
+        "left_out": left_out.to_json(),
+        "made": {"config": {}, "palette_error": {}, "skipped": []} | data.manifest["made"],
+    }
+
+
+def sheet(data: TokenDataset) -> Image.Image:
+    """Training images, the classes row by row with their names, or a mixture where there are none."""
+    train, names = data["train"], data.class_names
+    rows: list[tuple[str, Any]]
+    if names and (train.labels >= 0).any():
+        present = np.unique(train.labels[train.labels >= 0])
+        shown = present[np.unique(np.arange(_ROWS) * len(present) // _ROWS)]
+        rows = [
+            (names[number], np.flatnonzero(train.labels == number)[:_COLUMNS]) for number in shown
+        ]
+    else:
+        spread = np.unique(np.arange(_ROWS * _COLUMNS) * len(train) // (_ROWS * _COLUMNS))
+        rows = [("", spread[first : first + _COLUMNS]) for first in range(0, len(spread), _COLUMNS)]
+    side = data.resolution
+    pictures = [
+        list(data.palette.inverse_transform(train.rows(chosen)).reshape(-1, side, side, 3))
+        for _, chosen in rows
+    ]
+    grid = image_grid(pictures)
+    if not any(name for name, _ in rows):
+        return grid
+    font = ImageFont.load_default(14)
+    rows = [
+        (name if len(name) <= _NAME else f"{name[: _NAME - 3]}...", chosen) for name, chosen in rows
+    ]
+    margin = 12 + max(int(font.getlength(name)) for name, _ in rows)
+    canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    canvas.paste(grid, (margin, 0))
+    pen, height = ImageDraw.Draw(canvas), grid.height / len(rows)
+    for number, (name, _) in enumerate(rows):
+        pen.text((margin - 8, (number + 0.5) * height), name, fill="black", font=font, anchor="rm")
+    return canvas

@@ -1,0 +1,367 @@
+"""Multinomial logistic regression on features: its optimum by L-BFGS, or momentum SGD where there are too many rows.
+
+N rows, D features, C classes, S settings (strengths or learning rates) that are fitted at once,
+since reading the rows
+is what takes the time: every row that is read serves all of them.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igpt.data.tokens.batches import batch_rows
+from igpt.errors import InputError
+from igpt.evaluation.features import Rows
+
+_ROWS = 4096  # at a time
+_HISTORY = 10  # pairs that L-BFGS remembers
+# features at most whose covariance is diagonalised: beyond, that takes longer than it saves
+_ROTATED = 4096
+_SUFFICIENT, _NOISE = 1e-4, 1e-7  # least share of the expected decrease; rounding of a loss
+_SGD_CONVERGED = 1e-2  # of the gradient's norm at the start
+
+
+@dataclass(frozen=True)
+class Classifiers:
+    """S linear classifiers on standardised features: softmax(coef (x - mean) / scale + intercept).
+
+    Attributes:
+        mean, scale: of the features they were fitted to, [D].
+        coef, intercept: [S, C, D] and [S, C], as in scikit-learn's LogisticRegression with one row
+            a class.
+        loss: what each minimises, a mean over rows, [S].
+        converged: whether the gradient has come below the tolerance.
+        iterations: of the solver.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    coef: Tensor
+    intercept: Tensor
+    loss: Tensor
+    converged: list[bool]
+    iterations: list[int]
+
+    def only(self, setting: int) -> "Classifiers":
+        """One of them."""
+        some = slice(setting, setting + 1)
+        return replace(
+            self,
+            coef=self.coef[some],
+            intercept=self.intercept[some],
+            loss=self.loss[some],
+            converged=self.converged[some],
+            iterations=self.iterations[some],
+        )
+
+    def predict(self, features: Rows) -> NDArray[np.int64]:
+        """The likeliest class of every row, by each classifier: [N, D] -> [S, N].
+
+        Raises:
+            InputError: features that are not finite.
+        """
+        settings, classes, width = self.coef.shape
+        weights = self.coef.reshape(-1, width).t()
+        found = []
+        for rows in _read(features, self.mean.device):
+            if not bool(rows.isfinite().all()):
+                raise InputError("features are not finite; the model's weights are broken")
+            logits = torch.addmm(
+                self.intercept.reshape(-1), (rows - self.mean) / self.scale, weights
+            )
+            found.append(logits.view(-1, settings, classes).argmax(dim=2))
+        return torch.cat(found).t().cpu().numpy()
+
+
+def fit_lbfgs(
+    features: Rows,
+    labels: NDArray[np.int64],
+    strengths: Sequence[float],
+    *,
+    device: torch.device | None = None,
+    tolerance: float = 1e-5,
+    max_iterations: int = 1000,
+) -> Classifiers:
+    """The optimum of L2-regularised logistic regression for every strength.
+
+    What is minimised is scikit-learn's objective with a mean over rows, for standardised features:
+    cross-entropy +
+    |coef|^2 / (2 C N), the intercept free. For two classes this too is scikit-learn's, whose one
+    row of coefficients is the difference of the two here.
+
+    The features are rotated to their principal axes, which leaves the penalty as it is, and scaled
+    there by the curvature of the loss at the start, so that L-BFGS needs some tens of iterations
+    where it needs hundreds without.
+
+    Args:
+        labels: 0 .. C - 1, [N].
+        strengths: scikit-learn's C, inverse strengths of the regularisation.
+        device: where to compute (default: the CPU).
+        tolerance: of the gradient's norm in the scaled coordinates, relative to a loss below 1.
+
+    Raises:
+        InputError: features that are not finite.
+    """
+    count, classes = len(labels), int(labels.max()) + 1
+    place = device or torch.device("cpu")
+    mean, scale = moments(features, place)
+    rows, axes, variances = _rotated(features, mean, scale)
+    targets = torch.from_numpy(labels).to(place)
+    penalty = torch.tensor(
+        [(2 if classes == 2 else 1) / (strength * count) for strength in strengths]
+    )
+    penalty = penalty.double().to(place)[:, None, None]  # [S, 1, 1]
+    # At the start all classes are alike, and the curvature along each axis is its variance over C.
+    steps = (variances / classes + penalty[:, 0]).rsqrt()[:, :, None]  # [S, D, 1]
+    free = classes**0.5
+
+    def evaluate(point: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        weights = point[:, :-1] * steps[which]  # [A, D, C]
+        loss, slope, tilt = _cross_entropy(rows, targets, weights, point[:, -1] * free)
+        loss = loss + penalty[which, 0, 0] / 2 * weights.square().sum((1, 2))
+        slope = (slope + penalty[which] * weights) * steps[which]
+        return loss, torch.cat([slope, tilt[:, None] * free], dim=1)
+
+    start = torch.zeros(
+        len(strengths), rows.shape[1] + 1, classes, dtype=torch.float64, device=place
+    )
+    point, loss, converged, iterations = _lbfgs(evaluate, start, tolerance, max_iterations)
+    weights = point[:, :-1] * steps
+    coef = (axes @ weights if axes is not None else weights).transpose(1, 2).float()
+    return Classifiers(
+        mean, scale, coef, (point[:, -1] * free).float(), loss, converged, iterations
+    )
+
+
+def _lbfgs(
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    tolerance: float,
+    max_iterations: int,
+) -> tuple[Tensor, Tensor, list[bool], list[int]]:
+    """Minimises S smooth convex functions side by side: their points, values, and whether and after how many steps.
+
+    Args:
+        evaluate: values [A] and gradients of the functions numbered [A], at a point for each.
+        start: [S, ...].
+    """
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return (one * other).sum((1, 2), keepdim=True)  # [S, 1, 1]
+
+    point = start
+    value, gradient = evaluate(point, torch.arange(len(start), device=start.device))
+    curvature = torch.ones_like(dot(start, start))
+    pairs: list[tuple[Tensor, Tensor, Tensor]] = []
+    iterations, stuck = (
+        torch.zeros(len(start), dtype=torch.int64),
+        torch.zeros_like(value, dtype=torch.bool),
+    )
+    for _ in range(max_iterations):
+        live = (gradient.flatten(1).norm(dim=1) > tolerance * value.clamp(max=1)) & ~stuck
+        if not live.any():
+            break
+        direction, taken = -gradient, []
+        for moved, turned, weight in reversed(pairs):
+            share = weight * dot(moved, direction)
+            direction = direction - share * turned
+            taken.append(share)
+        direction = direction * curvature
+        for (moved, turned, weight), share in zip(pairs, reversed(taken), strict=True):
+            direction = direction + (share - weight * dot(turned, direction)) * moved
+        next_point, next_value, next_gradient, moving = _search(
+            evaluate, point, value, gradient, direction, live
+        )
+        stuck |= live & ~moving
+        moved, turned = next_point - point, next_gradient - gradient
+        along = dot(moved, turned)
+        sound = (
+            along > 0
+        )  # rounding may deny it close to the optimum, and those that rest have not moved
+        pairs.append((moved, turned, torch.where(sound, 1 / along, 0.0)))
+        curvature = torch.where(sound, along / dot(turned, turned), curvature)
+        del pairs[:-_HISTORY]
+        point, value, gradient = next_point, next_value, next_gradient
+        iterations += moving.cpu()
+    converged = gradient.flatten(1).norm(dim=1) <= tolerance * value.clamp(max=1)
+    return point, value, converged.tolist(), iterations.tolist()
+
+
+def _search(
+    evaluate: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    point: Tensor,
+    value: Tensor,
+    gradient: Tensor,
+    direction: Tensor,
+    live: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Halves the step of each live function until it decreases enough; where it never does, the point stays."""
+    point, value, gradient = point.clone(), value.clone(), gradient.clone()
+    slope = (direction * gradient).sum((1, 2))
+    length, waiting = torch.ones_like(value), live.clone()
+    for _ in range(20):
+        which = waiting.nonzero()[:, 0]
+        if not len(which):
+            break
+        tried = point[which] + length[which, None, None] * direction[which]
+        found, turned = evaluate(tried, which)
+        allowed = (
+            value[which]
+            + _SUFFICIENT * length[which] * slope[which]
+            + _NOISE * (1 + value[which].abs())
+        )
+        good = found <= allowed
+        done = which[good]
+        point[done], value[done], gradient[done] = tried[good], found[good], turned[good]
+        waiting[done] = False
+        length[waiting] *= 0.5
+    return point, value, gradient, live & ~waiting
+
+
+def _cross_entropy(
+    rows: Tensor, targets: Tensor, weights: Tensor, intercepts: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean cross-entropy [A] and its gradients by weights [A, D, C] and intercepts [A, C], of rows [N, D].
+
+    Products are fp32, sums over blocks of rows fp64.
+    """
+    settings, width, classes = weights.shape
+    flat = weights.permute(1, 0, 2).reshape(width, -1).to(rows.dtype)
+    shift = intercepts.reshape(-1).to(rows.dtype)
+    loss, slope, tilt = (
+        torch.zeros_like(weights[:, 0, 0]),
+        weights.new_zeros(len(shift), width),
+        weights.new_zeros(len(shift)),
+    )
+    for first in range(0, len(rows), _ROWS):
+        block, chosen = rows[first : first + _ROWS], targets[first : first + _ROWS]
+        log_shares = torch.addmm(shift, block, flat).view(-1, settings, classes).log_softmax(dim=2)
+        right = chosen[:, None, None].expand(-1, settings, 1)
+        loss -= log_shares.gather(2, right)[:, :, 0].sum(0, dtype=torch.float64)
+        residual = (
+            log_shares.exp_()
+            .scatter_add_(2, right, log_shares.new_full(right.shape, -1.0))
+            .flatten(1)
+        )
+        slope += residual.t() @ block  # the other way round, a narrow product takes twice the time
+        tilt += residual.sum(0, dtype=torch.float64)
+    slope = slope.view(settings, classes, width).transpose(1, 2)
+    return loss / len(rows), slope / len(rows), tilt.view(settings, classes) / len(rows)
+
+
+def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of every feature, [D] each; of one that does not vary, the deviation counts as 1.
+
+    Raises:
+        InputError: features that are not finite.
+    """
+    mean, square = (
+        torch.zeros(features.shape[1], dtype=torch.float64, device=device) for _ in range(2)
+    )
+    for rows in _read(features, device):
+        mean += rows.sum(0, dtype=torch.float64) / len(features)
+    for rows in _read(features, device):
+        square += (rows - mean).square().sum(0) / len(features)
+    if not bool(square.isfinite().all()):
+        raise InputError(
+            "features of the training images are not finite; the model's weights are broken"
+        )
+    deviation = square.sqrt()
+    constant = deviation <= 1e-6 * mean.abs()  # what rounding leaves
+    return mean.float(), torch.where(constant, 1.0, deviation).float()
+
+
+def _rotated(features: Rows, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Standardised features along their principal axes [N, D], the axes [D, D] (None: left as they are), variances."""
+    count, width = features.shape
+    if width > _ROTATED:
+        rows = torch.cat([(block - mean) / scale for block in _read(features, mean.device)])
+        return rows, None, torch.ones_like(mean, dtype=torch.float64)
+    covariance = torch.zeros(width, width, dtype=torch.float64, device=mean.device)
+    for block in _read(features, mean.device):
+        standard = (block - mean) / scale
+        covariance += standard.t() @ standard
+    variances, axes = torch.linalg.eigh(covariance / count)
+    rows = torch.empty(count, width, device=mean.device)
+    for number, block in enumerate(_read(features, mean.device)):
+        torch.mm(
+            (block - mean) / scale,
+            axes.float(),
+            out=rows[number * _ROWS : number * _ROWS + len(block)],
+        )
+    return rows, axes, variances.clamp(min=0)
+
+
+def _read(features: Rows, device: torch.device) -> Iterator[Tensor]:
+    for first in range(0, len(features), _ROWS):
+        yield torch.from_numpy(np.array(features[first : first + _ROWS], np.float32)).to(device)
+
+
+def fit_sgd(
+    features: Rows,
+    labels: NDArray[np.int64],
+    rates: Sequence[float],
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int = 0,
+    device: torch.device | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Classifiers:
+    """Logistic regression by SGD with momentum 0.9 and a cosine to 0, for every learning rate (paper, section 3.2).
+
+    No more than some thousand rows are held. Features are standardised and divided by sqrt(D), so
+    that an image's have a norm of about 1; nothing is regularised but by the end of the steps.
+
+    Raises:
+        InputError: features that are not finite.
+    """
+    classes, width = int(labels.max()) + 1, features.shape[1]
+    place = device or torch.device("cpu")
+    mean, scale = moments(features, place)
+    divisor = scale * width**0.5
+    peaks = torch.tensor(rates, device=place)[:, None, None]
+    weights = torch.zeros(
+        len(rates), width + 1, classes, device=place
+    )  # the last of D + 1 is the intercept
+    momentum = torch.zeros_like(weights)
+
+    def gradient(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+        block = torch.from_numpy(np.asarray(features[rows])).to(place)
+        block = F.pad((block - mean) / divisor, (0, 1), value=1.0)
+        logits = (block @ weights.permute(1, 0, 2).flatten(1)).view(len(rows), len(rates), classes)
+        log_shares = logits.log_softmax(dim=2)
+        right = torch.from_numpy(labels[rows]).to(place)[:, None, None].expand(-1, len(rates), 1)
+        loss = -log_shares.gather(2, right)[:, :, 0].sum(0, dtype=torch.float64)
+        residual = (
+            log_shares.exp_()
+            .scatter_add_(2, right, log_shares.new_full(right.shape, -1.0))
+            .flatten(1)
+        )
+        return loss, (residual.t() @ block).view(len(rates), classes, width + 1).transpose(1, 2)
+
+    def whole() -> tuple[Tensor, Tensor]:
+        blocks = [
+            np.arange(first, min(first + _ROWS, len(labels)))
+            for first in range(0, len(labels), _ROWS)
+        ]
+        losses, slopes = zip(*map(gradient, blocks), strict=True)
+        return sum(losses) / len(labels), (sum(slopes) / len(labels)).flatten(1).norm(dim=1)
+
+    before = whole()[1]
+    for step in range(steps):
+        _, slope = gradient(np.sort(batch_rows(seed, step, batch_size, len(labels))))
+        momentum.mul_(0.9).add_(slope, alpha=1 / batch_size)
+        weights -= peaks * (0.5 + 0.5 * math.cos(math.pi * step / steps)) * momentum
+        if progress and step % 100 == 99:
+            progress(step + 1, steps)
+    loss, after = whole()
+    coef, intercept = weights[:, :-1].transpose(1, 2) / width**0.5, weights[:, -1]
+    converged = (after <= _SGD_CONVERGED * before).tolist()
+    return Classifiers(mean, scale, coef, intercept, loss, converged, [steps] * len(rates))

@@ -1,0 +1,104 @@
+"""What fine-tuning trains, feeds, validates and tests: a pretrained model with a class head.
+
+B images of a batch, n places. A mask probability of 0 masks nothing.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from igpt.data.tokens.batches import Batch, Batches, to_device
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.errors import InputError
+from igpt.model.classifier import class_logits, predict, with_head
+from igpt.model.directory import weights_sha256
+from igpt.model.objectives import Summed, draw_masks
+from igpt.model.resolution import at_resolution
+from igpt.model.transformer import ImageGPT
+from igpt.statistics import accuracy_of, packed
+from igpt.training.distributed import Team
+
+_MODAL_MASKS = 5  # paper, section 4.6
+
+
+def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
+    """The model that is fine-tuned.
+
+    Raises:
+        InputError: it cannot be read, is broken, or has another palette than the data.
+    """
+    model = ImageGPT.from_pretrained(path)
+    if model.palette is not None:
+        model.palette.require_same(data.palette, "the model", str(data.path))
+    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(
+            f"the weights in {path} are broken: {broken[0]} is not finite ({len(broken)} such)"
+        )
+    return model
+
+
+def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[ImageGPT, str]:
+    """The pretrained weights at the data's resolution, with a class head that starts at zero; their checksum.
+
+    Args:
+        generates: whether the loss reads the generative head; otherwise that is not trained.
+    """
+    pretrained = pretrained_model(path, data)
+    checksum = weights_sha256(pretrained.state_dict())
+    model = with_head(
+        at_resolution(pretrained, data.resolution), tuple(data.class_names or ()), data.palette
+    )
+    model.lm_head.requires_grad_(generates)
+    return model, checksum
+
+
+def training_batch(batches: Batches, mask_probability: float, seed: int, step: int) -> Batch:
+    """Tokens [B, n] and labels [B] of an update; where pixels are masked, the masks [B, n]."""
+    tokens, labels = batches.tokens(step), batches.labels(step)
+    if not mask_probability:
+        return tokens, labels
+    masks = draw_masks(
+        (len(tokens), tokens.shape[1]), mask_probability, np.random.default_rng((seed, step, 2))
+    )
+    return tokens, labels, to_device(masks, batches.device)
+
+
+def validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Batch:
+    """Tokens and labels of some images of the split, in its order."""
+    rows = np.arange(first, last)
+    arrays = split.rows(rows), split.labels_of(rows)
+    return tuple(to_device(array.astype(np.int64), us.device) for array in arrays)
+
+
+def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
+    """Images [B] whose likeliest class is not their label, NaN where logits are not finite; nothing is masked."""
+    logits = class_logits(model, tokens)
+    wrong = (logits.argmax(dim=1) != labels).sum().double()
+    return torch.where(logits.isfinite().all(), wrong, torch.nan), len(tokens)
+
+
+def accuracies(
+    path: Path, test: TokenSplit, us: Team, mask_probability: float, seed: int
+) -> dict[str, Any]:
+    """Accuracy of a classifier on the test images; of one trained on masked images, its modal prediction's too."""
+    model = ImageGPT.from_pretrained(path).to(us.device)
+    rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
+
+    def right(**masking: Any) -> NDArray[np.bool_]:
+        answers = torch.zeros(len(test), dtype=torch.int32, device=us.device)
+        hits = predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)
+        answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
+        return us.sum(answers).cpu().numpy().astype(bool)
+
+    whole = right()
+    result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}
+    result["test_right"] = packed(whole)
+    if mask_probability:
+        masking = {"masks": _MODAL_MASKS, "probability": mask_probability, "seed": seed}
+        result["modal"] = {**masking, **accuracy_of(right(**masking))}
+    return result

@@ -1,0 +1,309 @@
+"""What the web page answers: an image as the model sees it, its losses and class, and drawings as they grow.
+
+B drawings, n places, R resolution.
+"""
+
+import math
+import os
+import reprlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from igpt.config import read_settings
+from igpt.data.images.decode import open_image
+from igpt.data.images.transform import Transform
+from igpt.data.tokens.dataset import MANIFEST, TokenDataset
+from igpt.errors import InputError
+from igpt.evaluation.features import require_match
+from igpt.evaluation.likelihood import summary
+from igpt.evaluation.probe_classifier import Readout
+from igpt.model.classifier import predict
+from igpt.model.images import palette_of, pictures, tokens_of_split
+from igpt.model.objectives import place_losses
+from igpt.model.transformer import ImageGPT
+from igpt.report.figures import encode
+from igpt.sampling.sampler import draw
+from igpt.webapp.guard import mark_used
+
+Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
+GONE = "the image is no longer here: images that nobody uses are deleted after a while; choose it again"
+_FORMATS = (
+    "PNG",
+    "JPEG",
+    "MPO",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "AVIF",
+    "PPM",
+)  # MPO: JPEG of two-lens cameras
+_MOST_PIXELS = 50_000_000
+_TOO_MANY = "the 50 million that the page reads; make it smaller first"
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+_EXAMPLES = 8
+MOST_DRAWINGS, HOTTEST, LARGEST_SEED = 8, 2, 2**53
+
+
+def read(model: ImageGPT, file: str) -> Tensor:
+    """Return an uploaded image at the model's resolution and in its palette: tokens [1, n].
+
+    Raises:
+        InputError: it was deleted, is in a format that the page does not read, has too many pixels,
+            or does not decode.
+    """
+    path = Path(file)
+    mark_used(path)
+    try:
+        encoded = path.read_bytes()
+    except FileNotFoundError:
+        raise InputError(GONE) from None
+    require_moderate(encoded)
+    square = Transform(model.config.resolution)(encoded)
+    return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
+
+
+def require_moderate(encoded: bytes) -> None:
+    """Refuse an image by its header, before it is decoded: a small file may hold more pixels than memory does.
+
+    Raises:
+        InputError: its format is none of those a page is for, it has over 50 million pixels, or its
+            header is damaged.
+    """
+    _require_few(_webp_sides(encoded))
+    try:
+        opened = open_image(encoded)
+    except InputError as error:
+        if "decompression bomb" in str(error):  # Pillow's own limit, 179 million
+            raise InputError(f"the image has far more than {_TOO_MANY}") from None
+        raise
+    if opened.format not in _FORMATS:
+        raise InputError(
+            f"{opened.format} is not read here; choose a file in one of {', '.join(_FORMATS)}"
+        )
+    tags = getattr(
+        opened, "tag_v2", {}
+    )  # TIFF's decoder takes memory for a whole tile, however small the image is
+    _require_few(opened.size)
+    _require_few((int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0))))
+
+
+def _require_few(sides: tuple[int, int]) -> None:
+    pixels = math.prod(sides)
+    if pixels > _MOST_PIXELS:
+        raise InputError(f"the image has {pixels / 1e6:,.0f} million pixels, more than {_TOO_MANY}")
+
+
+def _webp_sides(encoded: bytes) -> tuple[int, int]:
+    """Return width and height of a WebP image, whose decoder takes memory for them when it is opened; of others, 0."""
+    if encoded[:4] != b"RIFF" or encoded[8:12] != b"WEBP" or len(encoded) < 30:
+        return 0, 0
+    if encoded[12:16] == b"VP8X":
+        return 1 + int.from_bytes(encoded[24:27], "little"), 1 + int.from_bytes(
+            encoded[27:30], "little"
+        )
+    if encoded[12:16] == b"VP8L":
+        bits = int.from_bytes(encoded[21:25], "little")
+        return 1 + bits % 2**14, 1 + (bits >> 14) % 2**14
+    return int.from_bytes(encoded[26:28], "little") % 2**14, int.from_bytes(
+        encoded[28:30], "little"
+    ) % 2**14
+
+
+def view(model: ImageGPT, tokens: Tensor) -> Shown:
+    """The model's view of an image, tokens [1, n], no pixel of it hidden."""
+    return {
+        "picture": encode(Image.fromarray(pictures(model, tokens)[0])),
+        "hidden": "0" * tokens.shape[1],
+    }
+
+
+def known_places(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
+    """Return which pixels a drawing keeps, bool [n]: those that are not hidden, or without a view, the first rows.
+
+    Args:
+        rows: whole number from 0 to R.
+        seen: what `view` returns, or None.
+
+    Raises:
+        InputError: one of the two is something else.
+    """
+    n = model.config.n_places
+    if not seen:
+        return (
+            torch.arange(n)
+            < _whole("rows", rows, 0, model.config.resolution) * model.config.resolution
+        )
+    hidden = seen.get("hidden") if isinstance(seen, dict) else None
+    if not isinstance(hidden, str) or len(hidden) != n or set(hidden) - {"0", "1"}:
+        raise InputError(f"hidden pixels are given by {n} characters, 1 for hidden and 0 for kept")
+    return torch.tensor([one == "0" for one in hidden])
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    """Return a whole number.
+
+    Raises:
+        InputError: `value` is something else, or out of range.
+    """
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not low <= value <= high
+        or value % 1
+    ):
+        raise InputError(
+            f"{name}: a whole number from {low} to {high} is needed, not {reprlib.repr(value)}"
+        )
+    return int(value)
+
+
+def drawings(
+    model: ImageGPT,
+    tokens: Tensor,
+    known: Tensor,
+    count: Any,
+    temperature: Any,
+    seed: Any,
+    *,
+    original: bool,
+) -> Iterator[list[Any]]:
+    """Sample the unknown pixels `count` times, all at once; yield the images so far, and words on the progress.
+
+    Closing the iterator ends the work.
+
+    Args:
+        tokens: [1, n].
+        known: the pixels to keep, bool [n].
+        count, temperature, seed: as the page's visitor or a program gives them.
+        original: show the image itself first.
+
+    Raises:
+        InputError: a setting is out of its range.
+    """
+    if seed is None:  # an emptied field
+        raise InputError("give a seed, a whole number from 0")
+    count, seed = _whole("drawings", count, 1, MOST_DRAWINGS), _whole("seed", seed, 0, LARGEST_SEED)
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 <= temperature <= HOTTEST
+    ):
+        shown = reprlib.repr(temperature)
+        raise InputError(f"temperature: a number from 0 to {HOTTEST} is needed, not {shown}")
+    start, side, n = time.monotonic(), model.config.resolution, len(known)
+    first = (
+        _shown(model, tokens, torch.ones(1, n, dtype=torch.bool), ["original"]) if original else []
+    )
+    captions = [f"drawing {number + 1}" for number in range(count)]
+    batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
+    yield [first + _shown(model, batch, settled, captions), "Starting ..."]
+    for state in draw(model, batch, known, temperature=temperature, seed=seed):
+        batch, settled = state.tokens.cpu(), state.known.cpu()
+        whole = settled[0].view(side, side).all(dim=1)
+        if whole.all():
+            continue
+        if model.config.objective == "autoregressive":
+            words = f"Row {int(whole.int().argmin()) + 1} of {side} ..."
+        else:
+            words = f"{float(settled[0, ~known].float().mean()):.0%} of the hidden pixels drawn ..."
+        yield [first + _shown(model, batch, settled, captions), words]
+    many = "1 drawing" if count == 1 else f"{count} drawings"
+    took = f"{many}, seed {seed}, in {time.monotonic() - start:.1f} s."
+    yield [first + _shown(model, batch, torch.ones_like(settled), captions), took]
+
+
+def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
+    """Pictures with captions; places that are not settled are clear."""
+    clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
+    colors = pictures(model, tokens.where(settled, 0))
+    images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
+    return [
+        {
+            "caption": caption,
+            "picture": encode(
+                Image.fromarray(image if image[..., 3].min() == 0 else image[..., :3])
+            ),
+        }
+        for caption, image in zip(captions, images, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
+    """The losses of an image, tokens [1, n], as a picture and in words."""
+    from matplotlib import colormaps
+
+    tokens = tokens.to(model.wte.weight.device)
+    losses = place_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
+    result, blind = summary(losses.mean(keepdims=True)), math.log(model.config.n_colors)
+    shares = (
+        (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)
+    )  # of a palette of one colour: 0
+    colors: NDArray[np.uint8] = (
+        (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
+    )
+    return [{"caption": "loss of each pixel", "picture": encode(Image.fromarray(colors))}], (
+        f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} bits/pixel) on average. Pixels "
+        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or more, as much as a blind "
+        f"guess among {model.config.n_colors} colours."
+    )
+
+
+def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
+    """Return the classifier that a run's probe has left, unless the model is a classifier itself.
+
+    Raises:
+        InputError: it is damaged, or of another model or probe.
+    """
+    if run is None or model.config.class_names is not None:
+        return None
+    readout = Readout.of_probe(run / "probe.json")
+    if readout and (
+        readout.layer > model.config.n_layer or len(readout.mean) != model.config.n_embd
+    ):
+        raise InputError(f"the probe in {run} is of another model; run igpt probe again")
+    return readout
+
+
+def classes(model: ImageGPT, tokens: Tensor, readout: Readout | None) -> dict[str, float]:
+    """The probability of every class, for an image, tokens [1, n]: by a probe's classifier, or the model's own head."""
+    if readout:
+        return dict(
+            zip(readout.class_names, readout.probabilities(model, tokens)[0].tolist(), strict=True)
+        )
+    found = predict(model, tokens.numpy().astype(np.uint16), np.zeros(1, np.int64))
+    return dict(zip(model.config.class_names or (), found.probabilities[0].tolist(), strict=True))
+
+
+def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
+    """Write some test images of the run's tokens as PNG at the model's resolution; none where the tokens are gone.
+
+    Raises:
+        InputError: the run's settings, or the tokens that they name, are damaged.
+    """
+    settings = read_settings(run / "config.yaml") if (run / "config.yaml").is_file() else {}
+    tokens = settings.get("tokens")
+    if not isinstance(tokens, str) or not os.path.isfile(Path(tokens) / MANIFEST):  # noqa: PTH113  is_file may raise
+        return []
+    data = TokenDataset(Path(tokens))
+    try:
+        require_match(model, data)
+    except InputError:  # they were made again since, for another model
+        return []
+    if not len(data["test"]):
+        return []
+    files = []
+    chosen: Any = pictures(model, tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"]))))
+    for number, picture in enumerate(chosen):
+        files.append(folder / f"example-{number + 1}.png")
+        Image.fromarray(picture).save(files[-1])
+    return files

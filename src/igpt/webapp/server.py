@@ -1,0 +1,358 @@
+"""A web page for a trained model (Gradio): it completes, scores and draws images. Nothing leaves the machine."""
+
+import atexit
+import errno
+import html
+import os
+import shutil
+import socket
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from igpt.errors import InputError
+from igpt.interrupts import Terminated
+from igpt.model.images import palette_of
+from igpt.model.transformer import ImageGPT
+from igpt.report.figures import encode
+from igpt.webapp import markup
+from igpt.webapp.about import about
+from igpt.webapp.guard import Guard, names_of
+from igpt.webapp.handlers import (
+    GONE,
+    HOTTEST,
+    LARGEST_SEED,
+    MOST_DRAWINGS,
+    classes,
+    drawings,
+    known_places,
+    read,
+    readout_of,
+    score,
+    view,
+    write_examples,
+)
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+_UPLOAD = 20  # MB at most
+_WAITING = 8  # requests at most in the queue; who comes then is told so
+_AT_ONCE = 2  # drawings at once; further ones wait, and see their place in the queue
+_TURN = "Waiting for a turn ..."  # until the first words of the work
+_UPLOADS = (
+    200  # MB of all uploads; those that were not used for the longest time are deleted beyond it
+)
+_ARRIVAL = 60  # seconds in which the body of a request has to arrive
+_UNUSED = 15 * 60  # seconds after which an upload that nobody uses is deleted from the disk
+_CLEANING = 60  # seconds between two looks for them
+_MB = 1 << 20
+
+
+def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
+    """Return the page, not yet served. Endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
+
+    Args:
+        run: the model's run directory, which the page describes; its test images are the examples.
+
+    Raises:
+        InputError: the model has no palette, gradio is not installed, or a file of the run is
+            damaged.
+    """
+    if find_spec("gradio") is None:
+        raise InputError("the web page needs gradio: pip install 'igpt[app]'")
+    import gradio as gr
+
+    palette_of(model)
+    story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
+    _upload_folder()  # Gradio looks it up when the parts of a page are made
+    page = _page(title="igpt", analytics_enabled=False, delete_cache=(_CLEANING, _UNUSED))
+    with page:
+        if story is None:
+            _workbench(model, run)
+        else:
+            with gr.Tab("Draw"):
+                _workbench(model, run)
+            with gr.Tab("About this model"):
+                gr.HTML(story, apply_default_css=False)
+    page.queue(max_size=_WAITING)
+    return page
+
+
+@cache
+def _upload_folder() -> Path:
+    """Return the folder of all uploads to this process, which only its user may read; it is removed at the end."""
+    parent = os.environ.get("GRADIO_TEMP_DIR") or None
+    if parent is not None:
+        Path(parent).mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="igpt-uploads-", dir=parent))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["GRADIO_TEMP_DIR"] = str(folder)
+    return folder
+
+
+def _page(**settings: Any) -> "gr.Blocks":
+    """Return a page without parts, which answers to unsuitable inputs with words instead of a traceback."""
+    import gradio as gr
+
+    class Page(gr.Blocks):
+        async def preprocess_data(self, block_fn: Any, *inputs: Any, **more: Any) -> Any:
+            if block_fn.fn is None:
+                raise gr.Error("the browser does this by itself", print_exception=False)
+            try:
+                return await super().preprocess_data(block_fn, *inputs, **more)
+            except gr.Error as error:
+                raise gr.Error(error.message, print_exception=False) from None
+            except FileNotFoundError:
+                raise gr.Error(GONE, print_exception=False) from None
+            except Exception as error:
+                said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+                reason = f"these inputs do not fit: {said[:200]}"
+                raise gr.Error(html.escape(reason, quote=False), print_exception=False) from None
+
+    return Page(**settings)
+
+
+def _workbench(model: ImageGPT, run: Path | None) -> None:
+    """The image on the left, what the model draws on the right."""
+    import gradio as gr
+
+    config, scored = model.config, model.config.objective == "autoregressive"
+    readout = readout_of(model, run)
+    classified = readout is not None or config.class_names is not None
+
+    def look(file: str | None) -> Iterator[list[Any]]:
+        def answers() -> Iterator[list[Any]]:
+            yield nothing("" if file is None else "Reading the image ...")
+            if file is not None:
+                tokens = read(model, file)
+                losses, said = score(model, tokens) if scored else ([], "")
+                ranked = [classes(model, tokens, readout)] if classified else []
+                yield [view(model, tokens), said, *[losses] * scored, *ranked]
+
+        def nothing(said: str) -> list[Any]:
+            return [None, said, *[[]] * scored, *[None] * classified]
+
+        yield from _told(answers(), nothing)
+
+    def completions(file: str | None, rows: int, seen: Any, *settings: Any) -> Iterator[list[Any]]:
+        def answers() -> Iterator[list[Any]]:
+            if file is None:
+                raise InputError("choose an image first")
+            tokens = read(model, file)
+            yield from drawings(
+                model, tokens, known_places(model, rows, seen), *settings, original=True
+            )
+
+        yield from _told(answers(), lambda said: [gr.skip(), said])
+
+    def samples(*settings: Any) -> Iterator[list[Any]]:
+        nothing = torch.zeros(1, config.n_places, dtype=torch.long)
+        answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
+        yield from _told(answers, lambda said: [gr.skip(), said])
+
+    plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
+    still = {**plain, "js_on_load": None}
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    gr.Markdown(
+        f"# Completing images\n{millions:.1f} million parameters, trained to predict "
+        f"{'every pixel from those before it' if scored else 'hidden pixels'}, in images of {config.resolution} by "
+        f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle square is brought to "
+        "that size, and the model draws the pixels that you hide."
+    )
+    with gr.Row():
+        with gr.Column(min_width=300):
+            file = gr.File(label=f"Image, at most {_UPLOAD} MB", file_types=["image"], height=140)
+            _examples(model, run, file)
+            rows = gr.Slider(
+                0,
+                config.resolution,
+                config.resolution // 2,
+                step=1,
+                label="Rows to keep",
+                info="What is below them is hidden. Or paint on the picture what shall be hidden."
+                + scored
+                * " The model sees only what lies above a pixel, or left of it in its row.",
+            )
+            with gr.Row():
+                with gr.Column(min_width=200):
+                    seen = gr.HTML(html_template=markup.VIEW, js_on_load=markup.PAINT, **plain)
+                with gr.Column(min_width=200):
+                    lost = gr.HTML([], html_template=markup.PICTURES, visible=scored, **still)
+            said = gr.Markdown()
+            by = f"Class, by a linear probe of layer {readout.layer}" if readout else "Class"
+            label = gr.Label(label=by, num_top_classes=3, visible=classified)
+        with gr.Column(min_width=300):
+            with gr.Row():
+                count = gr.Slider(1, MOST_DRAWINGS, 4, step=1, label="Drawings", min_width=130)
+                info = "1: as learned; 0: the likeliest colours."
+                temperature = gr.Slider(
+                    0, HOTTEST, 1, step=0.05, label="Temperature", info=info, min_width=130
+                )
+            info = "The same seed and settings give the same drawings."
+            seed = gr.Number(
+                0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", info=info
+            )
+            with gr.Row():
+                complete_button = gr.Button("Complete", variant="primary", min_width=80)
+                sample_button = gr.Button("Sample", min_width=80, visible=scored)
+                stop_button = gr.Button("Stop", min_width=80)
+            words = gr.Markdown(elem_classes="igpt-words")
+            drawn = gr.HTML([], html_template=markup.PICTURES, **still)
+    looks = [seen, said, *[lost] * scored, *[label] * classified]
+    looking = file.change(
+        look, file, looks, api_name="score" if scored else "view", show_progress="hidden"
+    )
+    keeping: dict[str, Any] = {
+        "js": markup.KEEP_ROWS,
+        "show_progress": "hidden",
+        "api_visibility": "private",
+    }
+    looking.success(None, [rows, seen], seen, **keeping)
+    rows.change(None, [rows, seen], seen, **keeping)
+    queue: dict[str, Any] = {
+        "concurrency_id": "drawing",
+        "concurrency_limit": _AT_ONCE,
+        "show_progress": "hidden",
+    }
+    settings, results = [count, temperature, seed], [drawn, words]
+    starts: list[tuple[Any, Any, list[Any], str]] = [
+        (complete_button, completions, [file, rows, seen, *settings], "complete")
+    ]
+    if scored:
+        starts.append((sample_button, samples, settings, "sample"))
+    work = []
+    for button, answer, inputs, name in starts:
+        button.click(None, None, words, js=f"() => {_TURN!r}", api_visibility="private")
+        work.append(button.click(answer, inputs, results, api_name=name, **queue))
+    stopping = stop_button.click(None, cancels=work, api_visibility="private")
+    stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
+
+
+def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
+    """Test images to take instead of a file, if the run's tokens are at hand."""
+    import gradio as gr
+
+    folder = tempfile.TemporaryDirectory(prefix="igpt-")
+    paths = [] if run is None else write_examples(model, run, Path(folder.name))
+    if not paths:
+        return
+    shown = [encode(Image.open(path)) for path in paths]
+
+    def choose(event: gr.EventData) -> str:
+        index = getattr(event, "index", None)
+        if type(index) is not int or not 0 <= index < len(paths):
+            raise gr.Error(f"there are {len(paths)} examples", print_exception=False)
+        return str(Path(folder.name) / paths[index].name)
+
+    examples = gr.HTML(
+        shown, html_template=markup.EXAMPLES, js_on_load=markup.CHOOSE, apply_default_css=False
+    )
+    examples.select(choose, None, file, show_progress="hidden", api_visibility="private")
+
+
+def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr.Blocks":
+    """Serve the page at host:port and return it; its `close()` ends it.
+
+    Raises:
+        InputError: the port is in use, nothing can listen at this address, or see `build`.
+    """
+    page = build(model, run)
+    import gradio as gr
+    from starlette.middleware import Middleware
+
+    try:  # Gradio would call every reason a lack of free ports
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, port), family=family) as probe:
+            port = probe.getsockname()[1]  # of 0, any free one
+    except (
+        OSError,
+        OverflowError,
+        TypeError,
+        ValueError,
+    ) as error:  # the last two: no name of a host
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise InputError(
+                f"port {port} of {host} is in use; choose another with --port"
+            ) from None
+        raise InputError(f"the page cannot be served at {host}, port {port}: {error}") from None
+    # Gradio asks its own server whether it is up; no proxy may stand between them.
+    direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "localhost")
+    os.environ["no_proxy"] = ",".join(filter(None, direct))
+    look = gr.themes.Default(
+        primary_hue="blue", font=("system-ui", "sans-serif")
+    )  # no font from elsewhere
+    off = {
+        "share": False,
+        "ssr_mode": False,
+        "run_history": False,
+        "mcp_server": False,
+        "enable_monitoring": False,
+    }
+    options: dict[str, Any] = {
+        **off,
+        "footer_links": ["api"],
+        "max_file_size": f"{_UPLOAD}mb",
+        "css": markup.STYLE,
+    }
+    options |= {
+        "theme": look.set(block_info_text_color="*neutral_500"),
+        "prevent_thread_lock": True,
+        "quiet": True,
+    }
+    # Images are refused by their size anyway, in words.
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    names, any_number = names_of(host)
+    guard = Middleware(
+        Guard,
+        names=names,
+        any_number=any_number,
+        uploads=_upload_folder(),
+        largest=_UPLOAD * _MB,
+        most=_UPLOADS * _MB,
+        seconds=_UNUSED,
+        arrival=_ARRIVAL,
+    )
+    options["app_kwargs"] = {"middleware": [guard]}
+    page.launch(server_name=f"[{host}]" if ":" in host else host, server_port=port, **options)
+    return page
+
+
+def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> None:
+    """Serve the page at host:port until Ctrl-C.
+
+    Raises:
+        InputError: see `start`.
+        Terminated: on SIGTERM.
+    """
+    page = start(model, host, port, run)
+    try:
+        print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
+        while True:
+            time.sleep(1)
+    except Terminated:
+        raise
+    except KeyboardInterrupt:
+        return
+    finally:
+        page.close(verbose=False)
+
+
+def _told(answers: Iterator[Any], on_page: Callable[[str], list[Any]]) -> Iterator[list[Any]]:
+    """Passes answers on, and says a user's mistake in their place and in a note; the page takes words for HTML."""
+    import gradio as gr
+
+    try:
+        yield from answers
+    except InputError as error:
+        said = html.escape(str(error), quote=False)
+        yield on_page(said[:1].upper() + said[1:] + ".")
+        raise gr.Error(said, print_exception=False) from None

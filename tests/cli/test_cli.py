@@ -1,0 +1,706 @@
+"""The command line: a user's mistake is one line and exit code 2; each command does what it says."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from igpt.cli import COMMANDS
+from igpt.cli.run import given, parse, require_writable, run_command
+from igpt.config import Config, read_settings
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.errors import InputError
+from igpt.model.config import ModelConfig
+from igpt.model.transformer import ImageGPT
+from igpt.training.presets import MODELS
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
+    assert done.returncode == 2, (done.stdout, done.stderr)
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    for words in said:
+        assert words in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["prepair"], "no command 'prepair'; did you mean 'prepare'?"),
+        (["prepare", "digits", "--sise", "8", "-o", "x"], "Perhaps you meant: --size"),
+        (["prepare", "digits"], "--out"),
+        (["prepare", "digits", "-o", "x", "--size", "many"], "--size"),
+        (
+            ["prepare", "digits", "-o", "x", "--size", "1"],
+            "size = 1: Input should be greater than or equal to 2",
+        ),
+        (["prepare", "digits", "-o", "x", "--filter", "sinc"], "--filter"),
+        (["prepare", "no/such/folder", "-o", "x"], "no/such/folder"),
+        (["prepare", "./nothing", "-o", "x"], "no folder or file ./nothing"),
+        (
+            ["pretrain", "t", "-o", "x", "--model", "igpt-x"],
+            "no preset 'igpt-x'; did you mean 'igpt-xl'?",
+        ),
+        (["pretrain", "t", "-o", "x"], "name a model: --model PRESET"),
+        (
+            ["pretrain", "t", "-o", "x", "--model", "tiny"],
+            "no token data set at t: dataset.json is missing",
+        ),
+        (
+            ["pretrain", "t", "-o", "x", "--model", "tiny", "--device", "cuda"],
+            "there is no GPU here",
+        ),
+        (
+            ["pretrain", "t", "-o", "x", "--config", "none.yaml"],
+            "no settings file at .: none.yaml is missing",
+        ),
+        (["probe", "./model", "t"], "no model directory model"),
+        (["sample", "/none"], "no model directory /none"),
+        (["report", "none"], "none"),
+        (["import", "none/model.ckpt", "-o", "x"], "model.ckpt"),
+    ],
+)
+def test_mistakes_are_one_line(
+    igpt, words: list[str], said: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "cuda" in words:
+        import torch
+
+        if torch.cuda.is_available():
+            said = "no token data set"
+    assert_refused(igpt(*words), said)
+    assert list(tmp_path.iterdir()) == [], "something was left behind"
+
+
+def test_unknown_key_in_a_settings_file(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("learning_rat: 0.1\n")
+    done = igpt(
+        "pretrain",
+        digits.path,
+        "-o",
+        tmp_path / "run",
+        "--model",
+        "tiny",
+        "--config",
+        tmp_path / "my.yaml",
+    )
+    assert_refused(done, "unknown key 'learning_rat'", "did you mean 'learning_rate'?")
+
+
+def test_preset_then_file_then_flags(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("n_layer: 1\nn_embd: 16\nsteps: 3\nlearning_rate: 0.01\n")
+    words = [
+        "-o",
+        tmp_path / "run",
+        "--model",
+        "tiny",
+        "--config",
+        tmp_path / "my.yaml",
+        "--learning-rate",
+        "0.02",
+    ]
+    assert igpt("pretrain", digits.path, *words, "--validation-images", 8).returncode == 0
+    settings = read_settings(tmp_path / "run" / "config.yaml")
+    assert settings["n_head"] == MODELS["tiny"]["n_head"]
+    assert (settings["n_layer"], settings["steps"], settings["learning_rate"]) == (1, 3, 0.02)
+    assert settings["precision"] in ("bf16", "fp32"), "the recorded settings are resolved"
+
+
+def test_wrong_heads_are_refused_before_anything_is_written(
+    igpt, digits: TokenDataset, tmp_path: Path
+) -> None:
+    done = igpt("pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--n-head", "3")
+    assert_refused(done, "3 heads do not divide a width of 64")
+    assert not (tmp_path / "run").exists()
+
+
+def test_truncated_shard_and_truncated_weights(
+    igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(digits.path, tmp_path / "tokens")
+    os.truncate(tmp_path / "tokens" / "train-00000.tokens.npy", 5000)
+    done = igpt("pretrain", tmp_path / "tokens", "-o", tmp_path / "run", "--model", "tiny")
+    assert_refused(done, "train-00000.tokens.npy is damaged: 5000 bytes")
+    assert not (tmp_path / "run").exists()
+    shutil.copytree(short_run / "model", tmp_path / "model")
+    os.truncate(tmp_path / "model" / "model.safetensors", 5000)
+    assert_refused(igpt("sample", tmp_path / "model"), "model.safetensors is damaged")
+
+
+def test_model_and_tokens_that_differ(
+    igpt, short_run: Path, photographs: Path, tmp_path: Path
+) -> None:
+    other, wide = tmp_path / "other", tmp_path / "wide"
+    assert igpt("prepare", photographs, "-o", other, "--size", 8, "--colors", 17).returncode == 0
+    assert (
+        igpt(
+            "prepare", photographs, "-o", wide, "--size", 12, "--palette", short_run / "model"
+        ).returncode
+        == 0
+    )
+    mine, theirs = (
+        ImageGPT.from_pretrained(short_run / "model").palette,
+        TokenDataset(other).palette,
+    )
+    for command in ("probe", "score"):
+        assert_refused(
+            igpt(command, short_run, other), mine.fingerprint[:12], theirs.fingerprint[:12]
+        )
+        assert_refused(igpt(command, short_run, wide), "the model sees 8 px", "12 px")
+
+
+def test_bert_model_is_not_sampled_as_autoregressive(
+    igpt, digits: TokenDataset, tmp_path: Path
+) -> None:
+    shape = {
+        "resolution": 8,
+        "n_colors": 17,
+        "n_layer": 1,
+        "n_embd": 16,
+        "n_head": 2,
+        "objective": "bert",
+    }
+    ImageGPT(ModelConfig.layered(shape), digits.palette).save_pretrained(tmp_path / "bert")
+    for command in (
+        ["score", tmp_path / "bert", digits.path],
+        ["sample", tmp_path / "bert", "-o", tmp_path / "s.png"],
+    ):
+        assert_refused(igpt(*command), "trained as 'autoregressive'; this one is 'bert'")
+    assert not (tmp_path / "s.png").exists()
+    done = igpt(
+        "complete",
+        tmp_path / "bert",
+        "--tokens",
+        digits.path,
+        "--count",
+        2,
+        "-o",
+        tmp_path / "c.png",
+    )
+    assert done.returncode == 0, done.stderr  # BERT models fill instead
+
+
+def test_samples_are_seeded_pictures(igpt, short_run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        done = igpt(
+            "sample", short_run, "-o", tmp_path / f"{name}.png", "--count", 3, "--seed", seed
+        )
+        assert done.returncode == 0, done.stderr
+        pictures.append(np.asarray(Image.open(tmp_path / f"{name}.png")))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+    assert json.loads((tmp_path / "a.json").read_text())["seed"] == 0
+
+
+def test_completion_keeps_the_upper_rows_of_files(igpt, short_run: Path, tmp_path: Path) -> None:
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 50), dtype=np.uint8)).save(
+        tmp_path / "wide.png"
+    )
+    done = igpt(
+        "complete", short_run, tmp_path / "wide.png", "-o", tmp_path / "out.png", "--keep-rows", 3
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out.png").size[0] > 5 * 8
+    (tmp_path / "text.png").write_text("no picture")
+    assert_refused(igpt("complete", short_run, tmp_path / "text.png"), "text.png", "not an image")
+    assert_refused(igpt("complete", short_run, tmp_path / "none.png"), "no such file")
+    assert_refused(igpt("complete", short_run), "give image files")
+    assert_refused(igpt("complete", short_run, tmp_path / "wide.png", "--keep-rows", 9), "0..8")
+
+
+def test_numbers_out_of_range_are_refused(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    tiny = ["pretrain", digits.path, "-o", run, "--model", "tiny"]
+    assert_refused(igpt(*tiny, "--betas", "0.9", "1.0"), "betas")
+    assert_refused(igpt(*tiny, "--seed", 10**20), "seed")
+    assert not run.exists()
+    assert_refused(igpt("sample", short_run, "--seed", 10**20), "a seed lies in")
+    assert_refused(igpt("probe", short_run, digits.path, "--limit", -5), "limit = -5")
+    assert_refused(igpt("probe", short_run, digits.path, "--seed", -1), "seed = -1")
+    assert_refused(
+        igpt("prepare", "digits", "-o", tmp_path / "t", "--workers", 0), "at least one worker"
+    )
+    assert_refused(igpt("sample", short_run, "-o", tmp_path / "s.json"), ".png")
+    assert_refused(
+        igpt("probe", short_run, digits.path, "--no-baselines", "-o", tmp_path), "is a folder"
+    )
+    assert_refused(
+        igpt("sample", short_run, "--count", 10**12, "-o", tmp_path / "s.png"),
+        "do not fit one picture",
+    )
+
+
+def test_a_tiny_temperature_is_nearly_greedy(igpt, short_run: Path, tmp_path: Path) -> None:
+    pictures = []
+    for temperature in ("0", "1e-42"):
+        path = tmp_path / f"{temperature}.png"
+        assert (
+            igpt(
+                "sample", short_run, "-o", path, "--temperature", temperature, "--count", 2
+            ).returncode
+            == 0
+        )
+        pictures.append(np.asarray(Image.open(path)))
+    assert np.array_equal(*pictures)
+
+
+def test_help_and_version(igpt) -> None:
+    assert "usage: igpt COMMAND" in igpt().stdout
+    for name in COMMANDS:
+        assert f"  {name} " in igpt("--help").stdout
+    assert igpt("--version").stdout.strip()
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from igpt.cli import main
+
+    assert main([name, "--help"]) == 0
+    assert f"usage: igpt {name}" in capsys.readouterr().out
+
+
+def test_output_into_a_closed_pipe_is_quiet() -> None:
+    done = subprocess.run(
+        f"{sys.executable} -m igpt --help | head -1; echo ${{PIPESTATUS[0]}}",
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        text=True,
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_completing_by_a_mask_keeps_its_dark_pixels(
+    igpt: Callable[..., subprocess.CompletedProcess[str]], short_run: Path, tmp_path: Path
+) -> None:
+    picture, mask, out = tmp_path / "picture.png", tmp_path / "mask.png", tmp_path / "out.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)).save(picture)
+    hidden = np.zeros((8, 8), np.uint8)
+    hidden[2:5, 3:6] = 255
+    Image.fromarray(hidden).save(mask)
+    done = igpt(
+        "complete",
+        short_run,
+        picture,
+        "--mask",
+        mask,
+        "--completions",
+        2,
+        "-o",
+        out,
+        "--precision",
+        "fp32",
+    )
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(out.with_suffix(".json").read_text())
+    assert settings["kept_pixels"] == 64 - 9
+    assert settings["precision"] == "fp32"
+    both = igpt("complete", short_run, picture, "--mask", mask, "--keep-rows", 2, "-o", out)
+    assert both.returncode == 2
+    assert "not both" in both.stderr
+
+
+def settings_of(command: str) -> type[Config] | None:
+    module, _, name = COMMANDS[command][1].partition(":")
+    return getattr(import_module(module), name) if name else None
+
+
+def switches() -> list[tuple[str, str]]:
+    """Every setting of every command that is true or false."""
+    found = []
+    for command in COMMANDS:
+        settings = settings_of(command)
+        fields = settings.model_fields if settings else {}
+        found += [(command, name) for name, field in fields.items() if field.annotation is bool]
+    return found
+
+
+WORDS = {
+    "pretrain": ["t", "-o", "x"],
+    "finetune": ["m", "t", "-o", "x"],
+    "probe": ["m", "t"],
+    "features": ["m", "s"],
+}
+WORDS |= {"score": ["m", "s"], "palette": ["s"], "prepare": ["s", "-o", "x"], "plan": ["tiny"]}
+WORDS["features"] += ["-o", "x.npz"]
+
+
+def test_the_switches_are_found() -> None:
+    assert set(switches()) >= {
+        ("pretrain", "flip"),
+        ("pretrain", "start_from_palette"),
+        ("pretrain", "value_residual"),
+        ("pretrain", "qk_norm"),
+        ("finetune", "flip"),
+        ("finetune", "fold_back"),
+        ("probe", "fold_back"),
+        ("probe", "baselines"),
+        ("prepare", "stream"),
+        ("prepare", "full_decode"),
+    }
+
+
+@pytest.mark.parametrize(("command", "name"), switches())
+def test_a_flag_overrides_a_preset_and_a_file_both_ways(
+    command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    function, place = COMMANDS[command]
+    settings = settings_of(command)
+    assert settings is not None
+    required = {
+        key: Path("x") for key, field in settings.model_fields.items() if field.is_required()
+    }
+    required |= {key: 1 for key in ("n_colors", "resolution") if key in required}
+    default = settings.model_fields[name].default
+    flag = name.replace("_", "-")
+    for below in (None, True, False):
+        layer = {} if below is None else {name: below}
+        (tmp_path / "my.yaml").write_text(
+            "".join(f"{key}: {str(value).lower()}\n" for key, value in layer.items())
+        )
+        before = default if below is None else below
+        for words, expected in (([], before), ([f"--{flag}"], True), ([f"--no-{flag}"], False)):
+            call = parse(function, place, f"igpt {command}", [*WORDS[command], *words])
+            flags = given(call.keywords["flags"])  # type: ignore[attr-defined]
+            for underneath in (layer, read_settings(tmp_path / "my.yaml") if layer else {}):
+                made = settings.layered(required, underneath, flags)
+                assert getattr(made, name) is expected, (below, words)
+
+
+@pytest.mark.parametrize(("command", "name"), switches())
+def test_a_switch_takes_no_value_and_no_abbreviation(
+    igpt, command: str, name: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flag = name.replace("_", "-")
+    for wrong in (
+        [f"--{flag}", "False"],
+        [f"--{flag}=false"],
+        [f"--no-{flag}", "x"],
+        [f"--{flag[:-1]}"],
+    ):
+        more = ["y"] if command == "classify" else []
+        done = igpt(command, *WORDS[command], *more, *wrong)
+        assert_refused(done, f"see igpt {command} --help")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_presets_flip_is_switched_off(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+    assert MODELS["photos"]["flip"] is True
+    (tmp_path / "off.yaml").write_text("flip: false\nsteps: 1\n")
+    (tmp_path / "one.yaml").write_text("steps: 1\n")
+    small = [
+        "--model",
+        "photos",
+        "--n-layer",
+        1,
+        "--n-embd",
+        16,
+        "--n-head",
+        2,
+        "--validation-images",
+        8,
+    ]
+    cases = (
+        (["one.yaml"], True),
+        (["off.yaml"], False),
+        (["one.yaml", "--no-flip"], False),
+        (["off.yaml", "--flip"], True),
+    )
+    for number, ((config, *flags), expected) in enumerate(cases):
+        run = tmp_path / f"run-{number}"
+        done = igpt(
+            "pretrain", digits.path, "-o", run, *small, "--config", tmp_path / config, *flags
+        )
+        assert done.returncode == 0, done.stderr
+        assert read_settings(run / "config.yaml")["flip"] is expected
+
+
+def test_a_files_switches_of_a_probe_are_overridden(
+    igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
+) -> None:
+    (tmp_path / "off.yaml").write_text(
+        "fold_back: false\nbaselines: false\nstrengths: [0.1]\nlayers: [1]\nlimit: 60\n"
+    )
+    for flags, folded in (([], False), (["--fold-back"], True)):
+        out = tmp_path / "probe.json"
+        done = igpt(
+            "probe", short_run, digits.path, "--config", tmp_path / "off.yaml", "-o", out, *flags
+        )
+        assert done.returncode == 0, done.stderr
+        result = json.loads(out.read_text())
+        assert result["config"]["fold_back"] is folded
+        assert not result["config"]["baselines"]
+
+
+FOLDERS = {
+    "demo": ["demo"],
+    "reproduce": ["reproduce"],
+    "prepare": ["prepare", "digits"],
+    "pretrain": ["pretrain", "t", "--model", "tiny"],
+    "finetune": ["finetune", "m", "t"],
+    "import": ["import", "model.ckpt"],
+}
+FILES = {
+    "palette": ["palette", "digits"],
+    "inspect": ["inspect", "t"],
+    "plan": ["plan", "tiny"],
+    "classify": ["classify", "m", "a.png"],
+    "probe": ["probe", "m", "t"],
+    "score": ["score", "m", "s"],
+    "evaluate": ["evaluate", "m", "n"],
+    "features": ["features", "m", "s"],
+    "sample": ["sample", "m"],
+    "complete": ["complete", "m", "a.png"],
+}
+
+
+def test_every_output_is_in_the_tables() -> None:
+    with_out = {
+        name for name, (function, _) in COMMANDS.items() if "out" in function.__annotations__
+    }
+    assert with_out == {*FOLDERS, *FILES}
+
+
+@pytest.mark.parametrize("command", [*FOLDERS, *FILES])
+def test_outputs_that_cannot_be_written_are_refused_first(
+    igpt, command: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("old")
+    Path("loop").symlink_to("loop")
+    Path("dangling").symlink_to("nowhere")
+    os.mkfifo("fifo")
+    wrong = [
+        "/",
+        "",
+        ".",
+        "..",
+        "file/x",
+        "loop",
+        "/dev/null/x",
+        "n" * 250,
+        "x/" * 3000,
+        f"new/{'n' * 300}",
+        "loop/x",
+    ]
+    wrong += ["dangling/x", "dangling/x/y"] if command in FILES else []
+    wrong += ["/proc/self/nothing/x"] if os.geteuid() else []
+    wrong += (
+        ["file", "fifo", "/dev/null"] if command in FOLDERS else ["fifo", "/dev/full", "socket"]
+    )
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for out in wrong:
+            done = igpt(*(FOLDERS | FILES)[command], "-o", out)
+            assert_refused(done)
+            assert "no model directory" not in done.stderr, out
+            assert len(done.stderr) < 1000
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "dangling",
+        "file",
+        "fifo",
+        "loop",
+        "socket",
+    }
+    assert Path("file").read_text() == "old"
+
+
+READ_ONLY = """
+import contextlib, io, json, os, sys
+from igpt.cli import main
+
+def refused(words):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        return [main(words), err.getvalue()]
+
+commands = json.loads(sys.argv[1])
+for words in commands:  # imports what the commands need, which another user may not be able to read
+    refused([*words, "-o", "/dev/null/x"])
+if os.geteuid() == 0:  # nothing is read-only for root
+    os.setgroups([])
+    os.setgid(65534)
+    os.setuid(65534)
+print(json.dumps([refused([*words, "-o", "closed/x"]) for words in commands]))
+"""
+
+
+def test_outputs_in_a_read_only_folder_are_refused_first() -> None:
+    commands = FOLDERS | FILES
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
+        Path(home).chmod(0o755)
+        Path(home, "closed").mkdir(mode=0o555)
+        words = json.dumps(list(commands.values()))
+        done = subprocess.run(
+            [sys.executable, "-c", READ_ONLY, words], cwd=home, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        answers = json.loads(done.stdout)
+        assert list(Path(home).rglob("*")) == [Path(home, "closed")]
+    for command, (code, said) in zip(commands, answers, strict=True):
+        assert code == 2, (command, said)
+        assert len(said.strip().splitlines()) == 1, said
+        assert "cannot be written" in said, (command, said)
+
+
+def test_an_existing_folder_needs_no_permission_in_the_folder_around_it() -> None:
+    """A mounted folder can be written to, even if nothing can be made next to it."""
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from igpt.cli.run import require_writable_folder\n"
+        "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write everywhere
+        "for name in sys.argv[1:]:\n"
+        "    try: require_writable_folder(Path(name))\n"
+        "    except ValueError as error: print(error)\n"
+        "    else: print('fine')\n"
+    )
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
+        Path(home).chmod(0o755)
+        around = Path(home, "around")
+        for name, mode in (("mounted", 0o777), ("mounted/closed", 0o555)):
+            (around / name).mkdir(parents=True)
+            (around / name).chmod(mode)
+        (around / "file").touch()
+        around.chmod(0o555)
+        names = ("mounted", "mounted/run", "mounted/closed", "run", "file/run")
+        words = [str(around / name) for name in names]
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True
+        )
+        around.chmod(0o755)
+    assert done.stdout.splitlines() == [
+        "fine",
+        "fine",
+        f"{words[2]} cannot be written: you have no permission to write in {words[2]}",
+        f"{words[3]} cannot be written: you have no permission to write in {around}",
+        f"{words[4]} cannot be written: {around / 'file'} is not a folder",
+    ], done.stderr
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 255])
+def test_names_have_the_usual_length_where_the_file_system_states_none(
+    limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "pathconf", lambda *_: limit)
+    require_writable(tmp_path / ("x" * 215))
+    with pytest.raises(InputError, match="a name has at most 215 bytes"):
+        require_writable(tmp_path / ("x" * 216))
+
+
+def test_too_little_memory_is_said_without_flags_that_the_command_may_not_have(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fail() -> None:
+        raise MemoryError
+
+    assert run_command({"fail": (fail, "igpt.config")}, ["fail"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "igpt fail: out of memory; try fewer or smaller images at a time\n"
+    )
+
+
+def test_files_are_written_through_links(igpt, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "there" / "plan.json")
+    for _ in range(2):
+        assert igpt("plan", "tiny", "-o", tmp_path / "link.json").returncode == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "there" / "plan.json").read_text())["preset"] == "tiny"
+
+
+BIG = "9" * 23
+TRAIN = ["pretrain", "t", "-o", "x", "--model", "tiny"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(
+            [*TRAIN, f"--{flag}", value]
+            for flag in ("steps", "seed", "n-layer")
+            for value in ("1e9999", "nan", "", "-1")
+        ),
+        [*TRAIN, "--seed", BIG],
+        [*TRAIN, "--seed", "9" * 5000],
+        *([*TRAIN, "--learning-rate", value] for value in ("nan", "1e9999", "", "-inf")),
+        *([*TRAIN, "--betas", "0.9", value] for value in ("nan", "1e9999", "")),
+        ["prepare", "digits", "-o", "x", "--size", BIG],
+        ["prepare", "digits", "-o", "x", "--workers", "1e9999"],
+        ["prepare", "digits", "-o", "x", "--shard", f"1/{'9' * 5000}"],
+        ["prepare", "digits", "-o", "x", "--shard", "²/3"],
+        *(["reproduce", "-o", "x", "--minutes", value] for value in ("nan", "inf", "0", "1e9999")),
+        ["reproduce", "-o", "x", "--jobs", "0"],
+        ["score", "m", "s", "--limit", "0"],
+        ["plan", ""],
+        ["plan", "tiny", "--gpus", BIG],
+        ["app", "m", "--port", "x"],
+        [""],
+        ["--config"],
+    ],
+    ids=lambda words: " ".join(words)[:60],
+)
+def test_numbers_that_are_none_are_one_line(
+    igpt, words: list[str], tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = igpt(*words)
+    assert_refused(done)
+    assert len(done.stderr) < 12_000
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("flag", ["temperature", "top-p", "top-k", "seed", "count"])
+@pytest.mark.parametrize("value", ["nan", "1e9999", "", "-1", BIG])
+def test_numbers_of_a_drawing_that_are_none_are_one_line(
+    igpt, short_run: Path, flag: str, value: str, tmp_path: Path
+) -> None:
+    done = igpt("sample", short_run, "-o", tmp_path / "s.png", f"--{flag}", value)
+    if value == BIG and flag in ("temperature", "top-k"):  # of any height, both mean something
+        assert done.returncode == 0, done.stderr
+        return
+    assert_refused(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_settings_files_that_are_none_are_refused_quickly(
+    igpt, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo.yaml")
+    Path("folder.yaml").mkdir()
+    with Path("huge.yaml").open("wb") as file:
+        file.truncate(1 << 30)
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x, x]\n"
+    for level in range(1, 30):
+        name, below = (
+            chr(ord("a") + number % 26) * (1 + number // 26) for number in (level, level - 1)
+        )
+        bomb += f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n"
+    Path("bomb.yaml").write_text(bomb + f"steps: *{name}\n")
+    Path("deep.yaml").write_text("steps: " + "[" * 100_000)
+    Path("deep.json").write_text('{"steps": ' + "[" * 100_000)
+    Path("date.yaml").write_text("seed: 2020-13-45\n")
+    Path("digits.yaml").write_text(f"seed: {'9' * 5000}\n")
+    Path("list.yaml").write_text("- a\n")
+    Path("latin.yaml").write_bytes(b"steps: 1 # \xe9\n")
+    known = {path.name for path in tmp_path.iterdir()}
+    for config in (*sorted(known), "missing.yaml", "", "/dev/zero", "n" * 300):
+        assert_refused(igpt(*TRAIN, "--config", config))
+    assert {path.name for path in tmp_path.iterdir()} == known

@@ -1,0 +1,132 @@
+"""The whole story at toy length, on digits and on a folder of photographs; interrupted, it goes on."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from igpt.cli import demo
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.evaluation.probe_classifier import Readout
+from igpt.files import read_json
+
+
+@pytest.fixture(autouse=True)
+def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the demo draws and probes, in small."""
+    for name, number in (
+        ("_PROBE_IMAGES", 150),
+        ("_COMPLETED", 2),
+        ("_COMPLETIONS", 2),
+        ("_SAMPLES", 4),
+    ):
+        monkeypatch.setattr(demo, name, number)
+
+
+def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
+    done = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "validation loss, nats/pixel",
+        "unigram",
+        "uniform",
+        "raw pixels",
+        "untrained",
+        "chosen on",
+        "report",
+    ):
+        assert words in done.stdout, words
+    assert (tmp_path / "run" / "report.html").exists()
+    before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
+    again = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before, (
+        "done twice"
+    )
+    for words in (["--steps", 4], []):
+        other = igpt("demo", "-o", tmp_path / "run", *words)
+        assert (other.returncode, other.stderr.count("\n")) == (2, 1)
+        assert re.search(
+            r"run was trained with steps = 3, not \d+; give --steps 3, or choose another -o",
+            other.stderr,
+        )
+    assert Readout.of_probe(tmp_path / "run" / "probe.json") is not None
+    assert not list((tmp_path / "run").glob(".*")), "no lock and nothing hidden is left"
+
+
+def test_the_story_of_photographs(igpt, photographs: Path, tmp_path: Path) -> None:
+    done = igpt("demo", "--data", photographs, "-o", tmp_path / "run", "--steps", 3)
+    assert done.returncode == 0, done.stderr
+    data = TokenDataset(tmp_path / "run" / "tokens")
+    assert data.class_names == ["across", "down"]
+    assert len(read_json(tmp_path / "run" / "probe.json", "probe")["layers"]) > 2
+    other = igpt("demo", "-o", tmp_path / "run")
+    assert other.returncode == 2
+    assert "is a run of" in other.stderr
+
+
+def test_the_story_without_labels_says_why_there_is_no_probe(
+    igpt, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for number, file in enumerate(sorted(photographs.rglob("*.png"))):
+        (plain / f"{number}.png").write_bytes(file.read_bytes())
+    done = igpt("demo", "--data", plain, "-o", tmp_path / "run", "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "no probe: a probe needs labels" in done.stdout
+    assert "needs labels" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_square_brackets_and_colons_in_names_mean_nothing(
+    igpt, photographs: Path, tmp_path: Path
+) -> None:
+    home = tmp_path / "q[" / "old]" / "run [red] :smile: [x]"
+    source = home / "images [bold]"
+    shutil.copytree(photographs, source)
+    done = igpt("demo", "--data", source, "-o", home / "run", "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert f"1. Palette and tokens of {source}\n" in done.stdout
+    assert f"The report, with pictures: {home / 'run' / 'report.html'}\n" in done.stdout
+    record = {"format": "igpt-probe", "version": 2, "skipped": "no [/labels] in [x]"}
+    (home / "run" / "probe.json").write_text(json.dumps(record))
+    again = igpt("demo", "--data", source, "-o", home / "run", "--steps", 2)
+    assert again.returncode == 0, again.stderr
+    assert "no probe: no [/labels] in [x]" in again.stdout
+
+
+def test_a_probe_without_baselines_is_shown(igpt, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert igpt("demo", "-o", run, "--steps", 2).returncode == 0
+    assert igpt("probe", run, run / "tokens", "--limit", 150, "--no-baselines").returncode == 0
+    done = igpt("demo", "-o", run, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "chosen on validation" in done.stdout
+    assert "raw pixels" not in done.stdout.partition("Results")[2]
+    for name, content in (("probe.json", "[]"), ("metrics.jsonl", ""), ("config.yaml", "- a")):
+        whole = (run / name).read_bytes()
+        (run / name).write_text(content)
+        done = igpt("demo", "-o", run, "--steps", 2)
+        assert done.returncode in (0, 2), done.stderr
+        assert done.stderr.count("\n") == done.returncode / 2, done.stderr
+        (run / name).write_bytes(whole)
+
+
+def test_two_demos_in_one_folder_are_refused(igpt, tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from igpt.locks import exclusive_folder\n"
+        "with exclusive_folder(Path(sys.argv[1])): print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None
+        first.stdout.readline()
+        done = igpt("demo", "-o", tmp_path / "run")
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert f"is being written by process {first.pid} on " in done.stderr
+        first.communicate(b"\n")
+    assert not (tmp_path / "run").exists()
