@@ -120,7 +120,6 @@ ENTRIES = (
         "rotary positions of rows and columns",
         {"positions": "rotary"},
     ),
-    Entry("qk_norm", "rotary", "RMS norm of queries and keys", {"qk_norm": True}),
     Entry(
         "shorter",
         "start_from_palette",
@@ -128,7 +127,6 @@ ENTRIES = (
         {"steps": 80, "warmup_steps": 8},
     ),
     Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
-    Entry("relu2", "start_from_palette", "relu(x)^2 in the MLPs", {"activation": "relu2"}),
     Entry(
         "value_residual",
         "start_from_palette",

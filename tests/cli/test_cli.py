@@ -343,7 +343,6 @@ def test_the_switches_are_found() -> None:
         ("pretrain", "flip"),
         ("pretrain", "start_from_palette"),
         ("pretrain", "value_residual"),
-        ("pretrain", "qk_norm"),
         ("finetune", "flip"),
         ("finetune", "fold_back"),
         ("probe", "fold_back"),

@@ -8,7 +8,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-TOGETHER = {"positions": "rotary", "qk_norm": True, "activation": "relu2", "value_residual": True}
+TOGETHER = {"positions": "rotary", "value_residual": True}
 
 
 def losses(run: Path) -> list[float]:

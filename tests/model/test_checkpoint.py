@@ -646,7 +646,7 @@ def test_absurd_sizes_are_refused_before_a_model_is_built(
         {"bias": True},
         {"class_names": ("cat", "dog", "ship"), "objective": "bert"},
         {"positions": "rotary", "n_head": 2},
-        {"value_residual": True, "qk_norm": True, "activation": "relu2", "n_layer": 3},
+        {"value_residual": True, "n_layer": 3},
     ],
     ids=str,
 )

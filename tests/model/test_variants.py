@@ -26,8 +26,6 @@ from igpt.sampling.sampler import complete, sample
 
 APART: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
-    "qk_norm": {"qk_norm": True},
-    "relu2": {"activation": "relu2"},
     "value_residual": {"value_residual": True},
 }
 VARIANTS = {
@@ -109,8 +107,6 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
         for number in range(config.n_head):
             some = slice(number * head, (number + 1) * head)
             one, other = q[:, some], k[:, some]
-            if config.qk_norm:
-                one, other = norm(one), norm(other)
             if config.positions == "rotary":
                 one, other = turned(one, config.resolution), turned(other, config.resolution)
             scores = np.exp(one @ other.T / np.sqrt(head))
@@ -118,12 +114,7 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
             read[:, some] = scores / scores.sum(1, keepdims=True) @ v[:, some]
         x = x + read @ weights[at + "attn.c_proj.weight"].T
         inner = norm(x) * weights[at + "ln_2.weight"] @ weights[at + "mlp.c_fc.weight"].T
-        inner = (
-            np.maximum(inner, 0) ** 2
-            if config.activation == "relu2"
-            else inner / (1 + np.exp(-1.702 * inner))
-        )
-        x = x + inner @ weights[at + "mlp.c_proj.weight"].T
+        x = x + inner / (1 + np.exp(-1.702 * inner)) @ weights[at + "mlp.c_proj.weight"].T
     return norm(x) * weights["ln_f.weight"] @ weights["lm_head.weight"].T
 
 
@@ -254,7 +245,8 @@ def test_what_is_written_is_read(
     ("change", "words"),
     [
         ({"positions": "sung"}, "positions = 'sung': Input should be 'learned' or 'rotary'"),
-        ({"activation": "tanh"}, "activation = 'tanh': Input should be 'quick_gelu' or 'relu2'"),
+        ({"qk_norm": True}, r"config\.json has qk_norm = True, a variant that .* no longer has"),
+        ({"activation": "relu2"}, r"config\.json has activation = 'relu2', a variant that"),
         ({"twist": 1}, r"unknown key 'twist' in .*config\.json"),
         ({"version": 2}, "model format version 2; this igpt reads 1"),
     ],
@@ -271,6 +263,17 @@ def test_an_unknown_variant_is_refused_in_a_sentence(
     with pytest.raises(InputError, match=words) as caught:
         ImageGPT.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_removed_variants_that_are_off_are_accepted(tmp_path: Path) -> None:
+    """Earlier versions wrote every variant into config.json."""
+    model = random_model(VARIANTS["together"])
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    config["igpt"] |= {"qk_norm": False, "activation": "quick_gelu"}
+    path.write_text(json.dumps(config))
+    assert ImageGPT.from_pretrained(tmp_path, dtype=torch.float64).config == model.config
 
 
 def test_the_papers_model_says_nothing_of_variants() -> None:

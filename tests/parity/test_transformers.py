@@ -355,7 +355,7 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
 
 @pytest.mark.parametrize(
     "variant",
-    [{"positions": "rotary"}, {"qk_norm": True}, {"activation": "relu2"}, {"value_residual": True}],
+    [{"positions": "rotary"}, {"value_residual": True}],
     ids=str,
 )
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from igpt.training.optimizer import learning_rate
 from igpt.training.pretrain import PretrainConfig, pretrain
 from igpt.training.settings import TrainConfig
 
-TOGETHER = {"positions": "rotary", "qk_norm": True, "activation": "relu2", "value_residual": True}
+TOGETHER = {"positions": "rotary", "value_residual": True}
 
 
 def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]:

@@ -17,7 +17,7 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig, Objective
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm, trains_on_cpu
-from igpt.model.variants import normalise, turn
+from igpt.model.variants import turn
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 SLOPE = 1.702  # of the sigmoid in the activation
@@ -90,8 +90,6 @@ class Attention(nn.Module):
             places: those that are predicted, [T]; all from 0 on by default.
         """
         config = self.config
-        if config.qk_norm:
-            q, k = normalise(q), normalise(k)
         if config.positions == "rotary":
             places = torch.arange(q.shape[-2], device=q.device) if places is None else places
             q, k = turn(q, places, config.resolution), turn(k, places, config.resolution)
@@ -103,18 +101,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between, or a variant's activation."""
+    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.activation = config.activation
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        if self.activation == "relu2":
-            return self.c_proj(F.relu(self.c_fc(x)).square())  # type: ignore[no-any-return]
         # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
         if trains_on_cpu(
             x

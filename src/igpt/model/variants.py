@@ -3,18 +3,18 @@
 T places, K head width, R resolution.
 """
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal, Self
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
 from igpt.config import Config
-from igpt.model.norm import NORM_EPS
+from igpt.errors import InputError
 
 Positions = Literal["learned", "rotary"]
-Activation = Literal["quick_gelu", "relu2"]
+_REMOVED = {"qk_norm": False, "activation": "quick_gelu"}  # variants of earlier versions, off
 _BASE = 100.0  # of the wavelengths, for grids of some tens of places (arXiv 2403.13298)
 
 
@@ -24,13 +24,28 @@ class Variants(Config):
     positions: Positions = Field(
         "learned", description="of places: an embedding each, or turned queries and keys"
     )
-    qk_norm: bool = Field(False, description="RMS norm of every head's queries and keys")
-    activation: Activation = Field(
-        "quick_gelu", description="between the MLP's layers; relu2 is relu(x)^2"
-    )
     value_residual: bool = Field(
         False, description="mix each block's values with the first block's"
     )
+
+    @classmethod
+    def layered(cls, *layers: Mapping[str, Any], where: str = "settings") -> Self:
+        """Return the settings as `Config.layered` does.
+
+        Files of earlier versions may contain removed variants; they are accepted when off.
+
+        Raises:
+            InputError: as `Config.layered`, or a removed variant is on.
+        """
+        for layer in layers:
+            for name, off in _REMOVED.items():
+                if layer.get(name, off) != off:
+                    raise InputError(
+                        f"{where} has {name} = {layer[name]!r}, a variant that this version of igpt "
+                        "no longer has"
+                    )
+        known = ({k: v for k, v in layer.items() if k not in _REMOVED} for layer in layers)
+        return super().layered(*known, where=where)
 
     @property
     def faithful(self) -> bool:
@@ -41,11 +56,6 @@ class Variants(Config):
     def variants(self) -> "Variants":
         """These settings alone."""
         return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
-
-
-def normalise(x: Tensor) -> Tensor:
-    """RMS norm over the last dimension, without a gain (arXiv 2302.05442 has queries and keys normalised)."""
-    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
 
 
 def turn(x: Tensor, places: Tensor, resolution: int) -> Tensor:

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt.errors import InputError
+from igpt.model.norm import NORM_EPS
 from igpt.model.precision import TYPES, Precision, autocast
 from igpt.model.transformer import SLOPE, Block, ImageGPT, LayerCache
-from igpt.model.variants import normalise
 
 _BUCKET = 64  # places by which a GPU's captured steps grow
 _CAPTURE = threading.Lock()
@@ -54,17 +54,15 @@ class _Step:
             bias = None if layer.bias is None else layer.bias * after
             return _Product(layer.weight * before * after, bias, kind, rows)
 
-        self.vary, self.relu2 = block.attn.vary, block.mlp.activation == "relu2"
-        slope = 1.0 if self.relu2 else SLOPE
+        self.vary = block.attn.vary
         self.qkv = product(block.attn.c_attn, block.ln_1.weight)
         self.out = product(block.attn.c_proj)
-        self.inner = product(block.mlp.c_fc, block.ln_2.weight, slope)
-        self.outer = product(block.mlp.c_proj, 1 / slope)
+        self.inner = product(block.mlp.c_fc, block.ln_2.weight, SLOPE)
+        self.outer = product(block.mlp.c_proj, 1 / SLOPE)
 
     def mlp(self, x: Tensor) -> Tensor:
         """The MLP of normalised x, [B, D] -> [B, D]."""
-        inner = self.inner(x)
-        return self.outer(F.relu(inner).square() if self.relu2 else F.silu(inner))
+        return self.outer(F.silu(self.inner(x)))
 
 
 class Decoder:
@@ -172,6 +170,11 @@ class Decoder:
                     step(span)
             self.captured[span].replay()
         self.filled += 1
+
+
+def normalise(x: Tensor) -> Tensor:
+    """RMS norm over the last dimension, without a gain."""
+    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
 
 
 def require_finite(finite: Tensor) -> None:
