@@ -21,7 +21,7 @@ from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
 
 from igpt.model.config import ModelConfig
 from igpt.model.cost import cache_bytes, count_parameters
-from igpt.model.precision import settle_precision
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.sampler import complete
 from igpt.training.presets import preset
@@ -47,8 +47,8 @@ def _wait(device: torch.device) -> None:
 
 def step_bytes(config: ModelConfig, batch: int, tokens: int, number: int) -> float:
     """Bytes that a step reads on average over the first so many: weights but the embeddings', and half the cache."""
-    read = count_parameters(config) - (config.n_colors + 1 + config.n_places) * config.n_embd
-    return number * read + batch * cache_bytes(config, number) * tokens / config.n_places / 2
+    read = count_parameters(config) - (config.n_colors + 1 + config.n_pixels) * config.n_embd
+    return number * read + batch * cache_bytes(config, number) * tokens / config.n_pixels / 2
 
 
 def main(
@@ -79,22 +79,22 @@ def main(
     theirs = {}
     shape = {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
     for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        hub = ImageGPTConfig(vocab_size=config.n_colors + 1, n_positions=config.n_places, **shape)
+        hub = ImageGPTConfig(vocab_size=config.n_colors + 1, n_positions=config.n_pixels, **shape)
         theirs[name] = ImageGPTForCausalImageModeling(hub).to(device, kind).eval()
     rate = read_rate(device)
-    precision = settle_precision("auto", device)
+    precision = resolve_precision("auto", device)
     # Emulated bf16 would take an hour here: it is timed on a few tokens.
-    tokens = min(most or config.n_places, config.n_places)
+    tokens = min(most or config.n_pixels, config.n_pixels)
     theirs_tokens = min(
-        tokens, config.n_places - 1
+        tokens, config.n_pixels - 1
     )  # their model has no place for the last pixel beside the start
     rows: list[dict[str, Any]] = []
     for batch in batches:
         start = torch.full((batch, 1), config.n_colors, device=device)
-        empty = torch.zeros(batch, config.n_places, dtype=torch.long, device=device)
+        empty = torch.zeros(batch, config.n_pixels, dtype=torch.long, device=device)
 
         def draw(kind: str, many: int = tokens, images: torch.Tensor = empty) -> None:
-            places = torch.arange(config.n_places, device=device)
+            places = torch.arange(config.n_pixels, device=device)
             complete(ours, images, places >= many, precision=kind)
 
         def generate(kind: str, many: int = theirs_tokens, first: torch.Tensor = start) -> None:

@@ -28,7 +28,7 @@ from live_tensors import as_on_a_gpu, measure_update, update_twice
 
 from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
-from igpt.model.precision import settle_precision
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import Team, team
 from igpt.training.engine import Engine
@@ -122,7 +122,7 @@ def kept_when_compiled(recomputation: Recomputation) -> float:
     model = ModelConfig(resolution=24, n_layer=2, n_embd=256, n_head=4)
     settings = settings_of({"activation_checkpointing": recomputation, "compile": "yes"})
     engine = Engine(ImageGPT(model), settings, Team(0, 1, torch.device("cpu")), autoregressive)
-    x = torch.randn(4, model.n_places, model.n_embd, requires_grad=True)
+    x = torch.randn(4, model.n_pixels, model.n_embd, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = engine.model.h[1](engine.model.h[0](x))
     weights = {sorted_shape(parameter) for parameter in engine.parameters}
@@ -198,7 +198,7 @@ def main(only: tuple[str, ...] = METHODS) -> None:
         # Where a CPU cannot multiply bf16, an update in it takes minutes.
         fast = (
             ("fp32", "bf16")
-            if settle_precision("auto", torch.device("cpu")) == "bf16"
+            if resolve_precision("auto", torch.device("cpu")) == "bf16"
             else ("fp32",)
         )
         for (shape, rest), precision in product(COMPUTED, fast):
@@ -222,10 +222,10 @@ def main(only: tuple[str, ...] = METHODS) -> None:
         small = ModelConfig(resolution=24, n_embd=256, n_head=4)
         for kind in KINDS:
             told = kept_by_block(
-                small, settings_of({"activation_checkpointing": kind}), small.n_places
+                small, settings_of({"activation_checkpointing": kind}), small.n_pixels
             )
             kept[kind] = {
-                "predicted": told / (small.n_places * small.n_embd),
+                "predicted": told / (small.n_pixels * small.n_embd),
                 "compiled": alone(kept_when_compiled, kind),
             }
     if "gpu" in only and torch.cuda.is_available():

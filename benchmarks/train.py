@@ -63,7 +63,7 @@ def compare(
         settings.batch_size or (shape.gpu_batch if bench.gpu else shape.cpu_batch),
     )
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(config.n_colors, (largest, config.n_places), generator=generator).to(
+    tokens = torch.randint(config.n_colors, (largest, config.n_pixels), generator=generator).to(
         bench.us.device
     )
     rows = {name: bench.ceiling_rows(config, tokens.numel(), name) for name in TYPES}
@@ -126,7 +126,7 @@ def summary(
     shape: Shape, contenders: Sequence[Contender], ceilings: dict[Precision, list[float]]
 ) -> dict[str, Any]:
     """What is to be recorded of a shape; the fastest of igpt's contenders is "ours"."""
-    per_token = training_flops(shape.config) / shape.config.n_places
+    per_token = training_flops(shape.config) / shape.config.n_pixels
     timed = [one for one in contenders if one.rates]
     ours = max(
         (one for one in timed if one.name.startswith("igpt")),

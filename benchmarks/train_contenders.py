@@ -94,7 +94,7 @@ class PlainModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)
-        self.wpe = nn.Embedding(config.n_places, config.n_embd)
+        self.wpe = nn.Embedding(config.n_pixels, config.n_embd)
         self.h = nn.ModuleList(PlainBlock(config) for _ in range(config.n_layer))
         self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
@@ -214,9 +214,9 @@ ENTRIES = _entries()
 
 def activation_bytes(config: ModelConfig, entry: Entry) -> float:
     """A rough upper bound of what an image leaves for the backward pass."""
-    tensors = 24 * config.n_places * config.n_embd * config.n_layer
-    logits = 4 * config.n_places * config.n_colors
+    tensors = 24 * config.n_pixels * config.n_embd * config.n_layer
+    logits = 4 * config.n_pixels * config.n_colors
     scores = (
-        3 * config.n_head * config.n_places**2 * config.n_layer * (entry.family == "transformers")
+        3 * config.n_head * config.n_pixels**2 * config.n_layer * (entry.family == "transformers")
     )
     return (4.0 if entry.precision == "fp32" else 2.5) * (tensors + scores) + 4.0 * logits

@@ -22,7 +22,7 @@ from train_contenders import ENTRIES, Job, Made, Precision
 
 from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters
-from igpt.model.objectives import place_losses
+from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.training import engine
 from igpt.training.distributed import Team, team
@@ -257,8 +257,8 @@ class Bench:
         model.to(self.us.device).eval()
         losses = []
         with torch.inference_mode():
-            for image in tokens.split(1) if config.n_places > 256 else tokens.split(64):
-                losses += place_losses(model(image), image).mean(dim=1).tolist()
+            for image in tokens.split(1) if config.n_pixels > 256 else tokens.split(64):
+                losses += pixel_losses(model(image), image).mean(dim=1).tolist()
         return losses
 
 
@@ -279,7 +279,7 @@ def _peak_growth(name: str, job: Job, settings: Settings) -> int:
     with team(settings.device) as us:
         before = _kilobytes("/proc/self/status", "VmRSS")
         made = ENTRIES[name].make(job, us)
-        shape = (job.batch_size, job.config.n_places)
+        shape = (job.batch_size, job.config.n_pixels)
         for _ in range(2):  # AdamW's moments come with the first
             made.update(torch.randint(job.config.n_colors, shape))
     return (_kilobytes("/proc/self/status", "VmHWM") - before) * 1024

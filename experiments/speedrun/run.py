@@ -111,7 +111,7 @@ ENTRIES = (
     Entry(
         "start_from_palette",
         "muon",
-        "embeddings begin alike for like colours",
+        "colour embeddings initialized from the palette's RGB values",
         {"start_from_palette": True},
     ),
     Entry(

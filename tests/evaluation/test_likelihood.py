@@ -12,7 +12,7 @@ from igpt.errors import InputError
 from igpt.evaluation.likelihood import losses_of, score, summary, told_apart
 from igpt.evaluation.loss_maps import loss_maps
 from igpt.model.config import ModelConfig
-from igpt.model.images import pictures, spread_evenly
+from igpt.model.images import decode_images, spread_evenly
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import auroc
 
@@ -55,7 +55,7 @@ def test_maps_show_each_pixel_in_its_place(model: ImageGPT, digits: TokenDataset
     assert rows.tolist() == [0, 18, 36, 54, 72, 90, 108, 126, 144, 162]
     tokens = digits["test"].rows(rows)
     losses, scores = losses_of(model, tokens), score(model, digits["test"])[rows]
-    originals = pictures(model, torch.from_numpy(tokens.astype(np.int64)))
+    originals = decode_images(model, torch.from_numpy(tokens.astype(np.int64)))
     figure = loss_maps(originals, losses)
     *pairs, bar = figure.axes
     assert bar.get_ylabel() == "loss of a pixel, nats"

@@ -186,7 +186,7 @@ def update_twice(
     objective = autoregressive if model.objective == "autoregressive" else bert
     engine = Engine(made, settings, us, objective)
     images = max(settings.batch_size, engine.evaluation_batch_size() * validate)
-    tokens = torch.zeros(images, model.n_places, dtype=torch.long, device=us.device)
+    tokens = torch.zeros(images, model.n_pixels, dtype=torch.long, device=us.device)
     whole = (tokens,) if model.objective == "autoregressive" else (tokens, tokens == 0)
     batch = tuple(tensor[: settings.batch_size] for tensor in whole)
     engine.update(batch, 1e-3)

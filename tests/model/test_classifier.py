@@ -55,7 +55,7 @@ def test_logits_and_predictions_by_definition(objective: str) -> None:
 def test_more_images_than_are_computed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = random_model(objective="bert"), random_images(11)
     whole = predict(model, images, np.arange(11), masks=3)
-    monkeypatch.setattr("igpt.model.classifier.images_at_once", lambda config: 4)
+    monkeypatch.setattr("igpt.model.classifier.inference_batch_size", lambda config: 4)
     parts = predict(model, images, np.arange(11), masks=3)
     assert np.array_equal(parts.votes, whole.votes)
     np.testing.assert_allclose(parts.probabilities, whole.probabilities, atol=1e-6)

@@ -62,8 +62,8 @@ def test_published_sizes() -> None:
 def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
     """PyTorch counts attention in full, also under the causal mask; the plain kernel computes nothing twice."""
     config = ModelConfig.layered({**SMALL, **more})
-    model, tokens = ImageGPT(config), torch.zeros(2, config.n_places, dtype=torch.long)
-    mask = torch.ones(2, config.n_places, dtype=torch.bool) if config.objective == "bert" else None
+    model, tokens = ImageGPT(config), torch.zeros(2, config.n_pixels, dtype=torch.long)
+    mask = torch.ones(2, config.n_pixels, dtype=torch.bool) if config.objective == "bert" else None
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         if config.class_names:
             loss, images = classification(model, tokens, torch.zeros(2, dtype=torch.long), mask)
@@ -73,7 +73,7 @@ def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
             loss, images = autoregressive(model, tokens)
         forward = counter.get_total_flops()
         loss.backward()
-    masked = 4 * (config.n_places**2 - attended_pairs(config)) * config.n_embd * config.n_layer
+    masked = 4 * (config.n_pixels**2 - attended_pairs(config)) * config.n_embd * config.n_layer
     assert forward == images * (forward_flops(config) + masked)
     assert counter.get_total_flops() == images * (training_flops(config) + 3 * masked)
 
@@ -82,7 +82,7 @@ def test_causal_attention_counts_half() -> None:
     causal, full = (
         ModelConfig.layered({**SMALL, "objective": name}) for name in ("autoregressive", "bert")
     )
-    n = causal.n_places
+    n = causal.n_pixels
     assert attended_pairs(causal) == sum(place + 1 for place in range(n))
     assert (
         training_flops(full) - training_flops(causal)

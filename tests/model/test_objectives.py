@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive, bert, classification, draw_masks
+from igpt.model.objectives import autoregressive, bert, classification, sample_masks
 from igpt.model.transformer import ImageGPT
 
 
@@ -45,7 +45,7 @@ def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> N
 
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     model, tokens = random_model(objective="bert"), torch.randint(0, 7, (6, 16))
-    mask = torch.from_numpy(draw_masks((6, 16), 0.3, np.random.default_rng(0)))
+    mask = torch.from_numpy(sample_masks((6, 16), 0.3, np.random.default_rng(0)))
     whole, count = bert(model, tokens, mask)
     parts = [bert(model, tokens[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 6))]
     assert sum(part[1] for part in parts) == count
@@ -53,11 +53,11 @@ def test_parts_of_a_batch_add_up_to_the_whole() -> None:
 
 
 def test_masks_have_the_probability_and_are_never_empty() -> None:
-    mask = draw_masks((2000, 64), 0.15, np.random.default_rng(0))
+    mask = sample_masks((2000, 64), 0.15, np.random.default_rng(0))
     assert mask.mean() == pytest.approx(0.15, abs=0.005)
-    sparse = draw_masks((500, 16), 0.001, np.random.default_rng(0))
+    sparse = sample_masks((500, 16), 0.001, np.random.default_rng(0))
     assert (sparse.sum(axis=1) >= 1).all()
-    assert np.array_equal(sparse, draw_masks((500, 16), 0.001, np.random.default_rng(0)))
+    assert np.array_equal(sparse, sample_masks((500, 16), 0.001, np.random.default_rng(0)))
 
 
 def test_classification_adds_the_weighted_generative_loss() -> None:
@@ -77,7 +77,7 @@ def test_classification_adds_the_weighted_generative_loss() -> None:
 def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() -> None:
     model = random_model(objective="bert", class_names=("a", "b", "c"))
     tokens, labels = torch.randint(0, 7, (4, 16)), torch.tensor([0, 2, 1, 2])
-    mask = torch.from_numpy(draw_masks((4, 16), 0.3, np.random.default_rng(1)))
+    mask = torch.from_numpy(sample_masks((4, 16), 0.3, np.random.default_rng(1)))
     scores = (
         (list(model.features(tokens, mask))[-1].mean(1) @ model.score.weight.t())
         .float()

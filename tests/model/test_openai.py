@@ -556,7 +556,7 @@ def test_index_of_a_published_size(tmp_path, size, objective):
 
 def test_index_of_l_at_48_pixels(tmp_path):
     config = _infer_config(published_shapes("L", "autoregressive", 48), "x", "autoregressive")
-    assert (config.resolution, config.n_places, config.n_layer) == (48, 2304, 48)
+    assert (config.resolution, config.n_pixels, config.n_layer) == (48, 2304, 48)
 
 
 def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, monkeypatch):

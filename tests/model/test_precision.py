@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from igpt.model import precision
-from igpt.model.precision import has_bf16_instructions, multiplies_bf16, settle_precision
+from igpt.model.precision import has_bf16_instructions, multiplies_bf16, resolve_precision
 
 CPU = torch.device("cpu")
 
@@ -39,14 +39,14 @@ def test_instruction_sets(
 
 def test_auto_is_fp32_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert settle_precision("auto", CPU) == "fp32"
+    assert resolve_precision("auto", CPU) == "fp32"
 
 
 def test_auto_is_bf16_with_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         pytest.skip("oneDNN has no bf16 here")
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    assert settle_precision("auto", CPU) == "bf16"
+    assert resolve_precision("auto", CPU) == "bf16"
 
 
 def test_nothing_is_measured_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,9 +54,9 @@ def test_nothing_is_measured_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a measurement depends on what else runs")
 
     monkeypatch.setattr(precision, "matmul_rate", refuse)
-    assert settle_precision("auto", CPU) in ("bf16", "fp32")
+    assert resolve_precision("auto", CPU) in ("bf16", "fp32")
 
 
 def test_what_is_asked_for_is_taken() -> None:
-    assert settle_precision("fp32", CPU) == "fp32"
-    assert settle_precision("bf16", CPU) == "bf16"
+    assert resolve_precision("fp32", CPU) == "fp32"
+    assert resolve_precision("bf16", CPU) == "bf16"

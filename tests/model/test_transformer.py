@@ -30,7 +30,7 @@ def random_model(seed: int, **settings: object) -> ImageGPT:
 def random_tokens(model: ImageGPT, seed: int, images: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(
-        0, model.config.n_colors, (images, model.config.n_places), generator=generator
+        0, model.config.n_colors, (images, model.config.n_pixels), generator=generator
     )
 
 
@@ -49,7 +49,7 @@ def influence(model: ImageGPT, pixels: list[int], mask: Tensor | None = None) ->
 def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(resolution: int) -> None:
     """At 17 px the sequence is long enough for the fused attention."""
     model = random_model(2, resolution=resolution)
-    n = model.config.n_places
+    n = model.config.n_pixels
     pixels = list(range(n)) if n < 100 else [0, 1, 16, 17, 100, 255, 256, 257, 287, 288]
     seen = influence(model, pixels)
     after = torch.arange(n)[None, :] > torch.tensor(pixels)[:, None]
@@ -60,7 +60,7 @@ def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(resolution
 @pytest.mark.parametrize("resolution", [4, 17])
 def test_bert_sees_all_but_the_masked_places(resolution: int) -> None:
     model = random_model(3, resolution=resolution, objective="bert")
-    n = model.config.n_places
+    n = model.config.n_pixels
     pixels = list(range(n)) if n < 100 else [0, 1, 2, 3, 143, 144, 287, 288]
     mask = torch.arange(n)[None] % 3 == 1
     seen = influence(model, pixels, mask)

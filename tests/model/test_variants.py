@@ -20,7 +20,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, forward_flops
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
-from igpt.model.variants import turn
+from igpt.model.variants import apply_rope_2d
 from igpt.sampling.decoder import Decoder
 from igpt.sampling.sampler import complete, sample
 
@@ -56,7 +56,7 @@ def random_model(variant: dict[str, Any], **more: Any) -> ImageGPT:
 
 def random_tokens(model: ImageGPT, images: int) -> Tensor:
     return torch.randint(
-        0, 11, (images, model.config.n_places), generator=torch.Generator().manual_seed(2)
+        0, 11, (images, model.config.n_pixels), generator=torch.Generator().manual_seed(2)
     )
 
 
@@ -135,7 +135,8 @@ def test_a_turned_product_depends_on_the_offset_alone() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
     places = torch.arange(49)
-    scores = turn(q.expand(49, 8), places, 7) @ turn(k.expand(49, 8), places, 7).T
+    rotated_k = apply_rope_2d(k.expand(49, 8), places, 7)
+    scores = apply_rope_2d(q.expand(49, 8), places, 7) @ rotated_k.T
     grid = scores.reshape(7, 7, 7, 7)  # row, column of the query; of the key
     found = {}
     for at in np.ndindex(7, 7, 7, 7):

@@ -11,7 +11,7 @@ from igpt.model.cost import cache_bytes
 from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.decoder import Decoder
-from igpt.sampling.sampler import choose, complete, draw, sample
+from igpt.sampling.sampler import choose, complete, generate, sample
 
 
 def random_model(objective: str = "autoregressive", bias: bool = False) -> ImageGPT:
@@ -78,8 +78,8 @@ def test_captured_steps_read_more_of_the_cache_than_is_filled() -> None:
 def test_a_draw_depends_on_its_seed_and_number_alone() -> None:
     model = random_model()
     originals, known = torch.randint(0, 11, (5, 36)), torch.arange(36) < 12
-    *_, together = draw(model, originals, known, seed=3, precision="fp32")
-    *_, last = draw(model, originals[4:], known, seed=3, first=4, precision="fp32")
+    *_, together = generate(model, originals, known, seed=3, precision="fp32")
+    *_, last = generate(model, originals[4:], known, seed=3, first=4, precision="fp32")
     assert torch.equal(together.tokens[4:], last.tokens)
     assert len({tuple(row) for row in together.tokens[:, 12:].tolist()}) == 5
 
@@ -87,7 +87,7 @@ def test_a_draw_depends_on_its_seed_and_number_alone() -> None:
 @pytest.mark.parametrize("by", ["row", "pixel"])
 def test_images_come_as_they_are_drawn(by: str) -> None:
     model, originals = random_model(), torch.randint(0, 11, (2, 36))
-    steps = list(draw(model, originals, torch.arange(36) < 15, by=by, seed=1))
+    steps = list(generate(model, originals, torch.arange(36) < 15, by=by, seed=1))
     assert [int(step.known[0].sum()) for step in steps] == (
         [18, 24, 30, 36] if by == "row" else list(range(16, 37))
     )
@@ -115,14 +115,14 @@ def test_many_images_are_drawn_in_several_batches(
     whole = complete(model, originals, 2, precision="fp32")
     monkeypatch.setattr("igpt.sampling.sampler._CACHE", 2 * cache_bytes(model.config, 8))
     if objective == "bert":
-        monkeypatch.setattr("igpt.sampling.sampler.images_at_once", lambda config: 2)
+        monkeypatch.setattr("igpt.sampling.sampler.inference_batch_size", lambda config: 2)
     sizes: list[int] = []
 
     def counted(model: ImageGPT, tokens: torch.Tensor, *rest: object, **settings: object) -> object:
         sizes.append(len(tokens))
-        return draw(model, tokens, *rest, **settings)
+        return generate(model, tokens, *rest, **settings)
 
-    monkeypatch.setattr("igpt.sampling.sampler.draw", counted)
+    monkeypatch.setattr("igpt.sampling.sampler.generate", counted)
     told = []
     again = complete(
         model,

@@ -17,7 +17,7 @@ from igpt.data.tokens.labels import few_of_each
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import draw_masks
+from igpt.model.objectives import sample_masks
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import interval_of_share, unpacked
@@ -224,7 +224,7 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
     }
     finetune(FinetuneConfig.layered(base, {"micro_batch_size": 3}), tmp_path / "run")
     for step, masks in enumerate((torch.cat(seen[:3]), torch.cat(seen[3:]))):
-        drawn = draw_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
+        drawn = sample_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
         assert np.array_equal(masks.numpy(), drawn), f"update {step}"
 
 

@@ -16,9 +16,9 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 import igpt.webapp.handlers
 from igpt.data.tokens.dataset import TokenDataset
-from igpt.model.images import pictures, tokens_of_files
+from igpt.model.images import decode_images, tokens_of_files
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.sampler import draw
+from igpt.sampling.sampler import generate
 from igpt.webapp.server import start
 
 LOOPBACK = "127.0.0.1"
@@ -50,7 +50,7 @@ class Work:
     def __call__(self, *inputs: Any, **settings: Any) -> Iterator[Any]:
         self.begun += 1
         try:
-            for row, state in enumerate(draw(*inputs, **settings)):
+            for row, state in enumerate(generate(*inputs, **settings)):
                 yield state
                 while self.endless:
                     self.closed.wait(0.02)
@@ -65,7 +65,7 @@ class Work:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
     work = Work()
-    monkeypatch.setattr(igpt.webapp.handlers, "draw", work)
+    monkeypatch.setattr(igpt.webapp.handlers, "generate", work)
     yield work
     work.endless = False
     work.go_on.set()
@@ -183,7 +183,7 @@ def test_upload_is_shown_as_the_model_sees_it(visit: Visit, model: ImageGPT, pho
     upload_and_see(page, photo)
     seen = pixels(canvas(page))
     np.testing.assert_array_equal(
-        seen[:4, :, :3], pictures(model, tokens_of_files(model, [photo]))[0, :4]
+        seen[:4, :, :3], decode_images(model, tokens_of_files(model, [photo]))[0, :4]
     )
     np.testing.assert_array_equal(
         seen[..., 3], np.repeat([255, 0], 32).reshape(8, 8)
@@ -197,7 +197,7 @@ def test_example_is_taken(visit: Visit, model: ImageGPT, digits: TokenDataset) -
     row = torch.from_numpy(
         digits["test"].rows(np.array([len(digits["test"]) // 8])).astype(np.int64)
     )
-    np.testing.assert_array_equal(pixels(canvas(page))[:4, :, :3], pictures(model, row)[0, :4])
+    np.testing.assert_array_equal(pixels(canvas(page))[:4, :, :3], decode_images(model, row)[0, :4])
     assert len(np.unique(drawn(page, "loss of each pixel").reshape(-1, 4), axis=0)) > 4
 
 
@@ -215,8 +215,8 @@ def test_completions_appear_row_by_row_beside_the_original(
     work.go_on.set()
     say(page, "4 drawings, seed 0, in")
     tokens = tokens_of_files(model, [photo])
-    *_, last = draw(model, tokens.repeat(4, 1), torch.arange(64) < 32)
-    expected = pictures(model, torch.cat([tokens, last.tokens]))
+    *_, last = generate(model, tokens.repeat(4, 1), torch.arange(64) < 32)
+    expected = decode_images(model, torch.cat([tokens, last.tokens]))
     for picture, caption in zip(
         expected, ("original", *(f"drawing {number}" for number in range(1, 5))), strict=True
     ):
@@ -249,13 +249,13 @@ def test_painted_pixels_are_drawn_and_only_they(visit: Visit, model: ImageGPT, p
     complete(page)
     say(page, "4 drawings")
     tokens = tokens_of_files(model, [photo])
-    *_, last = draw(model, tokens.repeat(4, 1), known)
-    expected = pictures(model, last.tokens)
+    *_, last = generate(model, tokens.repeat(4, 1), known)
+    expected = decode_images(model, last.tokens)
     for number in range(4):
         np.testing.assert_array_equal(
             drawn(page, f"drawing {number + 1}")[..., :3], expected[number]
         )
-    assert (expected != pictures(model, tokens)).any()
+    assert (expected != decode_images(model, tokens)).any()
 
 
 def test_text_named_png_is_told_and_the_page_goes_on(
@@ -302,7 +302,7 @@ def test_two_visitors_draw_at_once_and_a_third_waits(
     work.go_on.set()
     for page, file in zip(pages, (photo, other, photo), strict=True):
         say(page, "4 drawings")
-        original = pictures(model, tokens_of_files(model, [file]))[0]
+        original = decode_images(model, tokens_of_files(model, [file]))[0]
         np.testing.assert_array_equal(drawn(page, "original")[..., :3], original)
         np.testing.assert_array_equal(drawn(page, "drawing 1")[:4, :, :3], original[:4])
     assert work.begun == 3  # what was stopped while it waited has not been begun

@@ -36,10 +36,10 @@ from igpt.errors import InputError
 from igpt.evaluation.probe_classifier import Readout
 from igpt.model.classifier import predict
 from igpt.model.config import ModelConfig
-from igpt.model.images import pictures, tokens_of_files
-from igpt.model.objectives import place_losses
+from igpt.model.images import decode_images, tokens_of_files
+from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.sampler import draw
+from igpt.sampling.sampler import generate
 from igpt.webapp.guard import Guard, delete_unused, names_of
 from igpt.webapp.handlers import _webp_sides, require_moderate, write_examples
 from igpt.webapp.server import build, start
@@ -96,8 +96,8 @@ def drawn(shown: list[dict[str, Any]]) -> NDArray[np.uint8]:
 
 
 def all_drawn(model: ImageGPT, tokens: Tensor, known: Tensor, **settings: Any) -> NDArray[np.uint8]:
-    *_, last = draw(model, tokens, known, **settings)
-    return pictures(model, last.tokens)
+    *_, last = generate(model, tokens, known, **settings)
+    return decode_images(model, last.tokens)
 
 
 def test_score_shows_the_models_view_and_its_losses(
@@ -110,7 +110,7 @@ def test_score_shows_the_models_view_and_its_losses(
     assert seen["hidden"] == "0" * 64
     tokens = tokens_of_files(model, [photo])
     with torch.inference_mode():
-        losses = place_losses(model(tokens), tokens)[0].double().numpy()
+        losses = pixel_losses(model(tokens), tokens)[0].double().numpy()
     assert f"{losses.mean():.4f} nats/pixel" in words
     assert f"{losses.mean() / np.log(2):.4f} bits/pixel" in words
     assert f"{np.log(17):.2f} nats" in words
@@ -126,7 +126,7 @@ def test_completions_keep_rows_and_follow_the_seed(
     assert words.startswith("2 drawings, seed 5, in ")
     assert [picture["caption"] for picture in shown] == ["original", "drawing 1", "drawing 2"]
     tokens = tokens_of_files(model, [photo])
-    original, rows = pictures(model, tokens), torch.arange(64) < 24
+    original, rows = decode_images(model, tokens), torch.arange(64) < 24
     expected = np.concatenate([original, all_drawn(model, tokens.repeat(2, 1), rows, seed=5)])
     np.testing.assert_array_equal(drawn(shown), expected)
     np.testing.assert_array_equal(expected[:, :3], original[:, :3].repeat(3, 0))
@@ -143,7 +143,7 @@ def test_completions_keep_what_is_not_hidden(client: Client, model: ImageGPT, ph
     tokens = tokens_of_files(model, [photo])
     np.testing.assert_array_equal(drawn(shown)[1:], all_drawn(model, tokens.repeat(2, 1), known))
     kept = known.view(8, 8).numpy()
-    np.testing.assert_array_equal(drawn(shown)[1][kept], pictures(model, tokens)[0][kept])
+    np.testing.assert_array_equal(drawn(shown)[1][kept], decode_images(model, tokens)[0][kept])
 
 
 def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
@@ -156,7 +156,7 @@ def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
 def test_all_rows_kept_give_the_image_back(client: Client, model: ImageGPT, photo: Path) -> None:
     shown, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
     np.testing.assert_array_equal(
-        drawn(shown), pictures(model, tokens_of_files(model, [photo])).repeat(2, 0)
+        drawn(shown), decode_images(model, tokens_of_files(model, [photo])).repeat(2, 0)
     )
 
 
@@ -692,7 +692,7 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
         }
         tokens = tokens_of_files(model, [photo])
         seen, words = client.predict(handle_file(photo), api_name="/view")
-        np.testing.assert_array_equal(small(seen), pictures(model, tokens)[0])
+        np.testing.assert_array_equal(small(seen), decode_images(model, tokens)[0])
         assert not words
         job = client.submit(handle_file(photo), 5, None, 2, 1.0, 0, api_name="/complete")
         shown, _ = job.result()

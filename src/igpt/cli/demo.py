@@ -19,12 +19,12 @@ from igpt.evaluation.results import PROBE, PROBE_VERSION, best_row
 from igpt.files import resolved, write_json
 from igpt.locks import exclusive, exclusive_folder
 from igpt.model.images import tokens_of_split
-from igpt.model.precision import Precision, settle_precision
+from igpt.model.precision import Precision, resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.report.page import write_report
 from igpt.report.record import baselines, best_validation, read_metrics, read_run
-from igpt.sampling.grids import draw_completions, draw_samples
-from igpt.sampling.sampler import Drawing
+from igpt.sampling.grids import save_completions, save_samples
+from igpt.sampling.sampler import SamplingSettings
 from igpt.training.presets import preset
 from igpt.training.pretrain import PretrainConfig, pretrain
 
@@ -32,7 +32,7 @@ _DIGITS = PrepareConfig(size=8)
 _PHOTOS = PrepareConfig(size=16, colors=128)
 _PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
 _COMPLETED, _COMPLETIONS, _SAMPLES = 8, 6, 32
-_DRAWING: Drawing = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
+_SAMPLING: SamplingSettings = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
 _PICTURES = ("completions.png", "completions.json", "samples.png", "samples.json")
 
 
@@ -72,25 +72,23 @@ def _tell(source: str, run: Path, steps: int | None) -> None:
     model = load_model(run / "model")
     console.print("[bold]3. Probe[/] every layer, raw pixels and an untrained model")
     if not (run / "probe.json").exists():
-        precision = settle_precision(
-            PretrainConfig.load(recorded).precision, model.wte.weight.device
-        )
+        precision = resolve_precision(PretrainConfig.load(recorded).precision, model.device)
         _probe(model, data, run, precision)
     console.print("[bold]4. Complete and sample[/]")
     if not all((run / name).exists() for name in _PICTURES):
         with progress_bar() as show:
             originals = tokens_of_split(data["test"], min(_COMPLETED, len(data["test"])))
             half = data.resolution // 2
-            draw_completions(
+            save_completions(
                 model,
                 originals,
                 run / "completions.png",
                 half,
                 _COMPLETIONS,
-                _DRAWING,
+                _SAMPLING,
                 partial(show, "completing"),
             )
-            draw_samples(model, run / "samples.png", _SAMPLES, _DRAWING, partial(show, "sampling"))
+            save_samples(model, run / "samples.png", _SAMPLES, _SAMPLING, partial(show, "sampling"))
     page = write_report(run)
     console.print(_table(run))
     console.print(Text(f"The report, with pictures: {page}"), soft_wrap=True)

@@ -36,20 +36,20 @@ def sample(
         seed: the same seed gives the same images.
         precision: of the products; auto takes bf16 where the processor has it.
     """
-    from igpt.sampling.grids import draw_samples, require_target
-    from igpt.sampling.sampler import Drawing, require_drawing
+    from igpt.sampling.grids import require_target, save_samples
+    from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
     path, home = model_and_run(model)
     target = out or home / "samples.png"
-    drawing = Drawing(
+    settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision
     )
     require_target(target)
     require_writable(target)
-    require_drawing(**drawing)
+    require_sampling_settings(**settings)
     loaded = load_model(path)
     with progress_bar() as show:
-        draw_samples(loaded, target, count, drawing, partial(show, "sampling"))
+        save_samples(loaded, target, count, settings, partial(show, "sampling"))
     print(f"{target}: {count} samples")
 
 
@@ -89,8 +89,8 @@ def complete(
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.features import require_match
     from igpt.model.images import tokens_of_files, tokens_of_split
-    from igpt.sampling.grids import draw_completions, mask_of_file, require_target
-    from igpt.sampling.sampler import Drawing, require_drawing
+    from igpt.sampling.grids import mask_of_file, require_target, save_completions
+    from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
     if bool(images) == bool(tokens):
         raise InputError("give image files to complete, or --tokens with a token data set")
@@ -98,12 +98,12 @@ def complete(
         raise InputError("give --keep-rows or --mask, not both")
     path, home = model_and_run(model)
     target = out or home / "completions.png"
-    drawing = Drawing(
+    settings = SamplingSettings(
         temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision
     )
     require_target(target)
     require_writable(target)
-    require_drawing(**drawing)
+    require_sampling_settings(**settings)
     if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
         raise InputError(f"{target} is one of the pictures to read; choose another -o")
     loaded = load_model(path)
@@ -124,8 +124,8 @@ def complete(
             else f"nothing: {mask} hides the whole image"
         )
     with progress_bar() as show:
-        draw_completions(
-            loaded, originals, target, keep, completions, drawing, partial(show, "completing")
+        save_completions(
+            loaded, originals, target, keep, completions, settings, partial(show, "completing")
         )
     print(
         f"{target}: from left to right, each original, what was kept ({kept}), {completions} completions"

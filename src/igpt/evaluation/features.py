@@ -22,7 +22,7 @@ from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, require_regular, write_json
 from igpt.model.classifier import MASKED
-from igpt.model.cost import images_at_once
+from igpt.model.cost import inference_batch_size
 from igpt.model.directory import weights_sha256
 from igpt.model.objectives import masks_of_rows
 from igpt.model.precision import Precision, autocast
@@ -68,10 +68,10 @@ def pooled(
     """
     model.eval()
     count = None if last is None else last + 1
-    device = model.wte.weight.device
+    device = model.device
     if device.type == "cpu":
         keep_freed_memory()
-    size = batch_size or images_at_once(model.config)
+    size = batch_size or inference_batch_size(model.config)
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)

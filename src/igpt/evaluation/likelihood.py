@@ -18,8 +18,8 @@ from igpt.data.image_set import Gathered
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_file
-from igpt.model.cost import images_at_once
-from igpt.model.objectives import place_losses
+from igpt.model.cost import inference_batch_size
+from igpt.model.objectives import pixel_losses
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import auroc, mean_of
@@ -38,10 +38,10 @@ def losses_of(
     """
     model.require("autoregressive", "a likelihood")
     model.eval()
-    device = model.wte.weight.device
+    device = model.device
     places = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with autocast(precision, device):
-        losses: NDArray[np.float64] = place_losses(model(places), places).double().cpu().numpy()
+        losses: NDArray[np.float64] = pixel_losses(model(places), places).double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise InputError("likelihoods are not finite; the model's weights are broken")
     return losses
@@ -62,9 +62,9 @@ def score(
     """
     split.require_images("a likelihood")
     losses = np.empty(len(split))
-    if model.wte.weight.device.type == "cpu":
+    if model.device.type == "cpu":
         keep_freed_memory()
-    size = batch_size or images_at_once(model.config)
+    size = batch_size or inference_batch_size(model.config)
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))
         losses[rows] = losses_of(model, split.rows(rows), precision=precision).mean(axis=1)

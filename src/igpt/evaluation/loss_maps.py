@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from igpt.data.images.grid import require_png
 from igpt.errors import InputError
 from igpt.files import atomic_file
-from igpt.model.images import pictures
+from igpt.model.images import decode_images
 from igpt.model.transformer import ImageGPT
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def draw_maps(
     model: ImageGPT, tokens: NDArray[np.uint16], losses: NDArray[np.float64], path: Path
 ) -> None:
     """Writes images above the losses of their pixels as PNG: tokens [B, n], losses [B, n] in nats."""
-    figure = loss_maps(pictures(model, torch.from_numpy(tokens.astype(np.int64))), losses)
+    figure = loss_maps(decode_images(model, torch.from_numpy(tokens.astype(np.int64))), losses)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
 

@@ -188,7 +188,7 @@ def _probe(
         for name, limit in limits.items()
     }
     found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
-    device = model.wte.weight.device
+    device = model.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
     readout = Readout.of(
@@ -211,7 +211,7 @@ def _probe(
     compared: dict[str, Any] = {}
     if config.baselines:
         say("raw pixels", 0, 1)
-        places = model.config.n_places
+        places = model.config.n_pixels
         pixels = {
             name: replace(found[name], features=[[Pixels(split, data.palette, places)]])
             for name, (split, _) in drawn.items()

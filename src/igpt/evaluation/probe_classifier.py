@@ -147,7 +147,7 @@ class Readout:
         """
         if self.layer > model.config.n_layer or len(self.mean) != model.config.n_embd:
             raise InputError("the run's probe is of another model; run igpt probe again")
-        device = model.wte.weight.device
+        device = model.device
         features = next(
             x for layer, x in enumerate(model.features(tokens.to(device))) if layer == self.layer
         )

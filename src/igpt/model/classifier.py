@@ -18,7 +18,7 @@ from torch import Tensor
 from igpt.allocator import keep_freed_memory
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.cost import images_at_once
+from igpt.model.cost import inference_batch_size
 from igpt.model.objectives import masks_of_rows
 from igpt.model.transformer import ImageGPT
 
@@ -102,15 +102,15 @@ def predict(
         model.require("bert", "masking at test time")
     model.eval()
     device, places, classes = (
-        model.wte.weight.device,
-        model.config.n_places,
+        model.device,
+        model.config.n_pixels,
         len(model.config.class_names),
     )
     probabilities = np.zeros((len(rows), classes))
     votes = np.zeros((len(rows), classes), np.int64)
     if device.type == "cpu":
         keep_freed_memory()
-    size = images_at_once(model.config)
+    size = inference_batch_size(model.config)
     for first in range(0, len(rows), size):
         some = slice(first, first + size)
         images = torch.from_numpy(tokens[some].astype(np.int64)).to(device)

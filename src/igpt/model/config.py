@@ -104,7 +104,7 @@ class ModelConfig(Variants):
         return self
 
     @property
-    def n_places(self) -> int:
+    def n_pixels(self) -> int:
         """Pixels of an image, n."""
         return self.resolution**2
 
@@ -120,7 +120,7 @@ class ModelConfig(Variants):
             ],
             "vocab_size": self.n_colors
             + 1,  # the last row of wte is the start-of-sequence embedding
-            "n_positions": self.n_places,
+            "n_positions": self.n_pixels,
             "n_embd": self.n_embd,
             "n_layer": self.n_layer,
             "n_head": self.n_head,
@@ -167,7 +167,7 @@ class ModelConfig(Variants):
             yield "score.weight", (len(self.class_names), width)
         yield "wte.weight", (self.n_colors + 1, width)
         if self.positions == "learned":
-            yield "wpe.weight", (self.n_places, width)
+            yield "wpe.weight", (self.n_pixels, width)
 
     def require_shapes(self, found: Mapping[str, Shape], where: str) -> None:
         """Refuse tensors that are not the model's, by their names and shapes; sizes do not matter for the time.

@@ -24,7 +24,7 @@ def root_parameters(config: ModelConfig) -> int:
     """Parameters outside the blocks: embeddings of colours, start and places, the final gain, and the heads."""
     classes, places = (
         len(config.class_names or ()),
-        config.n_places if config.positions == "learned" else 0,
+        config.n_pixels if config.positions == "learned" else 0,
     )
     return config.n_embd * (config.n_colors + 1 + places + 1 + config.n_colors + classes)
 
@@ -35,19 +35,19 @@ def count_parameters(config: ModelConfig) -> int:
     return config.n_layer * block_parameters(config) + mixes + root_parameters(config)
 
 
-def images_at_once(config: ModelConfig) -> int:
+def inference_batch_size(config: ModelConfig) -> int:
     """Images whose places fill a processor when nothing is kept for a backward pass: 64 at 32 px."""
-    return max(1, 2**16 // config.n_places)
+    return max(1, 2**16 // config.n_pixels)
 
 
 def cache_bytes(config: ModelConfig, number: int) -> int:
     """Bytes of an image's keys and values in all layers, of numbers of so many bytes."""
-    return 2 * config.n_layer * config.n_places * config.n_embd * number
+    return 2 * config.n_layer * config.n_pixels * config.n_embd * number
 
 
 def attended_pairs(config: ModelConfig) -> int:
     """Pairs of places that attend to each other in an image: n (n + 1) / 2 under the causal mask, n^2 for BERT."""
-    n = config.n_places
+    n = config.n_pixels
     return n * (n + 1) // 2 if config.objective == "autoregressive" else n**2
 
 
@@ -61,7 +61,7 @@ def block_flops(config: ModelConfig) -> int:
     half. Norms, softmax, rotary turns and the activation are not counted.
     """
     width = config.n_embd
-    return 2 * (config.n_places * 12 * width**2 + 2 * attended_pairs(config) * width)
+    return 2 * (config.n_pixels * 12 * width**2 + 2 * attended_pairs(config) * width)
 
 
 def forward_flops(config: ModelConfig) -> int:
@@ -70,7 +70,7 @@ def forward_flops(config: ModelConfig) -> int:
     A model with classes is counted as fine-tuning by the joint loss uses it: its class head, once
     an image, and the output matrix. Looking up embeddings is not counted.
     """
-    heads = 2 * config.n_embd * (config.n_places * config.n_colors + len(config.class_names or ()))
+    heads = 2 * config.n_embd * (config.n_pixels * config.n_colors + len(config.class_names or ()))
     return config.n_layer * block_flops(config) + heads
 
 

@@ -66,7 +66,7 @@ def spread_evenly(split: TokenSplit, count: int) -> NDArray[np.int64]:
     return np.arange(count) * len(split) // count
 
 
-def pictures(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
+def decode_images(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
     """Tokens [B, n] as RGB, uint8 [B, R, R, 3]."""
     side = model.config.resolution
     return palette_of(model).inverse_transform(tokens.cpu().numpy().reshape(-1, side, side))

@@ -16,7 +16,7 @@ from igpt.model.transformer import ImageGPT
 Summed = tuple[Tensor, int]
 
 
-def place_losses(logits: Tensor, tokens: Tensor) -> Tensor:
+def pixel_losses(logits: Tensor, tokens: Tensor) -> Tensor:
     """Cross-entropy at every place, in float32 (float64 stays): logits [B, n, V], tokens [B, n] -> nats [B, n]."""
     logits = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
@@ -24,16 +24,16 @@ def place_losses(logits: Tensor, tokens: Tensor) -> Tensor:
 
 def autoregressive(model: ImageGPT, tokens: Tensor) -> Summed:
     """Next-pixel prediction: the mean over all n places of an image (paper, eq. 2)."""
-    return place_losses(model(tokens), tokens).mean(dim=1).sum(), len(tokens)
+    return pixel_losses(model(tokens), tokens).mean(dim=1).sum(), len(tokens)
 
 
 def bert(model: ImageGPT, tokens: Tensor, mask: Tensor) -> Summed:
     """Masked prediction: the mean over the masked places of an image (paper, eq. 3); mask [B, n] is True there."""
-    losses = place_losses(model(tokens, mask), tokens) * mask
+    losses = pixel_losses(model(tokens, mask), tokens) * mask
     return (losses.sum(dim=1) / mask.sum(dim=1)).sum(), len(tokens)
 
 
-def draw_masks(
+def sample_masks(
     shape: tuple[int, int], probability: float, generator: np.random.Generator
 ) -> NDArray[np.bool_]:
     """Masks [B, n]: each place with the given probability (0.15 in the paper), and at least one place an image."""
@@ -47,7 +47,7 @@ def masks_of_rows(
 ) -> NDArray[np.bool_]:
     """Masks [B, n] of some images by their rows [B]: the same for an image whichever others are with it."""
     masks = [
-        draw_masks((1, places), probability, np.random.default_rng((*seed, row)))
+        sample_masks((1, places), probability, np.random.default_rng((*seed, row)))
         for row in rows.tolist()
     ]
     return np.concatenate(masks)
@@ -70,7 +70,7 @@ def classification(
     hidden = model.hidden(tokens, mask)  # [B, n, D]
     loss = F.cross_entropy(model.score(hidden.mean(dim=1)).float(), labels, reduction="sum")
     if generation_weight and (mask is not None or model.config.objective == "autoregressive"):
-        losses = place_losses(model.lm_head(hidden), tokens)
+        losses = pixel_losses(model.lm_head(hidden), tokens)
         generative = (
             losses.mean(dim=1) if mask is None else (losses * mask).sum(dim=1) / mask.sum(dim=1)
         )

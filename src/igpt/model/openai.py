@@ -132,7 +132,7 @@ def _infer_config(
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """What the released graph calls its variables, without "model/", and their shapes."""
     width, table = config.n_embd, (config.n_colors, config.n_embd)
-    shapes = {"wte": table, "wtet": table, "wpe": (config.n_places, width), "ln_f/g": (width,)}
+    shapes = {"wte": table, "wtet": table, "wpe": (config.n_pixels, width), "ln_f/g": (width,)}
     block: dict[str, tuple[int, ...]] = {"ln_1/g": (width,), "ln_2/g": (width,)}
     block |= {
         f"attn/{name}_proj": (config.n_head, width // config.n_head, width) for name in "qkvc"

@@ -35,7 +35,7 @@ def matmul_rate(precision: Precision, device: torch.device) -> float:
     return 2 * rows * inner * columns / min(seconds)
 
 
-def settle_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
+def resolve_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
     """Return "bf16" or "fp32" for "auto": bf16 where `multiplies_bf16`, which is the same at every start."""
     if precision != "auto":
         return precision

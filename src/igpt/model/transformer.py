@@ -17,7 +17,7 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig, Objective
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm, trains_on_cpu
-from igpt.model.variants import turn
+from igpt.model.variants import apply_rope_2d
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 SLOPE = 1.702  # of the sigmoid in the activation
@@ -68,18 +68,18 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`.
 
-        `first` is what `vary` has given to the layers before, and is given on.
+        `first` is what `apply_variants` has given to the layers before, and is given on.
         """
         qkv = (
             self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         )  # [3, B, H, T, K]
         q, k, v = qkv.unbind(0)
-        q, k, v, first = self.vary(q, k, v, first)
+        q, k, v, first = self.apply_variants(q, k, v, first)
         if cache is not None:
             cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = k, v
         return self.c_proj(attention(q, k, v, self.causal).transpose(1, 2).flatten(2)), first
 
-    def vary(
+    def apply_variants(
         self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, places: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """What a variant makes of queries, keys and values, each [B, H, T, K]; the paper's model leaves them be.
@@ -92,7 +92,8 @@ class Attention(nn.Module):
         config = self.config
         if config.positions == "rotary":
             places = torch.arange(q.shape[-2], device=q.device) if places is None else places
-            q, k = turn(q, places, config.resolution), turn(k, places, config.resolution)
+            q = apply_rope_2d(q, places, config.resolution)
+            k = apply_rope_2d(k, places, config.resolution)
         if config.value_residual:
             if first is None:
                 return q, k, v, v
@@ -136,7 +137,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, first: Tensor | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] -> [B, T, D], and what the next block takes as `first` (see `Attention.vary`)."""
+        """[B, T, D] -> [B, T, D], and what the next block takes as `first` (see `Attention.apply_variants`)."""
         attended, first = self.attn(self.ln_1(x), first, cache)
         x = x + attended
         del attended  # it would outlast the MLP
@@ -149,10 +150,10 @@ class ImageGPT(nn.Module):
     Args:
         config: shape and objective.
         palette: the colours that its tokens index; it travels with the model.
-        from_palette: draw embeddings of colours that begin as linear functions of the palette's.
+        from_palette: initialize colour embeddings from the palette's RGB values.
 
-    A freshly made model has the paper's initial weights, drawn from torch's global generator. Made
-    on the meta device, it has none until `draw` gives them.
+    A new model has the paper's initial weights, sampled from torch's global generator. A model on
+    the meta device has none until `init_weights` is called for each of its `top_modules`.
     """
 
     def __init__(
@@ -164,12 +165,12 @@ class ImageGPT(nn.Module):
         self.config = config
         self.palette = palette
         self.from_palette = from_palette
-        with torch.device("meta"):  # what PyTorch would draw is not wanted
+        with torch.device("meta"):  # PyTorch's own initialization is not used
             self.wte = nn.Embedding(
                 config.n_colors + 1, config.n_embd
             )  # its last row is the start of a sequence
             if config.positions == "learned":
-                self.wpe = nn.Embedding(config.n_places, config.n_embd)
+                self.wpe = nn.Embedding(config.n_pixels, config.n_embd)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = RMSNorm(config.n_embd)
             self.lm_head = nn.Linear(config.n_embd, config.n_colors, bias=False)
@@ -177,49 +178,65 @@ class ImageGPT(nn.Module):
                 self.score = nn.Linear(config.n_embd, len(config.class_names), bias=False)
         device = torch.get_default_device()
         if device.type != "meta":
-            for name, _ in self.parts():
-                self.draw(name, device)
+            for name, _ in self.top_modules():
+                self.init_weights(name, device)
 
-    def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The blocks, then what stands around them, with their names."""
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.wte.weight.device
+
+    def top_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the blocks, then the modules around them, with their names."""
         yield from ((f"h.{number}", block) for number, block in enumerate(self.h))
         yield from ((name, part) for name, part in self.named_children() if part is not self.h)
 
     @torch.no_grad()
-    def draw(self, name: str, device: torch.device) -> None:
-        """Gives one of the `parts`, made on the meta device, the paper's initial weights (released code).
+    def init_weights(self, name: str, device: torch.device) -> None:
+        """Initialize one of the `top_modules` of a model on the meta device, as the released code does.
 
-        They are drawn on the CPU, part by part, so that they are the same on every device and
-        however they are shared.
+        ==================  ============================  =======================================
+        parameter           initial value                 note
+        ==================  ============================  =======================================
+        wte                 normal, std 0.02              see `from_palette` for the alternative
+        wpe                 normal, std 0.01
+        attn.c_attn         normal, std 1/sqrt(D)
+        attn.c_proj         normal, std 1/sqrt(D L)       residual branches sum to unit variance
+        mlp.c_fc            normal, std 0.02
+        mlp.c_proj          normal, std 0.02
+        ln_1, ln_2, ln_f    1
+        attn.mix            0.5                           of a value residual
+        lm_head, score      0                             so are biases
+        ==================  ============================  =======================================
+
+        Values are sampled on the CPU, module by module: they are the same on every device and
+        however the model is sharded.
         """
-        width = self.config.n_embd
+        width, layers = self.config.n_embd, self.config.n_layer
         deviations = {
             "wte.weight": 0.02,
             "wpe.weight": 0.01,
             "attn.c_attn.weight": width**-0.5,
-            "attn.c_proj.weight": (width * self.config.n_layer) ** -0.5,
+            "attn.c_proj.weight": (width * layers) ** -0.5,
             "mlp.c_fc.weight": 0.02,
             "mlp.c_proj.weight": 0.02,
         }
-        part = self.get_submodule(name).to_empty(device=device)
-        for inner, parameter in part.named_parameters():
+        module = self.get_submodule(name).to_empty(device=device)
+        for inner, parameter in module.named_parameters():
             path = f"{name}.{inner}"
-            deviation = next(
-                (value for end, value in deviations.items() if path.endswith(end)), None
-            )
-            if deviation is not None:
-                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=deviation))
+            std = next((value for end, value in deviations.items() if path.endswith(end)), None)
+            if std is not None:
+                parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(std=std))
+            elif ".ln_" in f".{path}":
+                parameter.fill_(1.0)
             else:
-                parameter.fill_(
-                    1.0 if ".ln_" in f".{path}" else 0.5 if path.endswith("attn.mix") else 0.0
-                )
+                parameter.fill_(0.5 if path.endswith("attn.mix") else 0.0)
         if name == "wte" and self.from_palette:
-            assert self.palette is not None, "embeddings from the palette need one"
+            assert self.palette is not None, "embeddings from the palette need a palette"
             colors = torch.from_numpy(self.palette.centers_).float()  # [V, 3], in -1 .. 1
             projection = torch.empty(3, width, device="cpu").normal_(std=deviations["wte.weight"])
-            size = (
-                colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
-            )  # with it, the deviation is the usual one
+            # Dividing by the colours' root mean square gives the usual standard deviation.
+            size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
             self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

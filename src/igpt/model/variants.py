@@ -58,7 +58,7 @@ class Variants(Config):
         return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
 
 
-def turn(x: Tensor, places: Tensor, resolution: int) -> Tensor:
+def apply_rope_2d(x: Tensor, places: Tensor, resolution: int) -> Tensor:
     """Rotary positions of a grid: [..., T, K] at `places` [T] -> [..., T, K], K divisible by 4.
 
     The first half of K turns with the row of a place, the second half with its column: each as K/4

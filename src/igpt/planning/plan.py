@@ -301,7 +301,7 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
         size for size in divisors if size == rows or not any(two < size < 2 * two for two in twos)
     ]
     sizes = [settings.micro_batch_size] if settings.micro_batch_size else _few(sizes)
-    busy = [size for size in sizes if size * settings.model.n_places >= _ENOUGH or size == sizes[0]]
+    busy = [size for size in sizes if size * settings.model.n_pixels >= _ENOUGH or size == sizes[0]]
     given = settings.activation_checkpointing
     recomputations: tuple[Recomputation, ...] = (given,) if given else get_args(Recomputation)
     shards = [settings.shard] if settings.shard else _few(_divisors(gpus))

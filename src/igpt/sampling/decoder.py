@@ -54,7 +54,7 @@ class _Step:
             bias = None if layer.bias is None else layer.bias * after
             return _Product(layer.weight * before * after, bias, kind, rows)
 
-        self.vary = block.attn.vary
+        self.apply_variants = block.attn.apply_variants
         self.qkv = product(block.attn.c_attn, block.ln_1.weight)
         self.out = product(block.attn.c_proj)
         self.inner = product(block.mlp.c_fc, block.ln_2.weight, SLOPE)
@@ -81,7 +81,7 @@ class Decoder:
         model.require("autoregressive", "drawing pixel by pixel")
         config, weight = model.config, model.wte.weight
         kind = TYPES["bf16"] if precision == "bf16" else weight.dtype
-        shape = (batch, config.n_head, config.n_places, config.n_embd // config.n_head)
+        shape = (batch, config.n_head, config.n_pixels, config.n_embd // config.n_head)
         self.model, self.precision = model, precision
         self.caches: list[LayerCache] = [
             (weight.new_zeros(shape, dtype=kind), weight.new_zeros(shape, dtype=kind))
@@ -123,7 +123,7 @@ class Decoder:
         )
         for step, (keys, values) in zip(self.steps, self.caches, strict=True):
             q, k, v = step.qkv(normalise(x)).view(batch, 3, heads, 1, -1).unbind(1)  # [B, H, 1, K]
-            q, k, v, first = step.vary(q, k, v, first, self.place)
+            q, k, v, first = step.apply_variants(q, k, v, first, self.place)
             keys.index_copy_(2, self.place, k)
             values.index_copy_(2, self.place, v)
             read = F.scaled_dot_product_attention(
@@ -139,7 +139,7 @@ class Decoder:
 
         On a GPU, `sequence` and `settle` must be the same in all calls.
         """
-        assert self.filled < self.model.config.n_places, "an image is full"
+        assert self.filled < self.model.config.n_pixels, "an image is full"
 
         def step(span: int) -> None:
             logits = self.logits(sequence.index_select(1, self.place)[:, 0], span)
@@ -149,7 +149,7 @@ class Decoder:
 
         span = self.filled + 1
         if sequence.device.type == "cuda":
-            span = min(-(-span // _BUCKET) * _BUCKET, self.model.config.n_places)
+            span = min(-(-span // _BUCKET) * _BUCKET, self.model.config.n_pixels)
         if (
             sequence.device.type == "cpu" or not self.warm
         ):  # a first step by itself warms the kernels up

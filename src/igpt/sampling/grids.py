@@ -17,10 +17,10 @@ from igpt.data.images.masks import hidden_pixels
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import file_to_write, read_json, write_json
-from igpt.model.images import palette_of, pictures
-from igpt.model.precision import settle_precision
+from igpt.model.images import decode_images, palette_of
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.sampler import Drawing, Progress, complete, sample
+from igpt.sampling.sampler import ProgressCallback, SamplingSettings, complete, sample
 
 COLUMNS = 8
 UNKNOWN = 224  # grey level of pixels that were not kept
@@ -45,13 +45,17 @@ def require_target(path: Path) -> None:
         )
 
 
-def draw_samples(
-    model: ImageGPT, path: Path, count: int, settings: Drawing, progress: Progress | None = None
+def save_samples(
+    model: ImageGPT,
+    path: Path,
+    count: int,
+    settings: SamplingSettings,
+    progress: ProgressCallback | None = None,
 ) -> Path:
-    """Write `count` samples as a PNG grid; `settings` are those of `draw`.
+    """Write `count` samples as a PNG grid; `settings` are those of `generate`.
 
     Raises:
-        InputError: see `require_target` and `draw`; or the samples do not fit one picture.
+        InputError: see `require_target` and `generate`; or the samples do not fit one picture.
     """
     require_target(path)
     if count < 1:
@@ -65,28 +69,28 @@ def draw_samples(
         )
     used = _with_precision(model, settings)
     drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **used, progress=progress)
-    images = pictures(model, drawn)
+    images = decode_images(model, drawn)
     _write(
         path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], used
     )
     return path
 
 
-def draw_completions(
+def save_completions(
     model: ImageGPT,
     originals: Tensor,
     path: Path,
     keep: int | Tensor,
     completions: int,
-    settings: Drawing,
-    progress: Progress | None = None,
+    settings: SamplingSettings,
+    progress: ProgressCallback | None = None,
 ) -> Path:
     """Write a PNG grid with a row for each image: the original, what was kept, and `completions` drawings.
 
     Args:
         originals: tokens [B, n].
         keep: rows from the top, or the known pixels, bool [n].
-        settings: those of `draw`.
+        settings: those of `generate`.
 
     Raises:
         InputError: see `require_target` and `complete`; all pixels are kept; or the drawings do not
@@ -106,11 +110,11 @@ def draw_completions(
     drawn = complete(
         model, originals.repeat_interleave(completions, 0), keep, **used, progress=progress
     )
-    whole = pictures(model, originals)
+    whole = decode_images(model, originals)
     side = whole.shape[1]
     known = np.repeat(np.arange(side) < keep, side) if isinstance(keep, int) else keep.numpy()
     kept = np.where(known.reshape(side, side)[..., None], whole, np.uint8(UNKNOWN))
-    filled = pictures(model, drawn).reshape(len(whole), completions, *whole.shape[1:])
+    filled = decode_images(model, drawn).reshape(len(whole), completions, *whole.shape[1:])
     rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
     told = {"keep_rows": keep} if isinstance(keep, int) else {"kept_pixels": int(known.sum())}
     _write(path, rows, {**used, **told, "completions": completions})
@@ -131,9 +135,9 @@ def _cell(model: ImageGPT) -> int:
     return model.config.resolution * default_scale(model.config.resolution) + _GAP_OF_GRIDS
 
 
-def _with_precision(model: ImageGPT, settings: Drawing) -> Drawing:
+def _with_precision(model: ImageGPT, settings: SamplingSettings) -> SamplingSettings:
     """Return the settings with the precision that "auto" means for this model's device."""
-    precision = settle_precision(settings.get("precision", "auto"), model.wte.weight.device)
+    precision = resolve_precision(settings.get("precision", "auto"), model.device)
     return {**settings, "precision": precision}
 
 

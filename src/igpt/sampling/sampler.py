@@ -1,6 +1,6 @@
-"""Drawing images and parts of them: place by place by autoregressive models, in rounds of filling by BERT models.
+"""Generate images and parts of them: place by place by autoregressive models, in rounds of filling by BERT models.
 
-    for step in draw(model, tokens, known):  # row by row, as it comes
+    for step in generate(model, tokens, known):  # row by row, as it comes
         ...
     images = complete(model, tokens, keep=16)  # or all at once
 
@@ -16,17 +16,17 @@ import torch
 from torch import Tensor
 
 from igpt.errors import InputError
-from igpt.model.cost import cache_bytes, count_parameters, images_at_once
-from igpt.model.precision import TYPES, Precision, autocast, settle_precision
+from igpt.model.cost import cache_bytes, count_parameters, inference_batch_size
+from igpt.model.precision import TYPES, Precision, autocast, resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.decoder import Decoder, require_finite
 
-Progress = Callable[[int, int], None]  # (places done, places in all)
+ProgressCallback = Callable[[int, int], None]  # (places done, places in all)
 _CACHE = 4 * 2**30  # bytes of keys and values at a time on a CPU
 
 
-class Drawing(TypedDict, total=False):
-    """How colours are drawn; see `draw`."""
+class SamplingSettings(TypedDict, total=False):
+    """How colours are drawn; see `generate`."""
 
     temperature: float
     top_k: int | None
@@ -36,7 +36,7 @@ class Drawing(TypedDict, total=False):
     precision: Precision | Literal["auto"]
 
 
-class Drawn(NamedTuple):
+class PartialImages(NamedTuple):
     """Images in the making.
 
     Attributes:
@@ -80,7 +80,7 @@ def choose(
     return (reached <= uniform[..., None] * reached[..., -1:]).sum(-1)
 
 
-def require_drawing(
+def require_sampling_settings(
     *,
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -89,7 +89,7 @@ def require_drawing(
     rounds: int = 16,
     precision: Precision | Literal["auto"] = "auto",
 ) -> None:
-    """Refuse settings of `draw` that are out of their range.
+    """Refuse settings of `generate` that are out of their range.
 
     Raises:
         InputError: names the setting and its range.
@@ -108,7 +108,7 @@ def require_drawing(
         raise InputError(f"the precision is auto, fp32 or bf16, not {precision!r}")
 
 
-def draw(
+def generate(
     model: ImageGPT,
     tokens: Tensor,
     known: Tensor,
@@ -121,7 +121,7 @@ def draw(
     rounds: int = 16,
     precision: Precision | Literal["auto"] = "auto",
     first: int = 0,
-) -> Iterator[Drawn]:
+) -> Iterator[PartialImages]:
     """Draws the places of images that are not known, and yields the images as they become.
 
     An autoregressive model goes on from what is known in raster order: a place sees all before it,
@@ -145,7 +145,7 @@ def draw(
     Raises:
         InputError: a setting out of its range, tokens of another size, or broken weights.
     """
-    require_drawing(
+    require_sampling_settings(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -154,16 +154,16 @@ def draw(
         precision=precision,
     )
     batch, n = tokens.shape
-    if n != model.config.n_places:
-        raise InputError(f"images of {n} pixels do not fit a model of {model.config.n_places}")
+    if n != model.config.n_pixels:
+        raise InputError(f"images of {n} pixels do not fit a model of {model.config.n_pixels}")
     given = tokens[known.to(tokens.device).expand(batch, n)]
     if given.numel() and (int(given.min()) < 0 or int(given.max()) >= model.config.n_colors):
         raise InputError(
             f"tokens of this model lie in 0..{model.config.n_colors - 1}, not {int(given.min())}..{int(given.max())}"
         )
-    device = model.wte.weight.device
+    device = model.device
     tokens, known = tokens.to(device, torch.long).clone(), known.to(device).expand(batch, n)
-    kind = settle_precision(precision, device)
+    kind = resolve_precision(precision, device)
     streams = [np.random.default_rng((seed, first + image)) for image in range(batch)]
     chosen = (temperature, top_k, top_p)
     if model.config.objective == "bert":
@@ -182,12 +182,12 @@ def _continue(
     precision: Precision,
     streams: list[np.random.Generator],
     chosen: tuple[float, int | None, float | None],
-) -> Iterator[Drawn]:
+) -> Iterator[PartialImages]:
     batch, n = tokens.shape
     uniform = torch.from_numpy(np.stack([stream.random(n) for stream in streams])).to(tokens.device)
     open_places = torch.nonzero(~known.all(0))[:, 0].tolist()
     if not open_places:
-        yield Drawn(tokens, known)
+        yield PartialImages(tokens, known)
         return
     sequence = torch.cat(
         [tokens.new_full((batch, 1), model.config.n_colors), tokens], dim=1
@@ -208,7 +208,7 @@ def _continue(
         if (place + 1) % stride == 0 or place == open_places[-1]:
             require_finite(decoder.finite)
             done = torch.arange(n, device=tokens.device) <= place
-            yield Drawn(sequence[:, 1:].clone(), known | done)
+            yield PartialImages(sequence[:, 1:].clone(), known | done)
 
 
 @torch.inference_mode()
@@ -220,13 +220,13 @@ def _fill(
     precision: Precision,
     streams: list[np.random.Generator],
     chosen: tuple[float, int | None, float | None],
-) -> Iterator[Drawn]:
+) -> Iterator[PartialImages]:
     """In every round each open place draws a colour; those whose colour is likeliest are kept, so many that the open
     places shrink along a quarter cosine (arXiv 2202.04200, section 3.2).
     """
     n = tokens.shape[1]
     if known.all():
-        yield Drawn(tokens, known)
+        yield PartialImages(tokens, known)
         return
     total = (~known).sum(1, keepdim=True)  # [B, 1]
     for index in range(rounds):
@@ -245,7 +245,7 @@ def _fill(
         )
         tokens = torch.where(known, tokens, drawn)
         known = known | (rank >= (total * share).long())
-        yield Drawn(tokens, known)
+        yield PartialImages(tokens, known)
 
 
 def complete(
@@ -253,8 +253,8 @@ def complete(
     tokens: Tensor,
     keep: int | Tensor,
     *,
-    progress: Progress | None = None,
-    **drawing: Unpack[Drawing],
+    progress: ProgressCallback | None = None,
+    **settings: Unpack[SamplingSettings],
 ) -> Tensor:
     """Keeps rows or places of images and lets the model draw the rest, by whichever objective it has: [B, n].
 
@@ -262,10 +262,10 @@ def complete(
         tokens: [B, n].
         keep: how many rows from the top; or the known places, bool [n] or [B, n].
         progress: is told how many places are done.
-        drawing: settings of `draw`.
+        settings: keyword arguments of `generate`.
 
     Raises:
-        InputError: `keep` is not in 0 .. resolution, or see `draw`.
+        InputError: `keep` is not in 0 .. resolution, or see `generate`.
     """
     batch, n = tokens.shape
     resolution = model.config.resolution
@@ -274,11 +274,11 @@ def complete(
             raise InputError(f"rows to keep lie in 0..{resolution} for this model, not {keep}")
         keep = torch.arange(n) < keep * resolution
     keep = keep.expand(batch, n)
-    size = _at_once(model, drawing.get("precision", "auto"))
+    size = _at_once(model, settings.get("precision", "auto"))
     parts = []
     for first in range(0, batch, size):
         rows = slice(first, first + size)
-        for step in draw(model, tokens[rows], keep[rows], first=first, **drawing):
+        for step in generate(model, tokens[rows], keep[rows], first=first, **settings):
             if progress:
                 progress(first * n + int(step.known.sum()), batch * n)
         parts.append(step.tokens)
@@ -286,15 +286,19 @@ def complete(
 
 
 def sample(
-    model: ImageGPT, prefix: Tensor, *, progress: Progress | None = None, **drawing: Unpack[Drawing]
+    model: ImageGPT,
+    prefix: Tensor,
+    *,
+    progress: ProgressCallback | None = None,
+    **settings: Unpack[SamplingSettings],
 ) -> Tensor:
     """Continues images from their first P pixels, [B, P] with P in 0 .. n; P = 0 draws whole images: [B, n].
 
     Raises:
-        InputError: a BERT model, which draws nothing from nothing; or see `draw`.
+        InputError: a BERT model, which draws nothing from nothing; or see `generate`.
     """
     model.require("autoregressive", "drawing whole images")
-    n, given = model.config.n_places, prefix.shape[1]
+    n, given = model.config.n_pixels, prefix.shape[1]
     if given > n:
         raise InputError(f"a prefix of {given} pixels is longer than an image of {n}")
     tokens = torch.cat(
@@ -304,16 +308,16 @@ def sample(
         ],
         1,
     )
-    return complete(model, tokens, torch.arange(n) < given, progress=progress, **drawing)
+    return complete(model, tokens, torch.arange(n) < given, progress=progress, **settings)
 
 
 def _at_once(model: ImageGPT, precision: Precision | Literal["auto"]) -> int:
     """How many images are drawn at a time: of an autoregressive model, as many as have room for keys and values."""
     config, weight = model.config, model.wte.weight
-    device, most = weight.device, images_at_once(config)
+    device, most = weight.device, inference_batch_size(config)
     if config.objective == "bert":
         return most
-    number = 2 if settle_precision(precision, device) == "bf16" else weight.element_size()
+    number = 2 if resolve_precision(precision, device) == "bf16" else weight.element_size()
     room = _CACHE
     if device.type == "cuda":  # what PyTorch holds without using it is free too
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)

@@ -16,7 +16,7 @@ from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict, with_head
 from igpt.model.directory import weights_sha256
-from igpt.model.objectives import Summed, draw_masks
+from igpt.model.objectives import Summed, sample_masks
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import accuracy_of, packed
@@ -62,7 +62,7 @@ def training_batch(batches: Batches, mask_probability: float, seed: int, step: i
     tokens, labels = batches.tokens(step), batches.labels(step)
     if not mask_probability:
         return tokens, labels
-    masks = draw_masks(
+    masks = sample_masks(
         (len(tokens), tokens.shape[1]), mask_probability, np.random.default_rng((seed, step, 2))
     )
     return tokens, labels, to_device(masks, batches.device)

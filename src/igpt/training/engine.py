@@ -113,9 +113,9 @@ class Engine:
             policy = MixedPrecisionPolicy(
                 torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
-        for name, part in model.parts():
+        for name, part in model.top_modules():
             if any(parameter.is_meta for parameter in part.parameters()):
-                model.draw(name, team.device)
+                model.init_weights(name, team.device)
             else:
                 part.to(team.device)
             if name.startswith("h."):

@@ -28,7 +28,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.directory import weights_sha256
 from igpt.model.objectives import classification
-from igpt.model.precision import settle_precision
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.training.checkpoints import Progress
 from igpt.training.classification import (
@@ -172,7 +172,7 @@ def finetune(
         splits["test"] = splits["test"].spread(config.test_images)
         pretrained = pretrained_model(config.model, data)
         precision = us.tell(
-            settle_precision(config.precision, us.device)
+            resolve_precision(config.precision, us.device)
         )  # the ranks' machines may differ
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})

@@ -85,10 +85,10 @@ def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, froze
     rows = -(-settings.batch_size // team.size)
     micro = min(settings.micro_batch_size or rows, rows)
     state = ranks * state_bytes(config, settings, frozen) // settings.shard
-    tokens = ranks * 8 * settings.batch_size * config.n_places
+    tokens = ranks * 8 * settings.batch_size * config.n_pixels
     # Gradients come as activations go: at the end of a forward pass there are none.
     gradients = 4 * ranks * (count_parameters(config) - frozen) // settings.shard
-    kept = ranks * config.n_layer * kept_by_block(config, settings, micro * config.n_places) // 2
+    kept = ranks * config.n_layer * kept_by_block(config, settings, micro * config.n_pixels) // 2
     forward = state - gradients + tokens + kept
     has = f"{machine} has {_readable(limit)}"
     together = f" for the {ranks} ranks on this machine" if ranks > 1 else ""
@@ -153,7 +153,7 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     recomputation, shard, c = settings.activation_checkpointing, settings.shard, _bytes(settings)
     width, layers, head = config.n_embd, config.n_layer, config.n_colors * config.n_embd
     block, root = block_parameters(config), root_parameters(config)
-    t = micro * config.n_places
+    t = micro * config.n_pixels
     unit = t * width
 
     kept = kept_by_block(config, settings, t)

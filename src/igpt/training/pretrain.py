@@ -14,8 +14,8 @@ from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig, Objective
 from igpt.model.cost import count_parameters
-from igpt.model.objectives import autoregressive, bert, draw_masks
-from igpt.model.precision import settle_precision
+from igpt.model.objectives import autoregressive, bert, sample_masks
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
 from igpt.training.distributed import Team, team
@@ -47,7 +47,7 @@ class PretrainConfig(Variants, TrainConfig):
     n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
     objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
     start_from_palette: bool = Field(
-        False, description="let embeddings begin alike for like colours"
+        False, description="initialize colour embeddings from the palette's RGB values"
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
     flip: bool = Field(
@@ -86,7 +86,7 @@ def pretrain(
         us.wait()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
         precision = us.tell(
-            settle_precision(config.precision, us.device)
+            resolve_precision(config.precision, us.device)
         )  # the ranks' machines may differ
         config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
@@ -146,7 +146,7 @@ def _batch(train: Batches, config: PretrainConfig, step: int) -> Batch:
     if config.objective == "autoregressive":
         return (tokens,)
     generator = np.random.default_rng((config.seed, step, 2))
-    masks = draw_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
+    masks = sample_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
     return tokens, to_device(masks, train.device)
 
 
@@ -167,7 +167,7 @@ def _validation_batch(
     if config.objective == "autoregressive":
         return (tokens,)
     probability, seed = _VALIDATION_MASKS
-    masks = draw_masks((last, checked.shape[1]), probability, np.random.default_rng(seed))
+    masks = sample_masks((last, checked.shape[1]), probability, np.random.default_rng(seed))
     return tokens, to_device(masks[first:], us.device)
 
 
@@ -176,7 +176,7 @@ def _start_line(
 ) -> None:
     colors = shape.n_colors
     train = data["train"]
-    count = min(len(train), 16384, max(1, _SAMPLED_PIXELS // shape.n_places))
+    count = min(len(train), 16384, max(1, _SAMPLED_PIXELS // shape.n_pixels))
     sampled = train.rows(np.arange(count) * len(train) // count)
     # One is added to every count, so that a colour unseen in training costs a finite number of
     # nats.
@@ -189,7 +189,7 @@ def _start_line(
         parameters=count_parameters(shape),
         train_images=len(train),
         validation_images=len(checked),
-        places=shape.n_places,
+        places=shape.n_pixels,
         n_colors=colors,
         uniform_loss=float(np.log(colors)),
         unigram_loss=float(unigram),

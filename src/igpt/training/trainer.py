@@ -19,7 +19,7 @@ from torch import Tensor
 from igpt.data.tokens.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
 from igpt.model.cost import training_flops
-from igpt.model.precision import matmul_rate, settle_precision
+from igpt.model.precision import matmul_rate, resolve_precision
 from igpt.training.checkpoints import Checkpoints, Progress, checkpoints, step_of
 from igpt.training.engine import Engine, Objective
 from igpt.training.metrics import Bar, Metrics, bar
@@ -218,7 +218,7 @@ class Trainer:
     def _describe(self) -> None:
         """Writes by what the utilisation of the processors is reckoned."""
         self._flops = training_flops(self.engine.model.config)
-        precision = settle_precision(self.config.precision, self.team.device)
+        precision = resolve_precision(self.config.precision, self.team.device)
         self._ceiling = matmul_rate(precision, self.team.device) * self.team.size
         self.metrics.write(
             "machine",

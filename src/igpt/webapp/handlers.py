@@ -26,11 +26,11 @@ from igpt.evaluation.features import require_match
 from igpt.evaluation.likelihood import summary
 from igpt.evaluation.probe_classifier import Readout
 from igpt.model.classifier import predict
-from igpt.model.images import palette_of, pictures, tokens_of_split
-from igpt.model.objectives import place_losses
+from igpt.model.images import decode_images, palette_of, tokens_of_split
+from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
-from igpt.sampling.sampler import draw
+from igpt.sampling.sampler import generate
 from igpt.webapp.guard import mark_used
 
 Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
@@ -121,7 +121,7 @@ def _webp_sides(encoded: bytes) -> tuple[int, int]:
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
     """The model's view of an image, tokens [1, n], no pixel of it hidden."""
     return {
-        "picture": encode(Image.fromarray(pictures(model, tokens)[0])),
+        "picture": encode(Image.fromarray(decode_images(model, tokens)[0])),
         "hidden": "0" * tokens.shape[1],
     }
 
@@ -136,7 +136,7 @@ def known_places(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
     Raises:
         InputError: one of the two is something else.
     """
-    n = model.config.n_places
+    n = model.config.n_pixels
     if not seen:
         return (
             torch.arange(n)
@@ -206,7 +206,7 @@ def drawings(
     captions = [f"drawing {number + 1}" for number in range(count)]
     batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
     yield [first + _shown(model, batch, settled, captions), "Starting ..."]
-    for state in draw(model, batch, known, temperature=temperature, seed=seed):
+    for state in generate(model, batch, known, temperature=temperature, seed=seed):
         batch, settled = state.tokens.cpu(), state.known.cpu()
         whole = settled[0].view(side, side).all(dim=1)
         if whole.all():
@@ -224,7 +224,7 @@ def drawings(
 def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
     """Pictures with captions; places that are not settled are clear."""
     clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
-    colors = pictures(model, tokens.where(settled, 0))
+    colors = decode_images(model, tokens.where(settled, 0))
     images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
     return [
         {
@@ -242,8 +242,8 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
     """The losses of an image, tokens [1, n], as a picture and in words."""
     from matplotlib import colormaps
 
-    tokens = tokens.to(model.wte.weight.device)
-    losses = place_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
+    tokens = tokens.to(model.device)
+    losses = pixel_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
     result, blind = summary(losses.mean(keepdims=True)), math.log(model.config.n_colors)
     shares = (
         (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)
@@ -302,7 +302,9 @@ def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
     if not len(data["test"]):
         return []
     files = []
-    chosen: Any = pictures(model, tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"]))))
+    chosen: Any = decode_images(
+        model, tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"])))
+    )
     for number, picture in enumerate(chosen):
         files.append(folder / f"example-{number + 1}.png")
         Image.fromarray(picture).save(files[-1])

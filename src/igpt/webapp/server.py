@@ -155,7 +155,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
         yield from _told(answers(), lambda said: [gr.skip(), said])
 
     def samples(*settings: Any) -> Iterator[list[Any]]:
-        nothing = torch.zeros(1, config.n_places, dtype=torch.long)
+        nothing = torch.zeros(1, config.n_pixels, dtype=torch.long)
         answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
         yield from _told(answers, lambda said: [gr.skip(), said])
 
