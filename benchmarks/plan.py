@@ -30,7 +30,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team, team
+from igpt.training.distributed import World, distributed_world
 from igpt.training.engine import Engine
 from igpt.training.memory import kept_by_block, peak_memory
 from igpt.training.presets import MODELS
@@ -93,7 +93,7 @@ def computed(
     if exactly:
         return {"measured": measure_update(model, settings, validate=False).peak}
     before = resident("VmRSS")
-    for _ in update_twice(model, settings, Team(0, 1, torch.device("cpu")), validate=False):
+    for _ in update_twice(model, settings, World(0, 1, torch.device("cpu")), validate=False):
         pass
     return {"resident": resident("VmHWM"), "resident_before": before}
 
@@ -102,13 +102,13 @@ def ranks_of_ddp(rank: int, port: int, changes: dict[str, Any]) -> dict[str, flo
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", OMP_NUM_THREADS="1")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    with team("cpu") as us, as_on_a_gpu():
-        return {"measured": measure_update(shape_of(SMALL), settings_of(changes), us).peak}
+    with distributed_world("cpu") as world, as_on_a_gpu():
+        return {"measured": measure_update(shape_of(SMALL), settings_of(changes), world).peak}
 
 
 def on_a_gpu(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]:
-    us = Team(0, 1, torch.device("cuda", 0))
-    for _ in update_twice(shape_of(shape), settings_of(changes, "cuda"), us, validate=True):
+    world = World(0, 1, torch.device("cuda", 0))
+    for _ in update_twice(shape_of(shape), settings_of(changes, "cuda"), world, validate=True):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     return {
@@ -121,7 +121,7 @@ def kept_when_compiled(recomputation: Recomputation) -> float:
     """Bytes a place and unit of width that a block, compiled for this CPU, keeps in bf16 for its backward pass."""
     model = ModelConfig(resolution=24, n_layer=2, n_embd=256, n_head=4)
     settings = settings_of({"activation_checkpointing": recomputation, "compile": "yes"})
-    engine = Engine(ImageGPT(model), settings, Team(0, 1, torch.device("cpu")), autoregressive)
+    engine = Engine(ImageGPT(model), settings, World(0, 1, torch.device("cpu")), autoregressive)
     x = torch.randn(4, model.n_pixels, model.n_embd, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = engine.model.h[1](engine.model.h[0](x))

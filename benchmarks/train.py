@@ -32,7 +32,7 @@ from train_turns import TYPES, Bench, Contender, Settings, peak_growth, set_allo
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, training_flops
-from igpt.training.distributed import team
+from igpt.training.distributed import distributed_world
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def compare(
     )
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(config.n_colors, (largest, config.n_pixels), generator=generator).to(
-        bench.us.device
+        bench.world.device
     )
     rows = {name: bench.ceiling_rows(config, tokens.numel(), name) for name in TYPES}
     ceilings = {name: [bench.ceiling(config, rows[name], name)] for name in TYPES}
@@ -260,8 +260,8 @@ def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
     """Compares training speeds, prints tables and writes JSON."""
     set_allocator(settings)
     start = time.monotonic()
-    with team(settings.device) as us:
-        bench = Bench(us)
+    with distributed_world(settings.device) as world:
+        bench = Bench(world)
         shapes, names = choose(settings, bench)
         left = 60 * (settings.minutes or (9 if bench.gpu else 13))
         gpu = re.sub(r"\W+", "-", torch.cuda.get_device_name().lower()) if bench.gpu else None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.settings import Recomputation, TrainConfig
 
@@ -142,7 +142,7 @@ def count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def igpt(job: Job, us: Team, compiled: bool) -> Made:
+def igpt(job: Job, world: World, compiled: bool) -> Made:
     model = ImageGPT.from_pretrained(job.directory)
     settings: dict[str, Any] = {
         "batch_size": job.batch_size,
@@ -152,11 +152,11 @@ def igpt(job: Job, us: Team, compiled: bool) -> Made:
         "activation_checkpointing": job.recomputation,
         "betas": BETAS,
     }
-    engine = Engine(model, TrainConfig(**settings), us, autoregressive)
+    engine = Engine(model, TrainConfig(**settings), world, autoregressive)
     return Made(lambda tokens: engine.update((tokens,), LEARNING_RATE)[0], count(model))
 
 
-def transformers(job: Job, us: Team, compiled: bool) -> Made:
+def transformers(job: Job, world: World, compiled: bool) -> Made:
     """ImageGPT as it comes, with its own attention; the directory's config.json sets dropout to 0."""
     from transformers import ImageGPTForCausalImageModeling
     from transformers.utils.logging import disable_progress_bar
@@ -164,7 +164,7 @@ def transformers(job: Job, us: Team, compiled: bool) -> Made:
     disable_progress_bar()
     model = (
         ImageGPTForCausalImageModeling.from_pretrained(job.directory, dtype=torch.float32)
-        .to(us.device)
+        .to(world.device)
         .train()
     )
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
@@ -172,26 +172,26 @@ def transformers(job: Job, us: Team, compiled: bool) -> Made:
     dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
     assert not any(dropouts), "nothing is dropped"
     loop = PlainLoop(
-        model, lambda inputs: model(input_ids=inputs, use_cache=False).logits, job, us.device
+        model, lambda inputs: model(input_ids=inputs, use_cache=False).logits, job, world.device
     )
     zeros = sum(bias.numel() for bias in biases)
     return Made(loop.update, count(model) - zeros, zeros)
 
 
-def plain(job: Job, us: Team, compiled: bool) -> Made:
+def plain(job: Job, world: World, compiled: bool) -> Made:
     with torch.device("meta"):
         model = PlainModel(job.config)
     model.load_state_dict(ImageGPT.from_pretrained(job.directory).state_dict(), assign=True)
-    model.to(us.device).train()
+    model.to(world.device).train()
     logits = torch.compile(model) if compiled else model
-    return Made(PlainLoop(model, logits, job, us.device).update, count(model))
+    return Made(PlainLoop(model, logits, job, world.device).update, count(model))
 
 
 @dataclass(frozen=True)
 class Entry:
     """A contender by name."""
 
-    make: Callable[[Job, Team], Made]
+    make: Callable[[Job, World], Made]
     family: str
     precision: Precision
     compiled: bool = False

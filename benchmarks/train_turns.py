@@ -25,7 +25,7 @@ from igpt.model.cost import count_parameters
 from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.training import engine
-from igpt.training.distributed import Team, team
+from igpt.training.distributed import World, distributed_world
 from igpt.training.settings import Recomputation
 
 TYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -93,8 +93,8 @@ class Contender:
 class Bench:
     """Measures on one device."""
 
-    def __init__(self, us: Team) -> None:
-        self.us, self.gpu = us, us.device.type == "cuda"
+    def __init__(self, world: World) -> None:
+        self.world, self.gpu = world, world.device.type == "cuda"
 
     def seconds(self, call: Callable[[], object], times: int = 1) -> float:
         """Wall seconds of a call, device included; the mean of so many in a row."""
@@ -115,7 +115,7 @@ class Bench:
         for inner, outer in ((width, 3 * width), (width, 4 * width), (4 * width, width)):
             sizes = ((rows, inner), (outer, inner), (rows, outer))
             x, w, g = (
-                torch.randn(size, device=self.us.device).to(TYPES[precision]) for size in sizes
+                torch.randn(size, device=self.world.device).to(TYPES[precision]) for size in sizes
             )
             calls = (
                 lambda x=x, w=w: F.linear(x, w),
@@ -134,10 +134,12 @@ class Bench:
         """With how many of a batch's tokens to measure the ceiling: as many as make no product too slow to repeat."""
         rows = min(tokens, 1 << 15)
         weight = torch.ones(
-            4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.us.device
+            4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.world.device
         )
         while rows > 512:
-            inputs = torch.ones(rows, config.n_embd, dtype=TYPES[precision], device=self.us.device)
+            inputs = torch.ones(
+                rows, config.n_embd, dtype=TYPES[precision], device=self.world.device
+            )
             if self.seconds(lambda inputs=inputs: F.linear(inputs, weight)) < 0.15:
                 break
             rows //= 2
@@ -198,7 +200,7 @@ class Bench:
         entry = ENTRIES[contender.name]
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
-        made = entry.make(contender.job, self.us)
+        made = entry.make(contender.job, self.world)
         losses: list[Tensor] = []
         took = self.seconds(lambda: losses.append(made.update(tokens)))
         off = float(losses[0]) - reference
@@ -254,7 +256,7 @@ class Bench:
             model.lm_head.weight, std=0.02
         )  # with zeros the loss would say nothing of the rest
         model.save_pretrained(directory)
-        model.to(self.us.device).eval()
+        model.to(self.world.device).eval()
         losses = []
         with torch.inference_mode():
             for image in tokens.split(1) if config.n_pixels > 256 else tokens.split(64):
@@ -276,9 +278,9 @@ def peak_growth(name: str, job: Job, settings: Settings) -> int:
 
 def _peak_growth(name: str, job: Job, settings: Settings) -> int:
     set_allocator(settings)
-    with team(settings.device) as us:
+    with distributed_world(settings.device) as world:
         before = _kilobytes("/proc/self/status", "VmRSS")
-        made = ENTRIES[name].make(job, us)
+        made = ENTRIES[name].make(job, world)
         shape = (job.batch_size, job.config.n_pixels)
         for _ in range(2):  # AdamW's moments come with the first
             made.update(torch.randint(job.config.n_colors, shape))

@@ -13,7 +13,7 @@ import pytest
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.training.distributed import team
+from igpt.training.distributed import distributed_world
 
 from ..helpers.runs import Command, Pair, assert_same_run, end_well, free_port, told
 
@@ -91,12 +91,12 @@ def test_ranks_stop_when_torchrun_is_killed_and_can_be_resumed(
 
 HANGING = """
 import os, sys, time
-from igpt.training.distributed import team
+from igpt.training.distributed import distributed_world
 os.environ["TORCHELASTIC_RUN_ID"] = "a test"
 import signal
 # as while a collective hangs, and Python's handlers do not run
 signal.signal(signal.SIGTERM, lambda *_: None)
-with team("cpu", stop_seconds=0.1):
+with distributed_world("cpu", stop_seconds=0.1):
     print(os.getpid(), flush=True)
     while True:
         time.sleep(60)
@@ -144,7 +144,7 @@ def joined(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    with team("cpu"):
+    with distributed_world("cpu"):
         pass
 
 

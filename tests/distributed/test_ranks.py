@@ -13,7 +13,7 @@ import pytest
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
@@ -211,4 +211,4 @@ def test_groups_that_do_not_come_out_even_are_refused() -> None:
     import torch
 
     with pytest.raises(InputError, match="--shard 3 does not divide 4 processes"):
-        Team(0, 4, torch.device("cpu")).mesh(3)
+        World(0, 4, torch.device("cpu")).device_mesh(3)

@@ -25,7 +25,7 @@ from igpt.model import norm, transformer
 from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.settings import TrainConfig
 
@@ -105,10 +105,10 @@ class LiveTensors(TorchDispatchMode):
         self.bytes -= self._alive.pop(key)[1]
 
 
-class _Place(Team):
-    """A place among ranks that need not exist."""
+class _Rank0(World):
+    """A rank of a world that need not exist."""
 
-    def mesh(self, shard: int) -> Any:
+    def device_mesh(self, shard: int) -> Any:
         return _MESHES.get(shard)
 
 
@@ -116,17 +116,17 @@ _MESHES: dict[int, DeviceMesh] = {}  # made before tensors are pretended: a mesh
 
 
 @contextmanager
-def _ranks(size: int, shard: int) -> Iterator[Team]:
+def _ranks(size: int, shard: int) -> Iterator[World]:
     """Rank 0 of a process group whose exchanges do nothing at all."""
     if size == 1:
-        yield _Place(0, 1, torch.device("cpu"))
+        yield _Rank0(0, 1, torch.device("cpu"))
         return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     try:
-        _MESHES[shard] = Team(0, size, torch.device("cpu")).mesh(shard)
-        yield _Place(0, size, torch.device("cpu"))
+        _MESHES[shard] = World(0, size, torch.device("cpu")).device_mesh(shard)
+        yield _Rank0(0, size, torch.device("cpu"))
     finally:
         dist.destroy_process_group()
 
@@ -152,7 +152,7 @@ def _pretended(model: ImageGPT, name: str, device: torch.device) -> None:
 def measure_update(
     model: ModelConfig,
     settings: TrainConfig,
-    us: Team | None = None,
+    world: World | None = None,
     *,
     ranks: int = 1,
     pretend: bool = False,
@@ -162,31 +162,31 @@ def measure_update(
 
     Args:
         settings: its batch is that of all ranks; not compiled.
-        us: this process among real ranks; otherwise rank 0 of `ranks` that do not exist.
+        world: this process among real ranks; otherwise rank 0 of `ranks` that do not exist.
         pretend: compute nothing.
         validate: whether validation is looked at too.
     """
     with ExitStack() as stack:
-        us = us or stack.enter_context(_ranks(ranks, settings.shard))
+        world = world or stack.enter_context(_ranks(ranks, settings.shard))
         if pretend:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(patch.object(ImageGPT, "draw", _pretended))
         live = stack.enter_context(LiveTensors())
-        for _ in update_twice(model, settings, us, validate=validate):
+        for _ in update_twice(model, settings, world, validate=validate):
             live.restart()
     return live
 
 
 def update_twice(
-    model: ModelConfig, settings: TrainConfig, us: Team, *, validate: bool
+    model: ModelConfig, settings: TrainConfig, world: World, *, validate: bool
 ) -> Iterator[None]:
     """Yields between the first update of a new engine and the second one, which validation may follow."""
     with torch.device("meta"):
         made = ImageGPT(model)
     objective = autoregressive if model.objective == "autoregressive" else bert
-    engine = Engine(made, settings, us, objective)
+    engine = Engine(made, settings, world, objective)
     images = max(settings.batch_size, engine.evaluation_batch_size() * validate)
-    tokens = torch.zeros(images, model.n_pixels, dtype=torch.long, device=us.device)
+    tokens = torch.zeros(images, model.n_pixels, dtype=torch.long, device=world.device)
     whole = (tokens,) if model.objective == "autoregressive" else (tokens, tokens == 0)
     batch = tuple(tensor[: settings.batch_size] for tensor in whole)
     engine.update(batch, 1e-3)

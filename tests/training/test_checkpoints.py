@@ -9,8 +9,8 @@ from torch import nn
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.training.checkpoints import Checkpoints, Progress, newest_whole
-from igpt.training.distributed import Team
+from igpt.training.checkpoints import Checkpoints, TrainingState, newest_whole
+from igpt.training.distributed import World
 from igpt.training.metrics import read_metrics
 from igpt.training.optimizer import make_optimizers
 from igpt.training.pretrain import PretrainConfig, pretrain
@@ -26,12 +26,12 @@ class Saved:
     def __init__(self, folder: Path, keep: int) -> None:
         self.model = nn.Linear(3, 2)
         self.optimizers = make_optimizers(self.model, "adamw", betas=(0.9, 0.95), weight_decay=0.0)
-        self.checkpoints = Checkpoints(folder, Team(0, 1, torch.device("cpu")), keep)
+        self.checkpoints = Checkpoints(folder, World(0, 1, torch.device("cpu")), keep)
 
     def save(self, *steps: int, best: int = 0) -> None:
         for step in steps:
             nn.init.constant_(self.model.weight, step)
-            self.checkpoints.save(self.model, self.optimizers, Progress(step, best_step=best))
+            self.checkpoints.save(self.model, self.optimizers, TrainingState(step, best_step=best))
             nn.init.constant_(self.model.weight, -1)  # what is written is a copy
         self.checkpoints.finish()
 

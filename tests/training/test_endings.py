@@ -12,7 +12,7 @@ from igpt.training import checkpoints as state
 from igpt.training.checkpoints import Checkpoints, newest_whole
 from igpt.training.engine import Engine
 from igpt.training.pretrain import PretrainConfig, pretrain
-from igpt.training.run_directory import team_settings
+from igpt.training.run_directory import device_and_stop_seconds
 from igpt.training.trainer import Trainer
 
 
@@ -82,6 +82,9 @@ def test_device_and_seconds_to_save_in_are_the_recorded_ones_unless_given_again(
 ) -> None:
     settings(digits, short, device="cpu", stop_seconds=99).save(tmp_path / "config.yaml")
     plain = settings(digits, short)
-    assert team_settings(tmp_path, plain, None, resume=True) == ("cpu", 99)
-    assert team_settings(tmp_path, plain, {"stop_seconds": 25}, resume=True) == ("cpu", 25)
-    assert team_settings(tmp_path, plain, None, resume=False) == ("auto", 25)
+    assert device_and_stop_seconds(tmp_path, plain, None, resume=True) == ("cpu", 99)
+    assert device_and_stop_seconds(tmp_path, plain, {"stop_seconds": 25}, resume=True) == (
+        "cpu",
+        25,
+    )
+    assert device_and_stop_seconds(tmp_path, plain, None, resume=False) == ("auto", 25)

@@ -14,11 +14,11 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.settings import TrainConfig
 
-ALONE = Team(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 
 
 def engine(settings: dict[str, Any] | None = None, **shape: Any) -> Engine:
@@ -155,4 +155,4 @@ def test_every_rank_needs_an_image() -> None:
         InputError,
         match=re.escape("a batch of 3 leaves some of 4 processes idle; raise --batch-size"),
     ):
-        Engine(model, TrainConfig(batch_size=3), Team(0, 4, torch.device("cpu")), autoregressive)
+        Engine(model, TrainConfig(batch_size=3), World(0, 4, torch.device("cpu")), autoregressive)

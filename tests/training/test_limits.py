@@ -15,13 +15,13 @@ from igpt.model.cost import count_parameters
 from igpt.model.transformer import ImageGPT
 from igpt.planning.plan import PlanConfig, plan
 from igpt.training import memory
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.finetune import FinetuneConfig
 from igpt.training.memory import peak_memory, require_memory, state_bytes
 from igpt.training.pretrain import PretrainConfig, pretrain
 from igpt.training.settings import TrainConfig
 
-ALONE = Team(0, 1, torch.device("cpu"))
+ALONE = World(0, 1, torch.device("cpu"))
 SMALL = ModelConfig(resolution=8, n_layer=4, n_embd=64, n_head=2, n_colors=16)
 
 
@@ -103,27 +103,27 @@ def test_the_state_is_what_optimisers_really_hold(optimizer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("team", "settings", "fits"),
+    ("world", "settings", "fits"),
     [
-        (Team(0, 1, torch.device("cpu")), {}, True),
-        (Team(0, 4, torch.device("cpu"), local_size=4), {}, False),
-        (Team(0, 4, torch.device("cpu"), local_size=4), {"shard": 4}, True),
-        (Team(0, 4, torch.device("cpu"), local_size=2), {"shard": 2}, True),
-        (Team(0, 4, torch.device("cpu"), local_size=1), {}, True),
+        (World(0, 1, torch.device("cpu")), {}, True),
+        (World(0, 4, torch.device("cpu"), local_size=4), {}, False),
+        (World(0, 4, torch.device("cpu"), local_size=4), {"shard": 4}, True),
+        (World(0, 4, torch.device("cpu"), local_size=2), {"shard": 2}, True),
+        (World(0, 4, torch.device("cpu"), local_size=1), {}, True),
     ],
 )
 def test_ranks_share_the_memory_of_their_machine(
-    team: Team, settings: dict[str, int], fits: bool, monkeypatch: pytest.MonkeyPatch
+    world: World, settings: dict[str, int], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = TrainConfig(
         batch_size=4, micro_batch_size=1, activation_checkpointing="full", **settings
     )
     monkeypatch.setattr(memory, "memory_limit", lambda: 2 * state_bytes(SMALL, config))
     if fits:
-        require_memory(SMALL, config, team)
+        require_memory(SMALL, config, world)
     else:
         with pytest.raises(InputError, match="for the 4 ranks on this machine"):
-            require_memory(SMALL, config, team)
+            require_memory(SMALL, config, world)
 
 
 def test_a_single_image_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.model.cost import training_flops
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.metrics import read_metrics
 from igpt.training.optimizer import learning_rate
 from igpt.training.presets import MODELS
@@ -25,7 +25,7 @@ def lines(run: Path, kind: str) -> list[dict[str, Any]]:
 def test_berts_masks_of_validation_are_the_same_for_every_run(
     digits: TokenDataset, short: dict[str, object]
 ) -> None:
-    us = Team(0, 1, torch.device("cpu"))
+    world = World(0, 1, torch.device("cpu"))
     configs = [
         PretrainConfig.layered({**short, "tokens": digits.path, "objective": "bert", **change})
         for change in ({}, {"seed": 7, "mask_probability": 0.4})
@@ -34,7 +34,7 @@ def test_berts_masks_of_validation_are_the_same_for_every_run(
     for config, size in zip(configs, (5, 32), strict=True):
         checked = _validation_tokens(digits["validation"], config)
         parts = [
-            _validation_batch(config, checked, us, first, min(first + size, 32))[1]
+            _validation_batch(config, checked, world, first, min(first + size, 32))[1]
             for first in range(0, 32, size)
         ]
         masks.append(torch.cat(parts))

@@ -14,8 +14,8 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.objectives import Summed, autoregressive
 from igpt.model.transformer import ImageGPT
-from igpt.training.checkpoints import Progress, checkpoints, newest_whole, step_of
-from igpt.training.distributed import Team
+from igpt.training.checkpoints import TrainingState, checkpoints, newest_whole, step_of
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
@@ -53,7 +53,7 @@ def make_engine(settings: dict[str, Any]) -> Engine:
     return Engine(
         model,
         TrainConfig.layered({**common, **settings}),
-        Team(0, 1, torch.device("cpu")),
+        World(0, 1, torch.device("cpu")),
         troubled,
     )
 
@@ -102,7 +102,7 @@ def train(
     resume: bool = False,
     objective: int = NO_LOSS,
     **settings: object,
-) -> Progress:
+) -> TrainingState:
     """A run of 12 updates, in which those of some numbers (from 1) go wrong."""
     common = {"steps": 12, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 1}
     engine = make_engine({**common, **settings})

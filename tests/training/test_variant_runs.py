@@ -13,7 +13,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.objectives import autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.report.card import write_card
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.optimizer import learning_rate
@@ -32,7 +32,7 @@ def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]
         model.lm_head.weight, std=0.1
     )  # or nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **settings})
-    engine = Engine(model, config, Team(0, 1, torch.device("cpu")), autoregressive)
+    engine = Engine(model, config, World(0, 1, torch.device("cpu")), autoregressive)
     generator = torch.Generator().manual_seed(1)
     return [
         engine.update((torch.randint(0, 16, (4, 16), generator=generator),), 1e-2).tolist()

@@ -50,7 +50,7 @@ from igpt.files import (
     sync,
     write_json,
 )
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 
 VERSION = 3
 _METADATA = ".metadata"
@@ -89,7 +89,7 @@ _CLASSES = {
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """How far a run has come.
 
     Attributes:
@@ -125,7 +125,7 @@ class _SavedFile(Stored):
 
 
 class _State(Stored):
-    """The schema of state.json; of `Progress`, it has every field."""
+    """The schema of state.json; of `TrainingState`, it has every field."""
 
     version: int
     sha256: str
@@ -151,15 +151,17 @@ class Checkpoints:
             skipped, the newest from before that too.
     """
 
-    def __init__(self, folder: Path, team: Team, keep: int) -> None:
-        self.folder, self._team, self._keep = folder, team, keep
+    def __init__(self, folder: Path, world: World, keep: int) -> None:
+        self.folder, self._world, self._keep = folder, world, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._coming: Future[None] | None = None
         self._abandoned = False
         # Not by a context manager: the writer warns in a thread of its own.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-    def save(self, model: nn.Module, optimizers: Sequence[Optimizer], progress: Progress) -> None:
+    def save(
+        self, model: nn.Module, optimizers: Sequence[Optimizer], progress: TrainingState
+    ) -> None:
         """Begins to write a checkpoint, when the one before is written; every rank must call it.
 
         Raises:
@@ -168,18 +170,18 @@ class Checkpoints:
         self.finish()
         path = self.folder / f"step-{progress.step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
-        if self._team.leads:
+        if self._world.is_main:
             for left in self.folder.glob(".step-*.tmp"):  # by a kill
                 shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
-        self._team.wait()
+        self._world.barrier()
         weights, moments = get_state_dict(model, optimizers)
         held = {"model": weights, "optimizer": moments}
         written = state_dict_saver.async_save(
             held,
             checkpoint_id=temporary,
-            process_group=self._team.disk,
-            no_dist=self._team.size == 1,
+            process_group=self._world.disk,
+            no_dist=self._world.size == 1,
         )
         assert isinstance(written, Future)
         self._coming = self._thread.submit(
@@ -192,7 +194,7 @@ class Checkpoints:
         """Gives a checkpoint its name when all ranks have written, and removes those that are no longer wanted."""
         try:
             written.result()  # on the leading rank, when all have written
-            if self._team.leads:
+            if self._world.is_main:
                 found = sorted(temporary.iterdir())
                 with ThreadPoolExecutor(_HASHING) as threads:
                     sums = list(threads.map(sha256_of, found))
@@ -212,7 +214,7 @@ class Checkpoints:
         except CheckpointException as error:
             raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         finally:
-            if self._team.leads and not self._abandoned:
+            if self._world.is_main and not self._abandoned:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _prune(self, step: int, best_step: int, first_skipped: int | None) -> None:
@@ -247,7 +249,9 @@ class Checkpoints:
         if coming is not None:
             coming.result()
 
-    def load(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> tuple[Progress, list[str]]:
+    def load(
+        self, model: nn.Module, optimizers: Sequence[Optimizer]
+    ) -> tuple[TrainingState, list[str]]:
         """Fill model and optimisers from the newest whole checkpoint, whatever number of ranks wrote it.
 
         The leading rank verifies the checksums of all files, and tells the others which checkpoint
@@ -259,8 +263,8 @@ class Checkpoints:
         Raises:
             InputError: there is no whole one, or it is not one of this model.
         """
-        path, skipped, progress = self._team.tell(
-            _newest(self.folder) if self._team.leads else _NOTHING
+        path, skipped, progress = self._world.broadcast(
+            _newest(self.folder) if self._world.is_main else _NOTHING
         )
         weights, moments = get_state_dict(model, optimizers)
         held: dict[str, Any] = {"model": weights, "optimizer": moments}
@@ -269,8 +273,8 @@ class Checkpoints:
                 held,
                 storage_reader=_Reader(path),
                 planner=_Planner(),
-                process_group=self._team.disk,
-                no_dist=self._team.size == 1,
+                process_group=self._world.disk,
+                no_dist=self._world.size == 1,
             )
         except CheckpointException as error:
             raise InputError(f"{path} does not fit this run: {_reason(error)}") from None
@@ -346,8 +350,8 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     return path, skipped
 
 
-_Found = tuple[Path, list[str], Progress]
-_NOTHING: _Found = (Path(), [], Progress())
+_Found = tuple[Path, list[str], TrainingState]
+_NOTHING: _Found = (Path(), [], TrainingState())
 
 
 def _newest(folder: Path) -> _Found:
@@ -367,7 +371,7 @@ def _newest(folder: Path) -> _Found:
     )
 
 
-def _verified(path: Path) -> Progress:
+def _verified(path: Path) -> TrainingState:
     """Return how far a checkpoint had come, once all of it is found to be as it was written.
 
     Raises:
@@ -393,7 +397,7 @@ def _verified(path: Path) -> Progress:
     if _METADATA not in found["files"]:
         raise InputError(f"{file} does not list {_METADATA}")
     _verify_content(path, found["files"])
-    return Progress(**{item.name: found[item.name] for item in fields(Progress)})
+    return TrainingState(**{item.name: found[item.name] for item in fields(TrainingState)})
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from igpt.model.objectives import Summed, sample_masks
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import accuracy_of, packed
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 
 _MODAL_MASKS = 5  # paper, section 4.6
 
@@ -68,11 +68,11 @@ def training_batch(batches: Batches, mask_probability: float, seed: int, step: i
     return tokens, labels, to_device(masks, batches.device)
 
 
-def validation_batch(split: TokenSplit, us: Team, first: int, last: int) -> Batch:
+def validation_batch(split: TokenSplit, world: World, first: int, last: int) -> Batch:
     """Tokens and labels of some images of the split, in its order."""
     rows = np.arange(first, last)
     arrays = split.rows(rows), split.labels_of(rows)
-    return tuple(to_device(array.astype(np.int64), us.device) for array in arrays)
+    return tuple(to_device(array.astype(np.int64), world.device) for array in arrays)
 
 
 def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
@@ -83,17 +83,17 @@ def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
 
 
 def accuracies(
-    path: Path, test: TokenSplit, us: Team, mask_probability: float, seed: int
+    path: Path, test: TokenSplit, world: World, mask_probability: float, seed: int
 ) -> dict[str, Any]:
     """Accuracy of a classifier on the test images; of one trained on masked images, its modal prediction's too."""
-    model = ImageGPT.from_pretrained(path).to(us.device)
-    rows = np.array_split(np.arange(len(test)), us.size)[us.rank]
+    model = ImageGPT.from_pretrained(path).to(world.device)
+    rows = np.array_split(np.arange(len(test)), world.size)[world.rank]
 
     def right(**masking: Any) -> NDArray[np.bool_]:
-        answers = torch.zeros(len(test), dtype=torch.int32, device=us.device)
+        answers = torch.zeros(len(test), dtype=torch.int32, device=world.device)
         hits = predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)
         answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
-        return us.sum(answers).cpu().numpy().astype(bool)
+        return world.all_reduce_sum(answers).cpu().numpy().astype(bool)
 
     whole = right()
     result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}

@@ -29,7 +29,7 @@ _GRACE = 5.0  # seconds after those for saving, until a rank without a launcher 
 
 
 @dataclass(frozen=True)
-class Team:
+class World:
     """This process's place among all.
 
     Attributes:
@@ -49,21 +49,21 @@ class Team:
     local_size: int = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the rank that writes files and speaks."""
         return self.rank == 0
 
-    def part(self, batch: Tensor) -> Tensor:
+    def local_rows(self, batch: Tensor) -> Tensor:
         """This rank's rows of a whole batch, on its device."""
         return batch.tensor_split(self.size)[self.rank].to(self.device, non_blocking=True)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce_sum(self, values: Tensor) -> Tensor:
         """The sum of a tensor on the device over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
-    def largest(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the numbers that the ranks have; no GPU is waited for."""
         if self.size == 1:
             return number
@@ -71,7 +71,7 @@ class Team:
         dist.all_reduce(numbers, dist.ReduceOp.MAX, group=self.control)
         return int(numbers)
 
-    def tell(self, value: Told) -> Told:
+    def broadcast(self, value: Told) -> Told:
         """What the leading rank has, on all ranks."""
         if self.size == 1:
             return value
@@ -79,12 +79,12 @@ class Team:
         dist.broadcast_object_list(told, src=0, group=self.control)
         return told[0]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Returns when all ranks have come here."""
         if self.size > 1:
             dist.barrier(group=self.control)
 
-    def mesh(self, shard: int) -> DeviceMesh | None:
+    def device_mesh(self, shard: int) -> DeviceMesh | None:
         """The ranks in groups of `shard` that share one copy of the weights; several groups are rows of two dimensions.
 
         None where every rank has a copy of its own.
@@ -169,7 +169,7 @@ def _place(environment: Mapping[str, str]) -> _Place:
 
 
 @contextmanager
-def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
+def distributed_world(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[World]:
     """Join the process group that torchrun's environment describes, or work alone without one.
 
     When a rank fails, the others learn why: what it raised is told to all through the store they
@@ -200,7 +200,7 @@ def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
         torch.cuda.set_device(chosen)
     if place.size == 1:
         with _ending_with_launcher(stop_seconds):
-            yield Team(0, 1, chosen)
+            yield World(0, 1, chosen)
         return
     if (
         not gpu and "OMP_NUM_THREADS" not in os.environ
@@ -213,7 +213,7 @@ def team(device: str = "auto", stop_seconds: float = 25.0) -> Iterator[Team]:
                 "nccl" if gpu else "gloo", store=store, rank=place.rank, world_size=place.size
             )
             control, disk = (dist.new_group(backend="gloo") for _ in range(2))
-            yield Team(place.rank, place.size, chosen, control, disk, place.local_size)
+            yield World(place.rank, place.size, chosen, control, disk, place.local_size)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:

@@ -29,7 +29,7 @@ from igpt.errors import InputError
 from igpt.model.objectives import Summed
 from igpt.model.precision import autocast
 from igpt.model.transformer import ImageGPT
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.optimizer import make_optimizers, step
 from igpt.training.settings import Recomputation, TrainConfig
 
@@ -94,19 +94,19 @@ class Engine:
     """
 
     def __init__(
-        self, model: ImageGPT, config: TrainConfig, team: Team, objective: Objective
+        self, model: ImageGPT, config: TrainConfig, world: World, objective: Objective
     ) -> None:
-        if config.batch_size < team.size:
+        if config.batch_size < world.size:
             raise InputError(
-                f"a batch of {config.batch_size} leaves some of {team.size} processes idle; raise --batch-size"
+                f"a batch of {config.batch_size} leaves some of {world.size} processes idle; raise --batch-size"
             )
-        self.model, self.config, self.team = model, config, team
+        self.model, self.config, self.world = model, config, world
         self._objective = objective
-        mesh = team.mesh(config.shard)
-        if team.device.type == "cpu":
+        mesh = world.device_mesh(config.shard)
+        if world.device.type == "cpu":
             keep_freed_memory()
         compiled = config.compile == "yes" or (
-            config.compile == "auto" and team.device.type == "cuda"
+            config.compile == "auto" and world.device.type == "cuda"
         )
         policy = MixedPrecisionPolicy()
         if config.precision == "bf16":
@@ -115,9 +115,9 @@ class Engine:
             )
         for name, part in model.top_modules():
             if any(parameter.is_meta for parameter in part.parameters()):
-                model.init_weights(name, team.device)
+                model.init_weights(name, world.device)
             else:
-                part.to(team.device)
+                part.to(world.device)
             if name.startswith("h."):
                 _prepare_block(part, config.activation_checkpointing, compiled)
                 if config.shard > 1:
@@ -126,7 +126,7 @@ class Engine:
         self._training_call: nn.Module = self._call
         if config.shard > 1:
             fully_shard(self._call, mesh=mesh)
-        elif team.size > 1:
+        elif world.size > 1:
             self._training_call = DistributedDataParallel(self._call, gradient_as_bucket_view=True)
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizers = make_optimizers(
@@ -140,17 +140,17 @@ class Engine:
             the loss (mean over the batch), the gradient's norm before clipping, and whether the
             update was skipped since one of them is not finite (1 or 0): float64 [3] on the device.
         """
-        count, team = len(batch[0]), self.team
-        total = torch.zeros((), dtype=torch.float64, device=team.device)
+        count, world = len(batch[0]), self.world
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
         micro_batches = self._shares(batch, self.config.micro_batch_size)
         for number, (share, weight) in enumerate(micro_batches):
             with self._synchronised(number == len(micro_batches) - 1):
-                with autocast(self.config.precision, team.device):
+                with autocast(self.config.precision, world.device):
                     summed, _ = self._training_call(self._objective, *share)
                 # DDP and FSDP average over the ranks.
-                torch.autograd.backward(summed * (weight * team.size / count))
+                torch.autograd.backward(summed * (weight * world.size / count))
             total += summed.detach() * weight
-        loss = team.sum(total) / count
+        loss = world.all_reduce_sum(total) / count
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         norm = get_total_norm(gradients)
         if isinstance(norm, DTensor):
@@ -164,17 +164,17 @@ class Engine:
     @torch.no_grad()
     def evaluate(self, objective: Objective, batch: Batch) -> Tensor:
         """The sum that an objective gives for a whole batch, float64 on the device, the same on all ranks."""
-        total = torch.zeros((), dtype=torch.float64, device=self.team.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for share, weight in self._shares(batch, None):
-            with autocast(self.config.precision, self.team.device):
+            with autocast(self.config.precision, self.world.device):
                 summed, _ = self._call(objective, *share)
             total += summed * weight
-        return self.team.sum(total)
+        return self.world.all_reduce_sum(total)
 
     def evaluation_batch_size(self) -> int:
         """Images, over all ranks, that fit when nothing is kept for a backward pass: four times a micro-batch."""
-        share = -(-self.config.batch_size // self.team.size)
-        return 4 * min(self.config.micro_batch_size or share, share) * self.team.size
+        share = -(-self.config.batch_size // self.world.size)
+        return 4 * min(self.config.micro_batch_size or share, share) * self.world.size
 
     def weights(self) -> dict[str, Tensor] | None:
         """The whole weights on the CPU of the leading rank, if the model here holds only a part of them.
@@ -192,11 +192,11 @@ class Engine:
 
         A rank that has too few rows gets one that weighs nothing.
         """
-        rows = -(-len(batch[0]) // self.team.size)
+        rows = -(-len(batch[0]) // self.world.size)
         number = -(-rows // (micro_batch_size or rows))
-        parts = [self.team.part(tensor).tensor_split(number) for tensor in batch]
+        parts = [self.world.local_rows(tensor).tensor_split(number) for tensor in batch]
         shares = list(zip(*parts, strict=True))
-        idle = tuple(tensor[:1].to(self.team.device) for tensor in batch)
+        idle = tuple(tensor[:1].to(self.world.device) for tensor in batch)
         return [(share, 1) if len(share[0]) else (idle, 0) for share in shares]
 
     @contextmanager

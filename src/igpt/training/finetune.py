@@ -30,7 +30,7 @@ from igpt.model.directory import weights_sha256
 from igpt.model.objectives import classification
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
-from igpt.training.checkpoints import Progress
+from igpt.training.checkpoints import TrainingState
 from igpt.training.classification import (
     accuracies,
     errors,
@@ -39,12 +39,17 @@ from igpt.training.classification import (
     training_batch,
     validation_batch,
 )
-from igpt.training.distributed import Team, team
+from igpt.training.distributed import World, distributed_world
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics, read_metrics, say
 from igpt.training.optimizer import Schedule
-from igpt.training.run_directory import record_run, settle_config, sole_writer, team_settings
+from igpt.training.run_directory import (
+    device_and_stop_seconds,
+    record_run,
+    settle_config,
+    sole_writer,
+)
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
 from igpt.training.trainer import Diverged, Trainer, Validation
 
@@ -145,11 +150,14 @@ def finetune(
             or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
+    with (
+        distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
+        sole_writer(run, world),
+    ):
         config = settle_config(
             run, config, {"tokens": config.tokens} if given is None else given, resume
         )
-        us.wait()  # no rank may take the directory that another makes for an old one
+        world.barrier()  # no rank may take the directory that another makes for an old one
         if config.fold_back and config.schedule != "constant":
             raise InputError(
                 "--fold-back repeats a constant rate; leave --schedule or --fold-back out"
@@ -171,8 +179,8 @@ def finetune(
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)
         pretrained = pretrained_model(config.model, data)
-        precision = us.tell(
-            resolve_precision(config.precision, us.device)
+        precision = world.broadcast(
+            resolve_precision(config.precision, world.device)
         )  # the ranks' machines may differ
         masked = _mask_probability(config, pretrained.config)
         config = config.model_copy(update={"precision": precision, "mask_probability": masked})
@@ -180,19 +188,24 @@ def finetune(
         require_memory(
             shape.model_copy(update={"resolution": data.resolution}),
             config,
-            us,
+            world,
             frozen=head_parameters(shape),
         )
         del pretrained  # every training reads the weights anew, for it changes them
         if resume:
             record_run(
-                run, config, config.tokens, resume=True, leads=us.leads, model_sha256=checksum
+                run,
+                config,
+                config.tokens,
+                resume=True,
+                is_main=world.is_main,
+                model_sha256=checksum,
             )
-        if us.leads and shape.resolution != data.resolution:
+        if world.is_main and shape.resolution != data.resolution:
             say(
                 f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px"
             )
-        return _Finetuning(config, run, data, splits, us, shape, recorded=resume).complete()
+        return _Finetuning(config, run, data, splits, world, shape, recorded=resume).complete()
 
 
 def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
@@ -234,7 +247,7 @@ class _Finetuning:
     run: Path
     data: TokenDataset
     splits: Mapping[str, TokenSplit]
-    us: Team
+    world: World
     pretrained: ModelConfig
     recorded: bool
 
@@ -269,7 +282,7 @@ class _Finetuning:
         if config.fold_back:
             folder, steps = self._fold_back(best)
             result |= {**self._tested(folder), "fold_back": {"steps": steps, "before": tested}}
-        if self.us.leads:
+        if self.world.is_main:
             if config.in_folders:
                 ImageGPT.from_pretrained(folder / "model").save_pretrained(self.run / "model")
                 with atomic_file(self.run / "metrics.jsonl") as temporary:
@@ -289,7 +302,7 @@ class _Finetuning:
         except Diverged as error:
             if len(self.config.learning_rates) < 2:
                 raise
-            if self.us.leads:
+            if self.world.is_main:
                 say(f"learning rate {rate} is out: {error}")
             return _Tried(config, folder, math.inf, 0)
         assert progress.best is not None, "the last update is validated"
@@ -310,14 +323,14 @@ class _Finetuning:
 
     def _train(
         self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str
-    ) -> Progress:
+    ) -> TrainingState:
         """One training, from its newest checkpoint if there is one; one that has ended in a folder is not repeated.
 
         Args:
             error: what the share of wrong validation images is called.
         """
-        data, us = self.data, self.us
-        if self.config.in_folders and (ended := us.tell(_ended(folder))):
+        data, world = self.data, self.world
+        if self.config.in_folders and (ended := world.broadcast(_ended(folder))):
             return ended
         gc.collect()  # blocks refer to themselves; those of the training before are in the way
         masked = config.mask_probability or 0.0
@@ -332,30 +345,33 @@ class _Finetuning:
             config.seed,
             config.flip,
             config.shift,
-            us.device,
+            world.device,
         )
         engine = Engine(
-            model, config, us, partial(classification, generation_weight=config.generation_weight)
+            model,
+            config,
+            world,
+            partial(classification, generation_weight=config.generation_weight),
         )
         record_run(
             self.run,
             self.config,
             config.tokens,
             resume=self.recorded,
-            leads=us.leads,
+            is_main=world.is_main,
             model_sha256=checksum,
         )
         self.recorded = True
-        if self.config.in_folders and us.leads:
+        if self.config.in_folders and world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             config.save(folder / "config.yaml")
-        us.wait()
+        world.barrier()
         validation = self.splits["validation"]
         trainer = Trainer(
             engine,
             batches=partial(training_batch, batches, masked, config.seed),
             validation=Validation(
-                error, errors, len(validation), partial(validation_batch, validation, us)
+                error, errors, len(validation), partial(validation_batch, validation, world)
             ),
             run=folder,
             warmup=config.warmup(len(train)),
@@ -370,7 +386,7 @@ class _Finetuning:
         return accuracies(
             folder / "model",
             self.splits["test"],
-            self.us,
+            self.world,
             config.mask_probability or 0.0,
             config.seed,
         )
@@ -389,10 +405,10 @@ class _Finetuning:
         )
 
 
-def _ended(folder: Path) -> Progress | None:
+def _ended(folder: Path) -> TrainingState | None:
     """How a training ended, if it has."""
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     if not lines or lines[-1]["kind"] != "end" or not (folder / "model").exists():
         return None
-    return Progress(best=lines[-1]["best"], best_step=lines[-1]["best_step"])
+    return TrainingState(best=lines[-1]["best"], best_step=lines[-1]["best_step"])

@@ -16,7 +16,7 @@ from igpt.environment import memory_limit
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.cost import block_parameters, count_parameters, root_parameters
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.settings import TrainConfig
 
 _VALIDATED = (
@@ -66,7 +66,9 @@ def state_bytes(config: ModelConfig, settings: TrainConfig, frozen: int = 0) -> 
     return 4 * parameters + 12 * (parameters - frozen) - 4 * orthogonalised
 
 
-def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, frozen: int = 0) -> None:
+def require_memory(
+    config: ModelConfig, settings: TrainConfig, world: World, frozen: int = 0
+) -> None:
     """Refuse a model or a batch that cannot fit, before anything is built of it.
 
     Counted is only what is certainly needed at once: weights, gradients and optimizer state, the
@@ -77,12 +79,14 @@ def require_memory(config: ModelConfig, settings: TrainConfig, team: Team, froze
         InputError: the estimate is above what the machine (or, of a GPU, the GPU) has; both are
             named.
     """
-    on_gpu = team.device.type == "cuda"
-    limit = torch.cuda.get_device_properties(team.device).total_memory if on_gpu else memory_limit()
+    on_gpu = world.device.type == "cuda"
+    limit = (
+        torch.cuda.get_device_properties(world.device).total_memory if on_gpu else memory_limit()
+    )
     if limit is None:
         return
-    ranks, machine = (1, "a GPU here") if on_gpu else (team.local_size, "this machine")
-    rows = -(-settings.batch_size // team.size)
+    ranks, machine = (1, "a GPU here") if on_gpu else (world.local_size, "this machine")
+    rows = -(-settings.batch_size // world.size)
     micro = min(settings.micro_batch_size or rows, rows)
     state = ranks * state_bytes(config, settings, frozen) // settings.shard
     tokens = ranks * 8 * settings.batch_size * config.n_pixels

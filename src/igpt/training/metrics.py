@@ -71,13 +71,13 @@ class Record(Stored):
 class Metrics:
     """Appends lines to a run's metrics.jsonl; a process that does not lead writes none."""
 
-    def __init__(self, path: Path, leads: bool = True) -> None:
+    def __init__(self, path: Path, is_main: bool = True) -> None:
         self.path = path
-        self.leads = leads
+        self.is_main = is_main
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append one line."""
-        if self.leads:
+        if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
@@ -91,7 +91,7 @@ class Metrics:
         Raises:
             InputError: see `read_metrics`.
         """
-        if not self.leads or not self.path.exists():
+        if not self.is_main or not self.path.exists():
             return
         last = {"validation": validated, "end": -1}
         kept = [
@@ -233,7 +233,7 @@ class Bar:
 
 
 @contextmanager
-def bar(title: str, step: int, steps: int, leads: bool = True) -> Iterator[Bar]:
+def bar(title: str, step: int, steps: int, is_main: bool = True) -> Iterator[Bar]:
     """Show a bar that starts at `step`; silent on processes that do not lead."""
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -243,6 +243,6 @@ def bar(title: str, step: int, steps: int, leads: bool = True) -> Iterator[Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console = Console(file=_Output(), quiet=not leads)  # type: ignore[arg-type]
+    console = Console(file=_Output(), quiet=not is_main)  # type: ignore[arg-type]
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield Bar(progress, progress.add_task(title, total=steps, completed=step, news=""))

@@ -18,11 +18,16 @@ from igpt.model.objectives import autoregressive, bert, sample_masks
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
-from igpt.training.distributed import Team, team
+from igpt.training.distributed import World, distributed_world
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.run_directory import record_run, settle_config, sole_writer, team_settings
+from igpt.training.run_directory import (
+    device_and_stop_seconds,
+    record_run,
+    settle_config,
+    sole_writer,
+)
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
@@ -79,18 +84,21 @@ def pretrain(
             in the directory; or the machine's memory cannot hold the model or a batch.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with team(*team_settings(run, config, given, resume)) as us, sole_writer(run, us):
+    with (
+        distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
+        sole_writer(run, world),
+    ):
         config = settle_config(
             run, config, {"tokens": config.tokens} if given is None else given, resume
         )
-        us.wait()  # no rank may take the directory that another makes for an old one
+        world.barrier()  # no rank may take the directory that another makes for an old one
         data = TokenDataset(config.tokens)
-        precision = us.tell(
-            resolve_precision(config.precision, us.device)
+        precision = world.broadcast(
+            resolve_precision(config.precision, world.device)
         )  # the ranks' machines may differ
         config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
-        require_memory(shape, config, us)
+        require_memory(shape, config, world)
         train = Batches(
             data["train"],
             data.resolution,
@@ -98,21 +106,21 @@ def pretrain(
             config.seed,
             config.flip,
             config.shift,
-            us.device,
+            world.device,
         )
         checked = _validation_tokens(data["validation"], config)
         objective = autoregressive if config.objective == "autoregressive" else bert
         torch.manual_seed(config.seed)
         with torch.device("meta"):  # the engine draws the weights, where they belong
             model = ImageGPT(shape, data.palette, config.start_from_palette)
-        engine = Engine(model, config, us, objective)
-        record_run(run, config, config.tokens, resume=resume, leads=us.leads)
-        us.wait()
+        engine = Engine(model, config, world, objective)
+        record_run(run, config, config.tokens, resume=resume, is_main=world.is_main)
+        world.barrier()
         trainer = Trainer(
             engine,
             batches=partial(_batch, train, config),
             validation=Validation(
-                "loss", objective, len(checked), partial(_validation_batch, config, checked, us)
+                "loss", objective, len(checked), partial(_validation_batch, config, checked, world)
             ),
             run=run,
             warmup=config.warmup(len(train.split)),
@@ -160,15 +168,15 @@ def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.
 
 
 def _validation_batch(
-    config: PretrainConfig, checked: NDArray[np.uint16], us: Team, first: int, last: int
+    config: PretrainConfig, checked: NDArray[np.uint16], world: World, first: int, last: int
 ) -> Batch:
     """Validation images from `first` up to `last`; a BERT model's masks are the same every time, and for every run."""
-    tokens = to_device(checked[first:last].astype(np.int64), us.device)
+    tokens = to_device(checked[first:last].astype(np.int64), world.device)
     if config.objective == "autoregressive":
         return (tokens,)
     probability, seed = _VALIDATION_MASKS
     masks = sample_masks((last, checked.shape[1]), probability, np.random.default_rng(seed))
-    return tokens, to_device(masks[first:], us.device)
+    return tokens, to_device(masks[first:], world.device)
 
 
 def _start_line(

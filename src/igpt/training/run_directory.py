@@ -20,7 +20,7 @@ from igpt.errors import InputError
 from igpt.files import sha256_of, write_json
 from igpt.locks import exclusive_folder
 from igpt.training.checkpoints import checkpoints
-from igpt.training.distributed import Team
+from igpt.training.distributed import World
 from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
 
@@ -31,20 +31,20 @@ Settings = TypeVar("Settings", bound=TrainConfig)
 
 
 @contextmanager
-def sole_writer(run: Path, team: Team) -> Iterator[None]:
-    """Keep other processes from working in a run directory; of a team, the leading rank holds the lock for all.
+def sole_writer(run: Path, world: World) -> Iterator[None]:
+    """Keep other processes from working in a run directory; of a world, the leading rank holds the lock for all.
 
     Raises:
         InputError: another process works in it; all ranks are told its host and process id.
     """
     with ExitStack() as held:
         refusal = None
-        if team.leads:
+        if world.is_main:
             try:
                 held.enter_context(exclusive_folder(run))
             except InputError as error:
                 refusal = str(error)
-        refusal = team.tell(refusal)
+        refusal = world.broadcast(refusal)
         if refusal is not None:
             raise InputError(refusal)
         yield
@@ -102,7 +102,7 @@ def _clear(run: Path) -> None:
             folder.rmdir()
 
 
-def team_settings(
+def device_and_stop_seconds(
     run: Path, config: TrainConfig, given: Mapping[str, Any] | None, resume: bool
 ) -> tuple[str, float]:
     """Return the device of a run and the seconds to save in, which are needed before its settings are settled.
@@ -171,7 +171,7 @@ def record_run(
     tokens: Path,
     *,
     resume: bool,
-    leads: bool,
+    is_main: bool,
     model_sha256: str | None = None,
 ) -> None:
     """Write what the run is; to resume, tokens and model must be the ones it began with.
@@ -199,7 +199,7 @@ def record_run(
             raise InputError(
                 f"the model is not the one that {run} was started with, or it has changed since"
             )
-    elif leads:
+    elif is_main:
         run.mkdir(parents=True, exist_ok=True)
         if _is_ours(run):
             _clear(run)

@@ -20,7 +20,7 @@ from igpt.data.tokens.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
 from igpt.model.cost import training_flops
 from igpt.model.precision import matmul_rate, resolve_precision
-from igpt.training.checkpoints import Checkpoints, Progress, checkpoints, step_of
+from igpt.training.checkpoints import Checkpoints, TrainingState, checkpoints, step_of
 from igpt.training.engine import Engine, Objective
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import learning_rate
@@ -144,7 +144,7 @@ class Trainer:
 
     def train(
         self, *, resume: bool = False, on_start: Callable[[Metrics], None] | None = None
-    ) -> Progress:
+    ) -> TrainingState:
         """Trains to the last update; the best model by validation stands in RUN/model.
 
         Args:
@@ -157,15 +157,15 @@ class Trainer:
             Diverged: too many losses or gradients were not finite; the step and the last good
                 checkpoint are named.
         """
-        self.config, self.team = self.engine.config, self.engine.team
-        self.metrics = Metrics(self.run / "metrics.jsonl", self.team.leads)
-        self.progress, self._saved = Progress(), 0
+        self.config, self.world = self.engine.config, self.engine.world
+        self.metrics = Metrics(self.run / "metrics.jsonl", self.world.is_main)
+        self.progress, self._saved = TrainingState(), 0
         self._untold: list[Tensor] = []  # of updates whose losses the host has not read
         self._norm = self._rate = 0.0
         self.checkpoints = Checkpoints(
-            self.run / "checkpoints", self.team, self.config.keep_checkpoints
+            self.run / "checkpoints", self.world, self.config.keep_checkpoints
         )
-        resumes = self.team.tell(resume and bool(checkpoints(self.checkpoints.folder)))
+        resumes = self.world.broadcast(resume and bool(checkpoints(self.checkpoints.folder)))
         notes = self._resume() if resumes else []
         if self.progress.step == 0:
             self.metrics.cut_after(-1, -1)
@@ -174,8 +174,8 @@ class Trainer:
         self._describe()
         with (
             _stop_on_signals(self.config.stop_seconds, self.checkpoints.folder) as stop,
-            bar(self.title, self.progress.step, self.config.steps, self.team.leads) as shown,
-            Prefetch(self.batches, self.team.device) as batches,
+            bar(self.title, self.progress.step, self.config.steps, self.world.is_main) as shown,
+            Prefetch(self.batches, self.world.device) as batches,
         ):
             for note in notes:
                 shown.say(note)
@@ -184,7 +184,7 @@ class Trainer:
                 self.checkpoints.finish()
             except Exception:
                 if (
-                    self.team.size == 1
+                    self.world.size == 1
                 ):  # the writer would go on after the lock is released; of several, one may be gone
                     with suppress(Exception):
                         self.checkpoints.finish()
@@ -200,7 +200,7 @@ class Trainer:
             seconds=self.progress.seconds,
             skipped=self.progress.skipped,
         )
-        if number := self.team.largest(
+        if number := self.world.all_reduce_max(
             stop.number or 0
         ):  # it came too late for the loop, and more may follow
             raise Interrupted(
@@ -218,20 +218,20 @@ class Trainer:
     def _describe(self) -> None:
         """Writes by what the utilisation of the processors is reckoned."""
         self._flops = training_flops(self.engine.model.config)
-        precision = resolve_precision(self.config.precision, self.team.device)
-        self._ceiling = matmul_rate(precision, self.team.device) * self.team.size
+        precision = resolve_precision(self.config.precision, self.world.device)
+        self._ceiling = matmul_rate(precision, self.world.device) * self.world.size
         self.metrics.write(
             "machine",
             self.progress.step,
-            ranks=self.team.size,
+            ranks=self.world.size,
             shard=self.config.shard,
-            device=self.team.device.type,
+            device=self.world.device.type,
             flops_per_image=self._flops,
             matmul_flops_per_second=self._ceiling,
         )
 
     def _loop(self, batches: Prefetch, stop: _Stop, shown: Bar) -> None:
-        config, progress, team = self.config, self.progress, self.team
+        config, progress, world = self.config, self.progress, self.world
         clock = _Clock()
         while True:
             with clock.paused():
@@ -242,7 +242,7 @@ class Trainer:
                     self._validate(stop, shown)
                 if kept:
                     self._keep_model(self.run / "snapshots" / f"step-{progress.step:08d}")
-                wish = team.largest(stop.number or 0)
+                wish = world.all_reduce_max(stop.number or 0)
                 ends = (finished and progress.validated == progress.step) or self._exhausted()
                 due = progress.step % config.checkpoint_every == 0 or ends or wish
                 if due and progress.step != self._saved:
@@ -265,7 +265,7 @@ class Trainer:
             progress.step += 1
             clock.images += config.batch_size
             tells = progress.step % config.log_every == 0 or progress.step == config.steps
-            if tells or team.device.type == "cpu":  # of a GPU, the host reads nothing in between
+            if tells or world.device.type == "cpu":  # of a GPU, the host reads nothing in between
                 loss = self._read()
                 shown.update(
                     progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s"
@@ -340,11 +340,11 @@ class Trainer:
     def _validate(self, stop: _Stop, shown: Bar) -> None:
         """Validates and keeps the best model; leaves it undone when the run is to stop."""
         self._read()
-        validation, progress, team = self.validation, self.progress, self.team
-        total = torch.zeros((), dtype=torch.float64, device=team.device)
+        validation, progress, world = self.validation, self.progress, self.world
+        total = torch.zeros((), dtype=torch.float64, device=world.device)
         size = self.engine.evaluation_batch_size()
         for first in range(0, validation.images, size):
-            if team.largest(stop.number or 0):
+            if world.all_reduce_max(stop.number or 0):
                 return
             batch = validation.batch(first, min(first + size, validation.images))
             total += self.engine.evaluate(validation.objective, batch)
@@ -368,7 +368,7 @@ class Trainer:
 
     def _keep_model(self, path: Path) -> None:
         weights = self.engine.weights()
-        if self.team.leads:
+        if self.world.is_main:
             self.engine.model.save_pretrained(path, weights)
 
     def _save(self) -> None:
