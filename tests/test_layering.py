@@ -61,6 +61,7 @@ HOUSE = [
     "training/muon",
     "training/optimizer",
     "training/settings",
+    "training/signals",
     "training/distributed",
     "training/memory",
     "training/engine",

@@ -170,7 +170,7 @@ def measure_update(
         world = world or stack.enter_context(_ranks(ranks, settings.shard))
         if pretend:
             stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-            stack.enter_context(patch.object(ImageGPT, "draw", _pretended))
+            stack.enter_context(patch.object(ImageGPT, "init_weights", _pretended))
         live = stack.enter_context(LiveTensors())
         for _ in update_twice(model, settings, world, validate=validate):
             live.restart()

@@ -2,11 +2,9 @@
 
 import os
 import signal
-import socket
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from threading import Event, Thread
@@ -19,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from igpt.errors import InputError, Interrupted, LostRank
+from igpt.training.signals import exit_now, watch_signals
 
 Told = TypeVar("Told")
 _CAUSE = "igpt/cause"  # where the rank that failed first leaves what it has to say
@@ -235,7 +234,8 @@ def _meet(place: _Place) -> Any:
     """
     address = os.environ["MASTER_ADDR"]
     try:
-        with _ending_at_once():
+        # The rendezvous is native code, which Ctrl-C does not interrupt.
+        with watch_signals(_exit_on_interrupt):
             store, _, _ = next(rendezvous("env://", timeout=_MEETING))
     except dist.DistError as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
@@ -254,30 +254,9 @@ def _meet(place: _Place) -> Any:
     return store
 
 
-@contextmanager
-def _ending_at_once() -> Iterator[None]:
-    """End the process with a line on Ctrl-C, while its main thread waits in native code that knows no Ctrl-C."""
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    Thread(target=_end_on_interrupt, args=(heard,), daemon=True).start()
-    before = signal.set_wakeup_fd(told.fileno())
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        told.close()
-
-
-def _end_on_interrupt(signals: socket.socket) -> None:
-    while number := signals.recv(1):
-        if number[0] == signal.SIGINT:
-            with suppress(OSError, ValueError):  # nobody reads it
-                print(
-                    "igpt: interrupted while waiting for the other ranks",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            os._exit(128 + signal.SIGINT)
+def _exit_on_interrupt(number: int) -> None:
+    if number == signal.SIGINT:
+        exit_now(number, "interrupted while waiting for the other ranks")
 
 
 @contextmanager

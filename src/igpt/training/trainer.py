@@ -1,17 +1,11 @@
 """The training loop, and only the loop: it knows no objective, no data set and no evaluation by name."""
 
 import math
-import os
-import signal
-import socket
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 import torch
 from torch import Tensor
@@ -24,63 +18,11 @@ from igpt.training.checkpoints import Checkpoints, TrainingState, checkpoints, s
 from igpt.training.engine import Engine, Objective
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import learning_rate
-
-_ONE_WISH = 2.0  # seconds; torchrun passes on a Ctrl-C that its processes have heard themselves
+from igpt.training.signals import StopRequest, exit_if_stuck, stop_on_signals
 
 
 class Diverged(InputError):  # noqa: N818  as its siblings in errors.py
     """A run has come to losses or gradients that are not finite; the message says where, and what to resume from."""
-
-
-@dataclass
-class _Stop:
-    number: int | None = None
-    since: float = 0.0
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is None:
-            self.number, self.since = number, time.monotonic()
-        elif (
-            time.monotonic() - self.since > _ONE_WISH
-        ):  # asked a second time: do not wait for the checkpoint
-            raise KeyboardInterrupt
-
-
-def _end_in_time(
-    signals: socket.socket, seconds: float, done: threading.Event, folder: Path
-) -> None:
-    """End the process when a stop was asked for and is not done in time, whatever its main thread waits for."""
-    while number := signals.recv(1):
-        if number[0] in (signal.SIGINT, signal.SIGTERM):
-            if not done.wait(seconds):
-                newest = next(iter(checkpoints(folder)), "none was written yet")
-                with suppress(OSError, ValueError):  # nobody reads it
-                    print(
-                        f"igpt: not saved within {seconds:g} seconds; the newest checkpoint: {newest}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-                os._exit(128 + number[0])
-            return
-
-
-@contextmanager
-def _stop_on_signals(seconds: float, folder: Path) -> Iterator[_Stop]:
-    """Turns Ctrl-C and SIGTERM into a wish that the loop looks at between updates, and into an end after `seconds`."""
-    stop, done = _Stop(), threading.Event()
-    heard, told = socket.socketpair()
-    told.setblocking(False)
-    threading.Thread(target=_end_in_time, args=(heard, seconds, done, folder), daemon=True).start()
-    before_descriptor = signal.set_wakeup_fd(told.fileno())
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        done.set()
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        signal.set_wakeup_fd(before_descriptor)
-        told.close()
 
 
 class _Clock:
@@ -173,7 +115,8 @@ class Trainer:
                 on_start(self.metrics)
         self._describe()
         with (
-            _stop_on_signals(self.config.stop_seconds, self.checkpoints.folder) as stop,
+            exit_if_stuck(self.config.stop_seconds, self._unsaved),
+            stop_on_signals() as stop,
             bar(self.title, self.progress.step, self.config.steps, self.world.is_main) as shown,
             Prefetch(self.batches, self.world.device) as batches,
         ):
@@ -201,12 +144,16 @@ class Trainer:
             skipped=self.progress.skipped,
         )
         if number := self.world.all_reduce_max(
-            stop.number or 0
+            stop.number
         ):  # it came too late for the loop, and more may follow
             raise Interrupted(
                 number, f"stopped at the end of training, after {self.progress.step} updates"
             )
         return self.progress
+
+    def _unsaved(self) -> str:
+        newest = next(iter(checkpoints(self.checkpoints.folder)), "none was written yet")
+        return f"not saved within {self.config.stop_seconds:g} seconds; the newest checkpoint: {newest}"
 
     def _resume(self) -> list[str]:
         self.progress, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
@@ -230,7 +177,7 @@ class Trainer:
             matmul_flops_per_second=self._ceiling,
         )
 
-    def _loop(self, batches: Prefetch, stop: _Stop, shown: Bar) -> None:
+    def _loop(self, batches: Prefetch, stop: StopRequest, shown: Bar) -> None:
         config, progress, world = self.config, self.progress, self.world
         clock = _Clock()
         while True:
@@ -242,7 +189,7 @@ class Trainer:
                     self._validate(stop, shown)
                 if kept:
                     self._keep_model(self.run / "snapshots" / f"step-{progress.step:08d}")
-                wish = world.all_reduce_max(stop.number or 0)
+                wish = world.all_reduce_max(stop.number)
                 ends = (finished and progress.validated == progress.step) or self._exhausted()
                 due = progress.step % config.checkpoint_every == 0 or ends or wish
                 if due and progress.step != self._saved:
@@ -337,14 +284,14 @@ class Trainer:
             f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps"
         )
 
-    def _validate(self, stop: _Stop, shown: Bar) -> None:
+    def _validate(self, stop: StopRequest, shown: Bar) -> None:
         """Validates and keeps the best model; leaves it undone when the run is to stop."""
         self._read()
         validation, progress, world = self.validation, self.progress, self.world
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         size = self.engine.evaluation_batch_size()
         for first in range(0, validation.images, size):
-            if world.all_reduce_max(stop.number or 0):
+            if world.all_reduce_max(stop.number):
                 return
             batch = validation.batch(first, min(first + size, validation.images))
             total += self.engine.evaluate(validation.objective, batch)
