@@ -5,11 +5,11 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from igpt.cli import demo
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.evaluation.probe_classifier import Readout
 from igpt.files import read_json
@@ -24,7 +24,7 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("_COMPLETIONS", 2),
         ("_SAMPLES", 4),
     ):
-        monkeypatch.setattr(demo, name, number)
+        monkeypatch.setattr(import_module("igpt.cli.demo"), name, number)
 
 
 def test_the_story_of_digits(igpt, tmp_path: Path) -> None:

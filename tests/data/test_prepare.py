@@ -328,7 +328,7 @@ def test_the_workers_of_a_killed_process_end(
 HOLDING = """
 import os, sys
 from pathlib import Path
-from igpt.data import parts, prepare as room
+from igpt.data import merge as merging, prepare as room
 
 room.SHARD_IMAGES = (10, 10)
 verb, source, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -343,9 +343,9 @@ if verb == "prepare":
 elif verb == "part":
     room.prepare_part(source, out, config, (1, 2), progress=hold)
 else:
-    take = parts._take
-    parts._take = lambda *words: (hold(), take(*words))
-    parts.merge(out)
+    take = merging._take
+    merging._take = lambda *words: (hold(), take(*words))
+    merging.merge(out)
 """
 
 

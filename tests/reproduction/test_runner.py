@@ -145,12 +145,15 @@ def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
     """There all processes get it at once, and a step may end before it is asked to."""
     folder = str(tmp_path)
     code = (
-        "from pathlib import Path; from commands import command; from igpt.reproduction.runner import run;"
+        "from pathlib import Path; from tests.helpers.commands import command; from igpt.reproduction.runner import run;"
         "from igpt.reproduction.steps import Step;"
         f"run([Step('slow', ('slow', 'pid'))], Path({folder!r}), command, jobs=1, minutes=None, say=print)"
     )
     known = os.environ.get("PYTHONPATH", "")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), known])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), known]),
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
         env=environment,
@@ -219,12 +222,15 @@ def test_a_signal_stops_all(tmp_path: Path) -> None:
 
 def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> None:
     code = (
-        "from pathlib import Path; from commands import command; from igpt.reproduction.runner import run;"
+        "from pathlib import Path; from tests.helpers.commands import command; from igpt.reproduction.runner import run;"
         "from igpt.reproduction.steps import Step;"
         f"run([Step('slow', ('slow', 'pid'))], Path({str(tmp_path)!r}), command, jobs=1, minutes=None, say=print)"
     )
     known = os.environ.get("PYTHONPATH", "")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), known])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), known]),
+    }
     process = subprocess.Popen(
         [sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment
     )
