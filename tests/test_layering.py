@@ -64,6 +64,7 @@ HOUSE = [
     "training/signals",
     "training/distributed",
     "training/memory",
+    "training/parallelize",
     "training/engine",
     "training/checkpoints",
     "training/metrics",

@@ -1,153 +1,80 @@
-"""One update of a model on this machine: where its weights lie, what is kept for the backward pass, who adds what up.
+"""One step of training: forward and backward passes of micro-batches, gradient clipping, optimizer.
 
-Rows of a batch are shared out among the ranks, and each rank's rows among micro-batches; sums are
-divided by the count of the whole batch, so that the update is the same however they are shared. B
-images of a batch, n places.
+The rows of a batch are split among the ranks, and each rank's rows into micro-batches. Sums are
+divided by the number of images in the whole batch, so the result does not depend on the split.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
 
 from igpt.allocator import keep_freed_memory
 from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
-from igpt.model.objectives import Summed
 from igpt.model.precision import autocast
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
 from igpt.training.optimizer import make_optimizers, step
-from igpt.training.settings import Recomputation, TrainConfig
-
-Objective = Callable[..., Summed]
-
-_aten = torch.ops.aten
-# Products and attention cost the most to compute again; all between them is recomputed.
-_KEPT = {
-    _aten.mm.default,
-    _aten.addmm.default,
-    _aten._scaled_dot_product_flash_attention.default,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default,
-    _aten._scaled_dot_product_efficient_attention.default,
-    _aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-class _Call(nn.Module):
-    """Makes any function of a model a forward pass, which is where DDP and FSDP do their work."""
-
-    def __init__(self, model: ImageGPT) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Objective, *tensors: Tensor) -> Summed:
-        """The sum and the count that the function gives."""
-        return function(self.model, *tensors)
-
-
-def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _prepare_block(block: nn.Module, recomputation: Recomputation, compiled: bool) -> None:
-    """Makes a block compute activations again in the backward pass, and compiles it; its parameters keep their names.
-
-    DDP's and FSDP's hooks stay around what is compiled.
-    """
-    forward: Callable[..., Any] = block.forward
-    if recomputation != "none":
-        contexts: dict[str, Any] = {}
-        if recomputation == "selective":
-            contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)}
-        # Nothing in a block is random.
-        forward = partial(
-            checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **contexts
-        )
-    block.forward = torch.compile(forward) if compiled else forward
+from igpt.training.parallelize import LossFunction, gradient_sync, parallelize
+from igpt.training.settings import TrainConfig
 
 
 class Engine:
-    """Updates a model.
+    """Trains and evaluates a model on whole batches.
 
     Args:
-        model: with weights, or made on the meta device: then it gets its initial ones, part by
-            part, so that one that is sharded need not fit on any device as a whole.
-        objective: called with the model and the tensors of a micro-batch; gives a summed loss and a
-            count of images.
+        model: with weights, or on the meta device, where it gets its initial weights.
+        loss: called with the model and the tensors of a micro-batch; returns a summed loss and the
+            number of images.
 
     Raises:
-        InputError: the batch or the sharding does not fit the number of ranks.
+        InputError: the batch has fewer images than there are ranks, or `shard` does not divide the
+            world size.
     """
 
     def __init__(
-        self, model: ImageGPT, config: TrainConfig, world: World, objective: Objective
+        self, model: ImageGPT, config: TrainConfig, world: World, loss: LossFunction
     ) -> None:
         if config.batch_size < world.size:
             raise InputError(
-                f"a batch of {config.batch_size} leaves some of {world.size} processes idle; raise --batch-size"
+                f"a batch of {config.batch_size} leaves some of {world.size} processes idle; "
+                "raise --batch-size"
             )
-        self.model, self.config, self.world = model, config, world
-        self._objective = objective
-        mesh = world.device_mesh(config.shard)
         if world.device.type == "cpu":
             keep_freed_memory()
-        compiled = config.compile == "yes" or (
-            config.compile == "auto" and world.device.type == "cuda"
-        )
-        policy = MixedPrecisionPolicy()
-        if config.precision == "bf16":
-            policy = MixedPrecisionPolicy(
-                torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        for name, part in model.top_modules():
-            if any(parameter.is_meta for parameter in part.parameters()):
-                model.init_weights(name, world.device)
-            else:
-                part.to(world.device)
-            if name.startswith("h."):
-                _prepare_block(part, config.activation_checkpointing, compiled)
-                if config.shard > 1:
-                    fully_shard(part, mesh=mesh, mp_policy=policy)
-        self._call = _Call(model)
-        self._training_call: nn.Module = self._call
-        if config.shard > 1:
-            fully_shard(self._call, mesh=mesh)
-        elif world.size > 1:
-            self._training_call = DistributedDataParallel(self._call, gradient_as_bucket_view=True)
+        self.model, self.config, self.world = model, config, world
+        self._loss = loss
+        self._train_module = parallelize(model, config, world)
+        self._module = self._train_module  # for evaluation, without DDP
+        if isinstance(self._train_module, DistributedDataParallel):
+            self._module = self._train_module.module
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizers = make_optimizers(
             model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
         )
 
     def update(self, batch: Batch, rate: float) -> Tensor:
-        """One update with a whole batch, whose tensors' rows are images; nothing here waits for the device.
+        """Perform one optimizer step on a whole batch, whose tensors' rows are images.
+
+        Nothing here waits for the device.
 
         Returns:
-            the loss (mean over the batch), the gradient's norm before clipping, and whether the
-            update was skipped since one of them is not finite (1 or 0): float64 [3] on the device.
+            float64 [3] on the device: the mean loss of the batch, the gradient norm before clipping,
+            and 1 if the step was skipped because one of them is not finite, else 0.
         """
         count, world = len(batch[0]), self.world
         total = torch.zeros((), dtype=torch.float64, device=world.device)
-        micro_batches = self._shares(batch, self.config.micro_batch_size)
-        for number, (share, weight) in enumerate(micro_batches):
-            with self._synchronised(number == len(micro_batches) - 1):
+        micro_batches = self._micro_batches(batch, self.config.micro_batch_size)
+        for number, (tensors, weight) in enumerate(micro_batches, 1):
+            with gradient_sync(self._train_module, last=number == len(micro_batches)):
                 with autocast(self.config.precision, world.device):
-                    summed, _ = self._training_call(self._objective, *share)
-                # DDP and FSDP average over the ranks.
+                    summed, _ = self._train_module(self._loss, *tensors)
+                # DDP and FSDP average gradients over the ranks.
                 torch.autograd.backward(summed * (weight * world.size / count))
             total += summed.detach() * weight
         loss = world.all_reduce_sum(total) / count
@@ -162,24 +89,24 @@ class Engine:
         return torch.stack([loss, norm.double(), skip.double()])
 
     @torch.no_grad()
-    def evaluate(self, objective: Objective, batch: Batch) -> Tensor:
-        """The sum that an objective gives for a whole batch, float64 on the device, the same on all ranks."""
+    def evaluate(self, loss: LossFunction, batch: Batch) -> Tensor:
+        """Return the sum of a loss over a whole batch: float64 on the device, the same on all ranks."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for share, weight in self._shares(batch, None):
+        for tensors, weight in self._micro_batches(batch, None):
             with autocast(self.config.precision, self.world.device):
-                summed, _ = self._call(objective, *share)
+                summed, _ = self._module(loss, *tensors)
             total += summed * weight
         return self.world.all_reduce_sum(total)
 
     def evaluation_batch_size(self) -> int:
-        """Images, over all ranks, that fit when nothing is kept for a backward pass: four times a micro-batch."""
-        share = -(-self.config.batch_size // self.world.size)
-        return 4 * min(self.config.micro_batch_size or share, share) * self.world.size
+        """Return the images of an evaluation batch: per rank four micro-batches, for nothing is kept for a backward pass."""
+        rows = -(-self.config.batch_size // self.world.size)
+        return 4 * min(self.config.micro_batch_size or rows, rows) * self.world.size
 
     def weights(self) -> dict[str, Tensor] | None:
-        """The whole weights on the CPU of the leading rank, if the model here holds only a part of them.
+        """Return the whole weights of a sharded model, on the CPU of the main rank; None if it is not sharded.
 
-        All ranks must ask; the others get none.
+        All ranks must call it; the others get an empty dict.
         """
         if self.config.shard == 1:
             return None
@@ -187,32 +114,17 @@ class Engine:
         tensors: dict[str, Any] = get_model_state_dict(self.model, options=options)
         return tensors
 
-    def _shares(self, batch: Batch, micro_batch_size: int | None) -> list[tuple[Batch, int]]:
-        """This rank's micro-batches and their weights; as many on every rank, for all take part in every exchange.
+    def _micro_batches(self, batch: Batch, size: int | None) -> list[tuple[Batch, int]]:
+        """Return this rank's micro-batches with their weights, equally many on every rank.
 
-        A rank that has too few rows gets one that weighs nothing.
+        Every rank must take part in every collective operation: a rank with too few rows gets one
+        row of weight 0.
         """
         rows = -(-len(batch[0]) // self.world.size)
-        number = -(-rows // (micro_batch_size or rows))
+        number = -(-rows // (size or rows))
         parts = [self.world.local_rows(tensor).tensor_split(number) for tensor in batch]
-        shares = list(zip(*parts, strict=True))
-        idle = tuple(tensor[:1].to(self.world.device) for tensor in batch)
-        return [(share, 1) if len(share[0]) else (idle, 0) for share in shares]
-
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Gradients go between the copies of the model with the last micro-batch only.
-
-        Where a copy is sharded, each rank's share is added up every time: all of a copy's gradients
-        might not fit.
-        """
-        call = self._training_call
-        if isinstance(call, FSDPModule):
-            call.set_is_last_backward(last)
-            call.set_requires_all_reduce(last)
-            yield
-        elif isinstance(call, DistributedDataParallel) and not last:
-            with call.no_sync():
-                yield
-        else:
-            yield
+        padding = tuple(tensor[:1].to(self.world.device) for tensor in batch)
+        return [
+            (tensors, 1) if len(tensors[0]) else (padding, 0)
+            for tensors in zip(*parts, strict=True)
+        ]

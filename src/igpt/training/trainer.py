@@ -15,9 +15,10 @@ from igpt.errors import InputError, Interrupted
 from igpt.model.cost import training_flops
 from igpt.model.precision import matmul_rate, resolve_precision
 from igpt.training.checkpoints import Checkpoints, TrainingState, checkpoints, step_of
-from igpt.training.engine import Engine, Objective
+from igpt.training.engine import Engine
 from igpt.training.metrics import Bar, Metrics, bar
 from igpt.training.optimizer import learning_rate
+from igpt.training.parallelize import LossFunction
 from igpt.training.signals import StopRequest, exit_if_stuck, stop_on_signals
 
 
@@ -61,7 +62,7 @@ class Validation:
     """
 
     name: str
-    objective: Objective
+    objective: LossFunction
     images: int
     batch: Callable[[int, int], Batch]
 
