@@ -12,6 +12,7 @@ HOUSE = [
     "interrupts",
     "console",
     "errors",
+    "progress",
     "allocator",
     "files",
     "locks",

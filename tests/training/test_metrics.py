@@ -12,7 +12,8 @@ import pytest
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.training.metrics import Metrics, bar, read_metrics, readable_metrics, say
+from igpt.progress import print_line, progress_bar
+from igpt.training.metrics import Metrics, read_metrics, readable_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
 TRAIN = {"kind": "train", "step": 1, "loss": 2.5}
@@ -114,9 +115,9 @@ PATH = "runs/q[/old] [bold]x[/] :smile: [link=a]"
 
 
 def test_paths_are_never_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    with bar("title", 0, 3) as shown:
+    with progress_bar(on_stdout=True) as shown:
         shown.say(f"resumed from {PATH}")
-        shown.update(1, PATH)
+        shown("title", 1, 3, PATH)
     assert capsys.readouterr().out == f"resumed from {PATH}\n"
 
 
@@ -138,7 +139,7 @@ def test_a_training_goes_on_when_nobody_reads_it(
     pretrain(config, tmp_path / "run")
     pretrain(config, tmp_path / "run", resume=True)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] == 16
-    say("and so does what comes after it")
+    print_line("and so does what comes after it")
     sys.stdout.flush()
 
 
@@ -150,9 +151,9 @@ def test_paths_are_never_markup_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr(sys, "stdout", Terminal())
-    with bar("fine-tuning [red]", 0, 3) as shown:
+    with progress_bar(on_stdout=True) as shown:
         shown.say(f"resumed from {PATH}")
-        shown.update(1, "loss [1]")
+        shown("fine-tuning [red]", 1, 3, "loss [1]")
     written = sys.stdout.getvalue()
     assert f"resumed from {PATH}" in written
     assert "fine-tuning [red]" in written

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from tyro.conf import Positional
 
-from igpt.cli.run import MaybeOut, OutFolder, file_settings, given, progress_bar
+from igpt.cli.run import MaybeOut, OutFolder, file_settings, given
 from igpt.errors import InputError
+from igpt.progress import progress_bar
 
 if TYPE_CHECKING:
     from igpt.data.left_out import LeftOut

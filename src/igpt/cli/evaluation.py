@@ -10,17 +10,16 @@ from tyro.conf import Positional
 from igpt.cli.run import (
     MaybeOut,
     Out,
-    Show,
     file_settings,
     given,
     load_model,
     model_and_run,
     passing_folder,
-    progress_bar,
     require_writable,
 )
 from igpt.errors import InputError
 from igpt.locks import exclusive
+from igpt.progress import ProgressBar, progress_bar
 
 if TYPE_CHECKING:
     from igpt.data.image_set import GatherConfig, Gathered
@@ -331,7 +330,9 @@ def features(
     )
 
 
-def _gathered(model: "ImageGPT", source: str, settings: "GatherConfig", show: Show) -> "Gathered":
+def _gathered(
+    model: "ImageGPT", source: str, settings: "GatherConfig", show: ProgressBar
+) -> "Gathered":
     """The images of a source in the model's tokens: a token data set that matches the model, or any images."""
     from igpt.data.image_set import gather_images, gather_tokens
     from igpt.data.tokens.dataset import FORMAT, MANIFEST, TokenDataset

@@ -1,4 +1,4 @@
-"""What the commands share: flags made from settings, checks of outputs, one-line errors, exit codes, a progress bar."""
+"""What the commands share: flags made from settings, checks of outputs, one-line errors, exit codes."""
 
 import contextlib
 import io
@@ -34,7 +34,6 @@ Out = Annotated[Path, _O]
 MaybeOut = Annotated[Path | None, _O]
 OutFolder = Annotated[Path, _O, _FOLDER]
 MaybeOutFolder = Annotated[Path | None, _O, _FOLDER]
-Show = Callable[[str, int, int], None]  # (what, done, in all)
 # What a command does, and "module:Class" of the settings that are its flags, or the module that it
 # begins by importing.
 Commands = Mapping[str, tuple[Callable[..., None], str]]
@@ -130,20 +129,6 @@ def _one_line(box: str, program: str) -> str:
     text = re.sub(r"For full helptext, (run|see).*", "", text)
     text = re.sub(r"^.*?-{10,}", "", text).strip()  # a title above a line
     return f"{text}; see {program} --help"
-
-
-@contextlib.contextmanager
-def progress_bar() -> Iterator[Show]:
-    """A bar for long work, on a terminal only: call it with what is being done, how much of it is, and of how much."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda what, done, total: progress.update(
-            task, description=what, completed=done, total=total
-        )
 
 
 def model_and_run(path: Path) -> tuple[Path, Path]:

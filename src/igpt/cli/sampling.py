@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from igpt.cli.run import MaybeOut, load_model, model_and_run, progress_bar, require_writable
+from igpt.cli.run import MaybeOut, load_model, model_and_run, require_writable
 from igpt.errors import InputError
+from igpt.progress import progress_bar
 
 if TYPE_CHECKING:
     from torch import Tensor

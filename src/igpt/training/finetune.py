@@ -30,6 +30,7 @@ from igpt.model.directory import weights_sha256
 from igpt.model.objectives import classification
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
+from igpt.progress import print_line
 from igpt.training.checkpoints import TrainingState
 from igpt.training.classification import (
     accuracies,
@@ -42,7 +43,7 @@ from igpt.training.classification import (
 from igpt.training.distributed import World, distributed_world
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
-from igpt.training.metrics import Metrics, read_metrics, say
+from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.optimizer import Schedule
 from igpt.training.run_directory import (
     device_and_stop_seconds,
@@ -202,7 +203,7 @@ def finetune(
                 model_sha256=checksum,
             )
         if world.is_main and shape.resolution != data.resolution:
-            say(
+            print_line(
                 f"position embeddings: interpolated from {shape.resolution} to {data.resolution} px"
             )
         return _Finetuning(config, run, data, splits, world, shape, recorded=resume).complete()
@@ -303,7 +304,7 @@ class _Finetuning:
             if len(self.config.learning_rates) < 2:
                 raise
             if self.world.is_main:
-                say(f"learning rate {rate} is out: {error}")
+                print_line(f"learning rate {rate} is out: {error}")
             return _Tried(config, folder, math.inf, 0)
         assert progress.best is not None, "the last update is validated"
         return _Tried(config, folder, progress.best, progress.best_step)

@@ -5,16 +5,11 @@ resume, end) and "step"; `Record` has the other keys. A kill may leave the last 
 """
 
 import json
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from pydantic import ConfigDict, Field, model_validator
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from igpt.errors import InputError
 from igpt.files import Stored, atomic_file, require_regular, require_schema
@@ -167,82 +162,3 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: a JSON object is needed")
     require_schema(value, Record, where)
     return value
-
-
-def _stdout() -> Any:
-    """Return standard output itself, also while rich shows a bar, and has put something in its place."""
-    return getattr(sys.stdout, "rich_proxied_file", sys.stdout)
-
-
-class _Output:
-    """Standard output whose reader may go: `igpt pretrain ... | head -1` trains on and prints no more."""
-
-    def write(self, text: str) -> int:
-        with _ignoring_a_lost_reader():
-            _stdout().write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with _ignoring_a_lost_reader():
-            _stdout().flush()
-
-    def isatty(self) -> bool:
-        return bool(_stdout().isatty())
-
-    def fileno(self) -> int:
-        return int(_stdout().fileno())
-
-    @property
-    def encoding(self) -> str:
-        return str(_stdout().encoding)
-
-
-@contextmanager
-def _ignoring_a_lost_reader() -> Iterator[None]:
-    try:
-        yield
-    except OSError:  # a broken pipe, or a terminal that is gone
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        with suppress(OSError, ValueError):
-            os.dup2(nowhere, _stdout().fileno())  # what is still buffered goes there at the exit
-        os.close(nowhere)
-
-
-def say(line: str) -> None:
-    """Print a line as it is, if anybody reads standard output."""
-    output = _Output()
-    output.write(f"{line}\n")
-    output.flush()
-
-
-class Bar:
-    """A progress bar over the updates of a run, with lines of news above it."""
-
-    def __init__(self, progress: Progress, task: Any) -> None:
-        self._progress, self._task = progress, task
-
-    def update(self, step: int, news: str) -> None:
-        """Move to a step; `news` (loss, images/s) stands behind the bar."""
-        self._progress.update(self._task, completed=step, news=news)
-
-    def say(self, line: str) -> None:
-        """Print a line above the bar, as it is: square brackets and colons mean nothing."""
-        self._progress.console.print(
-            line, markup=False, emoji=False, highlight=False, soft_wrap=True
-        )
-
-
-@contextmanager
-def bar(title: str, step: int, steps: int, is_main: bool = True) -> Iterator[Bar]:
-    """Show a bar that starts at `step`; silent on processes that do not lead."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        TextColumn("{task.completed}/{task.total}", markup=False),
-        TextColumn("{task.fields[news]}", markup=False),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    console = Console(file=_Output(), quiet=not is_main)  # type: ignore[arg-type]
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        yield Bar(progress, progress.add_task(title, total=steps, completed=step, news=""))

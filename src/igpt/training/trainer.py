@@ -14,9 +14,10 @@ from igpt.data.tokens.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
 from igpt.model.cost import training_flops
 from igpt.model.precision import matmul_rate, resolve_precision
+from igpt.progress import ProgressBar, progress_bar
 from igpt.training.checkpoints import Checkpoints, TrainingState, checkpoints, step_of
 from igpt.training.engine import Engine
-from igpt.training.metrics import Bar, Metrics, bar
+from igpt.training.metrics import Metrics
 from igpt.training.optimizer import learning_rate
 from igpt.training.parallelize import LossFunction
 from igpt.training.signals import StopRequest, exit_if_stuck, stop_on_signals
@@ -118,9 +119,10 @@ class Trainer:
         with (
             exit_if_stuck(self.config.stop_seconds, self._unsaved),
             stop_on_signals() as stop,
-            bar(self.title, self.progress.step, self.config.steps, self.world.is_main) as shown,
+            progress_bar(on_stdout=True, quiet=not self.world.is_main) as shown,
             Prefetch(self.batches, self.world.device) as batches,
         ):
+            shown(self.title, self.progress.step, self.config.steps)
             for note in notes:
                 shown.say(note)
             try:
@@ -178,7 +180,7 @@ class Trainer:
             matmul_flops_per_second=self._ceiling,
         )
 
-    def _loop(self, batches: Prefetch, stop: StopRequest, shown: Bar) -> None:
+    def _loop(self, batches: Prefetch, stop: StopRequest, shown: ProgressBar) -> None:
         config, progress, world = self.config, self.progress, self.world
         clock = _Clock()
         while True:
@@ -215,8 +217,11 @@ class Trainer:
             tells = progress.step % config.log_every == 0 or progress.step == config.steps
             if tells or world.device.type == "cpu":  # of a GPU, the host reads nothing in between
                 loss = self._read()
-                shown.update(
-                    progress.step, f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s"
+                shown(
+                    self.title,
+                    progress.step,
+                    config.steps,
+                    f"loss {loss:.3f}, {clock.images_per_second:.0f} images/s",
                 )
             if tells:
                 self._tell(clock, rate)
@@ -285,7 +290,7 @@ class Trainer:
             f"{what}; {good}; start another run with a lower --learning-rate or a longer --warmup-steps"
         )
 
-    def _validate(self, stop: StopRequest, shown: Bar) -> None:
+    def _validate(self, stop: StopRequest, shown: ProgressBar) -> None:
         """Validates and keeps the best model; leaves it undone when the run is to stop."""
         self._read()
         validation, progress, world = self.validation, self.progress, self.world
