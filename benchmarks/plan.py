@@ -27,7 +27,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from live_tensors import as_on_a_gpu, measure_update, update_twice
 
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World, distributed_world
@@ -121,7 +121,9 @@ def kept_when_compiled(recomputation: Recomputation) -> float:
     """Bytes a place and unit of width that a block, compiled for this CPU, keeps in bf16 for its backward pass."""
     model = ModelConfig(resolution=24, n_layer=2, n_embd=256, n_head=4)
     settings = settings_of({"activation_checkpointing": recomputation, "compile": "yes"})
-    engine = Engine(ImageGPT(model), settings, World(0, 1, torch.device("cpu")), autoregressive)
+    engine = Engine(
+        ImageGPT(model), settings, World(0, 1, torch.device("cpu")), Autoregressive().loss
+    )
     x = torch.randn(4, model.n_pixels, model.n_embd, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = engine.model.h[1](engine.model.h[0](x))

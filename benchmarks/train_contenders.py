@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
 from igpt.training.engine import Engine
@@ -152,7 +152,7 @@ def igpt(job: Job, world: World, compiled: bool) -> Made:
         "activation_checkpointing": job.recomputation,
         "betas": BETAS,
     }
-    engine = Engine(model, TrainConfig(**settings), world, autoregressive)
+    engine = Engine(model, TrainConfig(**settings), world, Autoregressive().loss)
     return Made(lambda tokens: engine.update((tokens,), LEARNING_RATE)[0], count(model))
 
 

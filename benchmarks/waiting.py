@@ -30,7 +30,7 @@ import json, sys, time
 import torch
 from igpt.allocator import keep_freed_memory
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive
 from igpt.model.transformer import ImageGPT
 
 keep_freed_memory()
@@ -44,7 +44,7 @@ taken = []
 end = time.perf_counter() + seconds
 while time.perf_counter() < end or len(taken) < 4:
     began = time.perf_counter()
-    total, count = autoregressive(model, tokens)
+    total, count = Autoregressive().loss(model, tokens)
     (total / count).backward()
     optimizer.step()
     optimizer.zero_grad()

@@ -8,11 +8,13 @@ import shlex
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from igpt.cli import COMMANDS
 from igpt.data.tokens.dataset import TokenDataset
+from igpt.model.objectives import OBJECTIVES
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -162,12 +164,16 @@ def test_python_as_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Blocks that begin with an import are whole programs; the others are parts of files."""
+    """Run the blocks that begin with an import, after writing those that begin with a file name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
     Path("tokens").mkdir()
     Path("tokens/digits").symlink_to(digits.path)
     Path("runs").mkdir()
     Path("runs/tiny").symlink_to(short_run)
+    for code in blocks((DOCS / f"{page}.md").read_text(), "python"):
+        if named := re.match(r"# (\w+\.py)\n", code):
+            Path(named[1]).write_text(code)
     programs = [
         code
         for code in blocks((DOCS / f"{page}.md").read_text(), "python")
@@ -175,5 +181,5 @@ def test_python_as_written(
     ]
     assert programs
     for code in programs:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), patch.dict(OBJECTIVES):
             exec(compile(code, page, "exec"), {"__name__": "an_example"})

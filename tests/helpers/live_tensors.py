@@ -23,7 +23,6 @@ from torch.utils._pytree import tree_leaves
 
 from igpt.model import norm, transformer
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive, bert
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
 from igpt.training.engine import Engine
@@ -183,16 +182,16 @@ def update_twice(
     """Yields between the first update of a new engine and the second one, which validation may follow."""
     with torch.device("meta"):
         made = ImageGPT(model)
-    objective = autoregressive if model.objective == "autoregressive" else bert
-    engine = Engine(made, settings, world, objective)
+    engine = Engine(made, settings, world, model.trained_as.loss)
     images = max(settings.batch_size, engine.evaluation_batch_size() * validate)
     tokens = torch.zeros(images, model.n_pixels, dtype=torch.long, device=world.device)
-    whole = (tokens,) if model.objective == "autoregressive" else (tokens, tokens == 0)
+    whole = (tokens, tokens == 0) if model.trained_as.masked else (tokens,)
     batch = tuple(tensor[: settings.batch_size] for tensor in whole)
     engine.update(batch, 1e-3)
     yield
     engine.update(batch, 1e-3)
     if validate:
         engine.evaluate(
-            objective, tuple(tensor[: engine.evaluation_batch_size()] for tensor in whole)
+            model.trained_as.loss,
+            tuple(tensor[: engine.evaluation_batch_size()] for tensor in whole),
         )

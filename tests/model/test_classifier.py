@@ -11,7 +11,7 @@ from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.classifier import Predictions, class_logits, modal, predict, with_head
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import masks_of_rows
+from igpt.model.objectives import Bert
 from igpt.model.transformer import ImageGPT
 
 CLASSES = ("cat", "dog", "ship")
@@ -71,7 +71,7 @@ def test_the_modal_prediction_counts_what_each_mask_gives() -> None:
     tokens = torch.from_numpy(images.astype(np.int64))
     votes, probabilities = np.zeros((60, 3), int), np.zeros((60, 3))
     for draw in range(5):
-        mask = torch.from_numpy(masks_of_rows(rows, 16, 0.4, (3, draw)))
+        mask = torch.from_numpy(Bert().masks_of_rows(rows, 16, 0.4, (3, draw)))
         with torch.no_grad():
             logits = class_logits(model, tokens, mask)
         votes[np.arange(60), logits.argmax(1).numpy()] += 1

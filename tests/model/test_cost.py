@@ -7,9 +7,10 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from igpt.model.classifier import classification
 from igpt.model.config import ModelConfig
 from igpt.model.cost import attended_pairs, count_parameters, forward_flops, training_flops
-from igpt.model.objectives import autoregressive, bert, classification
+from igpt.model.objectives import Autoregressive, Bert
 from igpt.model.transformer import ImageGPT
 from igpt.training.presets import MODELS
 
@@ -68,9 +69,9 @@ def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
         if config.class_names:
             loss, images = classification(model, tokens, torch.zeros(2, dtype=torch.long), mask)
         elif mask is not None:
-            loss, images = bert(model, tokens, mask)
+            loss, images = Bert().loss(model, tokens, mask)
         else:
-            loss, images = autoregressive(model, tokens)
+            loss, images = Autoregressive().loss(model, tokens)
         forward = counter.get_total_flops()
         loss.backward()
     masked = 4 * (config.n_pixels**2 - attended_pairs(config)) * config.n_embd * config.n_layer

@@ -1,11 +1,17 @@
 """Losses against their definitions, and how they add up."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from igpt.errors import InputError
+from igpt.model import objectives
+from igpt.model.classifier import classification
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive, bert, classification, sample_masks
+from igpt.model.objectives import OBJECTIVES, Autoregressive, Bert, sample_masks
 from igpt.model.transformer import ImageGPT
 
 
@@ -22,7 +28,7 @@ def test_autoregressive_is_the_mean_over_all_places() -> None:
     model, tokens = random_model(), torch.randint(0, 7, (5, 16))
     log_probability = model(tokens).log_softmax(-1)
     expected = [-sum(log_probability[b, i, tokens[b, i]] for i in range(16)) / 16 for b in range(5)]
-    total, count = autoregressive(model, tokens)
+    total, count = Autoregressive().loss(model, tokens)
     assert count == 5
     assert float(total) == pytest.approx(float(sum(expected)), abs=1e-10)
 
@@ -38,7 +44,7 @@ def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> N
         expected -= sum(float(log_probability[image, i, tokens[image, i]]) for i in places) / len(
             places
         )
-    total, count = bert(model, tokens, mask)
+    total, count = Bert().loss(model, tokens, mask)
     assert count == 3
     assert float(total) == pytest.approx(expected, abs=1e-10)
 
@@ -46,8 +52,8 @@ def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> N
 def test_parts_of_a_batch_add_up_to_the_whole() -> None:
     model, tokens = random_model(objective="bert"), torch.randint(0, 7, (6, 16))
     mask = torch.from_numpy(sample_masks((6, 16), 0.3, np.random.default_rng(0)))
-    whole, count = bert(model, tokens, mask)
-    parts = [bert(model, tokens[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 6))]
+    whole, count = Bert().loss(model, tokens, mask)
+    parts = [Bert().loss(model, tokens[rows], mask[rows]) for rows in (slice(0, 1), slice(1, 6))]
     assert sum(part[1] for part in parts) == count
     assert float(sum(part[0] for part in parts)) == pytest.approx(float(whole), abs=1e-10)
 
@@ -69,7 +75,7 @@ def test_classification_adds_the_weighted_generative_loss() -> None:
     assert float(classification(model, tokens, labels, generation_weight=0.0)[0]) == pytest.approx(
         expected, rel=1e-6
     )
-    generative = float(autoregressive(model, tokens)[0])
+    generative = float(Autoregressive().loss(model, tokens)[0])
     joint = float(classification(model, tokens, labels, generation_weight=0.5)[0])
     assert joint == pytest.approx(expected + 0.5 * generative, rel=1e-6)
 
@@ -84,7 +90,7 @@ def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() 
         .log_softmax(-1)
     )
     expected = -float(scores[torch.arange(4), labels].sum().detach()) + 0.5 * float(
-        bert(model, tokens, mask)[0].detach()
+        Bert().loss(model, tokens, mask)[0].detach()
     )
     joint, count = classification(model, tokens, labels, mask, generation_weight=0.5)
     assert count == 4
@@ -93,3 +99,26 @@ def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() 
     alone = classification(model, tokens, labels, generation_weight=0.0)[0].detach()
     assert float(unmasked) == float(alone), "without masks a BERT model has nothing to predict"
     assert float(unmasked) != pytest.approx(expected, rel=1e-3)
+
+
+def test_a_registered_objective_has_a_name_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="Input should be 'autoregressive' or 'bert'"):
+        random_model(objective="mine")
+
+    class Mine(Bert):
+        name = "mine"
+
+    monkeypatch.setitem(OBJECTIVES, "mine", Mine())
+    model = random_model(objective="mine")
+    assert model.config.trained_as.name == "mine"
+    with pytest.raises(InputError, match="'bert' or 'mine'; this one is 'autoregressive'"):
+        random_model().config.trained_as.require("masked", "masking")
+
+
+def test_no_other_module_compares_names_of_objectives() -> None:
+    home = Path(objectives.__file__).parents[1]
+    names = "|".join(OBJECTIVES)
+    for path in home.rglob("*.py"):
+        # The reproduction has runs of these names.
+        if path != Path(objectives.__file__) and path.parent.name != "reproduction":
+            assert not re.search(rf'[!=]= *"({names})"|"({names})" *[!=]=', path.read_text()), path

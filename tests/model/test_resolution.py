@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 
@@ -99,7 +99,7 @@ def test_it_is_a_model_of_the_new_resolution_that_trains(resolution: int) -> Non
     for name, tensor in changed.state_dict().items():
         assert name == "wpe.weight" or torch.equal(tensor, before[name]), name
     assert torch.equal(model.wpe.weight, before["wpe.weight"]), "the model itself stays"
-    loss, _ = autoregressive(changed, torch.randint(0, 5, (2, resolution**2)))
+    loss, _ = Autoregressive().loss(changed, torch.randint(0, 5, (2, resolution**2)))
     loss.backward()
     assert changed.wpe.weight.grad is not None
     assert changed.wpe.weight.grad.shape == (resolution**2, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive, bert
+from igpt.model.objectives import Autoregressive, Bert
 from igpt.model.transformer import ImageGPT, attention, plain_attention
 
 
@@ -116,9 +116,9 @@ def test_every_parameter_gets_a_gradient() -> None:
         model = random_model(9, objective=objective, bias=True)
         tokens = random_tokens(model, 10, 2)
         loss, _ = (
-            autoregressive(model, tokens)
+            Autoregressive().loss(model, tokens)
             if objective == "autoregressive"
-            else bert(model, tokens, tokens < 5)
+            else Bert().loss(model, tokens, tokens < 5)
         )
         loss.backward()
         for name, parameter in model.named_parameters():
@@ -188,9 +188,9 @@ def test_initial_loss_is_that_of_guessing(objective: str) -> None:
     ).double()
     tokens = random_tokens(model, 12, 3)
     total, count = (
-        autoregressive(model, tokens)
+        Autoregressive().loss(model, tokens)
         if objective == "autoregressive"
-        else bert(model, tokens, tokens % 2 == 0)
+        else Bert().loss(model, tokens, tokens % 2 == 0)
     )
     assert total.item() / count == pytest.approx(math.log(300), abs=1e-12)
 
@@ -233,8 +233,8 @@ def test_a_model_of_another_objective_is_refused() -> None:
     model = ImageGPT(
         ModelConfig(resolution=2, n_colors=3, n_layer=1, n_embd=8, n_head=2, objective="bert")
     )
-    model.require("bert", "filling")
+    model.config.trained_as.require("masked", "filling")
     with pytest.raises(
         InputError, match="sampling needs a model trained as 'autoregressive'; this one is 'bert'"
     ):
-        model.require("autoregressive", "sampling")
+        model.config.trained_as.require("has_likelihood", "sampling")

@@ -141,7 +141,7 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     assert "![Samples](samples.png)" in card
     assert "![Completions](completions.png)" in card
     assert "(the upper 4 of 8 pixel rows)" in card
-    assert "The objective is autoregressive: every pixel is predicted from those before it." in card
+    assert "autoregressive: the model predicts every pixel from those before it." in card
     assert str(whole) not in card
     assert str(digits.path.parent) not in card, (
         "where things lie on this machine is nobody's business"

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive, bert
+from igpt.model.objectives import Autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
 from igpt.training.engine import Engine
@@ -29,9 +29,7 @@ def engine(settings: dict[str, Any] | None = None, **shape: Any) -> Engine:
         model.lm_head.weight, std=0.1
     )  # or nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **(settings or {})})
-    return Engine(
-        model, config, ALONE, autoregressive if model.config.objective == "autoregressive" else bert
-    )
+    return Engine(model, config, ALONE, model.config.trained_as.loss)
 
 
 def tokens(seed: int, images: int = 4, places: int = 16) -> torch.Tensor:
@@ -155,4 +153,9 @@ def test_every_rank_needs_an_image() -> None:
         InputError,
         match=re.escape("a batch of 3 leaves some of 4 processes idle; raise --batch-size"),
     ):
-        Engine(model, TrainConfig(batch_size=3), World(0, 4, torch.device("cpu")), autoregressive)
+        Engine(
+            model,
+            TrainConfig(batch_size=3),
+            World(0, 4, torch.device("cpu")),
+            Autoregressive().loss,
+        )

@@ -8,7 +8,7 @@ import torch
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.model.cost import training_flops
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive, Bert
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
 from igpt.training.metrics import read_metrics
@@ -34,7 +34,7 @@ def test_berts_masks_of_validation_are_the_same_for_every_run(
     for config, size in zip(configs, (5, 32), strict=True):
         checked = _validation_tokens(digits["validation"], config)
         parts = [
-            _validation_batch(config, checked, world, first, min(first + size, 32))[1]
+            _validation_batch(Bert(), checked, world, first, min(first + size, 32))[1]
             for first in range(0, 32, size)
         ]
         masks.append(torch.cat(parts))
@@ -128,7 +128,7 @@ def test_snapshots_are_the_model_as_it_was(
     )
     checked = _validation_tokens(digits["validation"], PretrainConfig.load(run / "config.yaml"))
     with torch.no_grad():
-        total, count = autoregressive(
+        total, count = Autoregressive().loss(
             kept["step-00000005"], torch.from_numpy(checked.astype("int64"))
         )
     assert float(total / count) == pytest.approx(validated[5], abs=1e-6)

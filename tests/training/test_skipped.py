@@ -12,7 +12,7 @@ from torch import Tensor
 from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import Summed, autoregressive
+from igpt.model.objectives import Autoregressive, Summed
 from igpt.model.transformer import ImageGPT
 from igpt.training.checkpoints import TrainingState, checkpoints, newest_whole, step_of
 from igpt.training.distributed import World
@@ -28,7 +28,7 @@ FINE, NO_LOSS, NO_GRADIENT = range(3)
 
 def troubled(model: ImageGPT, tokens: Tensor, trouble: Tensor) -> Summed:
     """The autoregressive objective; batches say what goes wrong with it."""
-    summed, count = autoregressive(model, tokens)
+    summed, count = Autoregressive().loss(model, tokens)
     if (trouble == NO_LOSS).any():
         summed = summed * torch.nan
     if (trouble == NO_GRADIENT).any():

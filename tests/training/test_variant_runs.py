@@ -10,7 +10,7 @@ import torch
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.model.config import ModelConfig
-from igpt.model.objectives import autoregressive
+from igpt.model.objectives import Autoregressive
 from igpt.model.transformer import ImageGPT
 from igpt.report.card import write_card
 from igpt.training.distributed import World
@@ -32,7 +32,7 @@ def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]
         model.lm_head.weight, std=0.1
     )  # or nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **settings})
-    engine = Engine(model, config, World(0, 1, torch.device("cpu")), autoregressive)
+    engine = Engine(model, config, World(0, 1, torch.device("cpu")), Autoregressive().loss)
     generator = torch.Generator().manual_seed(1)
     return [
         engine.update((torch.randint(0, 16, (4, 16), generator=generator),), 1e-2).tolist()

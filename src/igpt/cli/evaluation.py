@@ -140,7 +140,7 @@ def score(
     require_writable(target, SCORE)
     with exclusive(target):
         loaded = load_model(path)
-        loaded.require("autoregressive", "a likelihood")
+        loaded.config.trained_as.require("has_likelihood", "a likelihood")
         result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
         with progress_bar() as show:
             images = _gathered(loaded, source, settings, show)
@@ -227,7 +227,7 @@ def evaluate(
                 f"no released arrays: {name}_teX.npy is missing; give what their names begin with"
             )
         loaded = load_model(path)
-        loaded.require("autoregressive", "a likelihood")
+        loaded.config.trained_as.require("has_likelihood", "a likelihood")
         with progress_bar() as show:
             images = _gathered(loaded, name, settings, show)
             found = summary(

@@ -24,7 +24,6 @@ from igpt.files import atomic_folder, read_json, require_regular, write_json
 from igpt.model.classifier import MASKED
 from igpt.model.cost import inference_batch_size
 from igpt.model.directory import weights_sha256
-from igpt.model.objectives import masks_of_rows
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
 
@@ -77,7 +76,7 @@ def pooled(
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)
         mask = None
         if masking:
-            drawn = masks_of_rows(
+            drawn = model.config.trained_as.masks_of_rows(
                 rows, tokens.shape[1], masking.probability, (masking.seed, masking.draw)
             )
             mask = torch.from_numpy(drawn).to(device)

@@ -36,7 +36,7 @@ def losses_of(
     Raises:
         InputError: a BERT model, which has no likelihood of whole images, or broken weights.
     """
-    model.require("autoregressive", "a likelihood")
+    model.config.trained_as.require("has_likelihood", "a likelihood")
     model.eval()
     device = model.device
     places = torch.from_numpy(tokens.astype(np.int64)).to(device)

@@ -151,7 +151,7 @@ def probe(
     ):
         raise InputError("name each layer once, and two or more to concatenate")
     if config.masks:
-        model.require("bert", "masking at test time")
+        model.config.trained_as.require("masked", "masking at test time")
     limits = dict.fromkeys(SPLITS, config.limit) | (
         {"test": config.test_images} if config.test_images else {}
     )

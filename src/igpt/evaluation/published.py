@@ -24,7 +24,7 @@ def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
         name: what the arrays' names begin with, as "downloads/imagenet".
     """
     shape = (config.n_layer, config.n_embd, config.n_head)
-    fits = (config.resolution, config.n_colors, config.objective) == (32, 512, "autoregressive")
+    fits = (config.resolution, config.n_colors, config.trained_as.has_likelihood) == (32, 512, True)
     if not fits or Path(name).name != "imagenet" or shape not in _IMAGENET:
         return None
     model, loss = _IMAGENET[shape]

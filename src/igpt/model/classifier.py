@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from igpt.allocator import keep_freed_memory
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.cost import inference_batch_size
-from igpt.model.objectives import masks_of_rows
+from igpt.model.objectives import Summed
 from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-classify", 1  # of answers in JSON
@@ -44,6 +45,29 @@ def class_logits(model: ImageGPT, tokens: Tensor, mask: Tensor | None = None) ->
     """Logits of the classes: tokens [B, n] -> float32 [B, C] (float64 stays); `mask` as in `ImageGPT.hidden`."""
     logits: Tensor = model.score(model.hidden(tokens, mask).mean(dim=1))
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def classification(
+    model: ImageGPT,
+    tokens: Tensor,
+    labels: Tensor,
+    mask: Tensor | None = None,
+    *,
+    generation_weight: float = 1.0,
+) -> Summed:
+    """Return the fine-tuning loss: class cross-entropy plus weighted generative loss, and the number of images.
+
+    The class head reads the mean over positions of the final norm's output (paper, section 2.3).
+    Labels are [B] in 0 .. C-1. The generative loss is the objective's; a BERT model has one only
+    where pixels are masked.
+    """
+    objective = model.config.trained_as
+    hidden = model.hidden(tokens, mask)  # [B, n, D]
+    loss = F.cross_entropy(model.score(hidden.mean(dim=1)).float(), labels, reduction="sum")
+    if generation_weight and objective.has_loss(mask is not None):
+        generative = objective.image_losses(model.lm_head(hidden), tokens, mask)
+        loss = loss + generation_weight * generative.sum()
+    return loss, len(tokens)
 
 
 @dataclass(frozen=True)
@@ -98,8 +122,9 @@ def predict(
         raise InputError(
             f"masks are 0 or more and a seed lies in 0 .. 2^63 - 1, not {masks} and {seed}"
         )
+    objective = model.config.trained_as
     if masks:
-        model.require("bert", "masking at test time")
+        objective.require("masked", "masking at test time")
     model.eval()
     device, places, classes = (
         model.device,
@@ -115,7 +140,11 @@ def predict(
         some = slice(first, first + size)
         images = torch.from_numpy(tokens[some].astype(np.int64)).to(device)
         for draw in range(max(masks, 1)):
-            drawn = masks_of_rows(rows[some], places, probability, (seed, draw)) if masks else None
+            drawn = (
+                objective.masks_of_rows(rows[some], places, probability, (seed, draw))
+                if masks
+                else None
+            )
             logits = class_logits(
                 model, images, None if drawn is None else torch.from_numpy(drawn).to(device)
             )

@@ -6,28 +6,39 @@ D width, V colours, C classes; n = R^2 pixels of an image of resolution R.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
 from igpt.data.images.palette import MAX_COLORS
 from igpt.errors import InputError
 from igpt.files import Stored
 from igpt.model.norm import NORM_EPS
+from igpt.model.objectives import OBJECTIVES, Objective
 from igpt.model.variants import Variants
 
-Objective = Literal["autoregressive", "bert"]
 Shape = tuple[int, ...]
 VERSION = 1  # of the settings under "igpt"
 _CLASSIFIER = "ImageGPTForImageClassification"
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
+def _registered(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if value in list(OBJECTIVES) else validate(value)
+
+
+# The names that igpt comes with are listed in help and errors; others may be registered later.
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], WrapValidator(_registered)]
+
+
 class HubSettings(Stored):
     """Schema of "igpt" in a model's `config.json`; a variant has its settings there too."""
 
     version: int = VERSION
-    objective: Objective = "autoregressive"
+    objective: ObjectiveName = "autoregressive"
     resolution: _Size | None = None
 
 
@@ -83,7 +94,7 @@ class ModelConfig(Variants):
     n_layer: int = Field(24, ge=1, description="blocks")
     n_embd: int = Field(512, ge=1, description="width")
     n_head: int = Field(8, ge=1, description="attention heads")
-    objective: Objective = Field(
+    objective: ObjectiveName = Field(
         "autoregressive", description="what the model was trained to predict"
     )
     bias: bool = Field(
@@ -107,6 +118,11 @@ class ModelConfig(Variants):
     def n_pixels(self) -> int:
         """Pixels of an image, n."""
         return self.resolution**2
+
+    @property
+    def trained_as(self) -> Objective:
+        """The objective that `objective` names."""
+        return OBJECTIVES[self.objective]
 
     def to_hub(self) -> dict[str, Any]:
         """Return the `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt".

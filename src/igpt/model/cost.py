@@ -46,9 +46,9 @@ def cache_bytes(config: ModelConfig, number: int) -> int:
 
 
 def attended_pairs(config: ModelConfig) -> int:
-    """Pairs of places that attend to each other in an image: n (n + 1) / 2 under the causal mask, n^2 for BERT."""
+    """Pairs of places that attend to each other in an image: n (n + 1) / 2 under a causal mask, n^2 without."""
     n = config.n_pixels
-    return n * (n + 1) // 2 if config.objective == "autoregressive" else n**2
+    return n * (n + 1) // 2 if config.trained_as.causal else n**2
 
 
 def block_flops(config: ModelConfig) -> int:

@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.files import require_regular
-from igpt.model.config import ModelConfig, Objective
+from igpt.model.config import ModelConfig, ObjectiveName
+from igpt.model.objectives import OBJECTIVES
 from igpt.model.transformer import ImageGPT
 
 _DTYPES = {
@@ -56,7 +57,7 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
 
 
 def load_openai(
-    prefix: Path, clusters: Path | None, *, objective: Objective = "autoregressive"
+    prefix: Path, clusters: Path | None, *, objective: ObjectiveName = "autoregressive"
 ) -> ImageGPT:
     """The model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`: float32, in evaluation mode.
 
@@ -67,8 +68,8 @@ def load_openai(
     Args:
         prefix: path of the checkpoint without `.index`.
         clusters: the palette (`kmeans_centers.npy`); None for a model without one.
-        objective: what the model was trained for. Without a start embedding it must be "bert"; with
-            one, that warns.
+        objective: of the model. A causal objective needs a start embedding; with any other, a start
+            embedding gives a warning.
 
     Raises:
         InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective or
@@ -95,7 +96,7 @@ def load_openai(
 
 
 def _infer_config(
-    shapes: dict[str, tuple[int, ...]], where: str, objective: Objective
+    shapes: dict[str, tuple[int, ...]], where: str, objective: ObjectiveName
 ) -> ModelConfig:
     """The configuration of a model with variables of these shapes; they are all that it needs, and fit it."""
     table, places, query = (
@@ -105,13 +106,16 @@ def _infer_config(
         raise InputError(
             f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or model/h0/attn/q_proj"
         )
-    if objective == "autoregressive" and "model/sos" not in shapes:
+    has_start = "model/sos" in shapes
+    fitting = " or ".join(repr(name) for name, one in OBJECTIVES.items() if one.causal == has_start)
+    causal = objective in OBJECTIVES and OBJECTIVES[objective].causal
+    if causal and not has_start:
         raise InputError(
-            f"{where} has no start embedding (model/sos): its objective can only be 'bert'"
+            f"{where} has no start embedding (model/sos): its objective can only be {fitting}"
         )
-    if objective == "bert" and "model/sos" in shapes:  # it would run, and give noise
+    if has_start and not causal:  # the model would run, and compute noise
         warnings.warn(
-            f"{where} has a start embedding, which only 'autoregressive' models use", stacklevel=3
+            f"{where} has a start embedding, which only {fitting} models use", stacklevel=3
         )
     values: dict[str, Any] = {
         "resolution": math.isqrt(places[0]),
@@ -143,7 +147,7 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         for layer in range(config.n_layer)
         for name, shape in block.items()
     }
-    return shapes | ({"sos": (width,)} if config.objective == "autoregressive" else {})
+    return shapes | ({"sos": (width,)} if config.trained_as.causal else {})
 
 
 def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str, torch.Tensor]:

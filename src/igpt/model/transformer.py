@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
-from igpt.model.config import ModelConfig, Objective
+from igpt.model.config import ModelConfig
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm, trains_on_cpu
 from igpt.model.variants import apply_rope_2d
@@ -57,7 +57,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.n_head = config, config.n_head
-        self.causal = config.objective == "autoregressive"
+        self.causal = config.trained_as.causal
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.value_residual and layer > 0:
@@ -240,20 +240,12 @@ class ImageGPT(nn.Module):
             self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """What enters the first block: tokens [B, T] -> [B, T, D].
+        """Return the input of the first block: tokens [B, T] -> [B, T, D].
 
-        Autoregressive: the start embedding, then the tokens but the last. BERT: the tokens, with
-            zeros at the places
-        where `mask` [B, T] is True. Position embeddings are added, if the model has any.
+        The objective embeds the tokens (`Objective.embed`); position embeddings are added if the
+        model has any.
         """
-        if self.config.objective == "autoregressive":
-            assert mask is None, "an autoregressive model takes no mask"
-            start = tokens.new_full((tokens.shape[0], 1), self.config.n_colors)
-            return self.embed_inputs(torch.cat([start, tokens[:, :-1]], dim=1))
-        x = self.wte(tokens)
-        if mask is not None:
-            x = x.masked_fill(mask[..., None], 0.0)
-        return self._with_places(x)
+        return self._with_places(self.config.trained_as.embed(self, tokens, mask))
 
     def embed_inputs(self, inputs: Tensor) -> Tensor:
         """Embeddings of inputs [B, T], the start (V) and pixels, at the first T places: [B, T, D]."""
@@ -318,14 +310,3 @@ class ImageGPT(nn.Module):
             model = cls(directory.config, directory.palette)
         model.load_state_dict(directory.tensors, assign=True)
         return model.eval()
-
-    def require(self, objective: Objective, purpose: str) -> None:
-        """Refuses a model of another objective.
-
-        Raises:
-            InputError: the objectives differ.
-        """
-        if self.config.objective != objective:
-            raise InputError(
-                f"{purpose} needs a model trained as {objective!r}; this one is {self.config.objective!r}"
-            )

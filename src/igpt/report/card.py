@@ -148,19 +148,17 @@ def _with_model(path: Path) -> Run:
 
 def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
     """What the template shows, in its words."""
-    objective, classes = str(run.shape["objective"]), _classes(run)
+    objective, classes = run.objective, _classes(run)
     head_width = run.saved["n_embd"] // run.saved["n_head"]
     task = (
-        "unconditional-image-generation"
-        if objective == "autoregressive"
-        else "image-feature-extraction"
+        "unconditional-image-generation" if objective.has_likelihood else "image-feature-extraction"
     )
     task = "image-classification" if classes else task
     front: dict[str, Any] = {"license": license} if license else {}
     front |= {
         "library_name": "igpt",
         "pipeline_tag": task,
-        "tags": ["imagegpt", "image-gpt", objective],
+        "tags": ["imagegpt", "image-gpt", objective.name],
     }
     try:
         probed = run.probe if run.probe and "skipped" not in run.probe else None

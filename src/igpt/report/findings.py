@@ -7,13 +7,11 @@ from typing import Any
 from igpt.evaluation.results import best_row
 from igpt.report.record import Run, baselines, best_validation, standard_error
 
-_OBJECTIVES = {"autoregressive": "autoregressive", "bert": "BERT-style"}
-
 
 def describe_model(run: Run) -> str:
     """What was trained on what: objective, size, images, colours; as much of it as is recorded."""
     shape, start = run.shape, run.start
-    kind = _OBJECTIVES.get(str(shape["objective"]), str(shape["objective"]))
+    kind = run.objective.title
     size = [f"{shape['n_layer']} layers"] if "n_layer" in shape else []
     size += [f"width {shape['n_embd']}"] if "n_embd" in shape else []
     size += [f"{shape['n_head']} heads"] if "n_head" in shape else []

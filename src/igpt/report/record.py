@@ -20,6 +20,7 @@ from igpt.data.tokens.dataset import MANIFEST
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
+from igpt.model.objectives import OBJECTIVES, Objective
 from igpt.training.metrics import readable_metrics
 
 
@@ -217,11 +218,16 @@ class Run:
         return self.manifest.get("made") or {}
 
     @property
+    def objective(self) -> Objective:
+        """The pretraining objective; the default one if the files name an unknown one."""
+        return OBJECTIVES.get(str(self.shape["objective"]), OBJECTIVES["autoregressive"])
+
+    @property
     def unit(self) -> str:
         """The unit of the losses."""
         if self.finetuned:
             return "nats"
-        return "nats/masked pixel" if self.shape["objective"] == "bert" else "nats/pixel"
+        return self.objective.unit
 
 
 def read_run(path: Path) -> Run:

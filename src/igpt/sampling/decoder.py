@@ -78,7 +78,7 @@ class Decoder:
 
     @torch.inference_mode()
     def __init__(self, model: ImageGPT, batch: int, precision: Precision = "fp32") -> None:
-        model.require("autoregressive", "drawing pixel by pixel")
+        model.config.trained_as.require("causal", "sampling pixel by pixel")
         config, weight = model.config, model.wte.weight
         kind = TYPES["bf16"] if precision == "bf16" else weight.dtype
         shape = (batch, config.n_head, config.n_pixels, config.n_embd // config.n_head)

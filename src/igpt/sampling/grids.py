@@ -61,7 +61,7 @@ def save_samples(
     if count < 1:
         raise InputError(f"at least one sample is drawn, not {count}")
     palette_of(model)
-    model.require("autoregressive", "drawing whole images")
+    model.config.trained_as.require("has_likelihood", "sampling whole images")
     fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell(model) ** 2))
     if count > max(fit, 1):
         raise InputError(

@@ -8,7 +8,10 @@ B batch, T places, n places of an image, R resolution, V colours.
 """
 
 import math
+import pkgutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -46,6 +49,29 @@ class PartialImages(NamedTuple):
 
     tokens: Tensor
     known: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a sampler generates, and how.
+
+    Attributes:
+        tokens: [B, n]; values at unknown pixels do not matter.
+        known: bool [B, n].
+        streams: random numbers of every image, which depend on nothing else in the batch.
+        choose: colours from logits [..., V] and uniform numbers [...]; see `choose`.
+        precision: of products.
+        rounds: in how many steps to fill, for a sampler that works in rounds.
+        stride: pixels between two results, for a sampler that works in raster order.
+    """
+
+    tokens: Tensor
+    known: Tensor
+    streams: list[np.random.Generator]
+    choose: Callable[[Tensor, Tensor], Tensor]
+    precision: Precision
+    rounds: int
+    stride: int
 
 
 def choose(
@@ -163,28 +189,32 @@ def generate(
         )
     device = model.device
     tokens, known = tokens.to(device, torch.long).clone(), known.to(device).expand(batch, n)
-    kind = resolve_precision(precision, device)
     streams = [np.random.default_rng((seed, first + image)) for image in range(batch)]
-    chosen = (temperature, top_k, top_p)
-    if model.config.objective == "bert":
-        return _fill(model, tokens, known.clone(), rounds, kind, streams, chosen)
-    return _continue(
-        model, tokens, known, 1 if by == "pixel" else model.config.resolution, kind, streams, chosen
+    job = Job(
+        tokens,
+        known,
+        streams,
+        partial(choose, temperature=temperature, top_k=top_k, top_p=top_p),
+        resolve_precision(precision, device),
+        rounds,
+        1 if by == "pixel" else model.config.resolution,
     )
+    sampler: Callable[[ImageGPT, Job], Iterator[PartialImages]]
+    sampler = pkgutil.resolve_name(model.config.trained_as.sampler)
+    return sampler(model, job)
 
 
 @torch.inference_mode()
-def _continue(
-    model: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    stride: int,
-    precision: Precision,
-    streams: list[np.random.Generator],
-    chosen: tuple[float, int | None, float | None],
-) -> Iterator[PartialImages]:
+def generate_in_order(model: ImageGPT, job: Job) -> Iterator[PartialImages]:
+    """Generate the unknown pixels in raster order, each from all pixels before it.
+
+    Known pixels after it have no influence.
+    """
+    tokens, known, stride = job.tokens, job.known, job.stride
     batch, n = tokens.shape
-    uniform = torch.from_numpy(np.stack([stream.random(n) for stream in streams])).to(tokens.device)
+    uniform = torch.from_numpy(np.stack([stream.random(n) for stream in job.streams])).to(
+        tokens.device
+    )
     open_places = torch.nonzero(~known.all(0))[:, 0].tolist()
     if not open_places:
         yield PartialImages(tokens, known)
@@ -192,12 +222,12 @@ def _continue(
     sequence = torch.cat(
         [tokens.new_full((batch, 1), model.config.n_colors), tokens], dim=1
     )  # the start, then pixels
-    decoder = Decoder(model, batch, precision)
+    decoder = Decoder(model, batch, job.precision)
     decoder.prefill(sequence[:, : open_places[0]])
 
     def settle(place: Tensor, logits: Tensor) -> None:
         """Writes the colours of a place, [1], behind those before it."""
-        drawn = choose(logits, uniform.index_select(1, place)[:, 0], *chosen)
+        drawn = job.choose(logits, uniform.index_select(1, place)[:, 0])
         kept = sequence.index_select(1, place + 1)
         sequence.index_copy_(
             1, place + 1, torch.where(known.index_select(1, place), kept, drawn[:, None])
@@ -212,32 +242,27 @@ def _continue(
 
 
 @torch.inference_mode()
-def _fill(
-    model: ImageGPT,
-    tokens: Tensor,
-    known: Tensor,
-    rounds: int,
-    precision: Precision,
-    streams: list[np.random.Generator],
-    chosen: tuple[float, int | None, float | None],
-) -> Iterator[PartialImages]:
-    """In every round each open place draws a colour; those whose colour is likeliest are kept, so many that the open
-    places shrink along a quarter cosine (arXiv 2202.04200, section 3.2).
+def generate_in_rounds(model: ImageGPT, job: Job) -> Iterator[PartialImages]:
+    """Generate the unknown pixels in rounds, the most certain ones first (arXiv 2202.04200, section 3.2).
+
+    Every round samples a colour for each open pixel and keeps the likeliest ones. The number of open
+    pixels falls as a quarter of a cosine.
     """
+    tokens, known, rounds = job.tokens, job.known, job.rounds
     n = tokens.shape[1]
     if known.all():
         yield PartialImages(tokens, known)
         return
     total = (~known).sum(1, keepdim=True)  # [B, 1]
     for index in range(rounds):
-        uniform = torch.from_numpy(np.stack([stream.random(n) for stream in streams])).to(
+        uniform = torch.from_numpy(np.stack([stream.random(n) for stream in job.streams])).to(
             tokens.device
         )
         share = math.cos(math.pi / 2 * (index + 1) / rounds) if index + 1 < rounds else 0.0
-        with autocast(precision, tokens.device):
+        with autocast(job.precision, tokens.device):
             logits = model(tokens.masked_fill(~known, 0), ~known)  # [B, n, V]
         require_finite(logits.isfinite())
-        drawn = choose(logits, uniform, *chosen)
+        drawn = job.choose(logits, uniform)
         confidence = logits.float().log_softmax(-1).gather(-1, drawn[..., None])[..., 0]
         order = confidence.masked_fill(known, torch.inf).argsort(dim=1)  # least confident first
         rank = torch.empty_like(order).scatter_(
@@ -297,7 +322,7 @@ def sample(
     Raises:
         InputError: a BERT model, which draws nothing from nothing; or see `generate`.
     """
-    model.require("autoregressive", "drawing whole images")
+    model.config.trained_as.require("has_likelihood", "sampling whole images")
     n, given = model.config.n_pixels, prefix.shape[1]
     if given > n:
         raise InputError(f"a prefix of {given} pixels is longer than an image of {n}")
@@ -315,7 +340,7 @@ def _at_once(model: ImageGPT, precision: Precision | Literal["auto"]) -> int:
     """How many images are drawn at a time: of an autoregressive model, as many as have room for keys and values."""
     config, weight = model.config, model.wte.weight
     device, most = weight.device, inference_batch_size(config)
-    if config.objective == "bert":
+    if not config.trained_as.causal:
         return most
     number = 2 if resolve_precision(precision, device) == "bf16" else weight.element_size()
     room = _CACHE

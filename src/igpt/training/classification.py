@@ -16,7 +16,7 @@ from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict, with_head
 from igpt.model.directory import weights_sha256
-from igpt.model.objectives import Summed, sample_masks
+from igpt.model.objectives import Objective, Summed
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import accuracy_of, packed
@@ -57,15 +57,17 @@ def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[
     return model, checksum
 
 
-def training_batch(batches: Batches, mask_probability: float, seed: int, step: int) -> Batch:
+def training_batch(
+    objective: Objective, batches: Batches, mask_probability: float, seed: int, step: int
+) -> Batch:
     """Tokens [B, n] and labels [B] of an update; where pixels are masked, the masks [B, n]."""
     tokens, labels = batches.tokens(step), batches.labels(step)
     if not mask_probability:
         return tokens, labels
-    masks = sample_masks(
-        (len(tokens), tokens.shape[1]), mask_probability, np.random.default_rng((seed, step, 2))
-    )
-    return tokens, labels, to_device(masks, batches.device)
+    generator = np.random.default_rng((seed, step, 2))
+    mask = objective.mask((len(tokens), tokens.shape[1]), mask_probability, generator)
+    assert mask is not None, "only models of masked pixels have a mask probability"
+    return tokens, labels, to_device(mask, batches.device)
 
 
 def validation_batch(split: TokenSplit, world: World, first: int, last: int) -> Batch:

@@ -23,11 +23,10 @@ from igpt.data.tokens.labels import few_of_each, require_classes
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
-from igpt.model.classifier import MASKED
+from igpt.model.classifier import MASKED, classification
 from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.directory import weights_sha256
-from igpt.model.objectives import classification
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.progress import print_line
@@ -210,11 +209,11 @@ def finetune(
 
 
 def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
-    if pretrained.objective == "bert":
+    if pretrained.trained_as.masked:
         return MASKED if config.mask_probability is None else config.mask_probability
     if config.mask_probability:
         raise InputError(
-            "--mask-probability is for BERT models; this one is autoregressive, and nothing is masked"
+            f"--mask-probability is for BERT models; this one is {pretrained.objective}, and nothing is masked"
         )
     return 0.0
 
@@ -335,9 +334,8 @@ class _Finetuning:
             return ended
         gc.collect()  # blocks refer to themselves; those of the training before are in the way
         masked = config.mask_probability or 0.0
-        generates = config.generation_weight > 0 and (
-            self.pretrained.objective != "bert" or masked > 0
-        )
+        has_loss = self.pretrained.trained_as.has_loss(masked > 0)
+        generates = config.generation_weight > 0 and has_loss
         model, checksum = new_classifier(config.model, data, generates=generates)
         batches = Batches(
             train,
@@ -370,7 +368,9 @@ class _Finetuning:
         validation = self.splits["validation"]
         trainer = Trainer(
             engine,
-            batches=partial(training_batch, batches, masked, config.seed),
+            batches=partial(
+                training_batch, self.pretrained.trained_as, batches, masked, config.seed
+            ),
             validation=Validation(
                 error, errors, len(validation), partial(validation_batch, validation, world)
             ),

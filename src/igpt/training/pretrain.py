@@ -12,9 +12,9 @@ from pydantic import Field
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.model.config import ModelConfig, Objective
+from igpt.model.config import ModelConfig, ObjectiveName
 from igpt.model.cost import count_parameters
-from igpt.model.objectives import autoregressive, bert, sample_masks
+from igpt.model.objectives import Objective
 from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
@@ -50,7 +50,7 @@ class PretrainConfig(Variants, TrainConfig):
     n_layer: int = Field(24, ge=1, le=MOST, description="blocks")
     n_embd: int = Field(512, ge=1, le=MOST, description="width")
     n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
-    objective: Objective = Field("autoregressive", description="next pixel, or masked pixels")
+    objective: ObjectiveName = Field("autoregressive", description="next pixel, or masked pixels")
     start_from_palette: bool = Field(
         False, description="initialize colour embeddings from the palette's RGB values"
     )
@@ -109,18 +109,21 @@ def pretrain(
             world.device,
         )
         checked = _validation_tokens(data["validation"], config)
-        objective = autoregressive if config.objective == "autoregressive" else bert
+        objective = shape.trained_as
         torch.manual_seed(config.seed)
         with torch.device("meta"):  # the engine draws the weights, where they belong
             model = ImageGPT(shape, data.palette, config.start_from_palette)
-        engine = Engine(model, config, world, objective)
+        engine = Engine(model, config, world, objective.loss)
         record_run(run, config, config.tokens, resume=resume, is_main=world.is_main)
         world.barrier()
         trainer = Trainer(
             engine,
-            batches=partial(_batch, train, config),
+            batches=partial(_batch, objective, train, config),
             validation=Validation(
-                "loss", objective, len(checked), partial(_validation_batch, config, checked, world)
+                "loss",
+                objective.loss,
+                len(checked),
+                partial(_validation_batch, objective, checked, world),
             ),
             run=run,
             warmup=config.warmup(len(train.split)),
@@ -149,13 +152,12 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     )
 
 
-def _batch(train: Batches, config: PretrainConfig, step: int) -> Batch:
+def _batch(objective: Objective, train: Batches, config: PretrainConfig, step: int) -> Batch:
+    """Return the tokens of a training step, and their masks if the objective has any."""
     tokens = train.tokens(step)
-    if config.objective == "autoregressive":
-        return (tokens,)
     generator = np.random.default_rng((config.seed, step, 2))
-    masks = sample_masks((len(tokens), tokens.shape[1]), config.mask_probability, generator)
-    return tokens, to_device(masks, train.device)
+    mask = objective.mask((len(tokens), tokens.shape[1]), config.mask_probability, generator)
+    return (tokens,) if mask is None else (tokens, to_device(mask, train.device))
 
 
 def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.uint16]:
@@ -168,15 +170,13 @@ def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.
 
 
 def _validation_batch(
-    config: PretrainConfig, checked: NDArray[np.uint16], world: World, first: int, last: int
+    objective: Objective, checked: NDArray[np.uint16], world: World, first: int, last: int
 ) -> Batch:
-    """Validation images from `first` up to `last`; a BERT model's masks are the same every time, and for every run."""
+    """Return validation images `first` to `last - 1`; masks are the same in every run and validation."""
     tokens = to_device(checked[first:last].astype(np.int64), world.device)
-    if config.objective == "autoregressive":
-        return (tokens,)
     probability, seed = _VALIDATION_MASKS
-    masks = sample_masks((last, checked.shape[1]), probability, np.random.default_rng(seed))
-    return tokens, to_device(masks[first:], world.device)
+    mask = objective.mask((last, checked.shape[1]), probability, np.random.default_rng(seed))
+    return (tokens,) if mask is None else (tokens, to_device(mask[first:], world.device))
 
 
 def _start_line(

@@ -211,7 +211,7 @@ def drawings(
         whole = settled[0].view(side, side).all(dim=1)
         if whole.all():
             continue
-        if model.config.objective == "autoregressive":
+        if model.config.trained_as.causal:
             words = f"Row {int(whole.int().argmin()) + 1} of {side} ..."
         else:
             words = f"{float(settled[0, ~known].float().mean()):.0%} of the hidden pixels drawn ..."

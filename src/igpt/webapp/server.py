@@ -125,7 +125,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
     """The image on the left, what the model draws on the right."""
     import gradio as gr
 
-    config, scored = model.config, model.config.objective == "autoregressive"
+    config, scored = model.config, model.config.trained_as.has_likelihood
     readout = readout_of(model, run)
     classified = readout is not None or config.class_names is not None
 
@@ -164,7 +164,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     gr.Markdown(
         f"# Completing images\n{millions:.1f} million parameters, trained to predict "
-        f"{'every pixel from those before it' if scored else 'hidden pixels'}, in images of {config.resolution} by "
+        f"{config.trained_as.predicts}, in images of {config.resolution} by "
         f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle square is brought to "
         "that size, and the model draws the pixels that you hide."
     )
