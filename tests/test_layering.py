@@ -44,6 +44,7 @@ HOUSE = [
     "data/image_set",
     "data/merge",
     "model/precision",
+    "model/cpu",
     "model/norm",
     "model/variants",
     "model/objectives",

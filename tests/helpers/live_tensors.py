@@ -7,7 +7,7 @@ tensors, which have shapes and no contents), and no process but this one exists 
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from igpt.model import norm, transformer
+from igpt.model import cpu, norm
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 from igpt.training.distributed import World
@@ -133,10 +133,11 @@ def _ranks(size: int, shard: int) -> Iterator[World]:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """The operations that a GPU gets, one by one; its fused norm keeps what the CPU's lean one keeps."""
-    lean: Callable[..., Any] = norm._LeanNorm.apply
     with (
-        patch.object(transformer, "trains_on_cpu", lambda x: False),
-        patch.object(norm.RMSNorm, "forward", lambda self, x: lean(x, self.weight)),
+        patch.object(cpu, "trains_on_cpu", lambda x: False),
+        patch.object(
+            norm.RMSNorm, "forward", lambda self, x: cpu.lean_norm(x, self.weight, self.eps)
+        ),
     ):
         yield
 

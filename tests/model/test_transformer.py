@@ -10,8 +10,9 @@ from torch import Tensor
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
+from igpt.model.cpu import plain_attention
 from igpt.model.objectives import Autoregressive, Bert
-from igpt.model.transformer import ImageGPT, attention, plain_attention
+from igpt.model.transformer import ImageGPT, attention
 
 
 def random_model(seed: int, **settings: object) -> ImageGPT:

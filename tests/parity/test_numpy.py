@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from igpt.model import objectives
+from igpt.model import classifier, objectives
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
@@ -218,7 +218,7 @@ def test_autoregressive_loss() -> None:
     model, weights, generator = random_model(4)
     tokens = random_tokens(model, generator, 5, 16)
     features = reference_features(tokens, weights, model.config.n_head, "autoregressive")
-    total, count = objectives.autoregressive(model, torch.from_numpy(tokens))
+    total, count = objectives.Autoregressive().loss(model, torch.from_numpy(tokens))
     expected = reference_autoregressive_loss(reference_logits(features, weights), tokens)
     assert total.item() / count == pytest.approx(expected, abs=1e-9)
 
@@ -228,7 +228,7 @@ def test_bert_loss_weighs_images_alike_whatever_their_masks() -> None:
     tokens = random_tokens(model, generator, 3, 16)
     mask = np.arange(16) < np.array([1, 5, 16])[:, None]
     features = reference_features(tokens, weights, model.config.n_head, "bert", mask)
-    total, count = objectives.bert(model, torch.from_numpy(tokens), torch.from_numpy(mask))
+    total, count = objectives.Bert().loss(model, torch.from_numpy(tokens), torch.from_numpy(mask))
     expected = reference_bert_loss(reference_logits(features, weights), tokens, mask)
     assert total.item() / count == pytest.approx(expected, abs=1e-9)
 
@@ -259,7 +259,7 @@ def test_class_head_and_joint_loss(objective: str) -> None:
         + 0.5 * generative
     )
     masks = [] if mask is None else [torch.from_numpy(mask)]
-    total, count = objectives.classification(
+    total, count = classifier.classification(
         model, torch.from_numpy(tokens), torch.from_numpy(labels), *masks, generation_weight=0.5
     )
     assert total.item() / count == pytest.approx(

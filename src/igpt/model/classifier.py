@@ -20,7 +20,7 @@ from igpt.allocator import keep_freed_memory
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.model.cost import inference_batch_size
-from igpt.model.objectives import Summed
+from igpt.model.objectives import Summed, pixel_losses
 from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-classify", 1  # of answers in JSON
@@ -65,8 +65,8 @@ def classification(
     hidden = model.hidden(tokens, mask)  # [B, n, D]
     loss = F.cross_entropy(model.score(hidden.mean(dim=1)).float(), labels, reduction="sum")
     if generation_weight and objective.has_loss(mask is not None):
-        generative = objective.image_losses(model.lm_head(hidden), tokens, mask)
-        loss = loss + generation_weight * generative.sum()
+        losses = pixel_losses(model.lm_head(hidden), tokens)
+        loss = loss + generation_weight * objective.image_losses(losses, mask).sum()
     return loss, len(tokens)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
 
+from igpt.config import Config
 from igpt.data.images.palette import MAX_COLORS
 from igpt.errors import InputError
 from igpt.files import Stored
@@ -19,6 +20,7 @@ from igpt.model.variants import Variants
 
 Shape = tuple[int, ...]
 VERSION = 1  # of the settings under "igpt"
+_LARGEST = 2**62
 _CLASSIFIER = "ImageGPTForImageClassification"
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -86,17 +88,25 @@ class HubConfig(Stored):
         return names
 
 
-class ModelConfig(Variants):
-    """Shape and objective of a model, and where it differs from the paper's."""
+class ShapeConfig(Config):
+    """Shape and objective of a model, which pretraining and planning share with it."""
+
+    n_layer: int = Field(24, ge=1, le=_LARGEST, description="blocks")
+    n_embd: int = Field(512, ge=1, le=_LARGEST, description="width")
+    n_head: int = Field(8, ge=1, le=_LARGEST, description="attention heads")
+    objective: ObjectiveName = Field("autoregressive", description="next pixel, or masked pixels")
+
+    @property
+    def trained_as(self) -> Objective:
+        """The objective that `objective` names."""
+        return OBJECTIVES[self.objective]
+
+
+class ModelConfig(ShapeConfig, Variants):
+    """Configuration of a model: shape, objective, variants, colours and classes."""
 
     resolution: int = Field(32, ge=1, description="image side in pixels")
     n_colors: int = Field(512, ge=1, description="palette size")
-    n_layer: int = Field(24, ge=1, description="blocks")
-    n_embd: int = Field(512, ge=1, description="width")
-    n_head: int = Field(8, ge=1, description="attention heads")
-    objective: ObjectiveName = Field(
-        "autoregressive", description="what the model was trained to predict"
-    )
     bias: bool = Field(
         False, description="biases in the linear layers: only for models made elsewhere"
     )
@@ -118,11 +128,6 @@ class ModelConfig(Variants):
     def n_pixels(self) -> int:
         """Pixels of an image, n."""
         return self.resolution**2
-
-    @property
-    def trained_as(self) -> Objective:
-        """The objective that `objective` names."""
-        return OBJECTIVES[self.objective]
 
     def to_hub(self) -> dict[str, Any]:
         """Return the `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt".

@@ -72,8 +72,8 @@ class Objective:
         masks = [self.mask((1, n_pixels), probability, generator) for generator in generators]
         return np.concatenate([mask for mask in masks if mask is not None])
 
-    def image_losses(self, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the loss of every image: logits [B, n, V], tokens [B, n], mask [B, n] -> nats [B]."""
+    def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
+        """Return the loss of every image from its pixels' losses: [B, n], mask [B, n] -> nats [B]."""
         raise NotImplementedError
 
     def loss(self, model: Model, tokens: Tensor, mask: Tensor | None = None) -> Summed:
@@ -82,7 +82,9 @@ class Objective:
         Sums over micro-batches and ranks, divided by the sum of their counts, weight all images
         equally.
         """
-        return self.image_losses(model(tokens, mask), tokens, mask).sum(), len(tokens)
+        # No variable keeps the logits, so that they are freed once they are converted.
+        losses = pixel_losses(model(tokens, mask), tokens)
+        return self.image_losses(losses, mask).sum(), len(tokens)
 
     def has_loss(self, masked: bool) -> bool:
         """Return whether there is something to predict, depending on whether pixels are masked."""
@@ -123,9 +125,9 @@ class Autoregressive(Objective):
         embedded: Tensor = model.wte(inputs)
         return embedded
 
-    def image_losses(self, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mean loss over all n pixels of every image."""
-        return pixel_losses(logits, tokens).mean(dim=1)
+        return losses.mean(dim=1)
 
 
 class Bert(Objective):
@@ -150,11 +152,10 @@ class Bert(Objective):
         """Mask each pixel with the given probability, and at least one pixel of every image."""
         return sample_masks(shape, probability, generator)
 
-    def image_losses(self, logits: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         """Return the mean loss over the masked pixels of every image."""
         assert mask is not None, "a BERT model predicts masked pixels"
-        losses = pixel_losses(logits, tokens) * mask
-        return losses.sum(dim=1) / mask.sum(dim=1)
+        return (losses * mask).sum(dim=1) / mask.sum(dim=1)
 
 
 def pixel_losses(logits: Tensor, tokens: Tensor) -> Tensor:

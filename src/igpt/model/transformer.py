@@ -1,7 +1,7 @@
-"""The transformer of iGPT: GPT-2's shape, RMS norms, no biases (Chen et al. 2020, section 2.2, and its released code).
+"""The transformer of iGPT: GPT-2's shape with RMS norms and no biases (Chen et al. 2020, section 2.2, released code).
 
-B batch, T places, D width, H heads, K head width, V colours, L layers, R resolution; n = R^2 places
-in raster order.
+B batch, T positions, D width, H heads, K head width, V colours, L layers, R resolution; an image is a
+sequence of n = R^2 pixels in raster order.
 """
 
 from collections.abc import Iterator
@@ -14,45 +14,25 @@ from torch import Tensor, nn
 
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
+from igpt.model import cpu
 from igpt.model.config import ModelConfig
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
-from igpt.model.norm import RMSNorm, trains_on_cpu
+from igpt.model.norm import RMSNorm
 from igpt.model.variants import apply_rope_2d
 
 LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 SLOPE = 1.702  # of the sigmoid in the activation
-# places up to which a CPU trains faster in bf16 with plain attention than with the fused kernel
-_SHORT = 256
-
-
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(K)) v by plain products, each [B, H, T, K]."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, T, T]
-    if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    weighted: Tensor = scores.softmax(-1).to(v.dtype) @ v
-    return weighted
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-    """softmax(q k' / sqrt(K)) v, each [B, H, T, K]; `causal` needs as many queries as keys.
-
-    The fused kernel, except where its backward is slow: short sequences in bf16 on a CPU
-        (docs/LOG.md has the times).
-    """
-    if (
-        q.device.type == "cpu"
-        and q.dtype == torch.bfloat16
-        and q.requires_grad
-        and q.shape[-2] <= _SHORT
-    ):
-        return plain_attention(q, k, v, causal)
+    """Return softmax(q k' / sqrt(K)) v, each [B, H, T, K]."""
+    if cpu.prefers_plain_attention(q):
+        return cpu.plain_attention(q, k, v, causal)
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of one layer, numbered from 0."""
+    """Multi-head self-attention of one layer."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -61,40 +41,52 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.value_residual and layer > 0:
-            self.mix = nn.Parameter(torch.empty(2))  # of this layer's values and the first one's
+            self.mix = nn.Parameter(
+                torch.empty(2)
+            )  # weights of this layer's and the first's values
 
     def forward(
         self, x: Tensor, first: Tensor | None, cache: LayerCache | None
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] -> [B, T, D]; keys and values are left in the first T places of `cache`.
-
-        `first` is what `apply_variants` has given to the layers before, and is given on.
-        """
-        qkv = (
-            self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        )  # [3, B, H, T, K]
-        q, k, v = qkv.unbind(0)
-        q, k, v, first = self.apply_variants(q, k, v, first)
-        if cache is not None:
-            cache[0][:, :, : x.shape[1]], cache[1][:, :, : x.shape[1]] = k, v
-        return self.c_proj(attention(q, k, v, self.causal).transpose(1, 2).flatten(2)), first
-
-    def apply_variants(
-        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, places: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a variant makes of queries, keys and values, each [B, H, T, K]; the paper's model leaves them be.
+        """[B, T, D] -> [B, T, D], and the first layer's values for the next layer.
 
         Args:
-            first: the first layer's values (None to that layer, and without value residual), which
-                are the fourth of what is returned (Zhou et al. 2024, arXiv 2410.17897).
-            places: those that are predicted, [T]; all from 0 on by default.
+            first: see `apply_variants`.
+            cache: its first T positions receive the keys and values.
+        """
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, T, 3, H, K]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, K] each
+        q, k, v, first = self.apply_variants(q, k, v, first)
+        if cache is not None:
+            cache[0][:, :, : x.shape[1]] = k
+            cache[1][:, :, : x.shape[1]] = v
+        y = attention(q, k, v, self.causal).transpose(1, 2).flatten(2)  # [B, T, D]
+        return self.c_proj(y), first
+
+    def apply_variants(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor | None,
+        positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Apply a variant's changes to queries, keys and values, [B, H, T, K] each; the paper's model has none.
+
+        Args:
+            first: the first layer's values. None in the first layer, and without value residual.
+            positions: of the T entries; 0 .. T-1 by default.
+
+        Returns:
+            queries, keys, values, and the first layer's values.
         """
         config = self.config
         if config.positions == "rotary":
-            places = torch.arange(q.shape[-2], device=q.device) if places is None else places
-            q = apply_rope_2d(q, places, config.resolution)
-            k = apply_rope_2d(k, places, config.resolution)
-        if config.value_residual:
+            if positions is None:
+                positions = torch.arange(q.shape[-2], device=q.device)
+            q = apply_rope_2d(q, positions, config.resolution)
+            k = apply_rope_2d(k, positions, config.resolution)
+        if config.value_residual:  # Zhou et al. 2024, arXiv 2410.17897
             if first is None:
                 return q, k, v, v
             v = self.mix[0] * v + self.mix[1] * first
@@ -102,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two layers, four times as wide inside, with x * sigmoid(1.702 x) between."""
+    """Two linear layers, four times as wide in between, with the activation x * sigmoid(1.702 x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -111,16 +103,9 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, D] -> [B, T, D]."""
-        # x sigmoid(s x) = silu(s x) / s, of which the backward pass needs less
-        if trains_on_cpu(
-            x
-        ):  # the factors go into the weights, which are fewer than the activations
-            inner = F.linear(
-                x,
-                SLOPE * self.c_fc.weight,
-                None if self.c_fc.bias is None else SLOPE * self.c_fc.bias,
-            )
-            return F.linear(F.silu(inner), self.c_proj.weight / SLOPE, self.c_proj.bias)
+        if cpu.trains_on_cpu(x):
+            return cpu.folded_mlp(x, self.c_fc, self.c_proj, SLOPE)
+        # x sigmoid(s x) = silu(s x) / s, whose backward pass needs less memory.
         return self.c_proj(F.silu(SLOPE * self.c_fc(x)) / SLOPE)  # type: ignore[no-any-return]
 
 
@@ -137,10 +122,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, first: Tensor | None = None, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, D] -> [B, T, D], and what the next block takes as `first` (see `Attention.apply_variants`)."""
+        """[B, T, D] -> [B, T, D], and the first layer's values (see `Attention.apply_variants`)."""
         attended, first = self.attn(self.ln_1(x), first, cache)
         x = x + attended
-        del attended  # it would outlast the MLP
+        del attended  # frees its memory before the MLP
         return x + self.mlp(self.ln_2(x)), first
 
 
@@ -149,7 +134,7 @@ class ImageGPT(nn.Module):
 
     Args:
         config: shape and objective.
-        palette: the colours that its tokens index; it travels with the model.
+        palette: the colours that the tokens index; it is saved with the model.
         from_palette: initialize colour embeddings from the palette's RGB values.
 
     A new model has the paper's initial weights, sampled from torch's global generator. A model on
@@ -165,10 +150,9 @@ class ImageGPT(nn.Module):
         self.config = config
         self.palette = palette
         self.from_palette = from_palette
-        with torch.device("meta"):  # PyTorch's own initialization is not used
-            self.wte = nn.Embedding(
-                config.n_colors + 1, config.n_embd
-            )  # its last row is the start of a sequence
+        with torch.device("meta"):  # skips PyTorch's own initialization
+            # The last row of wte is the start token.
+            self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)
             if config.positions == "learned":
                 self.wpe = nn.Embedding(config.n_pixels, config.n_embd)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -187,9 +171,11 @@ class ImageGPT(nn.Module):
         return self.wte.weight.device
 
     def top_modules(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the blocks, then the modules around them, with their names."""
+        """Yield the blocks, then the other modules, with their names."""
         yield from ((f"h.{number}", block) for number, block in enumerate(self.h))
-        yield from ((name, part) for name, part in self.named_children() if part is not self.h)
+        yield from (
+            (name, module) for name, module in self.named_children() if module is not self.h
+        )
 
     @torch.no_grad()
     def init_weights(self, name: str, device: torch.device) -> None:
@@ -240,39 +226,35 @@ class ImageGPT(nn.Module):
             self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the input of the first block: tokens [B, T] -> [B, T, D].
-
-        The objective embeds the tokens (`Objective.embed`); position embeddings are added if the
-        model has any.
-        """
-        return self._with_places(self.config.trained_as.embed(self, tokens, mask))
+        """Return the input of the first block, as the objective defines it: tokens [B, T] -> [B, T, D]."""
+        return self._add_positions(self.config.trained_as.embed(self, tokens, mask))
 
     def embed_inputs(self, inputs: Tensor) -> Tensor:
-        """Embeddings of inputs [B, T], the start (V) and pixels, at the first T places: [B, T, D]."""
-        return self._with_places(self.wte(inputs))
+        """Return embeddings of the start token (V) and pixels at the first T positions: [B, T] -> [B, T, D]."""
+        return self._add_positions(self.wte(inputs))
 
-    def _with_places(self, x: Tensor) -> Tensor:
+    def _add_positions(self, x: Tensor) -> Tensor:
         return x + self.wpe.weight[: x.shape[1]] if self.config.positions == "learned" else x
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The final norm's output: tokens [B, T] -> [B, T, D]."""
+        """Return the final norm's output: tokens [B, T] -> [B, T, D]."""
         x, first = self.embed(tokens, mask), None
         for block in self.h:
             x, first = block(x, first)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Logits of the colour at every place: tokens [B, T], T <= n -> [B, T, V].
+        """Return the logits of the colour of every pixel: tokens [B, T], T <= n -> [B, T, V].
 
-        An autoregressive model predicts place i from the places before i (it shifts by itself); a
-        BERT model predicts the places where `mask` is True from the others.
+        An autoregressive model predicts pixel i from the pixels before i; it shifts its input itself.
+        A BERT model predicts the pixels where `mask` [B, T] is True from the others.
         """
         return self.lm_head(self.hidden(tokens, mask))  # type: ignore[no-any-return]
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Normalised activations n^l of every layer in one pass: tokens [B, T] -> L + 1 tensors [B, T, D].
+        """Yield the normalized activations n^l of all layers in one pass: tokens [B, T] -> L + 1 times [B, T, D].
 
-        n^l is the normalised input of block l's attention, and at last the final norm's output
+        n^l is the normalized input of block l's attention; the last one is the final norm's output
         (paper, section 2.3).
         """
         x, first = self.embed(tokens, mask), None
@@ -283,10 +265,10 @@ class ImageGPT(nn.Module):
         yield self.ln_f(x)
 
     def save_pretrained(self, path: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
-        """Write a model directory (see checkpoint.py); one that is there is replaced only by a complete one.
+        """Write a model directory (see directory.py), atomically.
 
         Args:
-            tensors: all weights on the CPU, when this model holds only a part of them.
+            tensors: all weights on the CPU, if this model is sharded.
         """
         if tensors is None:
             tensors = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
@@ -294,12 +276,11 @@ class ImageGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Read a model directory: ours, one that transformers wrote, or a Hub id.
+        """Read a model directory that igpt or transformers wrote, or download a model from the Hub.
 
         Args:
-            dtype: of all parameters. Weights stored in smaller types are converted; float64 ones
-                only where they have float32 values, unless `dtype` is torch.float64, which serves
-                comparisons.
+            dtype: of all parameters, torch.float32 or torch.float64. Stored values must be exact in
+                it.
 
         Raises:
             InputError: it is missing, damaged or not an ImageGPT, or its weights cannot be

@@ -9,9 +9,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field
 
-from igpt.config import Config
 from igpt.errors import InputError, suggest
-from igpt.model.config import ModelConfig, ObjectiveName
+from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import block_flops, count_parameters, training_flops
 from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
@@ -65,15 +64,11 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-class PlanConfig(Config):
+class PlanConfig(ShapeConfig):
     """What is to be trained, and on what."""
 
     resolution: int = Field(32, ge=1, le=MOST, description="image side in pixels")
     n_colors: int = Field(512, ge=1, le=MOST, description="palette size")
-    n_layer: int = Field(24, ge=1, le=MOST, description="blocks")
-    n_embd: int = Field(512, ge=1, le=MOST, description="width")
-    n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
-    objective: ObjectiveName = Field("autoregressive", description="next pixel, or masked pixels")
     optimizer: OptimizerName = Field("adamw", description="as `igpt pretrain` has it")
     batch_size: int = Field(128, ge=1, le=MOST, description="images of an update, over all GPUs")
     steps: int = Field(1_000_000, ge=1, le=MOST, description="updates")

@@ -12,7 +12,7 @@ from pydantic import Field
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.model.config import ModelConfig, ObjectiveName
+from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import Objective
 from igpt.model.precision import resolve_precision
@@ -40,17 +40,13 @@ _VALIDATION_MASKS = (
 )  # probability and seed: the same for all runs, whose losses can then be compared
 
 
-class PretrainConfig(Variants, TrainConfig):
+class PretrainConfig(ShapeConfig, Variants, TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
 
     tokens: Path = Field(description="token data set")
     resolution: int | None = Field(
         None, ge=1, le=MOST, description="image side that the tokens must have; presets name one"
     )
-    n_layer: int = Field(24, ge=1, le=MOST, description="blocks")
-    n_embd: int = Field(512, ge=1, le=MOST, description="width")
-    n_head: int = Field(8, ge=1, le=MOST, description="attention heads")
-    objective: ObjectiveName = Field("autoregressive", description="next pixel, or masked pixels")
     start_from_palette: bool = Field(
         False, description="initialize colour embeddings from the palette's RGB values"
     )
@@ -138,16 +134,11 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
             f"{config.tokens} has images of {data.resolution} px, and the model is for {config.resolution} px; prepare "
             f"tokens with --size {config.resolution}, or train it at theirs with --resolution {data.resolution}"
         )
+    shared = {name: getattr(config, name) for name in ShapeConfig.model_fields}
     return ModelConfig.layered(
-        {
-            "resolution": data.resolution,
-            "n_colors": len(data.palette),
-            "n_layer": config.n_layer,
-            "n_embd": config.n_embd,
-            "n_head": config.n_head,
-            "objective": config.objective,
-        },
+        shared,
         config.variants.model_dump(),
+        {"resolution": data.resolution, "n_colors": len(data.palette)},
         where="the model",
     )
 
