@@ -87,7 +87,7 @@ def test_all_stop_when_one_is_asked(
     for rank in ranks:
         assert rank.code() == 128 + signal.SIGTERM, rank.err
         assert re.search(
-            r"stopped and saved after \d+ of 24 updates; continue with the same command and --resume$",
+            r"stopped and saved after \d+ of 24 steps; continue with the same command and --resume$",
             rank.complaint,
         )
     end_well(start(shard, "--resume"))

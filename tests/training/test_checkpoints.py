@@ -21,7 +21,7 @@ DATA = "__0_0.distcp"
 
 
 class Saved:
-    """A small model whose weights after so many updates are that number, and its checkpoints."""
+    """A small model whose weights after so many steps are that number, and its checkpoints."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.model = nn.Linear(3, 2)

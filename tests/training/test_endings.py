@@ -72,7 +72,7 @@ def test_ctrl_c_during_the_last_save_is_not_lost(
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Trainer, "_loop", late)
-    with pytest.raises(Interrupted, match="at the end of training, after 12 updates"):
+    with pytest.raises(Interrupted, match="at the end of training, after 12 steps"):
         pretrain(settings(digits, short), tmp_path / "run")
     assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step-00000012"
 

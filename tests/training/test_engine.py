@@ -36,8 +36,8 @@ def tokens(seed: int, images: int = 4, places: int = 16) -> torch.Tensor:
     return torch.randint(0, 16, (images, places), generator=torch.Generator().manual_seed(seed))
 
 
-def told(some: Engine, updates: int = 3) -> list[list[float]]:
-    return [some.update((tokens(number),), 1e-2).tolist() for number in range(updates)]
+def told(some: Engine, steps: int = 3) -> list[list[float]]:
+    return [some.update((tokens(number),), 1e-2).tolist() for number in range(steps)]
 
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])

@@ -225,7 +225,7 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
     finetune(FinetuneConfig.layered(base, {"micro_batch_size": 3}), tmp_path / "run")
     for step, masks in enumerate((torch.cat(seen[:3]), torch.cat(seen[3:]))):
         drawn = sample_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
-        assert np.array_equal(masks.numpy(), drawn), f"update {step}"
+        assert np.array_equal(masks.numpy(), drawn), f"step {step}"
 
 
 def test_every_setting_reaches_the_training(

@@ -28,7 +28,7 @@ def saved_steps(run: Path) -> list[int]:
 def test_eight_kills_at_random_moments_change_nothing(
     digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """After every second update: in turn as soon as the next save is seen, and after a delay of up to two updates."""
+    """After every second update: in turn as soon as the next save is seen, and after a delay of up to two steps."""
     run = tmp_path / "run"
     words = [
         "pretrain",
@@ -124,7 +124,7 @@ def test_a_validation_is_cut_short_and_made_up_for(
         command.send(signal.SIGTERM)
         assert command.code() == 128 + signal.SIGTERM, command.out + command.err
         assert re.search(
-            f"stopped and saved after {step} of 4 updates; continue with: igpt pretrain",
+            f"stopped and saved after {step} of 4 steps; continue with: igpt pretrain",
             command.complaint,
         )
         assert not told(run, step, "validation")

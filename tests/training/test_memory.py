@@ -1,4 +1,4 @@
-"""Memory that is told from the settings is that of the tensors which real updates keep alive, to a few per cent."""
+"""Memory that is told from the settings is that of the tensors which real steps keep alive, to a few per cent."""
 
 from typing import Any
 

@@ -139,5 +139,5 @@ def test_a_snapshot_beyond_the_end_is_refused(igpt, digits: TokenDataset, tmp_pa
         "pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--snapshots", 300
     )
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "a snapshot after 300 updates is asked for, and there are 200" in done.stderr
+    assert "a snapshot after 300 steps is asked for, and there are 200" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -21,7 +21,7 @@ from igpt.training.metrics import read_metrics
 
 from ..helpers.runs import Command, told
 
-RATES = [1e-4, 1e-2, 1e-3]  # the middle one learns most in so few updates
+RATES = [1e-4, 1e-2, 1e-3]  # the middle one learns most in so few steps
 SHORT = {"steps": 30, "batch_size": 16, "validate_every": 10, "checkpoint_every": 5, "log_every": 1}
 SETTINGS = {**SHORT, "precision": "fp32", "seed": 2, "shift": 1}
 
@@ -263,7 +263,7 @@ def test_a_signal_says_how_to_go_on(
     command.send(signal.SIGTERM)
     assert command.code() == 128 + signal.SIGTERM
     assert re.search(
-        r"stopped and saved after \d+ of 30 updates; continue with: igpt finetune",
+        r"stopped and saved after \d+ of 30 steps; continue with: igpt finetune",
         command.complaint,
     )
     done = igpt("finetune", short_run, digits.path, "-o", run, "--resume")
@@ -316,13 +316,15 @@ def test_a_rate_that_diverges_is_out(
     assert "every learning rate came to losses that are not finite" in done.stderr
     done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1000")
     assert done.returncode == 2
-    assert "the last good checkpoint" in done.stderr or "there is no checkpoint" in done.stderr
+    assert (
+        "the last good checkpoint" in done.stderr or "there is no earlier checkpoint" in done.stderr
+    )
 
 
 def test_weights_that_are_broken_never_win(
     short_run: Path, digits: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Too few updates for the skipped ones to be too many: what NaN logits answer must not count as a class."""
+    """Too few steps for the skipped ones to be too many: what NaN logits answer must not count as a class."""
     small = {**SETTINGS, "steps": 6, "validate_every": 2}
     config = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path}, small)
     finetune(

@@ -200,15 +200,15 @@ def test_diverging_loss_stops_and_names_the_last_checkpoint(
     done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *flags)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
-    assert "at update" in line or "after" in line
-    reached = int(re.search(r"(?:at update|after) (\d+)", line)[1])
+    assert "at step" in line or "after" in line
+    reached = int(re.search(r"(?:at step|after) (\d+)", line)[1])
     good = (
         int(re.search(r"the last good checkpoint is \S+step-(\d+)", line)[1])
         if "is /" in line
         else 0
     )
-    updates = reached - ("at update" in line)
-    assert good < updates, "the newest one holds the very weights that gave this loss"
+    steps = reached - ("at step" in line)
+    assert good < steps, "the newest one holds the very weights that gave this loss"
 
 
 def test_full_disk_is_one_line_and_loses_nothing(

@@ -1,4 +1,4 @@
-"""Updates whose loss or gradient is not finite change nothing; a run goes on after a few, and stops after many."""
+"""Steps whose loss or gradient is not finite change nothing; a run goes on after a few, and stops after many."""
 
 import re
 from collections.abc import Set
@@ -103,7 +103,7 @@ def train(
     objective: int = NO_LOSS,
     **settings: object,
 ) -> TrainingState:
-    """A run of 12 updates, in which those of some numbers (from 1) go wrong."""
+    """A run of 12 steps, in which those of some numbers (from 1) go wrong."""
     common = {"steps": 12, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 1}
     engine = make_engine({**common, **settings})
 
@@ -116,7 +116,7 @@ def train(
 
 
 def counts(run: Path) -> dict[int, int]:
-    """Updates skipped so far, by the updates that metrics.jsonl tells of."""
+    """Steps skipped so far, by the steps that metrics.jsonl tells of."""
     return {
         line["step"]: line["skipped"]
         for line in read_metrics(run / "metrics.jsonl")
@@ -149,9 +149,7 @@ def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(
 ) -> None:
     """The newest one holds the very weights that gave no number, and so does that of the update before."""
     troubles = {3, 6, 7, 8}
-    with pytest.raises(
-        InputError, match="at update 8, and 4 updates were skipped so far"
-    ) as caught:
+    with pytest.raises(InputError, match="at step 8, and 4 steps were skipped so far") as caught:
         train(tmp_path, troubles, max_skipped=3, objective=objective)
     good = Path(re.search(r"the last good checkpoint is (\S+);", str(caught.value))[1])
     assert step_of(good) == 4
@@ -163,7 +161,7 @@ def test_the_count_survives_stops(tmp_path: Path) -> None:
     troubles = {3, 6, 9}
     train(tmp_path / "whole", troubles, max_skipped=3)
     for allowed, at in ((0, 3), (1, 6), (2, 9)):
-        with pytest.raises(InputError, match=f"at update {at}"):
+        with pytest.raises(InputError, match=f"at step {at}"):
             train(tmp_path / "run", troubles, max_skipped=allowed, resume=allowed > 0)
     progress = train(tmp_path / "run", troubles, max_skipped=3, resume=True)
     assert progress.skipped == 3
@@ -172,5 +170,5 @@ def test_the_count_survives_stops(tmp_path: Path) -> None:
 
 
 def test_nothing_good_was_kept(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="at update 1; there is no checkpoint from before"):
+    with pytest.raises(InputError, match="at step 1; there is no earlier checkpoint"):
         train(tmp_path, {1}, max_skipped=0)

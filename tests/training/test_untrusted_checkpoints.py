@@ -217,7 +217,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_a_later_one(tmp_path: Path) -> No
     (tmp_path / "step-00000004").rename(tmp_path / "step-00000009")
     step, notes = some.load()
     assert step == 2
-    assert "holds the state after 4 updates, not after 9" in notes[0]
+    assert "holds the state after 4 steps, not after 9" in notes[0]
 
 
 def test_folders_with_other_names_are_not_checkpoints(tmp_path: Path) -> None:

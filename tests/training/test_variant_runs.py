@@ -24,7 +24,7 @@ TOGETHER = {"positions": "rotary", "value_residual": True}
 
 
 def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]:
-    """Losses and norms of three updates."""
+    """Losses and norms of three steps."""
     shape = {"resolution": 4, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 2}
     torch.manual_seed(0)
     model = ImageGPT(ModelConfig.layered({**shape, **variant}))

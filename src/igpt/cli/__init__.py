@@ -181,13 +181,13 @@ def finetune(
             + (
                 "diverged"
                 if reached is None
-                else f"validation accuracy {reached:.4f} at update {tried['best_step']}"
+                else f"validation accuracy {reached:.4f} at step {tried['best_step']}"
             )
         )
     low, high = result["test_interval_95"]
     announce(
         f"{out}/model: test accuracy {result['test_accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on "
-        f"{result['test_images']} images; learning rate {result['learning_rate']:g} and update {result['best_step']} "
+        f"{result['test_images']} images; learning rate {result['learning_rate']:g} and step {result['best_step']} "
         f"were chosen by validation accuracy {result['validation_accuracy']:.4f}"
     )
     if "modal" in result:

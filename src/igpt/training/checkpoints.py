@@ -19,9 +19,10 @@ import shutil
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from pydantic import Field
@@ -239,6 +240,23 @@ class Checkpoints:
         """Leave a checkpoint that is being written without its name; the next one that is written removes its files."""
         self._abandoned = True
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Wait for the checkpoint that is being written.
+
+        After an error it is waited for because the lock of the run directory is released next, but
+        not with several ranks, of which one may be gone; a second stop request waits for nothing.
+        """
+        if kind is None:
+            self.finish()
+        elif not issubclass(kind, Exception):
+            self.abandon()
+        elif self._world.size == 1:
+            with suppress(Exception):
+                self.finish()
+
     def finish(self) -> None:
         """Returns when all that was begun is on the disk.
 
@@ -388,7 +406,7 @@ def _verified(path: Path) -> TrainingState:
         raise InputError(f"{file} is damaged: its SHA-256 is not the one that was written")
     if found["step"] != step_of(path):
         raise InputError(
-            f"{path} holds the state after {found['step']} updates, not after {step_of(path)}"
+            f"{path} holds the state after {found['step']} steps, not after {step_of(path)}"
         )
     with ThreadPoolExecutor(_HASHING) as threads:
         list(

@@ -107,7 +107,7 @@ class TrainConfig(Config):
     def _snapshots_are_reached(self) -> Self:
         if beyond := [step for step in self.snapshots if step > self.steps]:
             raise ValueError(
-                f"a snapshot after {beyond[0]} updates is asked for, and there are {self.steps}"
+                f"a snapshot after {beyond[0]} steps is asked for, and there are {self.steps}"
             )
         return self
 

@@ -8,16 +8,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from types import FrameType
+from typing import Any, Self
 
 # torchrun forwards a Ctrl-C that its processes have already received from the terminal.
 _DUPLICATE_WINDOW = 2.0  # seconds
 
 
-@dataclass
 class StopRequest:
-    """The signal that asked to stop.
+    """Record Ctrl-C and SIGTERM within a `with` block, instead of raising an exception.
 
     A second signal raises `KeyboardInterrupt`, unless it arrives within the duplicate-signal window.
 
@@ -25,27 +24,25 @@ class StopRequest:
         number: of the first signal received, or 0.
     """
 
-    number: int = 0
-    _received: float = 0.0
+    def __init__(self) -> None:
+        self.number = 0
+        self._received = 0.0
+        self._handlers: dict[int, Any] = {}
 
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal."""
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._received = number, time.monotonic()
         elif time.monotonic() - self._received > _DUPLICATE_WINDOW:
             raise KeyboardInterrupt
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Record Ctrl-C and SIGTERM in a `StopRequest` instead of raising an exception."""
-    stop = StopRequest()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
