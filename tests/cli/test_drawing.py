@@ -36,8 +36,8 @@ def refusal(done: subprocess.CompletedProcess[str]) -> str:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--count", 0), "at least one sample is drawn, not 0"),
-        (("--count", -5), "at least one sample is drawn, not -5"),
+        (("--count", 0), "at least one sample is needed, not 0"),
+        (("--count", -5), "at least one sample is needed, not -5"),
         (
             ("--count", 10**9),
             "1,000,000,000 samples do not fit one picture; up to 20,536 of 8 px do",
@@ -65,14 +65,14 @@ def test_settings_out_of_range(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--completions", 0), "at least one completion is drawn, not 0"),
+        (("--completions", 0), "at least one completion is needed, not 0"),
         (
             ("--completions", 10**9),
             "1,000,000,000 completions of 1 images do not fit one picture; up to 20,539 do",
         ),
         (("--keep-rows", 9), "rows to keep lie in 0..8 for this model, not 9"),
         (("--keep-rows", -1), "rows to keep lie in 0..8 for this model, not -1"),
-        (("--keep-rows", 8), "all pixels are kept, so that nothing is left to draw"),
+        (("--keep-rows", 8), "all pixels are kept, so that nothing is left to complete"),
         (("--temperature", "nan"), "the temperature is 0"),
         (("--seed", -1), "a seed lies in 0 .. 2^63 - 1, not -1"),
     ],

@@ -1,1 +1,1 @@
-"""Draw images from a model."""
+"""Generate images with a model."""

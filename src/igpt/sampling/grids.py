@@ -1,4 +1,4 @@
-"""Samples and completions as PNG grids, with their settings in a JSON file next to them.
+"""Samples and completions as PNG grids, each with its settings in a JSON file next to it.
 
 B images, n pixels of an image, R resolution.
 """
@@ -24,16 +24,16 @@ from igpt.sampling.sampler import ProgressCallback, SamplingSettings, complete, 
 
 COLUMNS = 8
 UNKNOWN = 224  # grey level of pixels that were not kept
-_GAP_OF_GRIDS = 2  # pixels, as `image_grid` has it
-_MOST_PIXELS = 89_478_485  # of a grid; Pillow takes larger pictures for an attack on the memory
+_GAP = 2  # pixels between the images of `image_grid`
+_MOST_PIXELS = 89_478_485  # of a grid; Pillow refuses larger images as an attack on the memory
 
 
 def require_target(path: Path) -> None:
-    """Refuse what a drawing cannot be written to, or would destroy, before any work is done.
+    """Check, before any work is done, that a grid can be written and destroys nothing else.
 
     Raises:
         InputError: the name does not end in .png; it, or the name of the JSON file next to it, is
-            that of a folder, a FIFO or a device; or that JSON file is not about a picture.
+            that of a folder, a FIFO or a device; or that JSON file does not describe an image.
     """
     require_png(path)
     file_to_write(path)
@@ -52,24 +52,25 @@ def save_samples(
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
 ) -> Path:
-    """Write `count` samples as a PNG grid; `settings` are those of `generate`.
+    """Sample `count` images and write them as a PNG grid; `settings` are keyword arguments of `generate`.
 
     Raises:
-        InputError: see `require_target` and `generate`; or the samples do not fit one picture.
+        InputError: as `require_target` and `generate`; or the samples do not fit one image.
     """
     require_target(path)
     if count < 1:
-        raise InputError(f"at least one sample is drawn, not {count}")
+        raise InputError(f"at least one sample is needed, not {count}")
     palette_of(model)
     model.config.trained_as.require("has_likelihood", "sampling whole images")
-    fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell(model) ** 2))
+    fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell_size(model) ** 2))
     if count > max(fit, 1):
         raise InputError(
-            f"{count:,} samples do not fit one picture; up to {fit:,} of {model.config.resolution} px do"
+            f"{count:,} samples do not fit one picture; "
+            f"up to {fit:,} of {model.config.resolution} px do"
         )
     used = _with_precision(model, settings)
-    drawn = sample(model, torch.empty(count, 0, dtype=torch.long), **used, progress=progress)
-    images = decode_images(model, drawn)
+    sampled = sample(model, torch.empty(count, 0, dtype=torch.long), **used, progress=progress)
+    images = decode_images(model, sampled)
     _write(
         path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], used
     )
@@ -85,44 +86,49 @@ def save_completions(
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
 ) -> Path:
-    """Write a PNG grid with a row for each image: the original, what was kept, and `completions` drawings.
+    """Complete images and write a PNG grid, a row per image: the original, the kept pixels, the completions.
 
     Args:
         originals: tokens [B, n].
-        keep: rows from the top, or the known pixels, bool [n].
-        settings: those of `generate`.
+        keep: number of rows from the top, or the known pixels, bool [n].
+        completions: of each image.
+        settings: keyword arguments of `generate`.
 
     Raises:
-        InputError: see `require_target` and `complete`; all pixels are kept; or the drawings do not
-            fit one picture.
+        InputError: as `require_target` and `complete`; all pixels are kept; or the completions do
+            not fit one image.
     """
     require_target(path)
     if completions < 1:
-        raise InputError(f"at least one completion is drawn, not {completions}")
-    fit = _MOST_PIXELS // (len(originals) * _cell(model) ** 2) - 2
+        raise InputError(f"at least one completion is needed, not {completions}")
+    fit = _MOST_PIXELS // (len(originals) * _cell_size(model) ** 2) - 2
     if completions > max(fit, 1):
         raise InputError(
-            f"{completions:,} completions of {len(originals):,} images do not fit one picture; up to {max(fit, 0):,} do"
+            f"{completions:,} completions of {len(originals):,} images do not fit one picture; "
+            f"up to {max(fit, 0):,} do"
         )
-    if keep == model.config.resolution if isinstance(keep, int) else bool(keep.all()):
-        raise InputError("all pixels are kept, so that nothing is left to draw")
+    side = model.config.resolution
+    if isinstance(keep, int):
+        known = np.repeat(np.arange(side) < keep, side)
+        kept_settings = {"keep_rows": keep}
+    else:
+        known = keep.numpy()
+        kept_settings = {"kept_pixels": int(known.sum())}
+    if keep == side if isinstance(keep, int) else known.all():
+        raise InputError("all pixels are kept, so that nothing is left to complete")
     used = _with_precision(model, settings)
-    drawn = complete(
-        model, originals.repeat_interleave(completions, 0), keep, **used, progress=progress
-    )
-    whole = decode_images(model, originals)
-    side = whole.shape[1]
-    known = np.repeat(np.arange(side) < keep, side) if isinstance(keep, int) else keep.numpy()
-    kept = np.where(known.reshape(side, side)[..., None], whole, np.uint8(UNKNOWN))
-    filled = decode_images(model, drawn).reshape(len(whole), completions, *whole.shape[1:])
-    rows = [[whole[index], kept[index], *filled[index]] for index in range(len(whole))]
-    told = {"keep_rows": keep} if isinstance(keep, int) else {"kept_pixels": int(known.sum())}
-    _write(path, rows, {**used, **told, "completions": completions})
+    repeated = originals.repeat_interleave(completions, 0)
+    completed = complete(model, repeated, keep, **used, progress=progress)
+    images = decode_images(model, originals)  # [B, R, R, 3]
+    kept = np.where(known.reshape(side, side)[..., None], images, np.uint8(UNKNOWN))
+    filled = decode_images(model, completed).reshape(len(images), completions, *images.shape[1:])
+    rows = [[images[index], kept[index], *filled[index]] for index in range(len(images))]
+    _write(path, rows, {**used, **kept_settings, "completions": completions})
     return path
 
 
 def mask_of_file(model: ImageGPT, path: Path) -> Tensor:
-    """Return the pixels that a mask keeps, bool [n]; see `hidden_pixels`.
+    """Return the pixels that a mask image keeps, bool [n]; see `hidden_pixels`.
 
     Raises:
         InputError: it is not a readable image, or hides nothing.
@@ -130,13 +136,12 @@ def mask_of_file(model: ImageGPT, path: Path) -> Tensor:
     return torch.from_numpy(~hidden_pixels(path, model.config.resolution).reshape(-1))
 
 
-def _cell(model: ImageGPT) -> int:
-    """Return the side of a picture in a grid, with the gap next to it."""
-    return model.config.resolution * default_scale(model.config.resolution) + _GAP_OF_GRIDS
+def _cell_size(model: ImageGPT) -> int:
+    """Return the side of an image in a grid, with the gap next to it, in pixels."""
+    return model.config.resolution * default_scale(model.config.resolution) + _GAP
 
 
 def _with_precision(model: ImageGPT, settings: SamplingSettings) -> SamplingSettings:
-    """Return the settings with the precision that "auto" means for this model's device."""
     precision = resolve_precision(settings.get("precision", "auto"), model.device)
     return {**settings, "precision": precision}
 
