@@ -154,7 +154,7 @@ def test_small_pictures() -> None:
         "extending/source",
         "extending/model",
         "python/index",
-        "commands/drawing",
+        "commands/sampling",
     ],
 )
 def test_python_as_written(
