@@ -1,11 +1,11 @@
-"""Classifiers: a class head over the mean of the final norm's output, and what it says of images.
+"""Classifiers: a class head over the mean of the final norm's output, and its predictions.
 
-    model = ImageGPT.from_pretrained("RUN/model")  # what `igpt finetune` wrote
+    model = ImageGPT.from_pretrained("RUN/model")  # written by `igpt finetune`
     predict(model, tokens, np.arange(len(tokens))).classes
 
-transformers reads such a directory as ImageGPTForImageClassification, and agrees when it is fed
-[start, x1 .. x(n-1)]; its attention is always causal, so that it cannot compute a BERT classifier.
-N images, B of them at a time, n places, C classes.
+transformers reads such a directory as ImageGPTForImageClassification, and gives the same logits for
+the input [start, x1 .. x(n-1)]. Its attention is always causal, so it cannot compute BERT classifiers.
+N images, B of them at a time, n pixels, C classes.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from igpt.model.objectives import Summed, pixel_losses
 from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-classify", 1  # of answers in JSON
-MASKED = 0.15  # share of the places that is masked (paper, section 4.6)
+MASKED = 0.15  # share of the pixels that is masked (paper, section 4.6)
 
 
 def with_head(model: ImageGPT, class_names: tuple[str, ...], palette: Palette) -> ImageGPT:
-    """The model in fp32 with a class head that starts at zero, in place of one that it may have.
+    """Return the model in fp32 with a new class head, which starts at zero.
 
-    Weights that are fp32 already are shared.
+    Weights that are in fp32 already are shared.
     """
     config = model.config.model_copy(update={"class_names": class_names})
     weights = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
@@ -42,7 +42,7 @@ def with_head(model: ImageGPT, class_names: tuple[str, ...], palette: Palette) -
 
 
 def class_logits(model: ImageGPT, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Logits of the classes: tokens [B, n] -> float32 [B, C] (float64 stays); `mask` as in `ImageGPT.hidden`."""
+    """Return the logits of the classes: tokens [B, n] -> [B, C] in float32, or float64 if the model is."""
     logits: Tensor = model.score(model.hidden(tokens, mask).mean(dim=1))
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -72,12 +72,12 @@ def classification(
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a classifier says of N images.
+    """Predictions for N images.
 
     Attributes:
-        classes: the predicted ones, int64 [N].
-        probabilities: float64 [N, C]; under several masks, their mean.
-        votes: under how many masks each class is the likeliest, int64 [N, C].
+        classes: int64 [N].
+        probabilities: float64 [N, C]; the mean over the masks if there are several.
+        votes: the number of masks under which each class is the likeliest, int64 [N, C].
     """
 
     classes: NDArray[np.int64]
@@ -85,7 +85,7 @@ class Predictions:
     votes: NDArray[np.int64]
 
     def ranked(self) -> NDArray[np.int64]:
-        """The classes of every image, [N, C]: the predicted one, then by votes, then by probability."""
+        """Return the classes of every image in order, [N, C]: the predicted one, then by votes and probability."""
         predicted = np.arange(self.votes.shape[1]) == self.classes[:, None]
         order: NDArray[np.int64] = np.lexsort(
             (-self.probabilities, -self.votes, ~predicted), axis=1
@@ -103,18 +103,17 @@ def predict(
     probability: float = MASKED,
     seed: int = 0,
 ) -> Predictions:
-    """Classes of images [N, n].
+    """Predict the classes of images, tokens [N, n].
 
     Args:
-        rows: a number for every image, [N]. Its masks and its draws depend on that and the seed
-            alone.
-        masks: 0 masks nothing. Of a BERT model, the modal prediction over so many masks (paper,
-            section 4.6); equally frequent classes are drawn from.
-        probability: of a place to be masked.
+        rows: a number for every image, [N]; its masks and the resolution of ties depend on this number
+            and the seed alone.
+        masks: number of masks per image; 0 masks nothing. With masks (BERT models), the prediction
+            is the most frequent one (paper, section 4.6); ties are resolved at random.
+        probability: of a pixel to be masked.
 
     Raises:
-        InputError: the model has no class head or broken weights, or it is autoregressive and masks
-            are asked for.
+        InputError: the model has no class head or broken weights, or masks do not fit its objective.
     """
     if model.config.class_names is None:
         raise InputError("the model has no class head; `igpt finetune` makes a classifier of it")
@@ -122,35 +121,28 @@ def predict(
         raise InputError(
             f"masks are 0 or more and a seed lies in 0 .. 2^63 - 1, not {masks} and {seed}"
         )
-    objective = model.config.trained_as
+    objective, device = model.config.trained_as, model.device
     if masks:
         objective.require("masked", "masking at test time")
-    model.eval()
-    device, places, classes = (
-        model.device,
-        model.config.n_pixels,
-        len(model.config.class_names),
-    )
-    probabilities = np.zeros((len(rows), classes))
-    votes = np.zeros((len(rows), classes), np.int64)
     if device.type == "cpu":
         keep_freed_memory()
+    model.eval()
+    n_pixels, passes = model.config.n_pixels, max(masks, 1)
+    probabilities = np.zeros((len(rows), len(model.config.class_names)))
+    votes = np.zeros((len(rows), len(model.config.class_names)), np.int64)
     size = inference_batch_size(model.config)
     for first in range(0, len(rows), size):
         some = slice(first, first + size)
         images = torch.from_numpy(tokens[some].astype(np.int64)).to(device)
-        for draw in range(max(masks, 1)):
-            drawn = (
-                objective.masks_of_rows(rows[some], places, probability, (seed, draw))
-                if masks
-                else None
-            )
-            logits = class_logits(
-                model, images, None if drawn is None else torch.from_numpy(drawn).to(device)
-            )
+        for number in range(passes):
+            mask = None
+            if masks:
+                sampled = objective.masks_of_rows(rows[some], n_pixels, probability, (seed, number))
+                mask = torch.from_numpy(sampled).to(device)
+            logits = class_logits(model, images, mask)
             if not logits.isfinite().all():
                 raise InputError("the class logits are not finite; the model's weights are broken")
-            probabilities[some] += logits.double().softmax(dim=1).cpu().numpy() / max(masks, 1)
+            probabilities[some] += logits.double().softmax(dim=1).cpu().numpy() / passes
             votes[np.arange(len(rows))[some], logits.argmax(dim=1).cpu().numpy()] += 1
     return Predictions(modal(votes, rows, (seed, masks)), probabilities, votes)
 
@@ -158,10 +150,9 @@ def predict(
 def modal(
     votes: NDArray[np.int64], rows: NDArray[np.int64], seed: tuple[int, ...]
 ) -> NDArray[np.int64]:
-    """The class with the most votes of every image [N]: votes [N, C].
+    """Return the class with the most votes for every image: votes [N, C] -> [N].
 
-    Equally frequent ones are drawn from, by the seed and the number that `rows` [N] gives the
-    image.
+    Ties are resolved at random, by the seed and the image's number in `rows` [N].
     """
     predicted: NDArray[np.int64] = votes.argmax(axis=1)
     tied = votes == votes.max(axis=1, keepdims=True)

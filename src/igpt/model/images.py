@@ -1,7 +1,4 @@
-"""Images as tokens of a model, and tokens as images.
-
-B images, n pixels of an image, R resolution.
-"""
+"""Images to tokens of a model, and tokens to images. B images, n pixels of an image, R resolution."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +19,10 @@ _LARGEST_FILE = 2 << 30  # bytes of an image
 
 
 def palette_of(model: ImageGPT) -> Palette:
-    """The model's palette.
+    """Return the model's palette.
 
     Raises:
-        InputError: its directory holds none.
+        InputError: its directory contains none.
     """
     if model.palette is None:
         raise InputError("the model's directory holds no palette; add its preprocessor_config.json")
@@ -51,15 +48,15 @@ def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
 
 
 def tokens_of_split(split: TokenSplit, count: int) -> Tensor:
-    """`count` images spread evenly over a split: [B, n]; see `spread_evenly`."""
+    """Return `count` images spread evenly over a split: [B, n]; see `spread_evenly`."""
     return torch.from_numpy(split.rows(spread_evenly(split, count)).astype(np.int64))
 
 
 def spread_evenly(split: TokenSplit, count: int) -> NDArray[np.int64]:
-    """Where `count` images stand that are spread evenly over a split: [B].
+    """Return the indices of `count` images spread evenly over a split: [B].
 
     Raises:
-        InputError: it has not so many.
+        InputError: the split has fewer images.
     """
     if not 1 <= count <= len(split):
         raise InputError(f"{count} images are asked for; the split {split.name!r} has {len(split)}")
@@ -67,6 +64,6 @@ def spread_evenly(split: TokenSplit, count: int) -> NDArray[np.int64]:
 
 
 def decode_images(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
-    """Tokens [B, n] as RGB, uint8 [B, R, R, 3]."""
+    """Return tokens [B, n] as RGB images, uint8 [B, R, R, 3]."""
     side = model.config.resolution
     return palette_of(model).inverse_transform(tokens.cpu().numpy().reshape(-1, side, side))

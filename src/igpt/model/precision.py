@@ -1,4 +1,4 @@
-"""Which numbers products are computed in: bf16 where the processor has instructions for it, fp32 elsewhere."""
+"""The precision of matrix products: bf16 where the processor has instructions for it, fp32 elsewhere."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -10,17 +10,16 @@ import torch
 Precision = Literal["bf16", "fp32"]
 TYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# What a CPU multiplies bf16 with: AMX tiles, AVX-512, and ARM's instructions (names of
-# `torch.cpu.get_capabilities`). Where there are none, oneDNN emulates it, at a fraction of the
-# speed of fp32.
+# CPU capabilities that multiply bf16: AMX tiles, AVX-512, and ARM's instructions (names of
+# `torch.cpu.get_capabilities`). Without them oneDNN emulates bf16, much more slowly than fp32.
 _BF16_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "bf16")
 
 
 @cache
 def matmul_rate(precision: Precision, device: torch.device) -> float:
-    """Return the FLOP/s of a large product as linear layers have it: the best of up to five in a quarter of a second.
+    """Return the FLOP/s of a large matrix product: the best of up to five in a quarter of a second.
 
-    The utilisation in metrics.jsonl is relative to it; nothing is decided by it.
+    MFU in metrics.jsonl is relative to it; no decision depends on it.
     """
     rows, inner, columns = (8192, 8192, 8192) if device.type == "cuda" else (1024, 512, 1024)
     left = torch.ones(rows, inner, dtype=TYPES[precision], device=device)
@@ -36,7 +35,10 @@ def matmul_rate(precision: Precision, device: torch.device) -> float:
 
 
 def resolve_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """Return "bf16" or "fp32" for "auto": bf16 where `multiplies_bf16`, which is the same at every start."""
+    """Return the precision that "auto" stands for on a device; any other is returned unchanged.
+
+    It depends on the processor's capabilities alone, so that it is the same at every start.
+    """
     if precision != "auto":
         return precision
     return "bf16" if multiplies_bf16(device.type) else "fp32"
@@ -44,7 +46,7 @@ def resolve_precision(precision: Precision | Literal["auto"], device: torch.devi
 
 @cache
 def multiplies_bf16(device_type: str) -> bool:
-    """Return whether a kind of device has instructions for products in bf16, so that they are faster than in fp32."""
+    """Return whether a type of device has instructions for bf16 products."""
     if device_type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -53,11 +55,11 @@ def multiplies_bf16(device_type: str) -> bool:
 
 
 def has_bf16_instructions() -> bool:
-    """Return whether the CPU has instruction sets that multiply bf16."""
+    """Return whether the CPU has instructions that multiply bf16."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in _BF16_INSTRUCTIONS)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Run products in bf16, or everything in fp32."""
+    """Return a context in which matrix products run in bf16, or everything in fp32."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()

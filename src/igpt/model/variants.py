@@ -1,7 +1,4 @@
-"""What a model may have in place of the paper's: positions that turn, normalised queries and keys, and so on.
-
-T places, K head width, R resolution.
-"""
+"""Variants of the paper's model: rotary positions and value residuals. T positions, K head width, R resolution."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -15,14 +12,14 @@ from igpt.errors import InputError
 
 Positions = Literal["learned", "rotary"]
 _REMOVED = {"qk_norm": False, "activation": "quick_gelu"}  # variants of earlier versions, off
-_BASE = 100.0  # of the wavelengths, for grids of some tens of places (arXiv 2403.13298)
+_BASE = 100.0  # of the wavelengths, for grids of some tens of pixels (arXiv 2403.13298)
 
 
 class Variants(Config):
-    """In which respects a model differs from the paper's; by default in none."""
+    """The settings in which a model can differ from the paper's; by default it does not."""
 
     positions: Positions = Field(
-        "learned", description="of places: an embedding each, or turned queries and keys"
+        "learned", description="learned position embeddings, or rotary queries and keys (2-D RoPE)"
     )
     value_residual: bool = Field(
         False, description="mix each block's values with the first block's"
@@ -58,20 +55,19 @@ class Variants(Config):
         return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
 
 
-def apply_rope_2d(x: Tensor, places: Tensor, resolution: int) -> Tensor:
-    """Rotary positions of a grid: [..., T, K] at `places` [T] -> [..., T, K], K divisible by 4.
+def apply_rope_2d(x: Tensor, positions: Tensor, resolution: int) -> Tensor:
+    """Apply rotary position embeddings of a grid: [..., T, K] at `positions` [T] -> [..., T, K], K divisible by 4.
 
-    The first half of K turns with the row of a place, the second half with its column: each as K/4
-        pairs of numbers,
-    pair p by the angle (row or column) / 100^(4p/K). The product of a query and a key, both turned,
-    then depends on their offset alone (arXiv 2104.09864; of two axes, 2403.13298).
+    The first half of K is rotated by the row of a position, the second half by its column. Each half
+    is K/4 pairs of numbers; pair p is rotated by (row or column) / 100^(4p/K). The product of a query
+    and a key then depends only on their offset (arXiv 2104.09864; two axes: arXiv 2403.13298).
     """
     quarter = x.shape[-1] // 4
     frequencies = _BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)
-    axes = torch.stack([places // resolution, places % resolution], dim=-1)  # [T, 2]
+    axes = torch.stack([positions // resolution, positions % resolution], dim=-1)  # [T, 2]
     angles = axes[..., None] * frequencies  # [T, 2, K/4]
     kind = torch.promote_types(x.dtype, torch.float32)
     cos, sin = angles.cos().to(kind), angles.sin().to(kind)
     one, other = x.reshape(*x.shape[:-1], 2, 2, quarter).unbind(-2)  # [..., T, 2, K/4]
-    turned = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-2)
-    return turned.flatten(-3).to(x.dtype)
+    rotated = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-2)
+    return rotated.flatten(-3).to(x.dtype)
