@@ -115,7 +115,9 @@ def palette() -> None:
     ).astype(np.uint8)
     fitted = Palette(6, seed=0).fit(image)
     tokens = fitted.transform(image)
-    made = Drawing(600, 190, "An image, its palette, its tokens, and what comes back")
+    made = Drawing(
+        600, 190, "An image, its palette, its tokens, and the image made from the tokens"
+    )
     made.pixels(10, 30, 12, image)
     made.text(70, 20, "image")
     made.text(70, 170, "100 colours")
@@ -132,8 +134,8 @@ def palette() -> None:
         made.text(330, 40 + 12 * row, " ".join(map(str, tokens[row])), size=11)
     made.path([(406, 90), (426, 90)])
     made.pixels(440, 30, 12, fitted.inverse_transform(tokens))
-    made.text(500, 20, "back to pixels")
-    made.text(500, 170, f"squared error {fitted.inertia_ / 3:.0f} a channel")
+    made.text(500, 20, "reconstruction")
+    made.text(500, 170, f"squared error {fitted.inertia_ / 3:.0f} per channel")
     made.save("palette")
 
 
@@ -149,12 +151,12 @@ def tokens() -> None:
         for column in range(8):
             made.text(191 + 20.3 * column, 42 + 16 * row, str(levels[row, column]), size=11)
     made.path([(352, 94), (372, 94)])
-    made.text(480, 20, "n = 64 places")
+    made.text(480, 20, "n = 64 tokens")
     for row in range(3):
         made.path([(385, 44 + 32 * row), (575, 44 + 32 * row)], color=BLUE if row == 2 else GREY)
         if row < 2:
             made.path([(575, 48 + 32 * row), (385, 72 + 32 * row)], arrow=False)
-    made.text(480, 136, "... row after row")
+    made.text(480, 136, "... row by row")
     made.text(10, 190, "the sequence:", anchor="start")
     made.text(105, 190, " ".join(map(str, levels.ravel()[:26])) + " ...", anchor="start", size=12)
     made.save("tokens")
@@ -164,45 +166,48 @@ def sequence() -> None:
     made = Drawing(
         640,
         190,
-        "The sequence is shifted by one place: place i is predicted from what lies before it",
+        "The sequence is shifted by one position: token i is predicted from the tokens before it",
     )
     names = ["start", "x1", "x2", "x3", "...", "x(n-1)"]
     goals = ["x1", "x2", "x3", "x4", "...", "xn"]
-    made.text(86, 164, "what goes in", anchor="end", size=11)
+    made.text(86, 164, "input", anchor="end", size=11)
     made.text(86, 34, "predicted", anchor="end", size=11)
-    for place, (name, goal) in enumerate(zip(names, goals, strict=True)):
-        x = 98 + 86 * place
-        made.labelled(x, 145, 70, 28, name, line=ORANGE if place == 0 else GREY)
+    for position, (name, goal) in enumerate(zip(names, goals, strict=True)):
+        x = 98 + 86 * position
+        made.labelled(x, 145, 70, 28, name, line=ORANGE if position == 0 else GREY)
         made.labelled(x, 15, 70, 28, goal, line=BLUE)
-        for before in range(place + 1):
+        for before in range(position + 1):
             if "..." not in (name, names[before]):
                 made.path(
                     [(133 + 86 * before, 143), (x + 35, 47)],
-                    color=BLUE if before == place else GREY,
-                    arrow=before == place,
+                    color=BLUE if before == position else GREY,
+                    arrow=before == position,
                 )
     made.save("sequence")
 
 
 def objectives() -> None:
     _, image = digit(2)
-    places = np.arange(64).reshape(8, 8)
+    positions = np.arange(64).reshape(8, 8)
     hidden = np.random.default_rng(4).random((8, 8)) < 0.15
-    made = Drawing(600, 220, "Two objectives: the next pixel, and hidden pixels")
+    made = Drawing(600, 220, "Two objectives: the next pixel, and masked pixels")
     for x, title, shown, asked, lines in (
         (
             20,
             "autoregressive",
-            places < 35,
-            places == 35,
-            ["place 36 is predicted from the 35 before it;", "every place is trained on, at once"],
+            positions < 35,
+            positions == 35,
+            [
+                "pixel 36 is predicted from the 35 before it;",
+                "all pixels are predicted in one pass",
+            ],
         ),
         (
             320,
             "BERT",
             ~hidden,
             hidden,
-            ["15 % of the places are hidden,", "each is predicted from the rest"],
+            ["15 % of the pixels are masked,", "each is predicted from the others"],
         ),
     ):
         made.text(x + 64, 18, title)
@@ -210,14 +215,14 @@ def objectives() -> None:
         for row, column in zip(*np.nonzero(asked), strict=True):
             made.box(x + 16 * column, 28 + 16 * row, 16, 16, line=ORANGE)
             made.text(x + 16 * column + 8, 28 + 16 * row + 13, "?", color=ORANGE)
-        # Who sees whom: rows are places that look, columns those that are looked at.
+        # The attention mask: queries in rows, keys in columns.
         for row in range(8):
             for column in range(8):
                 sees = column <= row if title == "autoregressive" else True
                 made.box(
                     x + 160 + 12 * column, 38 + 12 * row, 12, 12, fill=BLUE if sees else "none"
                 )
-        made.text(x + 208, 150, "who sees whom", size=11)
+        made.text(x + 208, 150, "attention mask", size=11)
         for number, line in enumerate(lines):
             made.text(x, 182 + 17 * number, line, anchor="start")
     made.save("objectives")
@@ -228,7 +233,7 @@ def transformer() -> None:
     y = 372
     made.labelled(110, y, 180, 26, "tokens: start, x1 .. x(n-1)")
     made.path([(200, y), (200, y - 22)])
-    made.labelled(110, y - 48, 180, 26, "colour + place embeddings")
+    made.labelled(110, y - 48, 180, 26, "token + position embeddings")
     made.path([(200, y - 48), (200, 296)])
     made.box(90, 96, 220, 200, dash=True)
     made.text(84, 200, "block l,", anchor="end")
@@ -248,14 +253,14 @@ def transformer() -> None:
     made.labelled(120, 12, 160, 26, "logits of k colours", line=BLUE)
     made.path([(235, 268), (352, 268)], color=ORANGE)
     made.path([(235, 67), (352, 67)], color=ORANGE)
-    made.text(358, 263, "n^l: what the attention of block l reads", anchor="start", color=ORANGE)
+    made.text(358, 263, "n^l: the input of the attention of block l", anchor="start", color=ORANGE)
     made.text(358, 279, "(l = 0 .. L-1)", anchor="start", color=ORANGE)
     made.text(358, 64, "n^L: the final norm's output", anchor="start", color=ORANGE)
     made.path([(440, 250), (440, 190)], color=ORANGE)
     made.path([(440, 74), (440, 134)], color=ORANGE)
-    made.labelled(358, 136, 300, 52, "mean over all n places: D features an image", line=ORANGE)
+    made.labelled(358, 136, 300, 52, "mean over positions: D features per image", line=ORANGE)
     made.path([(560, 188), (560, 214)], color=ORANGE)
-    made.text(560, 228, "a linear classifier: the probe", color=ORANGE)
+    made.text(560, 228, "linear classifier (the probe)", color=ORANGE)
     made.save("transformer")
 
 
@@ -269,7 +274,7 @@ def finetuning() -> None:
     made.path([(250, 76), (300, 40)], color=ORANGE)
     made.path([(250, 86), (300, 122)], color=BLUE)
     made.labelled(300, 22, 150, 34, "mean, class head", line=ORANGE)
-    made.labelled(300, 106, 150, 34, "colours, every place", line=BLUE)
+    made.labelled(300, 106, 150, 34, "logits of all positions", line=BLUE)
     made.path([(450, 39), (496, 74)], color=ORANGE)
     made.path([(450, 123), (496, 88)], color=BLUE)
     made.text(505, 86, "+", size=16)
@@ -280,18 +285,21 @@ def finetuning() -> None:
 
 def drawing() -> None:
     _, image = digit(2)
-    places = np.arange(64).reshape(8, 8)
-    order = (
-        np.random.default_rng(2).permutation(64).reshape(8, 8)
-    )  # of a BERT model's confidence: for show
-    made = Drawing(600, 330, "Completion: in raster order, or the surest places first")
+    positions = np.arange(64).reshape(8, 8)
+    # Made up: an order of a BERT model's confidence.
+    order = np.random.default_rng(2).permutation(64).reshape(8, 8)
+    made = Drawing(600, 330, "Completion: in raster order, or the most confident positions first")
     for y, title, when in (
-        (28, "autoregressive: place after place", np.where(places < 32, 0, places - 31)),
-        (194, "BERT: the surest places first, 16 rounds", np.where(places < 32, 0, 1 + order // 2)),
+        (28, "autoregressive: pixel by pixel", np.where(positions < 32, 0, positions - 31)),
+        (
+            194,
+            "BERT: the most confident positions first, 16 rounds",
+            np.where(positions < 32, 0, 1 + order // 2),
+        ),
     ):
         made.text(10, y - 10, title, anchor="start")
         for number, (known, words) in enumerate(
-            ((0, "what is kept"), (8, ""), (20, ""), (64, "complete"))
+            ((0, "kept pixels"), (8, ""), (20, ""), (64, "complete"))
         ):
             x = 10 + 150 * number
             made.pixels(x, y, 14, image, when <= known)
@@ -301,7 +309,32 @@ def drawing() -> None:
     made.save("drawing")
 
 
-ALL = (palette, tokens, sequence, objectives, transformer, finetuning, drawing)
+def architecture() -> None:
+    """The packages: each imports only from packages above it."""
+    made = Drawing(640, 560, "The packages of igpt; a package imports only from those above it")
+    layers = (
+        ("errors, files, locks, config, statistics, hub, ...", "shared by all packages"),
+        ("data", "images -> palette -> tokens: sources, images, tokens"),
+        ("model", "config, transformer, objectives, model directory"),
+        ("sampling", "decoder and sampler: images from a model"),
+        ("training", "settings, engine, trainer: pretrain and finetune"),
+        ("planning", "memory and time of a run, before it starts"),
+        ("evaluation", "features, probe, likelihood: figures from a model"),
+        ("report", "pages, model cards and figures from recorded results"),
+        ("reproduction", "the runs that answer the paper's questions"),
+        ("webapp", "the page of igpt app"),
+        ("cli", "one function per command"),
+    )
+    for number, (name, purpose) in enumerate(layers):
+        y = 14 + 49 * number
+        line = {"data": ORANGE, "model": ORANGE, "training": ORANGE}.get(name, GREY)
+        made.labelled(20, y, 600, 34, f"{name}:  {purpose}", line=line)
+        if number:
+            made.path([(320, y), (320, y - 13)])
+    made.save("architecture")
+
+
+ALL = (palette, tokens, sequence, objectives, transformer, finetuning, drawing, architecture)
 
 if __name__ == "__main__":
     OUT.mkdir(exist_ok=True)
