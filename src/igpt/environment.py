@@ -5,18 +5,22 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from igpt.files import Stored, read_json
+
+RunKind = Literal["pretrain", "finetune"]
 
 
 class Environment(Stored):
     """The schema of a run's environment.json: what `describe` returns, and checksums of what was given."""
 
+    kind: RunKind | None = None  # igpt 0.1.0 did not record it, see `run_kind`
     tokens_sha256: str | None = None
     model_sha256: str | None = None
     igpt: str | None = None
@@ -39,6 +43,16 @@ def read_environment(path: Path) -> dict[str, Any]:
         InputError: it is missing, damaged, or has a value of another type.
     """
     return read_json(path, "run", Environment)
+
+
+def run_kind(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> RunKind:
+    """Return the kind of a run.
+
+    environment.json records it. In runs of igpt 0.1.0, which did not record it, only fine-tuning has
+    the setting `generation_weight`.
+    """
+    old: RunKind = "finetune" if "generation_weight" in settings else "pretrain"
+    return environment.get("kind") or old
 
 
 def describe() -> dict[str, Any]:

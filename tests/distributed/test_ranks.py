@@ -2,7 +2,7 @@
 
 Tolerances are some ten times the largest differences measured over 8 steps: 1.3e-7 in the loss
     and of the gradient's
-norm in fp32; 4e-6 with Muon, which orthogonalises in bf16; 6e-4 (and 2e-3 of the norm) in bf16.
+norm in fp32; 4e-6 with Muon, which orthogonalizes in bf16; 6e-4 (and 2e-3 of the norm) in bf16.
 """
 
 import json

@@ -65,7 +65,11 @@ def test_the_model_is_described_as_far_as_it_is_known():
 
 def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
     words = describe_model(
-        of(metrics=[{**START, "classes": 10}], saved={"n_head": 2, "igpt": {"resolution": 8}})
+        of(
+            {**CONFIG, "generation_weight": 1.0},
+            metrics=[{**START, "classes": 10}],
+            saved={"n_head": 2, "igpt": {"resolution": 8}},
+        )
     )
     assert "2 heads" in words
     told = "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes."  # noqa: RUF001

@@ -12,6 +12,7 @@ import torch
 
 from igpt.config import read_settings
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.environment import read_environment, run_kind
 from igpt.errors import InputError
 from igpt.model.classifier import predict
 from igpt.model.transformer import ImageGPT
@@ -379,6 +380,15 @@ def test_rates_that_do_not_fit_are_refused(
         assert done.returncode == 2
         assert said in done.stderr
         assert not (tmp_path / "run").exists()
+
+
+def test_the_kind_of_a_run_is_recorded_or_follows_from_its_settings(
+    searched: Path, short_run: Path
+) -> None:
+    for run, kind in ((searched, "finetune"), (short_run, "pretrain")):
+        environment = read_environment(run / "environment.json")
+        assert environment.pop("kind") == kind
+        assert run_kind(environment, read_settings(run / "config.yaml")) == kind, "as in igpt 0.1.0"
 
 
 def test_runs_are_not_mixed_up(igpt, searched: Path, short_run: Path, digits: TokenDataset) -> None:

@@ -117,7 +117,7 @@ def _require_same(config: PretrainConfig, recorded: Path, recipe: dict[str, obje
     known = PretrainConfig.load(recorded)
     for name in recipe:
         asked, found = getattr(config, name), getattr(known, name)
-        if asked not in (found, "auto") and name not in config.of_the_machine:
+        if asked not in (found, "auto") and name not in config.changeable:
             remedy = (
                 f"give --steps {found}, or choose another -o"
                 if name == "steps"

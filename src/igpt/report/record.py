@@ -17,6 +17,7 @@ from igpt.config import read_settings
 from igpt.data.images.palette import Palette
 from igpt.data.left_out import LeftOut, left_out_of
 from igpt.data.tokens.dataset import MANIFEST
+from igpt.environment import RunKind, run_kind
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
@@ -78,6 +79,7 @@ class _Record(_Shape):
 class _Environment(Stored):
     """`environment.json`; all else in it is shown as it is."""
 
+    kind: RunKind | None = None
     igpt: str | None = None
 
 
@@ -191,7 +193,7 @@ class Run:
     @property
     def finetuned(self) -> bool:
         """Whether labels were trained on."""
-        return "classes" in self.start or "generation_weight" in self.config
+        return run_kind(self.environment, self.config) == "finetune"
 
     @property
     def source(self) -> str:

@@ -13,14 +13,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
 from igpt.data.tokens.batches import Batches
 from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit
 from igpt.data.tokens.labels import few_of_each, require_classes
-from igpt.environment import describe
+from igpt.environment import RunKind, describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json
 from igpt.model.classifier import MASKED, classification
@@ -47,7 +47,7 @@ from igpt.training.optimizer import Schedule
 from igpt.training.run_directory import (
     device_and_stop_seconds,
     record_run,
-    settle_config,
+    resolve_config,
     sole_writer,
 )
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
@@ -58,6 +58,8 @@ FORMAT, VERSION = "igpt-finetune", 1
 
 class FinetuneConfig(TrainConfig):
     """A fine-tuning run: the paper's constant rate, a tenth of pretraining's, and early stopping."""
+
+    kind: ClassVar[RunKind] = "finetune"
 
     model: Path = Field(description="pretrained model directory")
     tokens: Path = Field(description="token data set with labels")
@@ -154,7 +156,7 @@ def finetune(
         distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
         sole_writer(run, world),
     ):
-        config = settle_config(
+        config = resolve_config(
             run, config, {"tokens": config.tokens} if given is None else given, resume
         )
         world.barrier()  # no rank may take the directory that another makes for an old one

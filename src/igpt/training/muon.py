@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum whose matrices are orthogonalised.
+"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum with orthogonalized matrices.
 
-PyTorch has the same, always in bf16, which processors without it emulate at a hundredth of the
-speed of fp32.
+PyTorch's own Muon always computes in bf16, which processors without bf16 instructions emulate at a
+hundredth of the speed of fp32.
 """
 
 from collections.abc import Iterable
@@ -13,20 +13,17 @@ from torch.optim import Optimizer
 from igpt.model.precision import multiplies_bf16
 
 _MOMENTUM, _EPS = 0.95, 1e-7
-_COEFFICIENTS = (
-    3.4445,
-    -4.7750,
-    2.0315,
-)  # of the quintic iteration, and five of them, as its author has it
-_STEPS = 5
+# The author's quintic Newton-Schulz iteration, and the number of iterations.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+_ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Nesterov momentum, orthogonalised, in steps of AdamW's size (arXiv 2502.16982), so that one rate serves both.
+    """Orthogonalized Nesterov momentum, scaled like AdamW's updates (arXiv 2502.16982): one learning rate suits both.
 
     Args:
         params: matrices.
-        weight_decay: decoupled.
+        weight_decay: decoupled weight decay.
     """
 
     def __init__(self, params: Iterable[Tensor], weight_decay: float) -> None:
@@ -34,7 +31,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of all matrices that have a gradient."""
+        """Update all matrices that have a gradient."""
         for group in self.param_groups:
             for matrix in group["params"]:
                 if matrix.grad is None:
@@ -43,26 +40,23 @@ class Muon(Optimizer):
                 if not state:
                     state["momentum_buffer"] = torch.zeros_like(matrix)
                 momentum = state["momentum_buffer"].lerp_(matrix.grad, 1 - _MOMENTUM)
-                update = orthogonalise(
-                    matrix.grad.lerp(momentum, _MOMENTUM), _type_of_products(matrix.device.type)
+                has_bf16 = multiplies_bf16(matrix.device.type)
+                update = orthogonalize(
+                    matrix.grad.lerp(momentum, _MOMENTUM),
+                    torch.bfloat16 if has_bf16 else torch.float32,
                 )
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.add_(update, alpha=-0.2 * max(matrix.shape) ** 0.5 * group["lr"])
 
 
-def orthogonalise(matrix: Tensor, kind: torch.dtype) -> Tensor:
-    """A matrix with about the same singular vectors and values between 0.5 and 1.5, computed in `kind`."""
+def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a matrix with about the same singular vectors, and singular values between 0.5 and 1.5."""
     a, b, c = _COEFFICIENTS
-    x = matrix.to(kind)
+    x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]
     x = x.T if tall else x
     x = x / x.norm().clamp(min=_EPS)
-    for _ in range(_STEPS):
+    for _ in range(_ITERATIONS):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.T if tall else x
-
-
-def _type_of_products(device_type: str) -> torch.dtype:
-    """Return bf16, or fp32 where the processor has no instructions for bf16."""
-    return torch.bfloat16 if multiplies_bf16(device_type) else torch.float32

@@ -1,4 +1,4 @@
-"""Optimisers and learning-rate schedules; schedules are pure functions of the step."""
+"""Optimizers and learning-rate schedules; schedules are pure functions of the step."""
 
 import math
 from collections.abc import Sequence
@@ -15,10 +15,9 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: Schedule) -> float:
-    """The learning rate of update number `step` (from 0): a linear rise over `warmup` updates, then the schedule.
+    """Return the learning rate of a step (from 0): linear warm-up over `warmup` steps, then the schedule.
 
-    "cosine" falls to 0 at `total` (paper, section 3.3), and so does "linear"; "constant" stays at
-    `peak`.
+    "cosine" (paper, section 3.3) and "linear" fall to 0 at step `total`; "constant" stays at `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -31,27 +30,24 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: 
 def make_optimizers(
     model: nn.Module, name: OptimizerName, *, betas: tuple[float, float], weight_decay: float
 ) -> list[Optimizer]:
-    """The optimisers that share a model's parameters out among them; the learning rate is set before every update.
+    """Return the optimizers of a model, which partition its trainable parameters.
 
-    "adamw" is AdamW over all. "muon" orthogonalises the updates of the blocks' matrices and leaves
-    the rest to AdamW. Decay applies to matrices only (not to gains), and is 0 in the paper.
+    "adamw" is AdamW for all. "muon" is Muon for the matrices of the blocks and AdamW for the rest.
+    Weight decay applies to matrices only, not to gains and biases.
     """
-    named = [
-        (path, parameter) for path, parameter in model.named_parameters() if parameter.requires_grad
-    ]
-    hidden = [
-        parameter
-        for path, parameter in named
-        if name == "muon" and path.startswith("h.") and parameter.ndim == 2
-    ]
-    orthogonalised = {id(parameter) for parameter in hidden}
-    rest = [parameter for _, parameter in named if id(parameter) not in orthogonalised]
+    hidden, matrices, vectors = [], [], []
+    for path, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif name == "muon" and path.startswith("h.") and parameter.ndim == 2:
+            hidden.append(parameter)
+        else:
+            matrices.append(parameter)
     groups = [
-        {
-            "params": [parameter for parameter in rest if parameter.ndim >= 2],
-            "weight_decay": weight_decay,
-        },
-        {"params": [parameter for parameter in rest if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if hidden:
@@ -60,10 +56,10 @@ def make_optimizers(
 
 
 def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
-    """One update at a learning rate, and zero gradients after it; no update where `skip` (on the device) is 1, not 0.
+    """Perform one optimizer step at a learning rate unless `skip` (0 or 1, on the device) is 1; then zero gradients.
 
-    AdamW's fused kernel looks at `skip` itself, as it does for gradient scalers, so that nobody
-    waits for the device.
+    AdamW's fused kernel reads `skip` itself, as it does for gradient scalers, so the host does not
+    wait for the device. Muon has no such kernel, and the host waits.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -71,6 +67,6 @@ def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
         if isinstance(optimizer, torch.optim.AdamW):
             optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
-        elif not skip:  # Muon has no such kernel: the host must ask
+        elif not skip:
             optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from pydantic import Field
 
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.environment import RunKind
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
@@ -25,7 +26,7 @@ from igpt.training.metrics import Metrics
 from igpt.training.run_directory import (
     device_and_stop_seconds,
     record_run,
-    settle_config,
+    resolve_config,
     sole_writer,
 )
 from igpt.training.settings import MOST, TrainConfig
@@ -42,6 +43,8 @@ _VALIDATION_MASKS = (
 
 class PretrainConfig(ShapeConfig, Variants, TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
+
+    kind: ClassVar[RunKind] = "pretrain"
 
     tokens: Path = Field(description="token data set")
     resolution: int | None = Field(
@@ -84,7 +87,7 @@ def pretrain(
         distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
         sole_writer(run, world),
     ):
-        config = settle_config(
+        config = resolve_config(
             run, config, {"tokens": config.tokens} if given is None else given, resume
         )
         world.barrier()  # no rank may take the directory that another makes for an old one

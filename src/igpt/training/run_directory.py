@@ -1,10 +1,9 @@
-"""The run directory: which settings a run has, what it was made with, and who works in it.
+"""The run directory: the settings of a run, what it was made with, and who may write to it.
 
-config.yaml        all settings, resolved; with the tokens they repeat the run
-environment.json   versions, machine, command, commit, and the checksums of what was given: the
-tokens' manifest, and
-                   the weights of a model to be fine-tuned
-.lock              while a process works in it: see `igpt.locks`
+config.yaml        all settings, resolved: with the same tokens they reproduce the run
+environment.json   kind of the run, versions, machine, command, commit, and checksums of the inputs:
+                   the manifest of the tokens, and the weights of a model to fine-tune
+.lock              while a process works in it, see `igpt.locks`
 """
 
 import shutil
@@ -15,7 +14,7 @@ from typing import Any, TypeVar
 
 from igpt.config import read_settings
 from igpt.data.tokens.dataset import MANIFEST
-from igpt.environment import describe, read_environment
+from igpt.environment import describe, read_environment, run_kind
 from igpt.errors import InputError
 from igpt.files import sha256_of, write_json
 from igpt.locks import exclusive_folder
@@ -25,23 +24,23 @@ from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
 
 _SETTINGS, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
-_OF_A_RUN = (_SETTINGS, _METRICS, "checkpoints", "model", "rates", "fold-back", "test.json")
-_AS_DRAWN = "step-00000000"  # a snapshot of the weights before the first step
+_RUN_FILES = (_SETTINGS, _METRICS, "checkpoints", "model", "rates", "fold-back", "test.json")
+_INITIAL_SNAPSHOT = "step-00000000"
 Settings = TypeVar("Settings", bound=TrainConfig)
 
 
 @contextmanager
 def sole_writer(run: Path, world: World) -> Iterator[None]:
-    """Keep other processes from working in a run directory; of a world, the leading rank holds the lock for all.
+    """Keep other processes from writing to a run directory; the main rank holds the lock for all ranks.
 
     Raises:
-        InputError: another process works in it; all ranks are told its host and process id.
+        InputError: another process works in it. Its host and process id are named on every rank.
     """
-    with ExitStack() as held:
+    with ExitStack() as stack:
         refusal = None
         if world.is_main:
             try:
-                held.enter_context(exclusive_folder(run))
+                stack.enter_context(exclusive_folder(run))
             except InputError as error:
                 refusal = str(error)
         refusal = world.broadcast(refusal)
@@ -51,64 +50,64 @@ def sole_writer(run: Path, world: World) -> Iterator[None]:
 
 
 def has_begun(run: Path) -> bool:
-    """Return whether a run directory holds something that training made, which a new start would lose.
+    """Return whether a run directory holds results of training, which a new start would lose.
 
-    Settings, and metrics without a line of training or validation, are left by a run whose first
-    step never happened.
+    A run that was stopped before its first step leaves settings, perhaps a snapshot of the initial
+    weights, and metrics without a line of training or validation. These are no results.
     """
-    if any((run / name).exists() for name in ("model", "test.json")) or checkpoints(
-        run / "checkpoints"
-    ):
+    if (run / "model").exists() or (run / "test.json").exists():
         return True
-    if any(path.name != _AS_DRAWN for path in (run / "snapshots").glob("step-*")):
+    if checkpoints(run / "checkpoints"):
+        return True
+    if any(path.name != _INITIAL_SNAPSHOT for path in (run / "snapshots").glob("step-*")):
         return True
     if (run / _METRICS).exists() and _has_trained(run / _METRICS):
         return True
-    return any(has_begun(part) for part in _parts(run))
+    return any(has_begun(training) for training in _trainings(run))
 
 
-def _parts(run: Path) -> list[Path]:
-    """Return the folders in which fine-tuning trains more than once."""
-    return [part for part in [*(run / "rates").glob("*"), run / "fold-back"] if part.is_dir()]
+def _trainings(run: Path) -> list[Path]:
+    """Return the folders of a fine-tuning run that trains more than once."""
+    return [path for path in [*(run / "rates").glob("*"), run / "fold-back"] if path.is_dir()]
 
 
 def _has_trained(metrics: Path) -> bool:
     try:
         return any(line["kind"] in ("train", "validation", "end") for line in read_metrics(metrics))
-    except InputError:  # it is unknown what it says: nothing is overwritten
+    except InputError:  # unreadable, so perhaps
         return True
 
 
-def _is_ours(run: Path) -> bool:
-    """Return whether `record_run` has written to a directory; otherwise the files in it are somebody else's."""
+def _is_run(folder: Path) -> bool:
+    """Return whether `record_run` has written to a folder; otherwise its files belong to someone else."""
     try:
-        return "tokens_sha256" in read_environment(run / _ENVIRONMENT)
+        return "tokens_sha256" in read_environment(folder / _ENVIRONMENT)
     except InputError:
         return False
 
 
 def _clear(run: Path) -> None:
-    """Remove what a start has left that did not come to its first step, and nothing else."""
+    """Remove what a run that was stopped before its first step has left, and nothing else."""
     for name in (_SETTINGS, _METRICS):
         (run / name).unlink(missing_ok=True)
-    shutil.rmtree(run / "snapshots" / _AS_DRAWN, ignore_errors=True)
+    shutil.rmtree(run / "snapshots" / _INITIAL_SNAPSHOT, ignore_errors=True)
     for unfinished in (run / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(unfinished, ignore_errors=True)
-    parts = _parts(run)
-    for part in parts:
-        _clear(part)
-    for folder in (*parts, run / "rates", run / "snapshots", run / "checkpoints"):
-        with suppress(OSError):  # not there, or not empty
+    trainings = _trainings(run)
+    for training in trainings:
+        _clear(training)
+    for folder in (*trainings, run / "rates", run / "snapshots", run / "checkpoints"):
+        with suppress(OSError):  # it does not exist or is not empty
             folder.rmdir()
 
 
 def device_and_stop_seconds(
     run: Path, config: TrainConfig, given: Mapping[str, Any] | None, resume: bool
 ) -> tuple[str, float]:
-    """Return the device of a run and the seconds to save in, which are needed before its settings are settled.
+    """Return two settings that are needed before `resolve_config`, which needs the world they create.
 
     Args:
-        run, config, given, resume: see `settle_config`, which checks the recorded values.
+        run, config, given, resume: see `resolve_config`, which validates the recorded values.
     """
     device, seconds = config.device, config.stop_seconds
     recorded = run / _SETTINGS
@@ -122,47 +121,45 @@ def device_and_stop_seconds(
     return device, seconds
 
 
-def settle_config(run: Path, config: Settings, given: Mapping[str, Any], resume: bool) -> Settings:
-    """Return the settings of a run: new ones for a fresh directory, the recorded ones to resume.
+def resolve_config(run: Path, config: Settings, given: Mapping[str, Any], resume: bool) -> Settings:
+    """Return the settings of a run: `config` for a new run, the recorded ones to resume.
 
     Args:
-        config: the settings of a fresh run.
-        given: those of them that the user gave on purpose; to resume, they must be the recorded
-            ones (paths, "auto" and what only concerns the machine may change).
+        config: settings of a new run.
+        given: the settings that the user named. To resume, they must equal the recorded ones,
+            except paths, "auto", and settings that may change (`TrainConfig.changeable`).
 
     Raises:
-        InputError: the run has begun and `resume` is False, or a given setting is not the recorded
-            one.
+        InputError: the run has begun and `resume` is False; there is no run to resume, or one of
+            another kind; or a given setting is not the recorded one.
     """
     recorded = run / _SETTINGS
     if not resume:
-        exists = any((run / name).exists() for name in _OF_A_RUN)
-        if exists and (has_begun(run) or not _is_ours(run)):
+        exists = any((run / name).exists() for name in _RUN_FILES)
+        if exists and (has_begun(run) or not _is_run(run)):
             raise InputError(f"{run} exists already; --resume continues it, or choose another -o")
         return config
     if not recorded.exists():
         raise InputError(
             f"there is no run to resume at {run}: config.yaml is missing; start it without --resume"
         )
-    if ("generation_weight" in read_settings(recorded)) != (
-        "generation_weight" in type(config).model_fields
-    ):
-        other = "pretrain" if "generation_weight" in type(config).model_fields else "finetune"
+    kind = run_kind(read_environment(run / _ENVIRONMENT), read_settings(recorded))
+    if kind != config.kind:
         raise InputError(
-            f"{run} was begun by igpt {other}, which continues it with --resume; choose another -o"
+            f"{run} was begun by igpt {kind}, which continues it with --resume; choose another -o"
         )
     before = type(config).load(recorded)
-    moved: dict[str, Any] = {}
+    changed: dict[str, Any] = {}
     for key, value in given.items():
-        # Where things lie may change; that the tokens are the same is checked by checksum.
-        if isinstance(value, Path) or key in config.of_the_machine:
-            moved[key] = value
+        # Paths may change: checksums verify that the tokens and the model are the same.
+        if isinstance(value, Path) or key in config.changeable:
+            changed[key] = value
         elif value not in (getattr(before, key), "auto"):
             raise InputError(
-                f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that out to resume, or "
-                "start another run"
+                f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that out "
+                "to resume, or start another run"
             )
-    return before.model_copy(update=moved)
+    return before.model_copy(update=changed)
 
 
 def record_run(
@@ -174,12 +171,12 @@ def record_run(
     is_main: bool,
     model_sha256: str | None = None,
 ) -> None:
-    """Write what the run is; to resume, tokens and model must be the ones it began with.
+    """Write the settings and the environment of a new run; to resume, check that its inputs are the same.
 
-    A new start removes what an earlier one has left that did not come to its first step.
+    A new run removes what an earlier one that was stopped before its first step has left.
 
     Args:
-        model_sha256: of the weights it begins with, if they are not drawn.
+        model_sha256: checksum of the weights that training starts from, if they are not random.
 
     Raises:
         InputError: the tokens or the model have changed.
@@ -201,7 +198,7 @@ def record_run(
             )
     elif is_main:
         run.mkdir(parents=True, exist_ok=True)
-        if _is_ours(run):
+        if _is_run(run):
             _clear(run)
-        write_json(run / _ENVIRONMENT, {**describe(), **checksums})
+        write_json(run / _ENVIRONMENT, {"kind": config.kind, **describe(), **checksums})
         config.save(run / _SETTINGS)
