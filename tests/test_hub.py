@@ -235,7 +235,7 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(
     )
     assert (
         said[4]
-        == "refused: the Hub's someone/bare: no weights are there: model.safetensors is missing"
+        == "refused: the Hub's someone/bare: there are no weights: model.safetensors is missing"
     )
     assert said[5] == "refused: the Hub's someone/space: config.json is missing"
     assert said[6] == "refused: the Hub's someone/space: preprocessor_config.json is missing"

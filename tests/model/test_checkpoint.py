@@ -485,7 +485,7 @@ DAMAGES = {
     "pickle of numbered tensors": (pickle({1: torch.ones(2)}), "something else than named tensors"),
     "pickle larger than stored": (
         pickle({"wte.weight": torch.ones(1).expand(10**9, 10**3)}),
-        "than what is stored",
+        "than its stored values",
     ),
     "sparse pickle": (
         pickle({"wte.weight": torch.ones(2, 2).to_sparse()}),
@@ -588,7 +588,7 @@ def test_weights_in_parts(good_directory: Path, stem: str, ending: str, tmp_path
     assert_same(ImageGPT.from_pretrained(path), whole)
     (path / f"{stem}-00002-of-00003.{ending}").unlink()
     with pytest.raises(
-        InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 parts\)"
+        InputError, match=rf"{stem}-00002-of-00003.{ending} is missing \(1 of 3 files\)"
     ):
         ImageGPT.from_pretrained(path)
 
@@ -603,7 +603,7 @@ def test_parts_of_two_saves_without_an_index_are_refused(
     shutil.copy(
         path / "model-00001-of-00001.safetensors", path / "model-00002-of-00002.safetensors"
     )
-    with pytest.raises(InputError, match="weights in 1 and in 2 parts are there, and no model"):
+    with pytest.raises(InputError, match="weights in 1 and in 2 files, and no model"):
         ImageGPT.from_pretrained(path)
 
 

@@ -313,7 +313,7 @@ def test_table_that_is_no_checkpoint(tmp_path):
 
 def test_missing_shard(checkpoint):
     Path(f"{checkpoint}.data-00001-of-00002").unlink()
-    assert "data-00001-of-00002 is missing; all 00002 data shards" in refusal(
+    assert "data-00001-of-00002 is missing; all 00002 data files" in refusal(
         load_openai, checkpoint, None
     )
 
@@ -348,7 +348,7 @@ def test_what_is_no_regular_file(checkpoint, ending):
 
 def test_index_of_gigabytes(checkpoint):
     os.truncate(f"{checkpoint}.index", 5 * 10**9)
-    assert "has 5,000,000,000 bytes; that is no index" in refusal(load_openai, checkpoint, None)
+    assert "has 5,000,000,000 bytes; it is not the index" in refusal(load_openai, checkpoint, None)
 
 
 @pytest.mark.parametrize(
@@ -406,8 +406,8 @@ def test_entries_that_contradict_the_data(tmp_path):
     [
         (np.float16, None),
         (np.float64, None),
-        (np.int32, "model/ln_f/g has TensorFlow's type 3; weights in float are needed"),
-        (np.int64, "model/ln_f/g has TensorFlow's type 9; weights in float are needed"),
+        (np.int32, "model/ln_f/g has TensorFlow's type 3; floating-point weights are needed"),
+        (np.int64, "model/ln_f/g has TensorFlow's type 9; floating-point weights are needed"),
     ],
 )
 def test_weights_of_other_types(tmp_path, dtype, said):

@@ -4,8 +4,8 @@
     predict(model, tokens, np.arange(len(tokens))).classes
 
 transformers reads such a directory as ImageGPTForImageClassification, and gives the same logits for
-the input [start, x1 .. x(n-1)]. Its attention is always causal, so it cannot compute BERT classifiers.
-N images, B of them at a time, n pixels, C classes.
+the input [start, x1 .. x(n-1)]. Its attention is always causal, so that it cannot compute BERT
+classifiers. N images, B of them at a time, n pixels, C classes.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ def with_head(model: ImageGPT, class_names: tuple[str, ...], palette: Palette) -
 
 
 def class_logits(model: ImageGPT, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return the logits of the classes: tokens [B, n] -> [B, C] in float32, or float64 if the model is."""
+    """Return the logits of the classes: tokens [B, n] -> [B, C], in float32 or float64."""
     logits: Tensor = model.score(model.hidden(tokens, mask).mean(dim=1))
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -55,11 +55,11 @@ def classification(
     *,
     generation_weight: float = 1.0,
 ) -> Summed:
-    """Return the fine-tuning loss: class cross-entropy plus weighted generative loss, and the number of images.
+    """Return the summed fine-tuning loss, and the number of images.
 
-    The class head reads the mean over positions of the final norm's output (paper, section 2.3).
-    Labels are [B] in 0 .. C-1. The generative loss is the objective's; a BERT model has one only
-    where pixels are masked.
+    It is the class cross-entropy plus the weighted generative loss of the objective (paper, section
+    2.3). The class head reads the mean over positions of the final norm's output. Labels are [B] in
+    0 .. C-1. A BERT model has a generative loss only where pixels are masked.
     """
     objective = model.config.trained_as
     hidden = model.hidden(tokens, mask)  # [B, n, D]
@@ -85,7 +85,7 @@ class Predictions:
     votes: NDArray[np.int64]
 
     def ranked(self) -> NDArray[np.int64]:
-        """Return the classes of every image in order, [N, C]: the predicted one, then by votes and probability."""
+        """Return all classes of every image: the predicted one, then by votes and probability."""
         predicted = np.arange(self.votes.shape[1]) == self.classes[:, None]
         order: NDArray[np.int64] = np.lexsort(
             (-self.probabilities, -self.votes, ~predicted), axis=1
@@ -106,14 +106,14 @@ def predict(
     """Predict the classes of images, tokens [N, n].
 
     Args:
-        rows: a number for every image, [N]; its masks and the resolution of ties depend on this number
-            and the seed alone.
+        rows: a number for every image, [N]; its masks and the resolution of ties depend only on
+            this number and the seed.
         masks: number of masks per image; 0 masks nothing. With masks (BERT models), the prediction
             is the most frequent one (paper, section 4.6); ties are resolved at random.
         probability: of a pixel to be masked.
 
     Raises:
-        InputError: the model has no class head or broken weights, or masks do not fit its objective.
+        InputError: the model has no class head or broken weights, or its objective has no masks.
     """
     if model.config.class_names is None:
         raise InputError("the model has no class head; `igpt finetune` makes a classifier of it")

@@ -1,4 +1,4 @@
-"""The shape of a model, and its form in the `config.json` of the Hub.
+"""The configuration of a model, and its form in the Hub's `config.json`.
 
 D width, V colours, C classes; n = R^2 pixels of an image of resolution R.
 """
@@ -37,7 +37,7 @@ else:
 
 
 class HubSettings(Stored):
-    """Schema of "igpt" in a model's `config.json`; a variant has its settings there too."""
+    """Schema of "igpt" in `config.json`; the settings of a variant are there too."""
 
     version: int = VERSION
     objective: ObjectiveName = "autoregressive"
@@ -45,7 +45,7 @@ class HubSettings(Stored):
 
 
 class HubConfig(Stored):
-    """Schema of a model's `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt"."""
+    """Schema of `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt"."""
 
     model_type: Literal["imagegpt", "igpt"]
     architectures: list[str] | None = None
@@ -69,8 +69,8 @@ class HubConfig(Stored):
         """Return the names of the classes in order.
 
         Raises:
-            InputError: there are none, a number is missing or written in another way, or two
-                classes share a name.
+            InputError: there are none, the keys are not "0", "1", ..., or two classes have the same
+                name.
         """
         labels = self.id2label
         if not labels or any(str(index) not in labels for index in range(len(labels))):
@@ -83,7 +83,7 @@ class HubConfig(Stored):
         if len(set(names)) < len(names):
             double = next(name for index, name in enumerate(names) if name in names[:index])
             raise InputError(
-                f"{where} has id2label with two classes named {double!r}; each needs a name of its own"
+                f"{where} has id2label with two classes named {double!r}; names must differ"
             )
         return names
 
@@ -120,27 +120,24 @@ class ModelConfig(ShapeConfig, Variants):
             raise ValueError(f"{self.n_head} heads do not divide a width of {self.n_embd}")
         if self.positions == "rotary" and (head := self.n_embd // self.n_head) % 4:
             raise ValueError(
-                f"rotary positions turn quarters of a head, and its width of {head} is not divisible by 4"
+                f"rotary positions rotate quarters of a head, and its width of {head} is not "
+                "divisible by 4"
             )
         return self
 
     @property
     def n_pixels(self) -> int:
-        """Pixels of an image, n."""
+        """Number of pixels of an image, n."""
         return self.resolution**2
 
     def to_hub(self) -> dict[str, Any]:
-        """Return the `config.json`: transformers' ImageGPTConfig, and igpt's settings under "igpt".
-
-        transformers refuses that of a variant.
-        """
+        """Return the contents of `config.json`, which transformers refuses for a variant."""
         hub: dict[str, Any] = {
             "model_type": "imagegpt",
             "architectures": [
                 "ImageGPTForCausalImageModeling" if self.class_names is None else _CLASSIFIER
             ],
-            "vocab_size": self.n_colors
-            + 1,  # the last row of wte is the start-of-sequence embedding
+            "vocab_size": self.n_colors + 1,  # the last row of wte is the start token
             "n_positions": self.n_pixels,
             "n_embd": self.n_embd,
             "n_layer": self.n_layer,
@@ -191,40 +188,41 @@ class ModelConfig(ShapeConfig, Variants):
             yield "wpe.weight", (self.n_pixels, width)
 
     def require_shapes(self, found: Mapping[str, Shape], where: str) -> None:
-        """Refuse tensors that are not the model's, by their names and shapes; sizes do not matter for the time.
+        """Check the names and shapes of tensors, without building the model.
 
         Raises:
-            InputError: names the first tensor that is missing, has another shape, or is not part of
-                the model.
+            InputError: a tensor is missing, has another shape, or is not part of the model; the
+                first one is named.
         """
 
-        def refusal(name: str, shape: object, expected: object) -> InputError:
-            return InputError(
-                f"the weights in {where} do not fit its config.json: {name} is {shape}, {expected} is expected"
-            )
+        def require(name: str, shape: object, expected: object) -> None:
+            if shape != expected:
+                raise InputError(
+                    f"the weights in {where} do not fit its config.json: {name} is {shape}, "
+                    f"{expected} is expected"
+                )
 
         known = set()
         for name, shape in self.parameter_shapes():
-            if found.get(name) != shape:
-                raise refusal(name, found.get(name, "missing"), shape)
+            require(name, found.get(name, "missing"), shape)
             known.add(name)
         for name in sorted(found.keys() - known):
-            raise refusal(name, found[name], "nothing")
+            require(name, found[name], "nothing")
 
     @classmethod
     def from_hub(cls, hub: HubConfig, names: Collection[str], where: Path) -> Self:
         """Return the configuration of a model directory.
 
         Args:
-            names: of its tensors. They say whether the model has biases and a class head.
+            names: of its tensors, from which biases and a class head are inferred.
             where: path of the `config.json`, for errors.
 
         Raises:
-            InputError: a variant of ImageGPT that this model does not compute, or settings that
-                contradict each other.
+            InputError: a setting that `ImageGPT` does not implement, or settings that contradict
+                each other.
         """
-        foreign, width, places = hub.model_type == "imagegpt", hub.n_embd, hub.n_positions
-        resolution = math.isqrt(places)
+        foreign, width, n_pixels = hub.model_type == "imagegpt", hub.n_embd, hub.n_positions
+        resolution = math.isqrt(n_pixels)
         unlike = {
             "activation_function": foreign and hub.activation_function != "quick_gelu",
             "n_inner": hub.n_inner not in (None, 4 * width),
@@ -232,7 +230,7 @@ class ModelConfig(ShapeConfig, Variants):
             "scale_attn_by_inverse_layer_idx": hub.scale_attn_by_inverse_layer_idx,
             "add_cross_attention": hub.add_cross_attention,
             "layer_norm_epsilon": hub.layer_norm_epsilon != NORM_EPS,
-            "n_positions": resolution**2 != places,
+            "n_positions": resolution**2 != n_pixels,
         }
         for key, bad in unlike.items():
             if bad:
@@ -241,12 +239,13 @@ class ModelConfig(ShapeConfig, Variants):
                 )
         if hub.tie_word_embeddings:
             raise InputError(
-                f"{where} has tie_word_embeddings = True; the input embeddings have a row more than the output, "
-                "so that they cannot be the same"
+                f"{where} has tie_word_embeddings = True; the input embeddings have one row more "
+                "than the output matrix, so that they cannot be the same"
             )
         if hub.igpt.resolution not in (None, resolution):
             raise InputError(
-                f"{where} has igpt.resolution = {hub.igpt.resolution}, but n_positions = {places} is {resolution}^2"
+                f"{where} has igpt.resolution = {hub.igpt.resolution}, but n_positions = "
+                f"{n_pixels} is {resolution}^2"
             )
         ours = hub.igpt.model_extra or {}
         varied = {
@@ -255,7 +254,8 @@ class ModelConfig(ShapeConfig, Variants):
         variants = Variants.layered(varied, where=str(where))
         if foreign and not variants.faithful:
             raise InputError(
-                f"{where} has model_type = 'imagegpt' with {varied}; a variant has model_type = 'igpt'"
+                f"{where} has model_type = 'imagegpt' with {varied}; a variant has "
+                "model_type = 'igpt'"
             )
         if (
             _CLASSIFIER in (hub.architectures or ())
@@ -263,7 +263,8 @@ class ModelConfig(ShapeConfig, Variants):
             and "lm_head.weight" in names
         ):
             raise InputError(
-                f"{where} describes a classifier, but its weights have no class head: score.weight is missing"
+                f"{where} describes a classifier, but its weights have no class head: "
+                "score.weight is missing"
             )
         settings = {
             "resolution": resolution,

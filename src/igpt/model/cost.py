@@ -34,27 +34,27 @@ def count_parameters(config: ModelConfig) -> int:
 
 
 def inference_batch_size(config: ModelConfig) -> int:
-    """Return a number of images that keeps a processor busy without a backward pass: 64 at 32 px."""
+    """Return a batch size that keeps a processor busy without a backward pass: 64 at 32 px."""
     return max(1, 2**16 // config.n_pixels)
 
 
 def cache_bytes(config: ModelConfig, number: int) -> int:
-    """Return the bytes of an image's keys and values in all layers, for numbers of `number` bytes."""
+    """Return the bytes of an image's keys and values in all layers, at `number` bytes each."""
     return 2 * config.n_layer * config.n_pixels * config.n_embd * number
 
 
 def attended_pairs(config: ModelConfig) -> int:
-    """Return the pairs of positions that attend to each other: n (n + 1) / 2 if causal, otherwise n^2."""
+    """Return the pairs of positions that attend: n (n + 1) / 2 if causal, otherwise n^2."""
     n = config.n_pixels
     return n * (n + 1) // 2 if config.trained_as.causal else n**2
 
 
 def block_flops(config: ModelConfig) -> int:
-    """Return the FLOPs of one block for one image, forward: two per multiply-add of the matrix products.
+    """Return the FLOPs of one block for one image, forward: two per multiply-add.
 
-    These are the products with weights at every position, and attention's two (queries with keys,
-    weights with values) over the pairs that must be computed: under a causal mask half of them, even
-    if a kernel computes all. Norms, softmax, RoPE and the activation are not counted.
+    Counted are the products with weights at every position, and attention's two (queries with keys,
+    weights with values) over the pairs that must be computed: under a causal mask half of them,
+    even if a kernel computes all. Norms, softmax, RoPE and the activation are not counted.
     """
     width = config.n_embd
     return 2 * (config.n_pixels * 12 * width**2 + 2 * attended_pairs(config) * width)

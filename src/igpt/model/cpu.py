@@ -50,7 +50,7 @@ def lean_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
 
 
 def prefers_plain_attention(q: Tensor) -> bool:
-    """Return whether the fused kernel's backward pass would be slow: short bf16 sequences on a CPU."""
+    """Return whether to avoid the fused kernel, whose backward pass is slow in short bf16."""
     on_cpu = q.device.type == "cpu" and q.requires_grad
     return on_cpu and q.dtype == torch.bfloat16 and q.shape[-2] <= _SHORT
 
@@ -66,7 +66,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
 
 
 def folded_mlp(x: Tensor, c_fc: nn.Linear, c_proj: nn.Linear, slope: float) -> Tensor:
-    """Return the MLP with the activation's slope folded into the weights, which are smaller than the activations."""
+    """Return the MLP with the activation's slope folded into the weights: fewer numbers."""
     bias = None if c_fc.bias is None else slope * c_fc.bias
     inner = F.linear(x, slope * c_fc.weight, bias)
     return F.linear(F.silu(inner), c_proj.weight / slope, c_proj.bias)

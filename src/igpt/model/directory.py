@@ -1,14 +1,12 @@
-"""A model directory, in the Hub's ImageGPT layout, so that transformers reads what igpt writes and the reverse.
+"""Model directories in the Hub's ImageGPT layout, which transformers can read and write too.
 
-    config.json                transformers' ImageGPTConfig keys, and igpt's under "igpt" (format
-    version, objective);
-                               a variant (variants.py) has its settings there, and model_type
-                               "igpt": transformers, which does not compute it, refuses it
-    model.safetensors          transformers' names; its Conv1D matrices are transposed [in, out]
+    config.json                transformers' ImageGPTConfig; igpt's settings under "igpt" (format
+                               version, objective, settings of a variant). A variant has the
+                               model_type "igpt", so that transformers refuses it.
+    model.safetensors          transformers' names; Conv1D matrices are transposed, [in, out]
     preprocessor_config.json   the palette ("clusters") and the resolution
 
-Weights may also be in several files, named by an index, as transformers writes them. This file
-knows the files and the names; transformer.py says what the weights mean.
+Weights may also be in several files, named by an index, as transformers writes them.
 """
 
 import hashlib
@@ -40,20 +38,18 @@ from igpt.model.config import VERSION, HubConfig, ModelConfig, Shape
 
 _PREPROCESSOR = "preprocessor_config.json"
 _INDEX = ".index.json"
-# In transformers' order: the first one that is there is read.
+# The first one that exists is read, as transformers does.
 _WEIGHTS = (
     "model.safetensors",
     f"model.safetensors{_INDEX}",
     "pytorch_model.bin",
     f"pytorch_model.bin{_INDEX}",
 )
-_LONGEST_HEADER = 8 << 20  # bytes of a safetensors header: names and shapes of some 60,000 tensors
+_LONGEST_HEADER = 8 << 20  # bytes of a safetensors header, enough for 60,000 tensors
 _CONV1D = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 _HEADS = ("lm_head.weight", "score.weight")
-_CAUSAL_MASKS = (
-    ".attn.bias",
-    ".attn.masked_bias",
-)  # constants that older versions of transformers stored
+# Constants that older versions of transformers stored.
+_CAUSAL_MASKS = (".attn.bias", ".attn.masked_bias")
 _SAFETENSORS_TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -69,7 +65,7 @@ _READ_TYPES = frozenset(_SAFETENSORS_TYPES.values())
 
 @dataclass(frozen=True)
 class ModelDirectory:
-    """The contents of a model directory; tensors under our names and shapes."""
+    """The contents of a model directory; tensors have igpt's names and shapes."""
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -82,7 +78,7 @@ class _Sides(Stored):
 
 
 class _Preprocessor(Stored):
-    """Schema of a `preprocessor_config.json`; older versions of transformers store one number as the size."""
+    """Schema of `preprocessor_config.json`; old versions of transformers have one size."""
 
     clusters: list[list[float]] | None = None
     size: _Sides | int | None = None
@@ -95,7 +91,7 @@ class _Index(Stored):
 
 
 class _Found(NamedTuple):
-    """A tensor in a file of weights; `loaded` where reading its shape already loads it."""
+    """A tensor in a file of weights; `loaded` if reading its shape already loads it."""
 
     file: Path
     shape: Shape
@@ -104,10 +100,10 @@ class _Found(NamedTuple):
 
 
 def write_directory(path: Path, directory: ModelDirectory) -> None:
-    """Write a model directory; after any interruption it is either complete or the one that was there before.
+    """Write a model directory atomically.
 
     Raises:
-        InputError: `path` holds something else than a model.
+        InputError: `path` is a folder with something else than a model.
     """
     path = expanded(path)
     if path.is_dir() and any(path.iterdir()) and not (path / "model.safetensors").exists():
@@ -133,54 +129,53 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
             save_file(
                 _to_hub(directory.tensors), folder / "model.safetensors", metadata={"format": "pt"}
             )
-        except SafetensorError as error:  # safetensors hides the system's error number in its text
+        except SafetensorError as error:  # it hides the system's error number in its text
             raise OSError(f"cannot write {path / 'model.safetensors'}: {error}") from None
 
 
 def read_directory(name: str | Path, dtype: torch.dtype = torch.float32) -> ModelDirectory:
-    """Read a model directory, or download a Hub model and read that.
+    """Read a model directory, or download a model from the Hub and read it.
 
-    Names, shapes and types of the weights are compared with `config.json` before their values are
+    Names, shapes and types of the weights are checked against `config.json` before their values are
     loaded.
 
     Args:
-        dtype: of the tensors. Stored types that it can represent exactly are converted.
+        dtype: of the tensors. Stored values must be exact in it.
 
     Raises:
-        InputError: nothing there, a later format, a damaged file, weights that do not fit, or an
-            architecture that is not ImageGPT.
+        InputError: the directory is missing, of a later format, damaged or not an ImageGPT, or its
+            weights do not fit its configuration.
     """
     if dtype not in (torch.float32, torch.float64):
         raise InputError(f"models are read as torch.float32 or torch.float64, not as {dtype}")
     path = _locate(name)
     hub = _read_config(path / "config.json")
     found = _find_tensors(path, hub)
-    named = _by_our_names(found)
+    named = _igpt_names(found)
     config = ModelConfig.from_hub(hub, named, path / "config.json")
     for hub_name in named.values():
         tensor = found[hub_name]
         if tensor.kind not in _READ_TYPES:
             raise InputError(
-                f"{hub_name} in {tensor.file} is stored as {tensor.kind}; floating-point weights are needed "
-                "(quantised ones must be converted first)"
+                f"{hub_name} in {tensor.file} is stored as {tensor.kind}; floating-point weights "
+                "are needed (quantised ones must be converted first)"
             )
     config.require_shapes(
-        {name: _our_shape(name, found[hub_name].shape) for name, hub_name in named.items()},
+        {name: _igpt_shape(name, found[hub_name].shape) for name, hub_name in named.items()},
         str(name),
     )
     palette = _read_palette(path / _PREPROCESSOR, config)
     tensors = _load(found, named, dtype)
     biases = [name for name in tensors if name.endswith(".bias")]
     if biases and not any(bool(tensors[name].any()) for name in biases):
-        # transformers' layers always have biases; in models converted from the paper's they are
-        # zero.
+        # transformers' layers always have biases; those of the paper's models are zero.
         tensors = {name: tensor for name, tensor in tensors.items() if name not in biases}
         config = config.model_copy(update={"bias": False})
     return ModelDirectory(config, tensors, palette)
 
 
 def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of named tensors, of their names and bytes, in hexadecimal."""
+    """Return the SHA-256 of the names and bytes of tensors, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())
@@ -192,7 +187,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _locate(name: str | Path) -> Path:
-    """Return the folder of a model; of one on the Hub, weights are downloaded only when its config.json fits."""
+    """Return the folder of a model, downloaded from the Hub if the name is not a path."""
     path = folder_to_read(expanded(name))
     if path.is_dir():
         return path
@@ -202,7 +197,7 @@ def _locate(name: str | Path) -> Path:
 
 
 def _download(name: str) -> Path:
-    """Return the folder in the Hub's cache with the files of a model that are needed, downloaded if need be."""
+    """Return the folder in the Hub's cache; weights are downloaded only if config.json is valid."""
     folder = download(name, "model directory", "config.json")
     try:
         hub = _read_config(folder / "config.json")
@@ -225,7 +220,7 @@ def _download(name: str) -> Path:
 
 
 def _read_config(file: Path) -> HubConfig:
-    """Return a model's config.json; what is no ImageGPT, or of a later format, is refused."""
+    """Return a validated config.json of an ImageGPT in this format version."""
     values = read_json(file, "model")
     if values.get("model_type") not in ("imagegpt", "igpt"):
         raise InputError(
@@ -242,7 +237,7 @@ def _read_config(file: Path) -> HubConfig:
 
 
 def _read_palette(file: Path, config: ModelConfig) -> Palette | None:
-    """Return the palette in a preprocessor_config.json, if there is one; it must fit the model."""
+    """Return the palette in a preprocessor_config.json, checked against the model."""
     if not file.exists():
         return None
     found = _Preprocessor.model_validate(read_json(file, "palette", _Preprocessor))
@@ -265,15 +260,14 @@ def _read_palette(file: Path, config: ModelConfig) -> Palette | None:
     return palette
 
 
-# Which files hold the weights.
+# The files with the weights.
 
 
 def _weight_files(files: Collection[str], hub: HubConfig) -> list[str]:
-    """Return which of a model's files are read first: its weights, or the index that names them.
+    """Return the files with the weights, or the index that names them.
 
-    As in transformers: the file that config.json names, or else model.safetensors, its index,
-        pytorch_model.bin, its
-    index. Parts without an index, which transformers does not read, are found by their numbers.
+    As in transformers: the file that config.json names, or else the first of `_WEIGHTS`. Files
+    without an index, which transformers does not read, are found by their numbers.
     """
     if hub.transformers_weights is not None:
         _require_plain(hub.transformers_weights, "config.json", ".safetensors")
@@ -286,8 +280,8 @@ def _weight_files(files: Collection[str], hub: HubConfig) -> list[str]:
         counts = sorted({int(match[1]) for match in found if match})
         if len(counts) > 1:
             raise InputError(
-                f"weights in {counts[0]} and in {counts[-1]} parts are there, and no {stem}.{ending}{_INDEX} that says "
-                "which to read; remove the parts of one of them"
+                f"there are weights in {counts[0]} and in {counts[-1]} files, and no "
+                f"{stem}.{ending}{_INDEX} to choose between them; remove the files of one of them"
             )
         if counts:
             parts = [
@@ -295,14 +289,15 @@ def _weight_files(files: Collection[str], hub: HubConfig) -> list[str]:
             ]
             if missing := [part for part in parts if part not in files]:
                 raise InputError(
-                    f"{missing[0]} is missing ({len(missing)} of {len(parts)} parts); download them again"
+                    f"{missing[0]} is missing ({len(missing)} of {len(parts)} files); "
+                    "download them again"
                 )
             return parts
-    raise InputError("no weights are there: model.safetensors is missing")
+    raise InputError("there are no weights: model.safetensors is missing")
 
 
 def _read_index(file: Path) -> dict[str, str]:
-    """Return which file holds each tensor, by an index; the files are plain names, to be found next to it."""
+    """Return the file name of each tensor, from an index; the files are in the same folder."""
     index = _Index.model_validate(read_json(file, "index of weights", _Index)).weight_map
     if not index:
         raise InputError(
@@ -315,14 +310,15 @@ def _read_index(file: Path) -> dict[str, str]:
 
 
 def _require_plain(name: str, where: str, ending: str) -> None:
-    """Refuse what is not the plain name of a file of weights, such as a path that leads out of the folder."""
+    """Check that a name is a plain file name, not a path that leads out of the folder."""
     if (
         name.startswith(".")
         or not re.fullmatch(r"[^/\\\0*?\[\]]+", name)
         or not name.removesuffix(_INDEX).endswith(ending)
     ):
         raise InputError(
-            f"{where} names {name!r}; the plain name of a {ending} file in the same folder is needed"
+            f"{where} names {name!r}; the plain name of a {ending} file in the same folder is "
+            "needed"
         )
 
 
@@ -333,11 +329,11 @@ def _require_all(names: list[str], files: Collection[str], where: str) -> list[s
     return names
 
 
-# What they hold.
+# Their tensors.
 
 
 def _find_tensors(path: Path, hub: HubConfig) -> dict[str, _Found]:
-    """Return the tensors of a model by the names in its files."""
+    """Return the tensors of a model by their names in the files."""
     files = [file.name for file in path.iterdir()]
     index: dict[str, str] = {}
     try:
@@ -368,17 +364,17 @@ def _find_tensors(path: Path, hub: HubConfig) -> dict[str, _Found]:
 
 
 def _find_safetensors(file: Path) -> dict[str, _Found]:
-    """Return the tensors that the header of a safetensors file describes; their values are not loaded."""
+    """Return the tensors of a safetensors file, from its header alone."""
     require_regular(file)
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if _LONGEST_HEADER < length < file.stat().st_size:
         raise InputError(
-            f"{file} has a header of {length:,} bytes; {_LONGEST_HEADER:,} are the most for a model"
+            f"{file} has a header of {length:,} bytes; a model's has at most {_LONGEST_HEADER:,}"
         )
     try:
         with safe_open(file, "pt") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             found = {
                 name: (tuple(part.get_shape()), str(part.get_dtype()))
                 for name, part in slices.items()
@@ -392,11 +388,11 @@ def _find_safetensors(file: Path) -> dict[str, _Found]:
 
 
 def _read_pickle(file: Path) -> dict[str, _Found]:
-    """Return the tensors of a pickle; one that holds anything else is refused before any of it runs."""
+    """Return the tensors of a pickle, without running any code from it."""
     require_regular(file)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling raises, the file is at fault
+    except Exception as error:  # unpickling a damaged file can raise anything
         reason = " ".join(repr(error).split())
         raise InputError(
             f"{file} cannot be read safely; convert it to safetensors ({reason:.200})"
@@ -413,13 +409,13 @@ def _read_pickle(file: Path) -> dict[str, _Found]:
         if tensor.layout != torch.strided or tensor.device.type != "cpu":
             kind = f"a tensor without plain values ({tensor.layout}, {tensor.device.type})"
         elif tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise InputError(f"{file} is damaged: {name} is larger than what is stored of it")
+            raise InputError(f"{file} is damaged: {name} is larger than its stored values")
         found[name] = _Found(file, tuple(tensor.shape), kind, tensor.detach())
     return found
 
 
-def _by_our_names(found: Mapping[str, _Found]) -> dict[str, str]:
-    """Return the names in the files by ours: without "transformer.", and without causal masks."""
+def _igpt_names(found: Mapping[str, _Found]) -> dict[str, str]:
+    """Return the names in the files by igpt's names; skip causal masks."""
     named: dict[str, str] = {}
     for hub_name, tensor in found.items():
         name = hub_name.removeprefix("transformer.")
@@ -436,7 +432,7 @@ def _by_our_names(found: Mapping[str, _Found]) -> dict[str, str]:
 def _load(
     found: Mapping[str, _Found], named: Mapping[str, str], dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """Return the tensors by our names, with our shapes, in one type."""
+    """Return the tensors with igpt's names and shapes, in one type."""
     tensors = {}
     for file in {found[hub_name].file for hub_name in named.values()}:
         inside = {
@@ -452,8 +448,8 @@ def _load(
             converted = stored.to(dtype)
             if stored.dtype == torch.float64 and not _are_equal(stored, converted):
                 raise InputError(
-                    f"{hub_name} in {file} is stored as float64 with values that {str(dtype).removeprefix('torch.')} "
-                    "does not have; save the model in float32"
+                    f"{hub_name} in {file} is stored as float64 with values that "
+                    f"{str(dtype).removeprefix('torch.')} does not have; save the model in float32"
                 )
             tensors[name] = converted.t().contiguous() if _is_conv1d(name) else converted
     return tensors
@@ -464,14 +460,14 @@ def _are_equal(first: Tensor, second: Tensor) -> bool:
     return bool(same.all())
 
 
-# Our names and shapes, and transformers'.
+# The names and shapes of igpt and of transformers.
 
 
 def _is_conv1d(name: str) -> bool:
     return name.endswith(".weight") and name.removesuffix(".weight").endswith(_CONV1D)
 
 
-def _our_shape(name: str, shape: Shape) -> Shape:
+def _igpt_shape(name: str, shape: Shape) -> Shape:
     return shape[::-1] if _is_conv1d(name) and len(shape) == 2 else shape
 
 
@@ -481,6 +477,6 @@ def _to_hub(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         hub_name = name if name in _HEADS else f"transformer.{name}"
         hub[hub_name] = (tensor.t() if _is_conv1d(name) else tensor).contiguous()
         if _is_conv1d(name) and name.removesuffix("weight") + "bias" not in tensors:
-            # transformers' Conv1D has biases; the paper's layers have none.
+            # transformers' Conv1D always has a bias.
             hub[hub_name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.shape[0])
     return hub

@@ -1,4 +1,4 @@
-"""Images to tokens of a model, and tokens to images. B images, n pixels of an image, R resolution."""
+"""Images to tokens of a model and back. B images, n pixels of an image, R resolution."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Objectives: what a model is trained to predict, and everything that depends on it.
 
-`OBJECTIVES` has them by name, the name that flags, settings and `config.json` use. A new objective is
-a subclass of `Objective` and one call of `register`. This file does not import torch by itself, so
+`OBJECTIVES` has them by the name that flags, settings and `config.json` use. A new objective is a
+subclass of `Objective` and one call of `register`. Importing this module does not import torch, so
 that reports can use it quickly. B batch, n pixels of an image, V colours, D width.
 """
 
@@ -40,8 +40,8 @@ class Objective:
         unit: of the loss.
         causal: whether a position attends only to itself and the positions before it.
         masked: whether some pixels of the input are masked; otherwise there are no masks.
-        has_likelihood: whether the model defines the likelihood of whole images, so that they can be
-            scored, and sampled from nothing.
+        has_likelihood: whether the model defines the likelihood of whole images, so that they can
+            be scored, and sampled without a prefix.
         sampler: "module:function" that generates unknown pixels; see `igpt.sampling.sampler`.
     """
 
@@ -61,7 +61,7 @@ class Objective:
     def mask(
         self, shape: tuple[int, int], probability: float, generator: np.random.Generator
     ) -> NDArray[np.bool_] | None:
-        """Return masks [B, n], True where a pixel is hidden and to be predicted; None if not `masked`."""
+        """Return masks [B, n], True where a pixel is to be predicted; None if not `masked`."""
         return None
 
     def masks_of_rows(
@@ -73,7 +73,7 @@ class Objective:
         return np.concatenate([mask for mask in masks if mask is not None])
 
     def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
-        """Return the loss of every image from its pixels' losses: [B, n], mask [B, n] -> nats [B]."""
+        """Return the loss of every image, in nats: losses of pixels [B, n], mask [B, n] -> [B]."""
         raise NotImplementedError
 
     def loss(self, model: Model, tokens: Tensor, mask: Tensor | None = None) -> Summed:

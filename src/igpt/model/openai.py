@@ -1,9 +1,9 @@
-"""OpenAI's TensorFlow checkpoints (github.com/openai/image-gpt, `model.ckpt-*`) -> ImageGPT, without TensorFlow.
+"""Import of OpenAI's checkpoints (github.com/openai/image-gpt) without TensorFlow.
 
 A checkpoint is a "tensor bundle" (tensorflow/core/util/tensor_bundle): PREFIX.index, a LevelDB
 table from names to protobuf entries (tensorflow/core/protobuf/tensor_bundle.proto), and
-PREFIX.data-00000-of-000NN, the raw values. Of LevelDB's format and of protobuf, what bundles use is
-read here. D width, H heads, K head width, V colours, n places.
+PREFIX.data-00000-of-000NN, the raw values. The parts of LevelDB's format and of protobuf that
+bundles use are implemented here. D width, H heads, K head width, V colours, n pixels.
 """
 
 import math
@@ -25,45 +25,37 @@ from igpt.model.config import ModelConfig, ObjectiveName
 from igpt.model.objectives import OBJECTIVES
 from igpt.model.transformer import ImageGPT
 
-_DTYPES = {
-    1: "<f4",
-    2: "<f8",
-    3: "<i4",
-    9: "<i8",
-    19: "<f2",
-}  # by TensorFlow's DataType: plain numbers
-_MAGIC, _FOOTER = (
-    0xDB4775248B80FB57.to_bytes(8, "little"),
-    48,
-)  # how a table ends, and how many bytes its end has
-_FLOATS = (1, 2, 19)  # those of them that weights may have
-_LARGEST_INDEX = 64 << 20  # bytes; those of the released checkpoints have some 100 kB
-_LONGEST_VARINT = 10  # bytes of a number of 64 bits
+# NumPy types by TensorFlow's DataType: plain numbers, and those of them that weights may have.
+_DTYPES = {1: "<f4", 2: "<f8", 3: "<i4", 9: "<i8", 19: "<f2"}
+_FLOATS = (1, 2, 19)
+_MAGIC = 0xDB4775248B80FB57.to_bytes(8, "little")  # the last bytes of a table
+_FOOTER = 48  # bytes
+_LARGEST_INDEX = 64 << 20  # bytes; the released checkpoints have about 100 kB
+_LONGEST_VARINT = 10  # bytes of a 64-bit number
 _CASTAGNOLI = np.uint32(0x82F63B78)  # the polynomial of CRC-32C, lowest bit first
 _CRC_START = bytes.fromhex("54641f64")  # takes a checksum register from zero to all ones
 
 
 def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
-    """All variables of a TensorFlow checkpoint (bundle V2) by name; those that are not plain numbers are left out.
+    """Return the variables of a TensorFlow checkpoint (bundle V2) that are plain numbers, by name.
 
-    Every block of the index and every tensor is compared with its CRC-32C (about 0.3 s for 100 MB).
+    The CRC-32C of every block of the index and of every tensor is checked (about 0.3 s for 100 MB).
 
     Raises:
-        InputError: the index or a data shard is missing, cut off, damaged or not of this format.
+        InputError: the index or a data file is missing, cut off, damaged or not of this format.
     """
     entries = {name: entry for name, entry in _read_index(prefix).items() if entry.dtype in _DTYPES}
-    _check_shards(list(entries.values()))
+    _check_data_files(list(entries.values()))
     return {name: entry.read() for name, entry in entries.items()}
 
 
 def load_openai(
     prefix: Path, clusters: Path | None, *, objective: ObjectiveName = "autoregressive"
 ) -> ImageGPT:
-    """The model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`: float32, in evaluation mode.
+    """Return the model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`, in float32.
 
     Names and shapes are those of the released graph (openai/image-gpt, src/model.py). Optimizer
-    variables and a classification head (the names of its classes are not stored) are neither read
-    nor checked.
+    variables and a classification head (whose class names are not stored) are ignored.
 
     Args:
         prefix: path of the checkpoint without `.index`.
@@ -72,8 +64,8 @@ def load_openai(
             embedding gives a warning.
 
     Raises:
-        InputError: as `read_bundle`; it is no image-gpt checkpoint, or has another objective or
-            palette size.
+        InputError: as `read_bundle`; or it is not an image-gpt checkpoint, or has another objective
+            or palette size.
     """
     entries = _read_index(prefix)
     config = _infer_config(
@@ -83,9 +75,10 @@ def load_openai(
     for name, entry in used.items():
         if entry.dtype not in _FLOATS:
             raise InputError(
-                f"{prefix}: model/{name} has TensorFlow's type {entry.dtype}; weights in float are needed"
+                f"{prefix}: model/{name} has TensorFlow's type {entry.dtype}; "
+                "floating-point weights are needed"
             )
-    _check_shards(list(used.values()))
+    _check_data_files(list(used.values()))
     if clusters is not None:
         require_regular(clusters)
     palette = None if clusters is None else Palette.load(clusters)
@@ -98,13 +91,14 @@ def load_openai(
 def _infer_config(
     shapes: dict[str, tuple[int, ...]], where: str, objective: ObjectiveName
 ) -> ModelConfig:
-    """The configuration of a model with variables of these shapes; they are all that it needs, and fit it."""
-    table, places, query = (
+    """Return the configuration for variables of these shapes; none may be missing."""
+    table, positions, query = (
         shapes.get(f"model/{name}", ()) for name in ("wte", "wpe", "h0/attn/q_proj")
     )
-    if (len(table), len(places), len(query)) != (2, 2, 3):
+    if (len(table), len(positions), len(query)) != (2, 2, 3):
         raise InputError(
-            f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or model/h0/attn/q_proj"
+            f"{where} is no image-gpt checkpoint: it lacks model/wte, model/wpe or "
+            "model/h0/attn/q_proj"
         )
     has_start = "model/sos" in shapes
     fitting = " or ".join(repr(name) for name, one in OBJECTIVES.items() if one.causal == has_start)
@@ -118,7 +112,7 @@ def _infer_config(
             f"{where} has a start embedding, which only {fitting} models use", stacklevel=3
         )
     values: dict[str, Any] = {
-        "resolution": math.isqrt(places[0]),
+        "resolution": math.isqrt(positions[0]),
         "n_colors": table[0],
         "n_embd": table[1],
     }
@@ -128,13 +122,14 @@ def _infer_config(
         if shapes.get(f"model/{name}") != expected:
             found = shapes.get(f"model/{name}", "missing")
             raise InputError(
-                f"{where} is not a whole image-gpt checkpoint: model/{name} is {found}, not {expected}"
+                f"{where} is not a complete image-gpt checkpoint: model/{name} is {found}, "
+                f"not {expected}"
             )
     return config
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """What the released graph calls its variables, without "model/", and their shapes."""
+    """Return the names of the released graph's variables, without "model/", and their shapes."""
     width, table = config.n_embd, (config.n_colors, config.n_embd)
     shapes = {"wte": table, "wtet": table, "wpe": (config.n_pixels, width), "ln_f/g": (width,)}
     block: dict[str, tuple[int, ...]] = {"ln_1/g": (width,), "ln_2/g": (width,)}
@@ -151,22 +146,23 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The state dict."""
+    """Return the state dict of the model."""
 
     def read(name: str) -> torch.Tensor:
         stored = entries[name].read()
-        with np.errstate(over="ignore"):  # told below
-            values = stored.astype(np.float32)  # a copy: what was read cannot be written to
+        with np.errstate(over="ignore"):  # an overflow is an error below
+            values = stored.astype(np.float32)  # a copy, because the bytes read are not writable
         if not np.array_equal(stored, values.astype(stored.dtype), equal_nan=True):
             raise InputError(
-                f"model/{name} in {entries[name].path} has float64 values that float32 does not have"
+                f"model/{name} in {entries[name].path} has float64 values that float32 does not "
+                "have"
             )
-        # The graph multiplies from the right, x @ w. Only q, k and v [H, K, D], which lead to the
-        # heads, are [out, in].
-        turn = name.endswith(("/w", "c_proj"))
-        return torch.from_numpy(values.reshape(-1, values.shape[-1]).T.copy() if turn else values)
+        # The graph computes x @ w, so that its matrices are [in, out], except q, k and v [H, K, D].
+        if name.endswith(("/w", "c_proj")):
+            values = values.reshape(-1, values.shape[-1]).T.copy()
+        return torch.from_numpy(values)
 
-    # A BERT model has no start; the row stays zero and is never looked up.
+    # A BERT model has no start token; that row stays zero and is never looked up.
     start = read("sos") if "sos" in entries else torch.zeros(config.n_embd)
     tensors = {"wte.weight": torch.cat([read("wte"), start[None]]), "lm_head.weight": read("wtet")}
     tensors |= {"wpe.weight": read("wpe"), "ln_f.weight": read("ln_f/g")}
@@ -181,7 +177,7 @@ def _read_tensors(entries: "dict[str, _Entry]", config: ModelConfig) -> dict[str
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where a variable lies, and its checksum."""
+    """The position of a variable in a data file, and its checksum."""
 
     dtype: int
     shape: tuple[int, ...]
@@ -203,13 +199,13 @@ class _Entry:
         return np.frombuffer(content, self.stored_as).reshape(self.shape)
 
 
-def _check_shards(entries: list[_Entry]) -> None:
-    """Refuse, before anything is read, data shards that are missing or do not hold what the index says."""
+def _check_data_files(entries: list[_Entry]) -> None:
+    """Check, before anything is read, that the data files exist and have the sizes of the index."""
     for entry in sorted(entries, key=lambda entry: (entry.path, entry.offset + entry.size)):
         path, end = entry.path, entry.offset + entry.size
         require_regular(path)
         if not path.is_file():
-            raise InputError(f"{path} is missing; all {path.name[-5:]} data shards are needed")
+            raise InputError(f"{path} is missing; all {path.name[-5:]} data files are needed")
         if path.stat().st_size < end:
             raise InputError(f"{path} is cut off before its byte {end}; download it again")
         if entry.size != math.prod(entry.shape) * entry.stored_as.itemsize:
@@ -217,21 +213,23 @@ def _check_shards(entries: list[_Entry]) -> None:
 
 
 def _read_index(prefix: Path) -> dict[str, _Entry]:
-    """Return the variables of a checkpoint; those stored in slices, which no image-gpt has, are left out."""
+    """Return the variables of a checkpoint, except those stored in slices."""
     path = Path(f"{prefix}.index")
     require_regular(path)
     if not path.is_file():
         raise InputError(
-            f"no checkpoint: {path} is missing; give the path without endings, as in model.ckpt-1000000"
+            f"no checkpoint: {path} is missing; give the path without endings, "
+            "as in model.ckpt-1000000"
         )
     if path.stat().st_size > _LARGEST_INDEX:
         raise InputError(
-            f"{path} has {path.stat().st_size:,} bytes; that is no index of a checkpoint"
+            f"{path} has {path.stat().st_size:,} bytes; it is not the index of a checkpoint"
         )
     content = path.read_bytes()
     if len(content) < _FOOTER or not content.endswith(_MAGIC):
         raise InputError(
-            f"{path} is cut off or not the index of a TensorFlow checkpoint (bundle V2); download it again"
+            f"{path} is cut off or not the index of a TensorFlow checkpoint (bundle V2); "
+            "download it again"
         )
     try:
         return _parse_index(content, prefix, path)
@@ -239,15 +237,15 @@ def _read_index(prefix: Path) -> dict[str, _Entry]:
         raise
     except (IndexError, KeyError, TypeError, ValueError, OverflowError):
         raise InputError(
-            f"{path} is damaged (its parts do not lead to each other); download it again"
+            f"{path} is damaged (its parts contradict each other); download it again"
         ) from None
 
 
 def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
+    """Return the variables that an index describes."""
     rows: dict[bytes, bytes] = {}
-    index = _parse_varints(content, len(content) - _FOOTER, 4)[0][
-        2:
-    ]  # after the handle of the empty meta-index
+    # The footer has two handles of two numbers: the empty meta-index, and the index of blocks.
+    index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]
     for leaf in _read_block(content, index, path).values():
         rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
     n_shards = _parse_message(rows.pop(b""))[1][0]
@@ -276,7 +274,7 @@ def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
 
 
 def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, bytes]:
-    """The rows of the block at a handle; each key shares its beginning with the one before it."""
+    """Return the rows of the block at a handle; each key shares a prefix with the one before it."""
     offset, end = handle[0], sum(handle)
     if _masked_crc32c(content[offset : end + 1]) != int.from_bytes(
         content[end + 1 : end + 5], "little"
@@ -284,11 +282,10 @@ def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, by
         raise InputError(f"{path} is damaged (a checksum differs); download it again")
     if content[end] != 0:
         raise InputError(
-            f"{path} is compressed; an index as tf.train.Saver writes it, uncompressed, is needed"
+            f"{path} is compressed; an uncompressed index, as tf.train.Saver writes it, is needed"
         )
-    end -= 4 * (
-        1 + int.from_bytes(content[end - 4 : end], "little")
-    )  # a list of places to start from, and its length
+    # A block ends with a list of restart offsets and its length.
+    end -= 4 * (1 + int.from_bytes(content[end - 4 : end], "little"))
     rows, key = {}, b""
     while offset < end:
         (shared, fresh, length), offset = _parse_varints(content, offset, 3)
@@ -299,7 +296,7 @@ def _read_block(content: bytes, handle: list[int], path: Path) -> dict[bytes, by
 
 
 def _parse_varints(data: bytes, position: int, count: int) -> tuple[list[int], int]:
-    """So many numbers of seven bits a byte, the lowest first, and the position after them."""
+    """Return `count` varints (seven bits per byte, lowest first) and the position after them."""
     values = [0] * count
     for index in range(count):
         first = position
@@ -312,7 +309,7 @@ def _parse_varints(data: bytes, position: int, count: int) -> tuple[list[int], i
 
 
 def _parse_message(data: bytes) -> defaultdict[int, list[Any]]:
-    """The values of a protobuf message by field number, but for zeros; what is nested in it as bytes."""
+    """Return the values of a protobuf message by field number; nested messages are bytes."""
     fields: defaultdict[int, list[Any]] = defaultdict(list)
     position = 0
     while position < len(data):
@@ -328,9 +325,9 @@ def _parse_message(data: bytes) -> defaultdict[int, list[Any]]:
 
 
 def _masked_crc32c(data: bytes) -> int:
-    """CRC-32C (Castagnoli) as bundles store it: turned, and a constant added."""
-    # The sum is linear: first words, moved on by n words, may be added to the last n. So the data
-    # halves in each round. Zeros before the start change nothing; they fill its first word up.
+    """Return the CRC-32C (Castagnoli) as bundles store it: rotated, and a constant added."""
+    # The checksum is linear: the first words, advanced by n words, can be XORed into the last n.
+    # Each round halves the data. Leading zeros change nothing; they fill the first word.
     words = np.frombuffer(bytes(-len(data) % 4) + _CRC_START + data, "<u4").copy()
     while len(words) > 1:
         level = (len(words) - 1).bit_length() - 1
@@ -341,14 +338,14 @@ def _masked_crc32c(data: bytes) -> int:
 
 
 def _advance(registers: NDArray[np.uint32], level: int) -> NDArray[np.uint32]:
-    """Checksum registers after 2^level more words, all zero."""
+    """Return checksum registers after 2^level more words, all zero."""
     tables = _advance_tables(level)
     return tables[0][registers & 0xFFFF] ^ tables[1][registers >> 16]  # type: ignore[no-any-return]
 
 
 @cache
 def _advance_tables(level: int) -> NDArray[np.uint32]:
-    """What `_advance` makes of every lower and of every upper half of a register, [2, 65536]."""
+    """Return `_advance` of every lower and every upper half of a register, [2, 65536]."""
     registers: NDArray[Any] = np.arange(65536, dtype=np.uint32) << np.array([[0], [16]], np.uint32)
     for _ in range(2 if level else 32):
         registers = (

@@ -1,4 +1,4 @@
-"""The precision of matrix products: bf16 where the processor has instructions for it, fp32 elsewhere."""
+"""Precision of matrix products: bf16 where the processor has instructions for it, or fp32."""
 
 import time
 from contextlib import AbstractContextManager, nullcontext

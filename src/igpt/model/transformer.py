@@ -1,7 +1,7 @@
-"""The transformer of iGPT: GPT-2's shape with RMS norms and no biases (Chen et al. 2020, section 2.2, released code).
+"""The transformer of iGPT: GPT-2 with RMS norms and without biases.
 
-B batch, T positions, D width, H heads, K head width, V colours, L layers, R resolution; an image is a
-sequence of n = R^2 pixels in raster order.
+Chen et al. 2020, section 2.2, and the released code. B batch, T positions, D width, H heads, K head
+width, V colours, L layers, R resolution; an image is a sequence of n = R^2 pixels in raster order.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         first: Tensor | None,
         positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Apply a variant's changes to queries, keys and values, [B, H, T, K] each; the paper's model has none.
+        """Apply RoPE and value residual, if the model has them; [B, H, T, K] each.
 
         Args:
             first: the first layer's values. None in the first layer, and without value residual.
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers, four times as wide in between, with the activation x * sigmoid(1.702 x)."""
+    """Two linear layers, 4 D wide in between, with the activation x * sigmoid(1.702 x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class ImageGPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, name: str, device: torch.device) -> None:
-        """Initialize one of the `top_modules` of a model on the meta device, as the released code does.
+        """Initialize one of the `top_modules` of a model on the meta device (released code).
 
         ==================  ============================  =======================================
         parameter           initial value                 note
@@ -226,11 +226,11 @@ class ImageGPT(nn.Module):
             self.wte.weight[:-1].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the input of the first block, as the objective defines it: tokens [B, T] -> [B, T, D]."""
+        """Return the input of the first block: tokens [B, T] -> [B, T, D]."""
         return self._add_positions(self.config.trained_as.embed(self, tokens, mask))
 
     def embed_inputs(self, inputs: Tensor) -> Tensor:
-        """Return embeddings of the start token (V) and pixels at the first T positions: [B, T] -> [B, T, D]."""
+        """Return embeddings of the start token (V) and of pixels: [B, T] -> [B, T, D]."""
         return self._add_positions(self.wte(inputs))
 
     def _add_positions(self, x: Tensor) -> Tensor:
@@ -246,13 +246,13 @@ class ImageGPT(nn.Module):
     def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the logits of the colour of every pixel: tokens [B, T], T <= n -> [B, T, V].
 
-        An autoregressive model predicts pixel i from the pixels before i; it shifts its input itself.
-        A BERT model predicts the pixels where `mask` [B, T] is True from the others.
+        An autoregressive model predicts pixel i from the pixels before i; it shifts its input
+        itself. A BERT model predicts the pixels where `mask` [B, T] is True from the others.
         """
         return self.lm_head(self.hidden(tokens, mask))  # type: ignore[no-any-return]
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
-        """Yield the normalized activations n^l of all layers in one pass: tokens [B, T] -> L + 1 times [B, T, D].
+        """Yield the normalized activations n^l of all layers: tokens [B, T] -> (L + 1) x [B, T, D].
 
         n^l is the normalized input of block l's attention; the last one is the final norm's output
         (paper, section 2.3).

@@ -1,4 +1,7 @@
-"""Variants of the paper's model: rotary positions and value residuals. T positions, K head width, R resolution."""
+"""Variants of the paper's model: rotary positions and value residuals.
+
+T positions, K head width, R resolution.
+"""
 
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -38,8 +41,8 @@ class Variants(Config):
             for name, off in _REMOVED.items():
                 if layer.get(name, off) != off:
                     raise InputError(
-                        f"{where} has {name} = {layer[name]!r}, a variant that this version of igpt "
-                        "no longer has"
+                        f"{where} has {name} = {layer[name]!r}, a variant that this version of "
+                        "igpt no longer has"
                     )
         known = ({k: v for k, v in layer.items() if k not in _REMOVED} for layer in layers)
         return super().layered(*known, where=where)
@@ -56,11 +59,12 @@ class Variants(Config):
 
 
 def apply_rope_2d(x: Tensor, positions: Tensor, resolution: int) -> Tensor:
-    """Apply rotary position embeddings of a grid: [..., T, K] at `positions` [T] -> [..., T, K], K divisible by 4.
+    """Apply rotary position embeddings of a grid: [..., T, K] at `positions` [T] -> [..., T, K].
 
-    The first half of K is rotated by the row of a position, the second half by its column. Each half
-    is K/4 pairs of numbers; pair p is rotated by (row or column) / 100^(4p/K). The product of a query
-    and a key then depends only on their offset (arXiv 2104.09864; two axes: arXiv 2403.13298).
+    K must be divisible by 4. The first half of K is rotated by the row of a position, the second
+    half by its column. Each half is K/4 pairs of numbers; pair p is rotated by the angle (row or
+    column) / 100^(4p/K). The product of a query and a key then depends only on their offset (arXiv
+    2104.09864; two axes: arXiv 2403.13298).
     """
     quarter = x.shape[-1] // 4
     frequencies = _BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)

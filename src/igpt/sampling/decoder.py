@@ -1,4 +1,4 @@
-"""Step-by-step decoding of an autoregressive model, with a cache of keys and values and weights laid out for it.
+"""Step-by-step decoding of an autoregressive model with a cache of keys and values.
 
 B batch, T positions, n pixels of an image, D width, H heads, K head width, V colours.
 """
@@ -27,8 +27,8 @@ class _Product:
     def __init__(self, weight: Tensor, bias: Tensor | None, kind: torch.dtype, rows: int) -> None:
         self.weight, self.kind = weight.to(kind), kind
         self.bias = None if bias is None else bias.to(kind)
-        # Weights in oneDNN's blocked layout are read at the speed of memory; plain products of a few
-        # rows are slower on some processors.
+        # Weights in oneDNN's blocked layout are read at the speed of memory; plain products of a
+        # few rows are slower on some processors.
         self.packed = weight.device.type == "cpu" and kind in _packable()
         if self.packed:
             self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
@@ -43,7 +43,7 @@ class _Product:
 
 
 class _Step:
-    """The matrix products of a block, with the norms' gains and the activation's slope folded into the weights."""
+    """The matrix products of a block, with the norms' gains and activation's slope folded in."""
 
     def __init__(self, block: Block, kind: torch.dtype, rows: int) -> None:
         def product(layer: nn.Linear, before: Tensor | float = 1.0, after: float = 1.0) -> _Product:
@@ -65,8 +65,8 @@ class Decoder:
     """Computes the logits of one position after the other.
 
     `prefill` takes the positions that are known; each `advance` takes one more. On a GPU, steps are
-    captured as CUDA graphs, so that a step needs nothing from the host. A decoder holds a second copy
-    of the blocks' weights.
+    captured as CUDA graphs, so that a step needs nothing from the host. A decoder holds a second
+    copy of the blocks' weights.
 
     Raises:
         InputError: the model's attention is not causal.
@@ -133,9 +133,10 @@ class Decoder:
 
     @torch.inference_mode()
     def advance(self, sequence: Tensor, write: Writer) -> None:
-        """Read the next token of a sequence [B, n + 1] (start token, then pixels) and have `write` write the one after.
+        """Read the next token of a sequence and have `write` write the one after it.
 
-        On a GPU, `sequence` and `write` must be the same in all calls.
+        The sequence [B, n + 1] is the start token, then pixels. On a GPU, both arguments must be the
+        same in all calls.
         """
         assert self.filled < self.model.config.n_pixels, "the images are complete"
 

@@ -52,7 +52,10 @@ def save_samples(
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
 ) -> Path:
-    """Sample `count` images and write them as a PNG grid; `settings` are keyword arguments of `generate`.
+    """Sample `count` images and write them as a PNG grid.
+
+    Args:
+        settings: keyword arguments of `generate`.
 
     Raises:
         InputError: as `require_target` and `generate`; or the samples do not fit one image.
@@ -86,7 +89,9 @@ def save_completions(
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
 ) -> Path:
-    """Complete images and write a PNG grid, a row per image: the original, the kept pixels, the completions.
+    """Complete images and write a PNG grid.
+
+    Each row has an original, its kept pixels, and its completions.
 
     Args:
         originals: tokens [B, n].

@@ -1,4 +1,6 @@
-"""Generation of images and of parts of images: in raster order for autoregressive models, in rounds for BERT models.
+"""Generation of images and of parts of images.
+
+Autoregressive models generate in raster order, BERT models in rounds.
 
     for step in generate(model, tokens, known):  # yields after every row
         ...
@@ -83,7 +85,7 @@ class Job:
 def choose(
     logits: Tensor, uniform: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:
-    """Sample colours by inverting their cumulative distribution: logits [..., V], uniform [...] -> [...].
+    """Sample colours by inverting their distribution: logits [..., V], uniform [...] -> [...].
 
     Args:
         uniform: random numbers in [0, 1).
@@ -240,10 +242,11 @@ def generate_in_order(model: ImageGPT, job: Job) -> Iterator[PartialImages]:
 
 @torch.inference_mode()
 def generate_in_rounds(model: ImageGPT, job: Job) -> Iterator[PartialImages]:
-    """Generate unknown pixels in rounds, the most certain ones first (arXiv 2202.04200, section 3.2).
+    """Generate unknown pixels in rounds, the most certain ones first.
 
-    Every round samples a colour for each unknown pixel and keeps the colours of highest probability.
-    The number of unknown pixels falls along a quarter of a cosine.
+    Every round samples a colour for each unknown pixel and keeps the colours of highest
+    probability. The number of unknown pixels falls along a quarter of a cosine (arXiv 2202.04200,
+    section 3.2).
     """
     tokens, known = job.tokens, job.known
     if known.all():
@@ -275,7 +278,7 @@ def complete(
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Tensor:
-    """Keep some pixels of images and generate the others, in batches that fit into memory: [B, n] -> [B, n].
+    """Keep some pixels of images and generate the others, in batches: [B, n] -> [B, n].
 
     Args:
         keep: number of rows from the top, or the known pixels, bool [n] or [B, n].
@@ -310,7 +313,7 @@ def sample(
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Tensor:
-    """Sample images that begin with given pixels, [B, P] with P in 0 .. n; P = 0 gives whole images: [B, n].
+    """Sample images that begin with given pixels: prefix [B, P], P in 0 .. n -> [B, n].
 
     Raises:
         InputError: the model's objective has no likelihood of whole images (BERT), or as
@@ -325,7 +328,7 @@ def sample(
 
 
 def _batch_size(model: ImageGPT, precision: Precision | Literal["auto"]) -> int:
-    """Return the number of images at a time: with causal attention, as many as the cache has memory for."""
+    """Return the number of images at a time; a cache of keys and values must fit into memory."""
     config, device = model.config, model.device
     largest = inference_batch_size(config)
     if not config.trained_as.causal:
