@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.data.images.palette import Palette
-from igpt.data.tokens.batches import Batches, Prefetch, batch_rows, vary
+from igpt.data.tokens.batches import Batches, Prefetch, augment, batch_rows
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit, write_manifest, write_shard
 from igpt.errors import InputError
 
@@ -42,10 +42,10 @@ def test_a_batch_is_the_same_whatever_came_before():
     for step in (39, 0, 17, 3, 38, 16):
         np.testing.assert_array_equal(batch_rows(5, step, 6, 20), in_order[step])
     batches = Batches(split_of(20), SIDE, 6, seed=5, flip=True, shift=2)
-    varied = {step: batches.tokens(step) for step in range(40)}
+    augmented = {step: batches.tokens(step) for step in range(40)}
     fresh = Batches(split_of(20), SIDE, 6, seed=5, flip=True, shift=2)
     for step in (39, 0, 17, 3):
-        assert torch.equal(fresh.tokens(step), varied[step])
+        assert torch.equal(fresh.tokens(step), augmented[step])
 
 
 def test_a_batch_straddles_epochs():
@@ -129,9 +129,9 @@ def test_tokens_and_labels_belong_together():
         np.testing.assert_array_equal(labels, batch_rows(0, step, 6, 20))
         np.testing.assert_array_equal(tokens, batches.split.rows(labels))
         assert tokens.dtype == labels.dtype == torch.int64
-    varied = Batches(split_of(20), SIDE, 6, flip=True, shift=1)
+    augmented = Batches(split_of(20), SIDE, 6, flip=True, shift=1)
     # Variations move tokens within their image only
-    assert (varied.tokens(0) // SIDE**2 == varied.labels(0)[:, None]).all()
+    assert (augmented.tokens(0) // SIDE**2 == augmented.labels(0)[:, None]).all()
 
 
 GPU = pytest.param(
@@ -199,23 +199,23 @@ def slow_variants(
 
 
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1), (True, 2), (False, 4)])
-def test_variations_on_the_token_grid(flip: bool, shift: int):
+def test_augmentation_on_the_token_grid(flip: bool, shift: int):
     """Each image becomes one of the variants made place by place, and each variant comes about as often."""
     side = 2 * shift + 3  # in smaller ones some variants coincide
     image = np.arange(side**2, dtype=np.uint16) + 100
     variants = slow_variants(image, side, flip, shift)
     assert len(variants) == (1 + flip) * (2 * shift + 1) ** 2
     times = 60
-    varied = vary(
+    augmented = augment(
         np.tile(image, (times * len(variants), 1)),
         side,
         np.random.default_rng(0),
         flip=flip,
         shift=shift,
     )
-    assert varied.dtype == np.uint16
+    assert augmented.dtype == np.uint16
     seen = dict.fromkeys(variants, 0)
-    for row in varied:
+    for row in augmented:
         seen[row.tobytes()] += 1
     # Chi-squared over the variants: 5 standard deviations
     degrees = len(variants) - 1
@@ -225,27 +225,27 @@ def test_variations_on_the_token_grid(flip: bool, shift: int):
     )
 
 
-def test_images_of_a_batch_vary_independently():
+def test_images_of_a_batch_are_augmented_independently():
     tokens = np.tile(np.arange(SIDE**2, dtype=np.uint16), (400, 1))
     kinds = slow_variants(tokens[0], SIDE, True, 1)
     drawn = np.array(
         [
             kinds[row.tobytes()]
-            for row in vary(tokens, SIDE, np.random.default_rng(0), flip=True, shift=1)
+            for row in augment(tokens, SIDE, np.random.default_rng(0), flip=True, shift=1)
         ]
     )
     assert np.abs(np.corrcoef(drawn.T.astype(float)) - np.eye(3)).max() < 0.2
 
 
-def test_no_variation_returns_the_tokens():
+def test_no_augmentation_returns_the_tokens():
     tokens = np.arange(2 * SIDE**2, dtype=np.uint16).reshape(2, -1)
     np.testing.assert_array_equal(
-        vary(tokens, SIDE, np.random.default_rng(0), flip=False, shift=0), tokens
+        augment(tokens, SIDE, np.random.default_rng(0), flip=False, shift=0), tokens
     )
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_variation_leaves_the_data_set_alone(flip: bool):
+def test_augmentation_leaves_the_data_set_unchanged(flip: bool):
     split = split_of(6)
     before = split.rows(np.arange(6))
     batches = Batches(split, SIDE, 6, flip=flip)
@@ -254,7 +254,7 @@ def test_variation_leaves_the_data_set_alone(flip: bool):
     assert batches.tokens(0).any()
 
 
-def test_variations_change_from_epoch_to_epoch():
+def test_augmentation_changes_from_epoch_to_epoch():
     batches = Batches(split_of(4), SIDE, 4, shift=2)
     seen = {
         batches.tokens(step)[batches.labels(step).argsort()].numpy().tobytes() for step in range(10)

@@ -1,4 +1,4 @@
-"""Which images make batch number s, and how they are varied: pure functions of the seed and s.
+"""Training batches and their augmentation, as pure functions of the seed and the step.
 
 Nothing here has a position to save: resuming at step s needs the integer s, on any number of ranks.
     A split that fits
@@ -85,7 +85,7 @@ def to_device(array: NDArray[Any], device: torch.device) -> Tensor:
 Tokens = TypeVar("Tokens", NDArray[np.uint16], Tensor)
 
 
-def vary(
+def augment(
     tokens: Tokens, resolution: int, generator: np.random.Generator, *, flip: bool, shift: int
 ) -> Tokens:
     """Mirrors and shifts images on the token grid, where they are: [B, n] -> [B, n].
@@ -115,8 +115,8 @@ class Batches:
     """Training batches of a split, each a pure function of (seed, step).
 
     Args:
-        flip: see `vary`.
-        shift: see `vary`.
+        flip: see `augment`.
+        shift: see `augment`.
         device: where the batches are wanted.
         held_bytes: a split with at most so many bytes of tokens is held on the device, if they take
             no more than a quarter of a GPU's free memory. The batches do not depend on it.
@@ -160,19 +160,19 @@ class Batches:
     def _rows(self, step: int) -> NDArray[np.int64]:
         return batch_rows(self.seed, step, self.batch_size, len(self.split))
 
-    def _varied(self, tokens: Tokens, step: int) -> Tokens:
+    def _augmented(self, tokens: Tokens, step: int) -> Tokens:
         generator = np.random.default_rng((self.seed, step, 1))
-        return vary(tokens, self.resolution, generator, flip=self.flip, shift=self.shift)
+        return augment(tokens, self.resolution, generator, flip=self.flip, shift=self.shift)
 
     def tokens(self, step: int) -> Tensor:
         """Tokens of the whole batch number `step`, int64 [B, n]; a rank takes its part of them."""
         rows, source = self._rows(step), self._source
         if isinstance(source, Tensor):
             taken = source.index_select(0, to_device(rows, self.device))
-            return self._varied(taken, step).long() & 0xFFFF
+            return self._augmented(taken, step).long() & 0xFFFF
         # In NumPy: of PyTorch's operations, a second thread would start as many threads again as
         # the update has.
-        return to_device(self._varied(source.rows(rows), step).astype(np.int64), self.device)
+        return to_device(self._augmented(source.rows(rows), step).astype(np.int64), self.device)
 
     def labels(self, step: int) -> Tensor:
         """Labels of the same images, int64 [B]; -1 where an image has none."""
