@@ -120,6 +120,7 @@ def test_two_groups_in_one_directory(
     digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *short_flags]
+    words += ["--steps", 96]  # the first group must still train when the second one arrives
     first = Pair(tmp_path / "first", *words).start()
     first[0].wait_until(lambda: told(tmp_path / "run", 1))
     second = Pair(tmp_path / "second", *words).start("--resume")

@@ -1,13 +1,11 @@
-"""Training state on disk: weights, optimiser and step, whole or absent, resumed bit for bit on as many ranks.
+"""Checkpoints: weights, optimizer state and step; complete or absent, and resumed bit for bit on any number of ranks.
 
-checkpoints/step-00001200/    what torch.distributed.checkpoint writes, a file or more a rank, and
-    state.json                format, step, best validation so far, size and SHA-256 of every file,
-    and its own SHA-256
+checkpoints/step-00001200/    the files of torch.distributed.checkpoint, one or more per rank, and
+    state.json                version, `TrainingState`, size and SHA-256 of every file, own SHA-256
 
-On several machines the folder must be one that all of them see. Loading a checkpoint executes no
-code from it: `.metadata` is a pickle, and is read by an unpickler that knows only the classes of
-    such metadata; the other files are
-read with `torch.load(weights_only=True)`.
+With several machines the folder must be on a shared disk. Loading a checkpoint executes no code from
+it: `.metadata` is a pickle, and is read by an unpickler that accepts only the classes of such
+metadata; the other files are read with `torch.load(weights_only=True)`.
 """
 
 import hashlib
@@ -20,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -55,15 +53,16 @@ from igpt.training.distributed import World
 
 VERSION = 3
 _METADATA = ".metadata"
-_HASHING = 8  # files whose checksums are computed at the same time
+_HASHING_THREADS = 8
 _NAME = re.compile(r"step-\d{8,}")
 
-# All that a checkpoint's metadata consists of; anything else in a pickle is refused.
+# The classes that the metadata of a checkpoint consists of. Others in a pickle are refused.
 _DTYPES = {
     str(kind).removeprefix("torch.")
     for kind in vars(torch).values()
     if isinstance(kind, torch.dtype)
 }
+_PATHS = {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"}
 _CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         "Metadata",
@@ -79,13 +78,8 @@ _CLASSES = {
     "torch": {"Size", *_DTYPES},
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"},
-    "pathlib._local": {
-        "PosixPath",
-        "WindowsPath",
-        "PurePosixPath",
-        "PureWindowsPath",
-    },  # Python 3.13
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,  # Python 3.13
 }
 
 
@@ -94,16 +88,16 @@ class TrainingState:
     """How far a run has come.
 
     Attributes:
-        step: updates done.
-        validated: updates after which it was last validated.
-        best: lowest validation value so far, and best_step: after how many updates.
-        seconds: time spent in updates.
+        step: steps done, including skipped ones.
+        validated: step of the last validation.
+        best, best_step: lowest validation value so far, and its step.
+        seconds: spent in steps.
         validations_without_better: since the best one.
-        skipped: updates that changed nothing, for a loss or gradient that was not finite.
-        first_skipped: the first of the last unbroken row of them (None when the last update was a
-            good one).
-        unlogged_loss, unlogged_steps: summed losses since the last line of metrics.jsonl, and how
-            many.
+        skipped: steps that changed nothing because the loss or gradient was not finite.
+        first_skipped: first of the consecutive skipped steps up to now; None if the last step was
+            not skipped.
+        unlogged_loss, unlogged_steps: sum and number of the losses since the last line of
+            metrics.jsonl.
     """
 
     step: int = 0
@@ -119,14 +113,14 @@ class TrainingState:
 
 
 class _SavedFile(Stored):
-    """A file of a checkpoint, as state.json has it."""
+    """A file of a checkpoint, in state.json."""
 
     bytes: int = Field(ge=0)
     sha256: str
 
 
 class _State(Stored):
-    """The schema of state.json; of `TrainingState`, it has every field."""
+    """Schema of state.json, with every field of `TrainingState`."""
 
     version: int
     sha256: str
@@ -144,101 +138,89 @@ class _State(Stored):
 
 
 class Checkpoints:
-    """A run's checkpoints. They are written by a thread from a copy of the state, while training goes on.
+    """The checkpoints of a run, written in a thread from a copy of the state while training continues.
 
     Args:
-        folder: where they stand; one folder for all ranks.
-        keep: so many of the newest are kept, and the one of the best validation; while updates are
-            skipped, the newest from before that too.
+        folder: one folder for all ranks.
+        keep: how many of the newest to keep. The one of the best validation is kept too; and while
+            steps are skipped, the newest one from before.
     """
 
     def __init__(self, folder: Path, world: World, keep: int) -> None:
         self.folder, self._world, self._keep = folder, world, keep
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._coming: Future[None] | None = None
+        self._pending: Future[None] | None = None
         self._abandoned = False
-        # Not by a context manager: the writer warns in a thread of its own.
+        # Not `warnings.catch_warnings`: the writer warns in a thread of its own.
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
 
-    def save(
-        self, model: nn.Module, optimizers: Sequence[Optimizer], progress: TrainingState
-    ) -> None:
-        """Begins to write a checkpoint, when the one before is written; every rank must call it.
+    def save(self, model: nn.Module, optimizers: Sequence[Optimizer], state: TrainingState) -> None:
+        """Wait for the previous checkpoint, then start to write a new one. Every rank must call it.
 
         Raises:
-            OSError: the one before could not be written.
+            OSError: the previous one could not be written.
         """
         self.finish()
-        path = self.folder / f"step-{progress.step:08d}"
+        path = self.folder / f"step-{state.step:08d}"
         temporary = path.with_name(f".{path.name}.tmp")
         if self._world.is_main:
-            for left in self.folder.glob(".step-*.tmp"):  # by a kill
+            for left in self.folder.glob(".step-*.tmp"):  # by a killed process
                 shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir(parents=True)
         self._world.barrier()
         weights, moments = get_state_dict(model, optimizers)
-        held = {"model": weights, "optimizer": moments}
         written = state_dict_saver.async_save(
-            held,
+            {"model": weights, "optimizer": moments},
             checkpoint_id=temporary,
             process_group=self._world.disk,
             no_dist=self._world.size == 1,
         )
         assert isinstance(written, Future)
-        self._coming = self._thread.submit(
-            self._complete, written, temporary, path, asdict(progress)
+        self._pending = self._thread.submit(
+            self._complete, written, temporary, path, replace(state)
         )
 
     def _complete(
-        self, written: "Future[Any]", temporary: Path, path: Path, progress: dict[str, Any]
+        self, written: "Future[Any]", temporary: Path, path: Path, state: TrainingState
     ) -> None:
-        """Gives a checkpoint its name when all ranks have written, and removes those that are no longer wanted."""
+        """Rename a checkpoint when all ranks have written it, and remove those that are no longer kept."""
         try:
-            written.result()  # on the leading rank, when all have written
+            written.result()  # on the main rank, when all ranks have written
             if self._world.is_main:
-                found = sorted(temporary.iterdir())
-                with ThreadPoolExecutor(_HASHING) as threads:
-                    sums = list(threads.map(sha256_of, found))
+                paths = sorted(temporary.iterdir())
+                with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+                    checksums = list(threads.map(sha256_of, paths))
                 files = {
                     file.name: {"bytes": file.stat().st_size, "sha256": checksum}
-                    for file, checksum in zip(found, sums, strict=True)
+                    for file, checksum in zip(paths, checksums, strict=True)
                 }
                 if self._abandoned:
                     return
-                state = {"version": VERSION, **progress, "files": files}
-                write_json(temporary / "state.json", {**state, "sha256": _digest(state)})
+                content = {"version": VERSION, **asdict(state), "files": files}
+                write_json(temporary / "state.json", {**content, "sha256": _digest(content)})
                 sync(temporary)
                 shutil.rmtree(path, ignore_errors=True)  # a damaged one that was skipped
                 temporary.rename(path)
                 sync(path.parent)
-                self._prune(progress["step"], progress["best_step"], progress["first_skipped"])
+                self._prune(state)
         except CheckpointException as error:
             raise OSError(f"cannot write the checkpoint {path}: {_reason(error)}") from None
         finally:
             if self._world.is_main and not self._abandoned:
                 shutil.rmtree(temporary, ignore_errors=True)
 
-    def _prune(self, step: int, best_step: int, first_skipped: int | None) -> None:
-        """Removes all but the newest, the best, and the newest from before what is wrong now.
+    def _prune(self, state: TrainingState) -> None:
+        """Remove all checkpoints but the newest, the best, and the newest from before the skipped steps.
 
-        Checkpoints beyond the present step were damaged, and skipped. A checkpoint of the update
-        before the first bad one holds the very weights that gave it.
+        Checkpoints beyond the current step were damaged, and skipped. The checkpoint just before the
+        first skipped step holds the very weights that caused it.
         """
-        reached = [path for path in checkpoints(self.folder) if step_of(path) <= step]
-        good = [
-            path for path in reached if first_skipped is None or step_of(path) < first_skipped - 1
-        ]
-        wanted = {
-            *reached[: self._keep],
-            *good[:1],
-            *(path for path in reached if step_of(path) == best_step),
-        }
-        for old in set(checkpoints(self.folder)) - wanted:
-            shutil.rmtree(old)
-
-    def abandon(self) -> None:
-        """Leave a checkpoint that is being written without its name; the next one that is written removes its files."""
-        self._abandoned = True
+        reached = [path for path in checkpoints(self.folder) if step_of(path) <= state.step]
+        first_bad = state.first_skipped or state.step + 2
+        good = [path for path in reached if step_of(path) < first_bad - 1]
+        best = [path for path in reached if step_of(path) == state.best_step]
+        for path in set(checkpoints(self.folder)) - {*reached[: self._keep], *good[:1], *best}:
+            shutil.rmtree(path)
 
     def __enter__(self) -> Self:
         return self
@@ -246,8 +228,9 @@ class Checkpoints:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Wait for the checkpoint that is being written.
 
-        After an error it is waited for because the lock of the run directory is released next, but
-        not with several ranks, of which one may be gone; a second stop request waits for nothing.
+        After an error too, because the lock of the run directory is released next; but not with
+        several ranks, of which one may be gone. A second stop request (`KeyboardInterrupt`) waits
+        for nothing.
         """
         if kind is None:
             self.finish()
@@ -257,38 +240,42 @@ class Checkpoints:
             with suppress(Exception):
                 self.finish()
 
+    def abandon(self) -> None:
+        """Leave the checkpoint that is being written incomplete; the next save removes its files."""
+        self._abandoned = True
+
     def finish(self) -> None:
-        """Returns when all that was begun is on the disk.
+        """Wait until the last checkpoint is on disk.
 
         Raises:
             OSError: it could not be written.
         """
-        coming, self._coming = self._coming, None
-        if coming is not None:
-            coming.result()
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def load(
         self, model: nn.Module, optimizers: Sequence[Optimizer]
     ) -> tuple[TrainingState, list[str]]:
-        """Fill model and optimisers from the newest whole checkpoint, whatever number of ranks wrote it.
+        """Fill model and optimizers from the newest undamaged checkpoint; any number of ranks may have written it.
 
-        The leading rank verifies the checksums of all files, and tells the others which checkpoint
-        to read.
+        The main rank verifies the checksums of all files.
 
         Returns:
-            how far it had come, and sentences on which was taken and which newer ones were skipped.
+            the training state, and sentences on the checkpoint loaded and the newer ones skipped.
 
         Raises:
-            InputError: there is no whole one, or it is not one of this model.
+            InputError: there is no undamaged checkpoint, or it belongs to another model.
         """
-        path, skipped, progress = self._world.broadcast(
-            _newest(self.folder) if self._world.is_main else _NOTHING
-        )
+        found = _newest(self.folder) if self._world.is_main else None
+        found = self._world.broadcast(found)
+        assert found is not None
+        path, skipped, state = found
         weights, moments = get_state_dict(model, optimizers)
-        held: dict[str, Any] = {"model": weights, "optimizer": moments}
+        tensors: dict[str, Any] = {"model": weights, "optimizer": moments}
         try:
             state_dict_loader.load(
-                held,
+                tensors,
                 storage_reader=_Reader(path),
                 planner=_Planner(),
                 process_group=self._world.disk,
@@ -297,22 +284,25 @@ class Checkpoints:
         except CheckpointException as error:
             raise InputError(f"{path} does not fit this run: {_reason(error)}") from None
         set_state_dict(
-            model, optimizers, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
+            model,
+            optimizers,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
         )
-        return progress, [*(f"skipped: {reason}" for reason in skipped), f"resumed from {path}"]
+        return state, [*(f"skipped: {reason}" for reason in skipped), f"resumed from {path}"]
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the metadata of a checkpoint, and refuses every other class or function."""
+    """Reads the metadata of a checkpoint, and refuses all classes and functions but `_CLASSES`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
-            raise pickle.UnpicklingError(f"{module}.{name} does not belong there")
+            raise pickle.UnpicklingError(f"{module}.{name} is not allowed in it")
         return super().find_class(module, name)
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint from a folder; its metadata without executing anything."""
+    """Reads a checkpoint from a folder, without executing code from its metadata."""
 
     def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
         metadata = _read_metadata(Path(self.path) / _METADATA)
@@ -322,26 +312,25 @@ class _Reader(FileSystemReader):
 
 
 class _Planner(DefaultLoadPlanner):
-    """Loads what is no tensor (the optimisers' settings) without executing anything."""
+    """Loads entries that are not tensors (settings of optimizers) without executing code."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         plain = io.BytesIO()
-        torch.save(
-            torch.load(value, weights_only=True), plain
-        )  # the base class loads with weights_only=False
+        # The base class loads with weights_only=False.
+        torch.save(torch.load(value, weights_only=True), plain)
         plain.seek(0)
         super().load_bytes(read_item, plain)
 
 
 def _reason(error: CheckpointException) -> str:
-    """What went wrong below the checkpoint writer, which wraps a full disk in exceptions of its own."""
+    """Return the reason below the exceptions in which the checkpoint writer wraps, say, a full disk."""
     inner: BaseException | None = next(iter(error.failures.values()))[0]
     first = inner
     while inner is not None:
         if isinstance(inner, OSError):
             return inner.strerror or str(inner)
         inner = inner.__cause__ or inner.__context__
-    # From another rank an exception comes without its cause, and this is the archive writer's own.
+    # An exception from another rank has lost its cause; this one is of the archive writer.
     return (
         "a file is cut off; is the disk full?" if "inline_container" in str(first) else str(first)
     )
@@ -354,7 +343,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def step_of(path: Path) -> int:
-    """Return the updates that a checkpoint was written after, by its name."""
+    """Return the step in the name of a checkpoint."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -368,32 +357,22 @@ def newest_whole(folder: Path) -> tuple[Path, list[str]]:
     return path, skipped
 
 
-_Found = tuple[Path, list[str], TrainingState]
-_NOTHING: _Found = (Path(), [], TrainingState())
-
-
-def _newest(folder: Path) -> _Found:
+def _newest(folder: Path) -> tuple[Path, list[str], TrainingState]:
     skipped: list[str] = []
     for path in checkpoints(folder):
         try:
             return path, skipped, _verified(path)
         except InputError as error:
             skipped.append(str(error))
-    raise InputError(
-        "; ".join(
-            [
-                *skipped,
-                f"no whole checkpoint in {folder}: there is nothing to resume; start another run with another -o",
-            ]
-        )
-    )
+    nothing = f"no whole checkpoint in {folder}: there is nothing to resume"
+    raise InputError("; ".join([*skipped, nothing, "start another run with another -o"]))
 
 
 def _verified(path: Path) -> TrainingState:
-    """Return how far a checkpoint had come, once all of it is found to be as it was written.
+    """Verify a whole checkpoint and return its training state.
 
     Raises:
-        InputError: a file is missing or damaged, or holds something else than tensors and settings.
+        InputError: a file is missing or damaged, or contains anything but tensors and plain data.
     """
     file = path / "state.json"
     found = read_json(file, "checkpoint")
@@ -408,10 +387,11 @@ def _verified(path: Path) -> TrainingState:
         raise InputError(
             f"{path} holds the state after {found['step']} steps, not after {step_of(path)}"
         )
-    with ThreadPoolExecutor(_HASHING) as threads:
-        list(
-            threads.map(lambda item: _verify_file(path / item[0], item[1]), found["files"].items())
-        )
+    with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+        for _ in threads.map(
+            lambda item: _verify_file(path / item[0], item[1]), found["files"].items()
+        ):
+            pass  # raises the first error
     if _METADATA not in found["files"]:
         raise InputError(f"{file} does not list {_METADATA}")
     _verify_content(path, found["files"])
@@ -419,7 +399,7 @@ def _verified(path: Path) -> TrainingState:
 
 
 def _digest(state: dict[str, Any]) -> str:
-    """Return the SHA-256 of a state without its own checksum."""
+    """Return the SHA-256 of the content of state.json without its checksum."""
     text = json.dumps(
         {key: value for key, value in state.items() if key != "sha256"}, sort_keys=True
     )
@@ -445,20 +425,20 @@ def _read_metadata(file: Path) -> Metadata:
     try:
         with file.open("rb") as stream:
             metadata = _Unpickler(stream).load()
-    except Exception as error:  # whatever a pickle can be made to raise
-        raise InputError(f"{file} is no metadata of a checkpoint: {error}") from None
+    except Exception as error:  # a pickle can raise anything
+        raise InputError(f"{file} is not the metadata of a checkpoint: {error}") from None
     if not isinstance(metadata, Metadata):
-        raise InputError(f"{file} is no metadata of a checkpoint")
+        raise InputError(f"{file} is not the metadata of a checkpoint")
     return metadata
 
 
 def _verify_content(path: Path, files: dict[str, Any]) -> None:
-    """Check that the metadata speaks of the checkpoint's own files, and that what is no tensor is plain data."""
+    """Check that the metadata names only files of the checkpoint, and that entries other than tensors are plain data."""
     file = path / _METADATA
     metadata = _read_metadata(file)
     entries, stored = metadata.state_dict_metadata, metadata.storage_data
     if not isinstance(entries, dict) or not isinstance(stored, dict):
-        raise InputError(f"{file} is no metadata of a checkpoint")
+        raise InputError(f"{file} is not the metadata of a checkpoint")
     for index, where in stored.items():
         if (
             not isinstance(index, MetadataIndex)
@@ -474,7 +454,7 @@ def _verify_plain(file: Path, name: str, offset: int, length: int) -> None:
         with file.open("rb") as stream:
             stream.seek(offset)
             torch.load(io.BytesIO(stream.read(length)), weights_only=True)
-    except Exception as error:  # whatever a pickle can be made to raise
+    except Exception as error:  # a pickle can raise anything
         kind = type(error).__name__
         raise InputError(
             f"{file} is damaged: the entry {name!r} is not plain data ({kind})"

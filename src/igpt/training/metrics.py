@@ -1,7 +1,7 @@
-"""What a run reports while it runs: metrics.jsonl (the only source of figures), and a progress bar.
+"""metrics.jsonl: what a run reports while it trains, and the only source of its figures.
 
-Every line of metrics.jsonl is one JSON object with "kind" (start, machine, train, validation,
-resume, end) and "step"; `Record` has the other keys. A kill may leave the last line cut off.
+Every line is a JSON object with "kind" (start, machine, train, validation, resume, end) and "step";
+`Record` has the other keys. A killed process may leave the last line incomplete.
 """
 
 import json
@@ -19,7 +19,7 @@ _REQUIRED = {"train": ("loss",), "end": ("best", "best_step")}
 
 
 class Record(Stored):
-    """The schema of a line of metrics.jsonl; other kinds and keys pass, values of another type do not."""
+    """Schema of a line of metrics.jsonl. Other kinds and keys are accepted, values of other types are not."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 
@@ -28,9 +28,8 @@ class Record(Stored):
     loss: float | None = None
     error: float | None = None
     error_on_trained: float | None = None
-    best: bool | float | None = (
-        None  # of a validation, whether it was the best so far; at the end, the best value
-    )
+    # In a validation line, whether it was the best so far; in the end line, the best value.
+    best: bool | float | None = None
     best_step: int | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
@@ -56,7 +55,7 @@ class Record(Stored):
     matmul_flops_per_second: float | None = None
 
     @model_validator(mode="after")
-    def _has_what_its_kind_has(self) -> Self:
+    def _has_required_keys(self) -> Self:
         for key in _REQUIRED.get(self.kind, ()):
             if key not in self.model_fields_set:
                 raise ValueError(f"a line of kind {self.kind!r} has the key {key!r}")
@@ -64,24 +63,23 @@ class Record(Stored):
 
 
 class Metrics:
-    """Appends lines to a run's metrics.jsonl; a process that does not lead writes none."""
+    """Appends lines to metrics.jsonl, on the main rank only."""
 
     def __init__(self, path: Path, is_main: bool = True) -> None:
-        self.path = path
-        self.is_main = is_main
+        self.path, self.is_main = path, is_main
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Append one line."""
+        """Append a line."""
         if self.is_main:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
     def cut_after(self, step: int, validated: int) -> None:
-        """Drop what a killed run had written beyond the checkpoint it resumes from, and a half-written last line.
+        """Remove the lines that a killed process wrote after the checkpoint that is resumed.
 
         Args:
-            step, validated: updates done, and those after which it was last validated, by that
-                checkpoint.
+            step: step of the checkpoint.
+            validated: step of its last validation.
 
         Raises:
             InputError: see `read_metrics`.
@@ -99,59 +97,60 @@ class Metrics:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a metrics.jsonl, each as `Record` describes it; a cut-off last line is left out.
+    """Return the lines of a metrics.jsonl that satisfy `Record`, without an incomplete last one.
 
     Raises:
-        InputError: there is no such file, or a line is no record: the line and the key are named.
+        InputError: there is no such file, or a line is invalid; the line and the key are named.
     """
-    records = []
-    for where, line, is_cut in _lines(path):
-        try:
-            records.append(_record(line, where))
-        except InputError:
-            if not is_cut:
-                raise
-    return records
+    return [_parse(*line) for line in _lines(path) if not _is_incomplete(*line)]
 
 
 def readable_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of a metrics.jsonl that are readable, and how many lines are not, for reports.
+    """Return the valid lines of a metrics.jsonl, and the number of invalid ones, for reports.
 
-    Empty lines and a cut-off last line do not count.
+    Empty lines and an incomplete last line are not counted.
 
     Raises:
         InputError: there is no such file.
     """
-    records, unreadable = [], 0
-    for where, line, is_cut in _lines(path):
+    records, invalid = [], 0
+    for where, line in _lines(path):
         try:
-            records.append(_record(line, where))
+            records.append(_parse(where, line))
         except InputError:
-            unreadable += bool(line.strip()) and not is_cut
-    return records, unreadable
+            invalid += bool(line.strip()) and not _is_incomplete(where, line)
+    return records, invalid
 
 
-def _lines(path: Path) -> Iterator[tuple[str, bytes, bool]]:
-    """Yield where a line stands, its bytes, and whether it is the last one and has no end."""
+def _lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Yield the lines and where they are, for error messages. Longer lines are split."""
     require_regular(path)
     try:
         with path.open("rb") as file:
-            number = 0
-            while line := file.readline(_LONGEST_LINE):
-                number += 1
-                ended = line.endswith(b"\n")
-                yield f"{path}, line {number}", line, not ended and len(line) < _LONGEST_LINE
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+                yield f"{path}, line {number}", line
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no metrics at {path.parent}: {path.name} is missing") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; a file (metrics) is needed there") from None
 
 
+def _is_incomplete(where: str, line: bytes) -> bool:
+    """Return whether a line has no end, so that it is the last one, and is not valid by itself."""
+    if line.endswith(b"\n") or len(line) == _LONGEST_LINE:
+        return False
+    try:
+        _parse(where, line)
+    except InputError:
+        return True
+    return False
+
+
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _record(line: bytes, where: str) -> dict[str, Any]:
+def _parse(where: str, line: bytes) -> dict[str, Any]:
     try:
         value = json.loads(line, parse_constant=_refuse_constant)
     except RecursionError:
