@@ -1,13 +1,13 @@
-"""How fast images are drawn from iGPT-S at 32 px, beside transformers' `generate` and a full pass for every pixel.
+"""Generation speed of iGPT-S at 32 px, next to transformers' `generate` and a full pass per pixel.
 
-    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024
-    tokens python benchmarks/generate.py --batches 1 64 256           # GPU
+    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024 tokens
+    python benchmarks/generate.py --batches 1 64 256           # GPU
 
-Weights are random; no speed depends on them. Contenders take turns. The bound is what a step must
-read (weights and the cache so far) over the rate at which this machine reads memory, measured here.
-A full pass costs the same at every place (the released code runs all n of them), so that few are
-timed; transformers' cost a token is taken from all of its tokens, or with --most from the first so
-many of both.
+Weights are random, which changes no speed. Contenders take turns. The bound is the bytes that a step
+must read (weights and the cache so far) over the rate at which this machine reads memory, measured
+here. A full pass costs the same at every pixel (the released code runs all n of them), so that only a
+few are timed. transformers' cost per token is the mean over all its tokens, or with --most over the
+first tokens of both.
 """
 
 import os
@@ -28,7 +28,7 @@ from igpt.training.presets import preset
 
 
 def read_rate(device: torch.device) -> float:
-    """Bytes/s at which memory is read: the best of ten sums over 1 GiB."""
+    """Return the bytes/s at which memory is read: the best of ten sums over 1 GiB."""
     block = torch.ones(2**28, device=device)
     seconds = []
     for _ in range(10):
@@ -46,7 +46,7 @@ def _wait(device: torch.device) -> None:
 
 
 def step_bytes(config: ModelConfig, batch: int, tokens: int, number: int) -> float:
-    """Bytes that a step reads on average over the first so many: weights but the embeddings', and half the cache."""
+    """Return the mean bytes that a step reads: weights without embeddings, and half the cache."""
     read = count_parameters(config) - (config.n_colors + 1 + config.n_pixels) * config.n_embd
     return number * read + batch * cache_bytes(config, number) * tokens / config.n_pixels / 2
 
@@ -58,13 +58,13 @@ def main(
     most: int | None = None,
     result: str = "generate",
 ) -> None:
-    """Measures tokens/s.
+    """Measure tokens/s.
 
     Args:
         model: preset.
         batches: images at a time.
-        rounds: medians are over so many turns.
-        most: draw the first so many tokens only.
+        rounds: number of turns; results are medians.
+        most: generate only this many tokens.
         result: name of the JSON.
     """
     settings = {
@@ -85,17 +85,16 @@ def main(
     precision = resolve_precision("auto", device)
     # Emulated bf16 would take an hour here: it is timed on a few tokens.
     tokens = min(most or config.n_pixels, config.n_pixels)
-    theirs_tokens = min(
-        tokens, config.n_pixels - 1
-    )  # their model has no place for the last pixel beside the start
+    # Their model has no position for the last pixel, because the start token takes one.
+    theirs_tokens = min(tokens, config.n_pixels - 1)
     rows: list[dict[str, Any]] = []
     for batch in batches:
         start = torch.full((batch, 1), config.n_colors, device=device)
         empty = torch.zeros(batch, config.n_pixels, dtype=torch.long, device=device)
 
-        def draw(kind: str, many: int = tokens, images: torch.Tensor = empty) -> None:
-            places = torch.arange(config.n_pixels, device=device)
-            complete(ours, images, places >= many, precision=kind)
+        def ours_generates(kind: str, many: int = tokens, images: torch.Tensor = empty) -> None:
+            positions = torch.arange(config.n_pixels, device=device)
+            complete(ours, images, positions >= many, precision=kind)
 
         def generate(kind: str, many: int = theirs_tokens, first: torch.Tensor = start) -> None:
             length = {"max_new_tokens": many, "min_new_tokens": many}
@@ -114,23 +113,26 @@ def main(
 
             return run
 
-        contenders = {"ours fp32": timed(lambda: draw("fp32"))}
+        contenders = {"ours fp32": timed(lambda: ours_generates("fp32"))}
         if precision == "bf16":
-            contenders["ours bf16"] = timed(lambda: draw("bf16"))
+            contenders["ours bf16"] = timed(lambda: ours_generates("bf16"))
             contenders["transformers bf16"] = timed(lambda: generate("bf16"))
         contenders["transformers fp32"] = timed(lambda: generate("fp32"))
         contenders["full pass"] = timed(full)
-        draw(precision, 8)
+        ours_generates(precision, 8)
         seconds = common.interleaved(contenders, rounds)
         if precision == "fp32":
             seconds["transformers bf16"] = common.interleaved(
                 {"": timed(lambda: generate("bf16", 16))}, 1
             )[""]
-        drawn = {"full pass": 1, "transformers bf16": theirs_tokens if precision == "bf16" else 16}
+        partly_timed = {
+            "full pass": 1,
+            "transformers bf16": theirs_tokens if precision == "bf16" else 16,
+        }
         best = f"ours {precision}"
         speeds = {}
         timed_tokens = {
-            name: drawn.get(name, tokens if name.startswith("ours") else theirs_tokens)
+            name: partly_timed.get(name, tokens if name.startswith("ours") else theirs_tokens)
             for name in seconds
         }
         for name, value in seconds.items():
@@ -156,7 +158,8 @@ def main(
             flush=True,
         )
     common.show(
-        f"{model} at {config.resolution} px, {tokens} tokens, tokens/s; memory is read at {rate / 1e9:.1f} GB/s",
+        f"{model} at {config.resolution} px, {tokens} tokens, tokens/s; "
+        f"memory is read at {rate / 1e9:.1f} GB/s",
         ["batch, contender", "tokens/s", "ours / this", "of the bound"],
         [
             [
@@ -168,14 +171,14 @@ def main(
             for row in rows
         ],
     )
-    told = {
+    settings_used = {
         "model": model,
         "tokens": tokens,
         "rounds": rounds,
         "bytes_per_second": rate,
         "threads": os.cpu_count(),
     }
-    common.record(result, {**told, "precision": precision, "rows": rows})
+    common.record(result, {**settings_used, "precision": precision, "rows": rows})
 
 
 if __name__ == "__main__":

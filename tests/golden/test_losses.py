@@ -1,4 +1,4 @@
-"""Recorded losses: a change of the numbers is seen, and either mended or recorded on purpose with its reason."""
+"""Recorded losses: a change must be mended, or recorded with its reason."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A model directory: what is written is what is read, what is damaged is refused in one sentence."""
+"""Model directories: saved models are read, damaged ones are refused in one sentence."""
 
 import json
 import math
@@ -372,7 +372,7 @@ DAMAGES = {
         edit_config(layer_norm_epsilon=math.nan),
         "layer_norm_epsilon = nan",
     ),
-    "no places": (edit_config(n_positions=-16), "n_positions = -16"),
+    "no positions": (edit_config(n_positions=-16), "n_positions = -16"),
     "no colours": (edit_config(vocab_size=1), "vocab_size = 1"),
     "no square": (edit_config(n_positions=15), "n_positions = 15"),
     "heads": (edit_config(n_head=5), "5 heads do not divide a width of 24"),
@@ -708,7 +708,7 @@ for _ in range(5):
 
 
 def test_a_kill_in_the_middle_of_saving_leaves_a_whole_model(tmp_path: Path) -> None:
-    """Processes that save without pause, each weight the number of the save, are killed; the model stays whole."""
+    """Kill processes that save all the time; the model directory stays complete."""
     path = tmp_path / "model"
     command = [sys.executable, "-c", SAVE_FOR_EVER_AND_GET_KILLED, str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

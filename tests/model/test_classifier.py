@@ -1,4 +1,4 @@
-"""What a classifier says: logits by definition, the modal prediction under masks, and what is refused."""
+"""Classifiers: logits and predictions by definition, modal predictions, refusals."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def test_logits_and_predictions_by_definition(objective: str) -> None:
     assert np.array_equal(found.votes, np.eye(3, dtype=int)[found.classes])
 
 
-def test_more_images_than_are_computed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     model, images = random_model(objective="bert"), random_images(11)
     whole = predict(model, images, np.arange(11), masks=3)
     monkeypatch.setattr("igpt.model.classifier.inference_batch_size", lambda config: 4)
@@ -61,7 +61,7 @@ def test_more_images_than_are_computed_at_a_time(monkeypatch: pytest.MonkeyPatch
     np.testing.assert_allclose(parts.probabilities, whole.probabilities, atol=1e-6)
 
 
-def test_the_modal_prediction_counts_what_each_mask_gives() -> None:
+def test_the_modal_prediction_counts_votes_over_masks() -> None:
     model, images, rows = (
         random_model(objective="bert").double(),
         random_images(60),
@@ -85,7 +85,7 @@ def test_the_modal_prediction_counts_what_each_mask_gives() -> None:
     )
 
 
-def test_what_is_said_of_an_image_depends_on_its_row_and_the_seed_alone() -> None:
+def test_predictions_depend_on_row_and_seed_alone() -> None:
     model, images = random_model(objective="bert").double(), random_images(60)
     whole = predict(model, images, np.arange(60), masks=4)
     some = np.array([41, 3, 59])
@@ -100,7 +100,7 @@ def test_what_is_said_of_an_image_depends_on_its_row_and_the_seed_alone() -> Non
     )
 
 
-def test_ties_are_drawn_by_seed_and_row() -> None:
+def test_ties_are_resolved_by_seed_and_row() -> None:
     votes, rows = np.tile([2, 0, 2, 1], (400, 1)), np.arange(400)
     drawn = modal(votes, rows, (0, 5))
     assert set(drawn) == {0, 2}
@@ -118,7 +118,7 @@ def test_ranked_by_prediction_then_votes_then_probability() -> None:
     assert found.ranked().tolist() == [[2, 0, 1, 3]]
 
 
-def test_a_fresh_head_finds_all_classes_alike_and_shares_the_rest() -> None:
+def test_a_new_head_is_uniform_and_shares_other_weights() -> None:
     model = random_model(class_names=("a", "b"))
     fresh = with_head(model, CLASSES, PALETTE)
     assert fresh.config.class_names == CLASSES
@@ -143,12 +143,14 @@ def test_a_fresh_head_finds_all_classes_alike_and_shares_the_rest() -> None:
         ({"objective": "bert"}, {"masks": 2, "seed": -1}, "a seed lies in"),
     ],
 )
-def test_what_is_refused(changes: dict[str, Any], asked: dict[str, int], said: str) -> None:
+def test_invalid_requests_are_refused(
+    changes: dict[str, Any], asked: dict[str, int], said: str
+) -> None:
     with pytest.raises(InputError, match=said):
         predict(random_model(**changes), random_images(2), np.arange(2), **asked)
 
 
-def test_broken_weights_are_no_answer() -> None:
+def test_broken_weights_are_refused() -> None:
     model = random_model()
     with torch.no_grad():
         model.ln_f.weight[3] = torch.nan

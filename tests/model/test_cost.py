@@ -1,4 +1,4 @@
-"""Parameters and operations from the configuration alone equal those of the model that is built from it."""
+"""Parameters and FLOPs from the configuration equal those of the built model."""
 
 from typing import Any
 
@@ -61,7 +61,7 @@ def test_published_sizes() -> None:
     ],
 )
 def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
-    """PyTorch counts attention in full, also under the causal mask; the plain kernel computes nothing twice."""
+    """PyTorch counts attention in full, even with a causal mask."""
     config = ModelConfig.layered({**SMALL, **more})
     model, tokens = ImageGPT(config), torch.zeros(2, config.n_pixels, dtype=torch.long)
     mask = torch.ones(2, config.n_pixels, dtype=torch.bool) if config.objective == "bert" else None

@@ -24,7 +24,7 @@ def random_model(**changes: object) -> ImageGPT:
     return model
 
 
-def test_autoregressive_is_the_mean_over_all_places() -> None:
+def test_autoregressive_is_the_mean_over_all_pixels() -> None:
     model, tokens = random_model(), torch.randint(0, 7, (5, 16))
     log_probability = model(tokens).log_softmax(-1)
     expected = [-sum(log_probability[b, i, tokens[b, i]] for i in range(16)) / 16 for b in range(5)]
@@ -33,17 +33,17 @@ def test_autoregressive_is_the_mean_over_all_places() -> None:
     assert float(total) == pytest.approx(float(sum(expected)), abs=1e-10)
 
 
-def test_bert_is_the_mean_over_masked_places_of_an_image_then_over_images() -> None:
+def test_bert_is_the_mean_over_masked_pixels_of_an_image_then_over_images() -> None:
     model, tokens = random_model(objective="bert"), torch.randint(0, 7, (3, 16))
     mask = torch.zeros(3, 16, dtype=torch.bool)
     mask[0, :2], mask[1, 5:15], mask[2, 3] = True, True, True
     log_probability = model(tokens, mask).log_softmax(-1)
     expected = 0.0
     for image in range(3):
-        places = mask[image].nonzero()[:, 0].tolist()
-        expected -= sum(float(log_probability[image, i, tokens[image, i]]) for i in places) / len(
-            places
-        )
+        positions = mask[image].nonzero()[:, 0].tolist()
+        expected -= sum(
+            float(log_probability[image, i, tokens[image, i]]) for i in positions
+        ) / len(positions)
     total, count = Bert().loss(model, tokens, mask)
     assert count == 3
     assert float(total) == pytest.approx(expected, abs=1e-10)
@@ -80,7 +80,7 @@ def test_classification_adds_the_weighted_generative_loss() -> None:
     assert joint == pytest.approx(expected + 0.5 * generative, rel=1e-6)
 
 
-def test_classification_of_masked_images_adds_the_loss_of_their_masked_places() -> None:
+def test_classification_of_masked_images_adds_the_loss_of_their_masked_pixels() -> None:
     model = random_model(objective="bert", class_names=("a", "b", "c"))
     tokens, labels = torch.randint(0, 7, (4, 16)), torch.tensor([0, 2, 1, 2])
     mask = torch.from_numpy(sample_masks((4, 16), 0.3, np.random.default_rng(1)))

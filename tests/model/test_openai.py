@@ -56,7 +56,7 @@ def refusal(call, *arguments, **options):
     return str(caught.value)
 
 
-# The graph, from OpenAI's definitions, in float64 (B batch, n places, D width, H heads, K head
+# The graph, from OpenAI's definitions, in float64 (B batch, n positions, D width, H heads, K head
 # width).
 
 
@@ -506,7 +506,7 @@ PUBLISHED = {
 
 
 def published_shapes(size, objective, resolution=32):
-    """The variables of a released checkpoint, as its graph names and shapes them (openai/image-gpt, src/model.py)."""
+    """Return the names and shapes of a released checkpoint (openai/image-gpt, src/model.py)."""
     layers, width, heads, _ = PUBLISHED[size]
     shapes = {
         "wte": (512, width),
@@ -527,7 +527,7 @@ def published_shapes(size, objective, resolution=32):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_index_of_a_published_size(tmp_path, size, objective):
-    """Read from an index as the released ones are; the data, gigabytes of them, need not be there for that."""
+    """Read the configuration from an index alone, without gigabytes of data."""
     layers, width, heads, millions = PUBLISHED[size]
     shapes = published_shapes(size, objective)
     slots = {
@@ -573,7 +573,10 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
     done = igpt("evaluate", "igpt-s", "imagenet")
     assert done.returncode == 0, done.stderr
     assert "6.2383 nats/pixel, 9.0000 bits/pixel, over 1 test images of imagenet" in done.stdout
-    said = "published for igpt-s: 2.0895 nats/pixel; this one does not agree within four digits (difference +4.1488)"
+    said = (
+        "published for igpt-s: 2.0895 nats/pixel; "
+        "this one does not agree within four digits (difference +4.1488)"
+    )
     assert said in done.stdout
     told = json.loads((tmp_path / "published.json").read_text())["published"]
     assert (told["agrees"], told["model"]) == (False, "igpt-s")

@@ -1,4 +1,4 @@
-"""The precision "auto" follows from the processor's instructions, and from nothing that another process can change."""
+"""The precision "auto" depends on the processor's instructions alone."""
 
 from collections.abc import Iterator, Mapping
 
@@ -49,7 +49,7 @@ def test_auto_is_bf16_with_the_instructions(monkeypatch: pytest.MonkeyPatch) -> 
     assert resolve_precision("auto", CPU) == "bf16"
 
 
-def test_nothing_is_measured_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> float:
         raise AssertionError("a measurement depends on what else runs")
 
@@ -57,6 +57,6 @@ def test_nothing_is_measured_to_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("auto", CPU) in ("bf16", "fp32")
 
 
-def test_what_is_asked_for_is_taken() -> None:
+def test_an_explicit_precision_is_kept() -> None:
     assert resolve_precision("fp32", CPU) == "fp32"
     assert resolve_precision("bf16", CPU) == "bf16"

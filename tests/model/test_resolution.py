@@ -1,4 +1,4 @@
-"""Position embeddings interpolated to another resolution: the same at their own, ramps stay ramps, up and down."""
+"""Interpolation of position embeddings to another resolution."""
 
 import math
 
@@ -19,7 +19,7 @@ def model_of(resolution: int, **changes: object) -> ImageGPT:
 
 
 def centres(resolution: int) -> Tensor:
-    """Where the middles of pixels lie in an image of side 1."""
+    """Return the centres of pixels in an image of side 1."""
     return (torch.arange(resolution) + 0.5) / resolution
 
 
@@ -32,7 +32,7 @@ def kernel(x: float) -> float:
 
 
 def weights(old: int, new: int) -> Tensor:
-    """Of every old place of a row in every new one [new, old], written out; to shrink, the kernel widens."""
+    """Return the weight of every old pixel of a row in every new one, [new, old]."""
     width = max(1.0, old / new)
     rows = []
     for place in range(new):
@@ -46,7 +46,7 @@ def weights(old: int, new: int) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("resolution", [1, 2, 7, 8, 32])
-def test_its_own_resolution_changes_no_bit(resolution: int, dtype: torch.dtype) -> None:
+def test_the_same_resolution_changes_no_bit(resolution: int, dtype: torch.dtype) -> None:
     model = (
         model_of(resolution, class_names=("a", "b"), objective="bert", bias=True).to(dtype).eval()
     )
@@ -60,7 +60,7 @@ def test_its_own_resolution_changes_no_bit(resolution: int, dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("old", "new"), [(8, 16), (8, 12), (16, 8), (12, 8), (7, 5), (3, 10), (32, 48)]
 )
-def test_places_are_weighted_by_the_kernel_of_both_axes(old: int, new: int) -> None:
+def test_positions_are_weighted_by_the_kernel_of_both_axes(old: int, new: int) -> None:
     model = model_of(old).double()
     one = weights(old, new)
     expected = torch.einsum(
@@ -72,7 +72,7 @@ def test_places_are_weighted_by_the_kernel_of_both_axes(old: int, new: int) -> N
 
 @pytest.mark.parametrize(("old", "new"), [(8, 16), (8, 12), (16, 8), (12, 8), (32, 48)])
 def test_a_ramp_stays_a_ramp(old: int, new: int) -> None:
-    """The first two embeddings are the height and the breadth at which a place lies, out of the border's reach."""
+    """The first two embeddings are row and column; borders are not compared."""
     model = model_of(old)
     rows, columns = torch.meshgrid(centres(old), centres(old), indexing="ij")
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_a_ramp_stays_a_ramp(old: int, new: int) -> None:
 
 
 @pytest.mark.parametrize("resolution", [4, 12])
-def test_it_is_a_model_of_the_new_resolution_that_trains(resolution: int) -> None:
+def test_the_changed_model_trains(resolution: int) -> None:
     model = model_of(8)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     changed = at_resolution(model, resolution)

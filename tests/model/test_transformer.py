@@ -1,4 +1,4 @@
-"""What the transformer promises: who sees whom, its initial weights, its published sizes, its layers' features."""
+"""The transformer: which pixels influence which, initial weights, sizes, features."""
 
 import math
 
@@ -16,7 +16,7 @@ from igpt.model.transformer import ImageGPT, attention
 
 
 def random_model(seed: int, **settings: object) -> ImageGPT:
-    """A float64 model whose every weight is random: a fresh one has a zero output matrix and sees nothing."""
+    """Return a float64 model with random weights; a new one has a zero output matrix."""
     shape = {"resolution": 4, "n_colors": 11, "n_layer": 2, "n_embd": 24, "n_head": 3}
     model = ImageGPT(ModelConfig.model_validate({**shape, **settings})).double()
     generator = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ def random_tokens(model: ImageGPT, seed: int, images: int) -> Tensor:
 
 
 def influence(model: ImageGPT, pixels: list[int], mask: Tensor | None = None) -> Tensor:
-    """Row i, column j: how much changing pixel pixels[i] changes the logits of place j at most."""
+    """Return at [i, j] the largest change of pixel j's logits when pixels[i] changes."""
     tokens = random_tokens(model, 1, 1).repeat(len(pixels), 1)
     changed = tokens.clone()
     rows = torch.arange(len(pixels))
@@ -59,7 +59,7 @@ def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(resolution
 
 
 @pytest.mark.parametrize("resolution", [4, 17])
-def test_bert_sees_all_but_the_masked_places(resolution: int) -> None:
+def test_bert_sees_all_but_the_masked_pixels(resolution: int) -> None:
     model = random_model(3, resolution=resolution, objective="bert")
     n = model.config.n_pixels
     pixels = list(range(n)) if n < 100 else [0, 1, 2, 3, 143, 144, 287, 288]
@@ -72,13 +72,13 @@ def test_bert_sees_all_but_the_masked_places(resolution: int) -> None:
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("places", [1, 9, 64])
-def test_both_ways_to_attend_agree(places: int, causal: bool) -> None:
+@pytest.mark.parametrize("positions", [1, 9, 64])
+def test_plain_and_fused_attention_agree(positions: int, causal: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     q, k, v = torch.randn(
-        3, 2, 3, places, 8, dtype=torch.float64, generator=generator
+        3, 2, 3, positions, 8, dtype=torch.float64, generator=generator
     ).requires_grad_()
-    upstream = torch.randn(2, 3, places, 8, dtype=torch.float64, generator=generator)
+    upstream = torch.randn(2, 3, positions, 8, dtype=torch.float64, generator=generator)
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
     ours = plain_attention(q, k, v, causal)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
@@ -90,10 +90,10 @@ def test_both_ways_to_attend_agree(places: int, causal: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("places", [256, 257])
-def test_attention_is_the_same_whichever_way_is_taken(places: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("positions", [256, 257])
+def test_attention_is_the_same_on_both_code_paths(positions: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(5)
-    q, k, v = torch.randn(3, 2, 3, places, 8, generator=generator).to(dtype).requires_grad_()
+    q, k, v = torch.randn(3, 2, 3, positions, 8, generator=generator).to(dtype).requires_grad_()
     expected = plain_attention(*(part.double() for part in (q, k, v)), True)
     tolerance = 1e-12 if dtype == torch.float64 else 0.03
     torch.testing.assert_close(attention(q, k, v, True).double(), expected, rtol=0, atol=tolerance)

@@ -1,6 +1,6 @@
-"""Variants of the model, together and apart: against NumPy, step by step, read back, at other sizes.
+"""Variants, together and apart: against NumPy, decoded, saved, at other resolutions.
 
-B batch, T places, D width, H heads, K head width, R resolution.
+B batch, T positions, D width, H heads, K head width, R resolution.
 """
 
 import json
@@ -43,7 +43,7 @@ def config_of(variant: dict[str, Any], **more: Any) -> ModelConfig:
 
 
 def random_model(variant: dict[str, Any], **more: Any) -> ImageGPT:
-    """A float64 model whose every weight is random."""
+    """Return a float64 model with random weights."""
     model = ImageGPT(config_of(variant, **more), PALETTE).double().eval()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
@@ -70,7 +70,7 @@ def norm(x: Array) -> Array:
 
 
 def turned(x: Array, resolution: int) -> Array:
-    """[T, K]: number p of a half goes with number p + K/4."""
+    """Rotate x [T, K]: number p of a half is paired with number p + K/4."""
     quarter = x.shape[1] // 4
     result = np.empty_like(x)
     for place in range(len(x)):
@@ -84,7 +84,7 @@ def turned(x: Array, resolution: int) -> Array:
 
 
 def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
-    """Of one image, [T, V]."""
+    """Return the logits of one image, [T, V]."""
     config = model.config
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     bert = config.objective == "bert"
@@ -123,20 +123,20 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
 def test_against_a_plain_computation(variant: dict[str, Any], objective: str) -> None:
     model = random_model(variant, objective=objective)
     tokens = random_tokens(model, 2)
-    for places in (25, 13):
+    for positions in (25, 13):
         with torch.no_grad():
-            logits = model(tokens[:, :places]).numpy()
+            logits = model(tokens[:, :positions]).numpy()
         for image in range(2):
-            expected = plain_logits(model, tokens[image, :places].numpy())
+            expected = plain_logits(model, tokens[image, :positions].numpy())
             np.testing.assert_allclose(logits[image], expected, rtol=0, atol=1e-11)
 
 
-def test_a_turned_product_depends_on_the_offset_alone() -> None:
+def test_rotated_products_depend_on_the_offset_alone() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
-    places = torch.arange(49)
-    rotated_k = apply_rope_2d(k.expand(49, 8), places, 7)
-    scores = apply_rope_2d(q.expand(49, 8), places, 7) @ rotated_k.T
+    positions = torch.arange(49)
+    rotated_k = apply_rope_2d(k.expand(49, 8), positions, 7)
+    scores = apply_rope_2d(q.expand(49, 8), positions, 7) @ rotated_k.T
     grid = scores.reshape(7, 7, 7, 7)  # row, column of the query; of the key
     found = {}
     for at in np.ndindex(7, 7, 7, 7):
@@ -164,7 +164,7 @@ def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(
 
 @pytest.mark.parametrize("prefix", [0, 1, 12])
 @all_variants
-def test_cached_logits_equal_the_full_forward_at_every_place(
+def test_cached_logits_equal_the_full_forward_at_every_position(
     variant: dict[str, Any], prefix: int
 ) -> None:
     model = random_model(variant)
@@ -179,7 +179,7 @@ def test_cached_logits_equal_the_full_forward_at_every_place(
 
 
 @all_variants
-def test_drawing_in_bf16(variant: dict[str, Any]) -> None:
+def test_sampling_in_bf16(variant: dict[str, Any]) -> None:
     model = random_model(variant).float()
     tokens = random_tokens(model, 2)
     drawn = complete(model, tokens, 2, precision="bf16", seed=1)
@@ -188,7 +188,7 @@ def test_drawing_in_bf16(variant: dict[str, Any]) -> None:
 
 
 @all_variants
-def test_a_bert_variant_fills(variant: dict[str, Any]) -> None:
+def test_a_bert_variant_completes(variant: dict[str, Any]) -> None:
     model = random_model(variant, objective="bert")
     tokens = random_tokens(model, 2)
     drawn = complete(model, tokens, 2, rounds=3, precision="fp32")
@@ -227,7 +227,7 @@ def test_parameters_are_those_counted(variant: dict[str, Any], more: dict[str, A
     "more", [{}, {"objective": "bert", "class_names": ("a", "b"), "bias": True}], ids=str
 )
 @all_variants
-def test_what_is_written_is_read(
+def test_a_saved_variant_is_read(
     variant: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
     model = random_model(variant, **more)
@@ -277,7 +277,7 @@ def test_removed_variants_that_are_off_are_accepted(tmp_path: Path) -> None:
     assert ImageGPT.from_pretrained(tmp_path, dtype=torch.float64).config == model.config
 
 
-def test_the_papers_model_says_nothing_of_variants() -> None:
+def test_the_papers_config_has_no_variants() -> None:
     hub = config_of({}).to_hub()
     assert (hub["model_type"], hub["activation_function"]) == ("imagegpt", "quick_gelu")
     assert hub["igpt"] == {"objective": "autoregressive", "resolution": 5}
@@ -295,12 +295,12 @@ def test_another_resolution_and_a_class_head(variant: dict[str, Any]) -> None:
     assert torch.equal(same(random_tokens(model, 2)), model(random_tokens(model, 2)))
 
 
-def test_heads_whose_quarters_are_not_whole_do_not_turn() -> None:
+def test_rotary_heads_must_be_divisible_by_four() -> None:
     with pytest.raises(InputError, match="its width of 6 is not divisible by 4"):
         config_of(APART["rotary"], n_head=4)
 
 
-def test_initial_mixes_are_halves_and_change_no_other_draw() -> None:
+def test_initial_mixes_are_halves_and_change_no_other_weights() -> None:
     models = []
     for variant in ({}, APART["value_residual"]):
         torch.manual_seed(4)
@@ -312,7 +312,7 @@ def test_initial_mixes_are_halves_and_change_no_other_draw() -> None:
 
 
 def test_embeddings_from_the_palette() -> None:
-    """Linear in the colours, as large as the usual ones, and for each seed their own."""
+    """They are linear in the colours, have the usual size, and depend on the seed."""
     palette = Palette.from_centers(np.random.default_rng(5).uniform(-1, 1, (300, 3)))
     config = config_of({}, n_colors=300, n_embd=96)
     drawn = []

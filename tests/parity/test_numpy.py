@@ -1,6 +1,6 @@
 """ImageGPT against a forward pass written in NumPy from the paper's description alone, in float64.
 
-B batch, T places, D width, H heads, K head width, V colours, L layers, C classes.
+B batch, T positions, D width, H heads, K head width, V colours, L layers, C classes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def reference_mlp(x: Array, weights: dict[str, Array], name: str) -> Array:
 def reference_embedding(
     tokens: Tokens, weights: dict[str, Array], objective: str, mask: npt.NDArray[np.bool_] | None
 ) -> Array:
-    """Autoregressive: sos, then tokens 1 .. T-1. BERT: the tokens, masked ones as zeros. Positions are added last."""
+    """Autoregressive: sos, then tokens 1 .. T-1. BERT: the tokens, with zeros where masked."""
     colours, sos = weights["transformer.wte.weight"][:-1], weights["transformer.wte.weight"][-1]
     embedded = colours[tokens]  # (B, T, D)
     if objective == "autoregressive":
@@ -86,7 +86,7 @@ def reference_features(
     objective: str,
     mask: npt.NDArray[np.bool_] | None = None,
 ) -> list[Array]:
-    """The normalised input of every attention block, then the final norm's output: L + 1 arrays of (B, T, D)."""
+    """Return the normalized input of every block, then the final norm's output: (B, T, D)."""
     x = reference_embedding(tokens, weights, objective, mask)
     features = []
     layer = 0
@@ -114,7 +114,7 @@ def reference_class_logits(features: list[Array], weights: dict[str, Array]) -> 
 
 
 def reference_nats(logits: Array, targets: Tokens) -> Array:
-    """Cross-entropy at every place, (B, T)."""
+    """Return the cross-entropy at every position, (B, T)."""
     highest = logits.max(axis=-1, keepdims=True)
     log_total = np.log(np.exp(logits - highest).sum(axis=-1)) + highest[..., 0]
     return log_total - np.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
@@ -125,7 +125,7 @@ def reference_autoregressive_loss(logits: Array, tokens: Tokens) -> float:
 
 
 def reference_bert_loss(logits: Array, tokens: Tokens, mask: npt.NDArray[np.bool_]) -> float:
-    """Mean over the masked places of an image, then over images."""
+    """Return the mean over the masked pixels of an image, then over images."""
     nats = reference_nats(logits, tokens)
     return float(
         np.mean(
@@ -143,7 +143,7 @@ def reference_bert_loss(logits: Array, tokens: Tokens, mask: npt.NDArray[np.bool
 def random_model(
     seed: int, **settings: object
 ) -> tuple[ImageGPT, dict[str, Array], np.random.Generator]:
-    """A float64 model whose every weight is random, gains and biases too, and the same weights for the reference."""
+    """Return a float64 model with random weights, and the same weights for the reference."""
     generator = np.random.default_rng(seed)
     shape = {"resolution": 4, "n_colors": 11, "n_layer": 3, "n_embd": 24, "n_head": 3}
     model = ImageGPT(ModelConfig.model_validate({**shape, **settings})).double()
@@ -158,9 +158,9 @@ def random_model(
 
 
 def random_tokens(
-    model: ImageGPT, generator: np.random.Generator, images: int, places: int
+    model: ImageGPT, generator: np.random.Generator, images: int, positions: int
 ) -> Tokens:
-    return generator.integers(0, model.config.n_colors, (images, places))
+    return generator.integers(0, model.config.n_colors, (images, positions))
 
 
 def assert_same(
@@ -183,29 +183,29 @@ def assert_same(
     np.testing.assert_allclose(logits.numpy(), reference_logits(expected, weights), **TOLERANCE)
 
 
-@pytest.mark.parametrize("places", [16, 7, 1])
+@pytest.mark.parametrize("positions", [16, 7, 1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_autoregressive_logits_and_features(bias: bool, places: int) -> None:
+def test_autoregressive_logits_and_features(bias: bool, positions: int) -> None:
     model, weights, generator = random_model(1, bias=bias)
-    assert_same(model, weights, random_tokens(model, generator, 3, places))
+    assert_same(model, weights, random_tokens(model, generator, 3, positions))
 
 
-@pytest.mark.parametrize("places", [16, 7])
+@pytest.mark.parametrize("positions", [16, 7])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_bert_logits_and_features(bias: bool, masked: bool, places: int) -> None:
+def test_bert_logits_and_features(bias: bool, masked: bool, positions: int) -> None:
     model, weights, generator = random_model(2, bias=bias, objective="bert")
-    tokens = random_tokens(model, generator, 3, places)
+    tokens = random_tokens(model, generator, 3, positions)
     assert_same(model, weights, tokens, generator.random(tokens.shape) < 0.4 if masked else None)
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
-@pytest.mark.parametrize("places", [256, 257, 289])
-def test_long_sequences(objective: str, places: int) -> None:
-    """A CPU computes plain attention up to 256 places and the fused kernel's beyond."""
+@pytest.mark.parametrize("positions", [256, 257, 289])
+def test_long_sequences(objective: str, positions: int) -> None:
+    """A CPU may use plain attention up to 256 positions, and the fused kernel beyond."""
     settings = {"resolution": 17, "n_layer": 2, "n_embd": 16, "n_head": 2, "objective": objective}
     model, weights, generator = random_model(3, **settings)
-    tokens = random_tokens(model, generator, 2, places)
+    tokens = random_tokens(model, generator, 2, positions)
     assert_same(
         model,
         weights,
@@ -223,7 +223,7 @@ def test_autoregressive_loss() -> None:
     assert total.item() / count == pytest.approx(expected, abs=1e-9)
 
 
-def test_bert_loss_weighs_images_alike_whatever_their_masks() -> None:
+def test_bert_loss_weights_images_equally() -> None:
     model, weights, generator = random_model(5, objective="bert")
     tokens = random_tokens(model, generator, 3, 16)
     mask = np.arange(16) < np.array([1, 5, 16])[:, None]

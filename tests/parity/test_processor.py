@@ -1,4 +1,4 @@
-"""Tokens against transformers' own ImageGPT image processor, on photographs at the model's resolution."""
+"""Tokens against transformers' ImageGPT image processor, on photographs."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from igpt.data.images.palette import Palette
 
 
 def test_the_processor_gives_the_same_tokens(small_images: NDArray[np.uint8]) -> None:
-    """Where its rounding makes near ties differ, ours is the nearer colour by exact distances."""
+    """Where its rounding makes near ties differ, igpt takes the nearer colour."""
     photographs = small_images[:64]
     palette = Palette(512).fit(photographs)
     processor = ImageGPTImageProcessor(
@@ -21,11 +21,11 @@ def test_the_processor_gives_the_same_tokens(small_images: NDArray[np.uint8]) ->
         processor(list(photographs), input_data_format="channels_last")["input_ids"]
     )
     ours = palette.transform(photographs)
-    places = ours != theirs.reshape(ours.shape)
-    assert places.sum() <= 3
+    positions = ours != theirs.reshape(ours.shape)
+    assert positions.sum() <= 3
     points = (palette.centers_.astype(np.float64) + 1) * 127.5
     for pixel, mine, other in zip(
-        photographs[places], ours[places], theirs.reshape(ours.shape)[places], strict=True
+        photographs[positions], ours[positions], theirs.reshape(ours.shape)[positions], strict=True
     ):
         distance = [((pixel - points[token]) ** 2).sum() for token in (mine, other)]
         assert distance[0] <= distance[1] < distance[0] + 1e-2

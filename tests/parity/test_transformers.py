@@ -1,4 +1,4 @@
-"""ImageGPT against transformers' own: weights travel both ways and the logits stay, in float64.
+"""ImageGPT against transformers: weights are converted both ways, the logits are equal.
 
 transformers' model does not shift: it is fed the start-of-sequence token and the pixels but the
 last.
@@ -37,7 +37,7 @@ TOLERANCE = {"rtol": 0, "atol": 1e-9}
 
 
 def randomize(model: nn.Module, seed: int) -> None:
-    """Random float64 for every parameter: gains and biases too, which fresh models hold at 1 and 0."""
+    """Set every parameter to random float64 values, gains and biases too."""
     generator = torch.Generator().manual_seed(seed)
     model.double().eval()
     for name, parameter in model.named_parameters():
@@ -54,7 +54,7 @@ def random_tokens(seed: int, images: int = 3) -> Tensor:
 
 
 def shifted(tokens: Tensor) -> Tensor:
-    """What transformers' model is to be fed: sos, x1 .. x(n-1)."""
+    """Return the input that transformers' model needs: sos, x1 .. x(n-1)."""
     return torch.cat([torch.full((len(tokens), 1), N_COLORS), tokens[:, :-1]], dim=1)
 
 
@@ -91,7 +91,7 @@ def assert_same(ours: ImageGPT, theirs: ImageGPTForCausalImageModeling) -> None:
 
 
 @pytest.mark.parametrize("max_shard_size", ["1GB", "10KB"])
-def test_what_transformers_saves_loads(
+def test_models_saved_by_transformers_load(
     hub_model: ImageGPTForCausalImageModeling, max_shard_size: str, tmp_path: Path
 ) -> None:
     hub_model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
@@ -156,7 +156,7 @@ def test_biases_of_zero_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
+def test_models_saved_by_igpt_load_in_transformers(bias: bool, tmp_path: Path) -> None:
     config = ModelConfig(
         resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3, bias=bias
     )
@@ -173,7 +173,7 @@ def test_what_we_save_loads_in_transformers(bias: bool, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("biases", ["zero", "one", "all"])
 def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -> None:
-    """From a model with dropout in its configuration, as theirs have it by default; one bias alone is kept with all."""
+    """From a model with dropout in its configuration; all biases are kept if one is not zero."""
     theirs = ImageGPTForCausalImageModeling(hub_config())
     randomize(theirs, seed=9)
     for name, parameter in theirs.named_parameters():
@@ -199,8 +199,8 @@ def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("given", [0, 5])
-def test_both_draw_the_same_images(given: int, tmp_path: Path) -> None:
-    """From the start token and from a prefix, the likeliest colour at every place, in one precision."""
+def test_both_generate_the_same_images(given: int, tmp_path: Path) -> None:
+    """From the start token and from a prefix, with the likeliest colour of every pixel."""
     ours = ImageGPT(
         ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=N_LAYER, n_embd=24, n_head=3)
     )
@@ -219,7 +219,7 @@ def test_both_draw_the_same_images(given: int, tmp_path: Path) -> None:
 
 
 def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageClassification]:
-    """A random classifier of ours, and what transformers reads from its directory."""
+    """Return a random classifier, and the model that transformers reads from its directory."""
     config = ModelConfig(
         resolution=RESOLUTION,
         n_colors=N_COLORS,
@@ -257,16 +257,16 @@ def test_classifier_loads_in_transformers_and_agrees_when_it_is_fed_the_start(
         )
 
 
-def test_their_processors_tokens_give_their_classifier_something_else(tmp_path: Path) -> None:
-    """Their image processor gives the pixels unshifted and without the start: every pixel stands at a wrong place."""
+def test_unshifted_tokens_give_other_logits(tmp_path: Path) -> None:
+    """transformers' image processor gives the pixels unshifted and without a start token."""
     ours, theirs = classifier(tmp_path, "autoregressive")
     tokens = random_tokens(seed=7)
     with torch.no_grad():
         assert (class_logits(ours, tokens) - theirs(tokens).logits).abs().max() > 0.1
 
 
-def test_a_bert_classifier_is_none_of_theirs(tmp_path: Path) -> None:
-    """transformers has no ImageGPT without the causal mask: it reads the directory and gives noise."""
+def test_transformers_computes_bert_classifiers_wrongly(tmp_path: Path) -> None:
+    """transformers has no ImageGPT without a causal mask: its output is noise."""
     ours, theirs = classifier(tmp_path, "bert")
     tokens = random_tokens(seed=7)
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_a_bert_classifier_is_none_of_theirs(tmp_path: Path) -> None:
             assert (class_logits(ours, tokens) - theirs(fed).logits).abs().max() > 0.1
 
 
-def test_their_classifier_is_refused_for_want_of_a_generative_head(tmp_path: Path) -> None:
+def test_a_classifier_without_a_generative_head_is_refused(tmp_path: Path) -> None:
     ImageGPTForImageClassification(hub_config(num_labels=3)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lm_head\.weight is missing"):
         ImageGPT.from_pretrained(tmp_path)
@@ -292,9 +292,7 @@ def test_their_classifier_is_refused_for_want_of_a_generative_head(tmp_path: Pat
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_variants_that_we_do_not_compute_are_refused(
-    change: dict[str, Any], tmp_path: Path
-) -> None:
+def test_unsupported_settings_are_refused(change: dict[str, Any], tmp_path: Path) -> None:
     ImageGPTForCausalImageModeling(hub_config(**change)).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=rf"config\.json has {next(iter(change))} = "):
         ImageGPT.from_pretrained(tmp_path)
@@ -318,7 +316,7 @@ def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
 
 
 class ShiftedProcessor(ImageGPTImageProcessor):
-    """Their image processor, and what their models are to be fed: docs/hub.md."""
+    """transformers' image processor with a shift, as in docs/hub.md."""
 
     def __call__(self, images: Any, **options: Any) -> Any:
         found = super().__call__(images, **options)
@@ -329,7 +327,7 @@ class ShiftedProcessor(ImageGPTImageProcessor):
 
 
 def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Path) -> None:
-    """As they are, they feed every pixel at the wrong place: other classes' probabilities, other features."""
+    """Without the shift they give other probabilities and features."""
     ours, _ = classifier(tmp_path, "autoregressive")
     assert ours.palette is not None
     pixels = np.random.default_rng(12).integers(

@@ -61,7 +61,7 @@ def merge(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("old", ["20KB", "1GB"])
 @pytest.mark.parametrize("new", ["60KB", "1GB"])
-def test_of_an_older_and_a_newer_save_in_one_folder_we_read_what_transformers_reads(
+def test_of_several_saves_in_one_folder_the_same_is_read_as_in_transformers(
     old: str, new: str, tmp_path: Path
 ) -> None:
     """In particular, model.safetensors comes before an index that is there too."""
@@ -95,7 +95,7 @@ def split(path: Path, names: tuple[str, ...]) -> dict[str, str]:
         (("first.bin", "second.bin"), "pytorch_model.bin.index.json"),
     ],
 )
-def test_parts_of_any_name_are_found(names: tuple[str, ...], index: str, tmp_path: Path) -> None:
+def test_files_of_any_name_are_found(names: tuple[str, ...], index: str, tmp_path: Path) -> None:
     tensors = save(tmp_path, 3)
     write_index(tmp_path, split(tmp_path, names), index)
     ours = assert_same_logits(tmp_path)
@@ -138,7 +138,7 @@ def test_the_file_that_config_json_names_is_read(tmp_path: Path) -> None:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A model in two parts, and the index's map."""
+    """Return a model in two files, and the index's map."""
     path = tmp_path / "model"
     save(path, 5)
     weight_map = split(path, ("first.safetensors", "second.safetensors"))
@@ -154,13 +154,13 @@ def refusal(path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_part_that_is_not_there_is_named(parts: tuple[Path, dict[str, str]]) -> None:
+def test_a_missing_file_is_named(parts: tuple[Path, dict[str, str]]) -> None:
     path, _ = parts
     (path / "second.safetensors").unlink()
     assert refusal(path) == f"{path}: second.safetensors, which {INDEX} names, is missing"
 
 
-def test_a_tensor_that_is_not_in_its_part_is_named(parts: tuple[Path, dict[str, str]]) -> None:
+def test_a_tensor_that_is_not_in_its_file_is_named(parts: tuple[Path, dict[str, str]]) -> None:
     path, weight_map = parts
     name = "transformer.wpe.weight"
     other = next(file for file in set(weight_map.values()) if file != weight_map[name])
@@ -170,7 +170,7 @@ def test_a_tensor_that_is_not_in_its_part_is_named(parts: tuple[Path, dict[str, 
     assert f"transformer.more is not in {other}" in refusal(path)
 
 
-def test_a_tensor_in_two_parts_is_named(parts: tuple[Path, dict[str, str]]) -> None:
+def test_a_tensor_in_two_files_is_named(parts: tuple[Path, dict[str, str]]) -> None:
     path, _ = parts
     first, second = (load_file(path / f"{name}.safetensors") for name in ("first", "second"))
     name = sorted(first)[0]

@@ -26,7 +26,7 @@ def random_model(objective: str = "autoregressive", bias: bool = False) -> Image
 def logits_by_steps(
     model: ImageGPT, tokens: torch.Tensor, prefix: int, precision: Precision
 ) -> torch.Tensor:
-    """What the decoder says of the places from `prefix` on, [B, n - prefix, V]."""
+    """Return the decoder's logits at the positions from `prefix` on, [B, n - prefix, V]."""
     sequence = torch.cat([torch.full((len(tokens), 1), model.config.n_colors), tokens], 1)
     said = []
     decoder = Decoder(model, len(tokens), precision)
@@ -38,7 +38,7 @@ def logits_by_steps(
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("prefix", [0, 1, 17, 35])
-def test_cached_logits_equal_the_full_forward_at_every_place(prefix: int, bias: bool) -> None:
+def test_cached_logits_equal_the_full_forward_at_every_position(prefix: int, bias: bool) -> None:
     model = random_model(bias=bias)
     tokens = torch.randint(0, 11, (3, 36))
     found = logits_by_steps(model, tokens, prefix, "fp32")
@@ -62,7 +62,7 @@ def test_cached_logits_are_as_near_as_the_precision_allows(
 
 
 def test_captured_steps_read_more_of_the_cache_than_is_filled() -> None:
-    """As on a GPU: a wider span with a mask is the same to the bit of rounding."""
+    """As on a GPU: a wider span with a mask gives the same logits but for rounding."""
     model = random_model()
     tokens = torch.randint(0, 11, (2, 36))
     decoder = Decoder(model, 2)
@@ -75,7 +75,7 @@ def test_captured_steps_read_more_of_the_cache_than_is_filled() -> None:
     )
 
 
-def test_a_draw_depends_on_its_seed_and_number_alone() -> None:
+def test_samples_depend_on_seed_and_number_alone() -> None:
     model = random_model()
     originals, known = torch.randint(0, 11, (5, 36)), torch.arange(36) < 12
     *_, together = generate(model, originals, known, seed=3, precision="fp32")
@@ -85,7 +85,7 @@ def test_a_draw_depends_on_its_seed_and_number_alone() -> None:
 
 
 @pytest.mark.parametrize("by", ["row", "pixel"])
-def test_images_come_as_they_are_drawn(by: str) -> None:
+def test_images_are_yielded_step_by_step(by: str) -> None:
     model, originals = random_model(), torch.randint(0, 11, (2, 36))
     steps = list(generate(model, originals, torch.arange(36) < 15, by=by, seed=1))
     assert [int(step.known[0].sum()) for step in steps] == (
@@ -108,7 +108,7 @@ def test_known_pixels_anywhere_and_of_each_image_are_kept_and_seen_by_those_afte
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
-def test_many_images_are_drawn_in_several_batches(
+def test_many_images_are_generated_in_several_batches(
     objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, originals = random_model(objective), torch.randint(0, 11, (5, 36))
@@ -141,7 +141,7 @@ def test_many_images_are_drawn_in_several_batches(
 @pytest.mark.parametrize(
     "settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.7}], ids=str
 )
-def test_captured_steps_draw_what_the_processor_draws(settings: dict[str, float]) -> None:
+def test_captured_steps_give_the_samples_of_the_cpu(settings: dict[str, float]) -> None:
     torch.manual_seed(0)
     shape = {
         "resolution": 14,
@@ -149,7 +149,7 @@ def test_captured_steps_draw_what_the_processor_draws(settings: dict[str, float]
         "n_layer": 3,
         "n_embd": 24,
         "n_head": 3,
-    }  # 196 places: four captures
+    }  # 196 positions: four captures
     model = ImageGPT(ModelConfig.layered(shape)).double()
     originals, known = torch.randint(0, 11, (3, 196)), torch.arange(196) < 20
     expected = complete(model, originals, known, precision="fp32", **settings)
@@ -171,14 +171,14 @@ def test_top_k_takes_no_more_of_equal_colours() -> None:
     assert len(choose(logits, uniform, 1.0, 2, None).unique()) == 2
 
 
-def test_weights_that_break_later_are_seen() -> None:
+def test_weights_that_break_later_are_refused() -> None:
     model = random_model()
     torch.nn.init.constant_(model.wpe.weight[30], torch.nan)
     with pytest.raises(InputError, match="weights are broken"):
         complete(model, torch.zeros(1, 36, dtype=torch.long), 2)
 
 
-def test_broken_weights_draw_nothing() -> None:
+def test_broken_weights_are_refused_at_once() -> None:
     for objective in ("autoregressive", "bert"):
         model = random_model(objective)
         torch.nn.init.constant_(model.lm_head.weight, torch.nan)
@@ -200,7 +200,7 @@ def test_same_seed_same_images_and_another_seed_others() -> None:
     assert not torch.equal(sample(model, nothing, seed=5), sample(model, nothing, seed=6))
 
 
-def test_draws_follow_the_distribution() -> None:
+def test_samples_follow_the_distribution() -> None:
     logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(40_000, 4)
     uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -232,7 +232,7 @@ def test_completion_keeps_what_is_known(objective: str) -> None:
     assert torch.equal(drawn, complete(model, originals, 2, seed=1))
 
 
-def test_unknown_pixels_do_not_leak_into_the_filling() -> None:
+def test_unknown_pixels_do_not_influence_completions() -> None:
     model = random_model("bert")
     originals = torch.randint(0, 11, (2, 36))
     changed = originals.clone()
@@ -243,7 +243,7 @@ def test_unknown_pixels_do_not_leak_into_the_filling() -> None:
     assert torch.equal(filled[:, known], originals[:, known])
 
 
-def test_one_round_of_greedy_filling_is_one_forward_pass() -> None:
+def test_one_greedy_round_is_one_forward_pass() -> None:
     model = random_model("bert")
     originals, known = torch.randint(0, 11, (2, 36)), torch.arange(36) < 20
     filled = complete(model, originals, known, rounds=1, temperature=0, precision="fp32")
@@ -268,7 +268,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, float], said: str
         sample(random_model(), torch.empty(1, 0, dtype=torch.long), **settings)
 
 
-def test_objectives_are_not_mixed_up() -> None:
+def test_objectives_and_sizes_must_fit() -> None:
     with pytest.raises(InputError, match="trained as 'autoregressive'; this one is 'bert'"):
         sample(random_model("bert"), torch.empty(1, 0, dtype=torch.long))
     with pytest.raises(InputError, match=r"0\.\.6"):
