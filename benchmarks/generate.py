@@ -1,13 +1,13 @@
 """Generation speed of iGPT-S at 32 px, next to transformers' `generate` and a full pass per pixel.
 
-    python benchmarks/generate.py                              # CPU: batches 1 and 16, all 1,024 tokens
-    python benchmarks/generate.py --batches 1 64 256           # GPU
+    python benchmarks/generate.py                      # CPU: batches 1 and 16, all 1,024 tokens
+    python benchmarks/generate.py --batches 1 64 256   # GPU
 
-Weights are random, which changes no speed. Contenders take turns. The bound is the bytes that a step
-must read (weights and the cache so far) over the rate at which this machine reads memory, measured
-here. A full pass costs the same at every pixel (the released code runs all n of them), so that only a
-few are timed. transformers' cost per token is the mean over all its tokens, or with --most over the
-first tokens of both.
+Weights are random, which changes no speed. Contenders take turns. The bound is the bytes that a
+step must read (weights and the cache so far) over the rate at which this machine reads memory,
+measured here. A full pass costs the same at every pixel (the released code runs all n of them), so
+that only a few are timed. transformers' cost per token is the mean over all its tokens, or with
+--most over the first tokens of both.
 """
 
 import os

@@ -23,6 +23,7 @@ from igpt.model.transformer import ImageGPT
 from igpt.model.variants import apply_rope_2d
 from igpt.sampling.decoder import Decoder
 from igpt.sampling.sampler import complete, sample
+from igpt.training.pretrain import PretrainConfig
 
 APART: dict[str, dict[str, Any]] = {
     "rotary": {"positions": "rotary"},
@@ -275,6 +276,15 @@ def test_removed_variants_that_are_off_are_accepted(tmp_path: Path) -> None:
     config["igpt"] |= {"qk_norm": False, "activation": "quick_gelu"}
     path.write_text(json.dumps(config))
     assert ImageGPT.from_pretrained(tmp_path, dtype=torch.float64).config == model.config
+
+
+def test_a_run_with_a_removed_variant_is_refused(tmp_path: Path) -> None:
+    recorded = tmp_path / "config.yaml"
+    recorded.write_text("tokens: tokens/digits\nqk_norm: true\nactivation: quick_gelu\n")
+    with pytest.raises(InputError, match=r"config\.yaml has qk_norm = True, a variant that"):
+        PretrainConfig.load(recorded)
+    recorded.write_text("tokens: tokens/digits\nqk_norm: false\nactivation: quick_gelu\n")
+    assert PretrainConfig.load(recorded).faithful
 
 
 def test_the_papers_config_has_no_variants() -> None:

@@ -135,8 +135,8 @@ class Decoder:
     def advance(self, sequence: Tensor, write: Writer) -> None:
         """Read the next token of a sequence and have `write` write the one after it.
 
-        The sequence [B, n + 1] is the start token, then pixels. On a GPU, both arguments must be the
-        same in all calls.
+        The sequence [B, n + 1] is the start token, then pixels. On a GPU, both arguments must be
+        the same in all calls.
         """
         assert self.filled < self.model.config.n_pixels, "the images are complete"
 

@@ -31,7 +31,17 @@ _CACHE = 4 * 2**30  # bytes of keys and values at a time on a CPU
 
 
 class SamplingSettings(TypedDict, total=False):
-    """How colours are sampled; see `generate`."""
+    """How colours are sampled.
+
+    Attributes:
+        temperature: divides the logits; 1 by default, as in the paper; 0 takes the likeliest colour.
+        top_k: only the k likeliest colours.
+        top_p: only the likeliest colours that together reach this probability.
+        seed: image b is sampled by (seed, b), independently of other images; 0 by default.
+        rounds: number of steps (BERT models only); 16 by default.
+        precision: of matrix products and of the cache; by default "auto", which takes bf16 where
+            the processor has instructions for it.
+    """
 
     temperature: float
     top_k: int | None
@@ -39,6 +49,16 @@ class SamplingSettings(TypedDict, total=False):
     seed: int
     rounds: int
     precision: Precision | Literal["auto"]
+
+
+DEFAULTS: SamplingSettings = {
+    "temperature": 1.0,
+    "top_k": None,
+    "top_p": None,
+    "seed": 0,
+    "rounds": 16,
+    "precision": "auto",
+}
 
 
 class PartialImages(NamedTuple):
@@ -112,20 +132,15 @@ def choose(
     return (cumulative <= uniform[..., None] * cumulative[..., -1:]).sum(-1)
 
 
-def require_sampling_settings(
-    *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    rounds: int = 16,
-    precision: Precision | Literal["auto"] = "auto",
-) -> None:
-    """Check the settings of `generate`.
+def require_sampling_settings(**settings: Unpack[SamplingSettings]) -> SamplingSettings:
+    """Check the settings of `generate`, and return them with the defaults of those not given.
 
     Raises:
         InputError: a setting is out of its range.
     """
+    used: SamplingSettings = {**DEFAULTS, **settings}
+    temperature, seed, rounds = used["temperature"], used["seed"], used["rounds"]
+    top_k, top_p, precision = used["top_k"], used["top_p"], used["precision"]
     if not 0 <= seed < 2**63:
         raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
     if not (temperature >= 0 and math.isfinite(temperature)):
@@ -138,6 +153,7 @@ def require_sampling_settings(
         raise InputError(f"rounds must be at least 1, not {rounds}")
     if precision not in ("auto", *TYPES):
         raise InputError(f"the precision is auto, fp32 or bf16, not {precision!r}")
+    return used
 
 
 def generate(
@@ -146,13 +162,8 @@ def generate(
     known: Tensor,
     *,
     by: Literal["row", "pixel"] = "row",
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    rounds: int = 16,
-    precision: Precision | Literal["auto"] = "auto",
     first: int = 0,
+    **settings: Unpack[SamplingSettings],
 ) -> Iterator[PartialImages]:
     """Generate the unknown pixels of images, all in one batch, and yield the images step by step.
 
@@ -162,27 +173,14 @@ def generate(
         tokens: [B, n]; values at unknown pixels have no influence.
         known: bool [n] or [B, n]; these pixels are kept.
         by: yield after every row or every pixel (autoregressive models only).
-        temperature: see `choose`; by default plain sampling, as in the paper.
-        top_k: see `choose`.
-        top_p: see `choose`.
-        seed: image b is sampled by (seed, first + b), independently of the rest of the batch.
-        rounds: number of steps (BERT models only).
-        precision: of matrix products and of the cache; "auto" takes bf16 where the processor has
-            instructions for it.
         first: number of the first image.
+        settings: see `SamplingSettings`.
 
     Raises:
         InputError: a setting is out of its range, `tokens` do not fit the model, or the model's
             weights are broken.
     """
-    require_sampling_settings(
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        seed=seed,
-        rounds=rounds,
-        precision=precision,
-    )
+    used = require_sampling_settings(**settings)
     batch, n = tokens.shape
     config, device = model.config, model.device
     if n != config.n_pixels:
@@ -196,10 +194,10 @@ def generate(
     job = Job(
         tokens.to(device, torch.long).clone(),
         known.to(device).expand(batch, n),
-        [np.random.default_rng((seed, first + image)) for image in range(batch)],
-        partial(choose, temperature=temperature, top_k=top_k, top_p=top_p),
-        resolve_precision(precision, device),
-        rounds,
+        [np.random.default_rng((used["seed"], first + image)) for image in range(batch)],
+        partial(choose, temperature=used["temperature"], top_k=used["top_k"], top_p=used["top_p"]),
+        resolve_precision(used["precision"], device),
+        used["rounds"],
         1 if by == "pixel" else config.resolution,
     )
     sampler: Callable[[ImageGPT, Job], Iterator[PartialImages]]
