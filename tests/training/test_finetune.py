@@ -450,7 +450,7 @@ def test_few_labels_and_few_images_to_judge_by(
         ),
         (
             ["--labels-per-class", 2, "--fold-back"],
-            "--fold-back would add every validation label to the few",
+            "--fold-back would add all validation labels to --labels-per-class",
         ),
     ],
 )

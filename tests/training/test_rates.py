@@ -293,7 +293,7 @@ def test_of_equals_the_lower_rate_is_taken(
     ).read_bytes()
 
 
-def test_a_rate_that_diverges_is_out(
+def test_a_rate_that_diverges_is_not_selected(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     words = [
@@ -304,7 +304,7 @@ def test_a_rate_that_diverges_is_out(
     ]
     done = igpt(*words, "-o", tmp_path / "run", "--learning-rates", "1000", "1e-3")
     assert done.returncode == 0, done.stderr
-    assert "learning rate 1000.0 is out: " in done.stdout
+    assert "learning rate 1000.0 diverged: " in done.stdout
     result = result_of(tmp_path / "run")
     assert result["rates"][0] == {
         "learning_rate": 1000.0,
@@ -332,7 +332,8 @@ def test_weights_that_are_broken_never_win(
         config.model_copy(update={"learning_rates": (1e10, 1e-3)}), tmp_path / "run"
     )  # above the bound
     assert (
-        "learning rate 10000000000.0 is out: the validation error is nan" in capsys.readouterr().out
+        "learning rate 10000000000.0 diverged: the validation error is nan"
+        in capsys.readouterr().out
     )
     assert result_of(tmp_path / "run")["learning_rate"] == 1e-3
 

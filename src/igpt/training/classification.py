@@ -1,6 +1,6 @@
-"""What fine-tuning trains, feeds, validates and tests: a pretrained model with a class head.
+"""The classifier that is fine-tuned, its batches, its validation error and its test.
 
-B images of a batch, n places. A mask probability of 0 masks nothing.
+B images of a batch, n pixels. A mask probability of 0 masks nothing.
 """
 
 from pathlib import Path
@@ -22,14 +22,14 @@ from igpt.model.transformer import ImageGPT
 from igpt.statistics import accuracy_of, packed
 from igpt.training.distributed import World
 
-_MODAL_MASKS = 5  # paper, section 4.6
+_MODAL_MASKS = 5
 
 
 def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
-    """The model that is fine-tuned.
+    """Load the model to fine-tune.
 
     Raises:
-        InputError: it cannot be read, is broken, or has another palette than the data.
+        InputError: it cannot be read, has weights that are not finite, or another palette than the data.
     """
     model = ImageGPT.from_pretrained(path)
     if model.palette is not None:
@@ -43,10 +43,13 @@ def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
 
 
 def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[ImageGPT, str]:
-    """The pretrained weights at the data's resolution, with a class head that starts at zero; their checksum.
+    """Load pretrained weights at the resolution of the data, and add a class head of zeros.
 
     Args:
-        generates: whether the loss reads the generative head; otherwise that is not trained.
+        generates: whether the loss uses the generative head, which is otherwise not trained.
+
+    Returns:
+        the model, and the checksum of the pretrained weights.
     """
     pretrained = pretrained_model(path, data)
     checksum = weights_sha256(pretrained.state_dict())
@@ -60,7 +63,7 @@ def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[
 def training_batch(
     objective: Objective, batches: Batches, mask_probability: float, seed: int, step: int
 ) -> Batch:
-    """Tokens [B, n] and labels [B] of an update; where pixels are masked, the masks [B, n]."""
+    """Return the tokens [B, n] and labels [B] of a step, and masks [B, n] if pixels are masked."""
     tokens, labels = batches.tokens(step), batches.labels(step)
     if not mask_probability:
         return tokens, labels
@@ -71,14 +74,14 @@ def training_batch(
 
 
 def validation_batch(split: TokenSplit, world: World, first: int, last: int) -> Batch:
-    """Tokens and labels of some images of the split, in its order."""
+    """Return the tokens and labels of images `first` to `last - 1` of a split."""
     rows = np.arange(first, last)
     arrays = split.rows(rows), split.labels_of(rows)
     return tuple(to_device(array.astype(np.int64), world.device) for array in arrays)
 
 
 def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
-    """Images [B] whose likeliest class is not their label, NaN where logits are not finite; nothing is masked."""
+    """Return the number of wrong predictions on unmasked images; NaN if the logits are not finite."""
     logits = class_logits(model, tokens)
     wrong = (logits.argmax(dim=1) != labels).sum().double()
     return torch.where(logits.isfinite().all(), wrong, torch.nan), len(tokens)
@@ -87,7 +90,7 @@ def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
 def accuracies(
     path: Path, test: TokenSplit, world: World, mask_probability: float, seed: int
 ) -> dict[str, Any]:
-    """Accuracy of a classifier on the test images; of one trained on masked images, its modal prediction's too."""
+    """Return the accuracy on the test images; with masks, also that of the modal prediction (paper, section 4.6)."""
     model = ImageGPT.from_pretrained(path).to(world.device)
     rows = np.array_split(np.arange(len(test)), world.size)[world.rank]
 

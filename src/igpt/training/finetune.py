@@ -1,9 +1,9 @@
-"""Fine-tunes a whole model with a class head until the validation accuracy no longer rises (paper, section 2.3).
+"""Fine-tuning: train a whole model with a class head until validation accuracy stops rising (paper, section 2.3).
 
-RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json; checkpoints/ if
-nothing is below RUN/rates/RATE/    a training at each of several learning rates: config.yaml,
-metrics.jsonl, checkpoints/, model/ RUN/fold-back/     the same, of the last training on training
-and validation images
+RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json, and checkpoints/
+                   unless there are the following folders
+RUN/rates/RATE/    one training per learning rate: config.yaml, metrics.jsonl, checkpoints/, model/
+RUN/fold-back/     the same for a last training, on training and validation images
 """
 
 import gc
@@ -27,7 +27,6 @@ from igpt.model.classifier import MASKED, classification
 from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.directory import weights_sha256
-from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.progress import print_line
 from igpt.training.checkpoints import TrainingState
@@ -39,17 +38,12 @@ from igpt.training.classification import (
     training_batch,
     validation_batch,
 )
-from igpt.training.distributed import World, distributed_world
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.optimizer import Schedule
-from igpt.training.run_directory import (
-    device_and_stop_seconds,
-    record_run,
-    resolve_config,
-    sole_writer,
-)
+from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
 from igpt.training.trainer import Diverged, Trainer, Validation
 
@@ -57,68 +51,69 @@ FORMAT, VERSION = "igpt-finetune", 1
 
 
 class FinetuneConfig(TrainConfig):
-    """A fine-tuning run: the paper's constant rate, a tenth of pretraining's, and early stopping."""
+    """Settings of fine-tuning: the paper's constant learning rate, a tenth of pretraining's, and early stopping."""
 
     kind: ClassVar[RunKind] = "finetune"
 
     model: Path = Field(description="pretrained model directory")
     tokens: Path = Field(description="token data set with labels")
     generation_weight: float = Field(
-        1.0, ge=0, le=1e6, description="weight of the generative loss beside the class loss"
+        1.0, ge=0, le=1e6, description="weight of the generative loss, next to the class loss"
     )
     mask_probability: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description=f"share of pixels masked for BERT models, {MASKED} by default; 0 masks none",
+        description=f"share of pixels masked for BERT models, {MASKED} by default; 0: no masks",
     )
-    flip: bool = Field(False, description="mirror images at random; the paper does on CIFAR")
+    flip: bool = Field(False, description="mirror images at random, as the paper does on CIFAR")
     shift: int = Field(
-        0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random; 4 on CIFAR"
+        0,
+        ge=0,
+        le=MOST,
+        description="shift images at random by up to this many pixels, with reflected borders; 4 on CIFAR",
     )
-    steps: int = Field(10_000, ge=1, le=MOST, description="updates at most")
+    steps: int = Field(10_000, ge=1, le=MOST, description="maximum number of optimizer steps")
     learning_rate: float = Field(3e-4, gt=0, le=HIGHEST_RATE, description="learning rate")
     learning_rates: tuple[Annotated[float, Field(gt=0, le=HIGHEST_RATE)], ...] = Field(
         (),
-        description="several, in place of one: a run for each, of which validation accuracy chooses",
+        description="train with each of these instead, and select by validation accuracy",
     )
     labels_per_class: int | None = Field(
         None,
         ge=1,
         le=MOST,
-        description="train on so few images of each class only, drawn by seed as the first draw of a whole probe is",
+        description="train on a random subset with this many images per class; the same as the first subset of `igpt probe`",
     )
     validation_images: int | None = Field(
-        None, ge=1, le=MOST, description="at most so many, spread evenly over the split"
+        None, ge=1, le=MOST, description="maximum number, spread evenly over the split"
     )
     test_images: int | None = Field(
-        None, ge=1, le=MOST, description="at most so many, spread evenly over the split"
+        None, ge=1, le=MOST, description="maximum number, spread evenly over the split"
     )
     fold_back: bool = Field(
         False,
-        description="train anew on training and validation images, at the rate and for the epochs chosen",
+        description="train again on training and validation images, with the selected learning rate and number of epochs",
     )
-    schedule: Schedule = Field(
-        "constant", description="how the learning rate goes on from its peak"
-    )
+    schedule: Schedule = Field("constant", description="learning-rate schedule after the warm-up")
     validate_every: int = Field(
-        250, ge=1, le=MOST, description="updates between validations; the best model is kept"
+        250, ge=1, le=MOST, description="steps between validations; the best model is kept"
     )
-    checkpoint_every: int = Field(250, ge=1, le=MOST, description="updates between checkpoints")
+    checkpoint_every: int = Field(250, ge=1, le=MOST, description="steps between checkpoints")
     patience: int | None = Field(
-        5, ge=1, le=MOST, description="stop after so many validations without a better one"
+        5, ge=1, le=MOST, description="stop after this many validations without improvement"
     )
 
     @field_validator("learning_rates")
     @classmethod
-    def _once(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
+    def _are_distinct(cls, rates: tuple[float, ...]) -> tuple[float, ...]:
         if len(set(rates)) < len(rates):
             raise ValueError("a learning rate is named twice")
         return rates
 
     @property
     def in_folders(self) -> bool:
-        """Whether every training has a folder of its own in the run's."""
+        """Whether every training has its own folder in the run directory."""
         return bool(self.learning_rates) or self.fold_back
 
 
@@ -129,44 +124,36 @@ def finetune(
     given: Mapping[str, Any] | None = None,
     resume: bool = False,
 ) -> dict[str, Any]:
-    """Fine-tunes a model on a labelled data set, or continues an interrupted run.
+    """Fine-tune a model on a labelled data set, or resume an interrupted run.
 
-    A BERT model is trained on masked images and judged on whole ones. Where the tokens' resolution
-    is not the model's, its position embeddings are interpolated.
+    A BERT model is trained on masked images, and evaluated on whole ones. If the tokens have another
+    resolution than the model, its position embeddings are interpolated.
 
     Args:
-        run: the run directory; RUN/model becomes the best classifier by validation accuracy, or
-            with `fold_back` the one trained on validation images too.
-        given: settings that must be the recorded ones when resuming (default: the tokens alone).
-        resume: continue `run` with its recorded settings; learning rates that have come to their
-            end are not repeated (one that diverged goes on from its newest checkpoint, to the same
-            end).
+        run: run directory. RUN/model becomes the best classifier by validation accuracy; with
+            `fold_back`, the one trained on validation images too.
+        given: settings that must equal the recorded ones when resuming (default: the tokens alone).
+        resume: continue `run` with its recorded settings. Completed trainings are not repeated; one
+            that diverged is, from its newest checkpoint and with the same result.
 
     Returns:
-        what RUN/test.json holds: test accuracy with its interval, the learning rates tried, and the
-        chosen one.
+        the content of RUN/test.json: test accuracy with its interval, the learning rates tried, and
+        the selected one.
 
     Raises:
-        InputError: model and tokens do not match or have changed, labels are missing, the classes
-            do not allow it, every learning rate diverged, another process works in the directory,
-            or the machine's memory cannot hold the model or a batch.
+        InputError: model and tokens do not match or have changed, labels are missing or do not
+            suffice, every learning rate diverged, another process works in the directory, or the
+            model or a batch does not fit into memory.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with (
-        distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
-        sole_writer(run, world),
-    ):
-        config = resolve_config(
-            run, config, {"tokens": config.tokens} if given is None else given, resume
-        )
-        world.barrier()  # no rank may take the directory that another makes for an old one
+    with open_run(run, config, given, resume) as (config, world):
         if config.fold_back and config.schedule != "constant":
             raise InputError(
                 "--fold-back repeats a constant rate; leave --schedule or --fold-back out"
             )
         if config.fold_back and config.labels_per_class:
             raise InputError(
-                "--fold-back would add every validation label to the few; leave it out"
+                "--fold-back would add all validation labels to --labels-per-class; leave one of them out"
             )
         data = TokenDataset(config.tokens)
         if data.class_names is None:
@@ -181,11 +168,8 @@ def finetune(
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)
         pretrained = pretrained_model(config.model, data)
-        precision = world.broadcast(
-            resolve_precision(config.precision, world.device)
-        )  # the ranks' machines may differ
         masked = _mask_probability(config, pretrained.config)
-        config = config.model_copy(update={"precision": precision, "mask_probability": masked})
+        config = config.model_copy(update={"mask_probability": masked})
         checksum, shape = weights_sha256(pretrained.state_dict()), pretrained.config
         require_memory(
             shape.model_copy(update={"resolution": data.resolution}),
@@ -193,7 +177,7 @@ def finetune(
             world,
             frozen=head_parameters(shape),
         )
-        del pretrained  # every training reads the weights anew, for it changes them
+        del pretrained  # every training changes the weights, and reads them itself
         if resume:
             record_run(
                 run,
@@ -222,7 +206,7 @@ def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
 
 @dataclass(frozen=True)
 class _Tried:
-    """A learning rate, where it was trained, and the least validation error it reached (infinite if it diverged)."""
+    """A training with one learning rate, and its lowest validation error: infinity if it diverged."""
 
     config: FinetuneConfig
     folder: Path
@@ -237,12 +221,12 @@ class _Tried:
 
 @dataclass
 class _Finetuning:
-    """One or several trainings of the same model, and what comes of them.
+    """One or several trainings of the same model, and the test of the best one.
 
     Args:
-        splits: the images that are trained on, chosen by, tested on.
-        pretrained: the model's shape.
-        recorded: whether the run directory holds its settings already.
+        splits: images for training, validation and test.
+        pretrained: configuration of the pretrained model.
+        recorded: whether the run directory has its settings already.
     """
 
     config: FinetuneConfig
@@ -254,15 +238,15 @@ class _Finetuning:
     recorded: bool
 
     def complete(self) -> dict[str, Any]:
-        """Trains, chooses, tests and writes; what an interrupted call had done is found, or done again."""
+        """Train, select, test, and write the results. Completed trainings of an interrupted call are not repeated."""
         config, splits = self.config, self.splits
         tried = [self._try(rate) for rate in config.learning_rates or (config.learning_rate,)]
         best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
         if not math.isfinite(best.error):
             raise Diverged(
-                "every learning rate came to losses that are not finite; start another run with lower ones"
+                "every learning rate led to losses that are not finite; start another run with lower ones"
             )
-        tested = self._tested(best.folder)
+        tested = self._test(best.folder)
         result = {
             "format": FORMAT,
             "version": VERSION,
@@ -283,7 +267,7 @@ class _Finetuning:
         folder = best.folder
         if config.fold_back:
             folder, steps = self._fold_back(best)
-            result |= {**self._tested(folder), "fold_back": {"steps": steps, "before": tested}}
+            result |= {**self._test(folder), "fold_back": {"steps": steps, "before": tested}}
         if self.world.is_main:
             if config.in_folders:
                 ImageGPT.from_pretrained(folder / "model").save_pretrained(self.run / "model")
@@ -300,20 +284,20 @@ class _Finetuning:
         )
         folder = self.run / "rates" / str(rate) if self.config.in_folders else self.run
         try:
-            progress = self._train(config, folder, self.splits["train"], "error")
+            state = self._train(config, folder, self.splits["train"], "error")
         except Diverged as error:
             if len(self.config.learning_rates) < 2:
                 raise
             if self.world.is_main:
-                print_line(f"learning rate {rate} is out: {error}")
+                print_line(f"learning rate {rate} diverged: {error}")
             return _Tried(config, folder, math.inf, 0)
-        assert progress.best is not None, "the last update is validated"
-        return _Tried(config, folder, progress.best, progress.best_step)
+        assert state.best is not None, "the last step is validated"
+        return _Tried(config, folder, state.best, state.best_step)
 
     def _fold_back(self, best: _Tried) -> tuple[Path, int]:
-        """Trains anew on training and validation images, for the chosen epochs rounded up to a whole update.
+        """Train again on training and validation images, for as many epochs as the best training.
 
-        Nothing is left to choose by: the model after the last update is kept.
+        No images are left to select a model by, so the one after the last step is kept.
         """
         train = TokenSplit.joined(
             "train+validation", [self.splits["train"], self.data["validation"]]
@@ -326,15 +310,15 @@ class _Finetuning:
     def _train(
         self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str
     ) -> TrainingState:
-        """One training, from its newest checkpoint if there is one; one that has ended in a folder is not repeated.
+        """Train once, from the newest checkpoint if there is any; a completed training is not repeated.
 
         Args:
-            error: what the share of wrong validation images is called.
+            error: name of the validation error in metrics.jsonl.
         """
         data, world = self.data, self.world
-        if self.config.in_folders and (ended := world.broadcast(_ended(folder))):
+        if self.config.in_folders and (ended := world.broadcast(_final_state(folder))):
             return ended
-        gc.collect()  # blocks refer to themselves; those of the training before are in the way
+        gc.collect()  # blocks have reference cycles, and those of the previous training take memory
         masked = config.mask_probability or 0.0
         has_loss = self.pretrained.trained_as.has_loss(masked > 0)
         generates = config.generation_weight > 0 and has_loss
@@ -381,10 +365,10 @@ class _Finetuning:
             title=f"fine-tuning at {config.learning_rate:g}",
         )
         return trainer.train(
-            resume=True, on_start=partial(self._start_line, model.config, len(train))
+            resume=True, on_start=partial(self._write_start, model.config, len(train))
         )
 
-    def _tested(self, folder: Path) -> dict[str, Any]:
+    def _test(self, folder: Path) -> dict[str, Any]:
         config = self.config
         return accuracies(
             folder / "model",
@@ -394,7 +378,7 @@ class _Finetuning:
             config.seed,
         )
 
-    def _start_line(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
+    def _write_start(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
         metrics.write(
             "start",
             0,
@@ -408,8 +392,8 @@ class _Finetuning:
         )
 
 
-def _ended(folder: Path) -> TrainingState | None:
-    """How a training ended, if it has."""
+def _final_state(folder: Path) -> TrainingState | None:
+    """Return the final state of a training, or None if it has not ended."""
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.exists() else []
     if not lines or lines[-1]["kind"] != "end" or not (folder / "model").exists():

@@ -1,4 +1,4 @@
-"""Assembles a pretraining run: tokens, a fresh model, its objective, validation."""
+"""Pretraining: a new model, trained with an objective on tokens without labels."""
 
 from functools import partial
 from pathlib import Path
@@ -16,29 +16,21 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import Objective
-from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
-from igpt.training.distributed import World, distributed_world
+from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.run_directory import (
-    device_and_stop_seconds,
-    record_run,
-    resolve_config,
-    sole_writer,
-)
+from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
 
-_SAMPLED_PIXELS = (
-    2**24
-)  # for the frequencies of the colours; at most 16,384 images, which these are at 32 px
-_VALIDATION_MASKS = (
-    0.15,
-    0,
-)  # probability and seed: the same for all runs, whose losses can then be compared
+# Pixels from which the frequencies of the colours are estimated: 16,384 images at 32 px, which is
+# also the maximum number of images.
+_COUNTED_PIXELS = 2**24
+# Probability and seed: the same for all runs, so that their validation losses can be compared.
+_VALIDATION_MASKS = (0.15, 0)
 
 
 class PretrainConfig(ShapeConfig, Variants, TrainConfig):
@@ -54,48 +46,38 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
         False, description="initialize colour embeddings from the palette's RGB values"
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
-    flip: bool = Field(
-        False, description="mirror images at random; the paper does not for pretraining"
-    )
+    flip: bool = Field(False, description="mirror images at random; not in the paper's pretraining")
     shift: int = Field(
-        0, ge=0, le=MOST, description="reflect-pad by so many pixels and crop at random"
+        0,
+        ge=0,
+        le=MOST,
+        description="shift images at random by up to this many pixels, with reflected borders",
     )
     validation_images: int = Field(
-        4096, ge=1, le=MOST, description="at most so many, spread evenly over the split"
+        4096, ge=1, le=MOST, description="maximum number, spread evenly over the split"
     )
 
 
 def pretrain(
     config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False
 ) -> Path:
-    """Pretrain a model, or continue an interrupted run; the result does not depend on interruptions.
+    """Pretrain a model, or resume an interrupted run; the result does not depend on interruptions.
 
     Args:
         run: the run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/.
-        given: settings that must be the recorded ones when resuming (default: the tokens alone).
+        given: settings that must equal the recorded ones when resuming (default: the tokens alone).
         resume: continue `run` with its recorded settings.
 
     Returns:
-        the model directory, RUN/model: the best model by validation loss.
+        the directory of the best model by validation loss, RUN/model.
 
     Raises:
-        InputError: what the settings, the tokens or the directory have wrong; another process works
-            in the directory; or the machine's memory cannot hold the model or a batch.
+        InputError: the settings, the tokens or the directory are invalid; another process works in
+            the directory; or the model or a batch does not fit into memory.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    with (
-        distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
-        sole_writer(run, world),
-    ):
-        config = resolve_config(
-            run, config, {"tokens": config.tokens} if given is None else given, resume
-        )
-        world.barrier()  # no rank may take the directory that another makes for an old one
+    with open_run(run, config, given, resume) as (config, world):
         data = TokenDataset(config.tokens)
-        precision = world.broadcast(
-            resolve_precision(config.precision, world.device)
-        )  # the ranks' machines may differ
-        config = config.model_copy(update={"precision": precision})
         shape = _model_config(config, data)
         require_memory(shape, config, world)
         train = Batches(
@@ -110,32 +92,33 @@ def pretrain(
         checked = _validation_tokens(data["validation"], config)
         objective = shape.trained_as
         torch.manual_seed(config.seed)
-        with torch.device("meta"):  # the engine draws the weights, where they belong
+        with torch.device("meta"):  # the engine initializes the weights
             model = ImageGPT(shape, data.palette, config.start_from_palette)
         engine = Engine(model, config, world, objective.loss)
         record_run(run, config, config.tokens, resume=resume, is_main=world.is_main)
         world.barrier()
+        validation = Validation(
+            "loss",
+            objective.loss,
+            len(checked),
+            partial(_validation_batch, objective, checked, world),
+        )
         trainer = Trainer(
             engine,
-            batches=partial(_batch, objective, train, config),
-            validation=Validation(
-                "loss",
-                objective.loss,
-                len(checked),
-                partial(_validation_batch, objective, checked, world),
-            ),
+            batches=partial(_training_batch, objective, train, config),
+            validation=validation,
             run=run,
             warmup=config.warmup(len(train.split)),
         )
-        trainer.train(resume=resume, on_start=partial(_start_line, shape, data, checked))
+        trainer.train(resume=resume, on_start=partial(_write_start, shape, data, checked))
     return run / "model"
 
 
 def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     if config.resolution not in (None, data.resolution):
         raise InputError(
-            f"{config.tokens} has images of {data.resolution} px, and the model is for {config.resolution} px; prepare "
-            f"tokens with --size {config.resolution}, or train it at theirs with --resolution {data.resolution}"
+            f"{config.tokens} has images of {data.resolution} px, and the model is for {config.resolution} px; "
+            f"prepare tokens with --size {config.resolution}, or train with --resolution {data.resolution}"
         )
     shared = {name: getattr(config, name) for name in ShapeConfig.model_fields}
     return ModelConfig.layered(
@@ -146,7 +129,9 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     )
 
 
-def _batch(objective: Objective, train: Batches, config: PretrainConfig, step: int) -> Batch:
+def _training_batch(
+    objective: Objective, train: Batches, config: PretrainConfig, step: int
+) -> Batch:
     """Return the tokens of a training step, and their masks if the objective has any."""
     tokens = train.tokens(step)
     generator = np.random.default_rng((config.seed, step, 2))
@@ -156,9 +141,7 @@ def _batch(objective: Objective, train: Batches, config: PretrainConfig, step: i
 
 def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.uint16]:
     if len(split) == 0:
-        raise InputError(
-            "the validation split is empty; there is nothing to choose the best model by"
-        )
+        raise InputError("the validation split is empty; the best model is selected by it")
     count = min(config.validation_images, len(split))
     return split.rows(np.arange(count) * len(split) // count)
 
@@ -173,15 +156,18 @@ def _validation_batch(
     return (tokens,) if mask is None else (tokens, to_device(mask[first:], world.device))
 
 
-def _start_line(
+def _write_start(
     shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics
 ) -> None:
+    """Write the first line of metrics, with the losses of two trivial models on the validation images.
+
+    They are a uniform distribution, and the frequencies of the colours in the training images.
+    """
     colors = shape.n_colors
     train = data["train"]
-    count = min(len(train), 16384, max(1, _SAMPLED_PIXELS // shape.n_pixels))
+    count = min(len(train), 16384, max(1, _COUNTED_PIXELS // shape.n_pixels))
     sampled = train.rows(np.arange(count) * len(train) // count)
-    # One is added to every count, so that a colour unseen in training costs a finite number of
-    # nats.
+    # One is added to every count: a colour that is absent from training has a finite loss.
     frequency = np.bincount(sampled.ravel(), minlength=colors) + 1.0
     unigram = -np.log(frequency / frequency.sum())[checked].mean()
     metrics.write(

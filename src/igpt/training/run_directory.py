@@ -18,8 +18,9 @@ from igpt.environment import describe, read_environment, run_kind
 from igpt.errors import InputError
 from igpt.files import sha256_of, write_json
 from igpt.locks import exclusive_folder
+from igpt.model.precision import resolve_precision
 from igpt.training.checkpoints import checkpoints
-from igpt.training.distributed import World
+from igpt.training.distributed import World, distributed_world
 from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
 
@@ -47,6 +48,31 @@ def sole_writer(run: Path, world: World) -> Iterator[None]:
         if refusal is not None:
             raise InputError(refusal)
         yield
+
+
+@contextmanager
+def open_run(
+    run: Path, config: Settings, given: Mapping[str, Any] | None, resume: bool
+) -> Iterator[tuple[Settings, World]]:
+    """Join the ranks, lock the run directory, and yield the settings of the run and the world.
+
+    Args:
+        given: see `resolve_config`; the tokens alone by default.
+
+    Raises:
+        InputError, LostRank: see `distributed_world`, `sole_writer` and `resolve_config`.
+    """
+    with (
+        distributed_world(*device_and_stop_seconds(run, config, given, resume)) as world,
+        sole_writer(run, world),
+    ):
+        if given is None:
+            given = config.model_dump(include={"tokens"})
+        config = resolve_config(run, config, given, resume)
+        world.barrier()  # no rank may mistake the folder that another one creates for an old run
+        # The machines of the ranks may differ.
+        precision = world.broadcast(resolve_precision(config.precision, world.device))
+        yield config.model_copy(update={"precision": precision}), world
 
 
 def has_begun(run: Path) -> bool:
