@@ -6,16 +6,16 @@ D width, V colours, C classes; n = R^2 pixels of an image of resolution R.
 import math
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidatorFunctionWrapHandler, WrapValidator, model_validator
+from pydantic import Field, model_validator
 
 from igpt.config import Config
 from igpt.data.images.palette import MAX_COLORS
 from igpt.errors import InputError
 from igpt.files import Stored
 from igpt.model.norm import NORM_EPS
-from igpt.model.objectives import OBJECTIVES, Objective
+from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective, ObjectiveName
 from igpt.model.variants import Variants
 
 Shape = tuple[int, ...]
@@ -25,22 +25,11 @@ _CLASSIFIER = "ImageGPTForImageClassification"
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
 
-def _registered(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    return value if value in list(OBJECTIVES) else validate(value)
-
-
-# The names that igpt comes with are listed in help and errors; others may be registered later.
-if TYPE_CHECKING:
-    ObjectiveName = str
-else:
-    ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], WrapValidator(_registered)]
-
-
 class HubSettings(Stored):
     """Schema of "igpt" in `config.json`; the settings of a variant are there too."""
 
     version: int = VERSION
-    objective: ObjectiveName = "autoregressive"
+    objective: ObjectiveName = DEFAULT_OBJECTIVE
     resolution: _Size | None = None
 
 
@@ -94,7 +83,7 @@ class ShapeConfig(Config):
     n_layer: int = Field(24, ge=1, le=_LARGEST, description="blocks")
     n_embd: int = Field(512, ge=1, le=_LARGEST, description="width")
     n_head: int = Field(8, ge=1, le=_LARGEST, description="attention heads")
-    objective: ObjectiveName = Field("autoregressive", description="next pixel, or masked pixels")
+    objective: ObjectiveName = Field(DEFAULT_OBJECTIVE, description="next pixel, or masked pixels")
 
     @property
     def trained_as(self) -> Objective:

@@ -7,10 +7,11 @@ that reports can use it quickly. B batch, n pixels of an image, V colours, D wid
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidatorFunctionWrapHandler, WrapValidator
 
 from igpt.errors import InputError
 
@@ -189,3 +190,15 @@ def register(objective: Objective) -> None:
 
 register(Autoregressive())
 register(Bert())
+DEFAULT_OBJECTIVE = Autoregressive.name
+
+
+def _registered(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    return value if value in list(OBJECTIVES) else validate(value)
+
+
+# The type of settings. Help and errors list igpt's own objectives; others may be registered later.
+if TYPE_CHECKING:
+    ObjectiveName = str
+else:
+    ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], WrapValidator(_registered)]

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.files import require_regular
-from igpt.model.config import ModelConfig, ObjectiveName
-from igpt.model.objectives import OBJECTIVES
+from igpt.model.config import ModelConfig
+from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, ObjectiveName
 from igpt.model.transformer import ImageGPT
 
 # NumPy types by TensorFlow's DataType: plain numbers, and those of them that weights may have.
@@ -50,7 +50,7 @@ def read_bundle(prefix: Path) -> dict[str, NDArray[Any]]:
 
 
 def load_openai(
-    prefix: Path, clusters: Path | None, *, objective: ObjectiveName = "autoregressive"
+    prefix: Path, clusters: Path | None, *, objective: ObjectiveName = DEFAULT_OBJECTIVE
 ) -> ImageGPT:
     """Return the model in one of OpenAI's checkpoints, such as `model.ckpt-1000000`, in float32.
 

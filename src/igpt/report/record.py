@@ -21,7 +21,7 @@ from igpt.environment import RunKind, run_kind
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
-from igpt.model.objectives import OBJECTIVES, Objective
+from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 from igpt.training.metrics import readable_metrics
 
 
@@ -177,7 +177,7 @@ class Run:
     @cached_property
     def shape(self) -> dict[str, Any]:
         """The model's shape and objective, by ModelConfig's names, as far as the run's files tell it."""
-        found: dict[str, Any] = {"objective": "autoregressive"}
+        found: dict[str, Any] = {"objective": DEFAULT_OBJECTIVE}
         places = self.start.get("places")
         if isinstance(places, int) and places > 0:
             found["resolution"] = math.isqrt(places)
@@ -222,7 +222,7 @@ class Run:
     @property
     def objective(self) -> Objective:
         """The pretraining objective; the default one if the files name an unknown one."""
-        return OBJECTIVES.get(str(self.shape["objective"]), OBJECTIVES["autoregressive"])
+        return OBJECTIVES.get(str(self.shape["objective"]), OBJECTIVES[DEFAULT_OBJECTIVE])
 
     @property
     def unit(self) -> str:

@@ -34,7 +34,7 @@ class SamplingSettings(TypedDict, total=False):
     """How colours are sampled.
 
     Attributes:
-        temperature: divides the logits; 1 by default, as in the paper; 0 takes the likeliest colour.
+        temperature: divides the logits; 1 by default, as in the paper. 0: the likeliest colour.
         top_k: only the k likeliest colours.
         top_p: only the likeliest colours that together reach this probability.
         seed: image b is sampled by (seed, b), independently of other images; 0 by default.
