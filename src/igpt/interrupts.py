@@ -1,10 +1,10 @@
-"""Ctrl-C and SIGTERM: they end the process at once before the work begins, and stop the work in order after that."""
+"""Ctrl-C and SIGTERM: end the process at once during start-up, and raise an exception once the command runs."""
 
 import os
 import sys
 import time
 
-# The module `signal` imports others, and Ctrl-C meanwhile would show a traceback.
+# Importing `signal` would import other modules, and Ctrl-C during that would show a traceback.
 from _signal import SIG_IGN, SIGINT, SIGTERM, getsignal, raise_signal, signal  # type: ignore[import-not-found]
 from _thread import start_new_thread
 
@@ -13,23 +13,24 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _RETRY = 0.02  # seconds
-_waiting = set[int]()  # numbers of signals that arrived during an import, and wait for its end
-_repeated = set[int]()  # those of them that `_send_again` has sent
+# Signals that arrived during an import and wait for its end, and those that were sent again since.
+_waiting = set[int]()
+_repeated = set[int]()
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived; everything that handles Ctrl-C handles it as well."""
+    """SIGTERM was received. Code that handles Ctrl-C handles it as well."""
 
 
 def exit_at_once() -> None:
-    """End this process on Ctrl-C (exit code 130) and SIGTERM (143), silently. A signal that is ignored stays so."""
+    """End the process silently on Ctrl-C (exit code 130) and SIGTERM (143). Ignored signals stay ignored."""
     for number in (SIGINT, SIGTERM):
         if getsignal(number) != SIG_IGN:
             signal(number, _exit)
 
 
 def stop_in_order() -> None:
-    """Raise `KeyboardInterrupt` or `Terminated` from now on, where `exit_at_once` was called; else change nothing."""
+    """Raise `KeyboardInterrupt` or `Terminated` from now on. Without effect unless `exit_at_once` was called."""
     for number in (SIGINT, SIGTERM):
         if getsignal(number) is _exit:
             signal(number, _stop)
@@ -44,8 +45,8 @@ def _stop(number: int, frame: "FrameType | None") -> None:
     _repeated.discard(number)
     if _is_importing(frame):
         # Python prints and drops exceptions in the callbacks of its import locks, and extension
-        # modules turn them into other errors: the signal waits until the import is over. Whoever
-        # asks a second time does not wait.
+        # modules turn them into other errors. So the signal waits until the import is over; a
+        # second signal ends the process.
         if is_new and number in _waiting:
             os._exit(128 + number)
         _waiting.add(number)

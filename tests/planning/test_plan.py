@@ -112,7 +112,7 @@ def test_mistakes() -> None:
     for changes, said in [
         ({"gpu": "H1000"}, "no GPU 'H1000' is known; did you mean 'H100'?"),
         ({"gpus": 3, "shard": 2}, "--shard 2 does not divide 3 GPUs"),
-        ({"gpus": 129}, "at most one GPU an image"),
+        ({"gpus": 129}, "at most one GPU per image"),
         (
             {"gpus": 64, "micro_batch_size": 4},
             "--micro-batch-size 4 is more than the 2 images of a GPU",

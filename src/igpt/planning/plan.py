@@ -1,4 +1,4 @@
-"""What a run needs, told before a GPU is rented: memory, arithmetic, time, and the settings that fit."""
+"""Estimate the memory and time of a training run, and find settings that fit into the GPUs."""
 
 import math
 import shlex
@@ -17,9 +17,9 @@ from igpt.training.optimizer import OptimizerName
 from igpt.training.settings import MOST, Recomputation, TrainConfig
 
 _GIB = 2**30
-_ENOUGH = 4096  # places of a micro-batch from which on products hardly run faster
-_MANY = 64  # divisors; batches of some thousand images have fewer
-_NODE = 8  # GPUs of a machine, at most
+_BUSY_TOKENS = 4096  # tokens of a micro-batch above which matrix products hardly get faster
+_MAX_SIZES = 64  # divisors to try; batches of some thousand images have fewer
+_GPUS_PER_NODE = 8  # at most
 _OVERRIDING = {
     "resolution",
     "n_layer",
@@ -34,7 +34,13 @@ _OVERRIDING = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU by its datasheet: GiB, and TFLOP/s of dense products, bf16 summed in fp32, fp32 without TF32."""
+    """A kind of GPU, by its datasheet.
+
+    Attributes:
+        memory: in GiB.
+        bf16: TFLOP/s of dense bf16 products with fp32 accumulation.
+        fp32: TFLOP/s without TF32.
+    """
 
     memory: float
     bf16: float
@@ -42,7 +48,7 @@ class Kind:
 
     @property
     def usable(self) -> float:
-        """GiB for tensors: less a reserve for the CUDA context, NCCL, fragments, and what driver and ECC take."""
+        """GiB for tensors, after a reserve for the CUDA context, NCCL, fragmentation, driver and ECC."""
         return 0.94 * self.memory - 1.5
 
 
@@ -65,21 +71,21 @@ KINDS: Mapping[str, Kind] = {
 
 
 class PlanConfig(ShapeConfig):
-    """What is to be trained, and on what."""
+    """The model to train, and the GPUs to train it on."""
 
     resolution: int = Field(32, ge=1, le=MOST, description="image side in pixels")
     n_colors: int = Field(512, ge=1, le=MOST, description="palette size")
-    optimizer: OptimizerName = Field("adamw", description="as `igpt pretrain` has it")
-    batch_size: int = Field(128, ge=1, le=MOST, description="images of an update, over all GPUs")
-    steps: int = Field(1_000_000, ge=1, le=MOST, description="updates")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of products")
+    optimizer: OptimizerName = Field("adamw", description="see `igpt pretrain`")
+    batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all GPUs")
+    steps: int = Field(1_000_000, ge=1, le=MOST, description="optimizer steps")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products")
     gpus: int = Field(1, ge=1, le=MOST, description="number of GPUs")
-    gpu: str = Field("H100", description=f"their kind: {', '.join(KINDS)}")
+    gpu: str = Field("H100", description=f"kind of GPU: {', '.join(KINDS)}")
     gpu_memory: float | None = Field(
-        None, gt=0, le=1e9, description="GiB of a GPU, in place of the kind's"
+        None, gt=0, le=1e9, description="GiB per GPU; default: that of the kind"
     )
     gpu_tflops: float | None = Field(
-        None, gt=0, le=1e9, description="peak TFLOP/s, in place of the kind's"
+        None, gt=0, le=1e9, description="peak TFLOP/s; default: that of the kind"
     )
     shard: int | None = Field(
         None,
@@ -88,18 +94,18 @@ class PlanConfig(ShapeConfig):
         description="GPUs that share one copy of the weights; default: what fits",
     )
     micro_batch_size: int | None = Field(
-        None, ge=1, le=MOST, description="images at a time on a GPU; default: what fits"
+        None, ge=1, le=MOST, description="images per forward pass on a GPU; default: what fits"
     )
     activation_checkpointing: Recomputation | None = Field(
-        None, description="what the backward pass computes again; default: what fits"
+        None, description="what the backward pass recomputes; default: what fits"
     )
     efficiency: float = Field(
-        0.4, gt=0, le=1, description="share of the GPU's peak that training reaches"
+        0.4, gt=0, le=1, description="fraction of the peak FLOP/s that training reaches"
     )
 
     @property
     def model(self) -> ModelConfig:
-        """The model's configuration."""
+        """Configuration of the model."""
         shared = ModelConfig.model_fields.keys() & type(self).model_fields.keys()
         return ModelConfig.layered(
             {name: getattr(self, name) for name in shared}, where="the model"
@@ -107,10 +113,10 @@ class PlanConfig(ShapeConfig):
 
     @property
     def kind(self) -> Kind:
-        """The GPU.
+        """Kind of the GPUs, with the overrides of the settings.
 
         Raises:
-            InputError: none of that name is known; the nearest is named.
+            InputError: no such kind is known; the nearest is named.
         """
         name = self.gpu.upper().replace("_", "-")
         if name not in KINDS:
@@ -122,13 +128,13 @@ class PlanConfig(ShapeConfig):
 
     @property
     def rows(self) -> int:
-        """Images of an update on one GPU."""
+        """Images per step on one GPU."""
         return -(-self.batch_size // self.gpus)
 
     def training(
         self, shard: int, micro_batch_size: int, recomputation: Recomputation
     ) -> TrainConfig:
-        """Settings of a run that is laid out so."""
+        """Return the training settings of a layout."""
         return TrainConfig(
             batch_size=self.batch_size,
             micro_batch_size=micro_batch_size if micro_batch_size < self.rows else None,
@@ -142,12 +148,12 @@ class PlanConfig(ShapeConfig):
 
 @dataclass(frozen=True)
 class Plan:
-    """What was found.
+    """A layout of a run, with its memory and time.
 
     Attributes:
-        training: the first layout that fits; if none does, the one that needs least.
-        memory: on a GPU, with each kind of activation checkpointing.
-        remedy: what would fit, if nothing does.
+        training: the best layout that fits; if none does, the one that needs the least memory.
+        memory: per GPU, for each kind of activation checkpointing.
+        remedy: a sentence on what would fit, if nothing does.
     """
 
     settings: PlanConfig
@@ -157,7 +163,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours of all updates; the blocks' second forward pass, if there is one, is counted."""
+        """GPU-hours of all steps, including the second forward pass of full activation checkpointing."""
         config, kind = self.settings.model, self.settings.kind
         again = (
             config.n_layer
@@ -170,12 +176,12 @@ class Plan:
 
     @property
     def days(self) -> float:
-        """Days from start to end, validations and checkpoints apart."""
+        """Days from start to end, without validations and checkpoints."""
         return self.gpu_hours / self.settings.gpus / 24
 
     @property
     def layout(self) -> dict[str, Any]:
-        """The settings of `igpt pretrain` that lay the run out on its GPUs, but for those at their defaults."""
+        """Settings of the layout for `igpt pretrain`, without those at their defaults."""
         names = ("micro_batch_size", "shard", "activation_checkpointing")
         chosen = {name: getattr(self.training, name) for name in names}
         return {
@@ -185,9 +191,9 @@ class Plan:
         }
 
     def command(self, preset: str, given: Mapping[str, Any]) -> str:
-        """The command line that runs it: `given` are the settings that override the preset's."""
+        """Return the command line of the run; `given` are the settings that override the preset."""
         settings, gpus = self.settings, self.settings.gpus
-        node = max(size for size in range(1, _NODE + 1) if gpus % size == 0)
+        node = max(size for size in range(1, _GPUS_PER_NODE + 1) if gpus % size == 0)
         nodes = (
             f"--nnodes {gpus // node} --rdzv-backend c10d --rdzv-endpoint HOST:29500 "
             if gpus > node
@@ -199,7 +205,7 @@ class Plan:
         return f"{launch} pretrain TOKENS --model {preset} -o RUN {flags}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it in plain types; memory in bytes, but a GPU's own in GiB."""
+        """Return the plan in plain types: memory in bytes, but that of the GPU in GiB."""
         settings = self.settings
         return {
             "settings": settings.model_dump(mode="json"),
@@ -220,32 +226,32 @@ class Plan:
         }
 
     def lines(self, preset: str, given: Mapping[str, Any]) -> Iterator[str]:
-        """A report for people, with the command line that runs it."""
+        """Yield the lines of a report, which ends with the command line of the run."""
         settings, training = self.settings, self.training
         config, kind, name = settings.model, settings.kind, settings.gpu.upper()
         yield (
             f"{preset} at {config.resolution} px: {count_parameters(config) / 1e6:,.1f} M parameters, "
-            f"{training_flops(config) / 1e9:,.0f} GFLOP an image"
+            f"{training_flops(config) / 1e9:,.0f} GFLOP per image"
         )
         yield (
-            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images a GPU, "
+            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images per GPU, "
             f"{training.micro_batch_size or settings.rows} at a time, "
-            f"{f'weights shared by {training.shard}' if training.shard > 1 else 'all weights on each'}"
+            f"{f'weights sharded over {training.shard}' if training.shard > 1 else 'all weights on each'}"
         )
         chosen = training.activation_checkpointing
         columns = self.memory.values()
         yield ""
-        yield _row("GiB a GPU", [f"{'* ' * (name == chosen)}{name}" for name in self.memory])
+        yield _row("GiB per GPU", [f"{'* ' * (name == chosen)}{name}" for name in self.memory])
         for part in self.memory[chosen].parts:
             yield _row(
                 part.replace("_", " "), [f"{memory.parts[part] / _GIB:.2f}" for memory in columns]
             )
         yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
-        yield f"* this activation checkpointing; most is needed at: {self.memory[chosen].moment}"
-        yield f"{kind.usable:.1f} of {kind.memory:g} GiB are counted on; the rest is for context, NCCL and fragments"
+        yield f"* selected activation checkpointing; the peak is at: {self.memory[chosen].moment}"
+        yield f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; the rest is for context, NCCL and fragmentation"
         yield ""
         took = f"{_number(self.gpu_hours)} GPU-hours, {_number(self.days)} days"
-        yield f"{settings.steps:,} updates at {settings.efficiency:.0%} of the peak: {took}"
+        yield f"{settings.steps:,} steps at {settings.efficiency:.0%} of peak FLOP/s: {took}"
         yield f"this does not fit: {self.remedy}" if self.remedy else self.command(preset, given)
 
 
@@ -266,20 +272,20 @@ def _flags(values: Mapping[str, Any]) -> str:
 
 
 def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
-    """All ways to lay a run out that the settings leave open, the best first.
+    """Yield all layouts that the settings leave open, the best first.
 
-    Micro-batches that keep a GPU busy come before smaller ones; among them, layouts that compute no
-    block twice (a third more arithmetic) before those that do; among them, the least sharding, then
-    the least to compute again, then the largest micro-batch. Micro-batches divide a GPU's images,
-    and powers of two are preferred.
+    Micro-batches that keep a GPU busy come before smaller ones. Among these, layouts that recompute
+    whole blocks (a third more arithmetic) come last. Among these, the order is: least sharding,
+    least recomputation, largest micro-batch. Micro-batches divide the images of a GPU; powers of
+    two are preferred.
 
     Raises:
-        InputError: GPUs, batch, sharding and micro-batches do not go together.
+        InputError: GPUs, batch size, sharding and micro-batch size are incompatible.
     """
     gpus, rows = settings.gpus, settings.rows
     if gpus > settings.batch_size:
         raise InputError(
-            f"{gpus} GPUs for batches of {settings.batch_size} images: at most one GPU an image"
+            f"{gpus} GPUs for batches of {settings.batch_size} images: at most one GPU per image"
         )
     if settings.shard and gpus % settings.shard:
         raise InputError(
@@ -291,12 +297,14 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
         )
     divisors = _divisors(rows)[::-1]
     twos = [size for size in divisors if size & (size - 1) == 0]
-    # 4 is taken for 6, but not 1 for 5
+    # Leave out sizes that have a power of two a little below: 4 replaces 6, but 1 does not replace 5.
     sizes = [
         size for size in divisors if size == rows or not any(two < size < 2 * two for two in twos)
     ]
     sizes = [settings.micro_batch_size] if settings.micro_batch_size else _few(sizes)
-    busy = [size for size in sizes if size * settings.model.n_pixels >= _ENOUGH or size == sizes[0]]
+    busy = [
+        size for size in sizes if size * settings.model.n_pixels >= _BUSY_TOKENS or size == sizes[0]
+    ]
     given = settings.activation_checkpointing
     recomputations: tuple[Recomputation, ...] = (given,) if given else get_args(Recomputation)
     shards = [settings.shard] if settings.shard else _few(_divisors(gpus))
@@ -314,14 +322,14 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
 
 
 def _divisors(number: int) -> list[int]:
-    """Return all divisors, the smallest first."""
+    """Return all divisors in ascending order."""
     small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
     return small + [number // size for size in reversed(small) if size * size != number]
 
 
 def _few(sizes: list[int]) -> list[int]:
-    """Return the sizes, but of very many one for every power of two: the first."""
-    if len(sizes) <= _MANY:
+    """Return the sizes, or if there are very many, the first one above each power of two."""
+    if len(sizes) <= _MAX_SIZES:
         return sizes
     first = {size.bit_length(): size for size in reversed(sizes)}
     return [size for size in sizes if first[size.bit_length()] == size]
@@ -330,7 +338,7 @@ def _few(sizes: list[int]) -> list[int]:
 def _fitting(settings: PlanConfig) -> TrainConfig | None:
     usable = settings.kind.usable * _GIB
     weights = 4 * count_parameters(settings.model) / (settings.shard or settings.gpus)
-    if weights > usable:  # no layout can change that
+    if weights > usable:  # in every layout
         return None
     found = (one for one in layouts(settings) if _total(settings, one) <= usable)
     return next(found, None)
@@ -341,10 +349,10 @@ def _total(settings: PlanConfig, training: TrainConfig) -> float:
 
 
 def plan(settings: PlanConfig) -> Plan:
-    """Plans a run.
+    """Return the best layout of a run that fits, or the one closest to fitting.
 
     Raises:
-        InputError: an unknown kind of GPU, or settings that do not go together.
+        InputError: the kind of GPU is unknown, or settings are incompatible.
     """
     fits = _fitting(settings)
     training = fits or min(layouts(settings), key=lambda one: _total(settings, one))
@@ -356,7 +364,7 @@ def plan(settings: PlanConfig) -> Plan:
 
 
 def _remedy(settings: PlanConfig) -> str:
-    """What would fit where nothing does: leaving more open, more GPUs, or larger ones."""
+    """Return what would fit: other settings, more GPUs, or larger ones."""
     freed = settings.model_copy(
         update={"shard": None, "micro_batch_size": None, "activation_checkpointing": None}
     )

@@ -1,10 +1,10 @@
-"""How much memory an update takes on one GPU, by part, from the settings alone.
+"""Estimate the memory of training on one GPU, by part, from the settings alone.
 
-Counted are the tensors that `Engine` keeps alive, operation by operation, at the moments when they
-are most; compiled blocks keep no more of them. Kernels' own workspace and the allocator's fragments
-come on top. `benchmarks/plan.py` compares it with what is measured. The model is the paper's, no
-variant of it. Bytes everywhere. t places of a micro-batch, D width, V colours, L layers, H heads; c
-bytes of a number that products are computed in.
+The estimate counts the tensors that `Engine` keeps alive, operation by operation, at the moments
+when there are most of them; compiled blocks keep no more. Workspace of kernels and fragmentation
+come on top. `benchmarks/plan.py` compares it with measurements. It covers the paper's model, not the
+variants. All numbers are bytes. t tokens of a micro-batch, D width, V colours, L layers, H heads; c
+bytes of a number in matrix products.
 """
 
 from collections.abc import Iterator
@@ -19,19 +19,18 @@ from igpt.model.cost import block_parameters, count_parameters, root_parameters
 from igpt.training.distributed import World
 from igpt.training.settings import TrainConfig
 
-_VALIDATED = (
-    4  # micro-batches that are validated at a time, as `Engine.evaluation_batch_size` has it
-)
+# Micro-batches that are validated at a time, see `Engine.evaluation_batch_size`.
+_VALIDATED = 4
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one GPU by part, at the moment of an update when there are most.
+    """Bytes on one GPU by part, at one moment of a step.
 
     Attributes:
-        weight_copies: autocast's bf16 casts, or what FSDP has gathered.
-        activations: what is kept for the backward pass.
-        temporaries: logits, their losses and gradients, or those of the block at hand.
+        weight_copies: bf16 copies of autocast, or weights gathered by FSDP.
+        activations: kept for the backward pass.
+        temporaries: logits, losses and their gradients, or gradients within a block.
     """
 
     moment: str
@@ -44,40 +43,37 @@ class Memory:
 
     @property
     def parts(self) -> dict[str, float]:
-        """The parts by name."""
+        """Bytes by part."""
         return {name: value for name, value in vars(self).items() if name != "moment"}
 
     @property
     def total(self) -> float:
-        """Their sum."""
+        """Sum of all parts."""
         return sum(self.parts.values())
 
 
 def state_bytes(config: ModelConfig, settings: TrainConfig, frozen: int = 0) -> int:
-    """Return the bytes of weights, gradients and optimizer state together, before they are sharded.
+    """Return the bytes of weights, gradients and optimizer state, before sharding.
 
     Args:
-        frozen: parameters that are not trained.
+        frozen: number of parameters that are not trained.
     """
     parameters = count_parameters(config)
-    orthogonalised = (
-        12 * config.n_embd**2 * config.n_layer * (settings.optimizer == "muon")
-    )  # with one moment, not two
-    return 4 * parameters + 12 * (parameters - frozen) - 4 * orthogonalised
+    # Muon keeps one moment, not two.
+    muon = 12 * config.n_embd**2 * config.n_layer * (settings.optimizer == "muon")
+    return 4 * parameters + 12 * (parameters - frozen) - 4 * muon
 
 
 def require_memory(
     config: ModelConfig, settings: TrainConfig, world: World, frozen: int = 0
 ) -> None:
-    """Refuse a model or a batch that cannot fit, before anything is built of it.
+    """Raise if a model or a batch cannot fit into memory, before it is created.
 
-    Counted is only what is certainly needed at once: weights, gradients and optimizer state, the
-        tokens of a batch, and
-    half of the activations that are kept by the formula (compiled blocks may keep fewer).
+    The estimate is a lower bound: weights, gradients and optimizer state, the tokens of a batch, and
+    half of the activations by `kept_by_block`, because compiled blocks may keep fewer.
 
     Raises:
-        InputError: the estimate is above what the machine (or, of a GPU, the GPU) has; both are
-            named.
+        InputError: the estimate exceeds the memory of the machine or the GPU; both are named.
     """
     on_gpu = world.device.type == "cuda"
     limit = (
@@ -90,7 +86,7 @@ def require_memory(
     micro = min(settings.micro_batch_size or rows, rows)
     state = ranks * state_bytes(config, settings, frozen) // settings.shard
     tokens = ranks * 8 * settings.batch_size * config.n_pixels
-    # Gradients come as activations go: at the end of a forward pass there are none.
+    # At the end of a forward pass there are no gradients yet.
     gradients = 4 * ranks * (count_parameters(config) - frozen) // settings.shard
     kept = ranks * config.n_layer * kept_by_block(config, settings, micro * config.n_pixels) // 2
     forward = state - gradients + tokens + kept
@@ -118,7 +114,7 @@ def require_memory(
 
 
 def _readable(count: int) -> str:
-    """Return a number of bytes in GiB, or in the largest unit that leaves a number above 1."""
+    """Return a number of bytes in GiB, or in a larger unit if there are more than 1,024."""
     value, units = count / 2**30, ["GiB", "TiB", "PiB", "EiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]
@@ -126,12 +122,13 @@ def _readable(count: int) -> str:
 
 
 def kept_by_block(config: ModelConfig, settings: TrainConfig, t: int) -> int:
-    """Bytes that a block keeps from its forward pass to its backward pass.
+    """Return the bytes that a block keeps from its forward pass to its backward pass.
 
-    "none": two residuals in fp32 (the norms' inputs); in the products' type the norms' outputs (2
-    D), queries, keys and values (3 D), attention's output (D), and the MLP's inside before and
-    after its activation (8 D); a sum a head of attention and one a norm. "selective": the block's
-    input, and the outputs of products and attention (10 D). "full": its input.
+    Per token: with "none", the inputs of both norms in fp32 (2 D); in the type of the products, the
+    outputs of the norms (2 D), queries, keys and values (3 D), the output of attention (D), and the
+    hidden layer of the MLP before and after its activation (8 D); one sum per head and per norm.
+    With "selective", the input of the block, and the outputs of products and attention (10 D). With
+    "full", the input of the block.
     """
     c, unit = _bytes(settings), t * config.n_embd
     return {
@@ -146,12 +143,12 @@ def _bytes(settings: TrainConfig) -> int:
 
 
 def peak_memory(config: ModelConfig, settings: TrainConfig, ranks: int) -> Memory:
-    """The memory on one of so many GPUs, at the moment of an update or of validation that needs most."""
+    """Return the peak memory on one of `ranks` GPUs, over a step and validation."""
     return max(_moments(config, settings, ranks), key=lambda memory: memory.total)
 
 
 def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator[Memory]:
-    """The moments that can be the worst; which of them is depends on the shape."""
+    """Yield the moments that can be the peak; which one is depends on the shape."""
     rows = -(-settings.batch_size // ranks)
     micro = min(settings.micro_batch_size or rows, rows)
     recomputation, shard, c = settings.activation_checkpointing, settings.shard, _bytes(settings)
@@ -164,31 +161,33 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
     whole = kept_by_block(
         config, settings.model_copy(update={"activation_checkpointing": "none"}), t
     )
-    end = (4 + c) * unit + 4 * t  # the final norm's input and output
+    end = (4 + c) * unit + 4 * t  # input and output of the final norm
 
     sharded, half = shard > 1, c == 2
     cast, head_cast = 24 * width**2 * (half and not sharded), 2 * head * half
     gathered, gathered_root = c * block * sharded, 4 * root * sharded
-    # DDP's buckets never go, and what earlier micro-batches left lies beside them until both are
-    # summed. FSDP's shares grow block by block and stay between micro-batches. Alone, gradients
-    # come as the backward pass goes.
+    # DDP keeps its buckets, and the gradients of earlier micro-batches next to them until both are
+    # summed. With FSDP, sharded gradients grow block by block and stay between micro-batches. On
+    # one GPU, gradients appear during the backward pass.
     accumulates, replicated = micro < rows, ranks > 1 and not sharded
     weights = 4 * count_parameters(config) / shard
     buckets, earlier = weights * replicated, weights * accumulates
     resting = buckets + earlier
-    orthogonalised = 12 * width**2 * layers * (settings.optimizer == "muon")
-    moments = 2 * weights - 4 * orthogonalised / shard
+    muon = 12 * width**2 * layers * (settings.optimizer == "muon")
+    moments = 2 * weights - 4 * muon / shard
 
     def at(
         moment: str, gradients: float, copies: float, activations: float, temporaries: float
     ) -> Memory:
         return Memory(moment, weights, moments, gradients, copies, activations, temporaries)
 
-    if recomputation != "none":  # what is not kept is there for a moment, while all casts are held
+    if (
+        recomputation != "none"
+    ):  # activations that are not kept exist for a moment, next to all casts
         copies = layers * cast + gathered_root + gathered
         inside = (4 + (8 if recomputation == "selective" else 9) * c) * unit
         yield at("forward pass of the last block", resting, copies, layers * kept, inside)
-    # Logits in fp32 and their log-softmax; then this, its gradient, and the logits' gradient.
+    # Logits in fp32 and their log-softmax; then the latter, its gradient, and that of the logits.
     copies = head_cast + gathered_root
     yield at("loss", resting, layers * cast + copies, layers * kept + end, 8 * config.n_colors * t)
     copies += layers * cast * (recomputation == "none")
@@ -196,9 +195,8 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
         "backward pass of the loss", resting, copies, layers * kept + end, 12 * config.n_colors * t
     )
 
-    ends = {
-        number for number in (layers, layers - 1, 2, 1) if number >= 1 and number <= layers
-    }  # in between, all grows or falls in line
+    # Between these blocks everything grows or falls linearly.
+    ends = {number for number in (layers, layers - 1, 2, 1) if 1 <= number <= layers}
     for number in sorted(ends):
         coming = 4 * block * (layers - number) / shard
         gradients = resting - coming * bool(buckets and earlier) if resting else coming
@@ -209,10 +207,11 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
             + gathered * min(number, 2)
         )
         activations = (number - 1) * kept + whole + c * unit * (recomputation == "selective")
-        # The residual's gradient, its cast, the gradient inside the MLP and that of its second
+        # Gradients of the residual, of its cast, of the hidden layer of the MLP, and of its second
         # matrix.
         temporaries = (4 + c * half + 4 * c) * unit + 4 * c * width**2
-        if sharded:  # fp32 sums under way to their owners: of the block after this, or of the last micro-batch's root
+        # Gradients in fp32 being reduced: of the next block, or of the root of the last micro-batch.
+        if sharded:
             temporaries += 4 * block if number < layers else 4 * root * accumulates
         yield at(
             f"backward pass of block {number} of {layers}",

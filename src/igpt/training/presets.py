@@ -1,14 +1,14 @@
-"""Named models and recipes: the published ones, and small ones that two CPU cores can train."""
+"""Presets: the published models, and small ones that two CPU cores can train."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from igpt.errors import InputError, suggest
 
-# The paper's: batch 128 (XL 64), 1 M updates (XL 2 M), warm-up of one epoch, cosine to 0, no decay,
-# no augmentation. It tried learning rates from 0.01 downwards and does not state the chosen ones
-# for every size: these are the usual readings. Nor does it speak of clipping gradients: the default
-# clips them at a norm of 1.
+# The paper: batch size 128 (XL: 64), 1 M steps (XL: 2 M), warm-up of one epoch, cosine to 0, no weight
+# decay, no augmentation. It tried learning rates from 0.01 downwards, and does not state the selected
+# ones for every size: these are the usual assumptions. It does not mention gradient clipping, which
+# is at a norm of 1 by default here.
 _PUBLISHED = {"batch_size": 128, "steps": 1_000_000, "warmup_steps": "epoch"}
 _L = {"n_layer": 48, "n_embd": 1536, "n_head": 16, "learning_rate": 1e-3, **_PUBLISHED}
 
@@ -25,7 +25,7 @@ _PHOTOS = {
     "log_every": 25,
     "validate_every": 50,
     "validation_images": 256,
-    "patience": 3,  # a hundred photographs are soon known by heart
+    "patience": 3,  # a hundred photographs are soon memorized
     "checkpoint_every": 100,
 }
 
@@ -58,7 +58,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "batch_size": 64,
         "steps": 2_000_000,
     },
-    # About an hour on one H100 by arithmetic (`igpt plan gpu-hour`): half of igpt-s, 5 M images.
+    # About an hour on one H100 by `igpt plan gpu-hour`: half of igpt-s, 5 M images.
     "gpu-hour": {
         "resolution": 32,
         "n_layer": 12,
@@ -69,7 +69,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "steps": 40_000,
         "warmup_steps": 1_000,
     },
-    # Seconds on two cores: to see whether a data set goes through.
+    # Seconds on two cores, to check that a data set works.
     "tiny": {
         "n_layer": 4,
         "n_embd": 64,
@@ -82,7 +82,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "validate_every": 100,
         "checkpoint_every": 100,
     },
-    # A minute on two cores at 8 px (64 places).
+    # A minute on two cores at 8 px (64 pixels).
     "digits": {
         "n_layer": 6,
         "n_embd": 128,
@@ -97,10 +97,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "validate_every": 100,
         "checkpoint_every": 100,
     },
-    # Minutes on two cores at 16 px (256 places).
+    # Minutes on two cores at 16 px (256 pixels).
     "photos": _PHOTOS,
-    # The same with what won the race to a fixed loss (experiments/speedrun); the paper has none of
-    # it.
+    # The same with the variants that reached a fixed loss fastest (experiments/speedrun). None of
+    # them is in the paper.
     "modern": {
         **_PHOTOS,
         "learning_rate": 1e-2,
@@ -112,10 +112,10 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
 
 
 def preset(name: str) -> Mapping[str, Any]:
-    """The settings of a named model.
+    """Return the settings of a preset.
 
     Raises:
-        InputError: there is none of that name; the nearest is named.
+        InputError: there is no such preset; the nearest is named.
     """
     if name not in MODELS:
         raise InputError(f"no preset {name!r}; {suggest(name, MODELS)}")
