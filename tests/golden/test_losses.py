@@ -9,8 +9,8 @@ from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
 # 6 updates, fp32, seed 0, one thread; torch 2.13.0 (CPU). Rounding differs between processors:
-# 1e-4. Recorded anew when weights came to be drawn block by block, so that a sharded model need not
-# be drawn as a whole; from the weights drawn before, the losses were the same to 1e-6.
+# 1e-4. Recorded again when weights came to be initialized block by block, for the sake of sharded
+# models; from the earlier initial weights, the losses were the same to 1e-6.
 RECORDED = {
     "autoregressive": [2.833214, 2.820983, 2.786398, 2.730977, 2.657367, 2.579092],
     "bert": [2.833214, 2.819315, 2.791319, 2.728019, 2.654237, 2.61115],

@@ -70,8 +70,8 @@ def test_the_modal_prediction_counts_votes_over_masks() -> None:
     found = predict(model, images, rows, masks=5, probability=0.4, seed=3)
     tokens = torch.from_numpy(images.astype(np.int64))
     votes, probabilities = np.zeros((60, 3), int), np.zeros((60, 3))
-    for draw in range(5):
-        mask = torch.from_numpy(Bert().masks_of_rows(rows, 16, 0.4, (3, draw)))
+    for number in range(5):
+        mask = torch.from_numpy(Bert().masks_of_rows(rows, 16, 0.4, (3, number)))
         with torch.no_grad():
             logits = class_logits(model, tokens, mask)
         votes[np.arange(60), logits.argmax(1).numpy()] += 1
@@ -102,11 +102,11 @@ def test_predictions_depend_on_row_and_seed_alone() -> None:
 
 def test_ties_are_resolved_by_seed_and_row() -> None:
     votes, rows = np.tile([2, 0, 2, 1], (400, 1)), np.arange(400)
-    drawn = modal(votes, rows, (0, 5))
-    assert set(drawn) == {0, 2}
-    assert 150 < (drawn == 0).sum() < 250
-    assert np.array_equal(modal(votes[7:9], rows[7:9], (0, 5)), drawn[7:9])
-    assert not np.array_equal(modal(votes, rows, (1, 5)), drawn)
+    predicted = modal(votes, rows, (0, 5))
+    assert set(predicted) == {0, 2}
+    assert 150 < (predicted == 0).sum() < 250
+    assert np.array_equal(modal(votes[7:9], rows[7:9], (0, 5)), predicted[7:9])
+    assert not np.array_equal(modal(votes, rows, (1, 5)), predicted)
     assert modal(np.array([[1, 3, 1]]), np.array([0]), (0, 5)).tolist() == [1], (
         "the most frequent needs no luck"
     )

@@ -84,7 +84,7 @@ def test_causal_attention_counts_half() -> None:
         ModelConfig.layered({**SMALL, "objective": name}) for name in ("autoregressive", "bert")
     )
     n = causal.n_pixels
-    assert attended_pairs(causal) == sum(place + 1 for place in range(n))
+    assert attended_pairs(causal) == sum(position + 1 for position in range(n))
     assert (
         training_flops(full) - training_flops(causal)
         == 12 * (n * (n - 1) // 2) * full.n_embd * full.n_layer

@@ -578,9 +578,9 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
         "this one does not agree within four digits (difference +4.1488)"
     )
     assert said in done.stdout
-    told = json.loads((tmp_path / "published.json").read_text())["published"]
-    assert (told["agrees"], told["model"]) == (False, "igpt-s")
-    assert told["difference"] == pytest.approx(math.log(512) - 2.0895, abs=1e-6)
+    published = json.loads((tmp_path / "published.json").read_text())["published"]
+    assert (published["agrees"], published["model"]) == (False, "igpt-s")
+    assert published["difference"] == pytest.approx(math.log(512) - 2.0895, abs=1e-6)
 
 
 HOLDER = """

@@ -35,8 +35,8 @@ def weights(old: int, new: int) -> Tensor:
     """Return the weight of every old pixel of a row in every new one, [new, old]."""
     width = max(1.0, old / new)
     rows = []
-    for place in range(new):
-        middle = (place + 0.5) * old / new
+    for position in range(new):
+        middle = (position + 0.5) * old / new
         row = torch.tensor(
             [kernel((other + 0.5 - middle) / width) for other in range(old)], dtype=torch.float64
         )
@@ -85,7 +85,7 @@ def test_a_ramp_stays_a_ramp(old: int, new: int) -> None:
     within = {
         "rtol": 0,
         "atol": 1e-6 if new > old or old % new == 0 else 0.02 / new,
-    }  # a fiftieth of a place
+    }  # a fiftieth of a position
     torch.testing.assert_close(found[inner, :, 0], wanted[:, None].expand(-1, new), **within)
     torch.testing.assert_close(found[:, inner, 1], wanted.expand(new, -1), **within)
 

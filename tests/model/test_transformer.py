@@ -148,7 +148,7 @@ def test_initial_weights() -> None:
         "mlp.c_fc.weight": 0.02,
         "mlp.c_proj.weight": 0.02,
     }
-    drawn = 0
+    random = 0
     for name, parameter in model.named_parameters():
         if name.endswith(("ln_1.weight", "ln_2.weight", "ln_f.weight")):
             assert (parameter == 1).all(), name
@@ -156,7 +156,7 @@ def test_initial_weights() -> None:
             assert (parameter == 0).all(), name
         else:
             deviation = next(value for end, value in deviations.items() if name.endswith(end))
-            drawn += 1
+            random += 1
             # Five standard errors of an estimated standard deviation, and of a mean.
             assert parameter.std().item() == pytest.approx(
                 deviation, rel=5 / math.sqrt(2 * parameter.numel())
@@ -166,7 +166,7 @@ def test_initial_weights() -> None:
             assert fourth_moment == pytest.approx(3, abs=5 * math.sqrt(96 / parameter.numel())), (
                 f"{name}: not normal"
             )
-    assert drawn == 2 + 4 * layers
+    assert random == 2 + 4 * layers
     start = model.wte.weight[-1]
     assert start.std().item() == pytest.approx(0.02, rel=5 / math.sqrt(2 * width))
 

@@ -70,17 +70,17 @@ def norm(x: Array) -> Array:
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5)
 
 
-def turned(x: Array, resolution: int) -> Array:
+def rotated(x: Array, resolution: int) -> Array:
     """Rotate x [T, K]: number p of a half is paired with number p + K/4."""
     quarter = x.shape[1] // 4
     result = np.empty_like(x)
-    for place in range(len(x)):
-        for half, distance in enumerate((place // resolution, place % resolution)):
+    for position in range(len(x)):
+        for half, distance in enumerate((position // resolution, position % resolution)):
             for pair in range(quarter):
                 one = 2 * half * quarter + pair
                 angle = distance / 100 ** (pair / quarter)
-                product = complex(x[place, one], x[place, one + quarter]) * np.exp(1j * angle)
-                result[place, one], result[place, one + quarter] = product.real, product.imag
+                product = complex(x[position, one], x[position, one + quarter]) * np.exp(1j * angle)
+                result[position, one], result[position, one + quarter] = product.real, product.imag
     return result
 
 
@@ -109,7 +109,7 @@ def plain_logits(model: ImageGPT, tokens: NDArray[np.int64]) -> Array:
             some = slice(number * head, (number + 1) * head)
             one, other = q[:, some], k[:, some]
             if config.positions == "rotary":
-                one, other = turned(one, config.resolution), turned(other, config.resolution)
+                one, other = rotated(one, config.resolution), rotated(other, config.resolution)
             scores = np.exp(one @ other.T / np.sqrt(head))
             scores = scores if bert else np.tril(scores)
             read[:, some] = scores / scores.sum(1, keepdims=True) @ v[:, some]
@@ -171,20 +171,20 @@ def test_cached_logits_equal_the_full_forward_at_every_position(
     model = random_model(variant)
     tokens = random_tokens(model, 3)
     sequence = torch.cat([torch.full((3, 1), 11), tokens], 1)
-    said: list[Tensor] = []
+    found: list[Tensor] = []
     decoder = Decoder(model, 3)
     decoder.prefill(sequence[:, :prefix])
     for _ in range(prefix, 25):
-        decoder.advance(sequence, lambda place, logits: said.append(logits))
-    torch.testing.assert_close(torch.stack(said, 1), model(tokens)[:, prefix:], rtol=0, atol=1e-12)
+        decoder.advance(sequence, lambda position, logits: found.append(logits))
+    torch.testing.assert_close(torch.stack(found, 1), model(tokens)[:, prefix:], rtol=0, atol=1e-12)
 
 
 @all_variants
 def test_sampling_in_bf16(variant: dict[str, Any]) -> None:
     model = random_model(variant).float()
     tokens = random_tokens(model, 2)
-    drawn = complete(model, tokens, 2, precision="bf16", seed=1)
-    assert torch.equal(drawn[:, :10], tokens[:, :10])
+    completed = complete(model, tokens, 2, precision="bf16", seed=1)
+    assert torch.equal(completed[:, :10], tokens[:, :10])
     assert sample(model, tokens[:, :0], precision="bf16").shape == (2, 25)
 
 
@@ -192,8 +192,8 @@ def test_sampling_in_bf16(variant: dict[str, Any]) -> None:
 def test_a_bert_variant_completes(variant: dict[str, Any]) -> None:
     model = random_model(variant, objective="bert")
     tokens = random_tokens(model, 2)
-    drawn = complete(model, tokens, 2, rounds=3, precision="fp32")
-    assert torch.equal(drawn[:, :10], tokens[:, :10])
+    completed = complete(model, tokens, 2, rounds=3, precision="fp32")
+    assert torch.equal(completed[:, :10], tokens[:, :10])
 
 
 @all_variants
@@ -325,13 +325,13 @@ def test_embeddings_from_the_palette() -> None:
     """They are linear in the colours, have the usual size, and depend on the seed."""
     palette = Palette.from_centers(np.random.default_rng(5).uniform(-1, 1, (300, 3)))
     config = config_of({}, n_colors=300, n_embd=96)
-    drawn = []
+    completed = []
     for seed in (6, 6, 7):
         torch.manual_seed(seed)
-        drawn.append(ImageGPT(config, palette, from_palette=True).wte.weight.detach())
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.allclose(drawn[0], drawn[2])
-    colours, start = drawn[0][:-1].double().numpy(), drawn[0][-1]
+        completed.append(ImageGPT(config, palette, from_palette=True).wte.weight.detach())
+    assert torch.equal(completed[0], completed[1])
+    assert not torch.allclose(completed[0], completed[2])
+    colours, start = completed[0][:-1].double().numpy(), completed[0][-1]
     _, residual, rank, _ = np.linalg.lstsq(palette.centers_.astype(np.float64), colours, rcond=None)
     assert rank == 3
     assert residual.max() < 1e-10

@@ -209,13 +209,13 @@ def test_both_generate_the_same_images(given: int, tmp_path: Path) -> None:
     theirs = ImageGPTForCausalImageModeling.from_pretrained(tmp_path, dtype=torch.float64)
     prefix = random_tokens(seed=11, images=6)[:, :given]
     fed = torch.cat([torch.full((6, 1), N_COLORS), prefix], dim=1)
-    drawn = theirs.generate(fed, do_sample=False, max_length=RESOLUTION**2 + 1)[:, 1:]
-    assert drawn.shape == (6, RESOLUTION**2)
-    assert torch.equal(drawn, sample(ours, prefix, temperature=0, precision="fp32"))
-    assert torch.equal(drawn[:, :given], prefix)
-    assert len(drawn[0].unique()) > 3, "a model that repeats one colour shows little"
+    generated = theirs.generate(fed, do_sample=False, max_length=RESOLUTION**2 + 1)[:, 1:]
+    assert generated.shape == (6, RESOLUTION**2)
+    assert torch.equal(generated, sample(ours, prefix, temperature=0, precision="fp32"))
+    assert torch.equal(generated[:, :given], prefix)
+    assert len(generated[0].unique()) > 3, "a model that repeats one colour shows little"
     if given:
-        assert len(drawn.unique(dim=0)) == 6
+        assert len(generated.unique(dim=0)) == 6
 
 
 def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageClassification]:
@@ -340,9 +340,12 @@ def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Pat
         *_, features = ours.features(tokens)
     for processor, agrees in ((None, False), (ShiftedProcessor.from_pretrained(tmp_path), True)):
         chosen = {"model": str(tmp_path), "image_processor": processor, "dtype": torch.float64}
-        told = pipeline("image-classification", **chosen)(images)
+        answers = pipeline("image-classification", **chosen)(images)
         theirs = torch.tensor(
-            [[{c["label"]: c["score"] for c in image}[name] for name in CLASSES] for image in told]
+            [
+                [{c["label"]: c["score"] for c in image}[name] for name in CLASSES]
+                for image in answers
+            ]
         )
         assert ((theirs - probabilities).abs().max() < 1e-6) == agrees
         found = torch.tensor(pipeline("image-feature-extraction", **chosen)(images))[:, 0]

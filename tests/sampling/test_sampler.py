@@ -32,7 +32,7 @@ def logits_by_steps(
     decoder = Decoder(model, len(tokens), precision)
     decoder.prefill(sequence[:, :prefix])
     for _ in range(prefix, tokens.shape[1]):
-        decoder.advance(sequence, lambda place, logits: said.append(logits))
+        decoder.advance(sequence, lambda position, logits: said.append(logits))
     return torch.stack(said, 1)
 
 
@@ -100,9 +100,9 @@ def test_known_pixels_anywhere_and_of_each_image_are_kept_and_seen_by_those_afte
     model = random_model()
     originals = torch.randint(0, 11, (3, 36))
     known = torch.rand(3, 36, generator=torch.Generator().manual_seed(1)) < 0.5
-    drawn = complete(model, originals, known, temperature=0, precision="fp32")
-    assert torch.equal(drawn[known], originals[known])
-    assert torch.equal(drawn[~known], model(drawn).argmax(-1)[~known])
+    sampled = complete(model, originals, known, temperature=0, precision="fp32")
+    assert torch.equal(sampled[known], originals[known])
+    assert torch.equal(sampled[~known], model(sampled).argmax(-1)[~known])
     nothing_open = complete(model, originals, torch.ones(36, dtype=torch.bool))
     assert torch.equal(nothing_open, originals)
 
@@ -123,18 +123,18 @@ def test_many_images_are_generated_in_several_batches(
         return generate(model, tokens, *rest, **settings)
 
     monkeypatch.setattr("igpt.sampling.sampler.generate", counted)
-    told = []
+    reported = []
     again = complete(
         model,
         originals,
         2,
         precision="fp32",
-        progress=lambda done, total: told.append((done, total)),
+        progress=lambda done, total: reported.append((done, total)),
     )
     assert torch.equal(again, whole)
     assert sizes == [2, 2, 1]
-    assert told[-1] == (180, 180)
-    assert told == sorted(told)
+    assert reported[-1] == (180, 180)
+    assert reported == sorted(reported)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
@@ -189,9 +189,9 @@ def test_broken_weights_are_refused_at_once() -> None:
 def test_greedy_sampling_is_the_full_forwards_argmax() -> None:
     model = random_model()
     prefix = torch.randint(0, 11, (2, 7))
-    drawn = sample(model, prefix, temperature=0, precision="fp32")
-    assert torch.equal(drawn[:, :7], prefix)
-    assert torch.equal(drawn[:, 7:], model(drawn).argmax(-1)[:, 7:])
+    sampled = sample(model, prefix, temperature=0, precision="fp32")
+    assert torch.equal(sampled[:, :7], prefix)
+    assert torch.equal(sampled[:, 7:], model(sampled).argmax(-1)[:, 7:])
 
 
 def test_same_seed_same_images_and_another_seed_others() -> None:
@@ -224,12 +224,12 @@ def test_samples_follow_the_distribution() -> None:
 def test_completion_keeps_what_is_known(objective: str) -> None:
     model = random_model(objective)
     originals = torch.randint(0, 11, (3, 36))
-    drawn = complete(model, originals, 2, seed=1)
-    assert torch.equal(drawn[:, :12], originals[:, :12])
-    assert not torch.equal(drawn[:, 12:], originals[:, 12:])
-    assert drawn.min() >= 0
-    assert drawn.max() < 11
-    assert torch.equal(drawn, complete(model, originals, 2, seed=1))
+    sampled = complete(model, originals, 2, seed=1)
+    assert torch.equal(sampled[:, :12], originals[:, :12])
+    assert not torch.equal(sampled[:, 12:], originals[:, 12:])
+    assert sampled.min() >= 0
+    assert sampled.max() < 11
+    assert torch.equal(sampled, complete(model, originals, 2, seed=1))
 
 
 def test_unknown_pixels_do_not_influence_completions() -> None:

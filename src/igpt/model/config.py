@@ -210,10 +210,14 @@ class ModelConfig(ShapeConfig, Variants):
             InputError: a setting that `ImageGPT` does not implement, or settings that contradict
                 each other.
         """
-        foreign, width, n_pixels = hub.model_type == "imagegpt", hub.n_embd, hub.n_positions
+        from_transformers, width, n_pixels = (
+            hub.model_type == "imagegpt",
+            hub.n_embd,
+            hub.n_positions,
+        )
         resolution = math.isqrt(n_pixels)
         unlike = {
-            "activation_function": foreign and hub.activation_function != "quick_gelu",
+            "activation_function": from_transformers and hub.activation_function != "quick_gelu",
             "n_inner": hub.n_inner not in (None, 4 * width),
             "scale_attn_weights": not hub.scale_attn_weights,
             "scale_attn_by_inverse_layer_idx": hub.scale_attn_by_inverse_layer_idx,
@@ -236,12 +240,14 @@ class ModelConfig(ShapeConfig, Variants):
                 f"{where} has igpt.resolution = {hub.igpt.resolution}, but n_positions = "
                 f"{n_pixels} is {resolution}^2"
             )
-        ours = hub.igpt.model_extra or {}
+        extra = hub.igpt.model_extra or {}
         varied = {
-            key: value for key, value in ours.items() if not foreign or key in Variants.model_fields
+            key: value
+            for key, value in extra.items()
+            if not from_transformers or key in Variants.model_fields
         }
         variants = Variants.layered(varied, where=str(where))
-        if foreign and not variants.faithful:
+        if from_transformers and not variants.faithful:
             raise InputError(
                 f"{where} has model_type = 'imagegpt' with {varied}; a variant has "
                 "model_type = 'igpt'"

@@ -226,8 +226,8 @@ def _read_config(file: Path) -> HubConfig:
         raise InputError(
             f"{file} is of a model of type {values.get('model_type')!r}; 'imagegpt' is needed"
         )
-    ours = values.get("igpt")
-    version = ours.get("version", VERSION) if isinstance(ours, dict) else VERSION
+    settings = values.get("igpt")
+    version = settings.get("version", VERSION) if isinstance(settings, dict) else VERSION
     if version != VERSION:
         raise InputError(
             f"{file} has model format version {version!r:.40}; this igpt reads {VERSION}"

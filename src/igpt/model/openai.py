@@ -248,7 +248,7 @@ def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
     index = _parse_varints(content, len(content) - _FOOTER, 4)[0][2:]
     for leaf in _read_block(content, index, path).values():
         rows |= _read_block(content, _parse_varints(leaf, 0, 2)[0], path)
-    n_shards = _parse_message(rows.pop(b""))[1][0]
+    n_files = _parse_message(rows.pop(b""))[1][0]
     entries = {}
     for name, message in rows.items():
         fields = _parse_message(message)
@@ -257,15 +257,15 @@ def _parse_index(content: bytes, prefix: Path, path: Path) -> dict[str, _Entry]:
             for part in fields[2]
             for side in _parse_message(part)[2]
         )
-        dtype, shard, offset, size, checksum = (
+        dtype, file_number, offset, size, checksum = (
             (fields[number] or [0])[0] for number in (1, 3, 4, 5, 6)
         )
         if not all(
             isinstance(number, int)
-            for number in (dtype, shard, offset, size, checksum, n_shards, *shape)
+            for number in (dtype, file_number, offset, size, checksum, n_files, *shape)
         ):
             raise ValueError("a number is needed")
-        data = Path(f"{prefix}.data-{shard:05d}-of-{n_shards:05d}")
+        data = Path(f"{prefix}.data-{file_number:05d}-of-{n_files:05d}")
         if not fields[7] and not name.startswith(b"\0"):
             entries[name.decode(errors="replace")] = _Entry(
                 dtype, shape, data, offset, size, checksum

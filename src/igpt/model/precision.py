@@ -35,7 +35,7 @@ def matmul_rate(precision: Precision, device: torch.device) -> float:
 
 
 def resolve_precision(precision: Precision | Literal["auto"], device: torch.device) -> Precision:
-    """Return the precision that "auto" stands for on a device; any other is returned unchanged.
+    """Return the precision that "auto" means on a device; any other is returned unchanged.
 
     It depends on the processor's capabilities alone, so that it is the same at every start.
     """

@@ -16,7 +16,7 @@ from igpt.model.norm import NORM_EPS
 from igpt.model.precision import TYPES, Precision, autocast
 from igpt.model.transformer import SLOPE, Block, ImageGPT, LayerCache
 
-_BUCKET = 64  # the cache that a captured step reads grows by so many positions
+_BUCKET = 64  # positions by which the cache that a captured step reads grows
 _CAPTURE = threading.Lock()
 Writer = Callable[[Tensor, Tensor], None]  # (position [1], logits [B, V]): writes the next token
 
