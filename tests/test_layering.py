@@ -38,6 +38,7 @@ HOUSE = [
     "data/sources/unpacking",
     "data/sources/archives",
     "data/sources/catalogue",
+    "data/tokenizer",
     "data/palette_fit",
     "data/pool",
     "data/prepare",

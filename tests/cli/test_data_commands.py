@@ -132,7 +132,7 @@ def test_released_tokens_that_do_not_fit(igpt: Run, released: Path, tmp_path: Pa
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds tokens of 4 px; --size 4" in done.stderr
     done = igpt("prepare", released, "-o", tmp_path / "t", "--size", 4, "--views", 1)
-    assert "of which no random crops can be taken; leave --views out" in done.stderr
+    assert "which cannot be cropped at random; leave --views out" in done.stderr
     tokens = np.load(f"{released}_trX.npy")
     tokens[3, 3] = 6
     np.save(f"{released}_trX.npy", tokens)

@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
         (("model", "cifar10"), "no released arrays: cifar10_teX.npy is missing"),
         (("model", "alone/cifar10"), "no released arrays: alone/cifar10_teX.npy is missing"),
         (("model", "alone"), "no released arrays: alone_teX.npy is missing"),
-        (("model", "alone/imagenet"), "their palette, kmeans_centers.npy, is to lie beside them"),
+        (("model", "alone/imagenet"), "put kmeans_centers.npy next to them"),
         (("bert", "imagenet"), "trained as 'autoregressive'; this one is 'bert'"),
         (("bare", "imagenet"), "holds no palette"),
         (("larger", "imagenet"), "holds tokens of 4 px, and the model's are of 5 px"),

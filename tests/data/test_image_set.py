@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.data.image_set import GatherConfig, Gathered, gather_images, gather_tokens
+from igpt.data.image_set import ImageSet, ImageSetConfig, stored_image_set, tokenized_image_set
 from igpt.data.images.palette import Palette, nearest_color_error
 from igpt.data.images.transform import load_square
 from igpt.data.prepare import PrepareConfig, prepare
@@ -20,7 +20,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 
 Write = Callable[..., Path]
-ALL = GatherConfig()
+ALL = ImageSetConfig()
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def palette() -> Palette:
 
 def refusal(source: Path | str, palette: Palette, **settings: object) -> str:
     with pytest.raises(InputError) as caught:
-        gather_images(str(source), palette, 6, GatherConfig(**settings))
+        tokenized_image_set(str(source), palette, 6, ImageSetConfig(**settings))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -38,7 +38,7 @@ def refusal(source: Path | str, palette: Palette, **settings: object) -> str:
 def test_all_images_of_a_source_without_splits(write_folder: Write, palette: Palette) -> None:
     folder = write_folder("plain", *(f"{letter}.png" for letter in "dacb"))
     steps = []
-    found = gather_images(str(folder), palette, 6, ALL, lambda *counts: steps.append(counts))
+    found = tokenized_image_set(str(folder), palette, 6, ALL, lambda *counts: steps.append(counts))
     assert (found.split, len(found), found.class_names, found.skipped) == ("all", 4, None, [])
     assert found.rows.tolist() == [0, 1, 2, 3]
     assert found.names == [str(folder / f"{letter}.png") for letter in "abcd"]
@@ -62,8 +62,8 @@ def test_the_test_split_or_the_one_that_is_named(write_folder: Write, palette: P
     ]
     folder = write_folder("split", *names, "test/b/2.png")
 
-    def gathered(split: str | None) -> Gathered:
-        return gather_images(str(folder), palette, 6, GatherConfig(split=split))
+    def gathered(split: str | None) -> ImageSet:
+        return tokenized_image_set(str(folder), palette, 6, ImageSetConfig(split=split))
 
     test = gathered(None)
     assert (test.split, len(test), test.class_names) == ("test", 5, ["a", "b"])
@@ -82,12 +82,12 @@ def test_classes_are_numbered_as_in_training(
             {"bytes": picture(seed), "path": f"{split}-{seed}.png"} for seed in range(len(classes))
         ]
         folder = write_parquet(f"set/{split}.parquet", {"image": images, "kind": classes}).parent
-    found = gather_images(str(folder), palette, 6, GatherConfig(label_column="kind"))
+    found = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(label_column="kind"))
     assert found.class_names == ["cat", "dog", "eel"]
     assert found.tokens.labels.tolist() == [2, 1]
     assert [found.class_of(label) for label in (2, -1)] == ["eel", None]
     assert found.names == ["test-0.png", "test-1.png"]
-    whole = gather_images(str(folder), palette, 6, GatherConfig(label_column="none"))
+    whole = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(label_column="none"))
     assert whole.class_names is None
 
 
@@ -96,7 +96,7 @@ def test_a_source_that_has_a_test_split_alone(
 ) -> None:
     images = [{"bytes": picture(seed), "path": None} for seed in range(3)]
     folder = write_parquet("only/test.parquet", {"image": images}).parent
-    found = gather_images(str(folder), palette, 6, ALL)
+    found = tokenized_image_set(str(folder), palette, 6, ALL)
     assert (found.split, found.names) == ("test", ["row 0", "row 1", "row 2"])
     with pytest.raises(InputError, match="has no training split"):
         open_source(str(folder))
@@ -108,18 +108,18 @@ def test_splits_without_a_test_one_are_taken_together(
     for split, seeds in (("train", (0, 1, 2)), ("validation", (3, 4))):
         images = [{"bytes": picture(seed), "path": None} for seed in seeds]
         folder = write_parquet(f"two/{split}.parquet", {"image": images}).parent
-    found = gather_images(str(folder), palette, 6, ALL)
+    found = tokenized_image_set(str(folder), palette, 6, ALL)
     assert (found.split, found.names) == ("all", [f"row {row}" for row in range(5)])
     squares = np.stack([np.asarray(Image.open(io.BytesIO(picture(seed)))) for seed in range(5)])
     np.testing.assert_array_equal(
         found.tokens.rows(np.arange(5)), palette.transform(squares).reshape(5, 36)
     )
-    drawn = gather_images(str(folder), palette, 6, GatherConfig(limit=3, seed=1))
+    drawn = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=1))
     np.testing.assert_array_equal(drawn.tokens.rows(np.arange(3)), found.tokens.rows(drawn.rows))
     assert drawn.names == [f"row {row}" for row in drawn.rows]
     assert drawn.rows.tolist() == sorted(set(drawn.rows.tolist()))
     assert {
-        tuple(gather_images(str(folder), palette, 6, GatherConfig(limit=3, seed=seed)).rows)
+        tuple(tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=seed)).rows)
         for seed in range(8)
     } > {tuple(drawn.rows)}
 
@@ -137,13 +137,13 @@ def test_samples_of_a_tar_are_named_by_their_member(
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = gather_images(str(tmp_path / "set.tar"), palette, 6, ALL)
+    found = tokenized_image_set(str(tmp_path / "set.tar"), palette, 6, ALL)
     assert found.names == ["a.png", "b\\udcff.png"]
     assert found.tokens.labels.tolist() == [0, 1]
 
 
 def test_nothing_is_held_out_of_the_digits(digits: TokenDataset) -> None:
-    found = gather_images("digits", digits.palette, 8, ALL)
+    found = tokenized_image_set("digits", digits.palette, 8, ALL)
     assert (found.split, len(found)) == ("all", 1797)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "these images"}
     splits, *_ = open_source("digits", SourceConfig())
@@ -158,7 +158,7 @@ def test_bad_images_are_listed_or_too_many(write_folder: Write, palette: Palette
     said = refusal(folder, palette)
     assert "images that do not decode: 1, where --max-bad 0.01 allows 0" in said
     assert f"{folder}/2.png: not an image in a known format" in said
-    found = gather_images(str(folder), palette, 6, GatherConfig(max_bad=0.2))
+    found = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(max_bad=0.2))
     assert found.skipped == [f"{folder}/2.png: not an image in a known format"]
     assert found.rows.tolist() == [0, 1, 3, 4]
     assert [Path(name).stem for name in found.names] == ["0", "1", "3", "4"]
@@ -175,7 +175,7 @@ def test_what_a_token_data_set_left_out_is_reported(
     (folder / "07.png").write_bytes(b"broken")
     data = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=4, colors=8, max_bad=0.1))
     made = data.manifest["made"]
-    found = gather_tokens(data, GatherConfig(limit=1)).to_json()
+    found = stored_image_set(data, ImageSetConfig(limit=1)).to_json()
     counts = {kind: entry["count"] for kind, entry in found["left_out"].items()}
     assert counts == {"files ending in .txt": 1, "images that do not decode": 1}
     assert {key: found[key] for key in ("skipped", "left_out", "warnings")} == {
@@ -184,7 +184,9 @@ def test_what_a_token_data_set_left_out_is_reported(
     assert len(found["skipped"]) == 1
     assert found["left_out_of"] == "the token data set, all splits"
     (folder / "07.png").unlink()
-    assert gather_images(str(folder), palette, 6, ALL).to_json()["left_out_of"] == "these images"
+    assert (
+        tokenized_image_set(str(folder), palette, 6, ALL).to_json()["left_out_of"] == "these images"
+    )
 
 
 def test_a_malformed_list_of_what_was_left_out_is_named(
@@ -196,11 +198,11 @@ def test_a_malformed_list_of_what_was_left_out_is_named(
     manifest["made"] |= {"left_out": {"files": 3}, "warnings": ["dark"]}
     (folder / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"dataset\.json: left_out\.files: .*") as caught:
-        gather_tokens(TokenDataset(folder), ALL)
+        stored_image_set(TokenDataset(folder), ALL)
     assert "\n" not in str(caught.value)
     manifest["made"]["left_out"] = {}
     (folder / "dataset.json").write_text(json.dumps(manifest))
-    assert gather_tokens(TokenDataset(folder), ALL).to_json()["warnings"] == ["dark"]
+    assert stored_image_set(TokenDataset(folder), ALL).to_json()["warnings"] == ["dark"]
 
 
 def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) -> None:
@@ -209,7 +211,7 @@ def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) ->
             Image.fromarray(np.full((6, 6, 3), 40 * number, np.uint8)) for number in range(count)
         ]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    found = gather_images(str(tmp_path), palette, 6, GatherConfig(max_bad=0))
+    found = tokenized_image_set(str(tmp_path), palette, 6, ImageSetConfig(max_bad=0))
     assert found.to_json()["left_out"] == {
         "further frames of images": {
             "count": 6,
@@ -243,7 +245,7 @@ def test_ready_tokens_are_taken_if_they_are_of_the_palette(
     np.save(tmp_path / "kmeans_centers.npy", palette.centers_.astype(np.float64))
     np.save(tmp_path / "set_teX.npy", parts["te"])
     np.save(tmp_path / "set_teY.npy", np.arange(7) % 3)
-    found = gather_images(str(tmp_path / "set"), palette, 6, ALL)
+    found = tokenized_image_set(str(tmp_path / "set"), palette, 6, ALL)
     np.testing.assert_array_equal(found.tokens.rows(np.arange(7)), parts["te"])
     assert (found.split, found.palette_error, found.class_names, found.name_of(2)) == (
         "test",
@@ -253,16 +255,19 @@ def test_ready_tokens_are_taken_if_they_are_of_the_palette(
     )
     assert found.tokens.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     np.save(tmp_path / "set_trX.npy", parts["tr"].astype(np.uint8))
-    assert len(gather_images(str(tmp_path / "set"), palette, 6, GatherConfig(split="train"))) == 20
-    assert len(gather_images(str(tmp_path / "set"), palette, 6, ALL)) == 7
-    few = gather_images(str(tmp_path / "set"), palette, 6, GatherConfig(limit=3, seed=1))
+    assert (
+        len(tokenized_image_set(str(tmp_path / "set"), palette, 6, ImageSetConfig(split="train")))
+        == 20
+    )
+    assert len(tokenized_image_set(str(tmp_path / "set"), palette, 6, ALL)) == 7
+    few = tokenized_image_set(str(tmp_path / "set"), palette, 6, ImageSetConfig(limit=3, seed=1))
     np.testing.assert_array_equal(few.tokens.rows(np.arange(3)), parts["te"][few.rows])
 
 
 def test_ready_tokens_of_something_else_are_refused(tmp_path: Path, palette: Palette) -> None:
     source = tmp_path / "set"
     np.save(tmp_path / "set_teX.npy", np.zeros((5, 36), np.int64))
-    assert "set holds tokens; their palette, kmeans_centers.npy, is to lie beside them" in refusal(
+    assert "set holds tokens without their palette; put kmeans_centers.npy next to them" in refusal(
         source, palette
     )
     np.save(tmp_path / "kmeans_centers.npy", palette.centers_[::-1])
@@ -274,29 +279,27 @@ def test_ready_tokens_of_something_else_are_refused(tmp_path: Path, palette: Pal
     for wrong in (-1, 32):
         np.save(tmp_path / "set_teX.npy", np.array([[0] * 36, [wrong] * 36]))
         said = refusal(source, palette, max_bad=1)
-        assert (
-            f"set_teX.npy row 1 holds tokens {wrong} to {wrong}, and the palette has 32 colours (from 0)"
-            in said
-        )
+        assert f"set_teX.npy row 1: tokens {wrong} to {wrong} in a palette of 32 colours" in said
     np.save(tmp_path / "set_teX.npy", np.zeros((5, 16), np.int64))
     assert "set holds tokens of 4 px, and the model's are of 6 px" in refusal(source, palette)
 
 
 def test_tokens_stay_where_they_are(digits: TokenDataset, tmp_path: Path) -> None:
-    found = gather_tokens(digits, ALL)
+    found = stored_image_set(digits, ALL)
     assert (found.split, len(found), found.name_of(3), found.names) == ("test", 180, "row 3", None)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "training images"}
     assert (
-        gather_tokens(digits, GatherConfig(split="train")).tokens.nbytes == digits["train"].nbytes
+        stored_image_set(digits, ImageSetConfig(split="train")).tokens.nbytes
+        == digits["train"].nbytes
     )
-    drawn = gather_tokens(digits, GatherConfig(limit=7, seed=3))
+    drawn = stored_image_set(digits, ImageSetConfig(limit=7, seed=3))
     np.testing.assert_array_equal(drawn.tokens.rows(np.arange(7)), digits["test"].rows(drawn.rows))
     np.testing.assert_array_equal(drawn.tokens.labels, digits["test"].labels[drawn.rows])
     assert drawn.name_of(2) == f"row {drawn.rows[2]}"
     with pytest.raises(InputError, match="has no split 'dev'"):
-        gather_tokens(digits, GatherConfig(split="dev"))
+        stored_image_set(digits, ImageSetConfig(split="dev"))
     with pytest.raises(InputError, match="holds tokens: --image-column"):
-        gather_tokens(digits, GatherConfig(image_column="image"))
+        stored_image_set(digits, ImageSetConfig(image_column="image"))
 
 
 def test_the_palettes_error_of_ready_tokens_is_unknown(tmp_path: Path) -> None:
@@ -310,7 +313,7 @@ def test_the_palettes_error_of_ready_tokens_is_unknown(tmp_path: Path) -> None:
         np.random.default_rng(1).uniform(-1, 1, (6, 3)).astype(np.float32),
     )
     data = prepare(str(tmp_path / "set"), tmp_path / "tokens", PrepareConfig(size=4))
-    assert gather_tokens(data, ALL).palette_error is None
+    assert stored_image_set(data, ALL).palette_error is None
 
 
 def test_the_same_images_as_prepared_ones(photographs: Path, tmp_path: Path) -> None:
@@ -318,7 +321,7 @@ def test_the_same_images_as_prepared_ones(photographs: Path, tmp_path: Path) -> 
     shutil.copytree(photographs / "train", folder / "train")
     shutil.copytree(photographs / "train", folder / "test")
     data = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=8, colors=20))
-    found = gather_images(str(folder), data.palette, 8, ALL)
+    found = tokenized_image_set(str(folder), data.palette, 8, ALL)
     np.testing.assert_array_equal(
         found.tokens.rows(np.arange(48)), data["test"].rows(np.arange(48))
     )

@@ -677,7 +677,7 @@ def test_ctrl_c_while_workers_start_is_handled_after_that_and_does_not_reach_the
 @pytest.mark.parametrize(
     ("settings", "workers", "message"),
     [
-        ({}, 100_000, r"100000 workers are too many for this machine; give at most \d+"),
+        ({}, 100_000, r"100000 workers are too many for this computer; give at most \d+"),
         (
             {"size": 1024, "views": 1000},
             1,

@@ -22,7 +22,7 @@ from igpt.locks import exclusive
 from igpt.progress import ProgressBar, progress_bar
 
 if TYPE_CHECKING:
-    from igpt.data.image_set import GatherConfig, Gathered
+    from igpt.data.image_set import ImageSet, ImageSetConfig
     from igpt.model.transformer import ImageGPT
 
 
@@ -110,7 +110,7 @@ def score(
             how well are they told by their higher nats/pixel?
         precision: of the products; bf16 is faster where the processor has it.
     """
-    from igpt.data.image_set import GatherConfig
+    from igpt.data.image_set import ImageSetConfig
     from igpt.evaluation.likelihood import (
         losses_of,
         require_table,
@@ -124,7 +124,7 @@ def score(
     from igpt.files import sha256_of, write_json
     from igpt.model.images import spread_evenly
 
-    settings = GatherConfig.layered(given(flags), where="the settings")
+    settings = ImageSetConfig.layered(given(flags), where="the settings")
     path, home = model_and_run(model)
     target = out.with_suffix(".json") if out else home / "score.json"
     if out:
@@ -208,7 +208,7 @@ def evaluate(
         precision: of the products; bf16 is faster where the processor has it, and rounds the fourth
             digit.
     """
-    from igpt.data.image_set import GatherConfig
+    from igpt.data.image_set import ImageSetConfig
     from igpt.data.sources.archives import TokenRows, open_archive
     from igpt.evaluation.likelihood import score as run
     from igpt.evaluation.likelihood import summary
@@ -216,7 +216,7 @@ def evaluate(
     from igpt.files import write_json
 
     asked = {"split": "test", "label_column": "none", "limit": limit, "seed": seed}
-    settings = GatherConfig.layered(asked, where="the settings")
+    settings = ImageSetConfig.layered(asked, where="the settings")
     path, home = model_and_run(model)
     target = out or home / "published.json"
     require_writable(target, FORMAT)
@@ -277,7 +277,7 @@ def features(
             best-probing layer, where the run has a probe.json.
         precision: of the products; bf16 is faster where the processor has it.
     """
-    from igpt.data.image_set import GatherConfig
+    from igpt.data.image_set import ImageSetConfig
     from igpt.evaluation.export import (
         FORMAT,
         VERSION,
@@ -289,7 +289,7 @@ def features(
     from igpt.evaluation.features import pooled
     from igpt.files import write_json
 
-    settings = GatherConfig.layered(given(flags), where="the settings")
+    settings = ImageSetConfig.layered(given(flags), where="the settings")
     target = out.with_suffix(".json")
     require_features_file(out)
     require_writable(out)
@@ -331,10 +331,10 @@ def features(
 
 
 def _gathered(
-    model: "ImageGPT", source: str, settings: "GatherConfig", show: ProgressBar
-) -> "Gathered":
+    model: "ImageGPT", source: str, settings: "ImageSetConfig", show: ProgressBar
+) -> "ImageSet":
     """The images of a source in the model's tokens: a token data set that matches the model, or any images."""
-    from igpt.data.image_set import gather_images, gather_tokens
+    from igpt.data.image_set import stored_image_set, tokenized_image_set
     from igpt.data.tokens.dataset import FORMAT, MANIFEST, TokenDataset
     from igpt.evaluation.features import require_match
     from igpt.files import read_json
@@ -347,12 +347,14 @@ def _gathered(
     ) == FORMAT:
         data = TokenDataset(path)
         require_match(model, data)
-        return gather_tokens(data, settings)
+        return stored_image_set(data, settings)
     progress = partial(show, "tokenising")
-    return gather_images(source, palette_of(model), model.config.resolution, settings, progress)
+    return tokenized_image_set(
+        source, palette_of(model), model.config.resolution, settings, progress
+    )
 
 
-def _made_with(model: "ImageGPT", settings: "GatherConfig", precision: str) -> dict[str, Any]:
+def _made_with(model: "ImageGPT", settings: "ImageSetConfig", precision: str) -> dict[str, Any]:
     from igpt.environment import describe
     from igpt.model.images import palette_of
 
@@ -387,7 +389,7 @@ def _likelihood(result: Mapping[str, Any]) -> str:
     )
 
 
-def _tell_skipped(images: "Gathered", target: Path) -> None:
+def _tell_skipped(images: "ImageSet", target: Path) -> None:
     from igpt.cli.data import print_left_out
 
     what = f"left out when {images.source} was prepared" if images.prepared else "left out"

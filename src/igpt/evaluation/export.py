@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.data.image_set import Gathered
+from igpt.data.image_set import ImageSet
 from igpt.errors import InputError
 from igpt.evaluation.results import read_probe
 from igpt.files import atomic_file
@@ -56,7 +56,7 @@ def require_features_file(path: Path) -> None:
 
 
 def write_features(
-    path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]
+    path: Path, images: ImageSet, batches: Batches, metadata: Mapping[str, Any]
 ) -> None:
     """Writes the features of all images, atomically, batch by batch as they come.
 
@@ -82,7 +82,7 @@ def _finite(batch: NDArray[np.float32]) -> NDArray[np.float32]:
     return batch
 
 
-def _write_npz(path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]) -> None:
+def _write_npz(path: Path, images: ImageSet, batches: Batches, metadata: Mapping[str, Any]) -> None:
     longest = max(len(images.name_of(position)) for position in range(len(images)))
     whole = {
         "labels": images.tokens.labels,
@@ -97,7 +97,7 @@ def _write_npz(path: Path, images: Gathered, batches: Batches, metadata: Mapping
             _store(archive, name, array.shape, array.dtype, [array])
 
 
-def _names(images: Gathered) -> Iterator[NDArray[np.str_]]:
+def _names(images: ImageSet) -> Iterator[NDArray[np.str_]]:
     for first in range(0, len(images), _AT_ONCE):
         positions = range(first, min(first + _AT_ONCE, len(images)))
         yield np.array([images.name_of(position) for position in positions])
@@ -123,7 +123,7 @@ def _store(
 
 
 def _write_parquet(
-    path: Path, images: Gathered, batches: Batches, metadata: Mapping[str, Any]
+    path: Path, images: ImageSet, batches: Batches, metadata: Mapping[str, Any]
 ) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.allocator import keep_freed_memory
-from igpt.data.image_set import Gathered
+from igpt.data.image_set import ImageSet
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_file
@@ -108,7 +108,7 @@ def require_table(path: Path) -> None:
         raise InputError(f"scores are written as .csv or .jsonl, not as {path.name}")
 
 
-def write_scores(path: Path, images: Gathered, losses: NDArray[np.float64]) -> None:
+def write_scores(path: Path, images: ImageSet, losses: NDArray[np.float64]) -> None:
     """Writes a line an image, atomically, as CSV or JSON lines by the file's ending.
 
     Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the

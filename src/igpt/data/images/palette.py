@@ -411,14 +411,18 @@ def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
     return np.ascontiguousarray(table.transpose(0, 3, 1, 4, 2, 5)).reshape(-1)
 
 
-def nearest_color_error(palette: Palette, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """What the palette costs on `pixels` [..., 3], and how they use it.
+def psnr_db(mse: float) -> float | None:
+    """Return the PSNR in dB of a mean squared error in 8-bit levels; None without error."""
+    return float(10 * np.log10(255**2 / mse)) if mse else None
 
-    The mean squared error per channel (8-bit levels), PSNR in dB (None without error), each
-    colour's share of pixels.
+
+def nearest_color_error(palette: Palette, pixels: NDArray[np.uint8]) -> dict[str, Any]:
+    """Return the error of the palette on `pixels` [..., 3].
+
+    `mse` is the mean squared error per channel in 8-bit levels, `psnr_db` the PSNR in dB (None
+    without error), `share` the share of pixels of each colour.
     """
     tokens = palette.transform(pixels)
     mse = float(((pixels.astype(np.float64) - palette.inverse_transform(tokens)) ** 2).mean())
     share = np.bincount(tokens.reshape(-1), minlength=len(palette)) / tokens.size
-    psnr = None if mse == 0 else float(10 * np.log10(255**2 / mse))
-    return {"mse": mse, "psnr_db": psnr, "share": share.round(6).tolist()}
+    return {"mse": mse, "psnr_db": psnr_db(mse), "share": share.round(6).tolist()}
