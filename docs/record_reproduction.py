@@ -1,4 +1,4 @@
-"""Puts the page of a reproduction into the manual: `python docs/record_reproduction.py runs/reproduction-cpu`."""
+"""Copy the page of a reproduction into the manual: `python docs/record_reproduction.py runs/reproduction-cpu`."""
 
 import json
 import shutil
@@ -12,6 +12,7 @@ HOME = DOCS / "reproduction"
 
 
 def main(folder: Path) -> None:
+    """Write docs/reproduction.md and docs/reproduction/ from the folder's evidence.json and pictures/."""
     evidence = json.loads((folder / "evidence.json").read_text())
     page = write_page(folder, evidence)
     shutil.rmtree(HOME, ignore_errors=True)
@@ -20,11 +21,12 @@ def main(folder: Path) -> None:
     shutil.copy(folder / "evidence.json", HOME)
     text = (folder / "report.md").read_text().replace(f"]({FIGURES}/", f"]({HOME.name}/{FIGURES}/")
     title, rest = text.split("\n", 1)
-    told = (
-        f"Recorded with `{evidence['environment']['command']}`. [How it works](commands/reproduce.md); "
-        f"[this page by itself]({HOME.name}/report.html); [all numbers]({HOME.name}/evidence.json)."
+    source = (
+        f"Recorded with `{evidence['environment']['command']}`. "
+        f"[The command](commands/reproduce.md); [this page as a single file]({HOME.name}/report.html); "
+        f"[all numbers]({HOME.name}/evidence.json)."
     )
-    (DOCS / "reproduction.md").write_text(f"{title}\n\n{told}\n{rest}")
+    (DOCS / "reproduction.md").write_text(f"{title}\n\n{source}\n{rest}")
 
 
 if __name__ == "__main__":

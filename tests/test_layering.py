@@ -97,6 +97,7 @@ HOUSE = [
     "report/reproduction",
     "reproduction/scale",
     "reproduction/steps",
+    "reproduction/processes",
     "reproduction/runner",
     "reproduction/evidence",
     "reproduction/features",

@@ -1,4 +1,4 @@
-"""The speedrun's entries are settings that pretraining takes, and its table says what the records say."""
+"""The speedrun's entries are settings of pretraining, and its table shows its records."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ def speedrun() -> ModuleType:
 
 
 def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dict[str, Any]:
-    """A validation every 10 updates of 4 images, so many seconds an update."""
+    """A result with a validation every 10 steps of 4 images, which take `rate` seconds each."""
     lines: list[dict[str, Any]] = [{"kind": "start", "step": 0}]
     for number, loss in enumerate(losses, 1):
         step = 10 * number
@@ -77,7 +77,7 @@ def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path:
         assert settings not in seen
         seen.append(settings)
         assert entry.over in [None, *speedrun.NAMES][: len(seen)], (
-            "what it stands over comes before it"
+            "the entry that it changes comes before it"
         )
         PretrainConfig.layered(speedrun.settings_of(entry.name, 2), {"tokens": tmp_path})
     assert len(speedrun.NAMES) == len(speedrun.ENTRIES)
@@ -86,7 +86,7 @@ def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path:
         speedrun.settings_of("mun")
 
 
-def test_the_palette_is_there() -> None:
+def test_the_palette_can_be_read() -> None:
     assert len(Palette.load(FOLDER / "palette.npy")) == 512
 
 
@@ -123,10 +123,10 @@ def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, A
         "yes",
         "no",
         "",
-    ]  # rotary stands over what is not done
+    ]  # rotary changes an entry that is not done
     assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
     assert found["batch"]["images/s"] == "1.8"
-    assert found["batch"]["updates"] == "19"
+    assert found["batch"]["steps"] == "19"
     assert (found["batch"]["date"], found["batch"]["commit"]) == ("2026-01-02", "`abc1234`")
 
 
@@ -141,7 +141,7 @@ def test_a_given_target_and_one_that_is_not_set_yet(
     assert "not set yet" in speedrun.table(unset["records"], None)
 
 
-def test_the_table_stands_between_its_marks(speedrun: ModuleType, tmp_path: Path) -> None:
+def test_the_table_is_written_between_its_marks(speedrun: ModuleType, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     text = (FOLDER / "README.md").read_text()
     readme.write_text(text)
@@ -151,16 +151,29 @@ def test_the_table_stands_between_its_marks(speedrun: ModuleType, tmp_path: Path
     assert readme.read_text() == f"{before}{speedrun.MARKS[0]}\n| two |\n{speedrun.MARKS[1]}{after}"
 
 
-def test_a_result_of_other_settings_is_not_taken(speedrun: ModuleType, tmp_path: Path) -> None:
+def test_a_result_of_other_settings_is_not_used(speedrun: ModuleType, tmp_path: Path) -> None:
+    assert speedrun.result_of("muon", 0, tmp_path) is None
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "muon-0.json").write_text('{"settings": {"steps": 3}}')
     with pytest.raises(InputError, match=r"muon-0\.json was made with other settings"):
-        speedrun.train("muon", 0, tmp_path)
+        speedrun.result_of("muon", 0, tmp_path)
     assert speedrun.done_before(tmp_path, (0, 1)) == []
     settings = {**speedrun.settings_of("muon"), "seed": 0}
     (tmp_path / "results" / "muon-0.json").write_text(json.dumps({"settings": settings}))
-    assert speedrun.train("muon", 0, tmp_path) == {"settings": settings}
+    assert speedrun.result_of("muon", 0, tmp_path) == {"settings": settings}
     assert speedrun.done_before(tmp_path, (0, 1)) == [{"settings": settings}]
+
+
+def test_commands_run_in_processes(speedrun: ModuleType, tmp_path: Path) -> None:
+    commands = [
+        ("logs/help", ("inspect", "--help")),
+        ("logs/none", ("inspect", str(tmp_path / "x"))),
+    ]
+    ended = {one.name: one for one in speedrun.run_commands(commands, tmp_path)}
+    speedrun.require_success(ended["logs/help"])
+    with pytest.raises(InputError, match=r"logs/none ended with 2: .*x.*logs/none\.txt"):
+        speedrun.require_success(ended["logs/none"])
+    assert list(speedrun.run_commands(commands, tmp_path, deadline=0.0)) == []
 
 
 def test_one_seed_of_two_decides_nothing(
@@ -172,12 +185,12 @@ def test_one_seed_of_two_decides_nothing(
     assert speedrun.kept("batch", records["records"]) is None
 
 
-def test_a_faster_moment_of_the_machine_is_no_improvement(
+def test_a_temporarily_faster_machine_is_no_improvement(
     speedrun: ModuleType, results: list[dict[str, Any]]
 ) -> None:
     quick = [
         result("muon", seed, [9.0, 9.0, 9.0, 3.9], rate=0.5) for seed in (0, 1)
-    ]  # 40 updates in 20 seconds
+    ]  # 40 steps in 20 seconds
     some = [*results[:4], *({**one, **speedrun.measured(one["lines"], 4)} for one in quick)]
     records = speedrun.summarise(some, (0, 1), 4.0)["records"]
     assert speedrun.kept("batch", records)
@@ -223,7 +236,7 @@ def test_averages_of_snapshots(
     assert done.returncode == 0, done.stderr
     curve = speedrun.measured(read_metrics(tmp_path / "run" / "metrics.jsonl"), 32)["curve"]
     assert [point["step"] for point in curve] == [2, 4], (
-        "what is validated for a snapshot alone is left out"
+        "validations for a snapshot alone are left out"
     )
     alone, of_two = (
         speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2)

@@ -1,23 +1,19 @@
-"""The speedrun: the least training time to a fixed validation loss on CIFAR-10's tokens, one improvement at a time.
+"""The speedrun: minimize the training time to a fixed validation loss on CIFAR-10, one change at a time.
 
-    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy
-    --out DIR
+    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy --out DIR
 
-Every training is `igpt pretrain` in a process of its own, with one thread; two run at a time, one a
-core. What is done (DIR/results) is not repeated; what was interrupted is begun anew, since its
-clock would lack what was lost.
-The summary comes last: records.json, and the table in README.md, both beside this file. Only
-    training time counts.
+Every training is `igpt pretrain` in its own process, with one thread; two run at a time, one per
+core. Finished trainings (DIR/results) are not repeated. Interrupted ones start again from the
+beginning, because their time must include all training.
+The last step writes records.json and the table in README.md, in the folder of this file. Only
+training time counts.
 """
 
 import math
-import os
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -31,18 +27,20 @@ import yaml
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.dataset import MANIFEST, TokenDataset, TokenSplit
 from igpt.environment import describe
-from igpt.errors import InputError, suggest
+from igpt.errors import InputError, Interrupted, suggest
 from igpt.evaluation.likelihood import score
 from igpt.files import atomic_file, read_json, write_json
 from igpt.model.transformer import ImageGPT
+from igpt.reproduction.processes import Process, ProcessPool
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig
+from igpt.training.signals import StopRequest
 
 HERE = Path(__file__).parent
-AT_A_TIME = 2  # trainings at most, of one thread each
+AT_A_TIME = 2  # trainings, with one thread each
 MARKS = ("<!-- records -->", "<!-- end of records -->")
 
-# What all entries have: a model that a core trains in minutes, and how it is looked at.
+# Settings of all entries: a model that one core trains in minutes, and its validation.
 COMMON: Mapping[str, Any] = {
     "resolution": 32,
     "n_layer": 4,
@@ -61,10 +59,10 @@ class Entry:
     """One way to train.
 
     Attributes:
-        over: the entry whose settings `change` alters; the first has none.
-        what: the improvement, for the table.
-        average: judged are means of the weights of so many snapshots, the last ones before each
-            validation.
+        over: the entry whose settings `change` alters; None for the first.
+        what: the change, for the table.
+        average: number of snapshots, the last ones before each validation, whose mean weights are
+            validated.
     """
 
     name: str
@@ -74,7 +72,7 @@ class Entry:
     average: int = 1
 
 
-# One improvement each, with the length that it wants; all are validated after every 80 images.
+# One change each, with its own length of training; all are validated after every 80 images.
 ENTRIES = (
     Entry(
         "faithful",
@@ -93,7 +91,7 @@ ENTRIES = (
     Entry(
         "batch",
         "faithful",
-        "4 images an update in place of 8",
+        "4 images per step instead of 8",
         {
             "batch_size": 4,
             "steps": 240,
@@ -123,7 +121,7 @@ ENTRIES = (
     Entry(
         "shorter",
         "start_from_palette",
-        "half as many updates planned",
+        "half as many steps",
         {"steps": 80, "warmup_steps": 8},
     ),
     Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
@@ -157,13 +155,13 @@ NAMES = {entry.name: entry for entry in ENTRIES}
 
 
 def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
-    """The settings of an entry, those that it is over included.
+    """Return the settings of an entry, including those of the entries below it.
 
     Args:
-        steps: to try it with so few updates.
+        steps: number of steps, for a quick test.
 
     Raises:
-        InputError: there is no such entry.
+        InputError: unknown entry.
     """
     if name not in NAMES:
         raise InputError(f"no entry {name!r}; {suggest(name, NAMES)}")
@@ -172,8 +170,7 @@ def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
     if steps is not None:
         settings |= {"steps": steps, "warmup_steps": 1, "validate_every": 1, "validation_images": 2}
         settings |= {"snapshots": [*range(1, steps + 1)]} if "snapshots" in settings else {}
-    # A line of metrics with every validation tells when it was; a checkpoint is not needed before
-    # the end.
+    # Log with every validation, to know its time. No checkpoint is needed before the end.
     return {
         **settings,
         "log_every": settings["validate_every"],
@@ -181,61 +178,59 @@ def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
     }
 
 
-def _asked(name: str, seed: int, steps: int | None) -> dict[str, Any]:
-    """All that a result depends on."""
+def _recorded_settings(name: str, seed: int, steps: int | None) -> dict[str, Any]:
+    """Return everything that a result depends on."""
     average = NAMES[name].average
     return {**settings_of(name, steps), "seed": seed} | (
         {"average": average} if average > 1 else {}
     )
 
 
-def prepare(data: str, palette: Path, tokens: Path) -> None:
-    """Makes the token data set if it is not there.
+def prepare(data: str, palette: Path, out: Path) -> None:
+    """Prepare the token data set `out/tokens` if it does not exist.
 
     Raises:
-        InputError: the source cannot be prepared, or the tokens that are there have another
-            palette.
+        InputError: the source cannot be prepared, or the existing tokens have another palette.
     """
+    tokens = out / "tokens"
     if not (tokens / MANIFEST).exists():
-        _igpt(
-            tokens.parent / "prepare.txt",
-            "prepare",
-            data,
-            "-o",
-            tokens,
-            "--size",
-            32,
-            "--palette",
-            palette,
-        )
+        words = ("prepare", data, "-o", str(tokens), "--size", "32", "--palette", str(palette))
+        for process in run_commands([("prepare", words)], out):
+            require_success(process)
     if TokenDataset(tokens).palette.fingerprint != Palette.load(palette).fingerprint:
         raise InputError(
             f"the tokens in {tokens} have another palette than {palette}; choose another --out"
         )
 
 
-def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any]:
-    """Trains an entry, and writes and returns its result; one that is there already is returned as it is.
+def result_of(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any] | None:
+    """Return the recorded result of a training, or None.
 
     Raises:
-        InputError: the training failed, or the result that is there was made with other settings.
+        InputError: it was made with other settings.
     """
-    settings = _asked(name, seed, steps)
     path = out / "results" / f"{name}-{seed}.json"
-    if path.exists():
-        result = read_json(path, "result")
-        if result["settings"] != settings:
-            raise InputError(
-                f"{path} was made with other settings; delete it, or choose another --out"
-            )
-        return result
+    if not path.exists():
+        return None
+    result = read_json(path, "result")
+    if result["settings"] != _recorded_settings(name, seed, steps):
+        raise InputError(f"{path} was made with other settings; delete it, or choose another --out")
+    return result
+
+
+def pretrain_command(name: str, seed: int, out: Path, steps: int | None) -> tuple[str, ...]:
+    """Write the settings of a training, remove what an interrupted one left, and return the command."""
     run = out / "runs" / f"{name}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
-    for folder in (path.parent, run.parent):
-        folder.mkdir(parents=True, exist_ok=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
     recipe = run.with_suffix(".yaml")
     recipe.write_text(yaml.safe_dump({**settings_of(name, steps), "seed": seed}, sort_keys=False))
-    _igpt(run.with_suffix(".txt"), "pretrain", out / "tokens", "-o", run, "--config", recipe)
+    return ("pretrain", str(out / "tokens"), "-o", str(run), "--config", str(recipe))
+
+
+def write_result(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any]:
+    """Write and return the result of a finished training."""
+    run, settings = out / "runs" / f"{name}-{seed}", _recorded_settings(name, seed, steps)
     result = {
         "entry": name,
         "seed": seed,
@@ -248,19 +243,60 @@ def train(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str
         },
     }
     if (count := NAMES[name].average) > 1:
-        result["curve"] = averaged(
-            run, TokenDataset(out / "tokens")["validation"], result["curve"], count
-        )
+        validation = TokenDataset(out / "tokens")["validation"]
+        result["curve"] = averaged(run, validation, result["curve"], count)
+    path = out / "results" / f"{name}-{seed}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     return result
+
+
+def run_commands(
+    commands: Iterable[tuple[str, Sequence[str]]], out: Path, deadline: float = math.inf
+) -> Iterator[Process]:
+    """Run `igpt` commands, `AT_A_TIME` at a time with one thread each; yield each one when it ends.
+
+    Args:
+        commands: the name of each command's log, `out/NAME.txt`, and its words after `igpt`; taken
+            one by one when a process is free.
+        deadline: time (`time.monotonic`) after which no command starts.
+
+    Raises:
+        Interrupted: on Ctrl-C or SIGTERM, after the running commands have been stopped.
+    """
+    waiting = iter(commands)
+    pool = ProcessPool(Path(), AT_A_TIME, threads=1)
+    with StopRequest() as stop:
+        try:
+            while not stop.number:
+                while not pool.is_full and time.monotonic() < deadline:
+                    command = next(waiting, None)
+                    if command is None:
+                        break
+                    name, words = command
+                    pool.start(name, words, out / f"{name}.txt")
+                if not pool.running:
+                    return
+                yield from pool.wait(0.5)
+        finally:
+            pool.stop()
+    raise Interrupted(stop.number, "run the same command again to resume")
+
+
+def require_success(process: Process) -> None:
+    """Raise an InputError with the last line of the log if a command failed."""
+    if process.exit_code:
+        raise InputError(
+            f"{process.name} ended with {process.exit_code}: {process.last_line} ({process.log})"
+        )
 
 
 def averaged(
     run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int
 ) -> list[dict[str, Any]]:
-    """The validations of a run, of the mean weights of the last `count` snapshots up to each of them.
+    """Return the validations of a run with the mean weights of the last `count` snapshots before each.
 
-    Making and judging a mean takes no training time.
+    Computing and validating the mean does not count as training time.
     """
     config = PretrainConfig.load(run / "config.yaml")
     images, kept, found = (
@@ -281,18 +317,18 @@ def averaged(
 
 
 def done_before(out: Path, seeds: Sequence[int], steps: int | None = None) -> list[dict[str, Any]]:
-    """All results that are there, but for those of entries that have other settings now."""
+    """Return all recorded results, except those of entries whose settings have changed since."""
     found = []
     for name, seed in product(NAMES, seeds):
         path = out / "results" / f"{name}-{seed}.json"
         result = read_json(path, "result") if path.exists() else None
-        if result and result["settings"] == _asked(name, seed, steps):
+        if result and result["settings"] == _recorded_settings(name, seed, steps):
             found.append(result)
     return found
 
 
 def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """What metrics tell of a training: every validation with the seconds of training before it, and the speed."""
+    """Return the validations of a training, with the training time before each, and the speed."""
     seconds = {line["step"]: line["seconds"] for line in lines if line["kind"] == "train"}
     curve = [
         {"step": line["step"], "seconds": seconds[line["step"]], "loss": line["loss"]}
@@ -304,23 +340,8 @@ def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, A
     return {"curve": curve, "images_per_second": batch_size * last["step"] / last["seconds"]}
 
 
-def _igpt(log: Path, *words: object) -> None:
-    """Runs a command of `igpt` with one thread; what it says goes to a file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "igpt", *map(str, words)]
-    with log.open("w") as said:
-        done = subprocess.run(
-            command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-    if done.returncode:
-        told = log.read_text().strip().splitlines()
-        raise InputError(
-            f"igpt {words[0]} ended with {done.returncode}: {told[-1] if told else ''} ({log})"
-        )
-
-
 def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> float | None:
-    """The mean of the first entry's final losses; None until all its seeds are done."""
+    """Return the mean of the first entry's final losses; None until all its seeds are done."""
     final = {
         result["seed"]: result["curve"][-1]["loss"]
         for result in results
@@ -330,7 +351,7 @@ def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> flo
 
 
 def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[float, int] | None:
-    """Seconds and updates until a validation curve came to the target, between two validations by straight lines."""
+    """Return seconds and steps until a validation curve reached the target, interpolated linearly."""
     before: Mapping[str, Any] | None = None
     for point in curve:
         if target is not None and point["loss"] <= target:
@@ -348,10 +369,10 @@ def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[
 def record(
     result: Mapping[str, Any], target: float | None, sets_target: bool = False
 ) -> dict[str, Any]:
-    """One training's record: when it came to the target, if it did.
+    """Return the record of a training: when it reached the target, if it did.
 
     Args:
-        sets_target: its own final loss made the target: its time is that of all of it.
+        sets_target: its final loss defines the target; its time is that of the complete training.
     """
     curve, environment = result["curve"], result["environment"]
     at = (curve[-1]["seconds"], curve[-1]["step"]) if sets_target else crossing(curve, target)
@@ -370,11 +391,11 @@ def record(
 
 
 def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Whether an entry is an improvement: by medians over the seeds it is at the target sooner, with no more images.
+    """Return True if an entry is an improvement: it reaches the target sooner, with no more images.
 
-    The machine's speed wanders by a tenth, which images do not. A seed that does not come to the
-    target takes for ever. None of the first entry, and while the two have not been trained with the
-    same seeds.
+    Both are medians over the seeds. Images are compared too because the speed of the machine varies
+    by 10 %. A seed that does not reach the target counts as infinitely slow. Return None for the first
+    entry, and if the two entries were trained with different seeds.
     """
     over = NAMES[name].over
     mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
@@ -394,9 +415,9 @@ def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
 
 
 def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
-    """The records in Markdown, an entry a row."""
+    """Return the records as a Markdown table with one row per entry."""
     rows = [
-        "| entry | over | what changed | seconds (range) | updates | final loss | images/s | kept | date | commit |",
+        "| entry | over | what changed | seconds (range) | steps | final loss | images/s | kept | date | commit |",
         "|---|---|---|---:|---:|---:|---:|---|---|---|",
     ]
     for entry in ENTRIES:
@@ -431,7 +452,7 @@ def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
 def summarise(
     results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None
 ) -> dict[str, Any]:
-    """All records, and what they are measured by; without a target, the first entry sets it."""
+    """Return all records with their target; by default, the first entry defines it."""
     processors = sorted({one["environment"]["processor"] for one in results})
     if len(processors) > 1:
         raise InputError(
@@ -455,7 +476,7 @@ def summarise(
 
 
 def write_table(text: str, readme: Path) -> None:
-    """Puts the table between the marks in a file."""
+    """Write the table between the marks in a file."""
     before, rest = readme.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     with atomic_file(readme) as temporary:
@@ -472,47 +493,49 @@ def main(
     minutes: float | None = None,
     steps: int | None = None,
 ) -> None:
-    """Trains what is not done yet, and writes the records.
+    """Run the trainings that are not done yet, and write the records.
 
     Args:
         data: CIFAR-10, as `igpt prepare` takes it.
         out: folder for tokens, runs and results.
-        palette: of all entries.
-        seeds: of the weights and of the order of images.
-        only: entries to train; all by default. The summary is of all that is there.
-        target: validation loss to reach; by default what the first entry ends with, by the mean
-            over its seeds.
-        minutes: begin no training after so long; 0 only makes the summary.
-        steps: only try the entries with so few updates; the table is printed and nothing recorded.
+        palette: palette of all entries.
+        seeds: random seeds of the weights and of the order of images.
+        only: entries to train; by default all. The summary contains all recorded results.
+        target: validation loss to reach; by default the mean final loss of the first entry.
+        minutes: start no training after this time; 0 only writes the summary.
+        steps: test run with this number of steps; the table is printed, and nothing is recorded.
     """
-    failures: list[str] = []
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     for name in only:
         settings_of(name)
-    wanted = [entry.name for entry in ENTRIES if not only or entry.name in only]
-
-    def job(name: str, seed: int) -> str:
-        if time.monotonic() >= deadline and not (out / "results" / f"{name}-{seed}.json").exists():
-            return f"{name}, seed {seed}: left for another time"
-        try:
-            last = train(name, seed, out, steps)["curve"][-1]
-        except InputError as error:
-            failures.append(f"{name}, seed {seed}: {error}")
-            return failures[-1]
-        return f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} updates, {last['seconds']:.0f} s"
-
     if steps is not None:
         out = out / "try"
     if minutes != 0:
-        prepare(data, palette, out / "tokens")
-    pool = ThreadPoolExecutor(AT_A_TIME)
-    try:
-        for done in as_completed(
-            [pool.submit(job, name, seed) for name, seed in product(wanted, seeds)]
-        ):
-            print(done.result(), flush=True)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        prepare(data, palette, out)
+    wanted = {
+        f"runs/{entry.name}-{seed}": (entry.name, seed)
+        for entry, seed in product(ENTRIES, seeds)
+        if not only or entry.name in only
+    }
+    todo = {log: one for log, one in wanted.items() if result_of(*one, out, steps) is None}
+    commands = ((log, pretrain_command(*one, out, steps)) for log, one in list(todo.items()))
+    failures: list[str] = []
+    for process in run_commands(commands, out, deadline):
+        name, seed = todo.pop(process.name)
+        try:
+            require_success(process)
+            last = write_result(name, seed, out, steps)["curve"][-1]
+        except InputError as error:
+            failures.append(str(error))
+            print(error, flush=True)
+            continue
+        print(
+            f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} steps, "
+            f"{last['seconds']:.0f} s",
+            flush=True,
+        )
+    if todo:
+        print(f"not trained, for lack of time: {', '.join(todo)}")
     summary = summarise(done_before(out, seeds, steps), seeds, target)
     text = table(summary["records"], summary["target"])
     print(f"\n{text}")
@@ -526,6 +549,9 @@ def main(
 if __name__ == "__main__":
     try:
         tyro.cli(main)
+    except Interrupted as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(128 + error.number) from None
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

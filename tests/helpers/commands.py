@@ -1,15 +1,20 @@
-"""A command line for the runner's tests, in a module that a process of its own can import."""
+"""A program for the runner's tests, in place of `igpt`.
+
+Its commands: `write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it exists), `threads FILE`,
+`slow FILE`, `kill`.
+"""
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
-import torch
+PROGRAM = (sys.executable, __file__)
 
 
-def command(words: list[str]) -> int:
-    """`write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it is there), `threads FILE`, `slow FILE`."""
+def main(words: list[str]) -> int:
+    """Run a command; return its exit code."""
     verb, name = words[:2]
     path = Path(name)
     if verb == "write":
@@ -28,6 +33,8 @@ def command(words: list[str]) -> int:
                 return 1
             time.sleep(0.02)
     elif verb == "threads":
+        import torch
+
         path.write_text(str(torch.get_num_threads()))
     elif verb == "slow":
         try:
@@ -39,3 +46,7 @@ def command(words: list[str]) -> int:
     else:
         signal.raise_signal(signal.SIGKILL)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

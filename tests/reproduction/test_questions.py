@@ -11,9 +11,9 @@ import pytest
 
 from igpt.errors import InputError
 from igpt.evaluation.results import PROBE, PROBE_VERSION, TEST, TEST_VERSION
-from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_draws, of_images
+from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_images, of_subsets
 from igpt.reproduction.questions import QUESTIONS
-from igpt.reproduction.runner import FORMAT, RECORD, VERSION
+from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records
 from igpt.reproduction.scale import Scale, scale
 from igpt.statistics import interval_of_share, packed
 
@@ -95,9 +95,12 @@ class Made:
         self._record(f"finetuned/{name}", f"finetuned/{name}/test.json", value)
 
     def answer(self, name: str) -> dict[str, Any]:
-        found = {asked: (asks, paper, answer) for asked, asks, paper, answer in QUESTIONS}
-        asks, paper, answer = found[name]
-        return answer(Results(self.folder, self.scale), name, asks, paper)
+        answer = {asked.name: asked.answer for asked in QUESTIONS}[name]
+        return vars(answer(self.results))
+
+    @property
+    def results(self) -> Results:
+        return Results(self.folder, self.scale, read_records(self.folder))
 
 
 @pytest.fixture
@@ -113,43 +116,45 @@ def test_intervals() -> None:
     assert half == pytest.approx(196 * (0.025**2 + 0.6 * 0.4 / 400) ** 0.5, rel=1e-2)
     assert clearly(of_images(0.6, 400), share)
     assert not clearly(of_images(0.55, 400), share)
-    draws = of_draws([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
-    assert draws.value == pytest.approx(0.2)
-    assert draws.low == 0
-    assert draws.half == draws.high - draws.value, "though the lower end stops at 0"
+    subsets = of_subsets([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
+    assert subsets.value == pytest.approx(0.2)
+    assert subsets.low == 0
+    assert subsets.half == subsets.high - subsets.value, "though the lower end stops at 0"
     of_labels, of_test = 4.303 * 0.1 / 3**0.5, of_images(0.2, 50).half
-    assert draws.high - draws.value == pytest.approx((of_labels**2 + of_test**2) ** 0.5, rel=1e-3)
-    assert draws.n == "3 draws, 50 images"
-    same = of_draws([0.1, 0.1], 1000)
+    assert subsets.high - subsets.value == pytest.approx(
+        (of_labels**2 + of_test**2) ** 0.5, rel=1e-3
+    )
+    assert subsets.n == "3 label subsets, 50 images"
+    same = of_subsets([0.1, 0.1], 1000)
     assert same.half == pytest.approx(of_images(0.1, 1000).half), (
-        "the images' part stays when all draws agree"
+        "the images' part stays when all subsets agree"
     )
 
 
-def test_draws_are_compared_draw_by_draw(made: Made) -> None:
-    """The same draws on the same images: only what is right once and wrong once is uncertain."""
+def test_label_subsets_are_compared_pairwise(made: Made) -> None:
+    """With the same subsets and images, only predictions that differ add to the interval."""
     wins = [
         [40, 60],
         [50, 70],
         [60, 80],
-    ]  # right answers of 100, by draw; every image of the lower is the higher's too
-    for draw, pair in enumerate(wins):
+    ]  # correct predictions of 100, by subset; those of the lower are also of the higher
+    for subset, pair in enumerate(wins):
         for start, count in zip(("scratch", "ar"), pair, strict=True):
-            made.finetuned(f"{start}-4-{draw}", count / 100, images=100, right=f"{draw}")
-    results = Results(made.folder, replace(SCALE, draws=3))
+            made.finetuned(f"{start}-4-{subset}", count / 100, images=100, right=f"{subset}")
+    results = replace(made.results, scale=replace(SCALE, subsets=3))
     first, second = results.finetuned("ar", 4), results.finetuned("scratch", 4)
     found, half = difference(first, second)
     assert found == pytest.approx(20)
     each = np.mean(
         np.asarray(first.right, float) - second.right, axis=0
-    )  # 20 points in every draw: no part of theirs
+    )  # 20 points in every subset: these add nothing
     assert half == pytest.approx(196 * each.std(ddof=1) / 10, rel=1e-3)
     assert half < np.hypot(100 * first.half, 100 * second.half) / 3
     assert difference(first, replace(second, images=())) == pytest.approx(
         (20, 100 * np.hypot(first.half, second.half))
     )
     spread = replace(second, right=np.roll(second.right, 1, axis=0))
-    assert difference(first, spread)[1] > 10, "draws that differ count"
+    assert difference(first, spread)[1] > 10, "subsets that differ add to it"
 
 
 def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
@@ -165,7 +170,7 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
         )
     )
     with pytest.raises(InputError, match="a fine-tuning here was made by an earlier igpt"):
-        Results(made.folder, SCALE).finetuned("ar", "all")
+        made.results.finetuned("ar", "all")
 
 
 @pytest.mark.parametrize(
@@ -186,11 +191,11 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
     ],
 )
 def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> None:
-    for name in ("main", *(f"{size}-{SCALE.updates}" for size in SIZES)):
+    for name in ("main", *(f"{size}-{SCALE.steps}" for size in SIZES)):
         made.probe(name, accuracies, best)
     answer = made.answer("layers")
     assert answer["held"] == held
-    assert f"best at layer {best} of {len(accuracies) - 1}" in answer["verdict"]
+    assert f"best layer {best} of {len(accuracies) - 1}" in answer["verdict"]
     assert answer["plot"]["series"][0]["ring"] == best
     assert len(answer["table"]["rows"]) == len(SIZES) * len(accuracies)
 
@@ -210,18 +215,18 @@ def along_training(made: Made, lead: float, gain: float) -> dict[str, Any]:
 def test_lower_loss_and_larger_models(made: Made) -> None:
     answer = along_training(made, lead=0.1, gain=0.1)
     assert answer["held"] == "yes"
-    assert "clearly ahead in 2 of 2 pairs of sizes, and clearly behind in 0" in answer["verdict"]
-    assert f"{SIZES[1]} against {SIZES[0]} at equal loss: +10.0 ±" in answer["verdict"]
+    assert "clearly better in 2 of 2 pairs of sizes and clearly worse in 0" in answer["verdict"]
+    assert f"{SIZES[1]} minus {SIZES[0]} at equal loss: +10.0 ±" in answer["verdict"]
     assert answer["plot"]["falling"]
 
 
 @pytest.mark.parametrize(
     ("lead", "gain", "held", "words"),
     [
-        (0.0, 0.1, "in part", "clearly ahead in 0 of 2 pairs of sizes, and clearly behind in 0"),
-        (-0.1, 0.1, "in part", "clearly ahead in 0 of 2 pairs of sizes, and clearly behind in 2"),
-        (0.0, 0.01, "undecided", "in 0 of 3 sizes, and clearly not in 0"),
-        (0.0, -0.1, "no", "in 0 of 3 sizes, and clearly not in 3"),
+        (0.0, 0.1, "in part", "clearly better in 0 of 2 pairs of sizes and clearly worse in 0"),
+        (-0.1, 0.1, "in part", "clearly better in 0 of 2 pairs of sizes and clearly worse in 2"),
+        (0.0, 0.01, "undecided", "in 0 of 3 sizes and clearly does not in 0"),
+        (0.0, -0.1, "no", "in 0 of 3 sizes and clearly does not in 3"),
     ],
 )
 def test_what_does_not_hold_of_loss_and_size(
@@ -237,7 +242,7 @@ def test_losses_that_do_not_overlap_leave_it_open(made: Made) -> None:
     made.run(SIZES[-1], dict.fromkeys(SCALE.snapshots, 0.5))
     answer = made.answer("loss")
     assert answer["held"] == "in part"
-    assert f"{SIZES[-1]} against {SIZES[-2]}: their losses do not overlap" in answer["verdict"]
+    assert f"{SIZES[-1]} and {SIZES[-2]}: their losses do not overlap" in answer["verdict"]
 
 
 @pytest.mark.parametrize(
@@ -278,15 +283,15 @@ def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dic
     for start, value in (("ar", tuned), ("scratch", scratch)):
         made.finetuned(f"{start}-all", value)
         for labels in SCALE.few:
-            for draw in range(SCALE.draws):
-                made.finetuned(f"{start}-{labels}-{draw}", value + 0.001 * draw)
+            for subset in range(SCALE.subsets):
+                made.finetuned(f"{start}-{labels}-{subset}", value + 0.001 * subset)
     return made.answer("finetuning")
 
 
 def test_finetuning_wins_throughout(made: Made) -> None:
     answer = by_labels(made, tuned=0.6, scratch=0.35)
     assert answer["held"] == "yes"
-    assert answer["plot"]["categories"] == [*(f"{few} a class" for few in SCALE.few), "all"]
+    assert answer["plot"]["categories"] == [*(f"{few} per class" for few in SCALE.few), "all"]
     assert len(answer["table"]["rows"]) == 4 * (len(SCALE.few) + 1)
 
 
@@ -319,7 +324,7 @@ def test_resolutions_are_compared_image_by_image(made: Made) -> None:
 
 
 def test_what_is_not_done_is_named(made: Made) -> None:
-    made.probe(f"{SIZES[0]}-{SCALE.updates}", [0.1, 0.2], 1)
+    made.probe(f"{SIZES[0]}-{SCALE.steps}", [0.1, 0.2], 1)
     with pytest.raises(NotDone, match="probes/main"):
         made.answer("layers")
 
@@ -342,14 +347,17 @@ def test_malformed_results_are_refused_in_one_line_or_make_no_difference(made: M
     more = {"few_labels": [few], "baselines": {"raw_pixels": pixels}}
     for name in (
         "main",
-        f"{SIZES[1]}-{made.scale.updates}",
+        f"{SIZES[1]}-{made.scale.steps}",
         *(f"{size}-{step}" for size in SIZES for step in (2, 4)),
     ):
         made.probe(name, [0.25, 0.5], 1, images=8, **more)
     for size in made.scale.sizes:
         made.run(size, dict.fromkeys(made.scale.snapshots, 2.0))
     for start in ("ar", "scratch"):
-        for labels in ("all", *(f"{made.scale.few[0]}-{draw}" for draw in range(made.scale.draws))):
+        for labels in (
+            "all",
+            *(f"{made.scale.few[0]}-{subset}" for subset in range(made.scale.subsets)),
+        ):
             made.finetuned(f"{start}-{labels}", 0.5, images=8)
     questions = {
         "steps.json": ("finetuning",),
@@ -384,7 +392,7 @@ def test_malformed_lines_of_metrics_are_refused_in_one_line(made: Made) -> None:
         except InputError as error:
             said = str(error)
             assert (
-                f"metrics.jsonl: the validation loss of update {SCALE.snapshots[-1]} is missing"
+                f"metrics.jsonl: the validation loss of step {SCALE.snapshots[-1]} is missing"
                 in said
             ), what
     path.write_bytes(whole)
@@ -397,15 +405,15 @@ def test_malformed_lines_of_metrics_are_refused_in_one_line(made: Made) -> None:
 def test_few_labels_of_other_numbers_are_refused(made: Made) -> None:
     made.probe("main", [0.1, 0.4], 1)
     with pytest.raises(
-        InputError, match=r"main\.json: few_labels are not of \(1, 2\) labels a class"
+        InputError, match=r"main\.json: few_labels are not for \(1, 2\) labels per class"
     ):
         made.answer("finetuning")
 
 
-def test_draws_on_other_images_are_refused(made: Made) -> None:
-    for draw, images in enumerate((100, 104)):
-        made.finetuned(f"ar-4-{draw}", 0.5, images=images)
+def test_label_subsets_on_other_images_are_refused(made: Made) -> None:
+    for subset, images in enumerate((100, 104)):
+        made.finetuned(f"ar-4-{subset}", 0.5, images=images)
     with pytest.raises(
-        InputError, match=r"ar-4-1/test\.json is of other test images than .*ar-4-0/test\.json"
+        InputError, match=r"ar-4-1/test\.json has other test images than .*ar-4-0/test\.json"
     ):
-        Results(made.folder, SCALE).finetuned("ar", 4)
+        made.results.finetuned("ar", 4)

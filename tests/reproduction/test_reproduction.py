@@ -1,4 +1,4 @@
-"""The whole of it at toy length: every step by the real commands, in two sittings, and the page that they make."""
+"""A complete reproduction at toy length: every step with the real commands, in two runs, and its page."""
 
 import json
 import re
@@ -13,14 +13,13 @@ import pytest
 import torch
 from PIL import Image
 
-from igpt.cli import main
 from igpt.errors import InputError
 from igpt.files import write_json
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Results
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.reproduce import gather, reproduce
-from igpt.reproduction.runner import FORMAT, RECORD, VERSION, records
+from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records
 from igpt.reproduction.scale import Scale, scale
 from igpt.reproduction.steps import steps
 
@@ -31,11 +30,12 @@ SMALL = replace(
     resolutions=(4, 6),
     sizes={"small": (2, 8, 1), "large": (3, 16, 2)},
     main="large",
-    updates=2,
+    steps=2,
     snapshots=(1, 2),
     few=(1,),
 )
-NOTES = "layers: twice as many updates, without a difference\n"
+NAMES = [asked.name for asked in QUESTIONS]
+NOTES = "layers: twice as many steps, without a difference\n"
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +44,17 @@ def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("reproduction")
     images, out = home / "images", home / "out"
     shutil.copytree(photographs, images)
-    assert reproduce(out, SMALL, str(images), str(images), main, tokens_only=True)
+    assert reproduce(out, SMALL, str(images), str(images), tokens_only=True)
     shutil.rmtree(images)
     (out / "notes.yaml").write_text(NOTES)
-    assert reproduce(out, SMALL, str(images), str(images), main, jobs=2)
+    assert reproduce(out, SMALL, str(images), str(images), jobs=2)
     return out
 
 
 def test_every_step_is_done_once(folder: Path) -> None:
     source = str(folder.parent / "images")
     planned = steps(SMALL, source, source)
-    known = records(folder)
+    known = read_records(folder)
     assert {step.name for step in planned} == set(known)
     assert {record["ended"] for record in known.values()} == {"done"}
     for step in planned:
@@ -63,8 +63,8 @@ def test_every_step_is_done_once(folder: Path) -> None:
         assert (
             made.is_dir() or made.with_suffix(".json").exists() or made.with_suffix(".png").exists()
         ), step.name
-    assert reproduce(folder, SMALL, source, source, main)
-    assert records(folder) == known, "a second call has nothing to do"
+    assert reproduce(folder, SMALL, source, source)
+    assert read_records(folder) == known, "a second call has nothing to do"
 
 
 def test_the_evidence_is_whole(folder: Path) -> None:
@@ -74,7 +74,7 @@ def test_the_evidence_is_whole(folder: Path) -> None:
         1,
         True,
     )
-    assert [asked["name"] for asked in evidence["questions"]] == [name for name, *_ in QUESTIONS]
+    assert [asked["name"] for asked in evidence["questions"]] == NAMES
     for asked in evidence["questions"]:
         assert asked["held"] in ("yes", "in part", "no", "undecided", "shown")
         assert asked["table"]["rows"]
@@ -89,16 +89,16 @@ def test_the_evidence_is_whole(folder: Path) -> None:
     ]
     assert evidence["models"][1]["images_seen"] == 16
     assert [machine["torch"] for machine in evidence["machines"]] == [torch.__version__]
-    assert evidence["questions"][0]["tried"] == "twice as many updates, without a difference"
+    assert evidence["questions"][0]["tried"] == "twice as many steps, without a difference"
     own = next(
-        row for row in evidence["questions"][0]["table"]["rows"] if "own 2 classes" in row[0]
+        row for row in evidence["questions"][0]["table"]["rows"] if "the 2 classes" in row[0]
     )
     assert own[1].endswith(")")
 
 
 def test_the_figures_say_what_the_files_say(folder: Path) -> None:
     """The numbers behind a verdict, from the steps' own files."""
-    results = Results(folder, SMALL)
+    results = Results(folder, SMALL, read_records(folder))
     probe = json.loads((folder / "probes" / "main.json").read_text())
     best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
     assert results.best(results.probe("main")).value == best["test_accuracy"]
@@ -110,20 +110,20 @@ def test_the_figures_say_what_the_files_say(folder: Path) -> None:
         line["loss"] for line in lines if line["kind"] == "validation" and line["step"] == 2
     )
     tests = [
-        json.loads((folder / f"finetuned/ar-1-{draw}/test.json").read_text())
-        for draw in range(SMALL.draws)
+        json.loads((folder / f"finetuned/ar-1-{subset}/test.json").read_text())
+        for subset in range(SMALL.subsets)
     ]
     assert {test["train_images"] for test in tests} == {2}, "one label of each of two classes"
-    mean = sum(test["test_accuracy"] for test in tests) / SMALL.draws
+    mean = sum(test["test_accuracy"] for test in tests) / SMALL.subsets
     assert results.finetuned("ar", 1).value == pytest.approx(mean)
 
 
 def test_the_page_is_whole_and_by_itself(folder: Path) -> None:
     text = (folder / "report.html").read_text()
-    assert "This is a rehearsal at toy length: its numbers mean nothing." in text
-    for name, *_ in QUESTIONS:
+    assert "This is a rehearsal with runs of toy length: its numbers mean nothing." in text
+    for name in NAMES:
         assert f'<section id="{name}">' in text
-    assert "Tried: twice as many updates" in text
+    assert "Tried: twice as many steps" in text
     assert not re.search(r'(src|href|srcset)="(?!data:)', text), "nothing is loaded"
     assert text.count("<h2>") == len(QUESTIONS) + 2  # completions, and what it was made with
 
@@ -174,25 +174,25 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
     evidence = json.loads((folder / "evidence.json").read_text())
     (tmp_path / "pictures").symlink_to(folder / "pictures")
     evidence["machines"].append({**evidence["machines"][0], "gpu": "H200"})
-    assert ", elsewhere on H200 (igpt " in write_page(tmp_path, evidence).read_text()
+    assert ", and on H200 (igpt " in write_page(tmp_path, evidence).read_text()
 
 
 def test_labels_are_looked_at_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out", str(folder.parent / "images")
     shutil.copytree(folder / "tokens", out / "tokens")
     tokens = {
-        name: record for name, record in records(folder).items() if name.startswith("tokens/")
+        name: record for name, record in read_records(folder).items() if name.startswith("tokens/")
     }
     write_json(out / RECORD, {"format": FORMAT, "version": VERSION, "steps": tokens})
     with pytest.raises(InputError, match="100 labels a class are asked for, and one class has"):
-        reproduce(out, replace(SMALL, few=(100,)), source, source, main)
+        reproduce(out, replace(SMALL, few=(100,)), source, source)
     for place in out.glob("tokens/labelled-*/dataset.json"):
         place.write_text(json.dumps({**json.loads(place.read_text()), "class_names": None}))
     with pytest.raises(
         InputError,
-        match="images has no labels, and all is judged by them; name others by --labelled",
+        match="images has no labels, and probes and fine-tuning need them",
     ):
-        reproduce(out, SMALL, source, source, main)
+        reproduce(out, SMALL, source, source)
     assert not (out / "runs").exists()
 
 
@@ -201,7 +201,7 @@ def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"notes\.yaml: there is no question 'layer'; did you mean 'layers'"
     ):
-        reproduce(tmp_path, SMALL, "photographs", "photographs", main)
+        reproduce(tmp_path, SMALL, "photographs", "photographs")
 
 
 @pytest.mark.parametrize(
@@ -219,11 +219,11 @@ def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
 def test_notes_that_are_no_text(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "notes.yaml").write_text(content)
     with pytest.raises(InputError, match=rf"notes\.yaml.*({said})") as refusal:
-        reproduce(tmp_path, SMALL, "photographs", "photographs", main)
+        reproduce(tmp_path, SMALL, "photographs", "photographs")
     assert "\n" not in str(refusal.value)
     for what in malformed.others(tmp_path / "notes.yaml"):
         with pytest.raises(InputError, match=r"notes\.yaml"):
-            reproduce(tmp_path, SMALL, "photographs", "photographs", main)
+            reproduce(tmp_path, SMALL, "photographs", "photographs")
         assert [path.name for path in tmp_path.iterdir()] == ["notes.yaml"], what
 
 
@@ -245,7 +245,7 @@ def test_a_second_reproduction_in_one_folder_is_refused(igpt, tmp_path: Path) ->
 
 def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
-    evidence = gather(tmp_path, SMALL, "photographs", "photographs")
+    evidence = gather(Results(tmp_path, SMALL, {}), "photographs", "photographs")
     assert not evidence["complete"]
     text = write_page(tmp_path, evidence).read_text()
     assert "The step probes/main is not done yet." in text
@@ -263,7 +263,7 @@ def test_the_graph_has_what_every_step_reads(name: str, rehearsal: bool) -> None
         done.add(step.name)
     assert chosen.main in chosen.sizes
     assert chosen.resolution_size in chosen.sizes
-    assert max(chosen.snapshots) == chosen.updates, "the last snapshot is the end of training"
+    assert max(chosen.snapshots) == chosen.steps, "the last snapshot is the end of training"
     assert len(chosen.sizes) >= 3
 
 

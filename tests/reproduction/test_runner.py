@@ -1,4 +1,4 @@
-"""Steps run once, in order, side by side, and go on after every kind of end."""
+"""Steps run once, in order, side by side, and resume after every kind of end."""
 
 import json
 import os
@@ -14,17 +14,36 @@ from pathlib import Path
 import pytest
 
 from igpt.errors import InputError, Interrupted
-from igpt.reproduction.runner import LOGS, RECORD, StepsFailed, records, run
+from igpt.reproduction.runner import LOGS, RECORD, StepsFailed, read_records, run_steps
 from igpt.reproduction.steps import Step
 
-from ..helpers.commands import command
+from ..helpers.commands import PROGRAM
+
+# A program that runs one slow step in the folder that it is given.
+_SLOW_STEP = f"""
+import sys
+from pathlib import Path
+from igpt.reproduction.runner import run_steps
+from igpt.reproduction.steps import Step
+step = Step("slow", ("slow", "pid"))
+run_steps([step], Path(sys.argv[1]), {{}}, jobs=1, say=print, program={PROGRAM!r})
+"""
 
 
 def go(
     steps: list[Step], folder: Path, jobs: int = 2, minutes: float | None = None
 ) -> tuple[bool, list[str]]:
-    said: list[str] = []
-    return run(steps, folder, command, jobs=jobs, minutes=minutes, say=said.append), said
+    lines: list[str] = []
+    done = run_steps(
+        steps,
+        folder,
+        read_records(folder),
+        jobs=jobs,
+        minutes=minutes,
+        say=lines.append,
+        program=PROGRAM,
+    )
+    return done, lines
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -43,7 +62,7 @@ def test_steps_come_after_what_they_read_and_run_once(tmp_path: Path) -> None:
     assert go(steps, tmp_path)[0]
     assert go(steps, tmp_path)[0]
     assert (tmp_path / "a").read_text() == (tmp_path / "b").read_text() == "once\n"
-    assert [record["ended"] for record in records(tmp_path).values()] == ["done"] * 3
+    assert [record["ended"] for record in read_records(tmp_path).values()] == ["done"] * 3
     assert (tmp_path / LOGS / "first.log").read_text() == "$ igpt write a\n"
 
 
@@ -53,8 +72,8 @@ def test_side_by_side_and_not(tmp_path: Path) -> None:
     assert go(steps, tmp_path / "two", jobs=2)[0]
     done, said = go(steps, tmp_path / "one", jobs=1, minutes=0.02)
     assert not done
-    assert "0 of 2 steps are done; the same command goes on" in said[-1]
-    assert records(tmp_path / "one")["waits"]["ended"] == "stopped"
+    assert "0 of 2 steps are done; run the same command again to resume" in said[-1]
+    assert read_records(tmp_path / "one")["waits"]["ended"] == "stopped"
 
 
 def test_the_cores_are_shared_out(tmp_path: Path) -> None:
@@ -74,12 +93,10 @@ def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
         Step("apart", ("write", "a")),
         Step("later", ("need", "a"), after=("apart",)),
     ]
-    told = (
-        r"step bad failed \(exit code 2\): no such file; all .*bad\.log \(2 of 4 steps are done\)"
-    )
+    told = r"step bad failed \(exit code 2\): no such file; .*bad\.log \(2 of 4 steps are done\)"
     with pytest.raises(StepsFailed, match=told):
         go(steps, tmp_path, jobs=1)
-    ended = {name: record["ended"] for name, record in records(tmp_path).items()}
+    ended = {name: record["ended"] for name, record in read_records(tmp_path).items()}
     assert ended == {"bad": "failed", "apart": "done", "later": "done"}
     assert not (tmp_path / "never").exists()
     steps[0] = Step("bad", ("write", "mended"))
@@ -92,7 +109,7 @@ def test_what_may_fail_is_skipped_when_it_is_refused(tmp_path: Path) -> None:
     done, said = go(steps, tmp_path, jobs=1)
     assert done
     assert said[0] == "own: skipped (no labels)"
-    assert {name: record["ended"] for name, record in records(tmp_path).items()} == {
+    assert {name: record["ended"] for name, record in read_records(tmp_path).items()} == {
         "own": "skipped",
         "else": "done",
     }
@@ -108,9 +125,9 @@ def test_what_goes_wrong_here_leaves_nothing_running(tmp_path: Path) -> None:
         raise OSError("the terminal is gone")
 
     with pytest.raises(OSError, match="the terminal is gone"):
-        run(steps, tmp_path, command, jobs=2, say=say)
+        run_steps(steps, tmp_path, {}, jobs=2, say=say, program=PROGRAM)
     assert (tmp_path / "pid.stopped").exists()
-    assert records(tmp_path)["slow"]["ended"] == "stopped"
+    assert read_records(tmp_path)["slow"]["ended"] == "stopped"
 
 
 def test_a_folder_that_prepare_has_finished_is_taken(tmp_path: Path) -> None:
@@ -143,20 +160,8 @@ def stopped(steps: list[Step], folder: Path, when: Path) -> str:
 
 def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
     """There all processes get it at once, and a step may end before it is asked to."""
-    folder = str(tmp_path)
-    code = (
-        "from pathlib import Path; from tests.helpers.commands import command; from igpt.reproduction.runner import run;"
-        "from igpt.reproduction.steps import Step;"
-        f"run([Step('slow', ('slow', 'pid'))], Path({folder!r}), command, jobs=1, minutes=None, say=print)"
-    )
-    known = os.environ.get("PYTHONPATH", "")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), known]),
-    }
     process = subprocess.Popen(
-        [sys.executable, "-c", f"if __name__ == '__main__': {code}"],
-        env=environment,
+        [sys.executable, "-c", _SLOW_STEP, tmp_path],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -167,7 +172,7 @@ def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
     said, wrong = process.communicate(timeout=60)
     assert "failed" not in said
     assert "Interrupted" in wrong.splitlines()[-1]
-    assert records(tmp_path)["slow"]["ended"] == "stopped"
+    assert read_records(tmp_path)["slow"]["ended"] == "stopped"
 
 
 def test_a_run_directory_is_continued(tmp_path: Path) -> None:
@@ -181,7 +186,7 @@ def test_a_run_directory_is_continued(tmp_path: Path) -> None:
 def test_other_commands_are_refused(tmp_path: Path) -> None:
     go([Step("a", ("write", "a"))], tmp_path)
     with pytest.raises(
-        InputError, match=r"holds a by another command \(igpt write a\); choose another -o"
+        InputError, match=r"holds a made by another command \(igpt write a\); choose another -o"
     ):
         go([Step("a", ("write", "b"))], tmp_path)
 
@@ -194,19 +199,20 @@ def test_what_failed_may_be_asked_otherwise(tmp_path: Path) -> None:
 
 def test_sources_are_found_from_where_the_user_is(tmp_path: Path) -> None:
     """Records say what the user said; prepare, which runs in the folder, gets the path."""
-    step, said = Step("a", ("prepare", "here", "here")), list[str]()
-    places = {"here": tmp_path / "there"}
-    assert run([step], tmp_path / "out", command, places=places, jobs=1, say=said.append)
+    step = Step("a", ("prepare", "here", "here"))
+    sources = {"here": tmp_path / "there"}
+    out = tmp_path / "out"
+    assert run_steps([step], out, {}, jobs=1, say=print, sources=sources, program=PROGRAM)
     assert (tmp_path / "there").read_text() == "here"
-    assert records(tmp_path / "out")["a"]["command"] == ["prepare", "here", "here"]
+    assert read_records(tmp_path / "out")["a"]["command"] == ["prepare", "here", "here"]
 
 
 def test_seconds_add_up(tmp_path: Path) -> None:
     step = Step("a", ("slow", "a"))
     stopped([step], tmp_path, tmp_path / "a")
-    first = records(tmp_path)["a"]["seconds"]
+    first = read_records(tmp_path)["a"]["seconds"]
     stopped([step], tmp_path, tmp_path / "a")
-    assert records(tmp_path)["a"]["seconds"] > first > 0
+    assert read_records(tmp_path)["a"]["seconds"] > first > 0
 
 
 def test_a_signal_stops_all(tmp_path: Path) -> None:
@@ -216,24 +222,12 @@ def test_a_signal_stops_all(tmp_path: Path) -> None:
         == "0 of 1 steps are done"
     )
     assert (tmp_path / "pid.stopped").exists()
-    assert records(tmp_path)["slow"]["ended"] == "stopped"
+    assert read_records(tmp_path)["slow"]["ended"] == "stopped"
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> None:
-    code = (
-        "from pathlib import Path; from tests.helpers.commands import command; from igpt.reproduction.runner import run;"
-        "from igpt.reproduction.steps import Step;"
-        f"run([Step('slow', ('slow', 'pid'))], Path({str(tmp_path)!r}), command, jobs=1, minutes=None, say=print)"
-    )
-    known = os.environ.get("PYTHONPATH", "")
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), known]),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"if __name__ == '__main__': {code}"], env=environment
-    )
+    process = subprocess.Popen([sys.executable, "-c", _SLOW_STEP, tmp_path])
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     child = int((tmp_path / "pid").read_text())
     with pytest.raises(

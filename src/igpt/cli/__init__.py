@@ -23,7 +23,6 @@ from igpt.cli.run import (
 )
 from igpt.cli.sampling import app, complete, sample
 from igpt.cli.sharing import card, push
-from igpt.console import close_streams, open_streams
 from igpt.errors import InputError
 
 
@@ -76,16 +75,7 @@ def reproduce(
 
     asked = out or Path("runs", f"{'rehearsal' if rehearsal else 'reproduction'}-{scale}")
     chosen = named(scale, rehearsal=rehearsal)
-    run(asked, chosen, corpus, labelled, _step, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
-
-
-def _step(words: list[str]) -> int:
-    """Run a command in a process that was started for it; return the exit code."""
-    open_streams()
-    try:
-        return main(words)
-    finally:
-        close_streams()
+    run(asked, chosen, corpus, labelled, minutes=minutes, jobs=jobs, tokens_only=tokens_only)
 
 
 def plan(preset: Positional[str], flags: Any, out: MaybeOut = None) -> None:

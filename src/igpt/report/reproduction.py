@@ -1,4 +1,4 @@
-"""The page of a reproduction, as self-contained HTML and as Markdown with pictures beside it, from its evidence."""
+"""The page of a reproduction: self-contained HTML, and Markdown with figures in files."""
 
 import io
 from collections.abc import Mapping
@@ -17,31 +17,31 @@ from igpt.report.sections import Picture, Section, Table, chart, read_picture
 
 FIGURES = "figures"
 _HELD = {
-    "yes": "held",
-    "in part": "held in part",
-    "no": "did not hold",
-    "undecided": "undecided at this size",
-    "shown": "shown",
+    "yes": "reproduced",
+    "in part": "partly reproduced",
+    "no": "not reproduced",
+    "undecided": "inconclusive",
+    "shown": "shown, not measured",
     "not yet": "not done yet",
 }
-# Chen et al. 2020, sections 3 and 4; the operations are 6 x parameters x places x images
+# Chen et al. 2020, sections 3 and 4; FLOPs are 6 x parameters x positions x images
 _PAPER = {
     "pretraining images": "1.28 M (ImageNet)",
-    "images seen by a model": "128 M",
+    "images seen per model": "128 M",
     "parameters": "76 M to 6.8 B",
-    "operations of the largest run": "2.1e22 (XL at 64 px)",
+    "FLOPs of the largest run": "2.1e22 (XL at 64 px)",
     "resolution, colours": "32, 48 and 64 px, 512",
-    "positions": "an embedding of each",
+    "positions": "learned embeddings",
     "optimiser": "Adam",
 }
 
 
 def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
-    """Writes `report.html`, and `report.md` with `figures/`; returns the former.
+    """Write `report.html`, and `report.md` with `figures/`; return the path of the former.
 
     Args:
-        folder: of the reproduction, with `pictures/` in it.
-        evidence: what `evidence.json` holds.
+        folder: the reproduction's folder, with its `pictures/`.
+        evidence: the content of `evidence.json`.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -53,12 +53,12 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
     )
     sections = [section for asked in evidence["questions"] for section in _sections(asked, folder)]
     page = {
-        "title": "Generative pretraining from pixels: which of its findings hold here",
+        "title": "Generative Pretraining from Pixels: which findings are reproduced",
         "run": folder.resolve().name,
         "description": _description(evidence),
         "findings": [],
         "state": _cost(evidence),
-        "tables": [_verdicts(evidence), _beside_the_paper(evidence)],
+        "tables": [_verdicts(evidence), _compared_with_paper(evidence)],
         "sections": sections,
         "details": [_models(evidence), _machine(evidence), _steps(evidence)],
         "trained_by": f"igpt {evidence['environment']['igpt']}",
@@ -85,7 +85,7 @@ def _description(evidence: Mapping[str, Any]) -> str:
     )
     side = round(models[0]["places"] ** 0.5)
     rehearsal = (
-        " This is a rehearsal at toy length: its numbers mean nothing."
+        " This is a rehearsal with runs of toy length: its numbers mean nothing."
         if evidence["rehearsal"]
         else ""
     )
@@ -95,7 +95,7 @@ def _description(evidence: Mapping[str, Any]) -> str:
     )
     return (
         f"Transformers of {smallest} to {largest} parameters, pretrained without labels on {images} images of "
-        f"{_short(evidence['corpus'])} at {size}, and judged on {_short(evidence['labelled'])}.{rehearsal}"
+        f"{_short(evidence['corpus'])} at {size}, and evaluated on {_short(evidence['labelled'])}.{rehearsal}"
     )
 
 
@@ -112,11 +112,11 @@ def _cost(evidence: Mapping[str, Any]) -> str:
         [step["seconds"] for step in evidence["steps"].values()],
         evidence["side_by_side"] or 1,
     )
-    told = list(dict.fromkeys(map(_where, evidence["machines"])))
-    elsewhere = f", elsewhere on {' and '.join(told[1:])}" if told[1:] else ""
+    machines = list(dict.fromkeys(map(_where, evidence["machines"])))
+    elsewhere = f", and on {' and '.join(machines[1:])}" if machines[1:] else ""
     return (
-        f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in all, {side_by_side} side by side "
-        f"({duration(sum(seconds) / side_by_side)} by the clock, if never idle){f' on {told[0]}' if told else ''}"
+        f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in total, {side_by_side} side by side "
+        f"(at least {duration(sum(seconds) / side_by_side)} of wall time){f' on {machines[0]}' if machines else ''}"
         f"{elsewhere}."
     )
 
@@ -131,7 +131,7 @@ def _verdicts(evidence: Mapping[str, Any]) -> Table:
     return Table("The paper's findings", ("question", "here"), rows)
 
 
-def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
+def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
     models = evidence["models"]
     here = dict.fromkeys(_PAPER, "not yet")
     if models:
@@ -140,16 +140,14 @@ def _beside_the_paper(evidence: Mapping[str, Any]) -> Table:
         sides = sorted({round(model["places"] ** 0.5) for model in models})
         here = {
             "pretraining images": number(largest["train_images"]),
-            "images seen by a model": number(max(model["images_seen"] for model in models)),
+            "images seen per model": number(max(model["images_seen"] for model in models)),
             "parameters": f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M",
-            "operations of the largest run": f"{max(model['flops'] for model in models):.1e}",
+            "FLOPs of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
-            "positions": "turned queries and keys, by row and column"
-            if rotary
-            else _PAPER["positions"],
+            "positions": "2-D RoPE" if rotary else _PAPER["positions"],
             "optimiser": "Muon"
             if evidence["recipe"].get("optimizer") == "muon"
-            else "AdamW without decay",
+            else "AdamW without weight decay",
         }
     return Table(
         "Data and compute",
@@ -168,16 +166,18 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
             Section(
                 title,
                 name,
-                absent=f"{asked['verdict']} `igpt reproduce` goes on with the same command.",
+                absent=f"{asked['verdict']} Run the same `igpt reproduce` command to continue.",
             )
         ]
     table = Table(
-        "The numbers", tuple(asked["table"]["head"]), [tuple(row) for row in asked["table"]["rows"]]
+        "Numbers of the figure",
+        tuple(asked["table"]["head"]),
+        [tuple(row) for row in asked["table"]["rows"]],
     )
     if asked["plot"]["kind"] != "pictures":
         draw = partial(comparison.draw, asked["plot"])
         bars = " Bands and bars: 95 % intervals." + (
-            " Ring: the layer chosen." if name == "layers" else ""
+            " Ring: best layer by validation accuracy." if name == "layers" else ""
         )
         alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
         return [
@@ -186,21 +186,21 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
     samples, completions = (
         _stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions")
     )
-    updates = ", ".join(map(number, asked["plot"]["steps"]))
+    steps = ", ".join(map(number, asked["plot"]["steps"]))
     return [
         Section(
             title,
             name,
             lead,
-            picture=_picture(samples, f"Rows of samples after {updates} updates."),
-            caption=f"Samples; from top to bottom after {updates} updates. {asked['how']}",
+            picture=_picture(samples, f"Rows of samples after {steps} steps."),
+            caption=f"Samples; from top to bottom after {steps} steps. {asked['how']}",
             table=table,
         ),
         Section(
-            "How it completes photographs",
+            "How do completions change during training?",
             "completions",
-            picture=_picture(completions, f"Completions after {updates} updates."),
-            caption=f"Original, what was kept, two completions; from left to right after {updates} updates.",
+            picture=_picture(completions, f"Completions after {steps} steps."),
+            caption=f"Original, visible part, two completions; from left to right after {steps} steps.",
         ),
     ]
 
@@ -210,7 +210,7 @@ def _picture(image: Image.Image, alt: str) -> Picture:
 
 
 def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
-    """The pictures of all steps: samples below each other, completions side by side."""
+    """Join the pictures of all steps: samples below each other, completions side by side."""
     found = [
         read_picture(folder / "pictures" / f"{kind}-{step}.png").convert("RGB") for step in steps
     ]
@@ -228,7 +228,7 @@ def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
 
 
 def _of_few_colors(picture: Image.Image) -> Image.Image:
-    """The same pixels with a palette, where they have 256 colours at most: fewer bytes of PNG."""
+    """Store pixels of at most 256 colours with a palette, for a smaller PNG."""
     pixels = np.asarray(picture)
     colors, numbers = np.unique(pixels.reshape(-1, 4), axis=0, return_inverse=True)
     if len(colors) > 256:
@@ -239,7 +239,7 @@ def _of_few_colors(picture: Image.Image) -> Image.Image:
 
 
 def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
-    """Pictures for the Markdown, on white: no page's colours are known there."""
+    """Return the picture files for the Markdown, on white, as the background of its page is not known."""
     if asked["held"] == "not yet":
         return {}
     if asked["plot"]["kind"] != "pictures":
@@ -263,7 +263,7 @@ def _models(evidence: Mapping[str, Any]) -> Table:
             (
                 model["name"],
                 f"{layers} layers, width {width}, {plural(heads, 'head')}, {number(model['parameters'])} parameters, "
-                f"{side} px; {number(model['images_seen'])} images seen in {duration(model['seconds'])}; validation "
+                f"{side} px; {number(model['images_seen'])} images in {duration(model['seconds'])}; validation "
                 f"loss {model['validation_loss']:.3f} (colour frequencies {model['unigram_loss']:.3f})",
             )
         )
@@ -302,7 +302,7 @@ def _markdown(page: Mapping[str, Any], evidence: Mapping[str, Any], folder: Path
         alt = section.chart.alt if section.chart else section.picture.alt
         lines += [f"![{alt}]({FIGURES}/{file})", "", section.caption, ""]
         lines += _markdown_table(section.table) if section.table else []
-    lines += ["## What was trained, on what", ""]
+    lines += ["## Data, configuration, machine", ""]
     for table in page["details"]:
         lines += _markdown_table(Table(table.caption, ("", ""), table.rows))
     return "\n".join(lines).rstrip() + "\n"

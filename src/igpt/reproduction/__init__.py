@@ -1,1 +1,1 @@
-"""The paper's findings, asked of one's own data: which runs answer them, their execution, and what came out."""
+"""The paper's experiments on images of one's own: the steps, their execution, and the answers."""

@@ -1,7 +1,7 @@
-"""What the steps of a reproduction have measured, and the form in which a question's answer is recorded.
+"""Measurements of the steps of a reproduction, and the answers to questions.
 
-Accuracies are shares from 0 to 1 until they become cells and figures, where they are percent;
-losses are nats/pixel.
+Accuracies are fractions from 0 to 1; in tables and figures they are percentages. Losses are in
+nats/pixel.
 """
 
 import math
@@ -17,7 +17,7 @@ from igpt.errors import InputError
 from igpt.evaluation.results import Probe, ProbeSettings, best_row, read_probe, read_test
 from igpt.files import require_schema
 from igpt.report.record import history, read_metrics
-from igpt.reproduction.runner import records
+from igpt.reproduction.runner import Records
 from igpt.reproduction.scale import Scale
 from igpt.statistics import interval_of_share, paired_difference, unpacked
 
@@ -25,14 +25,34 @@ Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
 
 
 class _Probe(Probe):
-    """A probe that answers a question: its images must be known."""
+    """A probe that answers a question: it records its images."""
 
     tokens: str
     config: ProbeSettings
 
 
-class NotDone(Exception):  # noqa: N818  it is no error
-    """A step whose result is wanted is not done yet; the message is its name."""
+class NotDone(Exception):  # noqa: N818  not an error
+    """A step whose result is needed is not done yet; the message is its name."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to a question, as evidence.json records it.
+
+    Attributes:
+        held: how far the paper's finding holds here.
+        verdict: the answer in sentences.
+        plot: "kind" ("lines", "groups" or "pictures"), axis labels "x" and "y", "series", and the
+            "categories" of groups.
+        table: "head" and "rows".
+        how: the protocol: n, seeds, and how the numbers were measured.
+    """
+
+    held: Held
+    verdict: str
+    plot: Mapping[str, Any]
+    table: Mapping[str, Any]
+    how: str
 
 
 @dataclass(frozen=True)
@@ -40,10 +60,11 @@ class Share:
     """A measured accuracy with its 95 % interval.
 
     Attributes:
-        n: how it was measured, for a table: test images, or draws.
-        right: which test images were answered rightly, [N], or in every draw of the labels, [draws,
-            N], where known.
-        images: what tells these images, and these draws, from others.
+        n: number of test images and label subsets, for a table.
+        right: correctly classified test images, [N], or [subsets, N] with label subsets; None if
+            not recorded.
+        images: identifies the test images and label subsets; two shares can be compared image by
+            image if theirs are equal.
     """
 
     value: float
@@ -55,22 +76,22 @@ class Share:
 
     @property
     def half(self) -> float:
-        """The longer arm of the interval: the other one may have been cut off at 0 or 1."""
+        """Half the width of the interval: its longer arm, as the other one may be cut off at 0 or 1."""
         return max(self.high - self.value, self.value - self.low)
 
     @property
     def cell(self) -> str:
-        """As a table has it."""
+        """The value and its interval as a cell of a table."""
         return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 def of_images(value: float, count: int) -> Share:
-    """An accuracy on so many test images, with Wilson's interval."""
+    """Return an accuracy on `count` test images with Wilson's interval."""
     return Share(value, *interval_of_share(round(value * count), count), f"{count:,} images")
 
 
 def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
-    """The test accuracy in a row of a probe.json."""
+    """Return the test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
     images = (probe["tokens"], config.get("test_images") or config.get("limit"), config.get("seed"))
     return replace(
@@ -79,7 +100,7 @@ def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
 
 
 def of_test(test: Mapping[str, Any]) -> Share:
-    """The accuracy in a test.json."""
+    """Return the accuracy in a test.json."""
     count = test["test_images"]
     share = of_images(test["test_accuracy"], count)
     return replace(
@@ -90,61 +111,62 @@ def of_test(test: Mapping[str, Any]) -> Share:
 def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
     if result.get("test_right") is None:
         raise InputError(
-            f"a {kind} here was made by an earlier igpt and does not say what was right; choose another -o"
+            f"a {kind} here was made by an earlier igpt, without the correct predictions per image; "
+            "choose another -o"
         )
     return unpacked(result["test_right"], count)
 
 
-def of_draws(values: Sequence[float], count: int) -> Share:
-    """The mean accuracy over two or more draws of the labels, all on the same `count` test images.
+def of_subsets(values: Sequence[float], count: int) -> Share:
+    """Return the mean accuracy over two or more subsets of the labels, on the same `count` test images.
 
-    The interval is Student's over the draws and Wilson's over the images, added in squares: the
-    draws share the images, so that their spread does not hold the images' part.
+    Student's interval over the subsets and Wilson's over the images are combined in quadrature: the
+    subsets share the test images, so their spread does not contain the sampling error of the images.
     """
     mean = float(np.mean(values))
-    half = math.hypot(_half_of_draws(np.asarray(values)), of_images(mean, count).half)
-    return Share(
-        mean, max(0.0, mean - half), min(1.0, mean + half), f"{len(values)} draws, {count:,} images"
-    )
+    half = math.hypot(_half_of_subsets(np.asarray(values)), of_images(mean, count).half)
+    n = f"{len(values)} label subsets, {count:,} images"
+    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), n)
 
 
-def _half_of_draws(values: NDArray[np.float64]) -> float:
-    """Half of Student's 95 % interval of a mean."""
+def _half_of_subsets(values: NDArray[np.float64]) -> float:
+    """Return half the width of Student's 95 % interval of a mean."""
     from scipy.stats import t
 
     return float(t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
 def difference(first: Share, second: Share) -> tuple[float, float]:
-    """first - second in points, and half of its 95 % interval: paired where both were measured on the same images.
+    """Return first - second in percentage points, and half the width of its 95 % interval.
 
-    Draws are paired too, and their part and the images' added in squares. Elsewhere the intervals
-    are, as of different images; where some are shared, that is too wide.
+    The interval is paired if both were measured on the same images. The variation over label subsets
+    is paired too, and combined with that over images in quadrature. Otherwise the two intervals are
+    combined in quadrature, as for independent images; this is too wide if they share some.
     """
     if first.right is None or second.right is None or first.images != second.images:
         return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
     found, half = paired_difference(first.right, second.right)
     if first.right.ndim > 1:
         half = math.hypot(
-            half, _half_of_draws(first.right.mean(axis=1) - second.right.mean(axis=1))
+            half, _half_of_subsets(first.right.mean(axis=1) - second.right.mean(axis=1))
         )
     return 100 * found, 100 * half
 
 
 def points(first: Share, second: Share) -> str:
-    """The difference of two accuracies in words."""
+    """Return the difference of two accuracies as text."""
     found, half = difference(first, second)
     return f"{found:+.1f} ± {half:.1f} points"
 
 
 def clearly(first: Share, second: Share) -> bool:
-    """Whether the first is higher by more than the interval of the difference."""
+    """Return True if the first is higher by more than the interval of the difference."""
     found, half = difference(first, second)
     return found > half
 
 
-def together(found: Sequence[Held]) -> Held:
-    """What several answers to one question come to."""
+def overall(found: Sequence[Held]) -> Held:
+    """Return the overall answer of several answers to one question."""
     if set(found) == {"yes"}:
         return "yes"
     if "yes" in found:
@@ -154,30 +176,32 @@ def together(found: Sequence[Held]) -> Held:
 
 @dataclass(frozen=True)
 class Results:
-    """The files of a reproduction, read when they are asked for; NotDone where a step has no result."""
+    """The results of a reproduction's steps, read from their files when needed.
+
+    All methods raise `NotDone` if a step that they need has no result.
+
+    Attributes:
+        records: from `read_records`.
+    """
 
     folder: Path
     scale: Scale
+    records: Records
 
     def has(self, name: str) -> bool:
-        """Whether a step has a result."""
-        record = records(self.folder).get(name)
-        return record is not None and record["ended"] == "done"
+        """Return True if a step has a result."""
+        return name in self.records and self.records[name]["ended"] == "done"
 
     def require(self, name: str) -> None:
-        """Refuses to go on without the result of a step.
-
-        Raises:
-            NotDone: there is none.
-        """
+        """Raise `NotDone` if a step has no result."""
         if not self.has(name):
             raise NotDone(name)
 
     def probe(self, name: str) -> dict[str, Any]:
-        """Return what a step's probe.json holds.
+        """Return the content of a step's probe.json.
 
         Raises:
-            InputError: it does not hold all that answers need.
+            InputError: it lacks something that the answers need.
         """
         self.require(f"probes/{name}")
         path = self.folder / "probes" / f"{name}.json"
@@ -188,14 +212,14 @@ class Results:
         return found
 
     def best(self, probe: Mapping[str, Any]) -> Share:
-        """Return the test accuracy of the layer that validation has chosen."""
+        """Return the test accuracy of the layer with the best validation accuracy."""
         return of_row(best_row(probe), probe)
 
     def few(self, name: str) -> tuple[list[Share], list[Share]]:
-        """Return the accuracies with few labels, of the best layer and of raw pixels.
+        """Return the accuracies with few labels of the best layer and of raw pixels.
 
         Raises:
-            InputError: a probe does not hold them.
+            InputError: the probe does not contain them.
         """
         probe = self.probe(name)
         count = probe["images"]["test"]
@@ -205,27 +229,28 @@ class Results:
             if [one["per_class"] for one in each] != list(self.scale.few):
                 path = self.folder / "probes" / f"{name}.json"
                 raise InputError(
-                    f"{path}: few_labels are not of {self.scale.few} labels a class; choose another -o"
+                    f"{path}: few_labels are not for {self.scale.few} labels per class; "
+                    "choose another -o"
                 )
-        layer, raw = ([of_draws(one["test_accuracies"], count) for one in each] for each in found)
+        layer, raw = ([of_subsets(one["test_accuracies"], count) for one in each] for each in found)
         return layer, raw
 
     def raw_pixels(self, name: str) -> Share:
         """Return the test accuracy of raw pixels.
 
         Raises:
-            InputError: a probe does not hold it.
+            InputError: the probe does not contain it.
         """
         probe = self.probe(name)
         row = (probe.get("baselines") or {}).get("raw_pixels")
         if not row:
             raise InputError(
-                f"{self.folder / 'probes' / name}.json: raw_pixels are missing; choose another -o"
+                f"{self.folder / 'probes' / name}.json: raw_pixels is missing; choose another -o"
             )
         return of_row(row, probe)
 
     def losses(self, run: str) -> dict[int, float]:
-        """Return the validation loss by update.
+        """Return the validation loss by step.
 
         Raises:
             InputError: a snapshot has none.
@@ -239,15 +264,15 @@ class Results:
         if missing := [
             step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))
         ]:
-            raise InputError(f"{path}: the validation loss of update {missing[0]} is missing")
+            raise InputError(f"{path}: the validation loss of step {missing[0]} is missing")
         return found
 
     def finetuned(self, start: str, labels: str | int) -> Share:
-        """Return the test accuracy after fine-tuning; over all draws where there are several."""
+        """Return the test accuracy after fine-tuning; with few labels, over all label subsets."""
         names = (
             [f"{start}-all"]
             if labels == "all"
-            else [f"{start}-{labels}-{draw}" for draw in range(self.scale.draws)]
+            else [f"{start}-{labels}-{subset}" for subset in range(self.scale.subsets)]
         )
         for name in names:
             self.require(f"finetuned/{name}")
@@ -260,49 +285,20 @@ class Results:
             for path, share in zip(paths, shares, strict=True)
             if share.images != shares[0].images
         ]:
-            raise InputError(
-                f"{other[0]} is of other test images than {paths[0]}; choose another -o"
-            )
+            raise InputError(f"{other[0]} has other test images than {paths[0]}; choose another -o")
         right = np.stack([share.right for share in shares if share.right is not None])
-        together = of_draws([share.value for share in shares], right.shape[1])
-        return replace(together, right=right, images=(*shares[0].images, labels))
-
-
-def question(
-    name: str,
-    asks: str,
-    paper: str,
-    held: Held,
-    verdict: str,
-    plot: Mapping[str, Any],
-    table: Mapping[str, Any],
-    how: str,
-) -> dict[str, Any]:
-    """An answered question as evidence.json has it.
-
-    Args:
-        paper: what the paper found.
-        held: whether it held here.
-        plot: "kind" lines or groups, "x" and "y" labels, "series", for groups their "categories".
-        table: "head" and "rows".
-        how: what was measured how: n, seeds, protocol.
-    """
-    return {
-        "name": name,
-        "asks": asks,
-        "paper": paper,
-        "held": held,
-        "verdict": verdict,
-        "plot": plot,
-        "table": table,
-        "how": how,
-    }
+        mean = of_subsets([share.value for share in shares], right.shape[1])
+        return replace(mean, right=right, images=(*shares[0].images, labels))
 
 
 def series(
     name: str, x: Sequence[float], shares: Sequence[Share], ring: int | None = None
 ) -> dict[str, Any]:
-    """A line or a group of points with their intervals, in percent."""
+    """Return a line, or a group of points, with intervals in percent.
+
+    Args:
+        ring: index of the point to mark with a ring.
+    """
     return {
         "name": name,
         "x": list(x),

@@ -1,32 +1,31 @@
-"""What linear probes say of features: by layer, by loss and size, by resolution."""
+"""Answers from linear probes: accuracy by layer, by loss and size of the model, by resolution."""
 
 from dataclasses import replace
 from itertools import combinations, pairwise
-from typing import Any
 
 import numpy as np
 
 from igpt.reproduction.evidence import (
+    Answer,
     Held,
     Results,
     Share,
     clearly,
     of_row,
+    overall,
     points,
-    question,
     series,
-    together,
 )
 from igpt.statistics import mean_of
 
 
-def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    """Probe accuracy by layer."""
-    lines, rows, said, fitted = [], [], [], []
+def by_layer(results: Results) -> Answer:
+    """Answer by the probe accuracy of every layer."""
+    lines, rows, sentences, fitted = [], [], [], []
     found: list[Held] = []
     for size in results.scale.sizes:
         probe = results.probe(
-            "main" if size == results.scale.main else f"{size}-{results.scale.updates}"
+            "main" if size == results.scale.main else f"{size}-{results.scale.steps}"
         )
         layers = probe["layers"]
         shares = [of_row(row, probe) for row in layers]
@@ -35,13 +34,13 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
         fitted.append(f"{probe['images']['train'] + probe['images']['validation']:,} ({size})")
         lines.append(series(size, numbers, shares, peak))
         found.append(_peak(shares, peak))
-        said.append(
-            f"{size}: best at layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} %, "
-            f"{points(shares[peak], shares[-1])} from the last"
+        sentences.append(
+            f"{size}: best layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} %, "
+            f"{points(shares[peak], shares[-1])} relative to the last layer"
         )
         rows += [
             [
-                f"{size}, layer {number}{' (chosen)' if number == probe['best_layer'] else ''}",
+                f"{size}, layer {number}{' (best)' if number == probe['best_layer'] else ''}",
                 share.cell,
                 share.n,
             ]
@@ -51,30 +50,34 @@ def by_layer(results: Results, name: str, asks: str, paper: str) -> dict[str, An
         own = results.probe("own")
         best = results.best(own)
         rows.append(
-            [f"{results.scale.main} on the corpus' own {own['classes']} classes", best.cell, best.n]
+            [
+                f"{results.scale.main}, the {own['classes']} classes of the pretraining images",
+                best.cell,
+                best.n,
+            ]
         )
-    held = together(found)
     total = len(found)
     verdict = (
-        f"{found.count('yes')} of {total} models have a single peak inside that is above the last layer by more than "
-        f"the interval; {found.count('no')} of {total} clearly have not, the others leave it open. {'; '.join(said)}."
+        f"{found.count('yes')} of {total} models have a single peak at an inner layer, above the last "
+        f"layer by more than the interval; {found.count('no')} of {total} clearly do not; the result is "
+        f"inconclusive for {found.count('undecided')} of {total}. {'; '.join(sentences)}."
     )
     plot = {"kind": "lines", "x": "layer", "y": "probe accuracy, %", "series": lines}
     how = (
-        "One pretraining run of each size (seed 0). Logistic regression on features averaged over places, "
-        f"fitted to {', '.join(fitted)} images, of which the validation images had first chosen layer and strength; "
-        "images drawn by seed 0. Intervals: Wilson's, 95 %, over test images; of "
-        "differences, paired."
+        "One pretraining run per size (seed 0). Logistic regression on features averaged over positions: "
+        "the layer and the regularisation strength are selected on validation images, then the "
+        f"classifier is fitted to training and validation images, {', '.join(fitted)} in all (a subset, "
+        "seed 0). Intervals: 95 %, Wilson's over test images; paired for differences."
     )
     table = {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}
-    return question(name, asks, paper, held, verdict, plot, table, how)
+    return Answer(overall(found), verdict, plot, table, how)
 
 
 def _peak(shares: list[Share], chosen: int) -> Held:
-    """Whether accuracies by layer have one peak, inside, and the layer that validation chose is clearly above the last.
+    """Return "yes" if the chosen layer is an inner one, clearly above the last, and can be the only peak.
 
-    "no" needs that no layer inside can be the only peak. Every comparison is at 95 %, and they are
-    many: of some twenty layers one would have a dent by chance.
+    "no" requires that no inner layer can be the only peak. Comparisons are at the 95 % level, without
+    correction for their number: among twenty layers, one dent is expected by chance.
     """
     inside = range(1, len(shares) - 1)
     if not any(_may_be_the_peak(shares, layer) for layer in inside):
@@ -83,17 +86,17 @@ def _peak(shares: list[Share], chosen: int) -> Held:
 
 
 def _may_be_the_peak(shares: list[Share], peak: int) -> bool:
-    """Whether nothing speaks clearly against accuracies that rise up to a layer and fall from there."""
+    """Return False if accuracies clearly do not rise up to a layer, or clearly do not fall after it."""
     if any(clearly(end, shares[peak]) for end in (shares[0], shares[-1])):
         return False
-    # Of two layers on one side of the peak, the one nearer to it must not be clearly the worse one.
+    # Of two layers on one side of the peak, the one closer to it must not be clearly worse.
     sides = combinations(shares[: peak + 1], 2), combinations(reversed(shares[peak:]), 2)
     return not any(clearly(further, nearer) for side in sides for further, nearer in side)
 
 
-def loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    """Probe accuracy by validation loss, along training and across sizes."""
-    lines, rows, said = [], [], []
+def loss_and_probe(results: Results) -> Answer:
+    """Answer by probe accuracy and validation loss, during training and across sizes."""
+    lines, rows, sentences = [], [], []
     curves: dict[str, list[tuple[float, Share]]] = {}
     for size in results.scale.sizes:
         losses = results.losses(size)
@@ -102,7 +105,7 @@ def loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[s
         curves[size] = curve
         lines.append(series(size, [loss for loss, _ in curve], [share for _, share in curve]))
         rows += [
-            [f"{size}, update {step}", f"{loss:.3f}", share.cell, share.n]
+            [f"{size}, step {step}", f"{loss:.3f}", share.cell, share.n]
             for (step, _), (loss, share) in zip(taken, curve, strict=True)
         ]
     better: list[Held] = []
@@ -113,43 +116,43 @@ def loss_and_probe(results: Results, name: str, asks: str, paper: str) -> dict[s
         first, last = curve[0][1], curve[-1][1]
         up = correlation > 0.5 and clearly(last, first)
         better.append("yes" if up else "no" if clearly(first, last) else "undecided")
-        said.append(
-            f"{size}: rank correlation {correlation:.2f} over {len(curve)} points, {points(last, first)} from first "
-            "to last"
+        sentences.append(
+            f"{size}: rank correlation {correlation:.2f} over {len(curve)} snapshots, "
+            f"{points(last, first)} from the first to the last"
         )
     ahead: list[Held] = []
     for smaller, larger in pairwise(curves):
         gain = _at_equal_loss(curves[smaller], curves[larger])
         if gain is None:
             ahead.append("undecided")
-            said.append(f"{larger} against {smaller}: their losses do not overlap")
+            sentences.append(f"{larger} and {smaller}: their losses do not overlap")
             continue
         value, half, count = gain
         ahead.append("yes" if value > half else "no" if value < -half else "undecided")
-        said.append(
-            f"{larger} against {smaller} at equal loss: {value:+.1f} ± {half:.1f} points over {count} points"
+        sentences.append(
+            f"{larger} minus {smaller} at equal loss: {value:+.1f} ± {half:.1f} points "
+            f"(mean over {count} snapshots)"
         )
-    held = together([*better, *ahead])
     verdict = (
-        f"Lower loss clearly goes with better features in {better.count('yes')} of {len(better)} sizes, and clearly "
-        f"not in {better.count('no')}; at equal loss the larger model is clearly ahead in "
-        f"{ahead.count('yes')} of {len(ahead)} pairs of sizes, and clearly behind in {ahead.count('no')}. "
-        f"{'; '.join(said)}."
+        f"A lower loss clearly gives better features in {better.count('yes')} of {len(better)} sizes and "
+        f"clearly does not in {better.count('no')}; at equal loss, the larger model is clearly better in "
+        f"{ahead.count('yes')} of {len(ahead)} pairs of sizes and clearly worse in {ahead.count('no')}. "
+        f"{'; '.join(sentences)}."
     )
     plot = {
         "kind": "lines",
-        "x": "validation loss, nats/pixel (better to the right)",
-        "y": "best layer's probe accuracy, %",
+        "x": "validation loss, nats/pixel (lower to the right)",
+        "y": "probe accuracy of the best layer, %",
         "falling": True,
         "series": lines,
     }
     how = (
-        "One run of each size (seed 0), all on the same batches; snapshots along one cosine schedule. Every snapshot "
-        "is probed on the same images, its layer chosen on validation. Between points of the smaller model accuracy "
-        "is interpolated linearly by loss."
+        "One run per size (seed 0), all on the same batches; the snapshots are from one cosine schedule. "
+        "Every snapshot is probed on the same images, at its best layer by validation accuracy. The "
+        "accuracy of the smaller model is interpolated linearly in the loss between its snapshots."
     )
     table = {"head": ["", "validation loss", "test accuracy, % (95 %)", "n"], "rows": rows}
-    return question(name, asks, paper, held, verdict, plot, table, how)
+    return Answer(overall([*better, *ahead]), verdict, plot, table, how)
 
 
 def _rank_correlation(first: list[float], second: list[float]) -> float:
@@ -162,9 +165,10 @@ def _rank_correlation(first: list[float], second: list[float]) -> float:
 def _at_equal_loss(
     smaller: list[tuple[float, Share]], larger: list[tuple[float, Share]]
 ) -> tuple[float, float, int] | None:
-    """Mean lead of the larger model in points where both reach a loss, half its interval, and over how many points.
+    """Return the mean lead of the larger model at equal loss, half its interval, and the number of snapshots.
 
-    The interval is over the test images, which are the same at all points.
+    The lead is in percentage points, averaged over the larger model's snapshots whose losses the
+    smaller model reaches too. The interval is over the test images, the same for all snapshots.
     """
     order = sorted(smaller, key=lambda point: point[0])
     losses = np.array([loss for loss, _ in order])
@@ -172,7 +176,7 @@ def _at_equal_loss(
     inside = [(loss, share) for loss, share in larger if losses[0] <= loss <= losses[-1]]
     if not inside:
         return None
-    leads = []  # of every point, by image
+    leads = []  # for every snapshot, by image
     for loss, share in inside:
         after = min(max(1, int(np.searchsorted(losses, loss))), len(losses) - 1)
         part = (loss - losses[after - 1]) / (losses[after] - losses[after - 1])
@@ -183,36 +187,36 @@ def _at_equal_loss(
     return 100 * found["mean"], 50 * (high - low), len(inside)
 
 
-def resolution(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    """Probe accuracy by resolution."""
+def resolution(results: Results) -> Answer:
+    """Answer by the probe accuracy at every resolution."""
     sides = sorted(results.scale.resolutions)
     probes = {side: results.probe(f"at-{side}") for side in sides}
     best = [results.best(probes[side]) for side in sides]
-    ours = [
-        replace(share, images=share.images[1:]) for share in best
-    ]  # of every data set the same ones, in its order
-    first, last = ours[0], ours[-1]
+    # All resolutions have the same test images, in the same order, in data sets of different names.
+    shares = [replace(share, images=share.images[1:]) for share in best]
+    first, last = shares[0], shares[-1]
     held: Held = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
-        f"{sides[-1]} px is {points(last, first)} beside {sides[0]} px"
-        f"{'' if held != 'undecided' else ', within the interval'}: "
+        f"{sides[-1]} px minus {sides[0]} px: {points(last, first)}"
+        f"{', within the interval' if held == 'undecided' else ''}. "
         + ", ".join(
-            f"{side} px {100 * share.value:.1f} %" for side, share in zip(sides, ours, strict=True)
+            f"{side} px {100 * share.value:.1f} %"
+            for side, share in zip(sides, shares, strict=True)
         )
         + "."
     )
-    rows = [[f"{side} px", share.cell, share.n] for side, share in zip(sides, ours, strict=True)]
+    rows = [[f"{side} px", share.cell, share.n] for side, share in zip(sides, shares, strict=True)]
     plot = {
         "kind": "groups",
         "x": "resolution",
         "y": "probe accuracy, %",
         "categories": [f"{side} px" for side in sides],
-        "series": [series("best layer", list(range(len(sides))), ours)],
+        "series": [series("best layer", list(range(len(sides))), shares)],
     }
     how = (
-        f"The {results.scale.resolution_size} size, {results.scale.resolution_updates:,} updates of the same images "
-        "at every resolution, in the same palette, one run each (seed 0), probed on the same test images; losses "
-        "at different resolutions cannot be compared."
+        f"The {results.scale.resolution_size} size, {results.scale.resolution_steps:,} steps on the same images "
+        "at every resolution, with the same palette; one run each (seed 0), probed on the same test "
+        "images. Losses at different resolutions cannot be compared."
     )
     table = {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows}
-    return question(name, asks, paper, held, verdict, plot, table, how)
+    return Answer(held, verdict, plot, table, how)

@@ -1,4 +1,4 @@
-"""One call that runs what is missing of a reproduction and writes its page."""
+"""Run a reproduction, or resume it, and write its page."""
 
 import reprlib
 import time
@@ -19,15 +19,15 @@ from igpt.files import Stored, require_schema, write_json
 from igpt.locks import exclusive_folder
 from igpt.report.record import read_metrics
 from igpt.report.reproduction import write_page
-from igpt.reproduction.evidence import NotDone, Results, question
+from igpt.reproduction.evidence import Answer, NotDone, Results
 from igpt.reproduction.questions import QUESTIONS
-from igpt.reproduction.runner import Command, StepsFailed, records, run
+from igpt.reproduction.runner import StepsFailed, read_records, run_steps
 from igpt.reproduction.scale import Scale
 from igpt.reproduction.steps import LABELLED, steps
 
 FORMAT, VERSION = "igpt-reproduction", 1
 EVIDENCE, NOTES = "evidence.json", "notes.yaml"
-_LONGEST, _MOST_JOBS = 1_000_000, 1024  # minutes; steps side by side
+_MAX_MINUTES, _MAX_JOBS = 1_000_000, 1024
 
 
 def reproduce(
@@ -35,96 +35,82 @@ def reproduce(
     scale: Scale,
     corpus: str,
     labelled: str,
-    command: Command,
     *,
     minutes: float | None = None,
     jobs: int | None = None,
     tokens_only: bool = False,
 ) -> bool:
-    """Runs the steps that are not done yet, and writes the page of what has come out so far.
+    """Run the steps that are not done yet, and write the page of the results so far.
 
     Args:
         out: folder of the reproduction.
         scale: see `igpt.reproduction.scale.scale`.
         corpus, labelled: sources of unlabelled and of labelled images; see `open_source`.
-        command: runs the words of a command line, see `run`.
-        minutes: stop after so many; the same call goes on.
-        jobs: steps side by side, if not the scale's.
-        tokens_only: prepare the tokens; without the images, and elsewhere, the same call then does
-            the rest.
+        minutes: time limit; the next call resumes.
+        jobs: number of steps side by side; by default the scale's.
+        tokens_only: only prepare the tokens; the same call without this flag then does the rest, and
+            does not need the images.
 
     Returns:
-        whether all is done.
+        True if all steps are done.
 
     Raises:
         InputError: steps failed, `out` holds another reproduction, or the labelled images have too
             few labels.
         Interrupted: on Ctrl-C or SIGTERM.
     """
-    if minutes is not None and not 0 < minutes <= _LONGEST:
-        raise InputError(f"--minutes is more than 0 and at most {_LONGEST:,}, not {minutes:g}")
-    if jobs is not None and not 1 <= jobs <= _MOST_JOBS:
-        raise InputError(f"--jobs is 1 to {_MOST_JOBS}, not {jobs}")
-    with exclusive_folder(out):
-        return _reproduce(out, scale, corpus, labelled, command, minutes, jobs, tokens_only)
-
-
-def _reproduce(
-    out: Path,
-    scale: Scale,
-    corpus: str,
-    labelled: str,
-    command: Command,
-    minutes: float | None,
-    jobs: int | None,
-    tokens_only: bool,
-) -> bool:
+    if minutes is not None and not 0 < minutes <= _MAX_MINUTES:
+        raise InputError(f"--minutes is more than 0 and at most {_MAX_MINUTES:,}, not {minutes:g}")
+    if jobs is not None and not 1 <= jobs <= _MAX_JOBS:
+        raise InputError(f"--jobs is 1 to {_MAX_JOBS}, not {jobs}")
     console = Console(highlight=False, markup=False, emoji=False)
-    planned = steps(scale, corpus, labelled)
-    tokens = [step for step in planned if step.name.startswith("tokens/")]
-    _notes(out)  # a mistake in them is told before the work
-    places = {
-        source: Path(source).resolve() for source in (corpus, labelled) if Path(source).exists()
-    }
-    told = partial(console.print, soft_wrap=True, markup=False)
-    begin = partial(
-        run, folder=out, command=command, places=places, jobs=jobs or scale.jobs, say=told
-    )
-    end = None if minutes is None else time.monotonic() + 60 * minutes
-    failed: StepsFailed | None = None
-    try:
-        done = begin(tokens, minutes=minutes)
-        if done and not tokens_only:
-            _require_labels(
-                TokenDataset(out / LABELLED.format(scale.resolutions[0])), scale, labelled
-            )
-            done = begin(planned, minutes=end and max(0.0, end - time.monotonic()) / 60)
-    except StepsFailed as failure:  # the page tells of all else
-        failed = failure
-    evidence = gather(out, scale, corpus, labelled)
-    write_json(out / EVIDENCE, evidence)
-    told(f"{write_page(out, evidence)}: the answers, with figures")
-    if not failed and done:
-        told("all tokens are there" if tokens_only else f"all {len(planned)} steps are done")
-    if failed:
-        raise failed
-    return done
-
-
-def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, Any]:
-    """What evidence.json holds: all that can be said of what is done."""
-    results, answered = Results(folder, scale), []
-    for name, asks, paper, answer in QUESTIONS:
+    say = partial(console.print, soft_wrap=True, markup=False)
+    with exclusive_folder(out):
+        _notes(out)  # report a mistake in them before the work
+        records = read_records(out)
+        planned = steps(scale, corpus, labelled)
+        tokens = [step for step in planned if step.name.startswith("tokens/")]
+        start = partial(
+            run_steps,
+            folder=out,
+            records=records,
+            jobs=jobs or scale.jobs,
+            say=say,
+            sources={one: Path(one).resolve() for one in (corpus, labelled) if Path(one).exists()},
+        )
+        end = None if minutes is None else time.monotonic() + 60 * minutes
+        failed: StepsFailed | None = None
+        done = False
         try:
-            answered.append(answer(results, name, asks, paper))
+            done = start(tokens, minutes=minutes)
+            if done and not tokens_only:
+                labels = TokenDataset(out / LABELLED.format(scale.resolutions[0]))
+                _require_labels(labels, scale, labelled)
+                done = start(planned, minutes=end and max(0.0, end - time.monotonic()) / 60)
+        except StepsFailed as failure:
+            failed = failure  # raised after the page of all other results is written
+        evidence = gather(Results(out, scale, records), corpus, labelled)
+        write_json(out / EVIDENCE, evidence)
+        say(f"{write_page(out, evidence)}: the answers, with figures")
+        if failed:
+            raise failed
+        if done:
+            say("all tokens are prepared" if tokens_only else f"all {len(planned)} steps are done")
+        return done
+
+
+def gather(results: Results, corpus: str, labelled: str) -> dict[str, Any]:
+    """Return the content of evidence.json: the answers and the cost of all steps that are done."""
+    scale, records, notes = results.scale, results.records, _notes(results.folder)
+    questions = []
+    for asked in QUESTIONS:
+        try:
+            answer = asked.answer(results)
         except NotDone as missing:
-            answered.append(
-                question(
-                    name, asks, paper, "not yet", f"The step {missing} is not done yet.", {}, {}, ""
-                )
-            )
-    notes = _notes(folder)
-    known = records(folder)
+            answer = Answer("not yet", f"The step {missing} is not done yet.", {}, {}, "")
+        about = {"name": asked.name, "asks": asked.asks, "paper": asked.paper}
+        questions.append({**about, **vars(answer), "tried": notes.get(asked.name)})
+    machines = [record["machine"] for record in records.values()]
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -134,39 +120,37 @@ def gather(folder: Path, scale: Scale, corpus: str, labelled: str) -> dict[str, 
         "labelled": labelled,
         "colors": scale.colors,
         "recipe": dict(scale.recipe),
-        "complete": all(one["held"] != "not yet" for one in answered),
-        "questions": [{**one, "tried": notes.get(one["name"])} for one in answered],
+        "complete": all(one["held"] != "not yet" for one in questions),
+        "questions": questions,
         "models": _models(results),
-        "steps": {name: {"seconds": record["seconds"]} for name, record in known.items()},
-        "side_by_side": max((record["side_by_side"] for record in known.values()), default=None),
-        "machines": [
-            dict(pairs)
-            for pairs in dict.fromkeys(tuple(one["machine"].items()) for one in known.values())
-        ],
+        "steps": {name: {"seconds": record["seconds"]} for name, record in records.items()},
+        "side_by_side": max((record["side_by_side"] for record in records.values()), default=None),
+        "machines": [one for at, one in enumerate(machines) if one not in machines[:at]],
         "environment": describe(),
     }
 
 
 def _notes(folder: Path) -> dict[str, Any]:
-    """Sentences of the user's, by the name of the question."""
+    """Return the user's notes on questions, from notes.yaml, by the name of the question."""
     path = folder / NOTES
     notes = read_settings(path) if path.exists() else {}
-    known = [name for name, *_ in QUESTIONS]
+    known = [asked.name for asked in QUESTIONS]
     for name, note in notes.items():
         if name not in known:
             raise InputError(f"{path}: there is no question {name!r}; {suggest(str(name), known)}")
         if not isinstance(note, str):
             raise InputError(
-                f"{path}: {name} = {reprlib.repr(note)}: a note is text; put it into quotes"
+                f"{path}: {name} = {reprlib.repr(note)}: a note is text; put it in quotes"
             )
     return notes
 
 
 def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
-    """Refuses images by which not everything can be judged, before anything is trained."""
+    """Raise if the labelled images do not suffice for all probes and fine-tuning, before any training."""
     if data.class_names is None:
         raise InputError(
-            f"{labelled} has no labels, and all is judged by them; name others by --labelled"
+            f"{labelled} has no labels, and probes and fine-tuning need them; "
+            "give another source with --labelled"
         )
     limits = {
         "train": scale.probe_images,
@@ -196,7 +180,7 @@ class _End(Stored):
 
 
 class _Lines(Stored):
-    """The lines of `metrics.jsonl` that a table of models has, by kind."""
+    """The lines of `metrics.jsonl` that the table of models needs, by kind."""
 
     start: _Start
     machine: _Machine
@@ -204,7 +188,7 @@ class _Lines(Stored):
 
 
 def _models(results: Results) -> list[dict[str, Any]]:
-    """What was pretrained, at what cost."""
+    """Return the pretrained models with their cost."""
     scale, found = results.scale, []
     names = [*scale.sizes, "bert", *(f"at-{side}" for side in scale.resolutions)]
     for name in names:

@@ -1,27 +1,16 @@
-"""Runs the steps of a reproduction: side by side, each once, and from where they were stopped.
+"""Run the steps of a reproduction: side by side, each once, and resumed where they were stopped.
 
-steps.json       of every step that ran: its command, how it ended, the seconds of all its runs
-together logs/NAME.log    what it said
-
-Steps run in processes forked from one that has imported all that they need.
+steps.json       command, end, seconds (all runs together) and machine of every step that ran
+logs/NAME.log    output of a step
 """
 
+import math
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from multiprocessing import get_context, parent_process
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerProcess
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, Literal
 
-from filelock import FileLock
 from pydantic import Field
 
 from igpt.data.tokens.dataset import MANIFEST
@@ -30,68 +19,22 @@ from igpt.errors import InputError, Interrupted
 from igpt.evaluation.results import Count, Positive
 from igpt.files import Stored, read_json, require_schema, write_json
 from igpt.locks import exclusive_folder
+from igpt.reproduction.processes import IGPT, Process, ProcessPool
 from igpt.reproduction.steps import Step
+from igpt.training.signals import StopRequest
 
 RECORD, LOGS = "steps.json", "logs"
-_IMPORTED = [
-    "igpt.cli",
-    "igpt.training.pretrain",
-    "igpt.training.finetune",
-    "igpt.evaluation.probe",
-    "igpt.sampling.grids",
-]
 FORMAT, VERSION = "igpt-reproduction-steps", 1
-_REFUSED = 2  # exit code of a mistake
-Command = Callable[[list[str]], int]  # the words of a command line -> its exit code
-Say = Callable[[str], None]
+_USER_ERROR = 2  # exit code
+Records = dict[str, dict[str, Any]]  # by the step's name, as in steps.json
 
 
 class StepsFailed(InputError):  # noqa: N818  as its siblings in errors.py
-    """Steps of a reproduction have failed; the message says which, and why the first did."""
-
-
-@dataclass
-class _Running:
-    step: Step
-    process: ForkServerProcess
-    ready: Connection  # closed at the other end when signals are heard there
-    began: float = field(default_factory=time.monotonic)
-
-
-def run(
-    steps: Sequence[Step],
-    folder: Path,
-    command: Command,
-    *,
-    places: Mapping[str, Path] | None = None,
-    jobs: int,
-    minutes: float | None = None,
-    say: Say,
-) -> bool:
-    """Runs what is not done yet.
-
-    Args:
-        folder: of the reproduction; commands run in it.
-        command: runs one; a function of a module, that a process of its own can import.
-        places: sources of `igpt prepare` that are paths from here, with the absolute ones.
-        jobs: steps side by side; the cores are shared out among them.
-        minutes: after so many the steps that run are stopped; the next call goes on.
-        say: is told what begins and ends.
-
-    Returns:
-        whether all steps are done.
-
-    Raises:
-        StepsFailed: some failed; all that does not need them is done.
-        InputError: the folder holds results of other commands, or another process works in it.
-        Interrupted: on Ctrl-C or SIGTERM, when the steps that ran have been stopped.
-    """
-    with exclusive_folder(folder), _signals() as stop:
-        return _Runner(steps, folder, command, places or {}, jobs, say, stop).run(minutes)
+    """Steps of a reproduction failed; the message names the first one and its reason."""
 
 
 class _Machine(Stored):
-    """The machine that a step ran on; all else in it is shown as it is."""
+    """The machine that a step ran on; further entries are shown as they are."""
 
     igpt: str
     torch: str
@@ -103,7 +46,7 @@ class _Machine(Stored):
 
 
 class _Record(Stored):
-    """What is recorded of a step that ran."""
+    """The record of a step."""
 
     command: Annotated[list[str], Field(min_length=1)]
     ended: Literal["done", "skipped", "stopped", "failed"]
@@ -118,11 +61,11 @@ class _Steps(Stored):
     steps: dict[str, _Record]
 
 
-def records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Return what is recorded of the steps that ran, by name.
+def read_records(folder: Path) -> Records:
+    """Return the records of the steps that ran, by name.
 
     Raises:
-        InputError: the record is damaged, or of another version.
+        InputError: the file is damaged, or of another version.
     """
     path = folder / RECORD
     if not path.exists():
@@ -136,241 +79,131 @@ def records(folder: Path) -> dict[str, dict[str, Any]]:
     return dict(found["steps"])
 
 
-def settled(record: Mapping[str, Any] | None) -> bool:
-    """Whether nothing is left to do of a step."""
-    return record is not None and record["ended"] in ("done", "skipped")
+def run_steps(
+    steps: Sequence[Step],
+    folder: Path,
+    records: Records,
+    *,
+    jobs: int,
+    say: Callable[[str], None],
+    minutes: float | None = None,
+    sources: Mapping[str, Path] | None = None,
+    program: Sequence[str] = IGPT,
+) -> bool:
+    """Run the steps that are not done yet; return True if all are done.
 
+    Args:
+        folder: the reproduction's folder, in which the commands run.
+        records: from `read_records`; updated with every step that ends.
+        jobs: number of steps side by side; they share the cores equally.
+        say: prints a line of progress.
+        minutes: time limit, after which running steps are stopped; the next call resumes.
+        sources: absolute paths of the sources of `igpt prepare` that are relative paths.
+        program: the words before those of a step.
 
-@dataclass
-class _Stop:
-    number: int | None = None
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None:  # asked a second time
-            raise KeyboardInterrupt
-        self.number = number
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Turns Ctrl-C and SIGTERM into a wish."""
-    stop = _Stop()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class _Runner:
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        folder: Path,
-        command: Command,
-        places: Mapping[str, Path],
-        jobs: int,
-        say: Say,
-        stop: _Stop,
-    ) -> None:
-        self.folder, self.command, self.places = folder, command, places
-        self.jobs, self.say, self.stop = jobs, say, stop
-        self.threads = max(1, _cores() // jobs)
-        self.machine = {
-            key: value for key, value in describe().items() if key not in ("command", "started")
-        }
-        self.records = records(folder)
-        for step in steps:
-            known = self.records.get(step.name)
-            if known and known["ended"] != "failed" and tuple(known["command"]) != step.words:
-                raise InputError(
-                    f"{folder} holds {step.name} by another command (igpt {' '.join(known['command'])}); "
-                    f"choose another -o"
-                )
-        self.total = len(steps)
-        self.done = {step.name for step in steps if settled(self.records.get(step.name))}
-        self.waiting = [step for step in steps if step.name not in self.done]
-        self.running: list[_Running] = []
-        self.failures: list[str] = []
-
-    def run(self, minutes: float | None) -> bool:
-        end = None if minutes is None else time.monotonic() + 60 * minutes
-        if self.done and self.waiting:
-            self.say(f"{len(self.done)} of {self.total} steps are done already")
-        try:
-            with _threads(self.threads):
-                late = self._work(end)
-        finally:  # whatever went wrong here, nothing runs on behind our back
-            self._stop_all()
-        reached = f"{len(self.done)} of {self.total} steps are done"
-        if self.stop.number is not None:
-            raise Interrupted(self.stop.number, reached)
-        if self.failures:
-            several = (
-                f" ({len(self.failures)} steps failed; {reached})"
-                if len(self.failures) > 1
-                else f" ({reached})"
+    Raises:
+        StepsFailed: steps failed; all steps that do not depend on them are done.
+        InputError: the folder holds results of other commands, or another process works in it.
+        Interrupted: on Ctrl-C or SIGTERM, after the running steps have been stopped.
+    """
+    for step in steps:
+        known = records.get(step.name)
+        if known and known["ended"] != "failed" and tuple(known["command"]) != step.words:
+            raise InputError(
+                f"{folder} holds {step.name} made by another command "
+                f"(igpt {' '.join(known['command'])}); choose another -o"
             )
-            raise StepsFailed(self.failures[0] + several)
-        if late:
-            self.say(f"stopped after {minutes:g} minutes: {reached}; the same command goes on")
-        return not late
+    end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+    about = describe()
+    machine = {key: value for key, value in about.items() if key not in ("command", "started")}
+    by_name = {step.name: step for step in steps}
+    done = {name for name in by_name if records.get(name, {}).get("ended") in ("done", "skipped")}
+    failures: list[str] = []
 
-    def _work(self, end: float | None) -> bool:
-        """Runs steps until none is left whose inputs are there, a stop is wished for, or time is up (then True)."""
-        while self._begin() or self.running:
-            left = 0.5 if end is None else min(0.5, max(0.0, end - time.monotonic()))
-            wait([one.process.sentinel for one in self.running], timeout=left)
-            self._collect()
-            if self.stop.number is not None:
-                return False
-            if end is not None and time.monotonic() >= end and (self.waiting or self.running):
-                return True
-        return False
-
-    def _begin(self) -> bool:
-        """Starts the next steps whose inputs are there, as many as may run side by side; whether it settled any."""
-        began = False
-        for step in list(self.waiting):
-            if len(self.running) >= self.jobs:
-                break
-            if not self.done.issuperset(step.after):
-                continue
-            self.waiting.remove(step)
-            began = True
-            if step.words[0] == "prepare" and (self.folder / step.name / MANIFEST).exists():
-                self._record(
-                    step, "done", 0.0
-                )  # it ended together with whoever should have recorded it
-            else:
-                self._start(step)
-        return began
-
-    def _start(self, step: Step) -> None:
-        words = list(step.words)
-        if words[0] == "prepare":
-            words[1] = str(self.places.get(words[1], words[1]))
-        words += (
-            ["--resume"] if step.run and (self.folder / step.name / "config.yaml").exists() else []
-        )
-        (self.folder / LOGS).mkdir(exist_ok=True, parents=True)
-        context = get_context("forkserver")
-        ready, begun = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_child, args=(self.command, words, self.folder, _log(step), self.threads, begun)
-        )
-        process.start()
-        begun.close()
-        self.running.append(_Running(step, process, ready))
-
-    def _collect(self) -> None:
-        """Records the steps that have ended."""
-        for one in [one for one in self.running if not one.process.is_alive()]:
-            self.running.remove(one)
-            seconds = time.monotonic() - one.began
-            if one.process.exitcode == 0:
-                self._record(one.step, "done", seconds)
-                self.say(f"{len(self.done)}/{self.total} {one.step.name}: {seconds:.0f} s")
-                continue
-            if self.stop.number is not None:  # Ctrl-C reaches all that were begun from a terminal
-                self._record(one.step, "stopped", seconds)
-                continue
-            log = self.folder / _log(one.step)
-            lines = (
-                log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-                if log.exists()
-                else []
-            )
-            reason = lines[-1] if lines else "it said nothing"
-            if one.step.optional and one.process.exitcode == _REFUSED:
-                self._record(one.step, "skipped", seconds)
-                self.say(f"{one.step.name}: skipped ({reason})")
-                continue
-            self._record(one.step, "failed", seconds)
-            failure = (
-                f"the step {one.step.name} failed (exit code {one.process.exitcode}): {reason}; all that it said is in "
-                f"{log}"
-            )
-            self.failures.append(failure)
-            self.say(failure)
-
-    def _stop_all(self) -> None:
-        """Asks what runs to save and end, and waits for it."""
-        for one in self.running:
-            wait([one.ready, one.process.sentinel])
-            if one.process.pid is not None and one.process.is_alive():
-                os.kill(one.process.pid, signal.SIGINT)
-        for one in self.running:
-            one.process.join()
-            seconds = time.monotonic() - one.began
-            self._record(one.step, "done" if one.process.exitcode == 0 else "stopped", seconds)
-        self.running.clear()
-
-    def _record(self, step: Step, ended: str, seconds: float) -> None:
+    def record(name: str, ended: str, seconds: float) -> None:
         if ended in ("done", "skipped"):
-            self.done.add(step.name)
-        before = self.records.get(step.name, {}).get("seconds", 0.0)
-        self.records[step.name] = {
-            "command": step.words,
+            done.add(name)
+        before = records.get(name, {}).get("seconds", 0.0)
+        records[name] = {
+            "command": list(by_name[name].words),
             "ended": ended,
             "seconds": round(before + seconds, 1),
-            "side_by_side": self.jobs,
-            "machine": self.machine,
+            "side_by_side": jobs,
+            "machine": machine,
         }
-        write_json(
-            self.folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": self.records}
-        )
+        write_json(folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": records})
+
+    def settle(process: Process, *, stopping: bool) -> None:
+        """Record the end of a step, and print it."""
+        name, code, seconds = process.name, process.exit_code, process.seconds
+        if code == 0:
+            record(name, "done", seconds)
+            say(f"{len(done)}/{len(steps)} {name}: {seconds:.0f} s")
+        elif stopping:
+            record(name, "stopped", seconds)
+        elif by_name[name].optional and code == _USER_ERROR:
+            record(name, "skipped", seconds)
+            say(f"{name}: skipped ({process.last_line})")
+        else:
+            record(name, "failed", seconds)
+            failures.append(
+                f"the step {name} failed (exit code {code}): {process.last_line}; "
+                f"its complete output is in {process.log}"
+            )
+            say(failures[-1])
+
+    with exclusive_folder(folder), StopRequest() as stop:
+        if done and len(done) < len(steps):
+            say(f"{len(done)} of {len(steps)} steps are done already")
+        for step in steps:
+            # A kill may fall between the end of a step and its record.
+            if step.name not in done and _is_prepared(step, folder):
+                record(step.name, "done", 0.0)
+        waiting = [step for step in steps if step.name not in done]
+        pool = ProcessPool(folder, jobs, max(1, _cores() // jobs), program)
+        try:
+            while not stop.number and time.monotonic() < end:
+                for step in [one for one in waiting if done.issuperset(one.after)]:
+                    if not pool.is_full:
+                        waiting.remove(step)
+                        pool.start(
+                            step.name, _words(step, folder, sources or {}), _log(step, folder)
+                        )
+                if not pool.running:
+                    break  # all steps are done, or the others depend on failed ones
+                for process in pool.wait(min(0.5, end - time.monotonic())):
+                    settle(process, stopping=bool(stop.number))
+        finally:
+            for process in pool.stop():
+                record(process.name, "stopped" if process.exit_code else "done", process.seconds)
+    reached = f"{len(done)} of {len(steps)} steps are done"
+    if stop.number:
+        raise Interrupted(stop.number, reached)
+    if failures:
+        several = f"{len(failures)} steps failed; " if len(failures) > 1 else ""
+        raise StepsFailed(f"{failures[0]} ({several}{reached})")
+    if minutes is not None and len(done) < len(steps):
+        say(f"stopped after {minutes:g} minutes: {reached}; run the same command again to resume")
+    return len(done) == len(steps)
 
 
-def _log(step: Step) -> Path:
-    return Path(LOGS, f"{step.name.replace('/', '-')}.log")
+def _is_prepared(step: Step, folder: Path) -> bool:
+    return step.words[0] == "prepare" and (folder / step.name / MANIFEST).exists()
+
+
+def _words(step: Step, folder: Path, sources: Mapping[str, Path]) -> list[str]:
+    """Return the words of a step's command: with absolute sources, and `--resume` where it resumes."""
+    words = list(step.words)
+    if words[0] == "prepare":
+        words[1] = str(sources.get(words[1], words[1]))
+    if step.run and (folder / step.name / "config.yaml").exists():
+        words.append("--resume")
+    return words
+
+
+def _log(step: Step, folder: Path) -> Path:
+    return folder / LOGS / f"{step.name.replace('/', '-')}.log"
 
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """What the process that all steps are forked from imports has so many threads, where it asks only then."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload(_IMPORTED)
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = str(count)
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
-
-
-def _child(
-    command: Command, words: list[str], folder: Path, log: Path, threads: int, begun: Connection
-) -> None:
-    """A command in a process of its own, that ends when the one that began it does."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # a shell's background jobs begin without it
-    begun.close()
-    import torch
-
-    torch.set_num_threads(threads)
-    os.chdir(folder)
-    with log.open("a", encoding="utf-8") as said:
-        print(f"$ igpt {' '.join(words)}", file=said, flush=True)
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-            os.dup2(said.fileno(), stream.fileno())
-    parent = parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    with FileLock(log.with_suffix(".lock")):  # one whose parent was killed may still be saving
-        sys.exit(command(words))
-
-
-def _end_with(sentinel: int) -> None:
-    wait([sentinel])
-    os.kill(os.getpid(), signal.SIGTERM)

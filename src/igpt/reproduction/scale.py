@@ -1,4 +1,4 @@
-"""How large a reproduction is: shapes, lengths and numbers of images, for two CPU cores and for one GPU."""
+"""The two scales of a reproduction, for two CPU cores and for one GPU: shapes, lengths, numbers of images."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,27 +12,26 @@ Flags = Mapping[str, object]  # flags of a command, without the dashes
 
 @dataclass(frozen=True)
 class Scale:
-    """Everything that is chosen.
+    """All choices of a reproduction.
 
     Attributes:
-        rehearsal: whether lengths are toys, and numbers mean nothing.
-        resolutions: of the question what a higher resolution gives; the first is that of all other
-            questions.
-        corpus_images, labelled_images: at most so many of each split become tokens.
-        sizes: of the models that are compared, the smallest first.
-        main: the size that is trained as BERT too, and fine-tuned.
-        recipe: of all pretraining.
-        updates: of pretraining, and `snapshots`: after how many a model is probed as well.
-        resolution_size, resolution_updates: of the models at several resolutions.
-        probe_images: of each split, for the probes of the main size and of BERT; snapshot_images:
-            for all others.
-        test_images: of all probes.
-        finetuning: of all fine-tuning, and what the training with all labels and with few adds to
-            it.
-        few: labels of a class, and how often they are drawn.
-        masks: of a BERT model under the probe, for the modal prediction; 0 shows it whole images.
-        drawn: pictures of a row.
-        jobs: steps side by side.
+        rehearsal: True for runs of toy length, whose numbers mean nothing.
+        resolutions: the compared resolutions; all other questions use the first one.
+        corpus_images, labelled_images: maximum number of images per split.
+        sizes: shapes of the compared models, the smallest first.
+        main: the size that is also trained with BERT's objective, and fine-tuned.
+        recipe: flags of all pretraining.
+        steps: length of pretraining; `snapshots`: steps whose models are probed too.
+        resolution_size, resolution_steps: size and length of training of the compared resolutions.
+        probe_images: images per split for the probes of the main size and of BERT;
+            snapshot_images: for all other probes.
+        test_images: test images of all probes.
+        finetuning: flags of all fine-tuning; `with_all` and `with_few` are added with all and with
+            few labels.
+        few: labels per class; `subsets`: number of label subsets.
+        masks: masks per image in the probe of a BERT model (modal prediction); 0: complete images.
+        pictures: images per row of samples.
+        jobs: number of steps side by side.
     """
 
     name: str
@@ -44,10 +43,10 @@ class Scale:
     sizes: dict[str, Shape]
     main: str
     recipe: Flags
-    updates: int
+    steps: int
     snapshots: tuple[int, ...]
     resolution_size: str
-    resolution_updates: int
+    resolution_steps: int
     probe_images: int
     snapshot_images: int
     test_images: int
@@ -55,9 +54,9 @@ class Scale:
     with_all: Flags
     with_few: Flags
     few: tuple[int, ...]
-    draws: int
+    subsets: int
     masks: int
-    drawn: int
+    pictures: int
     jobs: int
 
 
@@ -83,10 +82,10 @@ _CPU = Scale(
         "validation-images": 512,
         "checkpoint-every": 250,
     },
-    updates=1000,
+    steps=1000,
     snapshots=(100, 250, 500, 1000),
     resolution_size="small",
-    resolution_updates=600,
+    resolution_steps=600,
     probe_images=2000,
     snapshot_images=1500,
     test_images=3000,
@@ -114,14 +113,13 @@ _CPU = Scale(
         "test-images": 500,
     },
     few=(4, 25),
-    draws=4,
-    masks=0,  # five would take as many times as long
-    drawn=6,
+    subsets=4,
+    masks=0,  # five masks would take five times as long
+    pictures=6,
     jobs=2,
 )
 
-# Half an hour on an H100 by arithmetic, not measured. Packed, so many images at three resolutions
-# are 55 MB.
+# Estimated at half an hour on an H100, not measured. These images at three resolutions take 55 MB.
 _GPU = replace(
     _CPU,
     name="gpu",
@@ -143,11 +141,11 @@ _GPU = replace(
         "validation-images": 2000,
         "checkpoint-every": 500,
     },
-    updates=1500,
+    steps=1500,
     snapshots=(100, 250, 500, 1000, 1500),
     masks=5,
     resolution_size="small",
-    resolution_updates=800,
+    resolution_steps=800,
     probe_images=5_000,
     snapshot_images=4000,
     test_images=5_000,
@@ -176,10 +174,10 @@ _SCALES = {one.name: one for one in (_CPU, _GPU)}
 
 
 def scale(name: str, *, rehearsal: bool = False) -> Scale:
-    """The scale of a name; for a rehearsal, the same steps at toy length.
+    """Return the scale of a name; for a rehearsal, with runs of toy length.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: unknown name.
     """
     if name not in _SCALES:
         raise InputError(f"no scale {name!r}; {suggest(name, _SCALES)}")
@@ -196,9 +194,9 @@ def scale(name: str, *, rehearsal: bool = False) -> Scale:
         labelled_images=200,
         sizes={size: (2, 16 * number, 2) for number, size in enumerate(full.sizes, 1)},
         recipe={**full.recipe, "batch-size": 8, "warmup-steps": 2, **short},
-        updates=4,
+        steps=4,
         snapshots=(1, 2, 4),
-        resolution_updates=2,
+        resolution_steps=2,
         probe_images=4000,
         snapshot_images=60,
         test_images=60,
@@ -206,6 +204,6 @@ def scale(name: str, *, rehearsal: bool = False) -> Scale:
         with_all={**full.with_all, "steps": 2, **short},
         with_few={**full.with_few, "steps": 2, "test-images": 20, **short},
         few=(1, 2),
-        draws=2,
-        drawn=2,
+        subsets=2,
+        pictures=2,
     )

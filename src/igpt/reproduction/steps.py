@@ -1,11 +1,11 @@
-"""The steps of a reproduction: commands of igpt, run in its folder, each after those whose results it reads.
+"""The steps of a reproduction: `igpt` commands that run in its folder, after the steps that they depend on.
 
-tokens/corpus-R, tokens/labelled-R     token data sets at resolution R
-runs/SIZE, runs/bert, runs/at-R        pretraining
-probes/NAME.json                       linear probes: SIZE-STEP of a snapshot, main, bert, at-R;
-own: the corpus' labels finetuned/START-LABELS[-DRAW]          fine-tuning from "ar", "bert" or
-    "scratch"
-pictures/NAME.png                      samples and completions
+tokens/corpus-R, tokens/labelled-R    token data sets at resolution R
+runs/SIZE, runs/bert, runs/at-R       pretraining
+probes/NAME.json                      linear probes: SIZE-STEP of a snapshot, main, bert, at-R; own:
+                                      the labels of the pretraining images
+finetuned/START-LABELS[-SUBSET]       fine-tuning from "ar", "bert" or "scratch"
+pictures/NAME.png                     samples and completions
 """
 
 from collections.abc import Iterator
@@ -21,13 +21,12 @@ class Step:
     """A command.
 
     Attributes:
-        name: where its result stands in the reproduction's folder.
+        name: path of its result in the reproduction's folder.
         words: of the command line, after `igpt`.
-        after: the names of the steps whose results it reads.
-        run: whether the result is a run directory, that an interrupted command continues with
+        after: names of the steps whose results it reads.
+        run: True if the result is a run directory, which an interrupted command continues with
             --resume.
-        optional: whether all else is whole without it: where the command refuses its input, it is
-            skipped.
+        optional: True if the step is skipped when the command rejects its input.
     """
 
     name: str
@@ -38,11 +37,11 @@ class Step:
 
 
 def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
-    """All steps, in the order in which they should begin.
+    """Return all steps, in the order in which they should start.
 
     Args:
-        corpus: source of unlabelled images (its labels serve a probe, where it has some).
-        labelled: source of labelled images.
+        corpus: source of the pretraining images; their labels are probed if there are any.
+        labelled: source of the labelled images.
     """
     first, *others = scale.resolutions
     return [
@@ -52,17 +51,17 @@ def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
         *(_at_resolution(scale, side) for side in scale.resolutions),
         *_probes(scale),
         *_finetuning(scale),
-        *_drawing(scale),
+        *_pictures(scale),
     ]
 
 
 def snapshot(run: str, step: int) -> str:
-    """The model that `run` had after so many updates."""
+    """Return the path of the model of `run` after `step` steps."""
     return f"{run}/snapshots/step-{step:08d}"
 
 
 def _flags(*several: Flags) -> tuple[str, ...]:
-    """Flags of a command line; the later ones override the former."""
+    """Return the words of flags; later ones override earlier ones."""
     words: list[str] = []
     for name, value in {name: value for flags in several for name, value in flags.items()}.items():
         if value is True:
@@ -73,7 +72,7 @@ def _flags(*several: Flags) -> tuple[str, ...]:
 
 
 def _tokens(scale: Scale, side: int, corpus: str, labelled: str) -> Iterator[Step]:
-    """All in the palette of the corpus at the first resolution."""
+    """Yield the data sets at a resolution, all with the palette of the corpus at the first one."""
     first = CORPUS.format(scale.resolutions[0])
     for folder, source, limit in (
         (CORPUS, corpus, scale.corpus_images),
@@ -90,20 +89,20 @@ def _pretraining(scale: Scale) -> Iterator[Step]:
     corpus = CORPUS.format(scale.resolutions[0])
     for size in reversed(scale.sizes):
         kept: Flags = {"snapshots": (*((0,) if size == scale.main else ()), *scale.snapshots)}
-        yield _pretrain(scale, f"runs/{size}", size, corpus, scale.updates, kept)
-    yield _pretrain(scale, "runs/bert", scale.main, corpus, scale.updates, {"objective": "bert"})
+        yield _pretrain(scale, f"runs/{size}", size, corpus, scale.steps, kept)
+    yield _pretrain(scale, "runs/bert", scale.main, corpus, scale.steps, {"objective": "bert"})
 
 
 def _at_resolution(scale: Scale, side: int) -> Step:
     tokens = CORPUS.format(side)
     return _pretrain(
-        scale, f"runs/at-{side}", scale.resolution_size, tokens, scale.resolution_updates, {}
+        scale, f"runs/at-{side}", scale.resolution_size, tokens, scale.resolution_steps, {}
     )
 
 
-def _pretrain(scale: Scale, run: str, size: str, tokens: str, updates: int, more: Flags) -> Step:
+def _pretrain(scale: Scale, run: str, size: str, tokens: str, length: int, more: Flags) -> Step:
     layers, width, heads = scale.sizes[size]
-    shape = {"n-layer": layers, "n-embd": width, "n-head": heads, "steps": updates, "seed": 0}
+    shape = {"n-layer": layers, "n-embd": width, "n-head": heads, "steps": length, "seed": 0}
     words = ("pretrain", tokens, "-o", run, "--model", "tiny", *_flags(scale.recipe, shape, more))
     return Step(run, words, (tokens,), run=True)
 
@@ -149,27 +148,29 @@ def _finetuning(scale: Scale) -> Iterator[Step]:
         if start == "bert":
             continue
         for count in scale.few:
-            for draw in range(scale.draws):
-                name = f"finetuned/{start}-{count}-{draw}"
+            for subset in range(scale.subsets):
+                name = f"finetuned/{start}-{count}-{subset}"
                 flags = _flags(
                     scale.finetuning,
                     scale.with_few,
                     kind,
-                    {"labels-per-class": count, "seed": draw},
+                    {"labels-per-class": count, "seed": subset},
                 )
                 yield Step(
                     name, ("finetune", model, tokens, "-o", name, *flags), (run, tokens), run=True
                 )
 
 
-def _drawing(scale: Scale) -> Iterator[Step]:
+def _pictures(scale: Scale) -> Iterator[Step]:
     size = next(reversed(scale.sizes))
     run, tokens = f"runs/{size}", CORPUS.format(scale.resolutions[0])
     for step in scale.snapshots:
         model = snapshot(run, step)
         name = f"pictures/samples-{step}"
-        flags = _flags({"count": scale.drawn, "seed": 0})
+        flags = _flags({"count": scale.pictures, "seed": 0})
         yield Step(name, ("sample", model, "-o", f"{name}.png", *flags), (run,))
         name = f"pictures/completions-{step}"
-        flags = _flags({"tokens": tokens, "count": scale.drawn // 2, "completions": 2, "seed": 0})
+        flags = _flags(
+            {"tokens": tokens, "count": scale.pictures // 2, "completions": 2, "seed": 0}
+        )
         yield Step(name, ("complete", model, "-o", f"{name}.png", *flags), (run, tokens))

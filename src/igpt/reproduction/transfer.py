@@ -1,22 +1,22 @@
-"""What fine-tuning says: beside the probe, for both objectives, and beside training from scratch."""
+"""Answers from fine-tuning: against the probe, for both objectives, and against training from scratch."""
 
 import math
 from typing import Any
 
 from igpt.reproduction.evidence import (
+    Answer,
     Held,
     Results,
     Share,
     clearly,
     difference,
     points,
-    question,
     series,
 )
 
 
-def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    """Both objectives under the probe and after fine-tuning."""
+def bert(results: Results) -> Answer:
+    """Answer by the accuracies of both objectives, with the probe and after fine-tuning."""
     probes = [results.best(results.probe(run)) for run in ("main", "bert")]
     tuned = [results.finetuned(start, "all") for start in ("ar", "bert")]
     worse, behind = clearly(probes[0], probes[1]), clearly(tuned[0], tuned[1])
@@ -36,11 +36,12 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         if closer and not behind
         else "the gap is clearly smaller"
         if closer
-        else "not clearly less"
+        else "the gap is not clearly smaller"
     )
     verdict = (
-        f"Autoregressive minus BERT: {points(*probes)} under the probe{'' if worse else ', not clearly better'}, "
-        f"{points(*tuned)} after fine-tuning{f': {change}' if worse else ''}."
+        f"Autoregressive minus BERT: {points(*probes)} with the probe"
+        f"{'' if worse else ' (not clearly better)'}, {points(*tuned)} after fine-tuning"
+        f"{f': {change}' if worse else ''}."
     )
     categories = ["linear probe", "fine-tuned"]
     lines = [
@@ -48,8 +49,8 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         series("BERT", [0, 1], [probes[1], tuned[1]]),
     ]
     rows = [
-        [kind, what, share.cell, share.n]
-        for what, pair in (("linear probe", probes), ("fine-tuned", tuned))
+        [kind, protocol, share.cell, share.n]
+        for protocol, pair in (("linear probe", probes), ("fine-tuned", tuned))
         for kind, share in zip(("autoregressive", "BERT"), pair, strict=True)
     ]
     plot = {
@@ -60,22 +61,19 @@ def bert(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
         "series": lines,
     }
     masks = results.scale.masks
-    sees = (
-        f"{masks} masked versions, of which the modal prediction counts"
-        if masks
-        else "whole images"
-    )
+    inputs = f"{masks} masked versions (modal prediction)" if masks else "complete images"
     how = (
-        f"The {results.scale.main} size, as many updates of the same batches for both, one run each (seed 0); BERT's "
-        f"masks are 15 %. Probe: best layer by validation; BERT sees {sees}. Fine-tuning: the same updates and "
-        "learning rates for both, chosen by validation accuracy; BERT is tested on whole images."
+        f"The {results.scale.main} size, the same number of steps on the same batches for both, one run each "
+        f"(seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation accuracy; BERT's input: "
+        f"{inputs}. Fine-tuning: the same number of steps and the same learning rates for both, selected "
+        "by validation accuracy; BERT is tested on complete images."
     )
     table = {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows}
-    return question(name, asks, paper, held, verdict, plot, table, how)
+    return Answer(held, verdict, plot, table, how)
 
 
-def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, Any]:
-    """Fine-tuning beside the probe, training from scratch and raw pixels, with all labels and few."""
+def finetuning(results: Results) -> Answer:
+    """Compare fine-tuning with the probe, training from scratch and raw pixels, with all and few labels."""
     scale, probe = results.scale, results.probe("main")
     layer, raw = results.few("main")
     labels_of_all: list[str | int] = [*scale.few, "all"]
@@ -85,20 +83,20 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "from scratch": [results.finetuned("scratch", labels) for labels in labels_of_all],
         "raw pixels": [*raw, results.raw_pixels("main")],
     }
-    categories = [*(f"{few} a class" for few in scale.few), "all"]
-    said, wins, losses = [], 0, 0
+    categories = [*(f"{few} per class" for few in scale.few), "all"]
+    sentences, wins, losses = [], 0, 0
     for position, labels in enumerate(categories):
-        ours = found["fine-tuned"][position]
+        tuned = found["fine-tuned"][position]
         others = {
             other: found[other][position]
             for other in ("linear probe", "from scratch", "raw pixels")
         }
-        wins += sum(clearly(ours, other) for other in others.values())
-        losses += sum(clearly(other, ours) for other in others.values())
-        said.append(
-            f"{labels}: fine-tuned {100 * ours.value:.1f} %, "
+        wins += sum(clearly(tuned, other) for other in others.values())
+        losses += sum(clearly(other, tuned) for other in others.values())
+        sentences.append(
+            f"{labels}: fine-tuned {100 * tuned.value:.1f} %, "
             + ", ".join(
-                f"{other} {100 * share.value:.1f} % ({points(ours, share)})"
+                f"{other} {100 * share.value:.1f} % ({points(tuned, share)})"
                 for other, share in others.items()
             )
         )
@@ -107,8 +105,8 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
         "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
     )
     verdict = (
-        f"Fine-tuning is clearly ahead in {wins} of {comparisons} comparisons and clearly behind in {losses}. "
-        f"{'; '.join(said)}."
+        f"Fine-tuning is clearly better in {wins} of {comparisons} comparisons and clearly worse in {losses}. "
+        f"{'; '.join(sentences)}."
     )
     rows = [
         [kind, labels, share.cell, share.n]
@@ -126,22 +124,24 @@ def finetuning(results: Results, name: str, asks: str, paper: str) -> dict[str, 
     }
     flags: dict[str, Any] = {**scale.finetuning, **scale.with_all}
     rates = [f"{rate:g}" for rate in flags.get("learning-rates", ())]
-    at = (
+    rate = (
         f"learning rates {' and '.join(rates)}"
         if rates
-        else f"a learning rate of {flags['learning-rate']:g}"
+        else f"learning rate {flags['learning-rate']:g}"
     )
-    seen = flags["batch-size"] * flags["steps"]
+    images = flags["batch-size"] * flags["steps"]
     few_flags: dict[str, Any] = {**scale.finetuning, **scale.with_few}
-    little = few_flags["batch-size"] * few_flags["steps"]
+    few_images = few_flags["batch-size"] * few_flags["steps"]
     fitted = probe["images"]["train"] + probe["images"]["validation"]
     how = (
-        f"The {scale.main} size. All labels: fine-tuning and training from scratch see at most {seen:,} images, at "
-        f"{at}; the update{' and the rate are' if rates else ' is'} chosen by validation accuracy; the probe and raw "
-        f"pixels are fitted to {fitted:,}. Few labels: every draw trains anew, {little} images seen; means over draws, "
-        "with intervals of draws (Student's) and test images (Wilson's) added in squares. Layer and strength of the "
-        "probe are those of all labels. Fine-tuning uses the joint loss; training from scratch begins with the initial "
-        "weights of pretraining and uses the class loss alone."
+        f"The {scale.main} size. All labels: fine-tuning and training from scratch process at most "
+        f"{images:,} images ({rate}); the step{' and the rate are' if rates else ' is'} selected by "
+        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few labels: one "
+        f"training per label subset, on {few_images} images; means over subsets, with intervals over "
+        "subsets (Student's) and test images (Wilson's) combined in quadrature. The layer and the "
+        "regularisation strength of the probe are those selected with all labels. Fine-tuning uses the "
+        "joint loss; training from scratch starts from the initial weights of pretraining and uses the "
+        "class loss alone."
     )
     table = {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows}
-    return question(name, asks, paper, held, verdict, plot, table, how)
+    return Answer(held, verdict, plot, table, how)
