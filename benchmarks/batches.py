@@ -25,7 +25,8 @@ from common import record
 
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.batches import Batches
-from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import SPLITS, write_manifest, write_shard
 from igpt.training import trainer
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain

@@ -27,6 +27,8 @@ HOUSE = [
     "data/images/masks",
     "data/images/grid",
     "data/images/palette",
+    "data/tokens/manifest",
+    "data/tokens/shards",
     "data/tokens/dataset",
     "data/tokens/labels",
     "data/tokens/batches",

@@ -25,7 +25,8 @@ import tyro
 import yaml
 
 from igpt.data.images.palette import Palette
-from igpt.data.tokens.dataset import MANIFEST, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError, Interrupted, suggest
 from igpt.evaluation.likelihood import score

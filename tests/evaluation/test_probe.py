@@ -13,8 +13,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.data.tokens.labels import few_of_each
+from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
 from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, write_probe

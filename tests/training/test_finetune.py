@@ -12,8 +12,9 @@ import torch
 
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens.batches import Batches
-from igpt.data.tokens.dataset import TokenDataset, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.labels import few_of_each
+from igpt.data.tokens.manifest import write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
 from igpt.model.config import ModelConfig

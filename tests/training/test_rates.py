@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from igpt.config import read_settings
-from igpt.data.tokens.dataset import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import write_manifest, write_shard
 from igpt.environment import read_environment, run_kind
 from igpt.errors import InputError
 from igpt.model.classifier import predict

@@ -335,7 +335,8 @@ def _gathered(
 ) -> "ImageSet":
     """The images of a source in the model's tokens: a token data set that matches the model, or any images."""
     from igpt.data.image_set import stored_image_set, tokenized_image_set
-    from igpt.data.tokens.dataset import FORMAT, MANIFEST, TokenDataset
+    from igpt.data.tokens.dataset import TokenDataset
+    from igpt.data.tokens.manifest import FORMAT, MANIFEST
     from igpt.evaluation.features import require_match
     from igpt.files import read_json
     from igpt.model.images import palette_of

@@ -17,7 +17,8 @@ from igpt.data.left_out import BAD, LeftOut, left_out_of
 from igpt.data.sources.archives import TokenRows, token_palette
 from igpt.data.sources.catalogue import ColumnConfig, open_whole
 from igpt.data.tokenizer import Tally, Tokenizer, subset_rows
-from igpt.data.tokens.dataset import MANIFEST, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.errors import InputError
 
 Progress = Callable[[int, int], None]  # (images done, images in all)

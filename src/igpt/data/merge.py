@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from igpt.data.images.palette import Palette
+from igpt.data.left_out import listed
 from igpt.data.prepare import (
     MOST_PARTS,
     PICTURE,
@@ -21,7 +22,8 @@ from igpt.data.prepare import (
     require_new,
     write_dataset,
 )
-from igpt.data.tokens.dataset import Shard, TokenDataset, listed, require_counts
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.data.tokens.manifest import NAMES_SHOWN, Shard, require_counts
 from igpt.errors import InputError
 from igpt.files import Stored, atomic_folder, read_json, require_regular, sha256_of
 from igpt.locks import exclusive
@@ -112,12 +114,12 @@ def _records_of(part: Path, plan: dict[str, Any]) -> dict[str, dict[str, Any]]:
         missing = [name for name in wanted if name not in found]
         if missing:
             raise InputError(
-                f"{path} lacks {len(missing)} shard records ({listed(missing)}); make that part again"
+                f"{path} lacks {len(missing)} shard records ({listed(missing, NAMES_SHOWN)}); make that part again"
             )
         strange = sorted(set(found) - set(wanted))
     if strange:
         raise InputError(
-            f"{path} has records that are not of this part ({listed(strange)}); make that part again"
+            f"{path} has records that are not of this part ({listed(strange, NAMES_SHOWN)}); make that part again"
         )
     return found
 

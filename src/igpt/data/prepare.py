@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import AfterValidator, Field
 
 from igpt.data.images.palette import Palette, StoredPalette
-from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut
+from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut, listed
 from igpt.data.palette_fit import (
     PaletteConfig,
     given_palette,
@@ -35,13 +35,13 @@ from igpt.data.sources.archives import TokenRows
 from igpt.data.sources.catalogue import Split, open_source
 from igpt.data.sources.readers import Reader
 from igpt.data.tokenizer import Tally, Tokenizer, subset_rows
-from igpt.data.tokens.dataset import (
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.data.tokens.manifest import (
+    NAMES_SHOWN,
     SPLITS,
     ClassNames,
     Count,
     Shard,
-    TokenDataset,
-    listed,
     require_counts,
     require_files,
     write_manifest,
@@ -432,7 +432,7 @@ def _all_records(folder: Path, jobs: Iterator[_Job], views: int) -> dict[str, di
         records[job.record] = record
     if missing:
         raise InputError(
-            f"{len(missing)} shard records of {folder} have been removed ({listed(missing)}); "
+            f"{len(missing)} shard records of {folder} have been removed ({listed(missing, NAMES_SHOWN)}); "
             "the same command makes them again"
         )
     return records

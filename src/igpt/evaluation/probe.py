@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.config import Config
-from igpt.data.tokens.dataset import MANIFEST, SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.data.tokens.labels import few_of_each, require_classes
+from igpt.data.tokens.manifest import MANIFEST, SPLITS
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored

@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field
 from igpt.config import read_settings
 from igpt.data.images.palette import Palette
 from igpt.data.left_out import LeftOut, left_out_of
-from igpt.data.tokens.dataset import MANIFEST
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import RunKind, run_kind
 from igpt.errors import InputError
 from igpt.evaluation.results import Count, Number, read_probe, read_test

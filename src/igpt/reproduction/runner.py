@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from igpt.data.tokens.dataset import MANIFEST
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import describe
 from igpt.errors import InputError, Interrupted
 from igpt.evaluation.results import Count, Positive

@@ -18,8 +18,9 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field, field_validator
 
 from igpt.data.tokens.batches import Batches
-from igpt.data.tokens.dataset import SPLITS, TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.data.tokens.labels import few_of_each, require_classes
+from igpt.data.tokens.manifest import SPLITS
 from igpt.environment import RunKind, describe
 from igpt.errors import InputError
 from igpt.files import atomic_file, write_json

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from igpt.config import read_settings
-from igpt.data.tokens.dataset import MANIFEST
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import describe, read_environment, run_kind
 from igpt.errors import InputError
 from igpt.files import sha256_of, write_json

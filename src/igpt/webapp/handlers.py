@@ -20,7 +20,8 @@ from torch import Tensor
 from igpt.config import read_settings
 from igpt.data.images.decode import open_image
 from igpt.data.images.transform import Transform
-from igpt.data.tokens.dataset import MANIFEST, TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.data.tokens.manifest import MANIFEST
 from igpt.errors import InputError
 from igpt.evaluation.features import require_match
 from igpt.evaluation.likelihood import summary

@@ -15,7 +15,7 @@ from sklearn.datasets import load_digits
 from threadpoolctl import threadpool_limits
 
 from igpt.data.images.palette import Palette, _lloyd, nearest_color_error
-from igpt.data.tokens.dataset import write_manifest
+from igpt.data.tokens.manifest import write_manifest
 from igpt.errors import InputError
 
 from ...helpers.reading import connections

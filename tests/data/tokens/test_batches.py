@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.batches import Batches, Prefetch, augment, batch_rows
-from igpt.data.tokens.dataset import TokenDataset, TokenSplit, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import write_manifest, write_shard
 from igpt.errors import InputError
 
 SIDE = 5

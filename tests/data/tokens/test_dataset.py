@@ -13,14 +13,10 @@ from numpy.typing import NDArray
 
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.batches import Batches
-from igpt.data.tokens.dataset import (
-    StoredArray,
-    TokenDataset,
-    TokenSplit,
-    write_manifest,
-    write_shard,
-)
+from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.data.tokens.labels import require_classes
+from igpt.data.tokens.manifest import write_manifest, write_shard
+from igpt.data.tokens.shards import StoredArray
 from igpt.errors import InputError
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -272,7 +268,7 @@ def test_a_cut_off_shard(folder: Path):
 @pytest.mark.parametrize("name", ["train-00000.tokens.npy", "validation-00000.labels.npy"])
 def test_a_missing_shard(folder: Path, name: str):
     (folder / name).unlink()
-    with pytest.raises(InputError, match=rf"{name} is missing; prepare the data set anew"):
+    with pytest.raises(InputError, match=rf"{name} is missing; prepare the data set again"):
         TokenDataset(folder)
 
 

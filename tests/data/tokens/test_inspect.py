@@ -8,8 +8,9 @@ from PIL import Image
 
 from igpt.data.images.palette import Palette
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.tokens.dataset import TokenDataset, write_manifest, write_shard
+from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.inspect import inspect, sheet
+from igpt.data.tokens.manifest import write_manifest, write_shard
 from igpt.errors import InputError
 
 Run = Callable[..., object]

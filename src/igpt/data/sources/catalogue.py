@@ -41,7 +41,7 @@ from igpt.data.sources.tables import (
     load_saved,
     open_tables,
 )
-from igpt.data.tokens.dataset import SPLITS
+from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError, suggest
 from igpt.files import require_regular
 

@@ -11,7 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from igpt.data.images.grid import image_grid
 from igpt.data.left_out import left_out_of
-from igpt.data.tokens.dataset import MANIFEST, TokenDataset
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.data.tokens.manifest import MANIFEST
 
 _ROWS, _COLUMNS = 10, 12  # pictures of a sheet
 _NAME = 24  # letters of a class name that are drawn at most
