@@ -110,16 +110,18 @@ def test_an_interrupted_part_is_continued(
 
 def test_missing_and_mixed_parts_are_named(pictures: str, tmp_path: Path, parts: list[Path]):
     prepare_part(pictures, tmp_path / "tokens", LENIENT, (1, 2))
-    with pytest.raises(InputError, match=r"there are parts of 2 and of 3 beside .*; keep one kind"):
+    with pytest.raises(
+        InputError, match=r"there are parts of 2 and of 3 next to .*; keep one kind"
+    ):
         merge(tmp_path / "tokens")
     shutil.rmtree(tmp_path / "tokens.1-of-2")
     shutil.rmtree(parts[0])
     shutil.rmtree(parts[2])
     with pytest.raises(InputError, match=r"--shard 2/3, --shard 3/3$"):
         merge(tmp_path / "tokens")
-    with pytest.raises(InputError, match=r"there are no parts beside .*other: igpt prepare SOURCE"):
+    with pytest.raises(InputError, match=r"no parts next to .*other: igpt prepare SOURCE"):
         merge(tmp_path / "other")
-    with pytest.raises(InputError, match="no parts beside"):
+    with pytest.raises(InputError, match="no parts next to"):
         merge(tmp_path / "nowhere" / "tokens")
     (tmp_path / "tokens").mkdir()
     with pytest.raises(InputError, match="exists already"):
@@ -131,11 +133,11 @@ def test_damaged_parts_are_refused_and_nothing_is_made(tmp_path: Path, parts: li
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     with pytest.raises(
-        InputError, match=rf"{shard.name} has changed since it was written; make that part anew"
+        InputError, match=rf"{shard.name} has changed since it was written; make that part again"
     ):
         merge(tmp_path / "tokens")
     shard.unlink()
-    with pytest.raises(InputError, match=rf"{shard.name} is missing; make that part anew"):
+    with pytest.raises(InputError, match=rf"{shard.name} is missing; make that part again"):
         merge(tmp_path / "tokens")
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in parts}
     shard.write_bytes(good)
@@ -156,7 +158,7 @@ def test_parts_made_otherwise_are_refused(
     fitted.save(palette)
     other = LENIENT.model_copy(update={setting: value, "palette": str(palette)})
     prepare_part(pictures, tmp_path / "tokens", other, (3, 3))
-    with pytest.raises(InputError, match="differ in config; make one of them anew"):
+    with pytest.raises(InputError, match="differ in config; make one of them again"):
         merge(tmp_path / "tokens")
 
 
@@ -221,9 +223,7 @@ def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: p
 def test_a_part_by_another_name(tmp_path: Path, parts: list[Path]):
     shutil.rmtree(parts[0])
     shutil.copytree(parts[1], parts[0])
-    with pytest.raises(
-        InputError, match=r"tokens\.2-of-3 is part 1 of 3 by another name; make it anew"
-    ):
+    with pytest.raises(InputError, match=r"tokens\.2-of-3 holds part 1 of 3; make it again"):
         merge(tmp_path / "tokens")
 
 

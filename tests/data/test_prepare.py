@@ -343,8 +343,8 @@ if verb == "prepare":
 elif verb == "part":
     room.prepare_part(source, out, config, (1, 2), progress=hold)
 else:
-    take = merging._take
-    merging._take = lambda *words: (hold(), take(*words))
+    take = merging._link
+    merging._link = lambda *words: (hold(), take(*words))
     merging.merge(out)
 """
 
@@ -729,7 +729,7 @@ def test_a_killed_worker_is_told(
         os.kill(active_children()[0].pid or 0, signal.SIGKILL)
 
     with pytest.raises(
-        InputError, match="a worker was killed, most often for want of memory; the same command"
+        InputError, match="a worker was killed, most often for lack of memory; the same command"
     ):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=2, progress=kill)
     dataset = prepare(pictures, tmp_path / "tokens", SMALL)

@@ -1,4 +1,4 @@
-"""The palette of a source, fitted to a sample of its images or given: how well it serves them, and a picture of it."""
+"""The palette of a source, given or fitted to some of its images, with its error and a preview."""
 
 from typing import Any, NamedTuple
 
@@ -14,12 +14,11 @@ from igpt.data.sources.catalogue import SourceConfig, Split
 from igpt.data.sources.readers import name_of_image
 from igpt.errors import InputError
 
-_PIXELS = {
-    "fit": 2_000_000,
-    "judge": 250_000,
-}  # of the training images, drawn by seed; k = 512 needs no more
-_NEIGHBOURS = 8  # images of the sample that are read together
-_SHOWN = 12  # images in the picture
+# Training pixels, selected by seed; 512 colours need no more.
+_FIT_PIXELS = 2_000_000
+_ERROR_PIXELS = 250_000
+_NEIGHBOURS = 8  # neighbouring images that are read together
+_SHOWN = 12  # images in the preview
 
 
 class PaletteConfig(SourceConfig):
@@ -35,25 +34,28 @@ class PaletteConfig(SourceConfig):
         description="palette size; greyscale data gets as many levels as it has",
     )
     palette: str | None = Field(
-        None, description="use this palette (.npy, token data set, model, Hub id) and fit none"
+        None,
+        description="use this palette (.npy, token data set, model, Hub id) instead of fitting one",
     )
-    filter: Filter = Field("area", description="what makes images smaller; area averages exactly")
-    enlarge: Enlarge = Field("pad", description="what smaller images get: pad mirrors their border")
+    filter: Filter = Field("area", description="filter for reducing images; area averages exactly")
+    enlarge: Enlarge = Field(
+        "pad", description="how to enlarge smaller images; pad mirrors their border"
+    )
     full_decode: bool = Field(
         False, description="never let the JPEG decoder average pixels (slower, see the manual)"
     )
 
 
 def transform_of(config: PaletteConfig, views: int = 0) -> Transform:
-    """How images are brought to squares."""
+    """Return the transform from images to squares at the model resolution."""
     return Transform(config.size, views, config.filter, config.enlarge, config.full_decode)
 
 
 def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette | None:
-    """The palette that the settings name, or that lies beside ready tokens; None where one is to be fitted.
+    """Return the palette in the settings or next to ready tokens; None if it is to be fitted.
 
     Raises:
-        InputError: there is no palette where one is said to be, or none for ready tokens.
+        InputError: there is no such palette, or none for ready tokens.
     """
     ready = isinstance(train.reader, TokenRows)
     name = config.palette or (token_palette(source) if ready else None)
@@ -63,14 +65,14 @@ def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette |
 
 
 def palette_notes(given: Palette | None, train: Split, config: PaletteConfig) -> list[str]:
-    """Return a warning where a given palette seems to have its colours in 0..1 instead of -1..1."""
+    """Return a warning if a given palette seems to have its colours in 0..1 instead of -1..1."""
     if given is None or isinstance(train.reader, TokenRows):
         return []
     if given.centers_.min() < 0 or given.centers_.max() > 1:
         return []
     return [
-        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if it was made for 0..1, "
-        "the images come out wrong; give 2 c - 1 in place of each value c"
+        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if it "
+        "was made for 0..1, the images come out wrong; replace each value c by 2 c - 1"
     ]
 
 
@@ -78,10 +80,10 @@ class SettledPalette(NamedTuple):
     """A palette for the images of a source.
 
     Attributes:
-        quality: how well it serves a sample of the training images; empty for ready tokens.
-        picture: some of these images above what the palette makes of them.
-        bad: images of the sample that do not decode, with the reasons.
-        read: how many images the sample has.
+        quality: see `nearest_color_error`, on some training images; empty for ready tokens.
+        picture: some of these images, each above its version in the palette's colours.
+        bad: images among these that do not decode, with the reasons.
+        read: the number of these images.
     """
 
     palette: Palette
@@ -94,7 +96,7 @@ class SettledPalette(NamedTuple):
 def settle_palette(
     source: str, train: Split, config: PaletteConfig, given: Palette | None
 ) -> SettledPalette:
-    """Return the given palette, or one fitted to a sample of the training images.
+    """Return the given palette, or one fitted to some of the training images.
 
     Raises:
         InputError: no training image decodes, or ready tokens have another resolution.
@@ -103,12 +105,13 @@ def settle_palette(
         assert given is not None
         if config.size != train.reader.resolution:
             raise InputError(
-                f"{source} holds tokens of {train.reader.resolution} px; --size {train.reader.resolution}"
+                f"{source} holds tokens of {train.reader.resolution} px; "
+                f"--size {train.reader.resolution}"
             )
         return SettledPalette(given, {}, None, [], 0)
-    # Neighbours are read together: on the Hub, or in a tar, images scattered one by one would mean
-    # reading all of it.
-    groups = max(1, _PIXELS["judge" if given else "fit"] // config.size**2 // _NEIGHBOURS)
+    # Neighbours are read together: single images scattered over a tar or a Hub data set would
+    # require reading all of it.
+    groups = max(1, (_ERROR_PIXELS if given else _FIT_PIXELS) // config.size**2 // _NEIGHBOURS)
     starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
     positions = positions[positions < len(train)]

@@ -1,4 +1,4 @@
-"""Work in several processes: results in order, little in flight, and an end whatever happens to any of them."""
+"""Run jobs in several processes: ordered results, few jobs in flight, and a clean end of all."""
 
 import os
 import signal
@@ -23,11 +23,11 @@ Result = TypeVar("Result")
 def running(
     work: Callable[[Job], Result], workers: int
 ) -> Iterator[Callable[[Iterable[Job]], Iterator[Result]]]:
-    """How jobs are run: in this process, or by spawned ones, which are sent `work` once and then job by job.
+    """Yield a function that runs jobs, in this process or in spawned workers.
 
-    Jobs are taken from their iterable as they are needed. The workers do not import the script that
-    was started, so that it needs no `if __name__ == "__main__"`: `work` and the jobs are of classes
-    from modules.
+    Workers receive `work` once, and jobs one by one, which are taken from their iterable as needed.
+    Workers do not import the main script, so it needs no `if __name__ == "__main__"`; the classes of
+    `work` and of the jobs must therefore come from modules.
 
     Raises:
         InputError: a worker was killed.
@@ -42,11 +42,12 @@ def running(
     )
 
     def submit(job: Job) -> Future[Any]:
-        # Any call may start a worker.
+        # Any call of `pool.submit` may start a worker.
         with _deferred_signals(), _hidden_main():
             try:
                 return pool.submit(_run_in_worker, job)
-            except BrokenPipeError:  # it was killed before it had read `work`
+            except BrokenPipeError:
+                # The worker was killed before it had read `work`.
                 raise BrokenProcessPool from None
 
     def run(jobs: Iterable[Job]) -> Iterator[Result]:
@@ -61,14 +62,15 @@ def running(
         yield run
     except BrokenProcessPool:
         raise InputError(
-            "a worker was killed, most often for want of memory; the same command with fewer workers goes on from here"
+            "a worker was killed, most often for lack of memory; the same command with fewer "
+            "workers resumes from here"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-_hiding = Lock()  # `__main__` belongs to all threads
-_work: Callable[[Any], Any] | None = None  # of a worker process: sent once, not with every job
+_main_lock = Lock()  # all threads share `__main__`
+_work: Callable[[Any], Any] | None = None  # set once in each worker process
 
 
 def _start_worker(work: Callable[[Any], Any]) -> None:
@@ -78,7 +80,7 @@ def _start_worker(work: Callable[[Any], Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    # Otherwise the workers of a killed parent wait for their next job for ever.
+    # Otherwise the workers of a killed parent would wait for their next job forever.
     parent = parent_process()
     assert parent is not None
     parent.join()
@@ -92,12 +94,13 @@ def _run_in_worker(job: Any) -> Any:
 
 @contextmanager
 def _deferred_signals() -> Iterator[None]:
-    """Handle Ctrl-C and SIGTERM only at the end of what is done in here; processes started in here never see Ctrl-C.
+    """Defer Ctrl-C and SIGTERM to the end of the block; processes started in it ignore Ctrl-C.
 
-    A half-started worker would complain. Ctrl-C reaches all processes of a terminal: this one ends
-    its workers.
+    An interrupted start of a worker would print a traceback. Ctrl-C is sent to all processes of a
+    terminal; only this one handles it, and ends its workers.
     """
-    resource_tracker.ensure_running()  # it would be started in here, and then unblock SIGINT
+    # Started inside of the block, the resource tracker would unblock SIGINT.
+    resource_tracker.ensure_running()
     arrived = list[int]()
     handled = [signal.SIGINT, signal.SIGTERM] if current_thread() is main_thread() else []
     before = {
@@ -105,7 +108,8 @@ def _deferred_signals() -> Iterator[None]:
     }
     for number in before:
         signal.signal(number, lambda received, _: arrived.append(received))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # new processes inherit it
+    # New processes inherit the mask.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield
     finally:
@@ -118,13 +122,13 @@ def _deferred_signals() -> Iterator[None]:
 
 @contextmanager
 def _hidden_main() -> Iterator[None]:
-    """Keep processes that are started in here from importing the main module.
+    """Keep processes that are started in the block from importing the main module.
 
     `multiprocessing.spawn.get_preparation_data` sends the name and the file of `__main__` to a new
-    process, which imports it. A script without `if __name__ == "__main__"` would start its work
-    once more there.
+    process, which imports it. A script without `if __name__ == "__main__"` would then run again in
+    every worker.
     """
-    with _hiding:
+    with _main_lock:
         main = vars(sys.modules["__main__"])
         names = ["__spec__", "__file__"]
         before = {name: main[name] for name in names if name in main}  # notebooks have no file
