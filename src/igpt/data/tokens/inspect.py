@@ -1,4 +1,4 @@
-"""What is in a token data set, whether all of it is whole, and a sheet of its images.
+"""The contents of a token data set, a check of its files, and a sheet of its images.
 
 k colours, C classes.
 """
@@ -14,22 +14,22 @@ from igpt.data.left_out import left_out_of
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import MANIFEST
 
-_ROWS, _COLUMNS = 10, 12  # pictures of a sheet
-_NAME = 24  # letters of a class name that are drawn at most
+_ROWS, _COLUMNS = 10, 12  # of images in a sheet
+_NAME_LENGTH = 24  # letters shown of a class name
 _AT_ONCE = 2**24  # tokens in memory
 
 
 def inspect(
     data: TokenDataset, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
-    """Reads every shard: checksums, images by split and class, the share of each colour among the training pixels.
+    """Read every shard: checksums, images per split and class, and the training pixels per colour.
 
     Args:
         progress: called with (images read, images in all).
 
     Raises:
-        InputError: shards have changed since they were written, or hold what cannot be; the files
-            are named.
+        InputError: shards have changed since they were written, or have invalid values; the message
+            has the names of the files.
     """
     data.verify()
     left_out = left_out_of(data.manifest["made"], str(data.path / MANIFEST))
@@ -70,7 +70,7 @@ def inspect(
 
 
 def sheet(data: TokenDataset) -> Image.Image:
-    """Training images, the classes row by row with their names, or a mixture where there are none."""
+    """Return a grid of training images: a row for each class with its name, or mixed rows."""
     train, names = data["train"], data.class_names
     rows: list[tuple[str, Any]]
     if names and (train.labels >= 0).any():
@@ -83,16 +83,17 @@ def sheet(data: TokenDataset) -> Image.Image:
         spread = np.unique(np.arange(_ROWS * _COLUMNS) * len(train) // (_ROWS * _COLUMNS))
         rows = [("", spread[first : first + _COLUMNS]) for first in range(0, len(spread), _COLUMNS)]
     side = data.resolution
-    pictures = [
+    images = [
         list(data.palette.inverse_transform(train.rows(chosen)).reshape(-1, side, side, 3))
         for _, chosen in rows
     ]
-    grid = image_grid(pictures)
+    grid = image_grid(images)
     if not any(name for name, _ in rows):
         return grid
     font = ImageFont.load_default(14)
     rows = [
-        (name if len(name) <= _NAME else f"{name[: _NAME - 3]}...", chosen) for name, chosen in rows
+        (name if len(name) <= _NAME_LENGTH else f"{name[: _NAME_LENGTH - 3]}...", chosen)
+        for name, chosen in rows
     ]
     margin = 12 + max(int(font.getlength(name)) for name, _ in rows)
     canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")

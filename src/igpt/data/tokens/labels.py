@@ -1,4 +1,4 @@
-"""What classifiers ask of labels: every class in training, and so few images of each as are wanted."""
+"""Labels of classifiers: checks of the classes, and subsets with few images of each class."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,10 @@ from igpt.errors import InputError
 def few_of_each(
     labels: NDArray[np.integer[Any]], per_class: int, seed: Sequence[int]
 ) -> NDArray[np.int64]:
-    """The numbers of so few images of each class, drawn by `seed`: ascending, [C per_class].
+    """Return the indices of `per_class` images of each of C classes, ascending, [C per_class].
+
+    Args:
+        seed: of the random subset.
 
     Raises:
         InputError: a class has fewer images.
@@ -29,19 +32,20 @@ def few_of_each(
 
 
 def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str) -> None:
-    """Refuses splits, "train" among them, by which no classifier can be fitted and judged.
+    """Raise if a classifier cannot be fitted and evaluated on some splits, "train" among them.
 
     Raises:
         InputError: a split is empty or lacks labels; there are fewer training images than classes,
-            or all are of one class; a split has classes that training lacks, or that are not among
-            the `classes` that have names.
+            or all have the same class; a split has classes without a training image, or outside of
+            the `classes` with names.
     """
     for split in splits.values():
         split.require_images(purpose)
         split.require_labels(purpose)
     if len(splits["train"]) < classes:
         raise InputError(
-            f"{purpose} needs a training image of every class; there are {len(splits['train'])} for {classes}"
+            f"{purpose} needs a training image of every class; there are {len(splits['train'])} for "
+            f"{classes}"
         )
     known = np.unique(splits["train"].labels)
     if known[-1] >= classes:
@@ -54,6 +58,7 @@ def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str
         strange = np.setdiff1d(split.labels, known)
         if len(strange):
             raise InputError(
-                f"{len(strange)} classes of the {name} images have no training image; {purpose} needs every class in "
-                f"training (there are {len(splits['train'])} training images of {len(known)} classes)"
+                f"{len(strange)} classes of the {name} images have no training image; {purpose} "
+                f"needs every class in training (there are {len(splits['train'])} training images of "
+                f"{len(known)} classes)"
             )
