@@ -100,8 +100,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(
     inputs = [picture] if command == "complete" else []
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     for name, said in (
-        ("out.jpg", "pictures are written as .png, not as out.jpg"),
-        ("out", "pictures are written as .png, not as out"),
+        ("out.jpg", "images are written as .png, not as out.jpg"),
+        ("out", "images are written as .png, not as out"),
         ("fifo.png", "fifo.png is a FIFO"),
         ("other.png", "other.json is a FIFO"),
         ("link.png", "is a device"),
@@ -160,7 +160,7 @@ def test_a_mask_that_hides_all_or_nothing_is_told(
 ) -> None:
     mask, out = tmp_path / "mask.png", tmp_path / "out.png"
     Image.new("L", (8, 8), 0).save(mask)
-    assert f"{mask} hides nothing: bright pixels are drawn" in refusal(
+    assert f"{mask} hides nothing: bright pixels are hidden" in refusal(
         igpt("complete", short_run, picture, "--mask", mask, "-o", out)
     )
     assert not out.exists()

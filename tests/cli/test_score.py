@@ -245,7 +245,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ((run, digits.path, "-o", tmp_path / "folder.csv"), "folder.csv is a folder"),
         (
             (run, digits.path, "--maps", tmp_path / "m.jpg"),
-            "pictures are written as .png, not as m.jpg",
+            "images are written as .png, not as m.jpg",
         ),
         (
             (run, digits.path, "--maps", tmp_path / "m.png", "--count", 181),

@@ -171,7 +171,10 @@ def test_what_hides_nothing_or_is_no_mask_is_one_line(tmp_path: Path) -> None:
             save(tmp_path / "clear.png", np.zeros((8, 8, 4), np.uint8)),
             "its levels go from 0 to 0 of 255",
         ),
-        (save(tmp_path / "outside.png", outside), "what is painted lies outside the centre square"),
+        (
+            save(tmp_path / "outside.png", outside),
+            "all bright pixels are outside the centre square",
+        ),
         (
             save(tmp_path / "f.tiff", np.arange(64, dtype=np.float32).reshape(8, 8)),
             "without a known range",

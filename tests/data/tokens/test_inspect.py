@@ -150,7 +150,7 @@ def test_by_command(igpt: Run, small: Path, tmp_path: Path):
     done = igpt("inspect", small, "-o", tmp_path / "sheet.jpg")
     assert (done.returncode, done.stderr) == (
         2,
-        "igpt inspect: pictures are written as .png, not as sheet.jpg\n",
+        "igpt inspect: images are written as .png, not as sheet.jpg\n",
     )
     (small / "train-00000.tokens.npy").unlink()
     done = igpt("inspect", small, "-o", tmp_path / "other.png")

@@ -1,4 +1,4 @@
-"""Any image a camera, scanner or web page makes -> upright RGB."""
+"""Decode images from cameras, scanners and the web to upright RGB."""
 
 import io
 from collections.abc import Iterator
@@ -13,7 +13,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from igpt.errors import InputError
 from igpt.files import require_regular
 
-_UPRIGHT = {  # EXIF orientation -> what undoes it
+# EXIF orientation -> the operation that undoes it
+_UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -24,13 +25,14 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 }
 
 
-_LEVEL_SCALE = {"L;2": 85, "L;4": 17}  # raw modes of PNG whose levels Pillow scales to 8 bits
+# Raw modes of PNG whose levels Pillow scales to 8 bits.
+_LEVEL_SCALE = {"L;2": 85, "L;4": 17}
 _WHITE_16 = 65535
 
 
 @cache
 def register_decoders() -> None:
-    """Let Pillow read HEIC where the optional package pillow-heif is installed."""
+    """Let Pillow read HEIC if the optional package pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
@@ -40,7 +42,7 @@ def register_decoders() -> None:
 
 @contextmanager
 def _reasons(image: Any) -> Iterator[None]:
-    """Turns whatever an image has wrong into an `InputError` with the reason."""
+    """Turn any error of an image into an `InputError` with the reason."""
     try:
         yield
     except InputError:
@@ -51,21 +53,20 @@ def _reasons(image: Any) -> Iterator[None]:
         raise InputError(f"{image} is a folder; an image file is needed here") from None
     except UnidentifiedImageError:
         raise InputError("not an image in a known format") from None
-    except (
-        Exception
-    ) as error:  # of any type: each of Pillow's readers has its own for malformed files
+    # Any type: each of Pillow's readers has its own errors for malformed files.
+    except Exception as error:
         raise InputError(f"does not decode: {str(error) or type(error).__name__}") from None
 
 
 def open_image(image: Any) -> Image.Image:
-    """Reads an image's header; `load` decodes it.
+    """Read the header of an image; `load` decodes it.
 
     Args:
         image: a path, encoded bytes, a PIL image, an array uint8 [H, W, 3] or [H, W], or the
             `{"bytes", "path"}` record of an undecoded `datasets.Image`.
 
     Raises:
-        InputError: it is no image; the message gives the reason.
+        InputError: it is not an image; the message has the reason.
     """
     if isinstance(image, dict):
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
@@ -77,7 +78,10 @@ def open_image(image: Any) -> Image.Image:
     with _reasons(image):
         if isinstance(image, np.ndarray):
             return Image.fromarray(image)
-        encoded = image if isinstance(image, bytes) else _content(Path(image))
+        encoded = image
+        if not isinstance(image, bytes):
+            require_regular(Path(image))
+            encoded = Path(image).read_bytes()
         if not encoded:
             raise InputError("the file is empty (zero bytes)")
         opened = Image.open(io.BytesIO(encoded))
@@ -85,16 +89,11 @@ def open_image(image: Any) -> Image.Image:
         return opened
 
 
-def _content(path: Path) -> bytes:
-    require_regular(path)
-    return path.read_bytes()
-
-
 def _scale_transparent_level(image: Image.Image) -> None:
-    """Bring the transparent level or colour of a PNG to the scale of the pixels that Pillow decodes.
+    """Scale the transparent level or colour of a PNG like the pixels that Pillow decodes.
 
     Pillow scales grey levels of 2 and 4 bits to 8 bits and keeps the upper byte of 16-bit colours,
-    but leaves the transparent level as the file has it.
+    but does not convert the transparent level.
     """
     level = image.info.get("transparency")
     tiles = getattr(image, "tile", None)
@@ -108,13 +107,13 @@ def _scale_transparent_level(image: Image.Image) -> None:
 
 
 def load(image: Image.Image, reduction: int = 1) -> Image.Image:
-    """Decodes an opened image, a JPEG at 1/2, 1/4 or 1/8 of its size if asked for: pixels are averaged by its decoder.
+    """Decode an opened image; the decoder of a JPEG can reduce it to 1/2, 1/4 or 1/8 by averaging.
 
-    Pixel i of the result covers the pixels from reduction * i to reduction * (i + 1) of the whole
-    image.
+    Pixel i of the result covers the pixels from reduction * i to reduction * (i + 1) of the full
+    size.
 
     Raises:
-        InputError: it does not decode; the message gives the reason.
+        InputError: it does not decode; the message has the reason.
     """
     with _reasons(image):
         if reduction > 1:
@@ -124,11 +123,11 @@ def load(image: Image.Image, reduction: int = 1) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB, upright.
+    """Convert a decoded image to 8-bit RGB, upright.
 
-    The EXIF orientation is applied; transparency is laid over white; 16-bit grey levels are scaled
-    to 8 bits, and a transparent level becomes white; palette, grey, bilevel, CMYK, YCbCr and Lab
-    images are converted by Pillow.
+    The EXIF orientation is applied; transparent images are composited over white; 16-bit grey
+    levels are scaled to 8 bits, and a transparent level becomes white; palette, grey, bilevel,
+    CMYK, YCbCr and Lab images are converted by Pillow.
 
     Raises:
         InputError: pixels without a known range (floating point, or integers beyond 16 bits).
@@ -157,34 +156,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def highest_level(image: Image.Image) -> int | None:
-    """Return the highest level of a decoded image of 16-bit grey levels; None for images of other kinds."""
+    """Return the highest level of a decoded 16-bit grey image; None for other images."""
     if not image.mode.startswith("I") or 0 in image.size:
         return None
     return int(np.asarray(image).max())
 
 
 def further_frames(image: Image.Image) -> int:
-    """Return how many frames an image file has after its first one; 1 if there are some and they cannot be counted.
+    """Return the number of frames of an image file after the first; 1 if they cannot be counted.
 
-    Counting may move the file's position: decode the first frame before. Layers of PSD files are no
-    frames.
+    Counting may move the file's position: decode the first frame before. Layers of PSD files do not
+    count as frames.
     """
     if image.format == "PSD":
         return 0
     try:
         return max(0, int(getattr(image, "n_frames", 1)) - 1)
-    except (
-        Exception
-    ):  # of any type: what follows the first frame may be malformed, and the first frame is good
+    # Any type: the frames after a good first frame may be malformed.
+    except Exception:
         return int(vars(image).get("is_animated", False))
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
-    """What brings an image upright by its EXIF orientation; None if it is."""
-    # Not Pillow's `exif_transpose`, which also writes the metadata anew, and fails where that
-    # cannot be done.
+    """Return the operation that turns an image upright by its EXIF orientation; None if it is."""
+    # Not Pillow's `exif_transpose`, which also rewrites the metadata and fails if it cannot.
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    # of many types: malformed metadata says nothing about the orientation, and the pixels are good
+    # Any type: the pixels are good even if the metadata is malformed.
     except Exception:
         return None

@@ -1,4 +1,4 @@
-"""Pictures in rows, as one picture.
+"""Grids of images, and PNG files.
 
 R resolution.
 """
@@ -14,45 +14,40 @@ from PIL import Image
 from igpt.errors import InputError
 from igpt.files import atomic_file
 
-_BACKGROUND = (128, 128, 128)  # neither black nor white pictures melt into it
-_PICTURE_SIDE = 64  # pixels on the screen that a picture gets at least
+_BACKGROUND = (128, 128, 128)  # distinct from black and white images
+_LEAST_SIDE = 64  # of an image on the screen, in pixels
 
 
 def default_scale(resolution: int) -> int:
-    """How many screen pixels a grid gives each pixel's side: a picture is at least 64 wide."""
-    return max(1, math.ceil(_PICTURE_SIDE / resolution))
+    """Return the whole number by which a grid enlarges its images, to a width of at least 64."""
+    return max(1, math.ceil(_LEAST_SIDE / resolution))
 
 
 def image_grid(
     rows: Sequence[Sequence[NDArray[np.uint8]]], *, scale: int | None = None, gap: int = 2
 ) -> Image.Image:
-    """Rows of pictures, uint8 [R, R, 3], on a grey ground; each pixel becomes a square of `scale` pixels.
+    """Return a grid of images, uint8 [R, R, 3], on a grey background.
 
     Args:
-        rows: pictures from left to right, row after row; rows may differ in length.
-        scale: None enlarges until a picture is at least 64 pixels wide.
-        gap: pixels between pictures and around them, not enlarged.
+        rows: images from left to right, row after row; rows may differ in length.
+        scale: each pixel becomes a square of this side; None: see `default_scale`.
+        gap: pixels between images and around them, not enlarged.
 
     Raises:
-        InputError: no picture, or pictures that are not uint8 RGB of one size.
+        InputError: there is no image, or the images are not uint8 RGB of one size.
     """
-    pictures = [np.asarray(picture) for row in rows for picture in row]
-    if not pictures:
-        raise InputError("a grid needs at least one picture")
-    shape = pictures[0].shape
-    for picture in pictures:
-        if (
-            picture.dtype != np.uint8
-            or picture.ndim != 3
-            or picture.shape[-1] != 3
-            or 0 in picture.shape
-        ):
+    images = [np.asarray(image) for row in rows for image in row]
+    if not images:
+        raise InputError("a grid needs at least one image")
+    shape = images[0].shape
+    for image in images:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
             raise InputError(
-                f"pictures are uint8 [height, width, 3], not {picture.dtype} {list(picture.shape)}"
+                f"images are uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
             )
-        if picture.shape != shape:
+        if image.shape != shape:
             raise InputError(
-                f"pictures of a grid have one size, not {list(shape)} and {list(picture.shape)}"
+                f"images of a grid have one size, not {list(shape)} and {list(image.shape)}"
             )
     if scale is None:
         scale = default_scale(shape[1])
@@ -65,16 +60,16 @@ def image_grid(
     )
     canvas[:] = _BACKGROUND
     for r, row in enumerate(rows):
-        for c, picture in enumerate(row):
+        for c, image in enumerate(row):
             top, left = gap + r * (height + gap), gap + c * (width + gap)
             canvas[top : top + height, left : left + width] = (
-                np.asarray(picture).repeat(scale, 0).repeat(scale, 1)
+                np.asarray(image).repeat(scale, 0).repeat(scale, 1)
             )
     return Image.fromarray(canvas)
 
 
 def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int] | None:
-    """How many pictures stand in each row of a grid of `image_grid` with its default scale; None if it is not one."""
+    """Return the number of images in each row of an `image_grid` of default scale; None if not one."""
     side = resolution * default_scale(resolution)
     rows, rest_y = divmod(grid.height - gap, side + gap)
     columns, rest_x = divmod(grid.width - gap, side + gap)
@@ -84,22 +79,18 @@ def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int
         rows, side + gap, columns, side + gap, 3
     )
     filled = (pixels[:, :side, :, :side] != _BACKGROUND).any(axis=(1, 3, 4))
-    # Short rows end in cells of bare ground; a cell followed by a picture is a picture, whatever
-    # its colour.
+    # Short rows end with empty cells. A cell before the last image of a row is an image, even if it
+    # has the background's colour.
     return [int(np.flatnonzero(row).max(initial=-1)) + 1 for row in filled]
 
 
 def require_png(path: Path) -> None:
-    """Refuses to write a picture as anything but PNG.
-
-    Raises:
-        InputError: the name ends otherwise.
-    """
+    """Raise an `InputError` if the name does not end with .png."""
     if path.suffix.lower() != ".png":
-        raise InputError(f"pictures are written as .png, not as {path.name}")
+        raise InputError(f"images are written as .png, not as {path.name}")
 
 
-def save_png(picture: Image.Image, path: Path) -> None:
-    """Writes a picture, atomically."""
+def save_png(image: Image.Image, path: Path) -> None:
+    """Write an image atomically."""
     with atomic_file(path) as temporary:
-        picture.save(temporary, format="PNG")
+        image.save(temporary, format="PNG")

@@ -1,6 +1,6 @@
-"""Masks drawn by hand: which pixels of an image at the model resolution a picture hides.
+"""Masks in image files: the pixels to hide at the model resolution.
 
-H, W height and width of a mask; R model resolution.
+Shapes: H, W height and width of a mask, R model resolution.
 """
 
 from pathlib import Path
@@ -17,11 +17,11 @@ Bools = NDArray[np.bool_]
 
 
 def hidden_pixels(path: Path, size: int) -> Bools:
-    """Return the pixels that a mask hides of images at the model resolution, bool [R, R].
+    """Return the pixels that a mask hides at the model resolution, bool [R, R].
 
-    Of a mask with two levels the brighter one is painted, whatever they are; of one with more, what
-    is brighter than half. Transparent pixels count as black. A pixel is hidden if any painted part
-    touches it. The mask gets the same centre square as an image of its size does
+    In a mask with two levels, the brighter one is painted; in one with more, all pixels brighter
+    than half. Transparent pixels count as black. A pixel is hidden if any painted pixel of the mask
+    overlaps it. The mask is cropped like an image of its size
     (`igpt.data.images.transform.Transform`).
 
     Raises:
@@ -35,20 +35,22 @@ def hidden_pixels(path: Path, size: int) -> Bools:
     painted = _painted(levels, highest)
     if painted is None:
         raise InputError(
-            f"{path}: more than two levels without a known range; convert the mask to 8 or 16 bits first"
+            f"{path}: more than two levels without a known range; convert the mask to 8 or 16 bits "
+            "first"
         )
     hidden = _touched(painted, size)
     if not hidden.any():
         found = f"its levels go from {levels.min():g} to {levels.max():g} of {highest:g}"
-        reason = "what is painted lies outside the centre square" if painted.any() else found
+        reason = "all bright pixels are outside the centre square" if painted.any() else found
         raise InputError(
-            f"{path} hides nothing: bright pixels are drawn, dark and transparent ones are kept, and {reason}"
+            f"{path} hides nothing: bright pixels are hidden, dark and transparent ones are kept, and "
+            f"{reason}"
         )
     return hidden
 
 
 def _levels(image: Image.Image) -> tuple[NDArray[np.float64], float]:
-    """Return the upright brightness of every pixel [H, W], times its opacity, and that of opaque white."""
+    """Return the upright brightness times opacity of every pixel, [H, W], and that of white."""
     turn = orientation(image)
     transparent = image.info.get("transparency")
     if turn is not None:
@@ -70,7 +72,7 @@ def _levels(image: Image.Image) -> tuple[NDArray[np.float64], float]:
 
 
 def _painted(levels: NDArray[np.float64], highest: float) -> Bools | None:
-    """Return which pixels are painted [H, W]; None if that cannot be known."""
+    """Return the painted pixels [H, W]; None if the range of the levels is unknown."""
     low, high = float(levels.min()), float(levels.max())
     brightest: Bools = levels == high
     if low < high and (brightest | (levels == low)).all():
@@ -82,7 +84,7 @@ def _painted(levels: NDArray[np.float64], highest: float) -> Bools | None:
 
 
 def _touched(painted: Bools, size: int) -> Bools:
-    """Return which pixels of the centre square, at the model resolution, contain painted ones: [H, W] -> [R, R]."""
+    """Return the pixels of the centre square that overlap painted ones: [H, W] -> [R, R]."""
     height, width = painted.shape
     side = min(height, width)
     if side <= size:  # cropped and padded, not resampled
