@@ -199,7 +199,8 @@ def _require_fit(source: str, reader: TokenRows, palette: Palette, resolution: i
     """Raise if ready tokens have another resolution or another palette than the model."""
     if reader.resolution != resolution:
         raise InputError(
-            f"{source} holds tokens of {reader.resolution} px, and the model's are of {resolution} px"
+            f"{source} holds tokens of {reader.resolution} px, and the model's are of "
+            f"{resolution} px"
         )
     path = token_palette(source)
     if path is None:

@@ -71,8 +71,8 @@ def palette_notes(given: Palette | None, train: Split, config: PaletteConfig) ->
     if given.centers_.min() < 0 or given.centers_.max() > 1:
         return []
     return [
-        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if it "
-        "was made for 0..1, the images come out wrong; replace each value c by 2 c - 1"
+        f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if "
+        "it was made for 0..1, the images come out wrong; replace each value c by 2 c - 1"
     ]
 
 

@@ -26,8 +26,8 @@ def running(
     """Yield a function that runs jobs, in this process or in spawned workers.
 
     Workers receive `work` once, and jobs one by one, which are taken from their iterable as needed.
-    Workers do not import the main script, so it needs no `if __name__ == "__main__"`; the classes of
-    `work` and of the jobs must therefore come from modules.
+    Workers do not import the main script, so that it needs no `if __name__ == "__main__"`; the
+    classes of `work` and of the jobs must therefore come from modules.
 
     Raises:
         InputError: a worker was killed.

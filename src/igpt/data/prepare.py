@@ -432,8 +432,8 @@ def _all_records(folder: Path, jobs: Iterator[_Job], views: int) -> dict[str, di
         records[job.record] = record
     if missing:
         raise InputError(
-            f"{len(missing)} shard records of {folder} have been removed ({listed(missing, NAMES_SHOWN)}); "
-            "the same command makes them again"
+            f"{len(missing)} shard records of {folder} have been removed "
+            f"({listed(missing, NAMES_SHOWN)}); the same command makes them again"
         )
     return records
 
@@ -578,8 +578,8 @@ def warnings_of(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> list[
     if found and highest <= _TWELVE_BITS:
         images = sum(levels["images"] for levels in found)
         warnings.append(
-            f"16-bit images without a level above 12 bits: {images}, the highest level is "
-            f"{highest} of 65535, so they become nearly black; multiply 12-bit levels by 16 before you save them "
+            f"16-bit images without a level above 12 bits: {images}, the highest level is {highest} "
+            "of 65535, so they become nearly black; multiply 12-bit levels by 16 before you save them "
             "as 16-bit ones"
         )
     return warnings

@@ -69,7 +69,7 @@ def image_grid(
 
 
 def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int] | None:
-    """Return the number of images in each row of an `image_grid` of default scale; None if not one."""
+    """Return the number of images in each row of an `image_grid` of default scale, or None."""
     side = resolution * default_scale(resolution)
     rows, rest_y = divmod(grid.height - gap, side + gap)
     columns, rest_x = divmod(grid.width - gap, side + gap)

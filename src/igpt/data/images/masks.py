@@ -43,8 +43,8 @@ def hidden_pixels(path: Path, size: int) -> Bools:
         found = f"its levels go from {levels.min():g} to {levels.max():g} of {highest:g}"
         reason = "all bright pixels are outside the centre square" if painted.any() else found
         raise InputError(
-            f"{path} hides nothing: bright pixels are hidden, dark and transparent ones are kept, and "
-            f"{reason}"
+            f"{path} hides nothing: bright pixels are hidden, dark and transparent ones are kept, "
+            f"and {reason}"
         )
     return hidden
 

@@ -25,15 +25,15 @@ Floats = NDArray[np.float64]
 MAX_COLORS = 65536  # tokens are uint16
 _CELL = 8  # edge of the colour cells in which candidates are searched
 _AT_ONCE = 2**20  # distances in memory at a time
-# squared 8-bit levels: far above the rounding of float64, far below what float32 centres differ by
+# Squared 8-bit levels: far above the rounding of float64, far below the differences between float32
+# centres.
 _TIE = 1e-9
-_QUERIED = (
-    2**15
-)  # colours whose nearest centres one thread looks for at a time: some hundredths of a second
+# Colours in one nearest-centre query of a thread, which takes some hundredths of a second.
+_QUERIED = 2**15
 _BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
-_COARSE = 50  # cells a colour that the coarse round of k-means needs
+_COARSE = 50  # cells per colour that the coarse round of k-means needs
 _MOMENTUM = 0.9
-_TOLERANCE = 1e-4  # of the error: k-means stops when an iteration gains less
+_TOLERANCE = 1e-4  # relative error: k-means stops when an iteration gains less
 
 _Color = Annotated[list[float], Field(min_length=3, max_length=3)]
 _Colors = Annotated[list[_Color], Field(min_length=1, max_length=MAX_COLORS)]
@@ -55,14 +55,14 @@ class _HubFile(Stored):
 
 
 class Palette:
-    """A palette of at most `n_colors` colours, with the manners of a scikit-learn estimator.
+    """A palette of at most `n_colors` colours, with the interface of a scikit-learn estimator.
 
     Args:
         n_colors: k; 512 in the paper (a 9-bit palette). Data with fewer distinct colours gets
             exactly those.
-        max_iter: iterations at most; fitting stops earlier when one gains less than 0.01 % of the
-            error. Large data are iterated so often coarsely, then so often as a whole.
-        seed: of the k-means++ start; the same pixels and seed give the same palette.
+        max_iter: largest number of iterations; fitting stops when an iteration reduces the error by
+            less than 0.01 %. For large data it applies to the coarse and to the full round each.
+        seed: of k-means++; the same pixels and seed give the same palette.
 
     Attributes:
         centers_: float32 [k, 3] in [-1, 1], from dark to light (by luma).
@@ -84,7 +84,7 @@ class Palette:
         self._table: NDArray[np.uint16] | None = None
 
     def fit(self, pixels: ArrayLike) -> Self:
-        """Learns the colours of uint8 RGB pixels [..., 3]: k-means on the distinct ones, weighted by their counts."""
+        """Fit the palette to uint8 RGB pixels [..., 3]: k-means on weighted distinct colours."""
         rows = _as_pixels(pixels).reshape(-1, 3)
         if rows.size == 0:
             raise InputError("a palette needs at least one pixel to be fitted to")
@@ -102,11 +102,10 @@ class Palette:
 
     @classmethod
     def from_centers(cls, centers: ArrayLike) -> Self:
-        """A palette of given colours, [k, 3] in [-1, 1]."""
+        """Return the palette of given colours, [k, 3] in [-1, 1]."""
         try:
-            with np.errstate(
-                over="ignore"
-            ):  # too large for float32: infinity, which is refused below
+            # Numbers too large for float32 become infinity, which raises an error below.
+            with np.errstate(over="ignore"):
                 array = np.asarray(centers, dtype=np.float32)
         except (TypeError, ValueError, OverflowError):
             raise InputError("palette centres are numbers in the shape [k, 3]") from None
@@ -124,42 +123,44 @@ class Palette:
         return len(self.centers_)
 
     def __repr__(self) -> str:
-        return (
-            f"Palette({len(self)} colours, {self.fingerprint[:12]})"
-            if hasattr(self, "centers_")
-            else "Palette()"
-        )
+        if not hasattr(self, "centers_"):
+            return "Palette()"
+        return f"Palette({len(self)} colours, {self.fingerprint[:12]})"
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the centres (little-endian float32): tokens and models that share it speak of the same colours."""
+        """SHA-256 of the centres (little-endian float32), which identifies the palette."""
         return hashlib.sha256(self.centers_.tobytes()).hexdigest()
 
     @property
     def table(self) -> NDArray[np.uint16]:
-        """The nearest colour of every 8-bit RGB value, uint16 [256 * 256 * 256], built on first use (32 MiB)."""
+        """The nearest colour of every 8-bit RGB value, uint16 [256^3]; built on first use."""
         if self._table is None:
             self._table = _nearest_table(self.centers_)
         return self._table
 
     def transform(self, pixels: ArrayLike) -> NDArray[np.uint16]:
-        """Tokens of uint8 RGB pixels: [..., 3] -> uint16 [...], the exactly nearest colour (ties: the lower token)."""
+        """Return the tokens of uint8 RGB pixels: [..., 3] -> uint16 [...].
+
+        A token is the index of the exactly nearest colour; of equally near ones, the lowest.
+        """
         array = _as_pixels(pixels)
         rows = array.reshape(-1, 3)
         tokens = np.empty(len(rows), dtype=np.uint16)
         wide = np.zeros((min(len(rows), _BLOCK), 8), dtype=np.uint8)
         for first in range(0, len(rows), _BLOCK):
             block, out = rows[first : first + _BLOCK], tokens[first : first + _BLOCK]
-            # No index is out of range; "wrap" is the fastest of the three modes.
+            # No index is out of range, and "wrap" is the fastest of the three modes.
             np.take(self.table, _pack(block, wide[: len(block)]), out=out, mode="wrap")
         return tokens.reshape(array.shape[:-1])
 
     def inverse_transform(self, tokens: ArrayLike) -> NDArray[np.uint8]:
-        """RGB of tokens: [...] -> uint8 [..., 3]."""
+        """Return the RGB values of tokens: [...] -> uint8 [..., 3]."""
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= len(self)):
             raise InputError(
-                f"tokens of this palette lie in 0..{len(self) - 1}, not {tokens.min()}..{tokens.max()}"
+                f"tokens of this palette lie in 0..{len(self) - 1}, not "
+                f"{tokens.min()}..{tokens.max()}"
             )
         pixels: NDArray[np.uint8] = self.colors[tokens]
         return pixels
@@ -173,16 +174,16 @@ class Palette:
         return levels
 
     def save(self, path: str | Path) -> None:
-        """Writes the centres as float32 `.npy`, the format of OpenAI's `kmeans_centers.npy`."""
+        """Write the centres as float32 `.npy`, the format of OpenAI's `kmeans_centers.npy`."""
         with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
             np.save(file, self.centers_)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Reads a palette: `.npy` centres, or the JSON or folder of a token data set, a model or a Hub processor.
+        """Read a palette: `.npy` centres, or the JSON file or folder of a data set or model.
 
-        What is not here but looks like the id of a Hub model ("openai/imagegpt-small") is asked for
-        there.
+        If there is no such file and `path` looks like the id of a Hub model
+        ("openai/imagegpt-small"), the palette is downloaded.
 
         Raises:
             InputError: there is no palette at `path`, nor on the Hub.
@@ -212,20 +213,17 @@ class Palette:
         return palette
 
     def require_same(self, other: "Palette", what: str, whose: str) -> None:
-        """Refuses two things whose palettes differ, both named with their fingerprints.
-
-        Raises:
-            InputError: the palettes differ.
-        """
+        """Raise an `InputError` with both names and fingerprints if the palettes differ."""
         if self.fingerprint != other.fingerprint:
             raise InputError(
-                f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), {whose} has "
-                f"{other.fingerprint[:12]} ({len(other)} colours); prepare the images with --palette MODEL"
+                f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), "
+                f"{whose} has {other.fingerprint[:12]} ({len(other)} colours); prepare the images "
+                "with --palette MODEL"
             )
 
 
 def _centers_in_json(path: Path) -> tuple[ArrayLike, str | None]:
-    """Return the centres in a JSON file, and their fingerprint where it has one."""
+    """Return the centres in a JSON file, and their fingerprint if it has one."""
     values = read_json(path, "palette")
     if values.get("clusters") is not None:
         require_schema(values, _HubFile, path)
@@ -237,14 +235,14 @@ def _centers_in_json(path: Path) -> tuple[ArrayLike, str | None]:
 
 
 def _centers_in_array(path: Path) -> NDArray[Any]:
-    """Return the array of a `.npy` file that has the type and the shape of centres, whatever its values."""
+    """Return the array of a `.npy` file after checking its type and shape, but not its values."""
     if not path.exists():
         raise InputError(f"no palette at {path}")
     try:
         array = map_array(path)
     except InputError as error:
         raise InputError(f"{path} is not a palette: {error}") from None
-    # These are from the header: they are checked before anything else is read.
+    # Type and shape come from the header, and are checked before the data are read.
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} is not a palette: its centres are not numbers but {array.dtype}")
     if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
@@ -254,6 +252,7 @@ def _centers_in_array(path: Path) -> NDArray[Any]:
 
 
 def _locate(name: str | Path) -> Path:
+    """Return the path of a local palette, or of one downloaded from the Hub."""
     path, given = expanded(name), str(name)
     is_path = (
         given.count("/") != 1
@@ -275,7 +274,7 @@ def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:
 
 
 def _pack(pixels: NDArray[np.uint8], wide: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """[N, 3] -> [N]: red, green and blue in one number of 24 bits, as bytes of `wide`, which is [N, 8] and else 0."""
+    """Pack RGB into 24-bit numbers, [N, 3] -> [N], in the zero-filled buffer `wide` [N, 8]."""
     wide[:, 2], wide[:, 1], wide[:, 0] = pixels[:, 0], pixels[:, 1], pixels[:, 2]
     return wide.view("<i8")[:, 0]
 
@@ -287,11 +286,11 @@ def _unpack(packed: NDArray[np.int64]) -> Floats:
 def _k_means(
     packed: NDArray[np.int64], weights: NDArray[Any], k: int, max_iter: int, seed: int
 ) -> tuple[Floats, float]:
-    """k-means of distinct colours, weighted by their counts; returns the centres [k, 3] and the mean squared distance.
+    """Return the k-means centres [k, 3] of weighted colours, and the mean squared distance.
 
-    Large data first stand at the means of cells of 4^3 or 2^3 colours, for which greedy k-means++
-    and most of the way cost little; then all colours are iterated. Sums are never left to BLAS,
-    whose order depends on its threads.
+    Large data are first replaced by the means of cells of 4^3 or 2^3 colours, for which greedy
+    k-means++ and most iterations are cheap; then all colours are iterated. BLAS is not used for
+    sums, because its order of addition depends on its threads.
     """
     from sklearn.cluster import kmeans_plusplus
     from threadpoolctl import threadpool_limits
@@ -316,7 +315,7 @@ def _k_means(
 def _means(
     group: NDArray[np.int64], colors: Floats, weights: NDArray[Any], n: int
 ) -> tuple[Floats, NDArray[Any]]:
-    """The weighted means [n, 3] of colours by their group 0..n-1, and the groups' weights [n]; empty groups are 0."""
+    """Return the weighted means [n, 3] and the weights [n] of groups 0..n-1; of empty groups, 0."""
     weight: NDArray[Any] = np.bincount(group, weights, minlength=n)
     sums = np.stack(
         [np.bincount(group, weights * channel, minlength=n) for channel in colors.T], axis=1
@@ -325,10 +324,10 @@ def _means(
 
 
 def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int) -> Floats:
-    """The best means of Lloyd's iterations with momentum, of which 20 go as far as 100 plain ones.
+    """Return the best means of Lloyd's iterations with momentum, 20 as good as 100 plain ones.
 
-    Where the error grows, the centres have gone too far: they stop at the means and start anew from
-        there.
+    If the error grows, the last step was too long: the iterations continue from the means, without
+    momentum.
     """
     best = before = centers
     least = last = np.inf
@@ -338,9 +337,8 @@ def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int
         error = losses.sum()
         means, weight = _means(nearest, colors, weights, len(centers))
         empty = weight == 0
-        if (
-            empty.any()
-        ):  # a colour that lost all its pixels starts anew, at rest, at the worst-served ones
+        if empty.any():
+            # A centre without pixels restarts, without momentum, at the pixel of largest error.
             means[empty] = colors[np.argsort(-losses, kind="stable")[: empty.sum()]]
             before = np.where(empty[:, None], means, before)
         if error < least:
@@ -353,13 +351,13 @@ def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int
 
 
 def _assign(centers: Floats, colors: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Return the distance of each colour to its nearest centre, [N], and the number of that centre, [N]."""
+    """Return the distance of each colour to its nearest centre, and the index of that, [N]."""
     from scipy.spatial import cKDTree
 
     query = cKDTree(centers).query
     blocks = [colors[first : first + _QUERIED] for first in range(0, len(colors), _QUERIED)]
-    # `query` has threads of its own (`workers`), but does not wait for them when Ctrl-C interrupts
-    # it: they would write on into freed memory. These here end before the interrupt goes on.
+    # `query` has its own threads (`workers`), but does not wait for them after Ctrl-C: they would
+    # write into freed memory. The threads of this pool end before the interrupt is raised.
     with ThreadPoolExecutor(os.cpu_count() or 1) as threads:
         found = list(threads.map(query, blocks))
     distances, nearest = zip(*found, strict=True)
@@ -367,13 +365,13 @@ def _assign(centers: Floats, colors: Floats) -> tuple[Floats, NDArray[np.int64]]
 
 
 def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The nearest centre of all 256^3 colours, in float64 arithmetic; ties go to the lower token.
+    """Return the nearest centre of all 256^3 colours, in float64; of equally near ones, the lowest.
 
-    The cube is cut into cells of 8^3 colours. A centre can be nearest to a colour of a cell only if
-    there is a corner of the cell to which it is nearer than that centre which is nearest to the
-    cell's middle; few are. Distances are taken relative to the middle, which keeps the numbers
-    small, and compared for the remaining candidates alone. What differs by no more than rounding is
-    a tie, so that every machine makes the same table, in whatever order it adds.
+    The cube is cut into cells of 8^3 colours. Let b be the centre nearest to the middle of a cell.
+    Another centre can be nearest to a colour of the cell only if it is nearer than b to some corner
+    of the cell; few are. Distances are computed for these candidates only, relative to the middle,
+    which keeps the numbers small. Distances that differ by no more than rounding are ties, so that
+    all machines build the same table, whatever their order of addition.
     """
     points = (np.asarray(centers, dtype=np.float64) + 1) * 127.5
     half = (_CELL - 1) / 2
@@ -386,16 +384,15 @@ def _nearest_table(centers: NDArray[np.float32]) -> NDArray[np.uint16]:
     flat = table.reshape(len(middles), -1)
     rows = max(1, _AT_ONCE // len(points))
     for first in range(0, len(middles), rows):
-        distance = (points**2).sum(-1) - 2 * (
-            middles[first : first + rows] @ points.T
-        )  # squared, less |m|^2
+        # Squared, minus |m|^2.
+        distance = (points**2).sum(-1) - 2 * (middles[first : first + rows] @ points.T)
         best = distance.argmin(axis=1)[:, None]
-        # |m + o - c|^2 - |m + o - b|^2 = |m - c|^2 - |m - b|^2 - 2 o.(c - b), least at the corner
-        # along c - b
+        # |m + o - c|^2 - |m + o - b|^2 = |m - c|^2 - |m - b|^2 - 2 o.(c - b), which is smallest at
+        # the corner in the direction of c - b.
         gain = sum(2 * half * np.abs(channel - channel[best]) for channel in points.T)
         reach = distance - np.take_along_axis(distance, best, axis=1) <= gain + 1e-6
-        # Stable: candidates stay in the order of their tokens, so that the first of equals is the
-        # lowest.
+        # Stable: candidates stay in the order of their tokens, so that the first of equally near
+        # ones is the lowest.
         order = np.argsort(~reach, axis=1, kind="stable")
         widths = reach.sum(axis=1)
         for width in np.unique(widths):

@@ -1,4 +1,4 @@
-"""Which part of an image the model sees, brought to the model resolution: whole squares, or the paper's random crops.
+"""Crop and resize images to the model resolution: the centre square, or the paper's random crops.
 
 Shapes: V views of an image, R model resolution.
 """
@@ -26,9 +26,9 @@ Filter = Literal["area", "nearest", "bilinear", "bicubic", "lanczos"]
 Enlarge = Literal["pad", "nearest", "bilinear", "bicubic", "lanczos"]
 
 _SHORTER_SIDE, _CROP = (256, 384), 224  # paper, section 3.1
-# Pixels that a JPEG's decoder leaves for each of the model's when it decodes at reduced size: with
-# 3, the squares of photographs keep 48 dB or more of those averaged from all pixels at 32, 48 and
-# 64 pixels (a sixteenth of the palette's own squared error), and 44 dB at other sizes.
+# A JPEG is decoded at reduced size only if at least this many pixels per model pixel remain in each
+# direction. With 3, the PSNR against squares averaged from all pixels is 48 dB or more at 32, 48
+# and 64 pixels (a sixteenth of the palette's own squared error), and 44 dB at other sizes.
 _MARGIN = 3
 
 
@@ -41,11 +41,11 @@ class Box(NamedTuple):
 
 
 class Squares(NamedTuple):
-    """What an image gives.
+    """The squares of an image.
 
     Attributes:
         pixels: uint8 [V, R, R, 3].
-        highest_level: of 16-bit grey levels; None for images of other kinds.
+        highest_level: of 16-bit grey levels; None for other images.
         further_frames: frames of the file after the first, which are not used.
     """
 
@@ -56,23 +56,22 @@ class Squares(NamedTuple):
 
 @dataclass(frozen=True)
 class Transform:
-    """Any image -> upright RGB squares at the model resolution.
+    """Turn images into upright RGB squares at the model resolution.
 
-    Images whose shorter side is at or below the resolution pass without a resample: they are
-        cropped to its centre,
-    and where they are smaller, they get a mirrored border (or are enlarged, if asked for). They
-    have one view only.
+    Images whose shorter side is at or below the resolution are not resampled: they are cropped at
+    their centre and, where they are smaller, padded with a mirrored border (or enlarged, see
+    `enlarge`). They have a single view.
 
     Args:
         size: R, the model resolution in pixels.
-        views: random crops of an image: its shorter side brought to a random size in [256, 384], a
-            random square of 224 cropped from that and brought to the resolution, in one resample
+        views: number of random crops: the shorter side is resized to a random size in [256, 384],
+            and a random square of 224 is cropped and resized to the resolution, in one resampling
             (paper, section 3.1). 0 takes the centre square, as the paper's evaluation does.
-        filter: what makes squares smaller. "area" averages exactly the pixels below each pixel of
-            the result, in integers, rounded half up; the others are Pillow's. The paper names none.
-        enlarge: what images below the resolution get: "pad" a mirrored border, the others enlarge.
-        full_decode: decode JPEGs at full size always, where "area" would let their decoder average
-            blocks of pixels.
+        filter: for reducing squares. "area" averages exactly the pixels below each pixel of the
+            result, in integers, rounded half up; the others are Pillow's. The paper names none.
+        enlarge: for images below the resolution: "pad" adds a mirrored border, the others resize.
+        full_decode: always decode JPEGs at full size; otherwise the filter "area" lets their
+            decoder average blocks of pixels.
     """
 
     size: int
@@ -82,12 +81,13 @@ class Transform:
     full_decode: bool = False
 
     def __call__(self, image: Any, seed: tuple[int, ...] = ()) -> NDArray[np.uint8]:
-        """The squares of an image, uint8 [V, R, R, 3]; what `open_image` takes is an image.
+        """Return the squares of an image, uint8 [V, R, R, 3].
 
-        V is 1 without `views`, and for images at or below the resolution, which have no other.
+        V is 1 without `views`, and for images at or below the resolution.
 
         Args:
-            seed: of the random crops: the same image and seed give the same ones.
+            image: see `open_image`.
+            seed: of the random crops: the same image and seed give the same crops.
 
         Raises:
             InputError: the image does not decode, or its pixels have no known range.
@@ -95,16 +95,16 @@ class Transform:
         return self.squares_of(image, seed).pixels
 
     def squares_of(self, image: Any, seed: tuple[int, ...] = ()) -> Squares:
-        """Return the squares of an image, and what else is to be known of it; see `__call__`."""
+        """Return the squares of an image with its levels and frames; see `__call__`."""
         opened = open_image(image)
         pixels = self._pixels(image, opened, seed)
         level = highest_level(opened)
-        # Last, because it moves the file's position. A caller's own image stays as it is.
+        # Last, because it moves the file's position. The caller's own image is left unchanged.
         frames = 0 if opened is image else further_frames(opened)
         return Squares(pixels, level, frames)
 
     def _pixels(self, image: Any, opened: Image.Image, seed: tuple[int, ...]) -> NDArray[np.uint8]:
-        # A caller's own image stays whole: it may be decoded already, or used again.
+        # The caller's own image is not reduced: it may be decoded already, or used again.
         reducible = (
             opened is not image
             and opened.format == "JPEG"
@@ -112,10 +112,8 @@ class Transform:
             and not self.full_decode
         )
         if not reducible:
-            load(
-                opened
-                # before it is asked its size and orientation, which decoding changes for TIFF and ICO
-            )
+            # First, because decoding changes the size and the orientation of TIFF and ICO.
+            load(opened)
         width, height = opened.size
         turn = orientation(opened)
         if turn is not None and turn not in _HALF_TURNS:
@@ -144,12 +142,11 @@ class Transform:
 
     def _reduction(self, opened: Image.Image, turned: bool) -> int:
         side = min(opened.size)
-        if (
-            self.views
-        ):  # the smallest that may be drawn, so that a view does not depend on which others are
+        if self.views:
+            # The smallest possible crop, so that a view does not depend on the other views.
             side = side * _CROP // _SHORTER_SIDE[1]
         for reduction in (8, 4, 2):
-            # Turned, a last block that the image fills in part only would come first.
+            # In a turned image, an incomplete last block would come first.
             whole = opened.width % reduction == opened.height % reduction == 0
             if side >= _MARGIN * self.size * reduction and (whole or not turned):
                 return reduction
@@ -158,15 +155,13 @@ class Transform:
     def _square(self, rgb: Image.Image, box: Box, reduction: int) -> NDArray[np.uint8]:
         left, top, side = box
         edges = (left, top, left + side, top + side)
-        if (
-            self.filter != "area"
-        ):  # cropped before it is resized: interpolation reaches beyond a box within an image
+        if self.filter != "area":
+            # Cropped before it is resized, because interpolation would reach beyond the box.
             return np.asarray(rgb.crop(edges).resize((self.size, self.size), _PILLOW[self.filter]))
         factor, rest = divmod(side, self.size)
         if reduction == 1 and rest == 0 and factor & (factor - 1) == 0:
-            return np.asarray(
-                rgb.reduce(factor, edges)
-            )  # the common case, in which Pillow is fast and rounds right
+            # The common case: Pillow is fast and rounds correctly.
+            return np.asarray(rgb.reduce(factor, edges))
         return _area_average(rgb, box, self.size, reduction)
 
     def _small(self, rgb: Image.Image) -> NDArray[np.uint8]:
@@ -198,26 +193,28 @@ _PILLOW = {
 
 
 def _area_average(rgb: Image.Image, box: Box, size: int, reduction: int) -> NDArray[np.uint8]:
-    """Means over the size x size equal cells of a box: uint8 [size, size, 3].
+    """Return the means over the size x size equal cells of a box: uint8 [size, size, 3].
 
-    The box is given in pixels of the whole image, of which `rgb` has one for `reduction` in each
+    The box is given in pixels of the full-size image; `rgb` is reduced by `reduction` in each
     direction.
     """
-    # In integers, so that every machine rounds alike. Pillow's box filter takes whole pixels only:
-    # at a factor of 1.5 it averages two and one by turns.
+    # In integers, so that all machines round alike. Pillow's box filter takes whole pixels only: at
+    # a factor of 1.5 it averages two pixels and one alternately.
     (left, top, side), unit = box, size * reduction
     wide = np.int32 if 512 * side**2 < 2**31 else np.int64
     lines = slice(top // reduction, -(-(top + side) // reduction))
     columns = slice(3 * (left // reduction), 3 * -(-(left + side) // reduction))
     pixels = np.asarray(rgb).reshape(rgb.height, -1)[lines, columns]
-    down = _stretches(pixels, top * size % unit, side, size, unit, wide)
+    down = _interval_sums(pixels, top * size % unit, side, size, unit, wide)
     across = np.ascontiguousarray(down.reshape(size, -1, 3).transpose(1, 0, 2))
-    sums = _stretches(across.reshape(len(across), -1), left * size % unit, side, size, unit, wide)
+    sums = _interval_sums(
+        across.reshape(len(across), -1), left * size % unit, side, size, unit, wide
+    )
     averages: NDArray[np.uint8] = ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
     return averages.reshape(size, size, 3).transpose(1, 0, 2)
 
 
-def _stretches(
+def _interval_sums(
     rows: NDArray[Any],
     first: int,
     length: int,
@@ -225,10 +222,10 @@ def _stretches(
     unit: int,
     wide: type[np.signedinteger[Any]],
 ) -> NDArray[Any]:
-    """Sums over `size` stretches of the rows [M, W], each `length` long, the first from `first` on: [size, W].
+    """Return the sums over `size` consecutive intervals of the rows [M, W], as [size, W].
 
-    Lengths are counted in parts of which a row has `unit`, and each part weighs 1: a row may belong
-    to two by parts.
+    Every interval has the length `length`, and the first begins at `first`. A row has the length
+    `unit` and may belong to two intervals in part; it is weighted with the length in the interval.
     """
     whole, part = np.divmod(first + np.arange(size + 1) * length, unit)
     # Up to 257 8-bit values fit 16 bits, which numpy adds much faster.
@@ -244,7 +241,7 @@ def _stretches(
 
 
 def load_square(path: str | Path, size: int) -> NDArray[np.uint8]:
-    """The centre square of an image file at the model resolution, uint8 [size, size, 3]; errors name the file."""
+    """Return the centre square of an image file, uint8 [size, size, 3]; errors name the file."""
     try:
         return Transform(size)(path).reshape(size, size, 3)
     except InputError as error:

@@ -90,8 +90,8 @@ class TokenSplit:
         missing = sum(int((all_rows(shard) < 0).sum()) for shard in self._labels if len(shard))
         if missing:
             raise InputError(
-                f"{purpose} needs labels, and {missing} of {len(self)} images of {self.name!r} have "
-                "none"
+                f"{purpose} needs labels, and {missing} of {len(self)} images of {self.name!r} "
+                "have none"
             )
 
 

@@ -44,8 +44,8 @@ def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str
         split.require_labels(purpose)
     if len(splits["train"]) < classes:
         raise InputError(
-            f"{purpose} needs a training image of every class; there are {len(splits['train'])} for "
-            f"{classes}"
+            f"{purpose} needs a training image of every class; there are {len(splits['train'])} "
+            f"for {classes}"
         )
     known = np.unique(splits["train"].labels)
     if known[-1] >= classes:
@@ -59,6 +59,6 @@ def require_classes(splits: Mapping[str, TokenSplit], classes: int, purpose: str
         if len(strange):
             raise InputError(
                 f"{len(strange)} classes of the {name} images have no training image; {purpose} "
-                f"needs every class in training (there are {len(splits['train'])} training images of "
-                f"{len(known)} classes)"
+                f"needs every class in training (there are {len(splits['train'])} training images "
+                f"of {len(known)} classes)"
             )

@@ -85,7 +85,7 @@ class StoredArray:
         return int(array.offset)
 
     def require_header(self) -> None:
-        """Raise an `InputError` if the header has another type, shape or order, or is unreadable."""
+        """Raise an `InputError` if the header has another type, shape or order."""
         _ = self._offset
 
     def window(self, rows: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[np.int64]]:
