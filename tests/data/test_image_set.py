@@ -1,4 +1,4 @@
-"""Images for a model, from any source: what is taken, how it is named, what it loses."""
+"""Image sets for a model: the selected images, their names, and the error of the palette."""
 
 import io
 import json
@@ -114,14 +114,14 @@ def test_splits_without_a_test_one_are_taken_together(
     np.testing.assert_array_equal(
         found.tokens.rows(np.arange(5)), palette.transform(squares).reshape(5, 36)
     )
-    drawn = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=1))
-    np.testing.assert_array_equal(drawn.tokens.rows(np.arange(3)), found.tokens.rows(drawn.rows))
-    assert drawn.names == [f"row {row}" for row in drawn.rows]
-    assert drawn.rows.tolist() == sorted(set(drawn.rows.tolist()))
+    subset = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=1))
+    np.testing.assert_array_equal(subset.tokens.rows(np.arange(3)), found.tokens.rows(subset.rows))
+    assert subset.names == [f"row {row}" for row in subset.rows]
+    assert subset.rows.tolist() == sorted(set(subset.rows.tolist()))
     assert {
         tuple(tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=seed)).rows)
         for seed in range(8)
-    } > {tuple(drawn.rows)}
+    } > {tuple(subset.rows)}
 
 
 def test_samples_of_a_tar_are_named_by_their_member(
@@ -237,7 +237,7 @@ def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write
 def test_ready_tokens_are_taken_if_they_are_of_the_palette(
     tmp_path: Path, palette: Palette
 ) -> None:
-    """OpenAI's arrays: any of the three parts, integers of any type, with kmeans_centers.npy beside them."""
+    """OpenAI's arrays: any of the three parts, integers of any type, with kmeans_centers.npy next to them."""
     generator = np.random.default_rng(0)
     parts = {
         short: generator.integers(0, 32, (count, 36)) for short, count in (("tr", 20), ("te", 7))
@@ -284,7 +284,7 @@ def test_ready_tokens_of_something_else_are_refused(tmp_path: Path, palette: Pal
     assert "set holds tokens of 4 px, and the model's are of 6 px" in refusal(source, palette)
 
 
-def test_tokens_stay_where_they_are(digits: TokenDataset, tmp_path: Path) -> None:
+def test_tokens_of_a_data_set_stay_on_disk(digits: TokenDataset, tmp_path: Path) -> None:
     found = stored_image_set(digits, ALL)
     assert (found.split, len(found), found.name_of(3), found.names) == ("test", 180, "row 3", None)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "training images"}
@@ -292,10 +292,12 @@ def test_tokens_stay_where_they_are(digits: TokenDataset, tmp_path: Path) -> Non
         stored_image_set(digits, ImageSetConfig(split="train")).tokens.nbytes
         == digits["train"].nbytes
     )
-    drawn = stored_image_set(digits, ImageSetConfig(limit=7, seed=3))
-    np.testing.assert_array_equal(drawn.tokens.rows(np.arange(7)), digits["test"].rows(drawn.rows))
-    np.testing.assert_array_equal(drawn.tokens.labels, digits["test"].labels[drawn.rows])
-    assert drawn.name_of(2) == f"row {drawn.rows[2]}"
+    subset = stored_image_set(digits, ImageSetConfig(limit=7, seed=3))
+    np.testing.assert_array_equal(
+        subset.tokens.rows(np.arange(7)), digits["test"].rows(subset.rows)
+    )
+    np.testing.assert_array_equal(subset.tokens.labels, digits["test"].labels[subset.rows])
+    assert subset.name_of(2) == f"row {subset.rows[2]}"
     with pytest.raises(InputError, match="has no split 'dev'"):
         stored_image_set(digits, ImageSetConfig(split="dev"))
     with pytest.raises(InputError, match="holds tokens: --image-column"):

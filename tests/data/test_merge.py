@@ -1,4 +1,4 @@
-"""n machines that know nothing of each other make what one makes, to the byte."""
+"""Parts made independently on n machines join to the same bytes as one machine writes."""
 
 import json
 import os

@@ -62,7 +62,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What uninterrupted work by one process makes of the pictures, in shards of 10."""
+    """The files that one uninterrupted process makes of the pictures, in shards of 10."""
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "SHARD_IMAGES", (10, 10))
@@ -353,7 +353,7 @@ else:
 def test_a_second_process_is_refused_while_the_first_one_works(
     verb: str, pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
 ):
-    """It names the first one's host and process id, which goes on unharmed."""
+    """The error names the host and the id of the first process, which continues unharmed."""
     out = tmp_path / "tokens"
     calls: dict[str, Callable[[], object]] = {
         "prepare": lambda: prepare(pictures, out, SMALL),
@@ -897,7 +897,7 @@ def test_few_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path):
 def test_work_that_bad_images_stopped_goes_on_without_them(
     some_bad: Path, tmp_path: Path, small_shards: None
 ):
-    """What the message of the first call says can be done; the second makes what it would have made alone."""
+    """The advice in the message works: the second call writes the same as it would have alone."""
     with pytest.raises(InputError, match="by a larger --max-bad"):
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0))
     assert (tmp_path / "tokens.partial" / "plan.json").exists()
@@ -1157,7 +1157,7 @@ def test_no_workers(pictures: str, tmp_path: Path):
 
 
 def test_at_most_so_many_of_each_split(pictures: str, tmp_path: Path):
-    """They are drawn by seed from what would be there without a limit, in the same order."""
+    """The subset depends on the seed, and keeps the order of the images without a limit."""
     given = {"size": 8, "colors": 4}
     whole = prepare(pictures, tmp_path / "whole", PrepareConfig(**given))
     few = prepare(pictures, tmp_path / "few", PrepareConfig(**given, limit=5))

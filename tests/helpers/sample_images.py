@@ -1,4 +1,4 @@
-"""Small image sets in the layouts that users have, made of scikit-learn's two photographs and of drawn patterns.
+"""Small image sets in the layouts that users have, made of scikit-learn's two photographs and of patterns.
 
 They let every test run where the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet) are
 absent.
@@ -101,7 +101,7 @@ def sources() -> list[Image.Image]:
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
-    """Return a part of one of scikit-learn's photographs, enlarged where it is smaller than what is asked for."""
+    """Return a part of one of scikit-learn's photographs, enlarged where it is too small."""
     generator = np.random.default_rng(seed)
     source = sources()[seed % 2]
     factor = min(1.0, source.width / width, source.height / height)
@@ -117,7 +117,7 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
 
 
 def small_images(count: int, side: int = 32) -> NDArray[np.uint8]:
-    """Return uint8 [count, side, side, 3]: mostly reduced parts of the photographs, one in ten a drawn pattern."""
+    """Return uint8 [count, side, side, 3]: mostly reduced parts of the photographs, one in ten a pattern."""
     generator = np.random.default_rng(0)
     images = np.empty((count, side, side, 3), np.uint8)
     for number in range(count):

@@ -20,7 +20,7 @@ LARGE = (".safetensors", ".bin", ".png")  # endings of files that are stored apa
 
 @dataclass
 class Hub:
-    """Data sets and models by id, each the contents of its files by path; and what was sent of them.
+    """Data sets and models by id, each with its files by path, and the files that were sent.
 
     Attributes:
         log: the path of the file, the first byte and the last one, of each answer that held data.
@@ -48,7 +48,7 @@ class Hub:
         return sum(last + 1 - first for path, first, last in self.log if path.endswith(ending))
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to use this Hub, with a cache of its own."""
+        """Return the environment of a process that uses this Hub, with its own cache."""
         return {
             "HF_ENDPOINT": self.address,
             "HF_HOME": str(home),
@@ -69,7 +69,7 @@ FOREIGN = (
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers what `datasets` and `huggingface_hub` ask; for all else, nothing is there."""
+    """Answer the requests of `datasets` and `huggingface_hub`; all others get 404."""
 
     protocol_version = "HTTP/1.1"
 
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def take(self, path: str, body: bytes) -> None:
-        """What creates repositories and fills them; only a user's own may be written to."""
+        """Answer requests that create or fill repositories; a user can only write to their own."""
         if path == "/api/validate-yaml":
             content = json.loads(body)["content"]
             wrong = (

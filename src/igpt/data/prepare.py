@@ -578,8 +578,8 @@ def warnings_of(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> list[
     if found and highest <= _TWELVE_BITS:
         images = sum(levels["images"] for levels in found)
         warnings.append(
-            f"16-bit images without a level above 12 bits: {images}, the highest level is {highest} "
-            "of 65535, so they become nearly black; multiply 12-bit levels by 16 before you save them "
-            "as 16-bit ones"
+            f"16-bit images without a level above 12 bits: {images}, the highest level is "
+            f"{highest} of 65535, so they become nearly black; multiply 12-bit levels by 16 "
+            "before you save them as 16-bit ones"
         )
     return warnings

@@ -224,7 +224,7 @@ def test_layers_are_no_further_frames():
 
 
 def test_heic_is_read_where_its_package_is_installed(tmp_path: Path):
-    """A package in its place that lets Pillow's reader of PNG open .heic too."""
+    """A stand-in for the package that lets Pillow's reader of PNG open .heic too."""
     (tmp_path / "pillow_heif.py").write_text(
         "from PIL import Image\n"
         "def register_heif_opener():\n"

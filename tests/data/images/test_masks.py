@@ -1,4 +1,4 @@
-"""Masks: what is painted in a picture, and which of a model's pixels that touches."""
+"""Masks: the painted pixels of an image file, and the model's pixels that they overlap."""
 
 import os
 from pathlib import Path

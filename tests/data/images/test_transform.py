@@ -66,7 +66,7 @@ def centre(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def drawn(
     width: int, height: int, size: int, count: int, seed: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """The paper's crops in pixels of the image, by the same draws: left, top, side, and the size scaled to."""
+    """The paper's crops with the same random numbers: left, top, side, and the scaled size."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
         scaled = generator.integers(256, 384, endpoint=True)
@@ -325,7 +325,7 @@ def test_views_by_other_filters(name: str):
 
 
 def test_the_sizes_and_places_of_views_follow_the_paper():
-    """224 of a shorter side of 256 to 384, everywhere in the image: 2,000 draws reach every size and both ends."""
+    """224 of a shorter side of 256 to 384, everywhere in the image: 2,000 crops have every size and both ends."""
     boxes = Transform(32, views=2000)._boxes(500, 400, (0,))
     lefts, tops, sides = np.array(boxes).T
     assert set(sides) == {round(400 * 224 / scaled) for scaled in range(256, 385)}

@@ -177,7 +177,7 @@ def test_held_and_mapped_batches_are_the_same(device: str, tmp_path: Path):
 def slow_variants(
     image: NDArray[np.uint16], side: int, flip: bool, shift: int
 ) -> dict[bytes, tuple[bool, int, int]]:
-    """All that an image may become: mirrored or not, reflect-padded and cropped, one place at a time."""
+    """All variants of an image: mirrored or not, reflect-padded and cropped, one pixel at a time."""
 
     def reflected(place: int) -> int:
         if place < 0:
@@ -201,7 +201,7 @@ def slow_variants(
 
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1), (True, 2), (False, 4)])
 def test_augmentation_on_the_token_grid(flip: bool, shift: int):
-    """Each image becomes one of the variants made place by place, and each variant comes about as often."""
+    """Each image becomes one of the variants made pixel by pixel, and each variant comes about as often."""
     side = 2 * shift + 3  # in smaller ones some variants coincide
     image = np.arange(side**2, dtype=np.uint16) + 100
     variants = slow_variants(image, side, flip, shift)

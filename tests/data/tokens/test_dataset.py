@@ -321,7 +321,7 @@ def test_a_folder_without_its_manifest_is_no_data_set(folder: Path):
 
 
 def changed(folder: Path, key: str, value: object) -> None:
-    """Sets a key of the manifest, such as "splits.train.count"; a number is the place in a list."""
+    """Set a key of the manifest, such as "splits.train.count"; a number is an index in a list."""
     manifest = json.loads((folder / "dataset.json").read_text())
     *path, last = [int(word) if word.isdecimal() else word for word in key.split(".")]
     inner = manifest
@@ -489,7 +489,7 @@ def test_no_class_may_have_the_name_of_another(tmp_path: Path):
 def replaced(
     folder: Path, split: str, tokens: NDArray[np.uint16], labels: NDArray[np.int32]
 ) -> None:
-    """Writes other images in the place of all of a split, right by their checksums."""
+    """Replace all images of a split, with correct checksums."""
     shard = write_shard(folder, f"{split}-00000", tokens, labels)
     changed(folder, f"splits.{split}", {"count": len(tokens), "shards": [vars(shard)]})
 
@@ -534,7 +534,7 @@ def test_labels_beyond_the_classes_are_refused_wherever_they_are_read(folder: Pa
 
 
 def saved(file: Path, array: NDArray[np.generic]) -> None:
-    """Writes an array in the place of a shard, and says its size in the manifest."""
+    """Replace a shard by an array, with its size in the manifest."""
     np.save(file, array)
     changed(file.parent, "splits.train.shards.2.bytes", {file.name: file.stat().st_size})
 

@@ -1,4 +1,4 @@
-"""Columns of classes: which one it is, how its values are numbered, and whether the splits agree."""
+"""Columns of classes: their choice, the numbering of their values, and agreement of the splits."""
 
 from collections.abc import Callable
 from pathlib import Path
