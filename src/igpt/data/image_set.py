@@ -25,7 +25,7 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 
 class ImageSetConfig(ColumnConfig):
-    """The images of a source to use."""
+    """Settings that select images of a source."""
 
     split: str | None = Field(
         None, description="split to use; by default test, or all images of a source without it"

@@ -22,7 +22,7 @@ _SHOWN = 12  # images in the preview
 
 
 class PaletteConfig(SourceConfig):
-    """How a palette is fitted to images."""
+    """Settings of the palette and of the transform of images."""
 
     size: int = Field(
         32, ge=2, le=1024, description="model resolution in pixels; the paper has 32, 48 and 64"

@@ -143,7 +143,7 @@ class Plan(Stored):
 
 
 class PrepareConfig(PaletteConfig):
-    """How images are turned into tokens."""
+    """Settings of the preparation of a token data set."""
 
     views: int = Field(
         0,
@@ -448,7 +448,7 @@ def require_new(out: Path, source: str | None = None) -> None:
 
 
 def _shard_images(config: PrepareConfig) -> tuple[int, int]:
-    """Return how many images a shard has at least and at most."""
+    """Return the smallest and the largest number of images of a shard."""
     most = min(SHARD_IMAGES[1], max(1, SHARD_BYTES // (2 * config.size**2)))
     return min(SHARD_IMAGES[0], most), most
 

@@ -54,7 +54,7 @@ ClassNames = Annotated[list[str], AfterValidator(_without_duplicates)] | None
 
 
 class Shard(Stored):
-    """One shard's entry in the manifest; the names are those of files in the data set's folder."""
+    """The entry of a shard in the manifest, with the names of its files in the folder."""
 
     tokens: FileName
     labels: FileName
@@ -96,7 +96,7 @@ class _MadeConfig(Stored):
 
 
 class _Made(Stored):
-    """How a data set was made; every entry is optional for other programs."""
+    """The origin of a data set; every entry is optional for other programs."""
 
     config: _MadeConfig = Field(default_factory=lambda: _MadeConfig())
     images: dict[str, Count] = Field(default_factory=dict)
