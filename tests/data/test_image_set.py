@@ -237,7 +237,7 @@ def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write
 def test_ready_tokens_are_taken_if_they_are_of_the_palette(
     tmp_path: Path, palette: Palette
 ) -> None:
-    """OpenAI's arrays: any of the three parts, integers of any type, with kmeans_centers.npy next to them."""
+    """OpenAI's arrays: any of the three parts, of any integer type, next to kmeans_centers.npy."""
     generator = np.random.default_rng(0)
     parts = {
         short: generator.integers(0, 32, (count, 36)) for short, count in (("tr", 20), ("te", 7))

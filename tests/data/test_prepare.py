@@ -634,7 +634,7 @@ def test_a_script_needs_no_guard_for_workers(
 
 
 def test_the_reported_script_without_a_guard(tmp_path: Path):
-    """5,000 images, enough for workers: it ended never, as each worker started the script once more."""
+    """5,000 images, enough for workers, each of which used to run the script again without end."""
     script_without_guard(tmp_path)
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, capture_output=True, timeout=120, check=False
@@ -960,7 +960,7 @@ BAD = {
 
 
 def test_everything_that_can_be_wrong_with_a_file(tmp_path: Path, picture: Callable[..., bytes]):
-    """One folder with every kind of bad file among good ones of every size; all good ones are there."""
+    """A folder with every kind of bad file: all good images, of every size, are prepared."""
     folder = tmp_path / "mixture"
     folder.mkdir()
     for number in range(40):
@@ -1087,7 +1087,7 @@ def test_labels_can_be_left_out(pictures: str, tmp_path: Path):
 
 
 def test_images_of_all_kinds_together(tmp_path: Path):
-    """A folder as people have it: grey, transparent, 16-bit, CMYK and palette images, of many sizes."""
+    """A mixed folder: grey, transparent, 16-bit, CMYK and palette images, of many sizes."""
     folder = tmp_path / "kinds"
     folder.mkdir()
     generator = np.random.default_rng(0)

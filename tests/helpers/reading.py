@@ -1,4 +1,4 @@
-"""Shared by the tests of the data package: reading sources and folders whole, EXIF orientations, a silent server."""
+"""Helpers of the data tests: read whole sources and folders, EXIF orientations, connections."""
 
 import socket
 from pathlib import Path
@@ -25,7 +25,7 @@ DISPLAYED = {
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, hidden ones too."""
+    """Return the contents of all files below a folder, including hidden ones."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
@@ -43,7 +43,7 @@ def labels(split: Split) -> list[int]:
 
 
 def whole(source: Path | str, **settings: str) -> tuple[list[tuple[Any, int]], list[str] | None]:
-    """All that the reader of the training images finds, held-out ones too; and the class names."""
+    """Return all images of the training reader, including held-out ones, and the class names."""
     splits, names, *_ = open_source(str(source), SourceConfig(**settings))
     reader = splits["train"].reader
     return list(reader.read(np.arange(len(reader)))), names

@@ -1,4 +1,4 @@
-"""Small image sets in the layouts that users have, made of scikit-learn's two photographs and of patterns.
+"""Small image sets in common layouts, made of scikit-learn's two photographs and of patterns.
 
 They let every test run where the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet) are
 absent.
@@ -61,7 +61,7 @@ GREY = (3, 16)  # the numbers of the photographs without colour
 
 @dataclass(frozen=True)
 class ImageSets:
-    """Image sets in the layouts that users have, and which ones they are, because counts and bounds depend on it."""
+    """Image sets in common layouts, and their names, which counts and bounds depend on."""
 
     folder: Path
     real: bool
@@ -117,7 +117,7 @@ def photograph(width: int, height: int, seed: int) -> Image.Image:
 
 
 def small_images(count: int, side: int = 32) -> NDArray[np.uint8]:
-    """Return uint8 [count, side, side, 3]: mostly reduced parts of the photographs, one in ten a pattern."""
+    """Return uint8 [count, side, side, 3]: parts of the photographs, and one pattern in ten."""
     generator = np.random.default_rng(0)
     images = np.empty((count, side, side, 3), np.uint8)
     for number in range(count):
@@ -135,7 +135,7 @@ def small_images(count: int, side: int = 32) -> NDArray[np.uint8]:
 
 
 def pattern(side: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """Return uint8 [side, side, 3]: a gradient between two random colours with a disc of a third one."""
+    """Return uint8 [side, side, 3]: a gradient of two random colours with a disc of a third."""
     start, end, disc = generator.integers(0, 256, (3, 3))
     rows, columns = np.mgrid[:side, :side] / (side - 1)
     share = (columns if generator.random() < 0.5 else rows)[..., None]
@@ -156,7 +156,7 @@ def encoded(image: Image.Image, form: str, **options: object) -> bytes:
 def write_parquet(
     path: Path, column: str, images: list[bytes], labels: list[int], names: list[str]
 ) -> None:
-    """Write encoded images and their labels as a Parquet file with the features that the Hub's data sets have."""
+    """Write encoded images and labels as a Parquet file with the features of Hub data sets."""
     features = datasets.Features(
         {column: datasets.Image(), "label": datasets.ClassLabel(names=names)}
     )

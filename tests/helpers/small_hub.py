@@ -1,4 +1,4 @@
-"""A small Hub on this machine: it gives data sets and models, and takes models by commits, as the real one does."""
+"""A small local Hub that serves data sets and models, and accepts models by commits."""
 
 import base64
 import hashlib

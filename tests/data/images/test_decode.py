@@ -442,7 +442,7 @@ def test_a_lazily_opened_cut_file_is_an_input_error(picture: Callable[..., bytes
 @pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
 @pytest.mark.parametrize("reduction", [1, 2, 4, 8])
 def test_a_reduced_jpeg_has_a_pixel_for_each_block(mode: str, reduction: int):
-    """Blocks of one colour keep it, and a last block that the image fills in part gets a pixel, too."""
+    """Blocks of one colour keep it, and an incomplete last block becomes a pixel too."""
     blocks = RANDOM.integers(0, 256, (7, 5, 3), dtype=np.uint8)
     whole = Image.fromarray(blocks.repeat(16, 0).repeat(16, 1)[:109, :77]).convert(mode)
     buffer = io.BytesIO()

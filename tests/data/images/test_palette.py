@@ -160,7 +160,7 @@ def test_no_colour_of_the_cube_has_a_nearer_centre(fitted: Palette):
 
 
 def test_ties_go_to_the_lower_token():
-    """Permuted and doubled centres tie on the grey diagonals; whether, is decided in whole numbers of any size."""
+    """Permuted and doubled centres tie on the grey diagonals, as computed with exact integers."""
     generator = np.random.default_rng(2)
     triples = generator.uniform(0.02, 1, (25, 3)) * generator.choice([-1, 1], (25, 3))
     centers = np.concatenate(
@@ -553,7 +553,7 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(hub_cache: Path, name: str):
 
 
 def test_a_silent_network_is_given_up_soon(tmp_path: Path):
-    """A server that takes connections and never answers, which `hf_hub_download` alone tries for minutes.
+    """A server that accepts connections and never answers; `hf_hub_download` would wait for minutes.
 
     The connections are counted, because seconds depend on what else the machine does.
     """

@@ -38,7 +38,7 @@ def encoded(
 
 
 def area_average(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
-    """The mean over each target pixel's area, rounded half up; weights and sums are integers in float64."""
+    """The mean over each target pixel's area, rounded half up, from integers in float64."""
     side = len(pixels)
     edges, source = np.arange(size + 1) * side, np.arange(side) * size
     shares = np.minimum(edges[1:, None], source + size) - np.maximum(edges[:-1, None], source)
@@ -240,7 +240,7 @@ def test_modes_in_one_go():
 
 
 def mirrored(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Position by position: centre of what is longer, and what is shorter, reflected about its outermost pixels."""
+    """Pixel by pixel: crop the longer side at its centre, reflect the shorter one at its border."""
     for axis in (0, 1):
         have = pixels.shape[axis]
         first = (have - size) // 2 if have >= size else -((size - have) // 2)
@@ -325,7 +325,7 @@ def test_views_by_other_filters(name: str):
 
 
 def test_the_sizes_and_places_of_views_follow_the_paper():
-    """224 of a shorter side of 256 to 384, everywhere in the image: 2,000 crops have every size and both ends."""
+    """Crops of 224 at a shorter side of 256 to 384: 2,000 have every size and touch every border."""
     boxes = Transform(32, views=2000)._boxes(500, 400, (0,))
     lefts, tops, sides = np.array(boxes).T
     assert set(sides) == {round(400 * 224 / scaled) for scaled in range(256, 385)}
@@ -409,7 +409,7 @@ def test_one_resample_looks_like_the_papers_three_steps(
 def test_reduced_decoding_keeps_photographs(
     image_sets: ImageSets, decoded: list[tuple[int, int]], size: int
 ):
-    """49.8, 48.1 and 56.8 dB from the averages of all pixels; the worst image is 2.0, 2.1 and 1.5 levels from them.
+    """PSNR 49.8, 48.1 and 56.8 dB; the worst images differ by 2.0, 2.1 and 1.5 levels.
 
     The made photographs: 49.2, 49.8 and 53.1 dB; 1.6, 1.5 and 1.5 levels.
     """
@@ -490,7 +490,7 @@ def test_reduced_decoding_of_turned_photographs(
     most: int,
     bound: float,
 ):
-    """Blocks that the image fills in part come last: turned, they would come first and shift all others.
+    """Incomplete blocks come last; in a turned image they would come first and shift all others.
 
     At least 51.9, 45.6 and 47.9 dB; a shift by one pixel gives at most 36.8, 42.1 and 40.4.
     """
@@ -524,7 +524,7 @@ def test_jpegs_too_small_to_reduce_keep_all_pixels(side: int):
 
 
 def test_an_opened_jpeg_stays_whole(photo: NDArray[np.uint8]):
-    """An image object may be decoded already, and is its owner's: it gives the same square every time."""
+    """The caller's image object is left unchanged, and gives the same square every time."""
     data = encoded(photo, "JPEG")
     expected = Transform(32, full_decode=True)(data)
     opened = Image.open(io.BytesIO(data))
@@ -549,7 +549,7 @@ def test_a_cut_photograph_is_refused_in_reduced_decoding(
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 @pytest.mark.parametrize("size", [7, 8, 32])
 def test_averages_of_reduced_images_weigh_parts_of_blocks(reduction: int, size: int):
-    """Of an image of constant blocks, the blocks' own averages over any box are those over all pixels."""
+    """For constant blocks, averages of the reduced image equal those of all pixels, in any box."""
     blocks = noise(75, 66)
     blocks[:, :9] = 255
     pixels = blocks.repeat(reduction, 0).repeat(reduction, 1)

@@ -201,7 +201,7 @@ def slow_variants(
 
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1), (True, 2), (False, 4)])
 def test_augmentation_on_the_token_grid(flip: bool, shift: int):
-    """Each image becomes one of the variants made pixel by pixel, and each variant comes about as often."""
+    """Each image becomes one of the variants made pixel by pixel, each equally often."""
     side = 2 * shift + 3  # in smaller ones some variants coincide
     image = np.arange(side**2, dtype=np.uint16) + 100
     variants = slow_variants(image, side, flip, shift)

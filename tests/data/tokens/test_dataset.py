@@ -25,7 +25,7 @@ PALETTE = Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (50, 3)))
 
 
 def written(folder: Path) -> dict[str, tuple[NDArray[np.uint16], NDArray[np.int32]]]:
-    """Writes a data set of 4 x 4 tokens in shards of the sizes above; returns all tokens and labels."""
+    """Write a data set of 4 x 4 tokens in shards of these sizes; return all tokens and labels."""
     generator = np.random.default_rng(0)
     shards, content = {}, {}
     folder.mkdir(parents=True, exist_ok=True)
