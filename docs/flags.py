@@ -1,23 +1,19 @@
-"""The commands' flags as tables, from `igpt COMMAND --help` itself: a hook of MkDocs.
+"""A hook of MkDocs: tables of the commands' flags and of settings.
 
-A page asks for a table by a comment, `<!-- flags: pretrain -->`; `<!-- settings: module:Class -->`
-is a table of a class of settings, from its fields. What is missing (a command without a table, a
-flag without a word of help, a table of no command) is a warning, at which `mkdocs build --strict`
-stops; so is a page that would load anything from another host.
+The comment `<!-- flags: pretrain -->` in a page is replaced by a table of a command's flags, and
+`<!-- settings: module:Class -->` by a table of the fields of a settings class. A command without a
+table, a flag without help, a table of an unknown command, and a page that loads anything from
+another host are warnings, so `mkdocs build --strict` fails.
 """
 
-import contextlib
-import io
 import logging
-import os
 import re
-from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
-from igpt.cli import COMMANDS, main
+from igpt.cli import COMMANDS
+from igpt.cli.parser import Flag, flags_of
 
 _log = logging.getLogger("mkdocs.hooks.flags")
 _MARK = re.compile(r"<!-- (flags|settings): (\S+) -->")
@@ -25,88 +21,37 @@ _FOREIGN = re.compile(r"<(?!a\b)[^<>]*\b(?:src|href)=\"(?:https?:)?//[^<>]*>")  
 _shown: set[str] = set()
 
 
-class Flag(NamedTuple):
-    """An argument of a command: its names, the kind of its value, its help, its default."""
-
-    names: tuple[str, ...]
-    value: str
-    words: str
-    default: str
-
-
 @cache
 def flags(command: str) -> tuple[Flag, ...]:
-    """The arguments of a command, first those without a name of their own, as its --help has them."""
-    said = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")  # for the frames' lines
-    with (
-        mock.patch.dict(os.environ, {"COLUMNS": "150"}),  # wider, and the help comes in two columns
-        contextlib.redirect_stdout(said),
-        contextlib.suppress(SystemExit),
-    ):
-        main([command, "--help"])
-    said.seek(0)
-    return tuple(_parsed(said.read()))
-
-
-def _parsed(text: str) -> Iterator[Flag]:
-    lines = [line.strip("│").rstrip() for line in text.splitlines() if line.startswith("│")]
-    entries: list[list[str]] = []
-    for line in lines:
-        if line.startswith("  "):  # the help goes on
-            entries[-1][1] += f" {line.strip()}"
-        else:
-            head, _, words = line.strip().partition("  ")
-            entries.append([head, words.strip()])
-    for head, words in entries:
-        if head.startswith("-h,"):
-            continue
-        words = words.replace(" (required)", "").replace(" (default: None)", "")
-        words, _, default = words.partition(" (default: ")
-        names = tuple(re.findall(r"(?<!\S)--?[a-z][\w-]*", head))
-        default = default.removesuffix(")")
-        yield Flag(
-            names,
-            _value(head),
-            words.strip(),
-            "" if default in ("False", "True", "()", "''") else default,
-        )
-
-
-def _value(head: str) -> str:
-    """The kind of a value: INT, "INT ..." for several, or the words to choose from."""
-    kinds = re.findall(r"[A-Z][A-Z_]*", re.sub(r"(?<!\S)--?[a-z][\w-]*", "", head))
-    choices = re.findall(r"\{([a-z][^{}]*)\}", head)
-    several = (
-        f"{kinds[0]} ..."
-        if "..." in head
-        else " ".join(kinds)
-        if "{FLOAT" in head
-        else "".join(kinds[:1])
-    )
-    return ",".join(filter(None, [several, *choices]))
+    """Return the arguments of a command, positional ones first."""
+    found = flags_of(COMMANDS[command].load())
+    return tuple(sorted(found, key=lambda flag: bool(flag.names)))
 
 
 def table(command: str) -> str:
-    """A Markdown table of a command's arguments."""
-    rows = ["| flag | what | default |", "|---|---|---|"]
+    """Return a Markdown table of the arguments of a command."""
+    rows = ["| flag | description | default |", "|---|---|---|"]
     for flag in flags(command):
-        if not flag.words:
-            _log.warning("igpt %s %s has no help", command, " ".join(flag.names) or flag.value)
+        if not flag.help:
+            _log.warning("igpt %s %s has no help", command, flag.name)
         names = ", ".join(f"`{name}`" for name in flag.names)
-        names += " " + ", ".join(f"`{value}`" for value in flag.value.split(",") if value)
+        values = [flag.kind] if flag.kind else flag.choices
+        several = " ..." if flag.nargs == "*" else ""
+        values_text = ", ".join(f"`{value}{several}`" for value in values)
+        default = f"`{flag.default}`" if flag.default else ""
         rows.append(
-            f"| {names.strip()} | {_cell(flag.words)} | {f'`{flag.default}`' if flag.default else ''} |"
+            f"| {names} {values_text} | {_cell(flag.help)} | {default} |".replace("|  ", "| ")
         )
     return "\n".join(rows)
 
 
-def settings_table(place: str) -> str:
-    """A Markdown table of the fields of a class of settings, given as "module:Class"."""
-    module, _, name = place.partition(":")
-    rows = ["| setting | what | default |", "|---|---|---|"]
+def settings_table(path: str) -> str:
+    """Return a Markdown table of the fields of a settings class, given as "module:Class"."""
+    module, _, name = path.partition(":")
+    rows = ["| setting | description | default |", "|---|---|---|"]
     for setting, field in getattr(import_module(module), name).model_fields.items():
         if not field.description:
-            _log.warning("%s.%s has no description", place, setting)
+            _log.warning("%s.%s has no description", path, setting)
         default = "" if field.is_required() else f"`{field.get_default()!r}`"
         rows.append(f"| `{setting}` | {_cell(field.description or '')} | {default} |")
     return "\n".join(rows)
@@ -122,7 +67,7 @@ def on_config(config: Any) -> None:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by MkDocs with every page: puts the tables where they are asked for."""
+    """Called by MkDocs with every page: replaces the comments by tables."""
 
     def put(asked: re.Match[str]) -> str:
         kind, name = asked.groups()

@@ -117,10 +117,10 @@ def test_the_tables_have_every_setting(flags: Any) -> None:
     for setting in PretrainConfig.model_fields:
         assert setting == "tokens" or f"--{setting.replace('_', '-')}" in named, setting
     (chosen,) = (flag for flag in flags("pretrain") if "--objective" in flag.names)
-    assert (chosen.value, chosen.default) == ("autoregressive,bert", "autoregressive")
+    assert (chosen.choices, chosen.default) == (("autoregressive", "bert"), "autoregressive")
     (several,) = (flag for flag in flags("probe") if "--strengths" in flag.names)
-    assert several.value == "FLOAT ..."
-    assert all(flag.words for command in COMMANDS for flag in flags(command))
+    assert (several.kind, several.nargs) == ("FLOAT", "*")
+    assert all(flag.help for command in COMMANDS for flag in flags(command))
 
 
 def test_pages_and_links_are_there() -> None:

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,8 @@ import pytest
 from PIL import Image
 
 from igpt.cli import COMMANDS
-from igpt.cli.run import given, parse, require_writable, run_command
+from igpt.cli.parser import Options, parse, settings_class
+from igpt.cli.run import Command, require_writable, run_command
 from igpt.config import Config, read_settings
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
@@ -36,8 +36,16 @@ def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
     ("words", "said"),
     [
         (["prepair"], "no command 'prepair'; did you mean 'prepare'?"),
-        (["prepare", "digits", "--sise", "8", "-o", "x"], "Perhaps you meant: --size"),
+        (
+            ["prepare", "digits", "--sise", "8", "-o", "x"],
+            "unknown flag --sise; did you mean --size?",
+        ),
         (["prepare", "digits"], "--out"),
+        (["evaluate", "m", "n"], "this command is now: igpt score MODEL NAME --published"),
+        (["score", "m", "n", "--published", "--maps", "x.png"], "cannot be combined with --maps"),
+        (["score", "m", "n", "--published", "--split", "x"], "cannot be combined with --split"),
+        (["pretrain", "t", "-o", "x", "--steps", "1.5"], "'1.5' is not a whole number"),
+        (["plan", "tiny", "extra"], "unexpected argument 'extra'"),
         (["prepare", "digits", "-o", "x", "--size", "many"], "--size"),
         (
             ["prepare", "digits", "-o", "x", "--size", "1"],
@@ -314,8 +322,7 @@ def test_completing_by_a_mask_keeps_its_dark_pixels(
 
 
 def settings_of(command: str) -> type[Config] | None:
-    module, _, name = COMMANDS[command][1].partition(":")
-    return getattr(import_module(module), name) if name else None
+    return settings_class(COMMANDS[command].load())
 
 
 def switches() -> list[tuple[str, str]]:
@@ -357,7 +364,6 @@ def test_a_flag_overrides_a_preset_and_a_file_both_ways(
     command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    function, place = COMMANDS[command]
     settings = settings_of(command)
     assert settings is not None
     required = {
@@ -373,8 +379,9 @@ def test_a_flag_overrides_a_preset_and_a_file_both_ways(
         )
         before = default if below is None else below
         for words, expected in (([], before), ([f"--{flag}"], True), ([f"--no-{flag}"], False)):
-            call = parse(function, place, f"igpt {command}", [*WORDS[command], *words])
-            flags = given(call.keywords["flags"])  # type: ignore[attr-defined]
+            parsed = parse(COMMANDS[command].load(), f"igpt {command}", [*WORDS[command], *words])
+            assert parsed
+            _, flags = parsed
             for underneath in (layer, read_settings(tmp_path / "my.yaml") if layer else {}):
                 made = settings.layered(required, underneath, flags)
                 assert getattr(made, name) is expected, (below, words)
@@ -461,7 +468,6 @@ FILES = {
     "classify": ["classify", "m", "a.png"],
     "probe": ["probe", "m", "t"],
     "score": ["score", "m", "s"],
-    "evaluate": ["evaluate", "m", "n"],
     "features": ["features", "m", "s"],
     "sample": ["sample", "m"],
     "complete": ["complete", "m", "a.png"],
@@ -469,9 +475,7 @@ FILES = {
 
 
 def test_every_output_is_in_the_tables() -> None:
-    with_out = {
-        name for name, (function, _) in COMMANDS.items() if "out" in function.__annotations__
-    }
+    with_out = {name for name, command in COMMANDS.items() if "out" in command.load().model_fields}
     assert with_out == {*FOLDERS, *FILES}
 
 
@@ -602,13 +606,20 @@ def test_names_have_the_usual_length_where_the_file_system_states_none(
         require_writable(tmp_path / ("x" * 216))
 
 
+class Fail(Options):
+    """Run out of memory."""
+
+    settings = "igpt.config"
+    example = "igpt fail"
+
+    def execute(self, given: dict[str, object]) -> None:
+        raise MemoryError
+
+
 def test_too_little_memory_is_said_without_flags_that_the_command_may_not_have(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail() -> None:
-        raise MemoryError
-
-    assert run_command({"fail": (fail, "igpt.config")}, ["fail"]) == 2
+    assert run_command({"fail": Command(f"{__name__}:Fail", "")}, ["fail"]) == 2
     assert (
         capsys.readouterr().err
         == "igpt fail: out of memory; try fewer or smaller images at a time\n"

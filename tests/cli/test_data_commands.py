@@ -21,7 +21,7 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     palette = Palette.load(tmp_path / "p.npy")
     assert report["fingerprint"] == palette.fingerprint
     assert (
-        f"16 colours (mean squared error {report['mse']:.1f} a channel, {report['psnr_db']:.1f} dB PSNR)"
+        f"16 colours (mean squared error {report['mse']:.1f} per channel, {report['psnr_db']:.1f} dB PSNR)"
         in done.stdout
     )
     assert report["psnr_db"] == pytest.approx(10 * np.log10(255**2 / report["mse"]))
@@ -44,7 +44,7 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     assert data.palette.fingerprint == palette.fingerprint
     assert done.stdout == (
         f"{tmp_path}/t: {len(data['train'])} train, 5 validation, 5 test; 8 px, 2 classes, 16 colours "
-        f"(mean squared error {report['mse']:.1f} a channel, {report['psnr_db']:.1f} dB PSNR)\n"
+        f"(mean squared error {report['mse']:.1f} per channel, {report['psnr_db']:.1f} dB PSNR)\n"
     )
 
 
@@ -75,7 +75,7 @@ def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
     for words, message in (
         (
             ("palette", photographs, "-o", tmp_path / "p.png"),
-            "a palette is written as .npy, not as p.png",
+            "a palette is written to a .npy file, not to p.png",
         ),
         (("palette", tmp_path / "nowhere", "-o", tmp_path / "p.npy"), "no folder or file"),
         (

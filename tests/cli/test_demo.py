@@ -24,7 +24,7 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("_COMPLETIONS", 2),
         ("_SAMPLES", 4),
     ):
-        monkeypatch.setattr(import_module("igpt.cli.demo"), name, number)
+        monkeypatch.setattr(import_module("igpt.cli.pipeline"), name, number)
 
 
 def test_the_story_of_digits(igpt, tmp_path: Path) -> None:

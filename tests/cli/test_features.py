@@ -174,7 +174,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     for words, message in (
         (
             (run, digits.path, "-o", tmp_path / "f.npz"),
-            "name a layer (--layer 0 to 2); a run that igpt probe has judged",
+            "name a layer (--layer 0 to 2), or run igpt probe first",
         ),
         (
             (run, digits.path, "--layer", 3, "-o", tmp_path / "f.npz"),

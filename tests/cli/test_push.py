@@ -99,7 +99,7 @@ def test_the_card_goes_up_as_it_was_edited(hub: Hub, run: Path, push: Push) -> N
     card.write_text(card.read_text() + "\nDrawn by hand.\n")
     done = push(run, "someone/other")
     assert done.returncode == 0, done.stderr
-    again = f"igpt card {run} someone/other writes it anew, to be pushed again"
+    again = f"igpt card {run} someone/other writes a new one, to be pushed again"
     assert done.stdout.splitlines() == [
         f"{card} does not name someone/other; {again}",
         f"{hub.address}/someone/other",

@@ -110,7 +110,7 @@ def test_images_as_they_lie(igpt: Run, run: Path, model: ImageGPT, photographs: 
     error = result["palette_error"]
     assert error["mse"] > 100, "seventeen greys"
     assert (
-        f"the palette's mean squared error on these images is {error['mse']:.1f} a channel"
+        f"the palette's mean squared error on these images is {error['mse']:.1f} per channel"
         in done.stdout
     )
     with (run / "here" / "s.csv").open(newline="") as file:
@@ -173,7 +173,7 @@ def test_two_sources_are_told_apart(
     assert others["nats_per_pixel"] == pytest.approx(np.mean(theirs), abs=1e-5)
     assert others["standard_error"] == pytest.approx(np.std(theirs, ddof=1) / 48**0.5, abs=1e-5)
     low, high = told["interval_95"]
-    assert f"AUROC {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})" in done.stdout
+    assert f"nats/pixel: {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})" in done.stdout
     assert done.stdout.count("palette") == 2, "beside each of the two likelihoods"
     # The split is that of the first source; the second has none of the name.
     done = igpt("score", run, digits.path, "--split", "validation", "--against", photographs)

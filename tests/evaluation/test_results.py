@@ -389,7 +389,7 @@ def test_two_probes_at_once_are_refused(
 
 @pytest.mark.parametrize(
     ("command", "out"),
-    [("score", "s.csv"), ("features", "f.npz"), ("evaluate", "e.json"), ("score", "s.jsonl")],
+    [("score", "s.csv"), ("features", "f.npz"), ("published", "e.json"), ("score", "s.jsonl")],
 )
 def test_two_commands_that_write_the_same_files_are_refused(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, command: str, out: str
@@ -404,8 +404,9 @@ def test_two_commands_that_write_the_same_files_are_refused(
     ) as first:
         assert first.stdout is not None
         first.stdout.readline()
-        more = ("--layer", 1) if command == "features" else ()
-        done = igpt(command, short_run, digits.path, "-o", tmp_path / out, *more)
+        more = {"features": ("--layer", 1), "published": ("--published",)}.get(command, ())
+        verb = "score" if command == "published" else command
+        done = igpt(verb, short_run, digits.path, "-o", tmp_path / out, *more)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
         assert f"is being written by process {first.pid} on " in done.stderr
         first.communicate(b"\n")

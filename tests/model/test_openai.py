@@ -570,7 +570,7 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
     done = igpt("import", "model.ckpt-1000000", "--clusters", "kmeans_centers.npy", "-o", "igpt-s")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "igpt-s: 76.6 M parameters\n"
-    done = igpt("evaluate", "igpt-s", "imagenet")
+    done = igpt("score", "igpt-s", "imagenet", "--published")
     assert done.returncode == 0, done.stderr
     assert "6.2383 nats/pixel, 9.0000 bits/pixel, over 1 test images of imagenet" in done.stdout
     said = (

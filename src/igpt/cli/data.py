@@ -1,4 +1,4 @@
-"""The commands that make and look at data: palette, prepare, inspect."""
+"""The commands on data: palette, prepare, inspect."""
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,9 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tyro.conf import Positional
+from pydantic import Field
 
-from igpt.cli.run import MaybeOut, OutFolder, file_settings, given
+from igpt.cli.parser import Options, argument
+from igpt.cli.run import file_settings
 from igpt.errors import InputError
 from igpt.progress import progress_bar
 
@@ -18,17 +19,26 @@ if TYPE_CHECKING:
 _CLASSES_SHOWN = 20
 
 
-def palette(
-    source: Positional[str], flags: Any, out: MaybeOut = None, config: Path | None = None
-) -> None:
-    """Fit a palette to images, or see how well a given one serves them.
+class PaletteOptions(Options):
+    """Fit a palette to images, or compute the error of a given one on them."""
 
-    Args:
-        source: see igpt prepare.
-        out: file to write (.npy, as OpenAI's), palette.npy here by default, with what it costs in a
-            .json and a picture in a .png beside it.
-        config: settings in YAML or JSON; flags override them.
-    """
+    settings = "igpt.data.palette_fit:PaletteConfig"
+    example = "igpt palette photos/ --size 32 -o palette.npy"
+
+    source: str = argument("images: see igpt prepare")
+    out: Path | None = Field(
+        None,
+        description="file to write (.npy, in OpenAI's format), palette.npy by default; its error is "
+        "written to a .json file and example images to a .png file of the same name",
+    )
+    config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _palette(self, given)
+
+
+def _palette(options: PaletteOptions, given: dict[str, Any]) -> None:
     from igpt.data.images.grid import save_png
     from igpt.data.left_out import BAD
     from igpt.data.palette_fit import PaletteConfig, given_palette, palette_notes, settle_palette
@@ -36,10 +46,10 @@ def palette(
     from igpt.environment import describe
     from igpt.files import write_json
 
-    out = out or Path("palette.npy")
+    source, out = options.source, options.out or Path("palette.npy")
     if out.suffix != ".npy":
-        raise InputError(f"a palette is written as .npy, not as {out.name}")
-    settings = PaletteConfig.layered(file_settings(config), given(flags), where="the settings")
+        raise InputError(f"a palette is written to a .npy file, not to {out.name}")
+    settings = PaletteConfig.layered(file_settings(options.config), given, where="the settings")
     opened = open_source(source, settings)
     train, left_out, allowance = (
         opened.splits["train"],
@@ -66,11 +76,8 @@ def palette(
     write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
     if picture:
         save_png(picture, out.with_suffix(".png"))
-    shown = (
-        f"; {out.with_suffix('.png')} shows originals above what it makes of them"
-        if picture
-        else ""
-    )
+    example = out.with_suffix(".png")
+    shown = f"; {example} shows images above their quantised versions" if picture else ""
     print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
     print_left_out(left_out, warnings, out.with_suffix(".json"))
 
@@ -78,7 +85,7 @@ def palette(
 def print_left_out(
     left_out: "LeftOut", warnings: Sequence[str], where: Path, *, what: str = "left out"
 ) -> None:
-    """Print what was left out of a source, in one line, and each warning in one."""
+    """Print the files that were left out of a source in one line, and each warning in one line."""
     if left_out:
         print(f"{what}: {left_out.text()}{left_out.advice()}; {where} lists it")
     for warning in warnings:
@@ -90,29 +97,35 @@ def _fidelity(quality: Mapping[str, Any]) -> str:
         return "tokens as they were given"
     if quality["psnr_db"] is None:
         return "exact"
-    return f"mean squared error {quality['mse']:.1f} a channel, {quality['psnr_db']:.1f} dB PSNR"
+    return f"mean squared error {quality['mse']:.1f} per channel, {quality['psnr_db']:.1f} dB PSNR"
 
 
-def prepare(
-    out: OutFolder,
-    flags: Any,
-    source: Positional[str] = "",
-    config: Path | None = None,
-    workers: int | None = None,
-    shard: str | None = None,
-    merge: bool = False,
-) -> None:
-    """Turn images into a token data set: palette, tokens, splits.
+class Prepare(Options):
+    """Convert images to a token data set: palette, tokens, splits."""
 
-    Args:
-        source: "digits" (bundled), a folder or file of images, Parquet, Arrow or WebDataset tars,
-            CIFAR's, STL-10's or OpenAI's own files, or a Hub id (id:config).
-        out: folder to make.
-        config: settings in YAML or JSON; flags override them.
-        workers: processes; all cores by default.
-        shard: i/n makes the i-th of n parts only, OUT.i-of-n, for n machines.
-        merge: check the parts of OUT and join them.
-    """
+    settings = "igpt.data.prepare:PrepareConfig"
+    example = "igpt prepare photos/ --size 32 -o tokens/photos"
+    out_is_folder = True
+
+    source: str = argument(
+        "'digits' (bundled), a folder or file of images, Parquet, Arrow or WebDataset tars, the "
+        "original files of CIFAR, STL-10 or OpenAI, or a Hub id (id:config)",
+        default="",
+    )
+    out: Path = Field(description="token data set to write")
+    config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
+    workers: int | None = Field(None, description="number of processes; all cores by default")
+    shard: str | None = Field(
+        None, description="i/n prepares only the i-th of n parts, OUT.i-of-n, for n machines"
+    )
+    merge: bool = Field(False, description="verify the parts of OUT and merge them")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _prepare(self, given)
+
+
+def _prepare(options: Prepare, given: dict[str, Any]) -> None:
     from igpt.data.left_out import left_out_of
     from igpt.data.merge import merge as join
     from igpt.data.prepare import (
@@ -126,18 +139,17 @@ def prepare(
     from igpt.data.prepare import prepare as run
     from igpt.files import read_json
 
-    if merge and shard:
-        raise InputError("--shard makes a part and --merge joins all; give one of them")
-    if bool(source) == merge:
-        raise InputError(
-            "name a SOURCE of images"
-            if not source
-            else "--merge takes no SOURCE: it joins OUT's parts"
-        )
-    settings = PrepareConfig.layered(file_settings(config), given(flags), where="the settings")
-    count = os.cpu_count() or 1 if workers is None else workers
+    source, out, shard = options.source, options.out, options.shard
+    if options.merge and shard:
+        raise InputError("--shard prepares one part and --merge merges all parts; give one of them")
+    if not source and not options.merge:
+        raise InputError("name a SOURCE of images")
+    if source and options.merge:
+        raise InputError("--merge takes no SOURCE: it merges the parts of OUT")
+    settings = PrepareConfig.layered(file_settings(options.config), given, where="the settings")
+    count = os.cpu_count() or 1 if options.workers is None else options.workers
     with progress_bar() as show:
-        if merge:
+        if options.merge:
             result = join(out)
         elif shard:
             part = prepare_part(
@@ -149,7 +161,7 @@ def prepare(
                 progress=partial(show, "tokenising"),
             )
             print(
-                f"{part}: shard {shard}; when all are there, igpt prepare --merge -o {out} joins them"
+                f"{part}: part {shard}; when all parts are there, merge them: igpt prepare --merge -o {out}"
             )
             plan = read_json(part / PLAN, "part of a token data set")
             records = list(
@@ -173,19 +185,30 @@ def _part(shard: str) -> tuple[int, int]:
     number, slash, count = shard.partition("/")
     if not slash or not number.isdecimal() or not count.isdecimal() or len(shard) > 20:
         raise InputError(
-            f"--shard takes i/n, such as 1/4 for the first of four, not {shard[:40]!r}"
+            f"--shard takes i/n, such as 1/4 for the first of four parts, not {shard[:40]!r}"
         )
     return int(number), int(count)
 
 
-def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
-    """Tell what is in a token data set, check all of it, and draw a sheet of its images.
+class Inspect(Options):
+    """Verify a token data set, show its contents, and write a sheet of example images."""
 
-    Args:
-        tokens: token data set.
-        out: PNG to write, with all figures in a .json beside it; by default TOKENS.png beside the
-            data set.
-    """
+    settings = "igpt.data.tokens.inspect"
+    example = "igpt inspect tokens/photos"
+
+    tokens: Path = argument("token data set")
+    out: Path | None = Field(
+        None,
+        description="PNG to write, with all figures in a .json file of the same name; TOKENS.png by "
+        "default",
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _inspect(self.tokens, self.out)
+
+
+def _inspect(tokens: Path, out: Path | None) -> None:
     from igpt.data.images.grid import require_png, save_png
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.data.tokens.inspect import inspect as run
@@ -202,21 +225,21 @@ def inspect(tokens: Positional[Path], out: MaybeOut = None) -> None:
     print(
         "\n".join(
             [
-                *_told(found),
+                *_description(found),
                 f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures",
             ]
         )
     )
 
 
-def _told(found: Mapping[str, Any]) -> Iterator[str]:
+def _description(found: Mapping[str, Any]) -> Iterator[str]:
     from igpt.data.left_out import LeftOut
     from igpt.data.prepare import PrepareConfig
 
     made, splits = found["made"], found["splits"]
     yield (
         f"{found['path']}: {found['resolution']} px, {found['colors']} colours ({found['fingerprint'][:12]}), "
-        f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all whole"
+        f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all intact"
     )
     usual = PrepareConfig().model_dump(mode="json")
     settings = [
@@ -239,7 +262,7 @@ def _told(found: Mapping[str, Any]) -> Iterator[str]:
         if len(classes) > _CLASSES_SHOWN:
             counts = list(splits["train"]["per_class"].values())
             more = len(classes) - _CLASSES_SHOWN
-            yield f"  ... and {more} more; training images of a class: {min(counts)} to {max(counts)}"
+            yield f"  ... and {more} more; training images per class: {min(counts)} to {max(counts)}"
     left_out = LeftOut.from_json(found["left_out"], found["path"])
     if left_out:
         yield f"left out: {left_out.text()}"
@@ -249,4 +272,4 @@ def _told(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _usage(share: list[float]) -> str:
     used = sum(value > 0 for value in share)
-    return f"{used} of {len(share)} colours occur in training, the commonest in {max(share):.1%} of the pixels"
+    return f"{used} of {len(share)} colours occur in training, the most frequent in {max(share):.1%} of the pixels"

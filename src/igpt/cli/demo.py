@@ -1,208 +1,33 @@
-"""All steps on one data set, small enough for two CPU cores; after an interruption, the same call continues."""
+"""The command demo."""
 
-import os
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from pydantic import Field
 
-from igpt.cli.run import load_model, passing_folder
-from igpt.data.left_out import left_out_of
-from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.sources.catalogue import DIGITS
-from igpt.data.tokens.dataset import TokenDataset
-from igpt.errors import InputError
-from igpt.evaluation.probe import ProbeConfig, probe, write_probe
-from igpt.evaluation.results import PROBE, PROBE_VERSION, best_row
-from igpt.files import resolved, write_json
-from igpt.locks import exclusive, exclusive_folder
-from igpt.model.images import tokens_of_split
-from igpt.model.precision import Precision, resolve_precision
-from igpt.model.transformer import ImageGPT
-from igpt.progress import progress_bar
-from igpt.report.page import write_report
-from igpt.report.record import baselines, best_validation, read_metrics, read_run
-from igpt.sampling.grids import save_completions, save_samples
-from igpt.sampling.sampler import SamplingSettings
-from igpt.training.presets import preset
-from igpt.training.pretrain import PretrainConfig, pretrain
-
-_DIGITS = PrepareConfig(size=8)
-_PHOTOS = PrepareConfig(size=16, colors=128)
-_PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
-_COMPLETED, _COMPLETIONS, _SAMPLES = 8, 6, 32
-_SAMPLING: SamplingSettings = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
-_PICTURES = ("completions.png", "completions.json", "samples.png", "samples.json")
+from igpt.cli.parser import Options
 
 
-def tell(source: str, run: Path, steps: int | None = None) -> None:
-    """Prepare, pretrain, probe, complete, sample and report; print a table of the results.
+class Demo(Options):
+    """Run the whole pipeline on one data set: palette, tokens, pretraining, probe, samples, report."""
 
-    Args:
-        source: see `open_source`.
-        steps: updates of pretraining, if not the preset's.
-        run: run directory; the steps whose results it holds already are not repeated.
+    settings = "igpt.cli.pipeline"
+    example = "igpt demo --data photos/"
+    out_is_folder = True
 
-    Raises:
-        InputError: the source is unusable, `run` is of another source or was trained otherwise, or
-            another process works in it.
-    """
-    with exclusive_folder(run):
-        _tell(source, run, steps)
-
-
-def _tell(source: str, run: Path, steps: int | None) -> None:
-    console = Console(highlight=False, emoji=False)
-    digits = source == DIGITS
-    recipe = {
-        **preset("digits" if digits else "photos"),
-        **({} if steps is None else {"steps": steps}),
-    }
-    config = PretrainConfig.layered({"tokens": run / "tokens", **recipe}, where="the demo")
-    recorded = run / "config.yaml"
-    if (run / "tokens").exists() and recorded.exists():
-        _require_source(TokenDataset(run / "tokens"), source)
-        _require_same(config, recorded, recipe)
-    data = _tokens(source, run / "tokens", _DIGITS if digits else _PHOTOS, console)
-    console.print(f"[bold]2. Pretrain[/] on {len(data['train'])} images, without their labels")
-    if not _finished(run):
-        given = {"tokens": data.path} | ({} if steps is None else {"steps": steps})
-        pretrain(config, run, given=given, resume=recorded.exists())
-    model = load_model(run / "model")
-    console.print("[bold]3. Probe[/] every layer, raw pixels and an untrained model")
-    if not (run / "probe.json").exists():
-        precision = resolve_precision(PretrainConfig.load(recorded).precision, model.device)
-        _probe(model, data, run, precision)
-    console.print("[bold]4. Complete and sample[/]")
-    if not all((run / name).exists() for name in _PICTURES):
-        with progress_bar() as show:
-            originals = tokens_of_split(data["test"], min(_COMPLETED, len(data["test"])))
-            half = data.resolution // 2
-            save_completions(
-                model,
-                originals,
-                run / "completions.png",
-                half,
-                _COMPLETIONS,
-                _SAMPLING,
-                partial(show, "completing"),
-            )
-            save_samples(model, run / "samples.png", _SAMPLES, _SAMPLING, partial(show, "sampling"))
-    page = write_report(run)
-    console.print(_table(run))
-    console.print(Text(f"The report, with pictures: {page}"), soft_wrap=True)
-
-
-def _require_source(data: TokenDataset, source: str) -> None:
-    """Refuse a run of another source.
-
-    Raises:
-        InputError: both are named.
-    """
-    known = data.manifest["source"]
-    if known != source and resolved(Path(known)) != resolved(Path(source)):
-        raise InputError(
-            f"{data.path.parent} is a run of {known}, not of {source}; choose another -o"
-        )
-
-
-def _require_same(config: PretrainConfig, recorded: Path, recipe: dict[str, object]) -> None:
-    """Refuse a run that was trained with other settings than those asked for.
-
-    Raises:
-        InputError: the first of these settings is named with both values.
-    """
-    known = PretrainConfig.load(recorded)
-    for name in recipe:
-        asked, found = getattr(config, name), getattr(known, name)
-        if asked not in (found, "auto") and name not in config.changeable:
-            remedy = (
-                f"give --steps {found}, or choose another -o"
-                if name == "steps"
-                else "choose another -o"
-            )
-            raise InputError(
-                f"{recorded.parent} was trained with {name} = {found}, not {asked}; {remedy}"
-            )
-
-
-def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) -> TokenDataset:
-    console.print(Text.assemble(("1. Palette and tokens", "bold"), f" of {source}"), soft_wrap=True)
-    if not path.exists():
-        with progress_bar() as show:
-            prepare(
-                source,
-                path,
-                config,
-                workers=os.cpu_count() or 1,
-                progress=partial(show, "tokenising"),
-            )
-    data = TokenDataset(path)
-    _require_source(data, source)
-    left_out = left_out_of(data.manifest["made"], str(path))
-    if left_out:
-        console.print(
-            f"   left out: {left_out.text()}{left_out.advice()}", markup=False, soft_wrap=True
-        )
-    console.print(
-        f"   {data.resolution} px, {len(data.palette)} colours, {data.resolution**2} pixels an image"
+    data: str = Field("digits", description="'digits' (bundled), or any source of igpt prepare")
+    out: Path | None = Field(
+        None,
+        description="run directory, runs/demo or runs/demo-NAME by default; results that it already "
+        "holds are kept",
     )
-    return data
+    steps: int | None = Field(
+        None, description="steps of pretraining; a small number gives a quick look"
+    )
 
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.cli.pipeline import run_pipeline
 
-def _finished(run: Path) -> bool:
-    metrics = run / "metrics.jsonl"
-    return metrics.exists() and any(line["kind"] == "end" for line in read_metrics(metrics)[0])
-
-
-def _probe(model: ImageGPT, data: TokenDataset, run: Path, precision: Precision) -> None:
-    """Write the run's probe.json; without labels, it says why there is no probe."""
-    config, path = ProbeConfig(limit=_PROBE_IMAGES, precision=precision), run / "probe.json"
-    about = {"model": str(run / "model")}
-    with exclusive(path):
-        try:
-            with progress_bar() as show, passing_folder(path) as features:
-                result, readout = probe(model, data, config, features, progress=show)
-        except InputError as error:
-            write_json(
-                path, {**about, "format": PROBE, "version": PROBE_VERSION, "skipped": str(error)}
-            )
-        else:
-            write_probe(path, {**about, **result}, readout)
-
-
-def _table(run: Path) -> Table:
-    record = read_run(run)
-    best, known = best_validation(record.metrics), baselines(record.metrics)
-    table = Table(title="Results", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
-    loss = "none" if best is None else f"{best[1]:.3f}"
-    table.add_row("validation loss, nats/pixel: pretrained model", loss, style="bold")
-    for name, words in (
-        ("unigram", "colour frequencies alone (unigram)"),
-        ("uniform", "any colour alike (uniform)"),
-    ):
-        if name in known:
-            table.add_row(f"  {words}", f"{known[name]:.3f}")
-    result = record.probe or {"skipped": "there is no probe.json"}
-    if "skipped" in result:
-        table.add_row(Text(f"no probe: {result['skipped']}"), "")
-        return table
-    table.add_section()
-    chosen = best_row(result)
-    table.add_row(f"probe accuracy on {result['images']['test']} test images", "")
-    for row in result["layers"]:
-        label = f"  layer {row['layer']}{' (chosen on validation)' if row is chosen else ''}"
-        table.add_row(label, f"{row['test_accuracy']:.1%}", style="bold" if row is chosen else "")
-    compared = result.get("baselines") or {}
-    if compared.get("untrained"):
-        untrained = best_row(compared["untrained"])
-        table.add_row(
-            f"  untrained model, layer {untrained['layer']}", f"{untrained['test_accuracy']:.1%}"
-        )
-    if compared.get("raw_pixels"):
-        table.add_row("  raw pixels", f"{compared['raw_pixels']['test_accuracy']:.1%}")
-    return table
+        name = "demo" if self.data == "digits" else f"demo-{Path(self.data).resolve().name}"
+        run_pipeline(self.data, self.out or Path("runs", name), self.steps)

@@ -1,17 +1,15 @@
-"""The commands that judge and use models: probe, score, evaluate, features."""
+"""The commands that evaluate models: probe, score, features, classify."""
 
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from tyro.conf import Positional
+from pydantic import Field
 
+from igpt.cli.parser import Options, argument
 from igpt.cli.run import (
-    MaybeOut,
-    Out,
     file_settings,
-    given,
     load_model,
     model_and_run,
     passing_folder,
@@ -26,90 +24,126 @@ if TYPE_CHECKING:
     from igpt.model.transformer import ImageGPT
 
 
-def probe(
-    model: Positional[Path],
-    tokens: Positional[Path],
-    flags: Any,
-    out: MaybeOut = None,
-    config: Path | None = None,
-    features: Path | None = None,
-) -> None:
-    """Fit a linear classifier to every layer's features.
+class Probe(Options):
+    """Fit a linear classifier to the features of every layer."""
 
-    Args:
-        model: run or model directory.
-        tokens: token data set with labels.
-        out: JSON to write, with the classifier in a .safetensors beside it; by default probe.json
-            in the run, or here for a model without one.
-        config: settings in YAML or JSON; flags override them.
-        features: folder to keep the features in; those that it holds already are not made again.
-    """
+    settings = "igpt.evaluation.probe:ProbeConfig"
+    example = "igpt probe runs/photos tokens/cifar10"
+
+    model: Path = argument("run or model directory")
+    tokens: Path = argument("token data set with labels")
+    out: Path | None = Field(
+        None,
+        description="JSON to write, with the classifier in a .safetensors file of the same name; by "
+        "default probe.json in the run, or in the current folder for a model without a run",
+    )
+    config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
+    features: Path | None = Field(
+        None, description="folder to keep features in; those that it already holds are reused"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _probe(self, given)
+
+
+def _probe(options: Probe, given: dict[str, Any]) -> None:
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.probe import ProbeConfig, write_probe
     from igpt.evaluation.probe import probe as run
     from igpt.evaluation.probe_classifier import require_replaceable
     from igpt.evaluation.results import PROBE, best_row
 
-    path, home = model_and_run(model)
-    settings = ProbeConfig.layered(file_settings(config), given(flags), where="the settings")
-    target = out or home / "probe.json"
+    path, home = model_and_run(options.model)
+    settings = ProbeConfig.layered(file_settings(options.config), given, where="the settings")
+    target = options.out or home / "probe.json"
     if target.suffix != ".json":
-        raise InputError(f"a probe is written as .json, not as {target.name}")
+        raise InputError(f"results of a probe are written to a .json file, not to {target.name}")
     require_writable(target, PROBE)
     require_writable(target.with_suffix(".safetensors"))
     require_replaceable(target.with_suffix(".safetensors"))
     with exclusive(target):
-        loaded, data = load_model(path), TokenDataset(tokens)
+        loaded, data = load_model(path), TokenDataset(options.tokens)
         with progress_bar() as show, passing_folder(target) as passing:
-            result, readout = run(loaded, data, settings, features or passing, progress=show)
+            result, readout = run(
+                loaded, data, settings, options.features or passing, progress=show
+            )
         write_probe(target, {"model": str(path), **result}, readout)
     best, images = best_row(result), result["images"]["test"]
     for row in result["layers"]:
-        mark = " <- best on validation" if row is best else ""
-        print(f"layer {row['layer']:3d}  {_accuracies(row)}{mark}")
+        mark = "  <- best validation accuracy" if row is best else ""
+        print(f"layer {row['layer']:3d}: {_accuracies(row)}{mark}")
     if "concatenated" in result:
         together = result["concatenated"]
-        print(f"layers {' '.join(map(str, together['layers']))}  {_accuracies(together)}")
+        print(f"layers {' '.join(map(str, together['layers']))}: {_accuracies(together)}")
     for few in result.get("few_labels", ()):
         print(
-            f"layer {few['layer']:3d}  {few['per_class']} labels a class: test {few['mean']:.4f} "
-            f"+- {few['standard_deviation']:.4f} (standard deviation of {len(few['test_accuracies'])} draws)"
+            f"layer {few['layer']:3d}: {few['per_class']} labels per class: test accuracy "
+            f"{few['mean']:.1%} +- {few['standard_deviation']:.1%} "
+            f"(standard deviation over {len(few['test_accuracies'])} subsets)"
         )
     low, high = best["test_interval_95"]
     print(
-        f"{target}: layer {best['layer']} reads {best['test_accuracy']:.4f} of {images} test images "
-        f"(95 % interval {low:.4f} to {high:.4f})"
+        f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on {images} "
+        f"images (95 % interval {low:.1%} to {high:.1%})"
     )
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:
     state = "" if row["converged"] else " (not converged)"
-    return f"validation {row['validation_accuracy']:.4f}  test {row['test_accuracy']:.4f}{state}"
+    return (
+        f"validation accuracy {row['validation_accuracy']:.1%}, "
+        f"test accuracy {row['test_accuracy']:.1%}{state}"
+    )
 
 
-def score(
-    model: Positional[Path],
-    source: Positional[str],
-    flags: Any,
-    out: MaybeOut = None,
-    maps: Path | None = None,
-    count: int | None = None,
-    against: str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Measure how likely images are under a model, in nats/pixel.
+class Score(Options):
+    """Compute the likelihood of images under a model, in nats/pixel."""
 
-    Args:
-        model: run or model directory of an autoregressive model.
-        source: token data set, or any source of images that igpt prepare takes.
-        out: .csv or .jsonl to write, a line an image, with the summary in a .json beside it;
-            without it, the summary is score.json in the run, or here for a model without one.
-        maps: PNG to write: images above the losses of their pixels.
-        count: how many images it shows, evenly over all; by default 8, or as many as there are.
-        against: a second source, of which the test images are taken, or all where there are none:
-            how well are they told by their higher nats/pixel?
-        precision: of the products; bf16 is faster where the processor has it.
-    """
+    settings = "igpt.data.image_set:ImageSetConfig"
+    example = "igpt score runs/photos tokens/cifar10 --maps losses.png"
+
+    model: Path = argument("run or model directory of an autoregressive model")
+    source: str = argument(
+        "token data set, or any source of images of igpt prepare; with --published, the path of "
+        "OpenAI's arrays: downloads/imagenet for downloads/imagenet_teX.npy, with "
+        "kmeans_centers.npy in the same folder"
+    )
+    out: Path | None = Field(
+        None,
+        description=".csv or .jsonl to write, one line per image, with the summary in a .json file "
+        "of the same name; by default only the summary is written, to score.json in the run, or in "
+        "the current folder for a model without a run",
+    )
+    maps: Path | None = Field(
+        None, description="PNG to write: images above the losses of their pixels"
+    )
+    count: int | None = Field(
+        None, description="number of images in --maps, spread evenly; at most 8 by default"
+    )
+    against: str | None = Field(
+        None,
+        description="a second source (its test images, or all if it has none): also compute the "
+        "AUROC of separating the two sets by nats/pixel",
+    )
+    published: bool = Field(
+        False,
+        description="compare the loss on OpenAI's test arrays with the published one; -o is then a "
+        "JSON file, published.json by default",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of matrix products; bf16 is faster if the processor supports it"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        if self.published:
+            _compare_published(self, given)
+        else:
+            _score(self, given)
+
+
+def _score(options: Score, given: dict[str, Any]) -> None:
     from igpt.data.image_set import ImageSetConfig
     from igpt.evaluation.likelihood import (
         losses_of,
@@ -124,8 +158,10 @@ def score(
     from igpt.files import sha256_of, write_json
     from igpt.model.images import spread_evenly
 
-    settings = ImageSetConfig.layered(given(flags), where="the settings")
-    path, home = model_and_run(model)
+    out, maps, count, against = options.out, options.maps, options.count, options.against
+    source, precision = options.source, options.precision
+    settings = ImageSetConfig.layered(given, where="the settings")
+    path, home = model_and_run(options.model)
     target = out.with_suffix(".json") if out else home / "score.json"
     if out:
         require_table(out)
@@ -164,8 +200,12 @@ def score(
                 theirs = run(
                     loaded, others.tokens, precision=precision, progress=partial(show, "scoring")
                 )
-                told = told_apart(losses, theirs)
-                result["against"] = {**others.to_json(), **summary(theirs), "told_apart": told}
+                separation = told_apart(losses, theirs)
+                result["against"] = {
+                    **others.to_json(),
+                    **summary(theirs),
+                    "told_apart": separation,
+                }
         if maps:
             tokens = images.tokens.rows(shown)
             draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)
@@ -177,37 +217,21 @@ def score(
     print(_likelihood(result))
     if against:
         print(_likelihood(result["against"]))
-        low, high = told["interval_95"]
+        low, high = separation["interval_95"]
         print(
-            f"told apart by the higher nats/pixel: AUROC {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})"
+            f"AUROC of separating the two sets by nats/pixel: {separation['auroc']:.4f} "
+            f"(95 % interval {low:.4f} to {high:.4f})"
         )
-        _tell_skipped(others, target)
-    _tell_skipped(images, target)
+        _print_left_out(others, target)
+    _print_left_out(images, target)
     print(
-        f"{target}: the summary{f'; {out}: every image' if out else ''}{f'; {maps}: losses by pixel' if maps else ''}"
+        f"{target}: summary{f'; {out}: every image' if out else ''}"
+        f"{f'; {maps}: losses of the pixels' if maps else ''}"
     )
 
 
-def evaluate(
-    model: Positional[Path],
-    name: Positional[str],
-    out: MaybeOut = None,
-    limit: int | None = None,
-    seed: int = 0,
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Repeat a published figure: nats/pixel on the test images of OpenAI's released arrays.
-
-    Args:
-        model: run or model directory of an autoregressive model.
-        name: what the arrays' names begin with: downloads/imagenet for downloads/imagenet_teX.npy,
-            with kmeans_centers.npy beside it.
-        out: JSON to write; by default published.json in the run, or here for a model without one.
-        limit: at most so many images, drawn by seed, for an estimate.
-        seed: of the images drawn.
-        precision: of the products; bf16 is faster where the processor has it, and rounds the fourth
-            digit.
-    """
+def _compare_published(options: Score, given: dict[str, Any]) -> None:
+    """Compute the loss on OpenAI's released test arrays and compare it with the published one."""
     from igpt.data.image_set import ImageSetConfig
     from igpt.data.sources.archives import TokenRows, open_archive
     from igpt.evaluation.likelihood import score as run
@@ -215,17 +239,20 @@ def evaluate(
     from igpt.evaluation.published import FORMAT, VERSION, compared, published_loss
     from igpt.files import write_json
 
-    asked = {"split": "test", "label_column": "none", "limit": limit, "seed": seed}
-    settings = ImageSetConfig.layered(asked, where="the settings")
-    path, home = model_and_run(model)
-    target = out or home / "published.json"
+    unused = [name for name in ("maps", "count", "against") if getattr(options, name) is not None]
+    unused += sorted(given.keys() - {"limit", "seed"})
+    if unused:
+        raise InputError(f"--published cannot be combined with --{unused[0].replace('_', '-')}")
+    name, precision = options.source, options.precision
+    fixed = {"split": "test", "label_column": "none"}
+    settings = ImageSetConfig.layered(given, fixed, where="the settings")
+    path, home = model_and_run(options.model)
+    target = options.out or home / "published.json"
     require_writable(target, FORMAT)
     with exclusive(target):
         arrays = open_archive(name, "none")
         if arrays is None or not isinstance(arrays[0].get("test"), TokenRows):
-            raise InputError(
-                f"no released arrays: {name}_teX.npy is missing; give what their names begin with"
-            )
+            raise InputError(f"OpenAI's arrays are missing: there is no {name}_teX.npy")
         loaded = load_model(path)
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         with progress_bar() as show:
@@ -242,41 +269,49 @@ def evaluate(
         }
         published = published_loss(loaded.config, name)
         if published:
-            result["published"] = compared(found, published, whole=limit is None)
+            result["published"] = compared(found, published, whole=settings.limit is None)
         write_json(target, result | _made_with(loaded, settings, precision))
     print(_likelihood(result))
-    print(_beside_published(result.get("published"), name))
-    print(f"{target}: the result")
+    print(_comparison(result.get("published"), name))
+    print(f"{target}: the comparison")
 
 
-def _beside_published(told: Mapping[str, Any] | None, name: str) -> str:
-    if told is None:
-        return f"nothing was published for a model of this shape on {Path(name).name}"
-    verdict = "agrees" if told["agrees"] else "does not agree"
+def _comparison(found: Mapping[str, Any] | None, name: str) -> str:
+    if found is None:
+        return f"no loss was published for a model of this shape on {Path(name).name}"
+    verdict = "agrees" if found["agrees"] else "does not agree"
     return (
-        f"published for {told['model']}: {told['nats_per_pixel']:.4f} nats/pixel; this one {verdict} within "
-        f"{told['within']} (difference {told['difference']:+.4f})"
+        f"published for {found['model']}: {found['nats_per_pixel']:.4f} nats/pixel; this loss {verdict} within "
+        f"{found['within']} (difference {found['difference']:+.4f})"
     )
 
 
-def features(
-    model: Positional[Path],
-    source: Positional[str],
-    out: Out,
-    flags: Any,
-    layer: int | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-) -> None:
-    """Write the features of images for other programs: one layer's activations, averaged over all places.
+class Features(Options):
+    """Write the features of images for other programs: one layer, averaged over all positions."""
 
-    Args:
-        model: run or model directory.
-        source: token data set, or any source of images that igpt prepare takes.
-        out: .npz or .parquet to write, with how it was made in a .json beside it.
-        layer: 0 is the first block's input, the last one the final norm's output; by default the
-            best-probing layer, where the run has a probe.json.
-        precision: of the products; bf16 is faster where the processor has it.
-    """
+    settings = "igpt.data.image_set:ImageSetConfig"
+    example = "igpt features runs/photos photos/ -o features.npz"
+
+    model: Path = argument("run or model directory")
+    source: str = argument("token data set, or any source of images of igpt prepare")
+    out: Path = Field(
+        description=".npz or .parquet to write; a .json file of the same name records how it was made"
+    )
+    layer: int | None = Field(
+        None,
+        description="0 is the normalised input of the first block, the last one the output of the "
+        "final norm; the best layer in the probe.json of the run by default",
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="of matrix products; bf16 is faster if the processor supports it"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _features(self, given)
+
+
+def _features(options: Features, given: dict[str, Any]) -> None:
     from igpt.data.image_set import ImageSetConfig
     from igpt.evaluation.export import (
         FORMAT,
@@ -289,12 +324,13 @@ def features(
     from igpt.evaluation.features import pooled
     from igpt.files import write_json
 
-    settings = ImageSetConfig.layered(given(flags), where="the settings")
+    source, out, layer, precision = options.source, options.out, options.layer, options.precision
+    settings = ImageSetConfig.layered(given, where="the settings")
     target = out.with_suffix(".json")
     require_features_file(out)
     require_writable(out)
     require_writable(target, FORMAT)
-    path, home = model_and_run(model)
+    path, home = model_and_run(options.model)
     with exclusive(target):
         loaded = load_model(path)
         last = loaded.config.n_layer
@@ -302,7 +338,7 @@ def features(
             layer = best_layer(home)
         if layer is None:
             raise InputError(
-                f"name a layer (--layer 0 to {last}); a run that igpt probe has judged is taken at its best"
+                f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
             )
         require_layer(layer, last)
         with progress_bar() as show:
@@ -324,7 +360,7 @@ def features(
             )
             write_features(out, images, (batch[layer] for batch in batches), made)
         write_json(target, made)
-    _tell_skipped(images, target)
+    _print_left_out(images, target)
     print(
         f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}"
     )
@@ -378,11 +414,11 @@ def _likelihood(result: Mapping[str, Any]) -> str:
     split = "" if result["split"] == "all" else f"{result['split']} "
     palette = result["palette_error"]
     if palette is None:
-        words = "what the palette costs is unknown"
+        words = "the error of the palette is unknown"
     elif palette["psnr_db"] is None:
         words = f"the palette is exact on {palette['measured_on']}"
     else:
-        error = f"{palette['mse']:.1f} a channel, {palette['psnr_db']:.1f} dB PSNR"
+        error = f"{palette['mse']:.1f} per channel, {palette['psnr_db']:.1f} dB PSNR"
         words = f"the palette's mean squared error on {palette['measured_on']} is {error}"
     return (
         f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} bits/pixel, over "
@@ -390,8 +426,85 @@ def _likelihood(result: Mapping[str, Any]) -> str:
     )
 
 
-def _tell_skipped(images: "ImageSet", target: Path) -> None:
+def _print_left_out(images: "ImageSet", target: Path) -> None:
     from igpt.cli.data import print_left_out
 
     what = f"left out when {images.source} was prepared" if images.prepared else "left out"
     print_left_out(images.left_out, images.notes, target, what=what)
+
+
+class Classify(Options):
+    """Print the most likely classes of images, with a classifier of igpt finetune."""
+
+    settings = "igpt.model.classifier"
+    example = "igpt classify runs/classes cat.jpg dog.png"
+
+    model: Path = argument("run or model directory written by igpt finetune")
+    images: tuple[Path, ...] = argument("image files", default=())
+    top: int = Field(3, description="number of classes per image")
+    masks: int = Field(
+        0,
+        description="BERT models: the most frequent class over this many masks of 15 % of the "
+        "pixels; 5 in the paper",
+    )
+    seed: int = Field(0, description="seed of the masks")
+    out: Path | None = Field(None, description="JSON to write")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _classify(self)
+
+
+def _classify(options: Classify) -> None:
+    import numpy as np
+
+    from igpt.environment import describe
+    from igpt.files import write_json
+    from igpt.model.classifier import FORMAT, VERSION, predict
+    from igpt.model.images import tokens_of_files
+
+    images, top, masks, seed, out = (
+        options.images,
+        options.top,
+        options.masks,
+        options.seed,
+        options.out,
+    )
+    if not images:
+        raise InputError("give image files to classify")
+    if top < 1:
+        raise InputError(f"--top is at least 1, not {top}")
+    if out:
+        require_writable(out, FORMAT)
+    path = model_and_run(options.model)[0]
+    loaded = load_model(path)
+    tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
+    # All images have row 0, so that the masks of an image do not depend on the other images.
+    found = predict(loaded, tokens, np.zeros(len(images), np.int64), masks=masks, seed=seed)
+    names = loaded.config.class_names or ()
+    answers = []
+    for image, (file, ranked) in enumerate(zip(images, found.ranked(), strict=True)):
+        classes = [
+            {
+                "class": names[index],
+                "probability": float(found.probabilities[image, index]),
+                "votes": int(found.votes[image, index]),
+            }
+            for index in ranked[:top].tolist()
+        ]
+        answers.append({"file": str(file), "classes": classes})
+        votes = [f" ({one['votes']} of {masks} masks)" if masks else "" for one in classes]
+        words = [
+            f"{one['class']} {one['probability']:.4f}{said}"
+            for one, said in zip(classes, votes, strict=True)
+        ]
+        print(f"{file}: {', '.join(words)}")
+    if out:
+        about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "model": str(path),
+            "masks": masks,
+            "seed": seed,
+        }
+        write_json(out, {**about, "images": answers, "environment": describe()})

@@ -1,134 +1,50 @@
-"""What the commands share: flags made from settings, checks of outputs, one-line errors, exit codes."""
+"""What all commands share: dispatch, exit codes, errors in one line, checks of outputs, models to load."""
 
 import contextlib
-import io
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import field, fields, make_dataclass
-from functools import partial, wraps
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from inspect import signature
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import tyro
+from typing import TYPE_CHECKING, Any
 
 from igpt import __version__
-from igpt.config import Config, read_settings
 from igpt.errors import InputError, Interrupted, LostRank, suggest
 from igpt.files import file_to_write, folder_to_read, read_json, require_folder_name
 from igpt.interrupts import Terminated, stop_in_order
 
 if TYPE_CHECKING:
+    from igpt.cli.parser import Options
     from igpt.model.transformer import ImageGPT
 
-_MARKERS = (tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-_FLAT = (tyro.conf.arg(name="", help_behavior_hint=""),)
-_FOLDER = "folder"  # marks outputs that are folders
-_O = tyro.conf.arg(aliases=["-o"])
-Out = Annotated[Path, _O]
-MaybeOut = Annotated[Path | None, _O]
-OutFolder = Annotated[Path, _O, _FOLDER]
-MaybeOutFolder = Annotated[Path | None, _O, _FOLDER]
-# What a command does, and "module:Class" of the settings that are its flags, or the module that it
-# begins by importing.
-Commands = Mapping[str, tuple[Callable[..., None], str]]
-_ROOM = (
-    40  # bytes that the names of temporary files, locks and parts have more than the output's own
-)
+# Temporary files, locks and parts have longer names than the output by at most this many bytes.
+_ROOM = 40
 _USUAL_LENGTH = 255  # bytes of a name on most file systems
 
 
-def flags_of(config: type[Config], besides: set[str]) -> type:
-    """Return a data class with an optional flag for every setting; None is one that was not given.
+@dataclass(frozen=True)
+class Command:
+    """A command: "module:Class" of its options (see `parser.Options`), and its line in the help."""
 
-    A setting that is true or false has two flags, --NAME and --no-NAME.
-    """
-    made = []
-    for name, setting in config.model_fields.items():
-        if name not in besides:
-            default = None if setting.is_required() else setting.get_default()
-            help_text = (
-                f"{setting.description}{'' if default is None else f' (default: {default})'}"
-            )
-            optional: Any = setting.annotation
-            kind = Annotated[optional | None, tyro.conf.arg(help=help_text, help_behavior_hint="")]
-            made.append((name, kind, field(default=None)))
-    return make_dataclass(f"{config.__name__}Flags", made, frozen=True)
+    options: str
+    summary: str
 
-
-def given(flags: Any) -> dict[str, Any]:
-    """Return the settings that were given as flags."""
-    values = {item.name: getattr(flags, item.name) for item in fields(flags)}
-    return {name: value for name, value in values.items() if value is not None}
+    def load(self) -> "type[Options]":
+        """Import the module of the command and return its options class."""
+        module, _, name = self.options.partition(":")
+        options: type[Options] = getattr(import_module(module), name)
+        return options
 
 
 def file_settings(path: Path | None) -> Mapping[str, Any]:
     """Return the settings of a file, or none."""
+    from igpt.config import read_settings
+
     return read_settings(path) if path else {}
-
-
-def parse(
-    function: Callable[..., None], settings: str, program: str, words: list[str]
-) -> Callable[[], None]:
-    """Parse the words of a command; return the call of its function, not yet made.
-
-    Args:
-        settings: see `Commands`; the fields of a class become the flags of the parameter `flags`.
-
-    Raises:
-        InputError: words that do not fit, or an output that cannot be written.
-    """
-
-    @wraps(function)
-    def later(*positional: Any, **named: Any) -> partial[None]:
-        return partial(function, *positional, **named)
-
-    module, _, name = settings.partition(":")
-    annotations = {key: _switch(kind) for key, kind in function.__annotations__.items()}
-    if name:
-        flags: Any = flags_of(getattr(import_module(module), name), besides=set(annotations))
-        annotations["flags"] = Annotated[flags, *_FLAT]
-    later.__annotations__ = annotations
-    vars(later).pop("__wrapped__")
-    parameters = signature(function).parameters.values()
-    later.__signature__ = signature(function).replace(  # type: ignore[attr-defined]
-        parameters=[
-            parameter.replace(annotation=annotations[parameter.name]) for parameter in parameters
-        ]
-    )
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            call = tyro.cli(later, prog=program, args=words, config=_MARKERS)
-    except SystemExit as stop:
-        if stop.code:
-            raise InputError(_one_line(said.getvalue(), program)) from None
-        return lambda: None  # the help is printed
-    out = signature(function).bind(*call.args, **call.keywords).arguments.get("out")
-    if out is not None:
-        is_folder = _FOLDER in getattr(function.__annotations__["out"], "__metadata__", ())
-        (require_writable_folder if is_folder else require_writable)(out)
-    import_module(module)
-    return call
-
-
-def _switch(kind: Any) -> Any:
-    """Return the type of a parameter; one that only switches something on has no second flag that switches it off."""
-    return Annotated[bool, tyro.conf.FlagCreatePairsOff] if kind is bool else kind
-
-
-def _one_line(box: str, program: str) -> str:
-    """Return the text of tyro's framed error without its frame, title and pointer to --help."""
-    inside = "\n".join(line for line in box.splitlines() if not line.startswith("╭"))
-    text = " ".join(re.sub(r"[\u2500-\u257f]", " ", inside).split())
-    text = re.sub(r"For full helptext, (run|see).*", "", text)
-    text = re.sub(r"^.*?-{10,}", "", text).strip()  # a title above a line
-    return f"{text}; see {program} --help"
 
 
 def model_and_run(path: Path) -> tuple[Path, Path]:
@@ -241,15 +157,17 @@ def load_model(path: Path) -> "ImageGPT":
     return ImageGPT.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def run_command(commands: Commands, words: list[str]) -> int:
+def run_command(
+    commands: Mapping[str, Command], words: list[str], renamed: Mapping[str, str] | None = None
+) -> int:
     """Run one of the commands; return the exit code.
 
-    A user's mistake ends in one line and exit code 2; Ctrl-C in 130, SIGTERM in 143. A traceback is
-    a bug.
+    A user error prints one line and returns 2; Ctrl-C returns 130, SIGTERM 143. A traceback is a
+    bug.
     """
     name = f"igpt {words[0]}" if words else "igpt"
     try:
-        _dispatch(commands, words)
+        _dispatch(commands, words, renamed or {})
         sys.stdout.flush()
     except InputError as error:
         return _complain(f"{name}: {error}", 2)
@@ -258,8 +176,8 @@ def run_command(commands: Commands, words: list[str]) -> int:
         sys.stdout.flush()
         os._exit(1)  # an orderly end would wait for the rank that is gone
     except Interrupted as stop:
-        by_itself = words[0] in ("demo", "reproduce")  # they go on without being told to
-        resume = [] if by_itself or "--resume" in words else ["--resume"]
+        continues = words[0] in ("demo", "reproduce")  # without a flag
+        resume = [] if continues or "--resume" in words else ["--resume"]
         again = f"continue with: {shlex.join(['igpt', *words, *resume])}"
         if "WORLD_SIZE" in os.environ:  # the launcher's words are not known here
             again = f"continue with the same command{' and --resume' if resume else ''}"
@@ -282,32 +200,45 @@ def run_command(commands: Commands, words: list[str]) -> int:
     return 0
 
 
-def _dispatch(commands: Commands, words: list[str]) -> None:
+def _dispatch(
+    commands: Mapping[str, Command], words: list[str], renamed: Mapping[str, str]
+) -> None:
     if not words or words[0] in ("-h", "--help"):
         print(_overview(commands))
     elif words[0] == "--version":
         print(__version__)
+    elif words[0] in renamed:
+        raise InputError(f"this command is now: {renamed[words[0]]}")
     elif words[0] in commands:
-        function, settings = commands[words[0]]
-        call = parse(function, settings, f"igpt {words[0]}", words[1:])
-        stop_in_order()
-        call()
+        _run(commands[words[0]].load(), f"igpt {words[0]}", words[1:])
     else:
         raise InputError(f"no command {words[0]!r}; {suggest(words[0], commands)}")
 
 
-def _overview(commands: Commands) -> str:
+def _run(options: "type[Options]", program: str, words: list[str]) -> None:
+    from igpt.cli.parser import parse
+
+    parsed = parse(options, program, words)
+    if parsed is None:
+        return
+    chosen, given = parsed
+    out = getattr(chosen, "out", None)
+    if out is not None:
+        (require_writable_folder if options.out_is_folder else require_writable)(out)
+    import_module(options.settings.partition(":")[0])
+    stop_in_order()
+    chosen.execute(given)
+
+
+def _overview(commands: Mapping[str, Command]) -> str:
     lines = [
         f"igpt {__version__}: Generative Pretraining from Pixels",
         "",
         "usage: igpt COMMAND ...",
         "",
     ]
-    lines += [
-        f"  {name:10} {(function.__doc__ or '').splitlines()[0]}"
-        for name, (function, _) in commands.items()
-    ]
-    return "\n".join([*lines, "", "igpt COMMAND --help says more."])
+    lines += [f"  {name:10} {command.summary}" for name, command in commands.items()]
+    return "\n".join([*lines, "", "igpt COMMAND --help shows the flags of a command."])
 
 
 def _complain(message: str, code: int) -> int:

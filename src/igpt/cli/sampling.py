@@ -1,12 +1,13 @@
-"""The commands that draw: sample, complete, app."""
+"""The commands that generate images: sample, complete, app."""
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from tyro.conf import Positional
+from pydantic import Field
 
-from igpt.cli.run import MaybeOut, load_model, model_and_run, require_writable
+from igpt.cli.parser import Options, argument
+from igpt.cli.run import load_model, model_and_run, require_writable
 from igpt.errors import InputError
 from igpt.progress import progress_bar
 
@@ -14,104 +15,140 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def sample(
-    model: Positional[Path],
-    out: MaybeOut = None,
-    count: int = 16,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-) -> None:
-    """Draw images from a model.
+class Sample(Options):
+    """Generate images."""
 
-    Args:
-        model: run or model directory.
-        out: PNG to write; by default samples.png in the run, or here for a model without one.
-        count: images.
-        temperature: 1 is the model's own distribution, as in the paper; 0 takes the likeliest
-            colours.
-        top_k: only the k likeliest colours of every pixel.
-        top_p: only the likeliest colours that together reach this probability.
-        seed: the same seed gives the same images.
-        precision: of the products; auto takes bf16 where the processor has it.
-    """
+    settings = "igpt.sampling.grids"
+    example = "igpt sample runs/photos --count 16"
+
+    model: Path = argument("run or model directory")
+    out: Path | None = Field(
+        None,
+        description="PNG to write; by default samples.png in the run, or in the current folder for a "
+        "model without a run",
+    )
+    count: int = Field(16, description="number of images")
+    temperature: float = Field(
+        1.0,
+        description="1 samples from the model's distribution, 0 selects the most likely colours",
+    )
+    top_k: int | None = Field(None, description="only the k most likely colours of every pixel")
+    top_p: float | None = Field(
+        None, description="only the most likely colours whose probabilities add up to this value"
+    )
+    seed: int = Field(0, description="the same seed gives the same images")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of matrix products; auto selects bf16 if the processor supports it"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _sample(self)
+
+
+def _sample(options: Sample) -> None:
     from igpt.sampling.grids import require_target, save_samples
     from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
-    path, home = model_and_run(model)
-    target = out or home / "samples.png"
+    path, home = model_and_run(options.model)
+    target = options.out or home / "samples.png"
     settings = SamplingSettings(
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        precision=options.precision,
     )
     require_target(target)
     require_writable(target)
     require_sampling_settings(**settings)
     loaded = load_model(path)
     with progress_bar() as show:
-        save_samples(loaded, target, count, settings, partial(show, "sampling"))
-    print(f"{target}: {count} samples")
+        save_samples(loaded, target, options.count, settings, partial(show, "sampling"))
+    print(f"{target}: {options.count} samples")
 
 
-def complete(
-    model: Positional[Path],
-    images: Positional[tuple[Path, ...]] = (),
-    tokens: Path | None = None,
-    count: int = 8,
-    keep_rows: int | None = None,
-    mask: Path | None = None,
-    completions: int = 4,
-    out: MaybeOut = None,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int = 0,
-    precision: Literal["auto", "fp32", "bf16"] = "auto",
-) -> None:
-    """Keep the upper rows of images, or what a mask leaves, and draw the rest by a model.
+class Complete(Options):
+    """Keep the upper rows of images, or the pixels that a mask leaves, and generate the rest."""
 
-    Args:
-        model: run or model directory.
-        images: image files.
-        tokens: token data set whose test images are taken instead, evenly over the split.
-        count: how many of them.
-        keep_rows: rows to keep, at the model's resolution; the upper half by default.
-        mask: picture whose bright pixels are drawn and whose dark or transparent ones are kept,
-            instead of rows.
-        completions: drawings of each image.
-        out: PNG to write; by default completions.png in the run, or here for a model without one.
-        temperature: 1 is the model's own distribution; 0 takes the likeliest colours.
-        top_k: only the k likeliest colours of every pixel.
-        top_p: only the likeliest colours that together reach this probability.
-        seed: the same seed gives the same drawings.
-        precision: of the products; auto takes bf16 where the processor has it.
-    """
+    settings = "igpt.sampling.grids"
+    example = "igpt complete runs/photos cat.jpg --keep-rows 16"
+
+    model: Path = argument("run or model directory")
+    images: tuple[Path, ...] = argument("image files", default=())
+    tokens: Path | None = Field(
+        None,
+        description="token data set: complete its test images, spread evenly, instead of files",
+    )
+    count: int = Field(8, description="number of test images of --tokens")
+    keep_rows: int | None = Field(
+        None, description="rows to keep, at the model's resolution; the upper half by default"
+    )
+    mask: Path | None = Field(
+        None,
+        description="image whose bright pixels are generated and whose dark or transparent ones are "
+        "kept, instead of --keep-rows",
+    )
+    completions: int = Field(4, description="completions per image")
+    out: Path | None = Field(
+        None,
+        description="PNG to write; by default completions.png in the run, or in the current folder "
+        "for a model without a run",
+    )
+    temperature: float = Field(
+        1.0,
+        description="1 samples from the model's distribution, 0 selects the most likely colours",
+    )
+    top_k: int | None = Field(None, description="only the k most likely colours of every pixel")
+    top_p: float | None = Field(
+        None, description="only the most likely colours whose probabilities add up to this value"
+    )
+    seed: int = Field(0, description="the same seed gives the same images")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of matrix products; auto selects bf16 if the processor supports it"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _complete(self)
+
+
+def _complete(options: Complete) -> None:
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.features import require_match
     from igpt.model.images import tokens_of_files, tokens_of_split
     from igpt.sampling.grids import mask_of_file, require_target, save_completions
     from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
+    images, tokens, mask, keep_rows = (
+        options.images,
+        options.tokens,
+        options.mask,
+        options.keep_rows,
+    )
     if bool(images) == bool(tokens):
         raise InputError("give image files to complete, or --tokens with a token data set")
     if mask and keep_rows is not None:
         raise InputError("give --keep-rows or --mask, not both")
-    path, home = model_and_run(model)
-    target = out or home / "completions.png"
+    path, home = model_and_run(options.model)
+    target = options.out or home / "completions.png"
     settings = SamplingSettings(
-        temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, precision=precision
+        temperature=options.temperature,
+        top_k=options.top_k,
+        top_p=options.top_p,
+        seed=options.seed,
+        precision=options.precision,
     )
     require_target(target)
     require_writable(target)
     require_sampling_settings(**settings)
     if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
-        raise InputError(f"{target} is one of the pictures to read; choose another -o")
+        raise InputError(f"{target} is one of the images to read; choose another -o")
     loaded = load_model(path)
     if tokens:
         data = TokenDataset(tokens)
         require_match(loaded, data)
-        originals = tokens_of_split(data["test"], count)
+        originals = tokens_of_split(data["test"], options.count)
     else:
         originals = tokens_of_files(loaded, images)
     keep: int | Tensor = loaded.config.resolution // 2 if keep_rows is None else keep_rows
@@ -126,22 +163,34 @@ def complete(
         )
     with progress_bar() as show:
         save_completions(
-            loaded, originals, target, keep, completions, settings, partial(show, "completing")
+            loaded,
+            originals,
+            target,
+            keep,
+            options.completions,
+            settings,
+            partial(show, "completing"),
         )
     print(
-        f"{target}: from left to right, each original, what was kept ({kept}), {completions} completions"
+        f"{target}: from left to right, each original, the kept pixels ({kept}), "
+        f"{options.completions} completions"
     )
 
 
-def app(model: Positional[Path], host: str = "127.0.0.1", port: int = 7860) -> None:
-    """Open a web page that completes, scores and draws images.
+class App(Options):
+    """Serve a web page that completes, scores and samples images."""
 
-    Args:
-        model: run or model directory.
-        host: address to listen at; loopback only by default.
-        port: port to listen at.
-    """
-    from igpt.webapp.server import serve
+    settings = "igpt.webapp.server"
+    example = "igpt app runs/photos"
 
-    path, home = model_and_run(model)
-    serve(load_model(path), host, port, home if path == home / "model" else None)
+    model: Path = argument("run or model directory")
+    host: str = Field("127.0.0.1", description="address to listen on; only this machine by default")
+    port: int = Field(7860, description="port to listen on")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.webapp.server import serve
+
+        path, home = model_and_run(self.model)
+        run = home if path == home / "model" else None
+        serve(load_model(path), self.host, self.port, run)

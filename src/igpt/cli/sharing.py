@@ -1,36 +1,107 @@
-"""The commands that show a run to others on the Hub: card, push."""
+"""The commands that show a run to others or read other models: report, card, push, import."""
 
 from pathlib import Path
+from typing import Any, Literal
 
-from tyro.conf import Positional
+from pydantic import Field
 
-
-def card(run: Positional[Path], name: Positional[str], license: str | None = None) -> None:
-    """Write RUN/README.md, the model card: to read and to edit before igpt push takes it.
-
-    Args:
-        run: run directory.
-        name: USER/NAME that the model is to have on the Hub.
-        license: its identifier on the Hub, such as apache-2.0; by default nothing is said of one.
-    """
-    from igpt.report.card import write_card
-
-    print(write_card(run, name, license=license))
+from igpt.cli.parser import Options, argument
+from igpt.errors import InputError
 
 
-def push(run: Positional[Path], name: Positional[str], private: bool = False) -> None:
-    """Upload a run's model, its card and its pictures to the Hub.
+class Report(Options):
+    """Write RUN/report.html: one page with all results of a run."""
 
-    Args:
-        run: run directory; its README.md goes up as it is, or is written where there is none (igpt
-            card).
-        name: USER/NAME; the repository is made where there is none.
-        private: for your eyes only, of a new repository.
-    """
-    from igpt.report.card import CARD, doubts, push_to_hub
+    settings = "igpt.report.page"
+    example = "igpt report runs/photos"
 
-    told = doubts(run, name) if (run / CARD).exists() else []
-    address = push_to_hub(run, name, private=private)
-    for doubt in told:
-        print(f"{run / CARD} {doubt}; igpt card {run} {name} writes it anew, to be pushed again")
-    print(address)
+    run: Path = argument("run directory")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.report.page import write_report
+
+        print(write_report(self.run))
+
+
+class Card(Options):
+    """Write RUN/README.md, the model card, to be read and edited before igpt push."""
+
+    settings = "igpt.report.card"
+    example = "igpt card runs/photos me/pixels --license apache-2.0"
+
+    run: Path = argument("run directory")
+    name: str = argument("USER/NAME of the model on the Hub")
+    license: str | None = Field(
+        None, description="its identifier on the Hub, such as apache-2.0; none by default"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.report.card import write_card
+
+        print(write_card(self.run, self.name, license=self.license))
+
+
+class Push(Options):
+    """Upload the model of a run, its card and its images to the Hub."""
+
+    settings = "igpt.report.card"
+    example = "igpt push runs/photos me/pixels --private"
+
+    run: Path = argument(
+        "run directory; its README.md is uploaded unchanged, or written first if there is none"
+    )
+    name: str = argument("USER/NAME; the repository is created if it does not exist")
+    private: bool = Field(False, description="create a private repository")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.report.card import CARD, doubts, push_to_hub
+
+        outdated = doubts(self.run, self.name) if (self.run / CARD).exists() else []
+        address = push_to_hub(self.run, self.name, private=self.private)
+        for reason in outdated:
+            print(
+                f"{self.run / CARD} {reason}; igpt card {self.run} {self.name} writes a new one, "
+                "to be pushed again"
+            )
+        print(address)
+
+
+class Import(Options):
+    """Convert one of OpenAI's TensorFlow checkpoints to a model directory."""
+
+    settings = "igpt.model.openai"
+    example = "igpt import model.ckpt-1000000 --clusters kmeans_centers.npy -o openai-s"
+    out_is_folder = True
+
+    prefix: Path = argument("checkpoint without its ending, such as model.ckpt-1000000")
+    out: Path = Field(description="model directory to write")
+    clusters: Path | None = Field(None, description="kmeans_centers.npy, the palette")
+    objective: Literal["autoregressive", "bert"] = Field(
+        "autoregressive", description="objective of the checkpoint"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _import(self)
+
+
+def _import(options: Import) -> None:
+    from igpt.locks import exclusive
+    from igpt.model.openai import load_openai
+
+    out = options.out
+    if out.exists():
+        raise InputError(f"{out} exists already; remove it or choose another -o")
+    loaded = load_openai(options.prefix, options.clusters, objective=options.objective)
+    with exclusive(out):
+        if out.exists():
+            raise InputError(
+                f"{out} was written by another process in the meantime; remove it or choose another -o"
+            )
+        loaded.save_pretrained(out)
+    print(
+        f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M parameters"
+    )

@@ -1,22 +1,22 @@
 """The wrong invocations: generated from the commands, their flags, and the kinds of files they read."""
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
 import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from importlib import import_module
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
+
+from igpt.cli.parser import Options, flags_of, settings_class
 
 from ...helpers.invocations.damage import DIGITS, damaged
 from ...helpers.invocations.execution import Arrange, Case
@@ -34,7 +34,6 @@ VALID: Mapping[str, str] = {
     "classify": "classifier picture.png -o new.json",
     "probe": "run tokens -o new.json --config probe.yaml",
     "score": "run tokens -o new.csv --limit 10",
-    "evaluate": "run arrays/x -o new.json",
     "features": "run tokens -o new.npz --layer 1",
     "sample": "run -o new.png --count 1",
     "complete": "run picture.png -o new.png --completions 1",
@@ -186,7 +185,7 @@ READS: Mapping[str, tuple[str, ...]] = {
         "arrays/x_trY.npy",
         "arrays/kmeans_centers.npy",
     ),
-    "evaluate run arrays/x -o new.json": ("arrays/x_teX.npy",),
+    "score run arrays/x --published -o new.json": ("arrays/x_teX.npy",),
     f"prepare saved {_PREPARE}": (
         "saved/dataset_dict.json",
         "saved/train/state.json",
@@ -257,27 +256,16 @@ class Parameter:
         return self.name in ("out", "maps") or (self.name == "features" and self.kind is Path)
 
 
-def parameters(function: Callable[..., None], settings: str) -> list[Parameter]:
-    """All parameters of a command: those of its function, and the fields of its settings ("module:Class")."""
-    from tyro.conf import Positional
-
-    marker = get_args(Positional[int])[1]
-    hints = get_type_hints(function, include_extras=True)
-    found = []
-    for name in inspect.signature(function).parameters:
-        if name != "flags":
-            positional = marker in _markers(hints[name])
-            found.append(_parameter(name, hints[name], (), positional))
-    module, _, kind = settings.partition(":")
-    if kind:
-        fields: Mapping[str, FieldInfo] = getattr(import_module(module), kind).model_fields
-        known = {parameter.name for parameter in found}
-        found += [
-            _parameter(name, one.annotation, one.metadata, False)
-            for name, one in fields.items()
-            if name not in known
-        ]
-    return found
+def parameters(options: type[Options]) -> list[Parameter]:
+    """All parameters of a command: the fields of its options, and those of its settings."""
+    positional = {flag.name for flag in flags_of(options) if not flag.names}
+    settings = settings_class(options)
+    fields = {**(settings.model_fields if settings else {}), **options.model_fields}
+    own = [*options.model_fields]
+    return [
+        _parameter(name, fields[name].annotation, fields[name].metadata, name in positional)
+        for name in [*own, *(key for key in fields if key not in own)]
+    ]
 
 
 def _markers(annotation: Any) -> tuple[Any, ...]:
@@ -317,7 +305,7 @@ def all_cases(commands: Mapping[str, Any], samples: Path, most: int) -> list[Cas
     Args:
         most: cases of a damaged file and a command, at most.
     """
-    known = {verb: parameters(*command) for verb, command in commands.items()}
+    known = {verb: parameters(command.load()) for verb, command in commands.items()}
     missing = sorted(known.keys() ^ VALID.keys())
     if missing:
         raise ValueError(
@@ -577,7 +565,7 @@ def _wrong_paths(valid: Case, known: Sequence[Parameter]) -> Iterator[Case]:
     positional = [one for one in known if one.positional]
     places = dict(zip(positional, positional_words(base), strict=False))
     for one in known:
-        if not (one.is_path or (valid.verb == "evaluate" and one.name == "name")):
+        if not one.is_path:
             continue
         at = places.get(one)
         given = base[at] if at is not None else _value_of(base, one)

@@ -125,10 +125,10 @@ def test_a_picture_that_is_read_is_not_overwritten(
     content = picture.read_bytes()
     (tmp_path / "link.png").symlink_to(picture)
     for out in (picture, tmp_path / "link.png"):
-        assert "is one of the pictures to read; choose another -o" in refusal(
+        assert "is one of the images to read; choose another -o" in refusal(
             igpt("complete", short_run, picture, "-o", out)
         )
-    assert "is one of the pictures to read" in refusal(
+    assert "is one of the images to read" in refusal(
         igpt("complete", short_run, tmp_path / "link.png", "--mask", picture, "-o", picture)
     )
     assert picture.read_bytes() == content
@@ -167,7 +167,7 @@ def test_a_mask_that_hides_all_or_nothing_is_told(
     Image.new("L", (8, 8), 255).save(mask)
     done = igpt("complete", short_run, picture, "--mask", mask, "-o", out, "--completions", 1)
     assert done.returncode == 0, done.stderr
-    assert f"what was kept (nothing: {mask} hides the whole image)" in done.stdout
+    assert f"the kept pixels (nothing: {mask} hides the whole image)" in done.stdout
     assert json.loads(out.with_suffix(".json").read_text())["kept_pixels"] == 0
 
 

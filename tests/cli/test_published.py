@@ -1,4 +1,4 @@
-"""`igpt evaluate` as people type it, on arrays in the released layout: the figure, and what was published beside it."""
+"""`igpt score --published` on arrays in OpenAI's layout: the loss, and the published one."""
 
 import json
 import math
@@ -48,7 +48,7 @@ def read(path: Path) -> dict[str, object]:
 
 
 def test_the_test_images_are_scored(igpt: Run, home: Path, model: ImageGPT) -> None:
-    done = igpt("evaluate", "model", "imagenet")
+    done = igpt("score", "model", "imagenet", "--published")
     assert done.returncode == 0, done.stderr
     result = read(home / "published.json")
     assert (result["format"], result["version"]) == ("igpt-published", 1)
@@ -62,7 +62,7 @@ def test_the_test_images_are_scored(igpt: Run, home: Path, model: ImageGPT) -> N
     assert result["nats_per_pixel"] == pytest.approx(each.mean(), rel=1e-5)
     assert result["standard_error"] == pytest.approx(each.std(ddof=1) / math.sqrt(40), rel=1e-4)
     assert f"{each.mean():.4f} nats/pixel +- " in done.stdout
-    assert "nothing was published for a model of this shape on imagenet" in done.stdout
+    assert "no loss was published for a model of this shape on imagenet" in done.stdout
     assert "published" not in result
     again = igpt("score", "model", "imagenet", "-o", "s.csv")  # it is the same work
     assert again.returncode == 0, again.stderr
@@ -76,7 +76,16 @@ def test_arrays_elsewhere_and_some_of_them(igpt: Run, home: Path, model: ImageGP
     (home / "imagenet_trX.npy").unlink()
     np.save("down/loads/imagenet_teY.npy", np.eye(5)[np.arange(39) % 5])  # wrong, and not needed
     done = igpt(
-        "evaluate", "model", "down/loads/imagenet", "--limit", 9, "--seed", 3, "-o", "few.json"
+        "score",
+        "model",
+        "down/loads/imagenet",
+        "--published",
+        "--limit",
+        9,
+        "--seed",
+        3,
+        "-o",
+        "few.json",
     )
     assert done.returncode == 0, done.stderr
     result = read(home / "few.json")
@@ -100,9 +109,12 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
     (home / "notes.json").write_text("{}")
     before = sorted(home.rglob("*"))
     for words, message in (
-        (("model", "cifar10"), "no released arrays: cifar10_teX.npy is missing"),
-        (("model", "alone/cifar10"), "no released arrays: alone/cifar10_teX.npy is missing"),
-        (("model", "alone"), "no released arrays: alone_teX.npy is missing"),
+        (("model", "cifar10"), "OpenAI's arrays are missing: there is no cifar10_teX.npy"),
+        (
+            ("model", "alone/cifar10"),
+            "OpenAI's arrays are missing: there is no alone/cifar10_teX.npy",
+        ),
+        (("model", "alone"), "OpenAI's arrays are missing: there is no alone_teX.npy"),
         (("model", "alone/imagenet"), "put kmeans_centers.npy next to them"),
         (("bert", "imagenet"), "trained as 'autoregressive'; this one is 'bert'"),
         (("bare", "imagenet"), "holds no palette"),
@@ -112,7 +124,7 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
         (("model", "imagenet", "-o", "notes.json"), "holds something else already"),
         (("nowhere", "imagenet"), "no model directory nowhere"),
     ):
-        done = igpt("evaluate", *words)
+        done = igpt("score", *words, "--published")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
         assert message in done.stderr, words
         assert sorted(home.rglob("*")) == before, words

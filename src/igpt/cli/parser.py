@@ -1,0 +1,268 @@
+"""Command lines parsed into options and settings: argparse, with flags made from pydantic fields.
+
+A command is a subclass of `Options`. Its fields are its positional arguments and flags. The fields of
+the settings class that it names become further flags; of these, only the given ones are returned, so
+that presets and files keep their values where no flag overrides them.
+"""
+
+import argparse
+import reprlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from igpt.config import Config
+from igpt.errors import InputError
+
+_POSITIONAL: dict[str, Any] = {"positional": True}
+_NUMBERS: dict[Any, str] = {int: "INT", float: "FLOAT"}
+
+
+class Options(Config):
+    """Base of the options of a command.
+
+    Attributes:
+        settings: "module:Class" of the settings whose fields are flags as well, or only the module
+            that does the work. It is imported before Ctrl-C is handled by the command.
+        example: shown by --help.
+        out_is_folder: whether `out` names a folder.
+    """
+
+    settings: ClassVar[str]
+    example: ClassVar[str]
+    out_is_folder: ClassVar[bool] = False
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command.
+
+        Args:
+            given: the settings that were given as flags.
+        """
+        raise NotImplementedError
+
+
+def argument(description: str, default: Any = ...) -> Any:
+    """Return a field that is a positional argument."""
+    return Field(default, description=description, json_schema_extra=_POSITIONAL)
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A positional argument or a flag of a command.
+
+    Attributes:
+        name: the field's name.
+        names: as written on the command line, such as ("--flip", "--no-flip"); () if positional.
+        kind: the kind of its value for the help, such as "INT"; "" if it takes none.
+        convert: converts a word to the value.
+        choices: the words that it accepts, () for any.
+        nargs: number of values in argparse's notation; None for one.
+        help: one sentence.
+        default: as the help shows it, "" if there is none.
+        required: whether it must be given.
+        is_setting: whether it belongs to the settings class.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    kind: str
+    convert: Callable[[str], Any]
+    choices: tuple[str, ...]
+    nargs: str | int | None
+    help: str
+    default: str
+    required: bool
+    is_setting: bool
+
+
+def flags_of(options: type[Options]) -> list[Flag]:
+    """Return the arguments of a command, its own ones before those of its settings."""
+    found = [_flag(name, field, False) for name, field in options.model_fields.items()]
+    settings = settings_class(options)
+    if settings:
+        own = options.model_fields.keys()
+        fields = settings.model_fields.items()
+        found += [_flag(name, field, True) for name, field in fields if name not in own]
+    return found
+
+
+def settings_class(options: type[Options]) -> type[Config] | None:
+    """Return the settings class that a command names, if it names one."""
+    module, _, name = options.settings.partition(":")
+    found: type[Config] | None = getattr(import_module(module), name) if name else None
+    return found
+
+
+def parse(
+    options: type[Options], program: str, words: Sequence[str]
+) -> tuple[Options, dict[str, Any]] | None:
+    """Return the options and the given settings of a command line, or None if it asked for help.
+
+    Args:
+        program: "igpt VERB", for messages.
+
+    Raises:
+        InputError: an unknown flag (the nearest one is named), a missing or a wrong value.
+    """
+    flags = flags_of(options)
+    parser = _parser(options, program, flags)
+    if {"-h", "--help"} & set(words):
+        parser.print_help()
+        return None
+    _require_known(words, {name for flag in flags for name in flag.names}, program)
+    namespace, unused = parser.parse_known_intermixed_args(list(words))
+    if unused:
+        parser.error(f"unexpected argument {reprlib.repr(unused[0])}")
+    values = vars(namespace)
+    values = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    settings = {flag.name for flag in flags if flag.is_setting}
+    own = {key: value for key, value in values.items() if key not in settings}
+    # Values are converted already. Validation would refuse file names that are not UTF-8.
+    return options.model_construct(**own), {key: values[key] for key in values if key in settings}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Raise the message instead of printing the usage and exiting."""
+        message = message.removeprefix("argument ")
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argparse.ArgumentParser:
+    words = [flag.kind + (" ..." if flag.nargs == "*" else "") for flag in flags if not flag.names]
+    required = ["-o PATH" for flag in flags if flag.required]
+    parser = _Parser(
+        program,
+        usage=" ".join([program, *words, *required, "[flags]"]),
+        description=options.__doc__,
+        epilog=f"example: {options.example}",
+        allow_abbrev=False,
+        add_help=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    own = parser.add_argument_group("flags")
+    settings = parser.add_argument_group(
+        "settings", "Flags override the settings of a --config file, which override a preset."
+    )
+    for flag in flags:
+        group = settings if flag.is_setting else own if flag.names else parser
+        text = f"{flag.help} (default: {flag.default})" if flag.default else flag.help
+        group.add_argument(
+            *(flag.names[:2] if flag.name == "out" else flag.names[:1] or (flag.name,)),
+            help=text.replace("%", "%%"),
+            **_details(flag),
+        )
+    own.add_argument("-h", "--help", action="help", help="show this help and exit")
+    return parser
+
+
+def _details(flag: Flag) -> dict[str, Any]:
+    """Return the arguments of argparse's `add_argument` that depend on the kind of value."""
+    if not flag.kind and not flag.choices:
+        has_negation = len(flag.names) == 2
+        return {"action": argparse.BooleanOptionalAction if has_negation else "store_true"}
+    details: dict[str, Any] = {"type": flag.convert, "nargs": flag.nargs}
+    if flag.names:
+        details |= {"dest": flag.name, "required": flag.required}
+    return details | ({"metavar": flag.kind} if flag.kind else {"choices": flag.choices})
+
+
+def _require_known(words: Sequence[str], known: set[str], program: str) -> None:
+    """Raise for the first unknown flag, and name the nearest known one."""
+    for word in words:
+        name = word.partition("=")[0]
+        if name == "--":
+            return
+        if name.startswith("--") and name not in known:
+            near = get_close_matches(name, known, n=1, cutoff=0.6)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"unknown flag {reprlib.repr(name)[1:-1]}{hint}; see {program} --help")
+
+
+def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
+    kind, choices, nargs, convert = _kind(field.annotation)
+    positional = bool(
+        isinstance(field.json_schema_extra, dict) and "positional" in field.json_schema_extra
+    )
+    long = f"--{name.replace('_', '-')}"
+    names: tuple[str, ...] = (long,)
+    if positional:
+        names = ()
+        kind = name.upper() if kind in ("PATH", "TEXT") else kind
+        nargs = nargs or (None if field.is_required() else "?")
+    elif name == "out":
+        names = ("-o", "--out")
+    elif field.annotation is bool and is_setting:
+        names = (long, f"--no-{long[2:]}")
+    return Flag(
+        name=name,
+        names=names,
+        kind=kind,
+        convert=convert,
+        choices=choices,
+        nargs=nargs,
+        help=field.description or "",
+        default=_shown(None if field.is_required() else field.get_default()),
+        required=field.is_required() and not positional and not is_setting,
+        is_setting=is_setting,
+    )
+
+
+def _shown(default: Any) -> str:
+    """Return a default as the help shows it."""
+    if default is None or default is False or default == () or default == "":
+        return ""
+    if default is True:
+        return "on"
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+def _kind(annotation: Any) -> tuple[str, tuple[str, ...], str | int | None, Callable[[str], Any]]:
+    """Return the kind of value, the choices, the number of values and the converter of a type."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is tuple:
+        items = get_args(annotation)
+        kind, choices, _, convert = _kind(items[0])
+        return kind, choices, "*" if Ellipsis in items else len(items), convert
+    if origin in (Union, UnionType):
+        parts = [_kind(part) for part in get_args(annotation) if part is not NoneType]
+        if len(parts) == 1:
+            return parts[0]
+        (kind, _, _, convert), (_, choices, _, _) = parts  # a number or one of some words
+        return "|".join([kind, *choices]), choices, None, _number_or_word(convert, choices)
+    if origin is Literal:
+        return "", get_args(annotation), None, str
+    if annotation is bool:
+        return "", (), None, bool
+    if annotation in _NUMBERS:
+        return _NUMBERS[annotation], (), None, _number(annotation)
+    return ("PATH" if annotation is Path else "TEXT"), (), None, annotation
+
+
+def _number(kind: type[int] | type[float]) -> Callable[[str], int | float]:
+    def convert(word: str) -> int | float:
+        try:
+            return kind(word)
+        except ValueError:
+            needed = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{reprlib.repr(word)} is not {needed}") from None
+
+    return convert
+
+
+def _number_or_word(convert: Callable[[str], Any], words: Sequence[str]) -> Callable[[str], Any]:
+    def either(word: str) -> Any:
+        return word if word in words else convert(word)
+
+    return either

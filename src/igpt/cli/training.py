@@ -1,0 +1,156 @@
+"""The commands of training: plan, pretrain, finetune."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from igpt.cli.parser import Options, argument
+from igpt.cli.run import announce, file_settings, model_and_run
+from igpt.errors import InputError
+
+
+class PlanOptions(Options):
+    """Predict the memory and time of a pretraining run, and print a command that fits the GPUs."""
+
+    settings = "igpt.planning.plan:PlanConfig"
+    example = "igpt plan igpt-l --gpus 8 --gpu H100"
+
+    preset: str = argument("igpt-s, -m, -l, -l-48, -xl, or another preset of igpt pretrain --model")
+    out: Path | None = Field(None, description="JSON to write")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _plan(self, given)
+
+
+def _plan(options: PlanOptions, given: dict[str, Any]) -> None:
+    from igpt.files import write_json
+    from igpt.planning.plan import PlanConfig
+    from igpt.planning.plan import plan as run
+    from igpt.training.presets import preset as named
+
+    recipe = {
+        key: value for key, value in named(options.preset).items() if key in PlanConfig.model_fields
+    }
+    found = run(PlanConfig.layered(recipe, given, where="the plan"))
+    if options.out:
+        write_json(options.out, {"preset": options.preset, **found.to_json()})
+    print("\n".join(found.lines(options.preset, given)))
+
+
+class Pretrain(Options):
+    """Train a model on tokens without labels."""
+
+    settings = "igpt.training.pretrain:PretrainConfig"
+    example = "igpt pretrain tokens/photos --model igpt-s -o runs/photos"
+    out_is_folder = True
+
+    tokens: Path = argument("token data set (igpt prepare)")
+    out: Path = Field(description="run directory to write, or to continue with --resume")
+    model: str | None = Field(
+        None,
+        description="preset of model and training: igpt-s, -m, -l, -l-48, -xl, gpu-hour; for CPUs "
+        "tiny, digits, photos, modern",
+    )
+    config: Path | None = Field(
+        None, description="settings in YAML or JSON; they override the preset, flags override both"
+    )
+    resume: bool = Field(
+        False, description="continue an interrupted run from its newest intact checkpoint"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _pretrain(self, given)
+
+
+def _pretrain(options: Pretrain, given: dict[str, Any]) -> None:
+    from igpt.training.presets import preset
+    from igpt.training.pretrain import PretrainConfig
+    from igpt.training.pretrain import pretrain as run
+
+    tokens, out, model = options.tokens, options.out, options.model
+    named = dict(preset(model)) if model else {}
+    chosen = {**named, **file_settings(options.config), "tokens": tokens, **given}
+    settings = PretrainConfig.layered(chosen, where="the settings")
+    if not (options.resume or model or options.config):
+        raise InputError(
+            "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE"
+        )
+    best = run(
+        settings, out, given={key: getattr(settings, key) for key in chosen}, resume=options.resume
+    )
+    announce(
+        f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}"
+    )
+
+
+class Finetune(Options):
+    """Fine-tune a model with a class head on labelled tokens."""
+
+    settings = "igpt.training.finetune:FinetuneConfig"
+    example = "igpt finetune runs/photos tokens/cifar10 -o runs/classes --flip --shift 4"
+    out_is_folder = True
+
+    model: Path = argument("run or model directory")
+    tokens: Path = argument("token data set with labels")
+    out: Path = Field(description="run directory to write, or to continue with --resume")
+    config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
+    resume: bool = Field(False, description="continue an interrupted run")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        _finetune(self, given)
+
+
+def _finetune(options: Finetune, given: dict[str, Any]) -> None:
+    from igpt.training.finetune import FinetuneConfig
+    from igpt.training.finetune import finetune as run
+
+    tokens, out, asked = options.tokens, options.out, dict(given)
+    if "learning_rates" in asked and ("learning_rate" in asked or not asked["learning_rates"]):
+        raise InputError(
+            "give either one --learning-rate or several --learning-rates to select from"
+        )
+    if "learning_rate" in asked:
+        asked["learning_rates"] = ()
+    chosen = {
+        **file_settings(options.config),
+        "model": model_and_run(options.model)[0],
+        "tokens": tokens,
+        **asked,
+    }
+    settings = FinetuneConfig.layered(chosen, where="the settings")
+    result = run(
+        settings, out, given={key: getattr(settings, key) for key in chosen}, resume=options.resume
+    )
+    for candidate in result["rates"] if len(result["rates"]) > 1 else ():
+        accuracy = candidate["validation_accuracy"]
+        announce(
+            f"learning rate {candidate['learning_rate']:g}: "
+            + (
+                "diverged"
+                if accuracy is None
+                else f"validation accuracy {accuracy:.1%} at step {candidate['best_step']}"
+            )
+        )
+    low, high = result["test_interval_95"]
+    announce(
+        f"{out}/model: test accuracy {result['test_accuracy']:.1%} "
+        f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning rate "
+        f"{result['learning_rate']:g} and step {result['best_step']} were selected by validation "
+        f"accuracy {result['validation_accuracy']:.1%}"
+    )
+    if "modal" in result:
+        modal = result["modal"]
+        announce(
+            f"most frequent prediction over {modal['masks']} masks, as in training: "
+            f"test accuracy {modal['accuracy']:.1%}"
+        )
+    if "fold_back" in result:
+        before = result["fold_back"]["before"]["test_accuracy"]
+        announce(
+            "this model was also trained on the validation images; the one selected by them has "
+            f"test accuracy {before:.1%}"
+        )
