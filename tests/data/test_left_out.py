@@ -140,7 +140,7 @@ def test_covers_beside_class_folders(
     files = [f"{kind}/{number}.png" for kind in "ab" for number in range(12)]
     folder = write_folder("covers", *files, *(f"cover-{number}.png" for number in range(covers)))
     source = open_source(str(folder))
-    note = f"no labels: 3 of 27 images lie directly in {folder} beside its 2 folders (first: cover-0.png)"
+    note = f"no labels: 3 of 27 images are directly in {folder}, next to its 2 folders (first: cover-0.png)"
     assert source.class_names == (["a", "b"] if labelled else None)
     assert source.notes == ([] if labelled else [note])
     done = igpt("prepare", folder, "-o", tmp_path / "t", "--size", 4, "--colors", 4, "--workers", 1)
@@ -179,7 +179,7 @@ def test_pictures_and_texts_beside_parquet(write_parquet: Write, picture: Pictur
     (folder / "README.md").write_text("Pictures.")
     assert found(folder) == {
         "files ending in .md": (1, "README.md", False),
-        "image files beside the .parquet files": (1, "preview.png", True),
+        "image files next to the .parquet files": (1, "preview.png", True),
         "columns": (2, "a, b", False),
     }
 
@@ -227,7 +227,7 @@ def test_parquet_in_a_system_folder(write_parquet: Write, picture: Picture):
     columns = {"image": [{"bytes": picture(0), "path": None}] * 9}
     write_parquet("set/@eaDir/b.parquet", columns)
     folder = write_parquet("set/a.parquet", columns).parent
-    assert "@eaDir/b.parquet, which lies in a system folder; remove it" in refusal(folder)
+    assert "@eaDir/b.parquet, which is in a system folder; remove it" in refusal(folder)
 
 
 def test_saved_data_sets_that_are_damaged(tmp_path: Path, picture: Picture):

@@ -171,7 +171,7 @@ def test_splits_that_are_not_there(imagenet: str):
         ),
         (
             {"test_split": "train", "train_split": "train"},
-            "one split cannot be two: --train-split train, --test-split",
+            "one split cannot be used twice: --train-split train, --test-split",
         ),
     ):
         with pytest.raises(InputError) as caught:
@@ -204,7 +204,7 @@ def test_splits_that_are_not_there(imagenet: str):
         (
             "a.tar.gz",
             {"a.tar.gz": "x"},
-            "is none of the archives that are read as they are; unpack a.tar.gz first",
+            "is not one of the archives that can be read directly; unpack a.tar.gz first",
         ),
         ("a.tar", {"a.tar": "x"}, "is not readable as an uncompressed tar"),
         ("a.parquet", {"a.parquet": "x"}, "is not readable as Parquet"),
@@ -261,7 +261,7 @@ def test_no_training_split(write_parquet: Write):
 def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, stream: bool):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match="no such folder here and no such data set within reach of the Hub"
+        InputError, match="there is no such folder, and no such data set can be reached on the Hub"
     ) as caught:
         open_source(source, SourceConfig(stream=stream))
     assert "\n" not in str(caught.value)
@@ -294,4 +294,4 @@ def test_a_silent_network_is_given_up_soon():
             check=True,
         )
         assert 1 <= connections(server) <= 2
-    assert "within reach of the Hub" in done.stdout
+    assert "can be reached on the Hub" in done.stdout

@@ -120,7 +120,10 @@ def test_classes_that_training_lacks(write_folder: Write):
         for i in range(9)
     ]
     folder = write_folder("strange", *files)
-    message = r"labels disagree between splits: test has 3 that train has not \('c', 'd', 'e'\); .* --label-column none"
+    message = (
+        r"labels disagree between splits: test has 3 that train does not have \('c', 'd', 'e'\); "
+        r".* --label-column none"
+    )
     with pytest.raises(InputError, match=message) as caught:
         open_source(str(folder))
     assert "\n" not in str(caught.value)
@@ -445,7 +448,7 @@ def test_splits_in_a_folder_called_train(write_folder: Write):
 def test_one_folder_of_images_is_named_where_there_are_no_labels(write_folder: Write):
     folder = write_folder("one", *(f"images/{number}.png" for number in range(10)))
     assert open_source(str(folder)).notes == [
-        f"no labels: the images in {folder} lie in one folder, 'images', and classes are two folders or more; a "
+        f"no labels: the images in {folder} are in one folder, 'images', and classes are two folders or more; a "
         "metadata.csv with the columns file_name and label gives classes"
     ]
 

@@ -252,11 +252,11 @@ def test_what_cannot_be_streamed(hub: Hub, started: Callable[..., Any]):
     for name, message in (("words", words), ("folders", folders)):
         assert (
             message
-            == f"refused: someone/{name} is not in Parquet, and only that is streamed; leave --stream out"
+            == f"refused: someone/{name} is not in Parquet, and only Parquet is streamed; omit --stream"
         )
     assert hub.sent(".csv") == hub.sent(".png") == 0
     assert nothing.startswith(
-        "refused: cannot load 'someone/nothing': no such folder here and no such data set within"
+        "refused: cannot load 'someone/nothing': there is no such folder, and no such data set can be reached on"
     )
     assert re.match("refused: cannot load 'someone/configured:many': .*'many' not found", config)
     assert split == "refused: someone/pictures has no split 'unlabelled'; did you mean 'unlabeled'?"

@@ -273,7 +273,7 @@ def test_classes_that_training_lacks(write_folder: Write):
     )
     (folder / "train" / "metadata.csv").write_text(csv(["a", "b", "c"] * 3))
     (folder / "test" / "metadata.csv").write_text(csv(["a", "b", "d"] * 3))
-    assert "test has 1 that train has not ('d')" in refusal(folder)
+    assert "test has 1 that train does not have ('d')" in refusal(folder)
 
 
 def test_two_metadata_files_in_one_folder(nine: Path):
@@ -325,7 +325,7 @@ def test_tiny_imagenet(tiny: Path):
     )
     assert counts(source) == {"files ending in .txt": (1, "wnids.txt")}
     assert source.notes == [
-        f"no labels in {tiny}/test: all its images lie in one folder, 'images', which is no class of the training "
+        f"no labels in {tiny}/test: all its images are in one folder, 'images', which is not a class of the training "
         "images"
     ]
 
@@ -339,7 +339,7 @@ def test_annotations_that_do_not_fit(tiny: Path):
     path.write_text("val_0.png\tn01\nval_0.png\tn02\n")
     assert f"{path}, line 2: 'val_0.png' is listed twice" in refusal(tiny)
     path.write_text("val_0.png\tn03\n")
-    assert "validation has 1 that train has not ('n03')" in refusal(tiny)
+    assert "validation has 1 that train does not have ('n03')" in refusal(tiny)
 
 
 def test_captions_leave_the_classes_to_the_folders(write_folder: Write):
@@ -411,4 +411,4 @@ def test_a_class_in_another_unicode_form(write_folder: Write):
     folder = write_folder("forms", *files)
     (folder / "train" / "metadata.csv").write_text(csv(["\u00e9", "b", "c"] * 3))
     (folder / "test" / "metadata.csv").write_text(csv(["e\u0301", "b", "c"] * 3))
-    assert "has the same letters as a class of train in another Unicode form" in refusal(folder)
+    assert "is a class of train in another Unicode normalization form" in refusal(folder)

@@ -244,7 +244,8 @@ def test_classes_that_training_lacks(tmp_path: Path, picture: Picture):
     write_tar(tmp_path / "set" / "train-0.tar", samples(picture, 0, 20, "ab"))
     write_tar(tmp_path / "set" / "val-0.tar", samples(picture, 20, 30, "bz"))
     with pytest.raises(
-        InputError, match=r"labels disagree between splits: val\w* has 1 that train has not \('z'\)"
+        InputError,
+        match=r"labels disagree between splits: val\w* has 1 that train does not have \('z'\)",
     ):
         open_source(str(tmp_path / "set"))
     assert counts(tmp_path / "set", label_column="none") == [18, 10, 2]
@@ -492,7 +493,7 @@ def test_tars_without_classes_name_what_they_have(tmp_path: Path, picture: Pictu
     file = write_tar(tmp_path / "a.tar", members)
     assert open_source(str(file)).notes == [
         "no labels: no training sample has a .cls member (there are members ending in .txt, .json); --label-column "
-        "names the ending of other members, or a field of the .json ones"
+        "names the ending of other members, or a field of the .json members"
     ]
     assert open_source(str(file), SourceConfig(label_column="none")).notes == []
 

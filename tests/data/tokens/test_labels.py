@@ -112,7 +112,7 @@ def splits_of(
 def test_labels_that_disagree_between_splits(write_parquet: Write, columns: dict[str, list[Any]]):
     folder = splits_of(write_parquet, columns, columns | {"word": ["kind 1", "new"] * 10})
     message = refusal(folder, label_column="word")
-    assert "labels disagree between splits: test has 1 that train has not ('new')" in message
+    assert "labels disagree between splits: test has 1 that train does not have ('new')" in message
     assert counts(open_source(str(folder), SourceConfig(label_column="number"))[0]) == [18, 2, 20]
     # Fewer classes are no disagreement.
     folder = splits_of(write_parquet, columns, columns | {"word": ["kind 1"] * 20})
@@ -131,14 +131,16 @@ def test_class_names_that_disagree_between_splits(
 
     rows = {"image": columns["image"], "kind": [0, 1] * 10}
     folder = splits_of(write_parquet, rows, rows, typed("a", "b"), typed("b", "a"))
-    assert "labels disagree between splits: test numbers the classes otherwise" in refusal(folder)
+    assert "labels disagree between splits: test numbers the classes differently" in refusal(folder)
     assert counts(open_source(str(folder), SourceConfig(label_column="none"))[0]) == [18, 2, 20]
     folder = splits_of(write_parquet, rows, rows, typed("a", "b"), typed("a", "b", "c"))
-    assert "labels disagree between splits: test has 1 that train has not ('c')" in refusal(folder)
+    assert "labels disagree between splits: test has 1 that train does not have ('c')" in refusal(
+        folder
+    )
     folder = splits_of(
         write_parquet, rows, {"image": rows["image"], "kind": [1, 0] * 10}, typed("a", "b")
     )
-    assert "labels disagree between splits: test numbers the classes otherwise" in refusal(folder)
+    assert "labels disagree between splits: test numbers the classes differently" in refusal(folder)
 
 
 def test_a_split_that_lacks_a_column(write_parquet: Write, columns: dict[str, list[Any]]):

@@ -1,39 +1,29 @@
-"""Where images come from: the bundled digits, a folder, files, an archive, or a hub id; splits and classes settled.
+"""Open a source of images: the digits, a folder, files, an archive, or a data set of the Hub.
 
-Opening has three steps: `find` lists the splits of a source, a choice maps our names of splits to
-    the source's, and
-`Found.open` returns readers, with everything that the source has and that is not used.
+Opening has three steps. `find` lists the splits of a source and opens none. `choose` maps our names
+of splits (train, validation, test) to the source's. `open_splits` returns readers. Everything that
+the source has and that is not used is counted on the way.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
 from igpt.config import Config
-from igpt.data.left_out import ARCHIVES, OUTSIDE, SPECIAL, Allowance, LeftOut
+from igpt.data.left_out import ARCHIVES, SPECIAL, Allowance, LeftOut
 from igpt.data.sources.archives import open_archive
-from igpt.data.sources.folders import (
-    SPLIT_NAMES,
-    Listing,
-    Opened,
-    ending_of,
-    in_folder,
-    list_folder,
-    open_images,
-    open_tars,
-    split_folders,
-    split_tars,
-)
+from igpt.data.sources.file_kinds import ending_of
+from igpt.data.sources.folders import Listing, in_folder, list_folder, open_images, split_folders
 from igpt.data.sources.readers import Reader
+from igpt.data.sources.splits import SPLIT_NAMES, Opened, Splits, are_splits
 from igpt.data.sources.tables import (
     ArrowTable,
-    Table,
     is_saved,
     load_file,
     load_folder,
@@ -41,6 +31,7 @@ from igpt.data.sources.tables import (
     load_saved,
     open_tables,
 )
+from igpt.data.sources.tars import open_tars, split_tars
 from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError, suggest
 from igpt.files import require_regular
@@ -49,7 +40,7 @@ DIGITS = "digits"
 
 
 class ColumnConfig(Config):
-    """How a source is read."""
+    """Columns and tolerances for reading a source."""
 
     image_column: str | None = Field(
         None, description="column of images; found by type when there is one"
@@ -58,27 +49,27 @@ class ColumnConfig(Config):
         None, description="column of classes; found by type; 'none' ignores labels"
     )
     stream: bool = Field(
-        False, description="read Parquet on the Hub where it lies, and store nothing here"
+        False, description="read Parquet files directly from the Hub, without storing a copy"
     )
     max_bad: float = Field(
         0.01,
         ge=0,
         le=1,
-        description="share of the images that may be left out: images that do not decode, images that metadata files "
-        "do not list, and files that may be or hold images (.heic, .zip, no ending); texts, hidden files, unused "
-        "columns and unused splits are named and do not count",
+        description="share of the images that may be left out: images that do not decode, images "
+        "that metadata files do not list, and files that may be or hold images (.heic, .zip, no "
+        "ending); texts, hidden files, unused columns and unused splits are named and do not count",
     )
 
 
 class SourceConfig(ColumnConfig):
-    """Which images of a source are taken, and what for."""
+    """Splits of a source and their use."""
 
     train_split: str | None = Field(
         None, description="the source's split to train on, such as STL-10's unlabeled"
     )
     validation_split: str | None = Field(None, description="the source's split to validate on")
     test_split: str | None = Field(
-        None, description="the source's split to test on: validation, of ImageNet"
+        None, description="the source's split to test on; validation for ImageNet"
     )
     held_out: float = Field(
         0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split"
@@ -90,11 +81,11 @@ class SourceConfig(ColumnConfig):
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one split, undecoded.
+    """Undecoded images of one split.
 
     Attributes:
-        reader: reads them, and perhaps those of other splits.
-        indices: which of its rows belong to the split, ascending.
+        reader: of these images, and perhaps of other splits.
+        indices: the rows of the reader that belong to the split, ascending.
     """
 
     reader: Reader
@@ -104,18 +95,18 @@ class Split:
         return len(self.indices)
 
     def read(self, positions: NDArray[np.int64]) -> Iterator[tuple[Any, int]]:
-        """The undecoded images and class numbers at some positions, ascending."""
+        """Yield the undecoded images and class numbers at some indices, which ascend."""
         return self.reader.read(self.indices[positions])
 
 
 class Source(NamedTuple):
-    """A source whose splits are settled.
+    """A source with its three splits.
 
     Attributes:
         splits: train, validation and test.
         class_names: None without labels.
         left_out: everything that the source has and that is in no split.
-        notes: what a person should know, a line each: why there are no classes, for example.
+        notes: what a user should know, one line each, such as why there are no classes.
     """
 
     splits: dict[str, Split]
@@ -124,12 +115,12 @@ class Source(NamedTuple):
     notes: list[str]
 
     def allowance(self, max_bad: float) -> Allowance:
-        """Return how many images may be left out, where the share `max_bad` may be."""
+        """Return how many images may be left out, given the share `max_bad`."""
         return _allowance([split.reader for split in self.splits.values()], self.left_out, max_bad)
 
 
 class WholeSource(NamedTuple):
-    """One split as a source has it, or all of them.
+    """One split of a source, or all of them.
 
     Attributes:
         split: its name, "all" for all of them.
@@ -146,7 +137,7 @@ class WholeSource(NamedTuple):
     notes: list[str]
 
     def allowance(self, max_bad: float) -> Allowance:
-        """Return how many images may be left out, where the share `max_bad` may be."""
+        """Return how many images may be left out, given the share `max_bad`."""
         return _allowance(self.readers, self.left_out, max_bad)
 
 
@@ -155,292 +146,207 @@ def _allowance(readers: Sequence[Reader], left_out: LeftOut, max_bad: float) -> 
     return Allowance(images, left_out.possible_images, max_bad)
 
 
-class Found(Protocol):
-    """A source whose splits are listed and not opened."""
-
-    @property
-    def splits(self) -> Sequence[str]:
-        """The names of its splits."""
-
-    def size(self, split: str) -> tuple[str, int]:
-        """Return what a split holds, and how much: ("images", 5000)."""
-
-    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
-        """Open some splits.
-
-        Args:
-            chosen: their names in the source, by the names they get, "train" among these.
-        """
-
-    @property
-    def left_out(self) -> LeftOut:
-        """What was seen and is in no split."""
-
-
-@dataclass(frozen=True)
-class _FoundRows:
-    """An archive as its site ships it."""
-
-    readers: Mapping[str, Reader]
-    class_names: list[str] | None
-    left_out: LeftOut
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return list(self.readers)
-
-    def size(self, split: str) -> tuple[str, int]:
-        return "images", len(self.readers[split])
-
-    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
-        readers = {ours: self.readers[theirs] for ours, theirs in chosen.items()}
-        return Opened(readers, self.class_names, LeftOut(), [])
-
-
-@dataclass(frozen=True)
-class _FoundTables:
-    """Parquet, Arrow, or a data set of the Hub."""
-
-    source: str
-    tables: Mapping[str, Table]
-    left_out: LeftOut
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return list(self.tables)
-
-    def size(self, split: str) -> tuple[str, int]:
-        return "images", len(self.tables[split])
-
-    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
-        tables = {ours: self.tables[theirs] for ours, theirs in chosen.items()}
-        return open_tables(tables, self.source, config.image_column, config.label_column)
-
-
-@dataclass(frozen=True)
-class _FoundTars:
-    """WebDataset tars."""
-
-    folder: Path
-    tars: Mapping[str, Sequence[str]]
-    left_out: LeftOut
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return list(self.tars)
-
-    def size(self, split: str) -> tuple[str, int]:
-        return "tars", len(self.tars[split])
-
-    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
-        paths = {
-            ours: [self.folder / name for name in self.tars[theirs]]
-            for ours, theirs in chosen.items()
-        }
-        return open_tars(paths, config.image_column, config.label_column)
-
-
-@dataclass(frozen=True)
-class _FoundImages:
-    """A folder of image files."""
-
-    folder: Path
-    listing: Listing
-    tops: Mapping[str, str]
-    left_out: LeftOut
-    notes: list[str]
-
-    @property
-    def splits(self) -> Sequence[str]:
-        return list(self.tops)
-
-    def size(self, split: str) -> tuple[str, int]:
-        import pyarrow.compute as pc
-
-        return "images", pc.sum(in_folder(self.listing.images, self.tops[split])).as_py() or 0
-
-    def open(self, chosen: Mapping[str, str], config: ColumnConfig) -> Opened:
-        tops = {ours: self.tops[theirs] for ours, theirs in chosen.items()}
-        opened = open_images(
-            self.folder, self.listing, tops, config.image_column, config.label_column
-        )
-        return opened._replace(notes=[*self.notes, *opened.notes])
-
-
 def open_source(source: str, config: SourceConfig | None = None) -> Source:
-    """Open a source and settle its splits.
+    """Open the train, validation and test splits of a source.
 
-    Train, validation and test splits are taken by their names, or as the settings say; others, such
-    as STL-10's unlabelled one, are left out. `held_out` of the training images are split off, by
-    seed, for a missing validation split, and as many for a missing test split (10 %, for ImageNet 4
-    %; paper, section 3.1).
+    Splits are found by their names or given by the settings; others, such as STL-10's unlabelled
+    one, are left out. For a missing validation split, the share `held_out` of the training images
+    is split off by seed, and as many for a missing test split (10 %, for ImageNet 4 %; paper,
+    section 3.1).
 
     Args:
         source: "digits" (scikit-learn's 1,797 handwritten digits); a folder of images, Parquet
-            files or WebDataset tars; a `.parquet`, `.arrow` or `.tar` file; an archive as its site
-            ships it (see `open_archive`); or a hub id, with a configuration after a colon
+            files or WebDataset tars; a `.parquet`, `.arrow` or `.tar` file; an archive from its
+            site (see `open_archive`); or a Hub id, with a configuration after a colon
             ("name/set:config").
 
     Raises:
-        InputError: nothing there, no images in it, an ambiguous column, or labels that disagree
+        InputError: there is nothing, or no images; a column is ambiguous; or labels disagree
             between splits.
     """
     config = config or SourceConfig()
-    asked = _asked(config)
-    with _readable():
-        found = find(source, config, asked=bool(asked))
-        chosen = _choose(found.splits, asked, source)
-        opened = found.open(chosen, config)
-        left_out = LeftOut()
-        left_out.update(found.left_out)
-        left_out.update(opened.left_out)
-        for split in (split for split in found.splits if split not in chosen.values()):
-            kind, count = found.size(split)
-            if count:
-                left_out.add(f"{kind} of the split {split}", split, count=count)
+    requested = _requested_splits(config)
+    with _file_errors():
+        found = find(source, config)
+        chosen = choose(found, requested)
+        opened = open_splits(found, chosen.parts, config)
+        left_out = _sum(found.left_out, opened.left_out, chosen.left_out)
     if len(opened.readers["train"]) == 0:
         raise InputError(f"{source} is empty: there is no image in its training split")
-    return Source(
-        _with_held_out(opened.readers, config, source), opened.class_names, left_out, opened.notes
-    )
+    splits = _with_held_out(opened.readers, config, source)
+    return Source(splits, opened.class_names, left_out, [*chosen.notes, *opened.notes])
 
 
 def open_whole(source: str, config: ColumnConfig, split: str | None) -> WholeSource:
-    """Open one split as the source has it, or all its images; nothing is held out.
+    """Open one split of a source, or all its images, and hold nothing out.
 
     Args:
         source: see `open_source`.
-        split: its name in the source, or train, validation or test; None takes the test split, and
+        split: its name in the source, or train, validation or test; None takes the test split, or
             all splits of a source without one.
 
     Raises:
         InputError: see `open_source`; or there is no such split.
     """
-    with _readable():
-        found = find(source, config, asked=split is not None and split.lower() not in SPLIT_NAMES)
-        names = list(found.splits)
-        known = {SPLIT_NAMES.get(name.lower(), name): name for name in names} | {
-            name: name for name in names
-        }
+    with _file_errors():
+        found = find(source, config)
+        is_usual = split is None or split.lower() in SPLIT_NAMES
+        splits = found.usual if is_usual else found.named
+        names = list(splits.parts)
+        by_usual_name = {SPLIT_NAMES.get(name.lower(), name): name for name in names}
+        known = by_usual_name | {name: name for name in names}
         if split is not None and split not in known:
-            raise InputError(
-                f"{source} has no split {split!r}; {suggest(split, known) if known else 'it has none'}"
-            )
-        reference = known.get("train", names[0])
+            raise _no_split(source, split, list(known))
         taken = names if split is None and "test" not in known else [known[split or "test"]]
-        wanted = {"train" if name == reference else name: name for name in taken}
-        opened = found.open({"train": reference} | wanted, config)
-        left_out = LeftOut()
-        left_out.update(found.left_out)
-        left_out.update(opened.left_out)
-    chosen = [opened.readers[key] for key in wanted]
-    if sum(map(len, chosen)) == 0:
+        # Classes are those of the training split, so it is opened in any case.
+        train = known.get("train", names[0])
+        keys = {"train" if name == train else name: name for name in taken}
+        parts = {key: splits.parts[name] for key, name in ({"train": train} | keys).items()}
+        opened = open_splits(found, parts, config)
+        left_out = _sum(found.left_out, splits.left_out, opened.left_out)
+    readers = [opened.readers[key] for key in keys]
+    if sum(map(len, readers)) == 0:
         raise InputError(f"{source} is empty: there is no image in it")
-    name = next(iter(wanted.values()))
-    one = split is not None or SPLIT_NAMES.get(name.lower()) == "test"
-    return WholeSource(name if one else "all", chosen, opened.class_names, left_out, opened.notes)
+    one = split is not None or SPLIT_NAMES.get(taken[0].lower()) == "test"
+    notes = [*splits.notes, *opened.notes]
+    return WholeSource(taken[0] if one else "all", readers, opened.class_names, left_out, notes)
+
+
+def _sum(*left_out: LeftOut) -> LeftOut:
+    total = LeftOut()
+    for part in left_out:
+        total.update(part)
+    return total
 
 
 @contextmanager
-def _readable() -> Iterator[None]:
-    """Turn a refusal of the file system into an `InputError`."""
+def _file_errors() -> Iterator[None]:
+    """Raise an `InputError` where the file system denies access."""
     try:
         yield
     except PermissionError as error:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from None
 
 
-def find(source: str, config: ColumnConfig, *, asked: bool) -> Found:
-    """List the splits of a source.
+# Step 1: find the splits.
 
-    Args:
-        asked: whether the user named a split: then any folder at the top, or first word of a tar's
-            name, may be one.
+
+@dataclass(frozen=True)
+class Found:
+    """A source with its splits listed and none of them opened.
+
+    Attributes:
+        source: its name.
+        kind: how its splits are opened.
+        usual: the splits by the usual names; {"train": everything} where there are none.
+        named: the splits where the user names one: of folders without usual names, any folder at
+            the top, and of tars, the first words of their names.
+        class_names: of `kind` "readers"; None without classes.
+        listing: of `kind` "folders": the files in it.
+        left_out: what was found and is in no split.
+    """
+
+    source: str
+    kind: Literal["readers", "tables", "tars", "folders"]
+    usual: Splits
+    named: Splits
+    class_names: list[str] | None = None
+    listing: Listing | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def found_readers(
+    source: str, readers: Mapping[str, Reader], class_names: list[str] | None
+) -> Found:
+    """Return a source whose splits have readers already."""
+    return Found(source, "readers", Splits(readers), Splits(readers), class_names)
+
+
+def _found_tables(source: str, tables: Mapping[str, Any], left_out: LeftOut | None = None) -> Found:
+    splits = Splits(tables)
+    return Found(source, "tables", splits, splits, left_out=left_out or LeftOut())
+
+
+def _found_tars(source: str, folder: Path, names: Sequence[str], left_out: LeftOut) -> Found:
+    by_words = split_tars(names)
+    usual = by_words if are_splits(by_words) else {"train": list(names)}
+    splits, named = (
+        Splits({split: [folder / name for name in tars] for split, tars in tars_of.items()})
+        for tars_of in (usual, by_words)
+    )
+    return Found(source, "tars", splits, named, left_out=left_out)
+
+
+def find(source: str, config: ColumnConfig) -> Found:
+    """List the splits of a source.
 
     Raises:
         InputError: there is nothing that can be read.
     """
     if source == DIGITS:
-        return _FoundTables(source, {"train": _digits()}, LeftOut())
+        return _found_tables(source, {"train": _digits()})
     path = Path(source).expanduser()
     require_regular(path)
     archive = open_archive(str(path), config.label_column)
     if archive:
-        return _FoundRows(*archive, LeftOut())
+        return found_readers(source, *archive)
     if path.is_dir():
-        return _find_in_folder(path, source, asked=asked)
+        return _find_in_folder(path, source)
     if path.is_file():
-        return _find_in_file(path, source, asked=asked)
+        return _find_in_file(path, source)
     if source.startswith(("/", ".", "~")) or source.count("/") > 1:
         raise InputError(f"no folder or file {source}")
     name, _, configuration = source.partition(":")
-    return _FoundTables(source, load_hub(name, configuration, stream=config.stream), LeftOut())
+    return _found_tables(source, load_hub(name, configuration, stream=config.stream))
 
 
-def _find_in_file(path: Path, source: str, *, asked: bool) -> Found:
+def _find_in_file(path: Path, source: str) -> Found:
     ending = path.suffix.lower()
     if ending == ".tar":
-        return _FoundTars(path.parent, split_tars([path.name], asked=asked), LeftOut())
+        return _found_tars(source, path.parent, [path.name], LeftOut())
     if ending in (".parquet", ".arrow"):
-        return _FoundTables(source, load_file(path), LeftOut())
+        return _found_tables(source, load_file(path))
     if ending in ARCHIVES:
         raise InputError(
-            f"{path} is none of the archives that are read as they are; unpack {path.name} first"
+            f"{path} is not one of the archives that can be read directly; unpack {path.name} first"
         )
     raise InputError(
-        f"{path} is a {ending or 'nameless'} file; give a folder of images or a .parquet, .arrow or .tar"
+        f"{path} is a {ending or 'nameless'} file; give a folder of images or a .parquet, .arrow "
+        "or .tar file"
     )
 
 
-def _find_in_folder(path: Path, source: str, *, asked: bool) -> Found:
+def _find_in_folder(path: Path, source: str) -> Found:
     listing = list_folder(path)
     images, left_out = len(listing.images), listing.left_out
     packed = {ending: names for ending, names in listing.packed.items() if names}
     if not images and ".tar" not in packed and is_saved(path):
-        return _FoundTables(source, load_saved(path), LeftOut())
+        return _found_tables(source, load_saved(path))
     if not images and not packed:
-        raise InputError(_nothing(path, left_out))
+        if not left_out:
+            raise InputError(f"{path} is an empty folder; there are no images in it")
+        raise InputError(
+            f"{path} holds no images that can be read, but {left_out.text()}{left_out.advice()}"
+        )
     counts = [f"{images} image files"] if images else []
     counts += [f"{len(names)} {ending}" for ending, names in packed.items()]
     if len(packed) > 1 or (packed and sum(map(len, packed.values())) < images):
         raise InputError(f"{path} holds {' and '.join(counts)}; give one or the other")
     if not packed:
-        tops, notes = split_folders(listing.images, asked=asked)
-        _add_outside(left_out, listing.images, list(tops.values()))
-        return _FoundImages(path, listing, tops, left_out, notes)
+        usual, named = split_folders(listing.images)
+        return Found(source, "folders", usual, named, listing=listing, left_out=left_out)
     ((ending, names),) = packed.items()
-    if images:  # a picture may lie beside the file of the images
-        kind = f"image files beside the {ending} files"
+    if images:  # A few pictures next to the files that hold the images.
+        kind = f"image files next to the {ending} files"
         left_out.add(kind, listing.images[0].as_py(), count=images, possible_images=True)
         for file in [*listing.metadata, *listing.annotations]:
             left_out.add(f"files {ending_of(file)}", file)
     if ending == ".tar":
-        return _FoundTars(path, split_tars(names, asked=asked), left_out)
+        return _found_tars(source, path, names, left_out)
     for kind, entry in left_out.entries.items():
-        if kind.startswith(SPECIAL):  # `datasets` might wait for it
+        if kind.startswith(SPECIAL):  # `datasets` might wait for it forever.
             raise InputError(f"{path / entry.first} is a FIFO, a socket or a device; remove it")
-    return _FoundTables(source, load_folder(path, names), left_out)
-
-
-def _nothing(path: Path, left_out: LeftOut) -> str:
-    """Return why there are no images in a folder."""
-    if not left_out:
-        return f"{path} is an empty folder; there are no images in it"
-    return f"{path} holds no images that can be read, but {left_out.text()}{left_out.advice()}"
-
-
-def _add_outside(left_out: LeftOut, images: Any, tops: Sequence[str]) -> None:
-    """Count the images that lie in none of the folders of the splits."""
-    import pyarrow.compute as pc
-
-    if not tops:  # no folders at all, and a split was asked for: that is refused later
-        return
-    inside = in_folder(images, tops[0])
-    for top in tops[1:]:
-        inside = pc.or_(inside, in_folder(images, top))
-    outside = pc.filter(images, pc.invert(inside))
-    if len(outside):
-        left_out.add(OUTSIDE, outside[0].as_py(), count=len(outside), possible_images=True)
+    return _found_tables(source, load_folder(path, names), left_out)
 
 
 def _digits() -> ArrowTable:
@@ -456,35 +362,45 @@ def _digits() -> ArrowTable:
     return ArrowTable(Dataset.from_dict(rows, features=features))
 
 
-def _asked(config: SourceConfig) -> dict[str, str]:
-    wanted = {
+# Step 2: choose splits.
+
+
+def _requested_splits(config: SourceConfig) -> dict[str, str]:
+    settings = {
         "train": config.train_split,
         "validation": config.validation_split,
         "test": config.test_split,
     }
-    asked = {split: name for split, name in wanted.items() if name is not None}
-    if len(set(asked.values())) < len(asked):
-        raise InputError(
-            f"one split cannot be two: {', '.join(f'--{key}-split {name}' for key, name in asked.items())}"
-        )
-    return asked
+    requested = {split: name for split, name in settings.items() if name is not None}
+    if len(set(requested.values())) < len(requested):
+        flags = ", ".join(f"--{key}-split {name}" for key, name in requested.items())
+        raise InputError(f"one split cannot be used twice: {flags}")
+    return requested
 
 
-def _choose(names: Sequence[str], asked: Mapping[str, str], source: str) -> dict[str, str]:
-    """Return the splits to use, the source's names by ours: those asked for, and the others by their names."""
-    chosen = dict(asked)
-    for name in asked.values():
+def choose(found: Found, requested: Mapping[str, str]) -> Splits:
+    """Return the splits to open, by our names; unused splits are left out.
+
+    Args:
+        requested: names of the source's splits, by ours. The others are found by their names.
+
+    Raises:
+        InputError: there is no such split, no training split, or two for one of ours.
+    """
+    source, splits = found.source, found.named if requested else found.usual
+    names = list(splits.parts)
+    chosen = dict(requested)
+    for name in requested.values():
         if name not in names:
-            raise InputError(
-                f"{source} has no split {name!r}; {suggest(name, names) if names else 'it has none'}"
-            )
+            raise _no_split(source, name, names)
     for name in names:
         split = SPLIT_NAMES.get(name.lower())
-        if split is None or split in asked or name in asked.values():
+        if split is None or split in requested or name in requested.values():
             continue
         if split in chosen:
             raise InputError(
-                f"{source} has two {split} splits, {chosen[split]} and {name}; --{split}-split takes one"
+                f"{source} has two {split} splits, {chosen[split]} and {name}; "
+                f"--{split}-split takes one"
             )
         chosen[split] = name
     if not chosen and len(names) == 1:
@@ -493,7 +409,50 @@ def _choose(names: Sequence[str], asked: Mapping[str, str], source: str) -> dict
         raise InputError(
             f"{source} has no training split, only: {', '.join(names)}; --train-split names one"
         )
-    return {split: chosen[split] for split in SPLITS if split in chosen}
+    left_out = _sum(splits.left_out)
+    for name in (name for name in names if name not in chosen.values()):
+        kind, count = _size(found, splits.parts[name])
+        if count:
+            left_out.add(f"{kind} of the split {name}", name, count=count)
+    parts = {split: splits.parts[chosen[split]] for split in SPLITS if split in chosen}
+    return Splits(parts, left_out, splits.notes)
+
+
+def _no_split(source: str, name: str, names: Sequence[str]) -> InputError:
+    advice = suggest(name, names) if names else "it has none"
+    return InputError(f"{source} has no split {name!r}; {advice}")
+
+
+def _size(found: Found, part: Any) -> tuple[str, int]:
+    """Return what a split holds and how many: ("images", 5000)."""
+    if found.listing is not None:
+        import pyarrow.compute as pc
+
+        return "images", pc.sum(in_folder(found.listing.images, part)).as_py() or 0
+    return "tars" if found.kind == "tars" else "images", len(part)
+
+
+# Step 3: open the chosen splits.
+
+
+def open_splits(found: Found, parts: Mapping[str, Any], config: ColumnConfig) -> Opened:
+    """Return the readers and classes of some splits.
+
+    Args:
+        parts: the splits of `found`, by the names they get, "train" among them.
+
+    Raises:
+        InputError: an ambiguous or missing column, damaged files, or labels that disagree.
+    """
+    columns = config.image_column, config.label_column
+    if found.kind == "tables":
+        return open_tables(parts, found.source, *columns)
+    if found.kind == "tars":
+        return open_tars(parts, *columns)
+    if found.listing is not None:
+        folder = Path(found.source).expanduser()
+        return open_images(folder, found.listing, parts, *columns)
+    return Opened(dict(parts), found.class_names, LeftOut(), [])
 
 
 def _with_held_out(

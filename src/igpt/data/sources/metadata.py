@@ -16,7 +16,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from igpt.data.left_out import UNLISTED, LeftOut, listed
-from igpt.data.sources.readers import is_missing, opened_parquet, word_of
+from igpt.data.sources.classes import class_name, is_missing
+from igpt.data.sources.readers import opened_parquet
 from igpt.errors import InputError, suggest
 from igpt.files import require_regular
 
@@ -306,7 +307,7 @@ def _word(value: Any, class_names: list[str] | None) -> str | None:
         return None
     if class_names is not None and isinstance(value, int):
         return class_names[value] if 0 <= value < len(class_names) else None
-    return word_of(value).strip() or None
+    return class_name(value).strip() or None
 
 
 def _normal(name: str) -> str:

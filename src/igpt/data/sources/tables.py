@@ -1,4 +1,4 @@
-"""Tables of images: Parquet and Arrow files, folders that `datasets` wrote, the Hub; which column is what."""
+"""Tables of images: Parquet and Arrow files, folders written by `datasets`, and the Hub."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,17 +9,16 @@ from typing import Any
 from pydantic import Field
 
 from igpt.data.left_out import COLUMNS, LeftOut, listed
-from igpt.data.sources.folders import Opened, require_known, sort_classes
-from igpt.data.sources.metadata import LABEL
-from igpt.data.sources.readers import (
-    Column,
-    ParquetRows,
-    Reader,
-    TableRows,
+from igpt.data.sources.classes import (
+    ClassColumn,
+    class_name,
     is_missing,
-    opened_parquet,
-    word_of,
+    require_known,
+    sort_classes,
 )
+from igpt.data.sources.metadata import LABEL
+from igpt.data.sources.readers import ParquetRows, Reader, TableRows, opened_parquet
+from igpt.data.sources.splits import Opened
 from igpt.errors import InputError, suggest
 from igpt.files import Stored, read_json, require_regular
 
@@ -28,7 +27,7 @@ _FINE_AND_COARSE = ["coarse_label", "fine_label"]  # CIFAR-100's two sets of cla
 
 @dataclass(frozen=True)
 class ArrowTable:
-    """A split that `datasets` holds: memory-mapped, or small and in memory."""
+    """A split loaded by `datasets`: memory-mapped, or small and in memory."""
 
     table: Any
 
@@ -44,8 +43,8 @@ class ArrowTable:
         """Return all values of a column, missing ones too."""
         return set(self.table.unique(column))
 
-    def rows(self, image: str, label: Column | None) -> TableRows:
-        """A reader of two columns; no other is touched."""
+    def rows(self, image: str, label: ClassColumn | None) -> TableRows:
+        """Return a reader of two columns; no other column is read."""
         from datasets import Image
 
         columns = self.table.select_columns([image, label.name] if label else [image])
@@ -54,7 +53,7 @@ class ArrowTable:
 
 @dataclass(frozen=True)
 class ParquetTable:
-    """A split in Parquet files, which are read where they lie: on this machine, or on the Hub."""
+    """A split in Parquet files, read in place: on this machine or on the Hub."""
 
     files: tuple[str, ...]
     counts: tuple[int, ...]
@@ -62,26 +61,26 @@ class ParquetTable:
 
     @classmethod
     def open(cls, files: Iterable[str], features: Mapping[str, Any] | None) -> "ParquetTable":
-        """Reads the files' ends, which tell their rows and columns."""
+        """Read the footers of the files, which hold the number of rows and the columns."""
         from datasets import Features
 
         files = tuple(files)
 
-        def end(file: str) -> tuple[int, Any]:
+        def footer(file: str) -> tuple[int, Any]:
             with opened_parquet(file) as parquet:
                 return parquet.metadata.num_rows, parquet.schema_arrow
 
-        with ThreadPoolExecutor(
-            16
-        ) as threads:  # a remote file takes a second, and there may be hundreds
-            ends = list(threads.map(end, files))
-        columns = [Features.from_arrow_schema(schema) for _, schema in ends]
+        # A remote file takes a second, and there may be hundreds.
+        with ThreadPoolExecutor(16) as threads:
+            footers = list(threads.map(footer, files))
+        columns = [Features.from_arrow_schema(schema) for _, schema in footers]
         for file, found in zip(files, columns, strict=True):
             if _classes_of(found) != _classes_of(columns[0]):
                 raise InputError(
-                    f"{file} has other columns than {files[0]}, or other class names: {', '.join(found)}"
+                    f"{file} has other columns than {files[0]}, or other class names: "
+                    f"{', '.join(found)}"
                 )
-        return cls(files, tuple(count for count, _ in ends), features or columns[0])
+        return cls(files, tuple(count for count, _ in footers), features or columns[0])
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -95,8 +94,8 @@ class ParquetTable:
                     found |= set(batch[0].unique().to_pylist())
         return found
 
-    def rows(self, image: str, label: Column | None) -> ParquetRows:
-        """A reader of two columns; no other is touched."""
+    def rows(self, image: str, label: ClassColumn | None) -> ParquetRows:
+        """Return a reader of two columns; no other column is read."""
         return ParquetRows(self.files, self.counts, image, label)
 
 
@@ -110,7 +109,7 @@ Table = ArrowTable | ParquetTable
 def open_tables(
     tables: Mapping[str, Table], source: str, image_column: str | None, label_column: str | None
 ) -> Opened:
-    """Open all splits, "train" among them, and find their classes.
+    """Return readers of all splits, "train" among them, and their classes.
 
     Raises:
         InputError: an ambiguous or missing column, or labels that disagree between splits.
@@ -122,15 +121,14 @@ def open_tables(
         if image not in table.features or (label is not None and label not in table.features):
             advice = "; --label-column none leaves labels out" if image in table.features else ""
             raise InputError(
-                f"{source}: split {split!r} lacks the columns of the training split ({image}, {label}){advice}"
+                f"{source}: split {split!r} lacks the columns of the training split "
+                f"({image}, {label}){advice}"
             )
     names = _class_names(tables, label, source)
-    typed = label is not None and hasattr(features[label], "names")
     column = None
     if label is not None and names is not None:
-        column = Column(
-            label, None if typed else {name: number for number, name in enumerate(names)}
-        )
+        is_numbered = hasattr(features[label], "names")
+        column = ClassColumn(label) if is_numbered else ClassColumn.of_names(label, names)
     left_out = LeftOut()
     unused = [name for name in features if name not in (image, label)]
     if unused:
@@ -156,7 +154,7 @@ def _class_names(tables: Mapping[str, Table], label: str | None, source: str) ->
             values = {value for value in table.values(label) if not is_missing(value)}
             if any(isinstance(value, float) and not value.is_integer() for value in values):
                 raise _no_classes(label, tables[split].features[label], source)
-            words[split] = set(map(word_of, values))
+            words[split] = set(map(class_name, values))
         require_known(words["train"], words, source)
         return sort_classes(words["train"])
     for split, table in tables.items():
@@ -164,13 +162,14 @@ def _class_names(tables: Mapping[str, Table], label: str | None, source: str) ->
         if others != names:
             require_known(names, {split: others or []}, source)
             raise InputError(
-                f"{source}: the labels disagree between splits: {split} numbers the classes otherwise"
+                f"{source}: the labels disagree between splits: {split} numbers the classes "
+                "differently"
             )
     return list(names)
 
 
 def _is_image(feature: Any) -> bool:
-    """Whether a column holds images by its type: also the records of encoded images that other tools write."""
+    """Return whether a column has a type of images, or of records with encoded images."""
     from datasets import Image
 
     return isinstance(feature, Image) or (
@@ -182,14 +181,10 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) 
     if wanted is not None:
         if wanted not in features:
             raise InputError(f"{source} has no column {wanted!r}; {suggest(wanted, features)}")
-        # Encoded images or their paths; what it is in truth shows when it is decoded.
+        # Encoded images or their paths; decoding shows whether they are.
         kind = getattr(features[wanted], "dtype", "")
-        if not _is_image(features[wanted]) and kind not in (
-            "binary",
-            "large_binary",
-            "string",
-            "large_string",
-        ):
+        is_encoded = kind in ("binary", "large_binary", "string", "large_string")
+        if not _is_image(features[wanted]) and not is_encoded:
             raise InputError(f"column {wanted!r} of {source} holds {features[wanted]}, not images")
         return wanted
     images = [name for name, feature in features.items() if _is_image(feature)]
@@ -222,11 +217,13 @@ def _label_column(features: Mapping[str, Any], wanted: str | None, source: str) 
         return "fine_label"
     if len(labels) > 1:
         raise InputError(
-            f"{source} has several label columns; name one with --label-column from: {', '.join(labels)}"
+            f"{source} has several label columns; name one with --label-column from: "
+            f"{', '.join(labels)}"
         )
     if labels:
         return labels[0]
-    kind = getattr(features.get(LABEL), "dtype", "")  # numbers with fractions are no classes
+    # Floating-point numbers are not taken for classes unless requested.
+    kind = getattr(features.get(LABEL), "dtype", "")
     return LABEL if kind.startswith(("int", "uint", "string", "large_string", "bool")) else None
 
 
@@ -240,7 +237,7 @@ def load_file(path: Path) -> dict[str, Table]:
     """Return the one split of a Parquet or Arrow file, "train".
 
     Raises:
-        InputError: it is not readable as such.
+        InputError: it is not readable.
     """
     import datasets
 
@@ -252,16 +249,14 @@ def load_file(path: Path) -> dict[str, Table]:
         return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # of many types: `datasets`, Arrow and the file system have their own
+    except Exception as error:  # `datasets`, Arrow and file systems raise errors of many types.
         raise InputError(f"{path} is not readable as Arrow: {_reason(error)}") from None
 
 
 def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
     """Return the splits of a folder of Parquet or of Arrow files, by their own names.
 
-    Parquet is read where it lies.
+    Parquet is read in place.
 
     Args:
         files: the Parquet or Arrow files in it, relative to it.
@@ -281,20 +276,17 @@ def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
     try:
         builder = datasets.load_dataset_builder(str(path.resolve()))
         used = [str(file) for of_split in builder.config.data_files.values() for file in of_split]
-        wrong = next(
-            (file for file in used if Path(file).suffix not in (".parquet", ".arrow")), None
-        )
-        if wrong:
+        others = [file for file in used if Path(file).suffix not in (".parquet", ".arrow")]
+        if others:
+            wrong = Path(others[0])
             raise InputError(
-                f"{path}: `datasets` takes this for a folder of {Path(wrong).suffix} files ({Path(wrong).name}); "
-                f"move the {Path(files[0]).suffix} files to a folder of their own"
+                f"{path}: `datasets` takes this for a folder of {wrong.suffix} files "
+                f"({wrong.name}); move the {Path(files[0]).suffix} files to another folder"
             )
         tables = _build(builder)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # of many types: `datasets`, Arrow and the file system have their own
+    except Exception as error:  # `datasets`, Arrow and file systems raise errors of many types.
         raise InputError(
             f"cannot load {str(path)!r}: its files are not readable as images ({_reason(error)})"
         ) from None
@@ -358,17 +350,17 @@ def _load_saved(folder: Path) -> Table:
         require_regular(folder / name)
     try:
         return ArrowTable(datasets.Dataset.load_from_disk(str(folder)))
-    except Exception as error:  # of many types: `datasets` checks little of what it reads
+    except Exception as error:  # `datasets` checks little of what it reads.
         raise InputError(
             f"{folder} is not readable as a saved data set: {_reason(error)}"
         ) from None
 
 
 def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
-    """Return the splits of a data set of the Hub, by their own names: downloaded first, or read there (`stream`).
+    """Return the splits of a data set of the Hub, downloaded or, with `stream`, read in place.
 
     Raises:
-        InputError: it cannot be loaded, or it is to be streamed and is not in Parquet.
+        InputError: it cannot be loaded, or streaming was requested and it is not in Parquet.
     """
     import datasets
 
@@ -377,23 +369,19 @@ def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
         return _load_from_hub(name, config, stream=stream)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # of many types: `datasets`, the Hub's client and the network have their own
+    except Exception as error:  # `datasets`, the Hub's client and networks raise many types.
         source = f"{name}:{config}" if config else name
         raise InputError(
-            f"cannot load {source!r}: no such folder here and no such data set within reach of the Hub, or its files "
-            f"are not readable as images ({_reason(error)})"
+            f"cannot load {source!r}: there is no such folder, and no such data set can be reached on "
+            f"the Hub, or its files are not readable as images ({_reason(error)})"
         ) from None
 
 
 def _reason(error: Exception) -> str:
     import datasets
 
-    cause = (
-        error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else None
-    )
-    shown = cause or error
+    generation = isinstance(error, datasets.exceptions.DatasetGenerationError)
+    shown = (error.__cause__ if generation else None) or error
     words = " ".join(str(shown).split())
     if not words or isinstance(shown, KeyError):
         words = f"{type(shown).__name__} {words}".strip()
@@ -409,9 +397,7 @@ def _open_parquet(files: Iterable[str], features: Mapping[str, Any] | None) -> P
         return ParquetTable.open(files, features)
     except InputError:
         raise
-    except (
-        Exception
-    ) as error:  # a description of columns, which the file carries, may hold anything
+    except Exception as error:  # The file's description of its columns may hold anything.
         raise InputError(
             f"{next(iter(files))} is not readable as Parquet of `datasets`: {_reason(error)}"
         ) from None
@@ -427,26 +413,27 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
         }
     if not local:
         raise InputError(
-            f"{builder.repo_id} is not in Parquet, and only that is streamed; leave --stream out"
+            f"{builder.repo_id} is not in Parquet, and only Parquet is streamed; omit --stream"
         )
     builder.download_and_prepare()
     return _arrow(builder.as_dataset())
 
 
-def _require_all(folder: Path, there: Sequence[str], used: Sequence[str]) -> None:
-    """Refuse files of which `datasets` would use some, by the splits in their names, or more than there are to use."""
-    listed = {(folder / name).resolve() for name in there}
-    strange = next((file for file in used if Path(file).resolve() not in listed), None)
+def _require_all(folder: Path, present: Sequence[str], used: Sequence[str]) -> None:
+    """Raise if `datasets` would read only some of the files, or others than those listed."""
+    listed_files = {(folder / name).resolve() for name in present}
+    strange = next((file for file in used if Path(file).resolve() not in listed_files), None)
     if strange:
         raise InputError(
-            f"{folder}: `datasets` would read {strange}, which lies in a system folder; remove it"
+            f"{folder}: `datasets` would read {strange}, which is in a system folder; remove it"
         )
-    if len(there) > len(used):
+    if len(present) > len(used):
         names = {Path(file).name for file in used}
-        left = next((name for name in there if Path(name).name not in names), there[-1])
+        left = next((name for name in present if Path(name).name not in names), present[-1])
         raise InputError(
-            f"{folder}: {len(there) - len(used)} of {len(there)} {Path(left).suffix} files have no split in their "
-            f"names, {left} is the first, and others do; name them alike, or give one file"
+            f"{folder}: {len(present) - len(used)} of {len(present)} {Path(left).suffix} files have no "
+            f"split in their names ({left} is the first), and others do; name all in the same way, "
+            "or give one file"
         )
 
 
@@ -456,14 +443,13 @@ def _load_from_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
     from huggingface_hub.errors import HfHubHTTPError
 
     offline = datasets.config.HF_HUB_OFFLINE
-    try:  # first of all, once: where there is no network, `load_dataset` tries for half a minute and fills the console
+    # Ask the Hub once: without a network, `load_dataset` retries for half a minute with warnings.
+    try:
         if not offline:
             HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except HfHubHTTPError:
-        pass  # the Hub has answered; `load_dataset` says what
-    except (
-        Exception
-    ):  # the network fails in many ways, proxies among them; the cache may have the data set
+        pass  # The Hub has answered; `load_dataset` reports its answer.
+    except Exception:  # Networks fail in many ways; the cache may have the data set.
         datasets.config.HF_HUB_OFFLINE = True
     try:
         if stream:
