@@ -1,6 +1,6 @@
-"""The speedrun: minimize the training time to a fixed validation loss on CIFAR-10, one change at a time.
+"""The speedrun: minimize the training time to a fixed validation loss on CIFAR-10.
 
-    python experiments/speedrun/run.py --data CIFAR10 --palette experiments/speedrun/palette.npy --out DIR
+    python experiments/speedrun/run.py --data CIFAR10 --out DIR
 
 Every training is `igpt pretrain` in its own process, with one thread; two run at a time, one per
 core. Finished trainings (DIR/results) are not repeated. Interrupted ones start again from the
@@ -220,7 +220,7 @@ def result_of(name: str, seed: int, out: Path, steps: int | None = None) -> dict
 
 
 def pretrain_command(name: str, seed: int, out: Path, steps: int | None) -> tuple[str, ...]:
-    """Write the settings of a training, remove what an interrupted one left, and return the command."""
+    """Write the settings of a training, remove an interrupted one, and return the command."""
     run = out / "runs" / f"{name}-{seed}"
     shutil.rmtree(run, ignore_errors=True)
     run.parent.mkdir(parents=True, exist_ok=True)
@@ -295,7 +295,7 @@ def require_success(process: Process) -> None:
 def averaged(
     run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int
 ) -> list[dict[str, Any]]:
-    """Return the validations of a run with the mean weights of the last `count` snapshots before each.
+    """Return the validations of a run, with mean weights of the last `count` snapshots.
 
     Computing and validating the mean does not count as training time.
     """
@@ -352,7 +352,7 @@ def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> flo
 
 
 def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[float, int] | None:
-    """Return seconds and steps until a validation curve reached the target, interpolated linearly."""
+    """Return seconds and steps until a validation curve reaches the target, interpolated."""
     before: Mapping[str, Any] | None = None
     for point in curve:
         if target is not None and point["loss"] <= target:
@@ -395,8 +395,8 @@ def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
     """Return True if an entry is an improvement: it reaches the target sooner, with no more images.
 
     Both are medians over the seeds. Images are compared too because the speed of the machine varies
-    by 10 %. A seed that does not reach the target counts as infinitely slow. Return None for the first
-    entry, and if the two entries were trained with different seeds.
+    by 10 %. A seed that does not reach the target counts as infinitely slow. Return None for the
+    first entry, and if the two entries were trained with different seeds.
     """
     over = NAMES[name].over
     mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
@@ -418,7 +418,8 @@ def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
 def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
     """Return the records as a Markdown table with one row per entry."""
     rows = [
-        "| entry | over | what changed | seconds (range) | steps | final loss | images/s | kept | date | commit |",
+        "| entry | over | what changed | seconds (range) | steps | final loss | images/s | kept | "
+        "date | commit |",
         "|---|---|---|---:|---:|---:|---:|---|---|---|",
     ]
     for entry in ENTRIES:
@@ -457,7 +458,8 @@ def summarise(
     processors = sorted({one["environment"]["processor"] for one in results})
     if len(processors) > 1:
         raise InputError(
-            f"results of several processors cannot be compared: {', '.join(processors)}; choose another --out"
+            f"results of several processors cannot be compared: {', '.join(processors)}; choose "
+            "another --out"
         )
     given = target is not None
     aim = target if given else target_of(results, seeds)
@@ -467,7 +469,10 @@ def summarise(
         "target_from": "given"
         if given
         else f"mean of the final losses of {first}, seeds {list(seeds)}",
-        "how": f"at most {AT_A_TIME} trainings at a time, of one thread each; seconds of training alone",
+        "how": (
+            f"at most {AT_A_TIME} trainings at a time, of one thread each; seconds of training "
+            "alone"
+        ),
         "records": [
             record(one, aim, one["entry"] == first and not given and aim is not None)
             for one in results

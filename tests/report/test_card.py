@@ -1,4 +1,4 @@
-"""The model card: what it says is what the run's files say, and what it tells people to do works."""
+"""The model card: its numbers are those of the run's files, and its examples work."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from igpt.data.tokens.dataset import TokenDataset
@@ -96,7 +97,9 @@ def percent(share: float) -> str:
 
 def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> None:
     card = write_card(whole, NAME, license="cc-by-4.0").read_text()
-    assert front_of(card) == {
+    front = front_of(card)
+    assert front.pop("model-index")
+    assert front == {
         "license": "cc-by-4.0",
         "library_name": "igpt",
         "pipeline_tag": "unconditional-image-generation",
@@ -124,7 +127,7 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     ]
     probe = json.loads((whole / "probe.json").read_text())
     for layer in probe["layers"]:
-        mark = " (chosen)" if layer["layer"] == probe["best_layer"] else ""
+        mark = " (best)" if layer["layer"] == probe["best_layer"] else ""
         low, high = layer["test_interval_95"]
         accuracies = [percent(layer["validation_accuracy"]), percent(layer["test_accuracy"])]
         assert [
@@ -133,9 +136,9 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
             f"{percent(low)} to {percent(high)}",
         ] in rows
     assert percent(probe["concatenated"]["test_accuracy"]) in next(
-        row for row in rows if row[0] == "0, 2 side by side"
+        row for row in rows if row[0] == "0, 2 concatenated"
     )
-    assert any(row[0].endswith(", 4 labels a class") for row in rows)
+    assert any(row[0].endswith(", 4 labels per class") for row in rows)
     score = json.loads((whole / "score.json").read_text())
     assert f"30 test images of `digits`: {score['nats_per_pixel']:.4f} nats/pixel \u00b1 " in card
     assert "![Samples](samples.png)" in card
@@ -150,7 +153,36 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     assert "license" not in front_of(write_card(whole, NAME).read_text())
 
 
-def test_a_run_that_has_shown_nothing_yet_has_a_card(short_run: Path, tmp_path: Path) -> None:
+def test_the_hub_reads_the_results(whole: Path, classifier: Path) -> None:
+    """huggingface_hub's own loader finds every recorded result in the card's model-index."""
+    probe = json.loads((whole / "probe.json").read_text())
+    score = json.loads((whole / "score.json").read_text())
+    test = json.loads((classifier / "test.json").read_text())
+    best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
+    records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    loss = min(record["loss"] for record in records if record["kind"] == "validation")
+    data = ModelCard.load(write_card(whole, NAME)).data
+    assert data.model_name == NAME
+    assert [
+        (one.dataset_name, one.dataset_split, one.metric_type, one.metric_name, one.metric_value)
+        for one in data.eval_results
+    ] == [
+        ("digits", "test", "accuracy", "test accuracy", best["test_accuracy"]),
+        ("digits", "validation", "loss", "validation loss (nats/pixel)", loss),
+        (
+            "digits",
+            "test",
+            "loss",
+            "negative log-likelihood (nats/pixel)",
+            score["nats_per_pixel"],
+        ),
+    ]
+    (of_classifier,) = ModelCard.load(write_card(classifier, NAME)).data.eval_results
+    assert of_classifier.task_type == "image-classification"
+    assert of_classifier.metric_value == test["test_accuracy"]
+
+
+def test_a_run_without_results_has_a_card(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     card = write_card(run, NAME).read_text()
@@ -202,9 +234,9 @@ def test_what_it_says_to_do_works(
 @pytest.mark.parametrize(
     ("heads", "said"),
     [
-        (2, "head width, 16, is a square, so that they compute it correctly too."),
-        (4, "this model's is 8, and with 2 in place of 2.83 the logits are wrong."),
-        (1, "this model's is 32, and with 5 in place of 5.66 the logits are wrong."),
+        (2, "The head width of this model, 16, is a square number"),
+        (4, "this model's is 8, and with 2 instead of 2.83 the logits are wrong."),
+        (1, "this model's is 32, and with 5 instead of 5.66 the logits are wrong."),
     ],
 )
 def test_it_says_which_transformers_computes_the_model(
@@ -307,9 +339,9 @@ def test_a_classifier_s_card(
     low, high = test["test_interval_95"]
     row = ["This classifier", percent(test["test_accuracy"]), f"{percent(low)} to {percent(high)}"]
     assert row in rows_of(card)
-    assert "Classes of 180 test images" in card
+    assert "Test accuracy on 180 images" in card
     assert facts_of(card)["10 classes"] == ", ".join(f"`{digit}`" for digit in range(10))
-    assert "trained by the class loss\nand the generative one together." in card
+    assert "with\nthe class loss plus the generative loss." in card
     monkeypatch.chdir(tmp_path)
     tokens = picture_of(tmp_path, digits)
     ours, theirs = do_what_it_says(card, classifier, igpt)
@@ -323,7 +355,7 @@ def test_a_bert_model_s_card(
 ) -> None:
     card = write_card(bert, NAME).read_text()
     assert front_of(card)["pipeline_tag"] == "image-feature-extraction"
-    assert "what it computes of this model is noise" in card
+    assert "its output for this model is meaningless" in card
     assert "from transformers" not in card
     assert "Validation loss per masked pixel" in card
     monkeypatch.chdir(tmp_path)
@@ -351,14 +383,14 @@ def test_what_a_card_is_not_written_over_or_of(
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     (run / "README.md").write_text("my notes")
-    with pytest.raises(InputError, match="is no model card that igpt wrote; move it elsewhere"):
+    with pytest.raises(InputError, match="is not a model card written by igpt; move it elsewhere"):
         write_card(run, NAME)
     assert (run / "README.md").read_text() == "my notes"
     (run / "README.md").unlink()
     with pytest.raises(InputError, match="cannot name a model on the Hub"):
         write_card(run, "digits")
     shutil.rmtree(run / "model")
-    with pytest.raises(InputError, match="holds no model yet"):
+    with pytest.raises(InputError, match="contains no model yet"):
         write_card(run, NAME)
     with pytest.raises(InputError, match="is no run directory"):
         write_card(short_run / "model", NAME)

@@ -56,7 +56,8 @@ def of(config=CONFIG, metrics=(), **others):
 def test_the_model_is_described_as_far_as_it_is_known():
     words = describe_model(of(metrics=[START]))
     assert words == (
-        "An autoregressive transformer (4 layers, width 64, 1.23 M parameters), trained without labels on 1,437 images "
+        "An autoregressive transformer (4 layers, width 64, 1.23 M parameters), trained without "
+        "labels on 1,437 images "
         "of 8 × 8 pixels in 17 colours."  # noqa: RUF001
     )
     assert describe_model(of({})) == "An autoregressive transformer, trained without labels."
@@ -79,10 +80,10 @@ def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
 def test_the_loss_is_set_against_colour_frequencies():
     better = describe_loss(of(metrics=[START, validation(100, 1.0)]))
     assert (
-        "1.000 nats/pixel, at step 100, 1.000 below what colour frequencies alone give (2.000)"
+        "1.000 nats/pixel, at step 100, 1.000 below that of the colour frequencies alone (2.000)"
         in better
     )
-    assert "among 2.7 colours instead of 7.4" in better
+    assert "a perplexity of 2.7 colours instead of 7.4" in better
     assert "has not learnt more" in describe_loss(of(metrics=[START, validation(100, 2.0)]))
     assert describe_loss(of(metrics=[START])) == ""
     assert "nats/masked pixel" in describe_loss(of({"objective": "bert"}, [validation(1, 2.0)]))
@@ -91,13 +92,13 @@ def test_the_loss_is_set_against_colour_frequencies():
 def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     metrics = [{"kind": "validation", "step": 50, "error": 0.125}]
     assert describe_classifier(of(metrics=metrics)) == (
-        "Its best validation accuracy is 87.5\u00a0%, at step 50; it is not tested yet."
+        "Best validation accuracy: 87.5\u00a0%, at step 50; not tested yet."
     )
     words = describe_classifier(
         of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180})
     )
-    assert "right on 90.0\u00a0% of 180 test images (standard error 2.2 points)" in words
-    assert "chosen by validation accuracy, at step 50" in words
+    assert "Test accuracy 90.0\u00a0% on 180 images (standard error 2.2 points)" in words
+    assert "step 50 was selected by validation accuracy" in words
     whole = {
         "learning_rate": 1e-3,
         "rates": [{}, {}],
@@ -107,27 +108,26 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     words = describe_classifier(
         of(metrics=metrics, test={"test_accuracy": 0.9, "test_images": 180, **whole})
     )
-    assert "Its learning rate, 0.001, is the best of 2 by validation accuracy." in words
+    assert "The learning rate, 0.001, is the best of 2 by validation accuracy." in words
     assert (
-        "trained again, on validation images too, for as many epochs; before that, 89.0\u00a0%."
-        in words
+        "trained again, on the validation images too, for the same number of epochs; test accuracy "
+        "before "
+        "that: 89.0\u00a0%." in words
     )
-    assert "The modal prediction over 5 masks is right on 91.0\u00a0%." in words
+    assert "Test accuracy of the modal prediction over 5 masks: 91.0\u00a0%." in words
     assert describe_classifier(of()) == ""
 
 
 def test_a_clear_lead_is_called_one():
     words = describe_probe(probe(0.96, raw=0.80, untrained=0.70))
-    assert "right on 96.0\u00a0% of 180 test images (standard error 1.5 points)" in words
+    assert "test accuracy 96.0\u00a0% on 180 images (standard error 1.5 points)" in words
     assert "It is 16.0 points above raw pixels (80.0\u00a0%; two standard errors: 6.6)" in words
     assert "26.0 points above the best layer of an untrained network" in words
 
 
 def test_a_lead_within_two_standard_errors_is_not_claimed():
     words = describe_probe(probe(0.96, raw=0.95))
-    assert (
-        "within two standard errors (4.4): these test images do not show that it is better" in words
-    )
+    assert "within two standard errors (4.4): not significantly better" in words
     assert "above" not in words
 
 
@@ -135,7 +135,7 @@ def test_a_lag_is_told():
     assert "16.0 points below raw pixels" in compare(0.80, 0.96, 180, "raw pixels")
     small = compare(0.95, 0.96, 180, "raw pixels")
     assert "\u22121.0 points" in small
-    assert "do not show that it is worse" in small
+    assert "not significantly worse" in small
 
 
 def test_missing_comparisons_are_told():
@@ -156,7 +156,7 @@ def test_state_of_the_run():
     assert "Not finished" in describe_state(
         of(metrics=[START, end, {"kind": "resume", "step": 400}])
     )
-    assert "2 unreadable lines of metrics.jsonl left out" in describe_state(of({}, unreadable=2))
+    assert "2 unreadable lines of metrics.jsonl skipped" in describe_state(of({}, unreadable=2))
 
 
 def test_how_images_were_drawn():

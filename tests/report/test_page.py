@@ -87,7 +87,8 @@ def bare(tmp_path):
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(
-        f"tokens: {tmp_path / 'tokens'}\nbatch_size: 128\nsteps: 200\nlearning_rate: 0.001\nseed: 0\n"
+        f"tokens: {tmp_path / 'tokens'}\nbatch_size: 128\nsteps: 200\nlearning_rate: 0.001\nseed: "
+        "0\n"
         "n_layer: 2\nn_head: 2\nn_embd: 32\nobjective: autoregressive\npatience: null\n"
     )
     records = [
@@ -197,14 +198,14 @@ def test_the_numbers_are_there(whole):
         "This model, layer 1 96.1 % ± 1.4",
         "Untrained network, layer 0 80.0 % ± 3.0",
         "Raw pixels 95.1 % ± 1.6",
-        "these test images do not show that it is better",
+        "not significantly better",
         "16.1 points above the best layer of an untrained network",
         "fitted to 1,437 images",
         "did not converge at layer 2",
-        "4 images, one a row",
+        "4 images, one per row",
         "the upper 4 of 8 pixel rows",
         "3 completions by the model (temperature 1.0, no top-k or nucleus cut, seed 0)",
-        "22 images drawn by the model from nothing (temperature 1.0,",
+        "22 images sampled from the model unconditionally (temperature 1.0,",
         "igpt sample runs/first/model",
         "on 180 validation images",
         "The 17 colours",
@@ -265,12 +266,12 @@ def test_grids_without_a_record_beside_them_claim_nothing_about_how_they_were_dr
     (whole / "completions.json").unlink()
     text = read(write_report(whole)).text
     assert "temperature" not in text
-    assert "the original, what was kept, and 3 completions" in text
+    assert "the original, its visible part, and 3 completions" in text
 
 
 def test_a_grid_of_another_layout_gets_no_count(whole):
     image_grid([[np.zeros((8, 8, 3), np.uint8)] * 3], scale=3).save(whole / "samples.png")
-    assert "Images drawn by the model from nothing" in read(write_report(whole)).text
+    assert "Images sampled from the model unconditionally" in read(write_report(whole)).text
 
 
 def test_a_skipped_probe_gives_its_reason(whole):
@@ -278,7 +279,7 @@ def test_a_skipped_probe_gives_its_reason(whole):
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
     assert "The probe was skipped: the images have no labels" in text
-    assert "linear classifier on layer" not in text
+    assert "Linear probe: best layer" not in text
 
 
 def test_every_protocol_of_a_probe_is_told(whole):
@@ -297,13 +298,16 @@ def test_every_protocol_of_a_probe_is_told(whole):
     )
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
-    assert "chosen on 180, fitted anew on both, tested on 180" in text
-    assert "Layers 0, 1 side by side: 91.2 % of the test images." in text
-    assert "4 labels a class, layer 1: 73.2 %, standard deviation 1.5 points over 5 draws." in text
+    assert "selected on 180, fitted again to both, tested on 180" in text
+    assert "Layers 0, 1 concatenated: test accuracy 91.2 %." in text
+    assert (
+        "4 labels per class, layer 1: test accuracy 73.2 %, standard deviation 1.5 points over 5 "
+        "label subsets." in text
+    )
     layers = [{**row, "learning_rate": 3.0} for row in record["layers"]]
     (whole / "probe.json").write_text(json.dumps({**record, "config": {}, "layers": layers}))
     text = read(write_report(whole)).text
-    assert "learning rate of SGD and layer (ring) chosen on 180, tested on 180" in text
+    assert "learning rate of SGD and layer (ring) selected on 180, tested on 180" in text
 
 
 def test_a_probe_without_baselines_says_so(whole):
@@ -341,7 +345,7 @@ def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
     for expected in (
         "Image GPT fine-tuned on digits",
         "fine-tuned with labels on 1,437 images, for 10 classes",
-        "right on 93.0 % of 180 test images (standard error 1.9 points)",
+        "test accuracy 93.0 % on 180 images (standard error 1.9 points)",
         "stopped early (at most 500)",
         "Share of 180 validation images",
     ):

@@ -24,7 +24,7 @@ SIZES = list(SCALE.sizes)
 
 
 def row(accuracy: float, images: int, name: str) -> dict[str, Any]:
-    """A row of results: right on images that are drawn by its name, so that two rows differ as on different images."""
+    """Return a row of results: correct on images sampled by its name, so that two rows differ like independent ones."""
     right = np.random.default_rng(crc32(name.encode())).permutation(images) < round(
         accuracy * images
     )

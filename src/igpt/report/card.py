@@ -1,20 +1,18 @@
-"""The model card of a run, RUN/README.md, written from the run's files alone, and its upload with the model.
+"""The model card of a run, RUN/README.md, and its upload with the model.
 
-It says which data and objective the model was trained with, how good it is, how to use it, and what
-its limits are.
+The card is written from the run's files alone. It describes the training data and objective, the
+results, the use and the limits of the model. Its metadata contains the results as the Hub's
+`model-index`.
 """
 
 import math
 import re
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import TYPE_CHECKING, Any
 
 from igpt.errors import InputError
-from igpt.evaluation.results import read_score
+from igpt.evaluation.results import best_row, read_score
 from igpt.files import atomic_file, folder_to_read, require_regular
 from igpt.hub import require_name, upload
 from igpt.report.findings import (
@@ -29,37 +27,31 @@ from igpt.report.findings import (
     plural,
     short_source,
 )
-from igpt.report.record import Run, optional_json, read_run
-from igpt.report.sections import Table, key_tables
+from igpt.report.record import Run, best_validation, optional_json, read_run
+from igpt.report.sections import Table, key_tables, template
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 CARD = "README.md"
-_LIBRARY = "library_name: igpt"  # by this line a card is known from a README of another kind
+_LIBRARY = "library_name: igpt"  # distinguishes a card from other README files
 _PICTURES = ("completions.png", "samples.png")
-_TOLD = (
-    "metrics.jsonl",
-    "probe.json",
-    "test.json",
-    "score.json",
-    *_PICTURES,
-)  # what a card tells of
-_MOST_CLASSES = 20  # that are named
+_SOURCES = ("metrics.jsonl", "probe.json", "test.json", "score.json", *_PICTURES)
+_MAX_CLASSES = 20  # named in the card
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
-    """Writes `run/README.md` and returns its path; a card that is there is replaced.
+    """Write `run/README.md` and return its path; replace an existing card.
 
     Args:
         run: a run directory with a model.
-        name: USER/NAME, as the card's examples load the model.
-        license: its identifier on the Hub, such as apache-2.0; nothing is said of one by default.
+        name: USER/NAME, from which the card's examples load the model.
+        license: its identifier on the Hub, such as apache-2.0; omitted by default.
 
     Raises:
-        InputError: a bad name, no run with a model, a damaged file in it, or another README.md is
-            there.
+        InputError: a bad name, no run with a model, a damaged file, or a README.md that is no card.
     """
-    from jinja2 import Environment, StrictUndefined
-
     require_name(name)
     if license is not None and not _LICENSE.fullmatch(license):
         raise InputError(
@@ -67,27 +59,23 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
         )
     path = run / CARD
     if path.exists() and _LIBRARY not in _text(path):
-        raise InputError(f"{path} is no model card that igpt wrote; move it elsewhere")
-    text = files("igpt.report").joinpath("card.md.j2").read_text("utf-8")
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    card = environment.from_string(text).render(_contents(_with_model(run), name, license))
+        raise InputError(f"{path} is not a model card written by igpt; move it elsewhere")
+    card = template("card.md.j2").render(_contents(_with_model(run), name, license))
     with atomic_file(path) as temporary:
         temporary.write_text(card, encoding="utf-8")
     return path
 
 
 def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
-    """Uploads a run's model directory, card and pictures to the Hub in one commit, and returns the address.
+    """Upload a run's model directory, card and pictures to the Hub in one commit; return its URL.
 
-    A card that is there goes up as it is, whoever has edited it; otherwise it is written first
+    An existing card is uploaded unchanged, including edits; otherwise it is written first
     (`write_card`).
 
     Args:
         run: a run directory with a model.
-        name: USER/NAME; the repository is made where there is none.
-        private: of a new repository; one that is there already must be private.
+        name: USER/NAME; a missing repository is created.
+        private: create a private repository; an existing one must be private.
 
     Raises:
         InputError: see `write_card` and `igpt.hub.upload`.
@@ -106,18 +94,19 @@ def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
             raise InputError(f"{file} is not a file; only files are uploaded, so move it elsewhere")
         if file.name in sent:
             raise InputError(
-                f"{sent[file.name]} and {file} would be one file on the Hub; move one of them elsewhere"
+                f"{sent[file.name]} and {file} would be one file on the Hub; move one of them "
+                "elsewhere"
             )
         sent[file.name] = file
     return upload(name, sent, private=private, message="Model trained with igpt")
 
 
 def doubts(run: Path, name: str) -> list[str]:
-    """What may be wrong with a card that is there: the name in it, or its age."""
+    """Return possible problems of an existing card: its age, or another name in it."""
     path = run / CARD
     newer = [
         file
-        for file in _TOLD
+        for file in _SOURCES
         if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime
     ]
     found = [f"is older than {', '.join(newer)}"] if newer else []
@@ -135,44 +124,56 @@ def _with_model(path: Path) -> Run:
     run = read_run(path)
     if not run.saved:
         raise InputError(
-            f"{path} holds no model yet; igpt pretrain writes one at its first validation"
+            f"{path} contains no model yet; igpt pretrain writes one at its first validation"
         )
     for key in ("n_embd", "n_head"):
         value = run.saved.get(key)
         if type(value) is not int or value < 1:
             raise InputError(
-                f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is needed"
+                f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is "
+                "needed"
             )
     return run
 
 
 def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
-    """What the template shows, in its words."""
+    """Return the values of the template."""
+    from huggingface_hub import ModelCardData
+
     objective, classes = run.objective, _classes(run)
     head_width = run.saved["n_embd"] // run.saved["n_head"]
     task = (
         "unconditional-image-generation" if objective.has_likelihood else "image-feature-extraction"
     )
     task = "image-classification" if classes else task
-    front: dict[str, Any] = {"license": license} if license else {}
-    front |= {
-        "library_name": "igpt",
-        "pipeline_tag": task,
-        "tags": ["imagegpt", "image-gpt", objective.name],
-    }
     try:
         probed = run.probe if run.probe and "skipped" not in run.probe else None
         findings = [describe_classifier(run) if run.finetuned else describe_loss(run)]
         findings += [describe_probe(probed)] if probed else []
         tables = _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else [])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:  # all else is read leniently
+        results = _results(run, probed)
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+    ) as error:  # the other files are checked
         raise InputError(
-            f"{run.path / 'probe.json'} is not a whole probe ({error}); igpt probe makes it anew"
+            f"{run.path / 'probe.json'} is not a complete probe ({error}); run igpt probe again"
         ) from None
+    metadata = ModelCardData(
+        license=license,
+        library_name="igpt",
+        pipeline_tag=task,
+        tags=["imagegpt", "image-gpt", objective.name],
+        model_name=name,
+        eval_results=results or None,
+    )
     return {
-        "front": yaml.safe_dump(front, sort_keys=False, allow_unicode=True).strip(),
+        "metadata": metadata.to_yaml().strip(),
         "title": _plain(
-            f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on {short_source(run.source)}"
+            f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on "
+            f"{short_source(run.source)}"
         ),
         "description": describe_model(run),
         "findings": [sentence for sentence in findings if sentence],
@@ -196,6 +197,53 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
     }
 
 
+def _results(run: Run, probed: Mapping[str, Any] | None) -> list["EvalResult"]:
+    """Return the recorded results in the form of the Hub's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    def result(
+        task: tuple[str, str], source: str, split: str, metric: tuple[str, str], value: float
+    ) -> EvalResult:
+        (task_type, task_name), (metric_type, metric_name) = task, metric
+        return EvalResult(
+            task_type=task_type,
+            task_name=task_name,
+            dataset_type=source,
+            dataset_name=source,
+            dataset_split=split,
+            metric_type=metric_type,
+            metric_name=metric_name,
+            metric_value=value,
+        )
+
+    found, source, accuracy = [], short_source(run.source), ("accuracy", "test accuracy")
+    tested = (run.test or {}).get("test_accuracy")
+    if isinstance(tested, int | float):
+        task = ("image-classification", "Image classification")
+        found.append(result(task, source, "test", accuracy, tested))
+    if probed:
+        best = best_row(probed)
+        task = ("image-classification", f"Linear probe of layer {best['layer']}")
+        probe_source = short_source(str(probed.get("source") or run.source))
+        found.append(result(task, probe_source, "test", accuracy, best["test_accuracy"]))
+    task = ("unconditional-image-generation", "Density estimation")
+    validation = None if run.finetuned else best_validation(run.metrics)
+    if validation:
+        metric = ("loss", f"validation loss ({run.unit})")
+        found.append(result(task, source, "validation", metric, validation[1]))
+    if (run.path / "score.json").exists():
+        score = read_score(run.path / "score.json")
+        metric = ("loss", "negative log-likelihood (nats/pixel)")
+        scored = short_source(_score_source(run, score))
+        found.append(result(task, scored, str(score.get("split")), metric, score["nats_per_pixel"]))
+    return found
+
+
+def _score_source(run: Run, score: Mapping[str, Any]) -> str:
+    source = str(score.get("source"))
+    return run.source if source == str(run.config.get("tokens")) else source
+
+
 def _classes(run: Run) -> list[str]:
     if run.saved.get("architectures") != ["ImageGPTForImageClassification"]:
         return []
@@ -206,7 +254,7 @@ def _classes(run: Run) -> list[str]:
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
-    """What the model has seen, by name."""
+    """Return names and values of the training data."""
     rows = [("source", _code(short_source(run.source)))]
     splits = run.manifest.get("splits") or {}
     counts = {
@@ -232,35 +280,35 @@ def _data(run: Run) -> list[tuple[str, str]]:
         exact, psnr = error.get("psnr_db") is None, f"{error.get('psnr_db') or 0:.1f} dB PSNR"
         rows.append(
             (
-                "error of the palette",
-                "none" if exact else f"{error['mse']:.1f} a channel (squared), {psnr}",
+                "quantisation error",
+                "none" if exact else f"{error['mse']:.1f} (mean squared, per channel), {psnr}",
             )
         )
     if run.left_out:
-        # Without the names: the first one may be a path of this machine.
+        # Counts only: the recorded first name may be a local path.
         rows.append(
             ("left out", "; ".join(f"{_plain(kind)}: {count}" for kind, count in _counts(run)))
         )
     rows += [("warning", _plain(_without_folders(warning, run))) for warning in run.warnings]
     classes = _classes(run)
     if classes:
-        more = f", and {len(classes) - _MOST_CLASSES} more" if len(classes) > _MOST_CLASSES else ""
+        more = f", and {len(classes) - _MAX_CLASSES} more" if len(classes) > _MAX_CLASSES else ""
         rows.append(
             (
                 plural(len(classes), "class", "classes"),
-                ", ".join(map(_code, classes[:_MOST_CLASSES])) + more,
+                ", ".join(map(_code, classes[:_MAX_CLASSES])) + more,
             )
         )
     return rows
 
 
 def _counts(run: Run) -> list[tuple[str, str]]:
-    """How much of each kind the data set left out."""
+    """Return kinds and counts of what the data set left out."""
     return [(kind, number(entry.count)) for kind, entry in run.left_out.entries.items()]
 
 
 def _without_folders(text: str, run: Run) -> str:
-    """Text in which the images' source and the given palette are named without the folders that they are in."""
+    """Remove the folders of the images' source and of the given palette from a text."""
     config = (run.manifest.get("made") or {}).get("config") or {}
     for path in filter(None, (config.get("palette"), run.source)):
         text = text.replace(path, short_source(path))
@@ -268,7 +316,7 @@ def _without_folders(text: str, run: Run) -> str:
 
 
 def _training(run: Run) -> list[tuple[str, str]]:
-    """How it was trained, by name."""
+    """Return names and values of the training settings."""
     config, environment = run.config, run.environment
     rows = [
         (words, _code(config[key]))
@@ -290,24 +338,24 @@ def _training(run: Run) -> list[tuple[str, str]]:
 
 
 _SETTINGS = {
-    "batch_size": "images an update",
+    "batch_size": "batch size",
     "optimizer": "optimiser",
     "learning_rate": "learning rate",
     "schedule": "schedule",
-    "warmup_steps": "warm-up updates",
+    "warmup_steps": "warm-up steps",
     "betas": "betas",
     "weight_decay": "weight decay",
-    "grad_clip": "gradients clipped at",
+    "grad_clip": "gradient clipping",
     "generation_weight": "weight of the generative loss",
-    "flip": "mirrored at random",
-    "shift": "shifted at random, pixels",
+    "flip": "random horizontal flips",
+    "shift": "random shifts, pixels",
     "precision": "precision",
     "seed": "seed",
 }
 
 
 def _accuracies(run: Run) -> list[Table]:
-    """A classifier's accuracy on the test images."""
+    """Return a classifier's accuracy on the test images."""
     test = run.test or {}
     if not isinstance(test.get("test_accuracy"), int | float):
         return []
@@ -317,7 +365,7 @@ def _accuracies(run: Run) -> list[Table]:
         found[words] = (modal["accuracy"], modal.get("interval_95"))
     if folded := test.get("fold_back"):
         before = folded["before"]
-        found["Before validation images were trained on too"] = (
+        found["Before training on the validation images too"] = (
             before["test_accuracy"],
             before.get("test_interval_95"),
         )
@@ -325,12 +373,12 @@ def _accuracies(run: Run) -> list[Table]:
         (words, percent(share), " to ".join(map(percent, interval or ())))
         for words, (share, interval) in found.items()
     ]
-    caption = f"Classes of {plural(test['test_images'], 'test image')} (higher is better)"
+    caption = f"Test accuracy on {plural(test['test_images'], 'image')} (higher is better)"
     return [Table(caption, ("", "accuracy", "95 % interval"), rows)]
 
 
 def _by_layer(probe: Mapping[str, Any]) -> Table:
-    """The accuracy of every layer's linear probe."""
+    """Return the accuracy of the linear probe of every layer."""
 
     def row(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         interval = " to ".join(map(percent, found.get("test_interval_95") or ()))
@@ -342,30 +390,31 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
         )
 
     rows = [
-        row(
-            f"{layer['layer']}{' (chosen)' if layer['layer'] == probe['best_layer'] else ''}", layer
-        )
+        row(f"{layer['layer']}{' (best)' if layer['layer'] == probe['best_layer'] else ''}", layer)
         for layer in probe["layers"]
     ]
     if "concatenated" in probe:
         together = probe["concatenated"]
-        rows.append(row(f"{', '.join(map(str, together['layers']))} side by side", together))
+        rows.append(row(f"{', '.join(map(str, together['layers']))} concatenated", together))
     for few in probe.get("few_labels") or ():
         spread = f"\N{PLUS-MINUS SIGN} {100 * few['standard_deviation']:.1f} (standard deviation)"
         rows.append(
             (
-                f"{few['layer']}, {plural(few['per_class'], 'label')} a class",
+                f"{few['layer']}, {plural(few['per_class'], 'label')} per class",
                 "",
                 percent(few["mean"]),
                 spread,
             )
         )
-    caption = "Linear probe of every layer (0: input of the first block; the last: the final norm)"
+    caption = (
+        "Accuracy of a linear probe of every layer (0: input of the first block; the last: final "
+        "norm)"
+    )
     return Table(caption, ("layer", "validation", "test", "95 % interval"), rows)
 
 
 def _score(run: Run) -> str:
-    """What `igpt score` found, in a sentence."""
+    """Return the result of `igpt score` as a sentence."""
     path = run.path / "score.json"
     if not path.exists():
         return ""
@@ -373,25 +422,24 @@ def _score(run: Run) -> str:
     error = found.get("standard_error")
     spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f} (standard error)"
     split = "" if found.get("split") == "all" else f"{found.get('split')} "
-    source = str(found.get("source"))
-    source = run.source if source == str(run.config.get("tokens")) else source
+    source = _code(short_source(_score_source(run, found)))
     return (
-        f"{plural(found['images'], f'{split}image')} of {_code(short_source(source))}: "
+        f"{plural(found['images'], f'{split}image')} of {source}: "
         f"{found['nats_per_pixel']:.4f} nats/pixel{spread}."
     )
 
 
 def _pictures(run: Run) -> list[dict[str, str]]:
-    """The run's pictures that are there, each with a caption."""
+    """Return the run's existing pictures with their captions."""
     found = []
     for file in _PICTURES:
         path = run.path / file
         if not path.exists():
             continue
         how = optional_json(path.with_suffix(".json")) or {}
-        drawn = describe_sampling(how)
+        settings = describe_sampling(how)
         if file.startswith("samples"):
-            caption = f"Drawn by the model from nothing{drawn}."
+            caption = f"Unconditional samples of the model{settings}."
         else:
             kept = how.get("keep_rows")
             rows = (
@@ -399,13 +447,16 @@ def _pictures(run: Run) -> list[dict[str, str]]:
                 if kept is None
                 else f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
             )
-            caption = f"Left to right: the original, what was kept of it{rows}, and completions by the model{drawn}."
+            caption = (
+                f"Left to right: the original, its visible part{rows}, and completions by the "
+                f"model{settings}."
+            )
         found.append({"file": file, "name": path.stem.capitalize(), "caption": caption})
     return found
 
 
 def _code(value: Any) -> str:
-    """Words of others as Markdown's code, which leaves them as they are."""
+    """Return a value as Markdown code, so that it is shown as it is."""
     listed = (
         ", ".join(map(str, value))
         if isinstance(value, Iterable) and not isinstance(value, str)
@@ -415,5 +466,5 @@ def _code(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text without a meaning in Markdown."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", " ".join(text.split()))

@@ -1,6 +1,6 @@
-"""Figures that compare several models by the plot data of a question's answer: lines, and groups of points.
+"""Figures that compare models, from the plot data of an answer: lines, and groups of points.
 
-Every point has its 95 % interval; series keep apart by colour, marker and dash.
+Every point has its 95 % interval. Series differ in colour, marker and line style.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ _GREEN = {LIGHT.paper: "#1a7f37", "other": "#5fd07f"}
 
 
 def draw(plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
-    """The figure of a plot of kind "lines" or "groups".
+    """Plot the data of kind "lines" or "groups".
 
     Args:
-        plot: "x", "y": labels; "series": lists "x", "y", "low", "high", a "name" and perhaps a
-            "ring" (a point's number); "categories" of groups; "falling" if x goes down to the
-            right.
+        plot: "x", "y": labels of the axes; "series": lists "x", "y", "low", "high", a "name" and
+            optionally a "ring" (index of a point); "categories" of groups; "falling" if x decreases
+            to the right.
     """
     figure, axes = canvas(look, width)
     every = [np.array(one[key], float) for one in plot["series"] for key in ("low", "high")]
@@ -57,11 +57,6 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
         )
         axes.xaxis.set_major_formatter("{x:.3g}")
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
-        style: dict[str, Any] = {
-            "linestyle": _DASHES[number],
-            "marker": _MARKERS[number],
-            "markersize": 4.5,
-        }
         axes.plot(
             one["x"],
             one["y"],
@@ -69,7 +64,9 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
             label=one["name"],
             clip_on=False,
             linewidth=1.8,
-            **style,
+            linestyle=_DASHES[number],
+            marker=_MARKERS[number],
+            markersize=4.5,
         )
         axes.fill_between(one["x"], one["low"], one["high"], color=color, alpha=0.13, linewidth=0)
         if one.get("ring") is not None:
@@ -79,7 +76,7 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
 
 
 def _groups(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> None:
-    """Points side by side in every category; a legend beside them, for they have no ends to write their names at."""
+    """Plot points side by side in every category, with a legend next to the axes."""
     count = len(plot["series"])
     for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
         x = np.array(one["x"], float) + (number - (count - 1) / 2) * 0.13

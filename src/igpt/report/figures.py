@@ -1,8 +1,8 @@
-"""Figures and picture grids from what a run wrote down; nothing here recomputes a result.
+"""Figures and picture grids of the recorded results of a run; nothing is recomputed here.
 
-Colours keep apart for colour-blind readers and by line style in black and white; figures have no
-background, and a look for light and one for dark pages. Lines carry labels ("training", "best",
-...) by which a program finds their data.
+Lines can be distinguished by colour-blind readers, and by their style in black and white. Figures
+have no background, and colours for light and for dark pages. Lines have labels ("training", "best",
+...) by which programs find their data.
 """
 
 import base64
@@ -32,7 +32,7 @@ FONT = 9.5  # points
 
 @dataclass(frozen=True)
 class Look:
-    """Colours: the page's ground, text, secondary lines and text, grid, what was trained, what it is compared with."""
+    """Colours: background, text, secondary text, grid, the trained model, its comparison."""
 
     paper: str
     ink: str
@@ -51,7 +51,7 @@ DARK = Look(
 
 
 def palette_swatch(palette: Palette) -> Image.Image:
-    """All colours in the order of their tokens, in rows of at most 32 where they fit; cells past the last are clear."""
+    """Return a picture of all colours in the order of their tokens, on transparent ground."""
     count = len(palette)
     columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
     cells = np.zeros((math.ceil(count / columns) * columns, 4), dtype=np.uint8)
@@ -67,11 +67,13 @@ def loss_curve(
     look: Look = LIGHT,
     width: float = WIDE,
 ) -> "Figure":
-    """Training and validation loss by step, against the baselines; the step with the lowest validation loss is ringed.
+    """Plot training and validation loss by step, with the baselines.
+
+    A ring marks the lowest validation loss.
 
     Args:
         metrics: the records of `metrics.jsonl`.
-        unit: of the losses, for the axis.
+        unit: unit of the losses, for the label of the axis.
     """
     figure, axes = canvas(look, width)
     train, validation = history(metrics, "train"), history(metrics, "validation")
@@ -82,8 +84,8 @@ def loss_curve(
         text = "uniform" if name == "uniform" else "colour\nfrequencies"
         labels.append((value, f"{text} {value:.2f}", look.muted))
     if train:
-        # As a path, a long run's every step would make the page heavy; the axes and all text stay
-        # vector.
+        # A path with every step of a long run would make the page large: rasterize it. Axes and
+        # text remain vector graphics.
         many = len(train) > 3000
         style = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
         _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
@@ -107,7 +109,7 @@ def loss_curve(
     steps = [record["step"] for record in train + validation]
     axes.set_xlim(0, max(steps, default=1) or 1)
     low, high = span([line.get_ydata() for line in axes.get_lines()])
-    # Room below the curve: the words on the best step stand there.
+    # Leave space below the curve for the label of the best step.
     axes.set_ylim(low - 0.16 * (high - low), high + 0.05 * (high - low))
     if best is not None:
         _note(axes, *best, f"best {best[1]:.3f}, step {best[0]:,}", look, above=False)
@@ -120,7 +122,7 @@ def loss_curve(
 def accuracy_curve(
     metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE
 ) -> "Figure":
-    """Validation accuracy of a classifier by step of fine-tuning, in percent; the best is ringed."""
+    """Plot a classifier's validation accuracy by step, in percent; a ring marks the best."""
     figure, axes = canvas(look, width)
     records = history(metrics, "validation", "error")
     shown = [
@@ -144,13 +146,14 @@ def accuracy_curve(
 
 
 def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
-    """Linear probe accuracy by layer, in percent, with what raw pixels and an untrained network reach.
+    """Plot linear probe accuracy by layer, in percent, with the baselines.
 
-    The band is one standard error, sqrt(p (1 - p) / n), around the test accuracy; the layer chosen
-    on validation is ringed.
+    The baselines are raw pixels and an untrained network. The band is one standard error,
+    sqrt(p (1 - p) / n), around the test accuracy; a ring marks the best layer by validation
+    accuracy.
 
     Args:
-        probe: what `probe.json` holds.
+        probe: the content of `probe.json`.
     """
     figure, axes = canvas(look, width)
     layers, count = probe["layers"], probe["images"]["test"]
@@ -191,10 +194,9 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
     text = f"layer {chosen['layer']}: {100 * chosen['test_accuracy']:.1f} %"
-    beside = values[abs(steps - chosen["layer"]) == 1]
-    above = (
-        not len(beside) or 100 * chosen["test_accuracy"] >= beside.mean()
-    )  # away from where the line goes on
+    neighbours = values[abs(steps - chosen["layer"]) == 1]
+    # Keep the label away from the line.
+    above = not len(neighbours) or 100 * chosen["test_accuracy"] >= neighbours.mean()
     _note(axes, chosen["layer"], 100 * chosen["test_accuracy"], text, look, above=above)
     axes.set_xlabel("layer", color=look.ink)
     axes.set_ylabel("accuracy, %", color=look.ink)
@@ -203,7 +205,7 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
 
 
 def encode(figure: "Figure | Image.Image") -> str:
-    """A data URI: SVG with real text for a figure, PNG for a picture. The same input gives the same characters."""
+    """Return a data URI, deterministically: SVG with text for a figure, PNG for a picture."""
     if isinstance(figure, Image.Image):
         buffer = io.BytesIO()
         figure.save(buffer, format="PNG", optimize=True)
@@ -212,12 +214,12 @@ def encode(figure: "Figure | Image.Image") -> str:
 
 
 def svg(figure: "Figure", *, transparent: bool = True) -> bytes:
-    """A figure as SVG with real text, on no ground or on white; the same figure gives the same bytes."""
+    """Return a figure as SVG with text, deterministically; transparent, or on white."""
     import matplotlib
 
     buffer = io.BytesIO()
     fonts = ["Helvetica Neue", "Segoe UI", "Roboto", "Arial", "Liberation Sans", "DejaVu Sans"]
-    # matplotlib takes these three from its settings alone; they are put back at once.
+    # matplotlib has no arguments for these three settings.
     with matplotlib.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "igpt", "font.sans-serif": fonts}
     ):
@@ -232,12 +234,12 @@ def svg(figure: "Figure", *, transparent: bool = True) -> bytes:
 
 
 def data_uri(content: bytes, media_type: str) -> str:
-    """`content` as a URI that needs no file beside the page."""
+    """Return `content` as a data URI."""
     return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
-    """A figure of fixed margins: the labels at the lines' ends need theirs, and their heights are known from it."""
+    """Return an empty figure with fixed margins, with space for labels at the ends of lines."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -270,18 +272,18 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
 def _line(
     axes: "Axes", records: list[dict[str, Any]], key: str, label: str, color: str, **style: Any
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Draws `key` of the records by step or layer; accuracies in percent."""
-    place = "layer" if "layer" in records[0] else "step"
-    x = np.array([record[place] for record in records], dtype=np.float64)
-    y = np.array([record[key] for record in records], dtype=np.float64) * (
-        100 if place == "layer" else 1
-    )
+    """Plot `key` of the records by step or layer; accuracies in percent."""
+    by = "layer" if "layer" in records[0] else "step"
+    x = np.array([record[by] for record in records], dtype=np.float64)
+    y = np.array([record[key] for record in records], dtype=np.float64)
+    if by == "layer":
+        y *= 100
     axes.plot(x, y, color=color, label=label, clip_on=False, **style)
     return x, y
 
 
 def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None) -> None:
-    """Rings a point, the best one."""
+    """Mark the best point with a ring."""
     style: dict[str, Any] = {
         "marker": "o",
         "markersize": 11,
@@ -301,16 +303,16 @@ def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None)
 
 
 def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: bool) -> None:
-    """Words on the ringed point, over a patch of the page's ground; within the axes also at their sides."""
+    """Label the point with the ring, on a patch of the background, within the axes."""
     low, high = axes.get_xlim()
     side = (x - low) / (high - low)
-    place = "left" if side < 0.2 else "right" if side > 0.8 else "center"
+    align = "left" if side < 0.2 else "right" if side > 0.8 else "center"
     axes.annotate(
         text,
         (x, y),
-        ({"left": -6, "right": 6, "center": 0}[place], 11 if above else -11),
+        ({"left": -6, "right": 6, "center": 0}[align], 11 if above else -11),
         textcoords="offset points",
-        ha=place,
+        ha=align,
         va="bottom" if above else "top",
         color=look.main,
         fontsize=FONT,
@@ -327,7 +329,7 @@ def _last(values: NDArray[np.float64]) -> float:
 
 
 def span(values: Iterable[Any]) -> tuple[float, float]:
-    """Least and greatest finite value; never equal, so that an axis can be made of them."""
+    """Return limits of an axis: the lowest and highest finite value, or around it if equal."""
     every = np.concatenate([np.empty(0), *(np.asarray(some, dtype=np.float64) for some in values)])
     finite = every[np.isfinite(every)]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
@@ -335,7 +337,7 @@ def span(values: Iterable[Any]) -> tuple[float, float]:
 
 
 def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float) -> None:
-    """Writes what the lines are at their right ends, moved apart where they would overlap."""
+    """Label lines at their right ends; move labels apart where they would overlap."""
     low, high = axes.get_ylim()
     points = 72 * (_HEIGHT - _TOP - _BOTTOM)
     wanted = sorted(
@@ -343,7 +345,7 @@ def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float)
     )
     wanted = [entry for entry in wanted if math.isfinite(entry[0])]
     heights = [1.18 * FONT * (1 + text.count("\n")) for _, text, _ in wanted]
-    middles = spread([place for place, _, _ in wanted], heights)
+    middles = spread([middle for middle, _, _ in wanted], heights)
     for middle, (_, text, color) in zip(middles, wanted, strict=True):
         axes.annotate(
             text,
@@ -359,14 +361,16 @@ def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float)
 
 
 def spread(middles: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Moves intervals of some heights, sorted by their middles, apart until none overlap; as little as it takes."""
-    places = list(middles)
+    """Move intervals, sorted by their middles, apart until none overlap, as little as possible."""
+    moved = list(middles)
     for _ in range(200):
-        moved = False
-        for i, j in pairwise(range(len(places))):
-            lack = (heights[i] + heights[j]) / 2 - (places[j] - places[i])
-            if lack > 1e-3:
-                places[i], places[j], moved = places[i] - lack / 2, places[j] + lack / 2, True
-        if not moved:
+        overlaps = False
+        for i, j in pairwise(range(len(moved))):
+            overlap = (heights[i] + heights[j]) / 2 - (moved[j] - moved[i])
+            if overlap > 1e-3:
+                moved[i] -= overlap / 2
+                moved[j] += overlap / 2
+                overlaps = True
+        if not overlaps:
             break
-    return places
+    return moved

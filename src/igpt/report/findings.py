@@ -1,4 +1,4 @@
-"""Sentences about a run; none claims more than the run's numbers do."""
+"""Sentences about the results of a run, with their uncertainty."""
 
 import math
 from pathlib import Path
@@ -9,7 +9,7 @@ from igpt.report.record import Run, baselines, best_validation, standard_error
 
 
 def describe_model(run: Run) -> str:
-    """What was trained on what: objective, size, images, colours; as much of it as is recorded."""
+    """Describe the model and its training data, as far as recorded."""
     shape, start = run.shape, run.start
     kind = run.objective.title
     size = [f"{shape['n_layer']} layers"] if "n_layer" in shape else []
@@ -36,7 +36,7 @@ def describe_model(run: Run) -> str:
 
 
 def describe_state(run: Run) -> str:
-    """Whether the run has ended, and how far it came."""
+    """Describe the progress of the run."""
     ended: dict[str, Any] | None = None
     for record in run.metrics:
         if record["kind"] in ("start", "resume", "train"):
@@ -65,68 +65,85 @@ def describe_state(run: Run) -> str:
         text = f"Finished: {plural(last, 'step')}{batch}{took}{early}."
     else:
         of = f" of {number(planned)}" if isinstance(planned, int) else ""
-        text = f"Not finished: the last record is of step {number(last)}{of}; what follows is as of then."
+        text = (
+            f"Not finished: the last record is of step {number(last)}{of}; the results below are "
+            "from that time."
+        )
     if run.unreadable:
-        text += f" {plural(run.unreadable, 'unreadable line')} of metrics.jsonl left out."
+        text += f" {plural(run.unreadable, 'unreadable line')} of metrics.jsonl skipped."
     return text
 
 
 def describe_loss(run: Run) -> str:
-    """The lowest validation loss, set against the frequencies of the colours; empty if there is none."""
+    """Compare the lowest validation loss, if any, with that of the colour frequencies."""
     best, unigram = best_validation(run.metrics), baselines(run.metrics).get("unigram")
     if best is None:
         return ""
     step, loss = best
-    text = f"Its lowest validation loss is {loss:.3f} {run.unit}, at step {number(step)}"
+    text = f"Lowest validation loss: {loss:.3f} {run.unit}, at step {number(step)}"
     if unigram is None:
         return text + "."
     difference = unigram - loss
     if difference < 5e-4:
-        return f"{text}; colour frequencies alone give {unigram:.3f}: it has not learnt more than those."
-    text += f", {difference:.3f} below what colour frequencies alone give ({unigram:.3f})"
+        return (
+            f"{text}; the colour frequencies alone give {unigram:.3f}, so the model has not learnt "
+            "more than those."
+        )
+    text += f", {difference:.3f} below that of the colour frequencies alone ({unigram:.3f})"
     if unigram < 12:
-        text += f": as uncertain as an even choice among {math.exp(loss):.1f} colours instead of {math.exp(unigram):.1f}"
+        text += f": a perplexity of {math.exp(loss):.1f} colours instead of {math.exp(unigram):.1f}"
     return text + "."
 
 
 def describe_classifier(run: Run) -> str:
-    """A fine-tuned classifier's accuracy: on the test images if it has seen its end, else on the validation ones."""
+    """Describe a classifier's accuracy: on test images, or before the end on validation images."""
     best, test = best_validation(run.metrics, "error"), run.test or {}
     count = test.get("test_images")
     if isinstance(test.get("test_accuracy"), int | float) and isinstance(count, int):
         accuracy = test["test_accuracy"]
         text = (
-            f"The classifier is right on {percent(accuracy)} of {plural(count, 'test image')} (standard error "
+            f"Test accuracy {percent(accuracy)} on {plural(count, 'image')} (standard error "
             f"{100 * standard_error(accuracy, count):.1f} points)"
         )
         text += (
             "."
             if best is None
-            else f"; it was chosen by validation accuracy, at step {number(best[0])}."
+            else f"; step {number(best[0])} was selected by validation accuracy."
         )
         rates, folded, modal = test.get("rates") or (), test.get("fold_back"), test.get("modal")
         if len(rates) > 1 and test.get("learning_rate") is not None:
-            text += f" Its learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by validation accuracy."
+            text += (
+                f" The learning rate, {test['learning_rate']:g}, is the best of {len(rates)} by "
+                "validation accuracy."
+            )
         if folded:
             text += (
-                f" It was then trained again, on validation images too, for as many epochs; before that, "
-                f"{percent(folded['before']['test_accuracy'])}."
+                " The classifier was then trained again, on the validation images too, for the "
+                "same number of "
+                f"epochs; test accuracy before that: {percent(folded['before']['test_accuracy'])}."
             )
         if modal:
-            text += f" The modal prediction over {modal['masks']} masks is right on {percent(modal['accuracy'])}."
+            text += (
+                f" Test accuracy of the modal prediction over {modal['masks']} masks: "
+                f"{percent(modal['accuracy'])}."
+            )
         return text
     if best is None:
         return ""
-    return f"Its best validation accuracy is {percent(1 - best[1])}, at step {number(best[0])}; it is not tested yet."
+    return (
+        f"Best validation accuracy: {percent(1 - best[1])}, at step {number(best[0])}; not tested "
+        "yet."
+    )
 
 
 def describe_probe(probe: dict[str, Any]) -> str:
-    """Test accuracy of the chosen layer with its standard error, and an honest word on each comparison."""
+    """Describe the test accuracy of the best layer, and compare it with the baselines."""
     best, count, known = best_row(probe), probe["images"]["test"], probe.get("baselines") or {}
     ours = best["test_accuracy"]
     text = (
-        f"A linear classifier on layer {best['layer']} of {probe['layers'][-1]['layer']}, chosen on validation images, "
-        f"is right on {percent(ours)} of {plural(count, 'test image')} "
+        f"Linear probe: best layer {best['layer']} of {probe['layers'][-1]['layer']} by validation "
+        "accuracy, "
+        f"test accuracy {percent(ours)} on {plural(count, 'image')} "
         f"(standard error {100 * standard_error(ours, count):.1f} points)."
     )
     compared = []
@@ -139,32 +156,36 @@ def describe_probe(probe: dict[str, Any]) -> str:
                 best_row(known["untrained"])["test_accuracy"],
             )
         )
-    for what, theirs in compared:
-        text += " " + compare(ours, theirs, count, what)
+    for baseline, theirs in compared:
+        text += " " + compare(ours, theirs, count, baseline)
     return (
         text if compared else text + " It was not compared with raw pixels or an untrained network."
     )
 
 
 def compare(ours: float, theirs: float, count: int, what: str) -> str:
-    """One sentence on two accuracies over `count` images; a difference counts beyond two of its standard errors.
+    """Compare two accuracies over `count` images, by two standard errors of their difference.
 
-    The two are treated as independent, which overstates the error where they err on the same
-    images.
+    The accuracies are treated as independent, which overstates the error if they are wrong on the
+    same images.
     """
     points = 100 * (ours - theirs)
     error = 100 * math.hypot(standard_error(ours, count), standard_error(theirs, count))
     if abs(points) > 2 * error:
-        place = "above" if points > 0 else "below"
-        return f"It is {abs(points):.1f} points {place} {what} ({percent(theirs)}; two standard errors: {2 * error:.1f})."
+        side = "above" if points > 0 else "below"
+        return (
+            f"It is {abs(points):.1f} points {side} {what} ({percent(theirs)}; two standard "
+            f"errors: {2 * error:.1f})."
+        )
     return (
-        f"Its difference from {what} ({percent(theirs)}), {signed(points)} points, is within two standard errors "
-        f"({2 * error:.1f}): these test images do not show that it is {'better' if points >= 0 else 'worse'}."
+        f"The difference from {what} ({percent(theirs)}), {signed(points)} points, is within two "
+        "standard "
+        f"errors ({2 * error:.1f}): not significantly {'better' if points >= 0 else 'worse'}."
     )
 
 
 def describe_sampling(how: dict[str, Any]) -> str:
-    """How images were drawn, in brackets; empty if it is not recorded."""
+    """Return the settings of sampling in parentheses; empty if not recorded."""
     parts = [f"temperature {how['temperature']}"] if how.get("temperature") is not None else []
     parts += [f"top-k {how['top_k']}"] if how.get("top_k") is not None else []
     parts += [f"nucleus {how['top_p']}"] if how.get("top_p") is not None else []
@@ -175,7 +196,7 @@ def describe_sampling(how: dict[str, Any]) -> str:
 
 
 def short_source(source: str) -> str:
-    """The end of a path, or a name as it is: `/data/birds/` -> birds, `uoft-cs/cifar10` -> itself."""
+    """Return the last part of a path (`/data/birds/` -> birds), or a name unchanged."""
     is_path = source.startswith(("/", ".", "~")) or source.strip("/").count("/") > 1
     return Path(source).name if is_path and Path(source).name else source
 
@@ -196,7 +217,7 @@ def percent(share: float) -> str:
 
 
 def signed(value: float) -> str:
-    """With a sign, and a true minus."""
+    """Format with a sign, as a true minus if negative."""
     return f"{value:+.1f}".replace("-", "\u2212")
 
 

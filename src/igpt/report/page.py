@@ -1,11 +1,9 @@
 """One self-contained HTML page about a run, made from the run's files alone.
 
-It refers to nothing outside itself: figures are embedded, styles are in it, and there are no
-    scripts. What a run does
-not hold yet, the page names together with the command that makes it.
+The page contains its figures and styles and has no scripts. For each missing result, it names the
+command that makes it.
 """
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +26,12 @@ from igpt.report.sections import (
     palette_section,
     probe_section,
     samples_section,
+    template,
 )
 
 
 def write_report(run: Path) -> Path:
-    """Writes `run/report.html` and returns its path; a page that is there is replaced.
+    """Write `run/report.html` and return its path; replace an existing page.
 
     Args:
         run: a run directory, finished or not; it needs `config.yaml` and `metrics.jsonl`.
@@ -40,15 +39,7 @@ def write_report(run: Path) -> Path:
     Raises:
         InputError: `run` is no run directory, or a file in it is damaged.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("igpt.report").joinpath("page.html.j2").read_text("utf-8")
-    )
-    text = template.render(_contents(read_run(run)))
+    text = template("page.html.j2").render(_contents(read_run(run)))
     path = run / "report.html"
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -56,15 +47,18 @@ def write_report(run: Path) -> Path:
 
 
 def _contents(run: Run) -> dict[str, Any]:
-    """What the template shows, in its words."""
+    """Return the values of the template."""
     probed = [] if run.probe is None or "skipped" in run.probe else [describe_probe(run.probe)]
     sections = [probe_section(run), completions_section(run), samples_section(run)]
-    if run.finetuned:  # its questions are others; what is not there is not missed
+    if run.finetuned:  # do not suggest commands that are unusual for classifiers
         sections = [accuracy_section(run), *(section for section in sections if not section.absent)]
     findings = [describe_classifier(run) if run.finetuned else describe_loss(run), *probed]
     version = run.environment.get("igpt")
     return {
-        "title": f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on {short_source(run.source)}",
+        "title": (
+            f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on "
+            f"{short_source(run.source)}"
+        ),
         "run": run.path.resolve().name,
         "description": describe_model(run),
         "state": describe_state(run),

@@ -1,7 +1,7 @@
-"""What a run directory holds, read leniently: a run in progress, a killed one and an old one are runs too.
+"""The content of a run directory; the run may be in progress, killed, or from an earlier igpt.
 
-What is missing is empty; what is there and of a wrong kind is refused in one line. Losses are in
-nats per pixel (of masked pixels under the BERT objective); accuracies are shares from 0 to 1.
+Missing files and values are empty; those of a wrong type raise an InputError. Losses are in nats
+per pixel (per masked pixel with the BERT objective); accuracies are fractions from 0 to 1.
 """
 
 import math
@@ -31,12 +31,12 @@ def _moderate(loss: float) -> float:
     return loss
 
 
-Loss = Annotated[float, AfterValidator(_moderate)]  # of a run that diverged, infinite or no number
+Loss = Annotated[float, AfterValidator(_moderate)]  # infinite or NaN in a run that diverged
 Numeral = Annotated[str, Field(pattern=r"^\d{1,9}$")]
 
 
 class _Shape(Stored):
-    """A model's shape, as far as a file has it."""
+    """A model's shape; files may lack parts of it."""
 
     resolution: Count | None = None
     n_colors: Count | None = None
@@ -47,7 +47,7 @@ class _Shape(Stored):
 
 
 class _Settings(_Shape):
-    """`config.yaml`, as far as it is shown in words."""
+    """The part of `config.yaml` that is shown in sentences."""
 
     tokens: str | None = None
     steps: Count | None = None
@@ -77,7 +77,7 @@ class _Record(_Shape):
 
 
 class _Environment(Stored):
-    """`environment.json`; all else in it is shown as it is."""
+    """`environment.json`; further entries are shown as they are."""
 
     kind: RunKind | None = None
     igpt: str | None = None
@@ -105,20 +105,20 @@ class _Split(Stored):
 
 
 class _PaletteError(Stored):
-    """What the palette costs."""
+    """The quantisation error of the palette."""
 
     mse: Number | None = None
     psnr_db: Number | None = None
 
 
 class _MadeConfig(Stored):
-    """Settings of `prepare`, as far as they are shown."""
+    """The settings of `prepare` that are shown."""
 
     palette: str | None = None
 
 
 class _Made(Stored):
-    """How a token data set was made, as far as it is shown."""
+    """The record of how a token data set was made, as far as it is shown."""
 
     config: _MadeConfig | None = None
     palette_error: _PaletteError | None = None
@@ -128,7 +128,7 @@ class _Made(Stored):
 
 
 class _Manifest(Stored):
-    """`dataset.json`, as far as it is shown."""
+    """The part of `dataset.json` that is shown."""
 
     source: str | None = None
     class_names: list[str] | None = None
@@ -136,8 +136,8 @@ class _Manifest(Stored):
     made: _Made | None = None
 
 
-class _Drawing(Stored):
-    """How a grid of pictures was drawn: the JSON beside it."""
+class _Sampling(Stored):
+    """The settings of sampling: the JSON file of a grid of pictures."""
 
     temperature: Number | None = None
     top_k: Count | None = None
@@ -149,13 +149,13 @@ class _Drawing(Stored):
 
 @dataclass(frozen=True)
 class Run:
-    """The contents of a run directory; what is not there is empty or None.
+    """The content of a run directory; missing files are empty or None.
 
     Attributes:
-        unreadable: lines of `metrics.jsonl`, before the last, that are no records.
+        unreadable: number of lines of `metrics.jsonl`, except the last, that are no records.
         saved: the model's `config.json`.
         test: a fine-tuned classifier's `test.json`.
-        manifest: the token data set's `dataset.json`; the run may outlive it.
+        manifest: the token data set's `dataset.json`; empty if the data set was deleted.
     """
 
     path: Path
@@ -171,12 +171,12 @@ class Run:
 
     @cached_property
     def start(self) -> dict[str, Any]:
-        """All that the run wrote down at its start; a resumed run may have written it again."""
+        """The start records of the run and of its resumptions, merged."""
         return started(self.metrics)
 
     @cached_property
     def shape(self) -> dict[str, Any]:
-        """The model's shape and objective, by ModelConfig's names, as far as the run's files tell it."""
+        """The model's shape and objective, by ModelConfig's names, as far as recorded."""
         found: dict[str, Any] = {"objective": DEFAULT_OBJECTIVE}
         places = self.start.get("places")
         if isinstance(places, int) and places > 0:
@@ -192,18 +192,18 @@ class Run:
 
     @property
     def finetuned(self) -> bool:
-        """Whether labels were trained on."""
+        """True if the run is a fine-tuning."""
         return run_kind(self.environment, self.config) == "finetune"
 
     @property
     def source(self) -> str:
-        """The images' source as the user named it, or else where their tokens are."""
+        """The images' source as the user named it, or else the path of their tokens."""
         names = (self.start.get("source"), self.manifest.get("source"), self.config.get("tokens"))
         return str(next((name for name in names if name), self.path.resolve().name))
 
     @cached_property
     def left_out(self) -> LeftOut:
-        """What was left out when the token data set was prepared; empty where its manifest is not at hand.
+        """Files and images left out of the token data set; empty if its manifest is missing.
 
         Raises:
             InputError: the manifest's entry is malformed.
@@ -212,7 +212,7 @@ class Run:
 
     @property
     def warnings(self) -> list[str]:
-        """The warnings of when the token data set was prepared."""
+        """The warnings from preparing the token data set."""
         return self._made.get("warnings") or []
 
     @property
@@ -236,15 +236,16 @@ def read_run(path: Path) -> Run:
     """Read a run directory.
 
     Raises:
-        InputError: it is none (`config.yaml` or `metrics.jsonl` is missing), or a file in it is
-            damaged.
+        InputError: it is no run directory (`config.yaml` or `metrics.jsonl` is missing), or a file
+            in it is damaged.
     """
     tried = sorted(
         (path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime
     )
     if tried and not (path / "metrics.jsonl").exists():
         raise InputError(
-            f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` shows the newest"
+            f"{path} is still trying learning rates; `igpt report {tried[-1].parent}` shows the "
+            "newest"
         )
     for name in ("config.yaml", "metrics.jsonl"):
         require_regular(path / name)
@@ -284,13 +285,13 @@ def _read_palette(path: Path) -> Palette | None:
         raise InputError(f"{path}: clusters: {error}") from None
 
 
-def read_drawing(picture: Path) -> dict[str, Any]:
-    """Return how a grid of pictures was drawn, by the JSON beside it; empty if there is none.
+def read_sampling(picture: Path) -> dict[str, Any]:
+    """Return the settings of sampling from the JSON file of a grid; empty if there is none.
 
     Raises:
         InputError: the file is damaged.
     """
-    return optional_json(picture.with_suffix(".json"), _Drawing) or {}
+    return optional_json(picture.with_suffix(".json"), _Sampling) or {}
 
 
 def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, Any] | None:
@@ -299,15 +300,14 @@ def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, A
     Raises:
         InputError: it is no regular file, it is damaged, or it violates the schema.
     """
-    is_there = os.path.exists(path)  # noqa: PTH110  Path.exists raises for names that cannot be
+    is_there = os.path.exists(path)  # noqa: PTH110  Path.exists raises for invalid names
     return read_json(path, path.stem, schema) if is_there else None
 
 
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the records of a `metrics.jsonl`, and how many of its lines cannot be shown.
+    """Return the records of a `metrics.jsonl`, and the number of its lines that cannot be shown.
 
-    A run in progress may be writing the last line, and a killed one leaves it cut off: that is no
-        damage.
+    An incomplete last line is not counted: a run in progress may be writing it.
 
     Raises:
         InputError: there is no such file, or no regular one.
@@ -318,7 +318,7 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _can_be_shown(record: dict[str, Any]) -> bool:
-    """Whether all numbers of a record are of a size that figures can have."""
+    """Return True if the values of a record have the expected types and sizes."""
     try:
         require_schema(record, _Record, "")
     except InputError:
@@ -327,10 +327,9 @@ def _can_be_shown(record: dict[str, Any]) -> bool:
 
 
 def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list[dict[str, Any]]:
-    """The records of one kind ("train", "validation") that have `key` and count, by step.
+    """Return the records of one kind ("train", "validation") with a value of `key`, by step.
 
-    A run that was killed and resumed takes some steps twice; those it had taken past the resumed
-    state are dropped.
+    A run that was killed and resumed repeats some steps; their earlier records are dropped.
     """
     kept: dict[int, dict[str, Any]] = {}
     for record in metrics:
@@ -345,14 +344,14 @@ def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list
 
 
 def best_validation(metrics: list[dict[str, Any]], key: str = "loss") -> tuple[int, float] | None:
-    """Step and value of the lowest validation loss (or other `key`) on record, or None."""
+    """Return step and value of the lowest recorded validation loss (or other `key`), or None."""
     found = [(float(record[key]), record["step"]) for record in history(metrics, "validation", key)]
     finite = [(value, step) for value, step in found if math.isfinite(value)]
     return None if not finite else (min(finite)[1], min(finite)[0])
 
 
 def baselines(metrics: list[dict[str, Any]]) -> dict[str, float]:
-    """The losses in nats/pixel that need no model, "uniform" and "unigram": those that the run wrote down."""
+    """Return the recorded losses without a model in nats/pixel: "uniform" and "unigram"."""
     found = {}
     for name in ("uniform", "unigram"):
         value = started(metrics).get(f"{name}_loss")
@@ -362,7 +361,7 @@ def baselines(metrics: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def started(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """The start records, merged."""
+    """Return the start records, merged."""
     merged: dict[str, Any] = {}
     for record in metrics:
         if record["kind"] == "start":
@@ -371,12 +370,12 @@ def started(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def standard_error(accuracy: float, count: int) -> float:
-    """Of a share of `count` independent answers: sqrt(p (1 - p) / n)."""
+    """Return the standard error of a fraction of `count` trials: sqrt(p (1 - p) / n)."""
     return math.sqrt(max(0.0, accuracy * (1 - accuracy)) / count) if count > 0 else math.nan
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dots in the names."""
+    """Return nested mappings as one mapping, with dots in the names."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from igpt.files import atomic_file, atomic_folder
 from igpt.report import comparison, figures
 from igpt.report.findings import duration, number, plural
-from igpt.report.sections import Picture, Section, Table, chart, read_picture
+from igpt.report.sections import Picture, Section, Table, chart, read_picture, template
 
 FIGURES = "figures"
 _HELD = {
@@ -43,14 +42,6 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
         folder: the reproduction's folder, with its `pictures/`.
         evidence: the content of `evidence.json`.
     """
-    from jinja2 import Environment, StrictUndefined
-
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    template = environment.from_string(
-        files("igpt.report").joinpath("page.html.j2").read_text("utf-8")
-    )
     sections = [section for asked in evidence["questions"] for section in _sections(asked, folder)]
     page = {
         "title": "Generative Pretraining from Pixels: which findings are reproduced",
@@ -64,7 +55,9 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
         "trained_by": f"igpt {evidence['environment']['igpt']}",
     }
     with atomic_file(folder / "report.html") as temporary:
-        temporary.write_text(template.render(page), encoding="utf-8", errors="backslashreplace")
+        temporary.write_text(
+            template("page.html.j2").render(page), encoding="utf-8", errors="backslashreplace"
+        )
     with atomic_folder(folder / FIGURES) as temporary:
         for asked in evidence["questions"]:
             for name, content in _figure_files(asked, folder).items():
@@ -94,8 +87,10 @@ def _description(evidence: Mapping[str, Any]) -> str:
         f"{side} \N{MULTIPLICATION SIGN} {side} pixels",
     )
     return (
-        f"Transformers of {smallest} to {largest} parameters, pretrained without labels on {images} images of "
-        f"{_short(evidence['corpus'])} at {size}, and evaluated on {_short(evidence['labelled'])}.{rehearsal}"
+        f"Transformers of {smallest} to {largest} parameters, pretrained without labels on "
+        f"{images} images of "
+        f"{_short(evidence['corpus'])} at {size}, and evaluated on "
+        f"{_short(evidence['labelled'])}.{rehearsal}"
     )
 
 
@@ -115,8 +110,10 @@ def _cost(evidence: Mapping[str, Any]) -> str:
     machines = list(dict.fromkeys(map(_where, evidence["machines"])))
     elsewhere = f", and on {' and '.join(machines[1:])}" if machines[1:] else ""
     return (
-        f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in total, {side_by_side} side by side "
-        f"(at least {duration(sum(seconds) / side_by_side)} of wall time){f' on {machines[0]}' if machines else ''}"
+        f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in total, {side_by_side} "
+        "side by side "
+        f"(at least {duration(sum(seconds) / side_by_side)} of wall "
+        f"time){f' on {machines[0]}' if machines else ''}"
         f"{elsewhere}."
     )
 
@@ -141,7 +138,9 @@ def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
         here = {
             "pretraining images": number(largest["train_images"]),
             "images seen per model": number(max(model["images_seen"] for model in models)),
-            "parameters": f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M",
+            "parameters": (
+                f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M"
+            ),
             "FLOPs of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
             "positions": "2-D RoPE" if rotary else _PAPER["positions"],
@@ -200,7 +199,9 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
             "How do completions change during training?",
             "completions",
             picture=_picture(completions, f"Completions after {steps} steps."),
-            caption=f"Original, visible part, two completions; from left to right after {steps} steps.",
+            caption=(
+                f"Original, visible part, two completions; from left to right after {steps} steps."
+            ),
         ),
     ]
 
@@ -239,7 +240,7 @@ def _of_few_colors(picture: Image.Image) -> Image.Image:
 
 
 def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
-    """Return the picture files for the Markdown, on white, as the background of its page is not known."""
+    """Return the picture files for the Markdown, on white."""
     if asked["held"] == "not yet":
         return {}
     if asked["plot"]["kind"] != "pictures":
@@ -262,9 +263,12 @@ def _models(evidence: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 model["name"],
-                f"{layers} layers, width {width}, {plural(heads, 'head')}, {number(model['parameters'])} parameters, "
-                f"{side} px; {number(model['images_seen'])} images in {duration(model['seconds'])}; validation "
-                f"loss {model['validation_loss']:.3f} (colour frequencies {model['unigram_loss']:.3f})",
+                f"{layers} layers, width {width}, {plural(heads, 'head')}, "
+                f"{number(model['parameters'])} parameters, "
+                f"{side} px; {number(model['images_seen'])} images in "
+                f"{duration(model['seconds'])}; validation "
+                f"loss {model['validation_loss']:.3f} (colour frequencies "
+                f"{model['unigram_loss']:.3f})",
             )
         )
     return Table("Pretrained models", (), rows)

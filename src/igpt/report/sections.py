@@ -1,4 +1,4 @@
-"""The parts of a run's page: a figure or a picture with its caption, or why there is none and what makes it."""
+"""The sections of a run's page: a figure with its caption, or the command that makes it."""
 
 import math
 import struct
@@ -23,15 +23,16 @@ from igpt.report.record import (
     best_validation,
     flat,
     history,
-    read_drawing,
+    read_sampling,
     standard_error,
 )
 
 if TYPE_CHECKING:
+    from jinja2 import Template
     from matplotlib.figure import Figure
 
 _MOST_PIXELS = 1 << 27
-# What Pillow raises of damaged files; "SyntaxError" is of broken PNG chunks.
+# Exceptions of Pillow for damaged files; SyntaxError for broken PNG chunks.
 _PILLOWS = (
     OSError,
     SyntaxError,
@@ -43,9 +44,24 @@ _PILLOWS = (
 )
 
 
+def template(name: str) -> "Template":
+    """Return a Jinja template of this package; its variables must be defined."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("igpt.report", ""),
+        autoescape=name.endswith(".html.j2"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(name)
+
+
 @dataclass(frozen=True)
 class Table:
-    """A table: its caption, the column heads (empty: none), and rows of cells, the first of which names the row."""
+    """A table; `head` may be empty, and the first cell of a row is its head."""
 
     caption: str
     head: tuple[str, ...]
@@ -54,7 +70,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure in four versions, of which the browser takes the one that fits its width and colours."""
+    """One figure in four versions, of which the browser takes the one for its width and colours."""
 
     light: str
     dark: str
@@ -75,7 +91,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page: chart or picture and caption, or why there is none (`absent`); `code` ends the caption."""
+    """A section: chart or picture with a caption and `code`, or the reason why it is `absent`."""
 
     title: str
     name: str
@@ -89,14 +105,14 @@ class Section:
 
 
 def key_tables(run: Run) -> list[Table]:
-    """The numbers that matter, beside what they are to be compared with."""
+    """Return tables of the main results and their baselines."""
     tables = []
     best, known, probe = best_validation(run.metrics), baselines(run.metrics), run.probe
     if best is not None or known:
         rows = [("This model", math.nan if best is None else best[1])]
         for name, words in (
             ("unigram", "Colour frequencies alone"),
-            ("uniform", "Every colour equally likely"),
+            ("uniform", "Uniform distribution over colours"),
         ):
             rows += [(words, known[name])] if name in known else []
         cells = [
@@ -105,9 +121,9 @@ def key_tables(run: Run) -> list[Table]:
             else (name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
             for name, loss in rows
         ]
-        place = run.unit.removeprefix("nats/")
+        per = run.unit.removeprefix("nats/")
         tables.append(
-            Table(f"Validation loss per {place} (lower is better)", ("", "nats", "bits"), cells)
+            Table(f"Validation loss per {per} (lower is better)", ("", "nats", "bits"), cells)
         )
     if probe is not None and "skipped" not in probe:
         count, compared = probe["images"]["test"], probe.get("baselines") or {}
@@ -125,27 +141,26 @@ def key_tables(run: Run) -> list[Table]:
         cells = [
             (name, percent(p), f"± {100 * standard_error(p, count):.1f}") for name, p in reached
         ]
-        caption = f"Linear probe, {plural(count, 'test image')} (higher is better)"
+        caption = f"Linear probe, accuracy on {plural(count, 'test image')} (higher is better)"
         tables.append(Table(caption, ("", "accuracy", "std. error"), cells))
     return tables
 
 
 def loss_section(run: Run) -> Section:
-    """Training and validation loss."""
+    """Return the section on training and validation loss."""
     title, name = "Loss during training", "loss"
     train, validation = history(run.metrics, "train"), history(run.metrics, "validation")
     if not train and not validation:
         return Section(
-            title, name, absent="No loss is recorded yet; `igpt pretrain` writes them as it trains."
+            title,
+            name,
+            absent="No loss is recorded yet; `igpt pretrain` records it during training.",
         )
-    what = (
-        " (class loss, plus the weighted generative loss where there is one)"
-        if run.finetuned
-        else ""
-    )
+    kind = " (class loss, plus the weighted generative loss if it is used)" if run.finetuned else ""
     caption = (
-        f"Loss in {run.unit}{what}. Training: {plural(len(train), 'point')}, each the mean over the batches since "
-        "the point before it."
+        f"Loss in {run.unit}{kind}. Training: {plural(len(train), 'point')}, each the mean over "
+        "the batches since "
+        "the previous point."
     )
     if validation:
         images = run.start.get("validation_images")
@@ -154,9 +169,15 @@ def loss_section(run: Run) -> Section:
             if isinstance(images, int)
             else "the validation images"
         )
-        caption += f" Validation: {plural(len(validation), 'point')}, on {among}; the ring marks the lowest."
+        caption += (
+            f" Validation: {plural(len(validation), 'point')}, on {among}; the ring marks the "
+            "lowest."
+        )
     if baselines(run.metrics):
-        caption += " The grey lines need no network: all colours equally likely, and colour frequencies alone."
+        caption += (
+            " Grey lines: baselines without a network (uniform distribution over colours; colour "
+            "frequencies)."
+        )
     alt, best = (
         f"Line chart of the loss in {run.unit} by training step",
         best_validation(run.metrics),
@@ -174,7 +195,7 @@ def loss_section(run: Run) -> Section:
 
 
 def accuracy_section(run: Run) -> Section:
-    """A classifier's validation accuracy during fine-tuning."""
+    """Return the section on a classifier's validation accuracy during fine-tuning."""
     title, name = "Accuracy during fine-tuning", "accuracy"
     validation, images = (
         history(run.metrics, "validation", "error"),
@@ -182,17 +203,22 @@ def accuracy_section(run: Run) -> Section:
     )
     if not validation:
         trained = history(run.metrics, "validation", "error_on_trained")
-        why = "Not validated yet; `igpt finetune` does so as it trains."
+        why = "Not validated yet; `igpt finetune` validates during training."
         return Section(
             title,
             name,
-            absent="Nothing was held out: validation images were trained on." if trained else why,
+            absent="No held-out accuracy: the validation images were used for training."
+            if trained
+            else why,
         )
     among = (
         plural(images, "validation image") if isinstance(images, int) else "the validation images"
     )
-    caption = f"Share of {among} whose class is predicted rightly, {plural(len(validation), 'point')}; the best is ringed."
-    alt = f"Line chart of validation accuracy by training step; the last is {percent(1 - validation[-1]['error'])}."
+    caption = f"Accuracy on {among}, {plural(len(validation), 'point')}; the ring marks the best."
+    alt = (
+        "Line chart of validation accuracy by training step; the last is "
+        f"{percent(1 - validation[-1]['error'])}."
+    )
 
     def draw(**options: Any) -> "Figure":
         return figures.accuracy_curve(run.metrics, **options)
@@ -201,7 +227,7 @@ def accuracy_section(run: Run) -> Section:
 
 
 def probe_section(run: Run) -> Section:
-    """Linear probe accuracy by layer."""
+    """Return the section on linear probe accuracy by layer."""
     title, name, probe = "Linear probe of every layer", "probe", run.probe
     if probe is None:
         return Section(
@@ -211,20 +237,24 @@ def probe_section(run: Run) -> Section:
         return Section(title, name, absent=f"The probe was skipped: {probe['skipped']}")
     layers, count = probe["layers"], probe["images"]
     lead = (
-        "How to read it: each point is a linear classifier trained on one layer's features alone, averaged over all "
-        "places of the image; the layer is chosen by validation accuracy, and its test accuracy is what counts."
+        "Each point is a linear classifier trained on the features of one layer, averaged over all "
+        "positions. "
+        "The layer is selected by validation accuracy; its test accuracy is the result."
     )
     source = f" of {probe['source']}" if probe.get("source") else ""
     failed = [str(layer["layer"]) for layer in layers if layer.get("converged") is False]
     caution = f" The fit did not converge at layer {', '.join(failed)}." if failed else ""
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
-    chosen = "learning rate of SGD" if setting == "learning_rate" else "strength of regularisation"
-    folded = " fitted anew on both," if (probe.get("config") or {}).get("fold_back") else ""
+    chosen = "learning rate of SGD" if setting == "learning_rate" else "regularisation strength"
+    folded = " fitted again to both," if (probe.get("config") or {}).get("fold_back") else ""
     caption = (
-        f"Accuracy of logistic regression over the {plural(probe['classes'], 'class', 'classes')}{source}: fitted to "
-        f"{plural(count['train'], 'image')}, {chosen} and layer (ring) chosen on "
-        f"{number(count['validation'])},{folded} tested on {number(count['test'])}. Band: one standard error of the "
-        f"test accuracy. Layer 0 is the input of the first block, layer {layers[-1]['layer']} the final norm.{caution}"
+        "Accuracy of logistic regression over the "
+        f"{plural(probe['classes'], 'class', 'classes')}{source}: fitted to "
+        f"{plural(count['train'], 'image')}, {chosen} and layer (ring) selected on "
+        f"{number(count['validation'])},{folded} tested on {number(count['test'])}. Band: one "
+        "standard error of the "
+        f"test accuracy. Layer 0 is the input of the first block, layer {layers[-1]['layer']} the "
+        f"final norm.{caution}"
         f"{_other_protocols(probe)}"
     )
     alt = "Line chart of linear probe accuracy by layer: " + ", ".join(
@@ -242,7 +272,7 @@ def probe_section(run: Run) -> Section:
             )
         )
     table = Table(
-        "The numbers behind the figure",
+        "Numbers of the figure",
         ("layer", "validation", "test", setting.replace("_", " ")),
         rows,
     )
@@ -254,22 +284,26 @@ def probe_section(run: Run) -> Section:
 
 
 def _other_protocols(probe: dict[str, Any]) -> str:
-    """What concatenated layers and few labels have given."""
-    said = ""
+    """Return the results with concatenated layers and with few labels as sentences."""
+    text = ""
     if together := probe.get("concatenated"):
         layers = ", ".join(map(str, together["layers"]))
-        said += f" Layers {layers} side by side: {percent(together['test_accuracy'])} of the test images."
+        text += (
+            f" Layers {layers} concatenated: test accuracy {percent(together['test_accuracy'])}."
+        )
     for few in probe.get("few_labels") or ():
         layer = "" if few.get("layer") is None else f", layer {few['layer']}"
-        said += (
-            f" {plural(few['per_class'], 'label')} a class{layer}: {percent(few['mean'])}, standard "
-            f"deviation {100 * few['standard_deviation']:.1f} points over {len(few['test_accuracies'])} draws."
+        text += (
+            f" {plural(few['per_class'], 'label')} per class{layer}: test accuracy "
+            f"{percent(few['mean'])}, standard "
+            f"deviation {100 * few['standard_deviation']:.1f} points over "
+            f"{len(few['test_accuracies'])} label subsets."
         )
-    return said
+    return text
 
 
 def completions_section(run: Run) -> Section:
-    """Images that the model has completed."""
+    """Return the section on completions."""
     title, name, path = "Completions", "completions", run.path / "completions.png"
     if not path.exists():
         return Section(
@@ -284,11 +318,16 @@ def completions_section(run: Run) -> Section:
         if resolution
         else f"the upper {kept} pixel rows"
     )
-    given = "what was kept" if kept is None else f"what the model was given of it ({rows})"
-    each = f"{plural(len(counts), 'image')}, one a row" if counts else "One image a row"
-    drawn = plural(max(counts) - 2, "completion") if counts and max(counts) > 2 else "completions"
-    caption = f"{each}. Left to right: the original, {given}, and {drawn} by the model{describe_sampling(how)}."
-    alt = f"Grid of pictures. {each}: original, what was kept, {drawn}."
+    given = "its visible part" if kept is None else f"its visible part ({rows})"
+    each = f"{plural(len(counts), 'image')}, one per row" if counts else "One image per row"
+    completions = (
+        plural(max(counts) - 2, "completion") if counts and max(counts) > 2 else "completions"
+    )
+    caption = (
+        f"{each}. Left to right: the original, {given}, and {completions} by the "
+        f"model{describe_sampling(how)}."
+    )
+    alt = f"Grid of pictures. {each}: original, visible part, {completions}."
     return Section(
         title,
         name,
@@ -299,7 +338,7 @@ def completions_section(run: Run) -> Section:
 
 
 def samples_section(run: Run) -> Section:
-    """Images that the model has drawn."""
+    """Return the section on samples."""
     title, name, path = "Samples", "samples", run.path / "samples.png"
     if not path.exists():
         return Section(
@@ -307,8 +346,8 @@ def samples_section(run: Run) -> Section:
         )
     uri, size, counts, how = _grid(path, run)
     many = plural(sum(counts), "image") if counts else "Images"
-    caption = f"{many} drawn by the model from nothing{describe_sampling(how)}."
-    alt = f"Grid of pictures: {many.lower()} drawn by the model."
+    caption = f"{many} sampled from the model unconditionally{describe_sampling(how)}."
+    alt = f"Grid of pictures: {many.lower()} sampled from the model."
     return Section(
         title,
         name,
@@ -319,24 +358,24 @@ def samples_section(run: Run) -> Section:
 
 
 def palette_section(run: Run) -> Section:
-    """The model's colours."""
+    """Return the section on the palette."""
     title, name, palette = "Palette", "palette", run.palette
     if palette is None:
         return Section(
-            title, name, absent="No palette is there yet; `igpt pretrain` writes it with the model."
+            title, name, absent="There is no palette yet; `igpt pretrain` writes it with the model."
         )
     image = figures.palette_swatch(palette)
     colors = plural(len(palette), "colour")
-    caption = f"The {colors} that pixels may take, in the order of their tokens. Fingerprint:"
+    caption = f"The {colors} of the palette, in the order of their tokens. Fingerprint:"
     picture = Picture(figures.encode(image), *image.size, f"The palette's {colors} as squares.")
     return Section(title, name, picture=picture, caption=caption, code=palette.fingerprint)
 
 
 def fact_tables(run: Run) -> list[Table]:
-    """Data, configuration, machine: all that was recorded, as it was."""
+    """Return tables of data, configuration and machine, as recorded."""
     rows = [("tokens", str(run.config.get("tokens", "not recorded")))]
     if not run.manifest:
-        rows.append(("dataset.json", "not there now; `igpt prepare` makes it"))
+        rows.append(("dataset.json", "missing; `igpt prepare` writes it"))
     rows.append(("source", run.source))
     for name, split in (run.manifest.get("splits") or {}).items():
         if split.get("count") is not None:
@@ -369,7 +408,7 @@ def fact_tables(run: Run) -> list[Table]:
 
 
 def chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
-    """A figure in its four versions."""
+    """Plot a figure in its four versions."""
 
     def version(look: figures.Look, width: float) -> str:
         return figures.encode(draw(look=look, width=width))
@@ -384,7 +423,7 @@ def chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
 
 
 def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None, dict[str, Any]]:
-    """A grid: its URI, its size, the pictures in each row if they can be told, and how they were drawn."""
+    """Return a grid's URI, size, pictures in each row (if known) and settings of sampling."""
     resolution = run.shape.get("resolution")
     picture = read_picture(path)
     counts = grid_counts(picture, resolution) if resolution else None
@@ -392,7 +431,7 @@ def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None,
         figures.data_uri(path.read_bytes(), "image/png"),
         picture.size,
         counts,
-        read_drawing(path),
+        read_sampling(path),
     )
 
 
@@ -407,13 +446,13 @@ def read_picture(path: Path) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", Image.DecompressionBombWarning
-            )  # the size is looked at here
+            )  # the size is checked below
             picture = Image.open(path, formats=["PNG"])
         too_large = picture.width * picture.height > _MOST_PIXELS
         if not too_large:
             picture.load()
     except _PILLOWS as error:
-        raise InputError(f"{path} is not a readable PNG picture ({error}); draw it again") from None
+        raise InputError(f"{path} is not a readable PNG picture ({error}); make it again") from None
     if too_large:
         raise InputError(
             f"{path} has {picture.width} x {picture.height} pixels, too many for a page"

@@ -76,7 +76,7 @@ class Share:
 
     @property
     def half(self) -> float:
-        """Half the width of the interval: its longer arm, as the other one may be cut off at 0 or 1."""
+        """Half the width of the interval: its longer arm, as the other may be cut off at 0 or 1."""
         return max(self.high - self.value, self.value - self.low)
 
     @property
@@ -111,17 +111,18 @@ def of_test(test: Mapping[str, Any]) -> Share:
 def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
     if result.get("test_right") is None:
         raise InputError(
-            f"a {kind} here was made by an earlier igpt, without the correct predictions per image; "
+            f"a {kind} here was made by an earlier igpt, without the correct predictions per "
+            "image; "
             "choose another -o"
         )
     return unpacked(result["test_right"], count)
 
 
 def of_subsets(values: Sequence[float], count: int) -> Share:
-    """Return the mean accuracy over two or more subsets of the labels, on the same `count` test images.
+    """Return the mean accuracy over several subsets of the labels, on the same `count` test images.
 
     Student's interval over the subsets and Wilson's over the images are combined in quadrature: the
-    subsets share the test images, so their spread does not contain the sampling error of the images.
+    subsets share the test images, so their spread does not contain the images' sampling error.
     """
     mean = float(np.mean(values))
     half = math.hypot(_half_of_subsets(np.asarray(values)), of_images(mean, count).half)
@@ -139,9 +140,10 @@ def _half_of_subsets(values: NDArray[np.float64]) -> float:
 def difference(first: Share, second: Share) -> tuple[float, float]:
     """Return first - second in percentage points, and half the width of its 95 % interval.
 
-    The interval is paired if both were measured on the same images. The variation over label subsets
-    is paired too, and combined with that over images in quadrature. Otherwise the two intervals are
-    combined in quadrature, as for independent images; this is too wide if they share some.
+    The interval is paired if both were measured on the same images. The variation over label
+    subsets is paired too, and combined with that over images in quadrature. Otherwise the two
+    intervals are combined in quadrature, as for independent images; this is too wide if they share
+    some.
     """
     if first.right is None or second.right is None or first.images != second.images:
         return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)

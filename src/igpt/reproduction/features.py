@@ -35,7 +35,8 @@ def by_layer(results: Results) -> Answer:
         lines.append(series(size, numbers, shares, peak))
         found.append(_peak(shares, peak))
         sentences.append(
-            f"{size}: best layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} %, "
+            f"{size}: best layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} "
+            "%, "
             f"{points(shares[peak], shares[-1])} relative to the last layer"
         )
         rows += [
@@ -58,15 +59,19 @@ def by_layer(results: Results) -> Answer:
         )
     total = len(found)
     verdict = (
-        f"{found.count('yes')} of {total} models have a single peak at an inner layer, above the last "
-        f"layer by more than the interval; {found.count('no')} of {total} clearly do not; the result is "
+        f"{found.count('yes')} of {total} models have a single peak at an inner layer, above the "
+        "last "
+        f"layer by more than the interval; {found.count('no')} of {total} clearly do not; the "
+        "result is "
         f"inconclusive for {found.count('undecided')} of {total}. {'; '.join(sentences)}."
     )
     plot = {"kind": "lines", "x": "layer", "y": "probe accuracy, %", "series": lines}
     how = (
-        "One pretraining run per size (seed 0). Logistic regression on features averaged over positions: "
+        "One pretraining run per size (seed 0). Logistic regression on features averaged over "
+        "positions: "
         "the layer and the regularisation strength are selected on validation images, then the "
-        f"classifier is fitted to training and validation images, {', '.join(fitted)} in all (a subset, "
+        f"classifier is fitted to training and validation images, {', '.join(fitted)} in all (a "
+        "subset, "
         "seed 0). Intervals: 95 %, Wilson's over test images; paired for differences."
     )
     table = {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}
@@ -74,10 +79,10 @@ def by_layer(results: Results) -> Answer:
 
 
 def _peak(shares: list[Share], chosen: int) -> Held:
-    """Return "yes" if the chosen layer is an inner one, clearly above the last, and can be the only peak.
+    """Return "yes" if the chosen layer can be the only peak, an inner one, clearly above the last.
 
-    "no" requires that no inner layer can be the only peak. Comparisons are at the 95 % level, without
-    correction for their number: among twenty layers, one dent is expected by chance.
+    "no" requires that no inner layer can be the only peak. Comparisons are at the 95 % level,
+    without correction for their number: among twenty layers, one dent is expected by chance.
     """
     inside = range(1, len(shares) - 1)
     if not any(_may_be_the_peak(shares, layer) for layer in inside):
@@ -86,7 +91,7 @@ def _peak(shares: list[Share], chosen: int) -> Held:
 
 
 def _may_be_the_peak(shares: list[Share], peak: int) -> bool:
-    """Return False if accuracies clearly do not rise up to a layer, or clearly do not fall after it."""
+    """Return False if accuracies clearly do not rise up to a layer, or do not fall after it."""
     if any(clearly(end, shares[peak]) for end in (shares[0], shares[-1])):
         return False
     # Of two layers on one side of the peak, the one closer to it must not be clearly worse.
@@ -134,9 +139,12 @@ def loss_and_probe(results: Results) -> Answer:
             f"(mean over {count} snapshots)"
         )
     verdict = (
-        f"A lower loss clearly gives better features in {better.count('yes')} of {len(better)} sizes and "
-        f"clearly does not in {better.count('no')}; at equal loss, the larger model is clearly better in "
-        f"{ahead.count('yes')} of {len(ahead)} pairs of sizes and clearly worse in {ahead.count('no')}. "
+        f"A lower loss clearly gives better features in {better.count('yes')} of {len(better)} "
+        "sizes and "
+        f"clearly does not in {better.count('no')}; at equal loss, the larger model is clearly "
+        "better in "
+        f"{ahead.count('yes')} of {len(ahead)} pairs of sizes and clearly worse in "
+        f"{ahead.count('no')}. "
         f"{'; '.join(sentences)}."
     )
     plot = {
@@ -147,8 +155,10 @@ def loss_and_probe(results: Results) -> Answer:
         "series": lines,
     }
     how = (
-        "One run per size (seed 0), all on the same batches; the snapshots are from one cosine schedule. "
-        "Every snapshot is probed on the same images, at its best layer by validation accuracy. The "
+        "One run per size (seed 0), all on the same batches; the snapshots are from one cosine "
+        "schedule. "
+        "Every snapshot is probed on the same images, at its best layer by validation accuracy. "
+        "The "
         "accuracy of the smaller model is interpolated linearly in the loss between its snapshots."
     )
     table = {"head": ["", "validation loss", "test accuracy, % (95 %)", "n"], "rows": rows}
@@ -165,10 +175,11 @@ def _rank_correlation(first: list[float], second: list[float]) -> float:
 def _at_equal_loss(
     smaller: list[tuple[float, Share]], larger: list[tuple[float, Share]]
 ) -> tuple[float, float, int] | None:
-    """Return the mean lead of the larger model at equal loss, half its interval, and the number of snapshots.
+    """Return the mean lead of the larger model at equal loss, half its interval, and a count.
 
     The lead is in percentage points, averaged over the larger model's snapshots whose losses the
-    smaller model reaches too. The interval is over the test images, the same for all snapshots.
+    smaller model reaches too; the count is their number. The interval is over the test images, the
+    same for all snapshots.
     """
     order = sorted(smaller, key=lambda point: point[0])
     losses = np.array([loss for loss, _ in order])
@@ -214,8 +225,10 @@ def resolution(results: Results) -> Answer:
         "series": [series("best layer", list(range(len(sides))), shares)],
     }
     how = (
-        f"The {results.scale.resolution_size} size, {results.scale.resolution_steps:,} steps on the same images "
-        "at every resolution, with the same palette; one run each (seed 0), probed on the same test "
+        f"The {results.scale.resolution_size} size, {results.scale.resolution_steps:,} steps on "
+        "the same images "
+        "at every resolution, with the same palette; one run each (seed 0), probed on the same "
+        "test "
         "images. Losses at different resolutions cannot be compared."
     )
     table = {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows}

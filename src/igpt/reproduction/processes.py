@@ -82,7 +82,7 @@ class ProcessPool:
         self.running.append(Process(name, log, popen))
 
     def wait(self, timeout: float) -> list[Process]:
-        """Return the commands that have ended, as soon as there are any, or none after `timeout`."""
+        """Return the commands that have ended, as soon as there are any or after `timeout`."""
         end = time.monotonic() + timeout
         while not (ended := [one for one in self.running if one.popen.poll() is not None]):
             if time.monotonic() >= end:
@@ -91,7 +91,7 @@ class ProcessPool:
         return self._remove(ended)
 
     def stop(self) -> list[Process]:
-        """Interrupt all running commands, wait until they have saved their work, and return them."""
+        """Interrupt all commands, wait until they have saved their work, and return them."""
         for one in self.running:
             one.popen.send_signal(signal.SIGINT)
         for one in self.running:

@@ -48,8 +48,8 @@ def reproduce(
         corpus, labelled: sources of unlabelled and of labelled images; see `open_source`.
         minutes: time limit; the next call resumes.
         jobs: number of steps side by side; by default the scale's.
-        tokens_only: only prepare the tokens; the same call without this flag then does the rest, and
-            does not need the images.
+        tokens_only: only prepare the tokens; the same call without this flag then does the rest,
+            and does not need the images.
 
     Returns:
         True if all steps are done.
@@ -146,7 +146,7 @@ def _notes(folder: Path) -> dict[str, Any]:
 
 
 def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
-    """Raise if the labelled images do not suffice for all probes and fine-tuning, before any training."""
+    """Raise if the labelled images do not suffice for all probes and fine-tuning."""
     if data.class_names is None:
         raise InputError(
             f"{labelled} has no labels, and probes and fine-tuning need them; "

@@ -192,7 +192,7 @@ def _is_prepared(step: Step, folder: Path) -> bool:
 
 
 def _words(step: Step, folder: Path, sources: Mapping[str, Path]) -> list[str]:
-    """Return the words of a step's command: with absolute sources, and `--resume` where it resumes."""
+    """Return the words of a step's command, with absolute sources, and `--resume` if it resumes."""
     words = list(step.words)
     if words[0] == "prepare":
         words[1] = str(sources.get(words[1], words[1]))

@@ -1,4 +1,4 @@
-"""The two scales of a reproduction, for two CPU cores and for one GPU: shapes, lengths, numbers of images."""
+"""The two scales of a reproduction: for two CPU cores, and for one GPU."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

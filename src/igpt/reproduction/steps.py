@@ -1,4 +1,4 @@
-"""The steps of a reproduction: `igpt` commands that run in its folder, after the steps that they depend on.
+"""The steps of a reproduction: `igpt` commands that run in its folder, and their dependencies.
 
 tokens/corpus-R, tokens/labelled-R    token data sets at resolution R
 runs/SIZE, runs/bert, runs/at-R       pretraining

@@ -1,4 +1,4 @@
-"""Answers from fine-tuning: against the probe, for both objectives, and against training from scratch."""
+"""Answers from fine-tuning, compared with the probe and with training from scratch."""
 
 import math
 from typing import Any
@@ -63,9 +63,12 @@ def bert(results: Results) -> Answer:
     masks = results.scale.masks
     inputs = f"{masks} masked versions (modal prediction)" if masks else "complete images"
     how = (
-        f"The {results.scale.main} size, the same number of steps on the same batches for both, one run each "
-        f"(seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation accuracy; BERT's input: "
-        f"{inputs}. Fine-tuning: the same number of steps and the same learning rates for both, selected "
+        f"The {results.scale.main} size, the same number of steps on the same batches for both, "
+        "one run each "
+        "(seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation accuracy; "
+        "BERT's input: "
+        f"{inputs}. Fine-tuning: the same number of steps and the same learning rates for both, "
+        "selected "
         "by validation accuracy; BERT is tested on complete images."
     )
     table = {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows}
@@ -73,7 +76,7 @@ def bert(results: Results) -> Answer:
 
 
 def finetuning(results: Results) -> Answer:
-    """Compare fine-tuning with the probe, training from scratch and raw pixels, with all and few labels."""
+    """Compare fine-tuning with the probe, training from scratch and raw pixels."""
     scale, probe = results.scale, results.probe("main")
     layer, raw = results.few("main")
     labels_of_all: list[str | int] = [*scale.few, "all"]
@@ -105,7 +108,8 @@ def finetuning(results: Results) -> Answer:
         "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
     )
     verdict = (
-        f"Fine-tuning is clearly better in {wins} of {comparisons} comparisons and clearly worse in {losses}. "
+        f"Fine-tuning is clearly better in {wins} of {comparisons} comparisons and clearly worse "
+        f"in {losses}. "
         f"{'; '.join(sentences)}."
     )
     rows = [
@@ -135,12 +139,17 @@ def finetuning(results: Results) -> Answer:
     fitted = probe["images"]["train"] + probe["images"]["validation"]
     how = (
         f"The {scale.main} size. All labels: fine-tuning and training from scratch process at most "
-        f"{images:,} images ({rate}); the step{' and the rate are' if rates else ' is'} selected by "
-        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few labels: one "
-        f"training per label subset, on {few_images} images; means over subsets, with intervals over "
+        f"{images:,} images ({rate}); the step{' and the rate are' if rates else ' is'} selected "
+        "by "
+        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few "
+        "labels: one "
+        f"training per label subset, on {few_images} images; means over subsets, with intervals "
+        "over "
         "subsets (Student's) and test images (Wilson's) combined in quadrature. The layer and the "
-        "regularisation strength of the probe are those selected with all labels. Fine-tuning uses the "
-        "joint loss; training from scratch starts from the initial weights of pretraining and uses the "
+        "regularisation strength of the probe are those selected with all labels. Fine-tuning uses "
+        "the "
+        "joint loss; training from scratch starts from the initial weights of pretraining and uses "
+        "the "
         "class loss alone."
     )
     table = {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows}

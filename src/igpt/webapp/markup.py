@@ -25,7 +25,8 @@ STYLE = """
 .igpt-about h2 { font-size: 1.15rem; font-weight: 600; margin: 0 0 .4rem; }
 .igpt-about img { max-width: 100%; display: block; margin: .6rem 0; }
 .igpt-about .pixels { image-rendering: pixelated; }
-.igpt-about p { font-size: .9rem; margin: .3rem 0; overflow-wrap: anywhere; }
+.igpt-about figure { margin: 0; }
+.igpt-about p, .igpt-about figcaption { font-size: .9rem; margin: .3rem 0; overflow-wrap: anywhere; }
 .igpt-about table { font-size: .85rem; border-collapse: collapse; margin: .4rem 0; }
 .igpt-about th, .igpt-about td { padding: .15rem .9rem .15rem 0; text-align: right; font-weight: 400; }
 .igpt-about summary { cursor: pointer; font-size: .9rem; }
