@@ -133,7 +133,7 @@ ENTRIES = (
         {"value_residual": True},
     ),
     Entry(
-        "rate", "start_from_palette", "learning rate 1e-2 in place of 5e-3", {"learning_rate": 1e-2}
+        "rate", "start_from_palette", "learning rate 1e-2 instead of 5e-3", {"learning_rate": 1e-2}
     ),
     Entry(
         "rate_residual",
@@ -147,7 +147,7 @@ ENTRIES = (
     Entry(
         "averaged",
         "rate_residual",
-        "mean weights of the last 3 of 5 updates each",
+        "mean weights of the last 3 snapshots, one every 5 steps",
         {"snapshots": [*range(5, 165, 5)]},
         3,
     ),

@@ -29,7 +29,7 @@ NAME = "someone/digits"
 def whole(
     igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run with all that a card can tell of."""
+    """A run with everything that a card can show."""
     run = tmp_path_factory.mktemp("card") / "whole"
     shutil.copytree(short_run, run)
     for words in (
@@ -75,7 +75,7 @@ def front_of(card: str) -> dict[str, object]:
 
 
 def rows_of(card: str) -> list[list[str]]:
-    """The cells of all tables."""
+    """Return the cells of all tables."""
     return [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in card.splitlines()
@@ -95,7 +95,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f}\u00a0%"
 
 
-def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> None:
+def test_a_card_has_the_numbers_of_the_files(whole: Path, digits: TokenDataset) -> None:
     card = write_card(whole, NAME, license="cc-by-4.0").read_text()
     front = front_of(card)
     assert front.pop("model-index")
@@ -146,9 +146,7 @@ def test_a_card_says_what_the_files_say(whole: Path, digits: TokenDataset) -> No
     assert "(the upper 4 of 8 pixel rows)" in card
     assert "autoregressive: the model predicts every pixel from those before it." in card
     assert str(whole) not in card
-    assert str(digits.path.parent) not in card, (
-        "where things lie on this machine is nobody's business"
-    )
+    assert str(digits.path.parent) not in card, "local paths are not published"
     assert "\n\n\n" not in card
     assert "license" not in front_of(write_card(whole, NAME).read_text())
 
@@ -192,7 +190,7 @@ def test_a_run_without_results_has_a_card(short_run: Path, tmp_path: Path) -> No
 
 
 def picture_of(folder: Path, digits: TokenDataset) -> torch.Tensor:
-    """Writes a test image as photo.png and into photos/, and gives its tokens [1, 64]."""
+    """Write a test image to photo.png and photos/a.png; return its tokens [1, 64]."""
     tokens = digits["test"].rows([5])
     image = Image.fromarray(digits.palette.inverse_transform(tokens).reshape(8, 8, 3))
     (folder / "photos").mkdir()
@@ -201,8 +199,8 @@ def picture_of(folder: Path, digits: TokenDataset) -> torch.Tensor:
     return torch.from_numpy(tokens.astype(np.int64))
 
 
-def do_what_it_says(card: str, run: Path, igpt: Run) -> list[dict[str, object]]:
-    """Runs the card's commands and programs, here, on the model as it would come down; the variables of each."""
+def run_examples(card: str, run: Path, igpt: Run) -> list[dict[str, object]]:
+    """Run the card's commands and programs on a copy of the model; return the variables of each."""
     shutil.copytree(run / "model", "down")
     card = card.replace(NAME, "./down")
     for line in blocks_of(card, "bash")[0].splitlines():
@@ -216,13 +214,13 @@ def do_what_it_says(card: str, run: Path, igpt: Run) -> list[dict[str, object]]:
     return found
 
 
-def test_what_it_says_to_do_works(
+def test_the_examples_of_a_card_work(
     igpt: Run, whole: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = write_card(whole, NAME).read_text()
     monkeypatch.chdir(tmp_path)
     tokens = picture_of(tmp_path, digits)
-    ours, theirs = do_what_it_says(card, whole, igpt)
+    ours, theirs = run_examples(card, whole, igpt)
     assert ours["pixels"].shape == (4, 8, 8, 3)
     assert torch.equal(theirs["tokens"], tokens)
     torch.testing.assert_close(theirs["logits"], ours["model"](tokens), rtol=0, atol=1e-4)
@@ -239,7 +237,7 @@ def test_what_it_says_to_do_works(
         (1, "this model's is 32, and with 5 instead of 5.66 the logits are wrong."),
     ],
 )
-def test_it_says_which_transformers_computes_the_model(
+def test_the_required_version_of_transformers(
     short_run: Path, heads: int, said: str, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -286,7 +284,7 @@ def test_what_the_data_set_left_out_is_counted_without_paths(
         write_card(run, NAME)
 
 
-def test_what_is_no_card_or_license_is_one_line(short_run: Path, tmp_path: Path) -> None:
+def test_a_bad_license_or_card_is_refused_in_one_line(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     for license in ("", "my own\nterms", "[mit]", "-"):
@@ -344,7 +342,7 @@ def test_a_classifier_s_card(
     assert "with\nthe class loss plus the generative loss." in card
     monkeypatch.chdir(tmp_path)
     tokens = picture_of(tmp_path, digits)
-    ours, theirs = do_what_it_says(card, classifier, igpt)
+    ours, theirs = run_examples(card, classifier, igpt)
     expected = class_logits(ImageGPT.from_pretrained(classifier / "model"), tokens)
     torch.testing.assert_close(ours["probabilities"], expected.softmax(-1), rtol=0, atol=1e-6)
     torch.testing.assert_close(theirs["logits"], expected, rtol=0, atol=1e-4)
@@ -360,7 +358,7 @@ def test_a_bert_model_s_card(
     assert "Validation loss per masked pixel" in card
     monkeypatch.chdir(tmp_path)
     picture_of(tmp_path, digits)
-    (ours,) = do_what_it_says(card, bert, igpt)
+    (ours,) = run_examples(card, bert, igpt)
     assert [tuple(layer.shape) for layer in ours["features"]] == [(1, 32)] * 3
 
 
@@ -377,7 +375,7 @@ def test_names_of_others_do_not_break_it(short_run: Path, tmp_path: Path) -> Non
     assert "/home/me" not in card
 
 
-def test_what_a_card_is_not_written_over_or_of(
+def test_a_card_replaces_only_cards_and_needs_a_model(
     igpt: Run, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -399,7 +397,7 @@ def test_what_a_card_is_not_written_over_or_of(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_a_card_that_is_old_or_of_another_name_is_told(short_run: Path, tmp_path: Path) -> None:
+def test_doubts_about_an_old_card_or_another_name(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     card = write_card(run, NAME)

@@ -1,4 +1,4 @@
-"""Figures hold the numbers that were written down; grids hold the pictures."""
+"""Figures contain the recorded numbers, and grids the pictures."""
 
 import base64
 import math

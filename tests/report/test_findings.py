@@ -1,4 +1,4 @@
-"""Sentences about a run say what its numbers support, and no more."""
+"""Sentences about a run claim no more than its numbers support."""
 
 from pathlib import Path
 

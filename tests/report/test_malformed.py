@@ -1,4 +1,4 @@
-"""Malformed files of a run: one line with the file, or a page; never a traceback."""
+"""Malformed files of a run give one line that names the file, or a page; never a traceback."""
 
 import json
 import math
@@ -122,7 +122,7 @@ CONFIG = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with small files of every kind, and without charts, which take long."""
+    """A run with small files of every kind, without charts, which are slow."""
     run, tokens = tmp_path / "run", tmp_path / "tokens"
     (run / "model").mkdir(parents=True)
     tokens.mkdir()
@@ -158,7 +158,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def refused_in_one_line(act: Callable[[], object], name: str, what: str) -> bool:
-    """Whether an act was refused; by anything but one line that names the file, the test fails."""
+    """Return True if an act raises one line that names the file; fail on any other error."""
     said = None
     try:
         act()

@@ -1,4 +1,4 @@
-"""The page shows what a run directory holds, says what it lacks, and needs nothing outside itself."""
+"""The page shows the content of a run directory, names what is missing, and is self-contained."""
 
 import json
 import math
@@ -20,7 +20,7 @@ VOID = {"meta", "img", "source", "link", "br", "hr", "input", "base"}
 
 
 class Page(HTMLParser):
-    """Elements, text, and whether every element that was opened is closed."""
+    """Collect elements and text, and check that every element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -83,7 +83,7 @@ def probe_record(**changes):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A run directory with what every run has, and no more."""
+    """A run directory with the required files only."""
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(
@@ -115,7 +115,7 @@ def bare(tmp_path):
 
 @pytest.fixture
 def whole(bare, tmp_path):
-    """A run directory with everything in it, and its token data set beside it."""
+    """A run directory with all files, and its token data set."""
     (tmp_path / "tokens").mkdir()
     manifest = {
         "source": "digits",

@@ -1,4 +1,4 @@
-"""Run directories are read as they are, whole or not."""
+"""Complete and incomplete run directories can be read."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Verdicts on results that are made up so that the answer is known, and what the intervals leave open."""
+"""Answers for synthetic results whose answer is known, and inconclusive ones."""
 
 import json
 from dataclasses import replace
@@ -24,7 +24,7 @@ SIZES = list(SCALE.sizes)
 
 
 def row(accuracy: float, images: int, name: str) -> dict[str, Any]:
-    """Return a row of results: correct on images sampled by its name, so that two rows differ like independent ones."""
+    """Return a row of results, correct on images sampled by its name: rows are independent."""
     right = np.random.default_rng(crc32(name.encode())).permutation(images) < round(
         accuracy * images
     )
@@ -32,7 +32,7 @@ def row(accuracy: float, images: int, name: str) -> dict[str, Any]:
 
 
 class Made:
-    """A folder of results; every step that is written counts as done."""
+    """A folder of results; every written step is recorded as done."""
 
     def __init__(self, folder: Path, scale: Scale = SCALE) -> None:
         self.folder, self.scale, self.steps = folder, scale, dict[str, Any]()
@@ -201,7 +201,7 @@ def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> No
 
 
 def along_training(made: Made, lead: float, gain: float) -> dict[str, Any]:
-    """Sizes whose losses overlap, each `lead` better than the one before at equal loss."""
+    """Return the answer for sizes with overlapping losses, each `lead` better at equal loss."""
     for place, size in enumerate(SIZES):
         losses = {
             step: 3.0 - 0.5 * number - 0.2 * place for number, step in enumerate(SCALE.snapshots)

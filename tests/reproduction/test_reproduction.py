@@ -1,4 +1,4 @@
-"""A complete reproduction at toy length: every step with the real commands, in two runs, and its page."""
+"""A complete reproduction at toy length: all real commands, in two runs, and its page."""
 
 import json
 import re
@@ -40,7 +40,7 @@ NOTES = "layers: twice as many steps, without a difference\n"
 
 @pytest.fixture(scope="module")
 def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens first; then the images are gone, and all else follows."""
+    """Prepare the tokens, delete the images, and run the other steps."""
     home = tmp_path_factory.mktemp("reproduction")
     images, out = home / "images", home / "out"
     shutil.copytree(photographs, images)
@@ -97,7 +97,7 @@ def test_the_evidence_is_whole(folder: Path) -> None:
 
 
 def test_the_figures_say_what_the_files_say(folder: Path) -> None:
-    """The numbers behind a verdict, from the steps' own files."""
+    """The numbers of an answer are those of the steps' files."""
     results = Results(folder, SMALL, read_records(folder))
     probe = json.loads((folder / "probes" / "main.json").read_text())
     best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])

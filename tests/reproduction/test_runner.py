@@ -67,7 +67,7 @@ def test_steps_come_after_what_they_read_and_run_once(tmp_path: Path) -> None:
 
 
 def test_side_by_side_and_not(tmp_path: Path) -> None:
-    """The first step waits for what the second one makes."""
+    """The first step waits for a file of the second one."""
     steps = [Step("waits", ("wait", "made")), Step("makes", ("write", "made"))]
     assert go(steps, tmp_path / "two", jobs=2)[0]
     done, said = go(steps, tmp_path / "one", jobs=1, minutes=0.02)
@@ -86,7 +86,7 @@ def test_the_cores_are_shared_out(tmp_path: Path) -> None:
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
-def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
+def test_a_failure_is_reported_and_independent_steps_run(tmp_path: Path) -> None:
     steps = [
         Step("bad", ("fail", "no", "such", "file")),
         Step("after it", ("write", "never"), after=("bad",)),
@@ -104,7 +104,7 @@ def test_a_failure_is_told_and_all_else_is_done(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_text() == "once\n"
 
 
-def test_what_may_fail_is_skipped_when_it_is_refused(tmp_path: Path) -> None:
+def test_an_optional_step_is_skipped_on_a_user_error(tmp_path: Path) -> None:
     steps = [Step("own", ("fail", "no labels"), optional=True), Step("else", ("write", "a"))]
     done, said = go(steps, tmp_path, jobs=1)
     assert done
@@ -117,8 +117,8 @@ def test_what_may_fail_is_skipped_when_it_is_refused(tmp_path: Path) -> None:
         go([Step("own", ("kill", "me"), optional=True)], tmp_path / "other")
 
 
-def test_what_goes_wrong_here_leaves_nothing_running(tmp_path: Path) -> None:
-    """Another step has ended, and nobody can be told of it."""
+def test_an_exception_leaves_nothing_running(tmp_path: Path) -> None:
+    """Printing the end of a step fails while another step runs."""
     steps = [Step("slow", ("slow", "pid")), Step("first", ("wait", "pid"))]
 
     def say(line: str) -> None:
@@ -137,13 +137,13 @@ def test_a_folder_that_prepare_has_finished_is_taken(tmp_path: Path) -> None:
     assert go([Step("tokens", ("prepare", "source", "-o", "tokens"))], tmp_path)[0]
 
 
-def test_a_killed_step_is_told_too(tmp_path: Path) -> None:
+def test_a_killed_step_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"step dies failed \(exit code -9\): \$ igpt kill me"):
         go([Step("dies", ("kill", "me"))], tmp_path)
 
 
 def stopped(steps: list[Step], folder: Path, when: Path) -> str:
-    """Runs steps until a file is there, then sends SIGTERM; what is said of it."""
+    """Run steps until a file exists, then send SIGTERM; return the message of the interruption."""
 
     def send() -> None:
         until(when.exists)
@@ -159,7 +159,7 @@ def stopped(steps: list[Step], folder: Path, when: Path) -> str:
 
 
 def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
-    """There all processes get it at once, and a step may end before it is asked to."""
+    """The signal may reach all processes of the group at once."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW_STEP, tmp_path],
         stdout=subprocess.PIPE,
@@ -191,14 +191,14 @@ def test_other_commands_are_refused(tmp_path: Path) -> None:
         go([Step("a", ("write", "b"))], tmp_path)
 
 
-def test_what_failed_may_be_asked_otherwise(tmp_path: Path) -> None:
+def test_a_failed_step_may_change_its_command(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the step a failed"):
         go([Step("a", ("fail", "wrong"))], tmp_path)
     assert go([Step("a", ("write", "a"))], tmp_path)[0]
 
 
 def test_sources_are_found_from_where_the_user_is(tmp_path: Path) -> None:
-    """Records say what the user said; prepare, which runs in the folder, gets the path."""
+    """Records contain the source as given; prepare, which runs in the folder, gets its path."""
     step = Step("a", ("prepare", "here", "here"))
     sources = {"here": tmp_path / "there"}
     out = tmp_path / "out"

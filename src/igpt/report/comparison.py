@@ -18,7 +18,9 @@ _MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
 _GREEN = {LIGHT.paper: "#1a7f37", "other": "#5fd07f"}
 
 
-def draw(plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
+def plot_comparison(
+    plot: Mapping[str, Any], *, look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
     """Plot the data of kind "lines" or "groups".
 
     Args:

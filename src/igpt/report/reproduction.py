@@ -174,13 +174,13 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
         [tuple(row) for row in asked["table"]["rows"]],
     )
     if asked["plot"]["kind"] != "pictures":
-        draw = partial(comparison.draw, asked["plot"])
+        plot = partial(comparison.plot_comparison, asked["plot"])
         bars = " Bands and bars: 95 % intervals." + (
             " Ring: best layer by validation accuracy." if name == "layers" else ""
         )
         alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
         return [
-            Section(title, name, lead, chart(draw, alt), caption=asked["how"] + bars, table=table)
+            Section(title, name, lead, chart(plot, alt), caption=asked["how"] + bars, table=table)
         ]
     samples, completions = (
         _stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions")
@@ -245,7 +245,9 @@ def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
         return {}
     if asked["plot"]["kind"] != "pictures":
         return {
-            f"{asked['name']}.svg": figures.svg(comparison.draw(asked["plot"]), transparent=False)
+            f"{asked['name']}.svg": figures.svg(
+                comparison.plot_comparison(asked["plot"]), transparent=False
+            )
         }
     found = {}
     for kind in ("samples", "completions"):

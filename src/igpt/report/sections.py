@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -188,10 +189,8 @@ def loss_section(run: Run) -> Section:
         else f"; the lowest validation loss is {best[1]:.3f} at step {best[0]:,}."
     )
 
-    def draw(**options: Any) -> "Figure":
-        return figures.loss_curve(run.metrics, unit=run.unit, **options)
-
-    return Section(title, name, chart=chart(draw, alt), caption=caption)
+    plot = partial(figures.loss_curve, run.metrics, unit=run.unit)
+    return Section(title, name, chart=chart(plot, alt), caption=caption)
 
 
 def accuracy_section(run: Run) -> Section:
@@ -220,10 +219,8 @@ def accuracy_section(run: Run) -> Section:
         f"{percent(1 - validation[-1]['error'])}."
     )
 
-    def draw(**options: Any) -> "Figure":
-        return figures.accuracy_curve(run.metrics, **options)
-
-    return Section(title, name, chart=chart(draw, alt), caption=caption)
+    plot = partial(figures.accuracy_curve, run.metrics)
+    return Section(title, name, chart=chart(plot, alt), caption=caption)
 
 
 def probe_section(run: Run) -> Section:
@@ -277,10 +274,8 @@ def probe_section(run: Run) -> Section:
         rows,
     )
 
-    def draw(**options: Any) -> "Figure":
-        return figures.probe_by_layer(probe, **options)
-
-    return Section(title, name, lead, chart(draw, alt + "."), caption=caption, table=table)
+    plot = partial(figures.probe_by_layer, probe)
+    return Section(title, name, lead, chart(plot, alt + "."), caption=caption, table=table)
 
 
 def _other_protocols(probe: dict[str, Any]) -> str:
@@ -407,11 +402,11 @@ def fact_tables(run: Run) -> list[Table]:
     ]
 
 
-def chart(draw: "Callable[..., Figure]", alt: str) -> Chart:
+def chart(plot: "Callable[..., Figure]", alt: str) -> Chart:
     """Plot a figure in its four versions."""
 
     def version(look: figures.Look, width: float) -> str:
-        return figures.encode(draw(look=look, width=width))
+        return figures.encode(plot(look=look, width=width))
 
     return Chart(
         light=version(figures.LIGHT, figures.WIDE),
