@@ -249,7 +249,7 @@ def test_malformed_lines_of_metrics_are_counted_and_the_rest_is_shown(run: Path)
     assert read_metrics(path) == (LINES, 5)
     path.write_bytes(path.read_bytes() + b"[" * 100_000 + b"\n\xff\xfe\n" + b'{"kind": "tra')
     assert read_metrics(path) == (LINES, 7)
-    assert "7 unreadable lines of metrics.jsonl left out." in write_report(run).read_text()
+    assert "7 unreadable lines of metrics.jsonl skipped." in write_report(run).read_text()
     for what in malformed.others(path):
         assert refused_in_one_line(lambda: write_report(run), "metrics.jsonl", what), what
 

@@ -194,7 +194,7 @@ def test_the_numbers_are_there(whole):
         "2 layers, width 32, 2 heads, 27.5 k parameters",
         "1.432 2.066",  # nats, bits
         "Colour frequencies alone 2.080 3.001",
-        "Every colour equally likely 2.833 4.087",
+        "Uniform distribution over colours 2.833 4.087",
         "This model, layer 1 96.1 % ± 1.4",
         "Untrained network, layer 0 80.0 % ± 3.0",
         "Raw pixels 95.1 % ± 1.6",
@@ -345,9 +345,9 @@ def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
     for expected in (
         "Image GPT fine-tuned on digits",
         "fine-tuned with labels on 1,437 images, for 10 classes",
-        "test accuracy 93.0 % on 180 images (standard error 1.9 points)",
+        "Test accuracy 93.0 % on 180 images (standard error 1.9 points)",
         "stopped early (at most 500)",
-        "Share of 180 validation images",
+        "Accuracy on 180 validation images",
     ):
         assert expected in page.text, expected
     assert "without labels" not in page.text
