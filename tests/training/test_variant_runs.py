@@ -96,7 +96,7 @@ def test_a_run_writes_its_variant_and_is_fine_tuned(
     assert ImageGPT.from_pretrained(tmp_path / "tuned" / "model").config.value_residual
     for run in ("run", "tuned"):
         card = write_card(tmp_path / run, "someone/variant").read_text()
-        assert "transformers does not have this variant" in card
+        assert "transformers does not support this variant" in card
         assert "from transformers import" not in card
 
 
