@@ -101,9 +101,9 @@ def test_json_is_json_and_yaml_is_yaml(tmp_path: Path):
         ("a.yaml", b"size: [1, 2", "is neither YAML nor JSON"),
         ("a.json", b'{"size": 8', "is neither YAML nor JSON"),
         ("a.yaml", b"\xff\xfe\x00", "is not readable as text"),
-        ("a.yaml", b"- size\n- rate\n", "should hold settings as 'name: value' lines"),
-        ("a.yaml", b"", "should hold settings as 'name: value' lines"),
-        ("a.json", b"[1]", "should hold settings as 'name: value' lines"),
+        ("a.yaml", b"- size\n- rate\n", "must contain settings as 'name: value' lines"),
+        ("a.yaml", b"", "must contain settings as 'name: value' lines"),
+        ("a.json", b"[1]", "must contain settings as 'name: value' lines"),
     ],
 )
 def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message: str):

@@ -1,4 +1,4 @@
-"""The process of `igpt`, `python -m igpt` and `torchrun -m igpt`: signals, streams and caches, then the command.
+"""Entry point of `igpt`, `python -m igpt` and `torchrun -m igpt`: signals, streams, the command.
 
 Only light modules are imported before Ctrl-C is taken care of.
 """
@@ -29,7 +29,7 @@ def main() -> int:
 
 
 def _share_cores() -> None:
-    """Let the threads of GNU's OpenMP spin for microseconds only while they wait, unless the user has chosen otherwise.
+    """Let waiting threads of GNU OpenMP sleep after microseconds, unless the user configured them.
 
     By default they spin for milliseconds. Next to other busy processes, that makes training steps
     twice as slow and more (benchmarks/waiting.py). OpenMP reads these variables when it is loaded,
@@ -40,7 +40,7 @@ def _share_cores() -> None:
 
 
 def _leave_ascii() -> None:
-    """Start again in Python's UTF-8 mode where file names would be ASCII: names of classes and files would be mangled.
+    """Restart Python in UTF-8 mode if file names are ASCII; it would mangle other names.
 
     Python does so by itself in the C locale, unless it was told not to.
     """

@@ -26,7 +26,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
     text = read_text(path, "settings file", largest=_LARGEST)
     try:
-        # Only almost every JSON is YAML: not one that is indented with tabs.
+        # JSON indented with tabs is not YAML.
         values = (
             json.loads(text, object_pairs_hook=_once)
             if path.suffix == ".json"
@@ -43,7 +43,7 @@ def read_settings(path: Path) -> dict[str, Any]:
             f"{path} is neither YAML nor JSON: {' '.join(str(error).split())}"
         ) from None
     if not isinstance(values, dict):
-        raise InputError(f"{path} should hold settings as 'name: value' lines")
+        raise InputError(f"{path} must contain settings as 'name: value' lines")
     return values
 
 
@@ -62,7 +62,7 @@ def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 def _from_yaml(text: str) -> Any:
-    """Return what YAML means, without aliases: they make a few lines stand for billions of values."""
+    """Parse YAML without aliases, with which a few lines could expand to billions of values."""
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -93,13 +93,16 @@ def _from_yaml(text: str) -> Any:
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable, and a key it does not know is an error that names the nearest one it does."""
+    """Base of all settings: immutable; an unknown key is an error that names the nearest known one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @classmethod
     def layered(cls, *layers: Mapping[str, Any], where: str = "settings") -> Self:
-        """Return settings from several mappings, each overriding the ones before it; `where` names them in errors.
+        """Return settings from several mappings, each overriding the previous ones.
+
+        Args:
+            where: names the settings in errors.
 
         Raises:
             InputError: an unknown key (the nearest known one is named) or a value that does not

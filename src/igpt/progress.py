@@ -1,4 +1,4 @@
-"""The progress bar of all long work, and lines printed to a standard output whose reader may have gone."""
+"""The progress bar of all long work, and printing to a pipe whose reader may exit early."""
 
 import os
 import sys

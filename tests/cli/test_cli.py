@@ -566,6 +566,7 @@ def test_an_existing_folder_needs_no_permission_in_the_folder_around_it() -> Non
     program = (
         "import os, sys\n"
         "from pathlib import Path\n"
+        "import igpt.files\n"  # before the user changes, who may not be able to read it
         "from igpt.cli.run import require_writable_folder\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write everywhere
         "for name in sys.argv[1:]:\n"

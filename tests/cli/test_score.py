@@ -273,6 +273,7 @@ def test_a_folder_that_may_not_be_written() -> None:
     program = (
         "import os, sys\n"
         "from pathlib import Path\n"
+        "import igpt.files\n"  # before the user changes, who may not be able to read it
         "from igpt.cli.run import require_writable\n"
         "if os.getuid() == 0: os.setuid(65534)\n"  # root may write everywhere
         "for name in sys.argv[1:]:\n"

@@ -35,51 +35,52 @@ class PaletteOptions(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _palette(self, given)
+        from igpt.data.images.grid import save_png
+        from igpt.data.left_out import BAD
+        from igpt.data.palette_fit import (
+            PaletteConfig,
+            given_palette,
+            palette_notes,
+            settle_palette,
+        )
+        from igpt.data.sources.catalogue import open_source
+        from igpt.environment import describe
+        from igpt.files import write_json
 
-
-def _palette(options: PaletteOptions, given: dict[str, Any]) -> None:
-    from igpt.data.images.grid import save_png
-    from igpt.data.left_out import BAD
-    from igpt.data.palette_fit import PaletteConfig, given_palette, palette_notes, settle_palette
-    from igpt.data.sources.catalogue import open_source
-    from igpt.environment import describe
-    from igpt.files import write_json
-
-    source, out = options.source, options.out or Path("palette.npy")
-    if out.suffix != ".npy":
-        raise InputError(f"a palette is written to a .npy file, not to {out.name}")
-    settings = PaletteConfig.layered(file_settings(options.config), given, where="the settings")
-    opened = open_source(source, settings)
-    train, left_out, allowance = (
-        opened.splits["train"],
-        opened.left_out,
-        opened.allowance(settings.max_bad),
-    )
-    allowance.require(source, left_out)
-    chosen = given_palette(source, train, settings)
-    settled = settle_palette(source, train, settings, chosen)
-    result, quality, picture = settled.palette, settled.quality, settled.picture
-    if settled.bad:
-        allowance.require_decoded(settled.bad, settled.read)
-        left_out.add(BAD, settled.bad[0], count=len(settled.bad), possible_images=True)
-    warnings = palette_notes(chosen, train, settings)
-    result.save(out)
-    report = {
-        "source": source,
-        "config": settings.model_dump(mode="json"),
-        "fingerprint": result.fingerprint,
-        **quality,
-        "left_out": left_out.to_json(),
-        "warnings": warnings,
-    }
-    write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
-    if picture:
-        save_png(picture, out.with_suffix(".png"))
-    example = out.with_suffix(".png")
-    shown = f"; {example} shows images above their quantised versions" if picture else ""
-    print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
-    print_left_out(left_out, warnings, out.with_suffix(".json"))
+        source, out = self.source, self.out or Path("palette.npy")
+        if out.suffix != ".npy":
+            raise InputError(f"a palette is written to a .npy file, not to {out.name}")
+        settings = PaletteConfig.layered(file_settings(self.config), given, where="the settings")
+        opened = open_source(source, settings)
+        train, left_out, allowance = (
+            opened.splits["train"],
+            opened.left_out,
+            opened.allowance(settings.max_bad),
+        )
+        allowance.require(source, left_out)
+        chosen = given_palette(source, train, settings)
+        settled = settle_palette(source, train, settings, chosen)
+        result, quality, picture = settled.palette, settled.quality, settled.picture
+        if settled.bad:
+            allowance.require_decoded(settled.bad, settled.read)
+            left_out.add(BAD, settled.bad[0], count=len(settled.bad), possible_images=True)
+        warnings = palette_notes(chosen, train, settings)
+        result.save(out)
+        report = {
+            "source": source,
+            "config": settings.model_dump(mode="json"),
+            "fingerprint": result.fingerprint,
+            **quality,
+            "left_out": left_out.to_json(),
+            "warnings": warnings,
+        }
+        write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
+        if picture:
+            save_png(picture, out.with_suffix(".png"))
+        example = out.with_suffix(".png")
+        shown = f"; {example} shows images above their quantised versions" if picture else ""
+        print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
+        print_left_out(left_out, warnings, out.with_suffix(".json"))
 
 
 def print_left_out(
@@ -122,63 +123,63 @@ class Prepare(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _prepare(self, given)
+        from igpt.data.left_out import left_out_of
+        from igpt.data.merge import merge as join
+        from igpt.data.prepare import (
+            PLAN,
+            RECORDS,
+            PrepareConfig,
+            prepare_part,
+            warnings_of,
+            with_records,
+        )
+        from igpt.data.prepare import prepare as run
+        from igpt.files import read_json
 
-
-def _prepare(options: Prepare, given: dict[str, Any]) -> None:
-    from igpt.data.left_out import left_out_of
-    from igpt.data.merge import merge as join
-    from igpt.data.prepare import (
-        PLAN,
-        RECORDS,
-        PrepareConfig,
-        prepare_part,
-        warnings_of,
-        with_records,
-    )
-    from igpt.data.prepare import prepare as run
-    from igpt.files import read_json
-
-    source, out, shard = options.source, options.out, options.shard
-    if options.merge and shard:
-        raise InputError("--shard prepares one part and --merge merges all parts; give one of them")
-    if not source and not options.merge:
-        raise InputError("name a SOURCE of images")
-    if source and options.merge:
-        raise InputError("--merge takes no SOURCE: it merges the parts of OUT")
-    settings = PrepareConfig.layered(file_settings(options.config), given, where="the settings")
-    count = os.cpu_count() or 1 if options.workers is None else options.workers
-    with progress_bar() as show:
-        if options.merge:
-            result = join(out)
-        elif shard:
-            part = prepare_part(
-                source,
-                out,
-                settings,
-                _part(shard),
-                workers=count,
-                progress=partial(show, "tokenising"),
+        source, out, shard = self.source, self.out, self.shard
+        if self.merge and shard:
+            raise InputError(
+                "--shard prepares one part and --merge merges all parts; give one of them"
             )
-            print(
-                f"{part}: part {shard}; when all parts are there, merge them: igpt prepare --merge -o {out}"
-            )
-            plan = read_json(part / PLAN, "part of a token data set")
-            records = list(
-                read_json(part / RECORDS, "part of a token data set")["records"].values()
-            )
-            print_left_out(with_records(plan, records), warnings_of(plan, records), part)
-            return
-        else:
-            result = run(source, out, settings, workers=count, progress=partial(show, "tokenising"))
-    made = result.manifest["made"]
-    counts = ", ".join(f"{len(result[split])} {split}" for split in result)
-    classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
-    kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
-    print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
-    print_left_out(
-        left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json"
-    )
+        if not source and not self.merge:
+            raise InputError("name a SOURCE of images")
+        if source and self.merge:
+            raise InputError("--merge takes no SOURCE: it merges the parts of OUT")
+        settings = PrepareConfig.layered(file_settings(self.config), given, where="the settings")
+        count = os.cpu_count() or 1 if self.workers is None else self.workers
+        with progress_bar() as show:
+            if self.merge:
+                result = join(out)
+            elif shard:
+                part = prepare_part(
+                    source,
+                    out,
+                    settings,
+                    _part(shard),
+                    workers=count,
+                    progress=partial(show, "tokenising"),
+                )
+                print(
+                    f"{part}: part {shard}; when all parts are there, merge them: igpt prepare --merge -o {out}"
+                )
+                plan = read_json(part / PLAN, "part of a token data set")
+                records = list(
+                    read_json(part / RECORDS, "part of a token data set")["records"].values()
+                )
+                print_left_out(with_records(plan, records), warnings_of(plan, records), part)
+                return
+            else:
+                result = run(
+                    source, out, settings, workers=count, progress=partial(show, "tokenising")
+                )
+        made = result.manifest["made"]
+        counts = ", ".join(f"{len(result[split])} {split}" for split in result)
+        classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
+        kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
+        print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
+        print_left_out(
+            left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json"
+        )
 
 
 def _part(shard: str) -> tuple[int, int]:
@@ -205,31 +206,23 @@ class Inspect(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _inspect(self.tokens, self.out)
+        from igpt.data.images.grid import require_png, save_png
+        from igpt.data.tokens.dataset import TokenDataset
+        from igpt.data.tokens.inspect import inspect as run
+        from igpt.data.tokens.inspect import sheet
+        from igpt.files import resolved, write_json
 
-
-def _inspect(tokens: Path, out: Path | None) -> None:
-    from igpt.data.images.grid import require_png, save_png
-    from igpt.data.tokens.dataset import TokenDataset
-    from igpt.data.tokens.inspect import inspect as run
-    from igpt.data.tokens.inspect import sheet
-    from igpt.files import resolved, write_json
-
-    target = out or resolved(tokens).with_name(resolved(tokens).name + ".png")
-    require_png(target)
-    data = TokenDataset(tokens)
-    with progress_bar() as show:
-        found = run(data, partial(show, "reading"))
-    save_png(sheet(data), target)
-    write_json(target.with_suffix(".json"), found)
-    print(
-        "\n".join(
-            [
-                *_description(found),
-                f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures",
-            ]
-        )
-    )
+        folder = resolved(self.tokens)
+        target = self.out or folder.with_name(folder.name + ".png")
+        require_png(target)
+        data = TokenDataset(self.tokens)
+        with progress_bar() as show:
+            found = run(data, partial(show, "reading"))
+        save_png(sheet(data), target)
+        write_json(target.with_suffix(".json"), found)
+        for line in _description(found):
+            print(line)
+        print(f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures")
 
 
 def _description(found: Mapping[str, Any]) -> Iterator[str]:

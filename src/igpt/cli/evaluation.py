@@ -44,49 +44,47 @@ class Probe(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _probe(self, given)
+        from igpt.data.tokens.dataset import TokenDataset
+        from igpt.evaluation.probe import ProbeConfig, write_probe
+        from igpt.evaluation.probe import probe as run
+        from igpt.evaluation.probe_classifier import require_replaceable
+        from igpt.evaluation.results import PROBE, best_row
 
-
-def _probe(options: Probe, given: dict[str, Any]) -> None:
-    from igpt.data.tokens.dataset import TokenDataset
-    from igpt.evaluation.probe import ProbeConfig, write_probe
-    from igpt.evaluation.probe import probe as run
-    from igpt.evaluation.probe_classifier import require_replaceable
-    from igpt.evaluation.results import PROBE, best_row
-
-    path, home = model_and_run(options.model)
-    settings = ProbeConfig.layered(file_settings(options.config), given, where="the settings")
-    target = options.out or home / "probe.json"
-    if target.suffix != ".json":
-        raise InputError(f"results of a probe are written to a .json file, not to {target.name}")
-    require_writable(target, PROBE)
-    require_writable(target.with_suffix(".safetensors"))
-    require_replaceable(target.with_suffix(".safetensors"))
-    with exclusive(target):
-        loaded, data = load_model(path), TokenDataset(options.tokens)
-        with progress_bar() as show, passing_folder(target) as passing:
-            result, readout = run(
-                loaded, data, settings, options.features or passing, progress=show
+        path, home = model_and_run(self.model)
+        settings = ProbeConfig.layered(file_settings(self.config), given, where="the settings")
+        target = self.out or home / "probe.json"
+        if target.suffix != ".json":
+            raise InputError(
+                f"results of a probe are written to a .json file, not to {target.name}"
             )
-        write_probe(target, {"model": str(path), **result}, readout)
-    best, images = best_row(result), result["images"]["test"]
-    for row in result["layers"]:
-        mark = "  <- best validation accuracy" if row is best else ""
-        print(f"layer {row['layer']:3d}: {_accuracies(row)}{mark}")
-    if "concatenated" in result:
-        together = result["concatenated"]
-        print(f"layers {' '.join(map(str, together['layers']))}: {_accuracies(together)}")
-    for few in result.get("few_labels", ()):
+        require_writable(target, PROBE)
+        require_writable(target.with_suffix(".safetensors"))
+        require_replaceable(target.with_suffix(".safetensors"))
+        with exclusive(target):
+            loaded, data = load_model(path), TokenDataset(self.tokens)
+            with progress_bar() as show, passing_folder(target) as passing:
+                result, readout = run(
+                    loaded, data, settings, self.features or passing, progress=show
+                )
+            write_probe(target, {"model": str(path), **result}, readout)
+        best, images = best_row(result), result["images"]["test"]
+        for row in result["layers"]:
+            mark = "  <- best validation accuracy" if row is best else ""
+            print(f"layer {row['layer']:3d}: {_accuracies(row)}{mark}")
+        if "concatenated" in result:
+            together = result["concatenated"]
+            print(f"layers {' '.join(map(str, together['layers']))}: {_accuracies(together)}")
+        for few in result.get("few_labels", ()):
+            print(
+                f"layer {few['layer']:3d}: {few['per_class']} labels per class: test accuracy "
+                f"{few['mean']:.1%} +- {few['standard_deviation']:.1%} "
+                f"(standard deviation over {len(few['test_accuracies'])} subsets)"
+            )
+        low, high = best["test_interval_95"]
         print(
-            f"layer {few['layer']:3d}: {few['per_class']} labels per class: test accuracy "
-            f"{few['mean']:.1%} +- {few['standard_deviation']:.1%} "
-            f"(standard deviation over {len(few['test_accuracies'])} subsets)"
+            f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on {images} "
+            f"images (95 % interval {low:.1%} to {high:.1%})"
         )
-    low, high = best["test_interval_95"]
-    print(
-        f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on {images} "
-        f"images (95 % interval {low:.1%} to {high:.1%})"
-    )
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:
@@ -308,62 +306,58 @@ class Features(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _features(self, given)
+        from igpt.data.image_set import ImageSetConfig
+        from igpt.evaluation.export import (
+            FORMAT,
+            VERSION,
+            best_layer,
+            require_features_file,
+            require_layer,
+            write_features,
+        )
+        from igpt.evaluation.features import pooled
+        from igpt.files import write_json
 
-
-def _features(options: Features, given: dict[str, Any]) -> None:
-    from igpt.data.image_set import ImageSetConfig
-    from igpt.evaluation.export import (
-        FORMAT,
-        VERSION,
-        best_layer,
-        require_features_file,
-        require_layer,
-        write_features,
-    )
-    from igpt.evaluation.features import pooled
-    from igpt.files import write_json
-
-    source, out, layer, precision = options.source, options.out, options.layer, options.precision
-    settings = ImageSetConfig.layered(given, where="the settings")
-    target = out.with_suffix(".json")
-    require_features_file(out)
-    require_writable(out)
-    require_writable(target, FORMAT)
-    path, home = model_and_run(options.model)
-    with exclusive(target):
-        loaded = load_model(path)
-        last = loaded.config.n_layer
-        if layer is None and path == home / "model":
-            layer = best_layer(home)
-        if layer is None:
-            raise InputError(
-                f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
-            )
-        require_layer(layer, last)
-        with progress_bar() as show:
-            images = _gathered(loaded, source, settings, show)
-            made = {
-                "format": FORMAT,
-                "version": VERSION,
-                "model": str(path),
-                "layer": layer,
-                "layers": last,
-                "width": loaded.config.n_embd,
-                **images.to_json(),
-                "class_names": images.class_names,
-                **_made_with(loaded, settings, precision),
-            }
-            progress = partial(show, "features")
-            batches = pooled(
-                loaded, images.tokens, precision=precision, last=layer, progress=progress
-            )
-            write_features(out, images, (batch[layer] for batch in batches), made)
-        write_json(target, made)
-    _print_left_out(images, target)
-    print(
-        f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}"
-    )
+        source, out, layer, precision = self.source, self.out, self.layer, self.precision
+        settings = ImageSetConfig.layered(given, where="the settings")
+        target = out.with_suffix(".json")
+        require_features_file(out)
+        require_writable(out)
+        require_writable(target, FORMAT)
+        path, home = model_and_run(self.model)
+        with exclusive(target):
+            loaded = load_model(path)
+            last = loaded.config.n_layer
+            if layer is None and path == home / "model":
+                layer = best_layer(home)
+            if layer is None:
+                raise InputError(
+                    f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
+                )
+            require_layer(layer, last)
+            with progress_bar() as show:
+                images = _gathered(loaded, source, settings, show)
+                made = {
+                    "format": FORMAT,
+                    "version": VERSION,
+                    "model": str(path),
+                    "layer": layer,
+                    "layers": last,
+                    "width": loaded.config.n_embd,
+                    **images.to_json(),
+                    "class_names": images.class_names,
+                    **_made_with(loaded, settings, precision),
+                }
+                progress = partial(show, "features")
+                batches = pooled(
+                    loaded, images.tokens, precision=precision, last=layer, progress=progress
+                )
+                write_features(out, images, (batch[layer] for batch in batches), made)
+            write_json(target, made)
+        _print_left_out(images, target)
+        print(
+            f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}"
+        )
 
 
 def _gathered(
@@ -452,59 +446,55 @@ class Classify(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _classify(self)
+        import numpy as np
 
+        from igpt.environment import describe
+        from igpt.files import write_json
+        from igpt.model.classifier import FORMAT, VERSION, predict
+        from igpt.model.images import tokens_of_files
 
-def _classify(options: Classify) -> None:
-    import numpy as np
-
-    from igpt.environment import describe
-    from igpt.files import write_json
-    from igpt.model.classifier import FORMAT, VERSION, predict
-    from igpt.model.images import tokens_of_files
-
-    images, top, masks, seed, out = (
-        options.images,
-        options.top,
-        options.masks,
-        options.seed,
-        options.out,
-    )
-    if not images:
-        raise InputError("give image files to classify")
-    if top < 1:
-        raise InputError(f"--top is at least 1, not {top}")
-    if out:
-        require_writable(out, FORMAT)
-    path = model_and_run(options.model)[0]
-    loaded = load_model(path)
-    tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
-    # All images have row 0, so that the masks of an image do not depend on the other images.
-    found = predict(loaded, tokens, np.zeros(len(images), np.int64), masks=masks, seed=seed)
-    names = loaded.config.class_names or ()
-    answers = []
-    for image, (file, ranked) in enumerate(zip(images, found.ranked(), strict=True)):
-        classes = [
-            {
-                "class": names[index],
-                "probability": float(found.probabilities[image, index]),
-                "votes": int(found.votes[image, index]),
+        images, top, masks, seed, out = (
+            self.images,
+            self.top,
+            self.masks,
+            self.seed,
+            self.out,
+        )
+        if not images:
+            raise InputError("give image files to classify")
+        if top < 1:
+            raise InputError(f"--top is at least 1, not {top}")
+        if out:
+            require_writable(out, FORMAT)
+        path = model_and_run(self.model)[0]
+        loaded = load_model(path)
+        tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
+        # All images have row 0, so that the masks of an image do not depend on the other images.
+        found = predict(loaded, tokens, np.zeros(len(images), np.int64), masks=masks, seed=seed)
+        names = loaded.config.class_names or ()
+        answers = []
+        for image, (file, ranked) in enumerate(zip(images, found.ranked(), strict=True)):
+            classes = [
+                {
+                    "class": names[index],
+                    "probability": float(found.probabilities[image, index]),
+                    "votes": int(found.votes[image, index]),
+                }
+                for index in ranked[:top].tolist()
+            ]
+            answers.append({"file": str(file), "classes": classes})
+            votes = [f" ({one['votes']} of {masks} masks)" if masks else "" for one in classes]
+            words = [
+                f"{one['class']} {one['probability']:.4f}{said}"
+                for one, said in zip(classes, votes, strict=True)
+            ]
+            print(f"{file}: {', '.join(words)}")
+        if out:
+            about = {
+                "format": FORMAT,
+                "version": VERSION,
+                "model": str(path),
+                "masks": masks,
+                "seed": seed,
             }
-            for index in ranked[:top].tolist()
-        ]
-        answers.append({"file": str(file), "classes": classes})
-        votes = [f" ({one['votes']} of {masks} masks)" if masks else "" for one in classes]
-        words = [
-            f"{one['class']} {one['probability']:.4f}{said}"
-            for one, said in zip(classes, votes, strict=True)
-        ]
-        print(f"{file}: {', '.join(words)}")
-    if out:
-        about = {
-            "format": FORMAT,
-            "version": VERSION,
-            "model": str(path),
-            "masks": masks,
-            "seed": seed,
-        }
-        write_json(out, {**about, "images": answers, "environment": describe()})
+            write_json(out, {**about, "images": answers, "environment": describe()})

@@ -1,8 +1,8 @@
 """Command lines parsed into options and settings: argparse, with flags made from pydantic fields.
 
-A command is a subclass of `Options`. Its fields are its positional arguments and flags. The fields of
-the settings class that it names become further flags; of these, only the given ones are returned, so
-that presets and files keep their values where no flag overrides them.
+A command is a subclass of `Options`. Its fields are its positional arguments and flags. The fields
+of the settings class that it names become further flags; of these, only the given ones are
+returned, so that they override presets and files, and defaults do not.
 """
 
 import argparse

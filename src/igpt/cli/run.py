@@ -1,4 +1,4 @@
-"""What all commands share: dispatch, exit codes, errors in one line, checks of outputs, models to load."""
+"""Shared by all commands: dispatch, exit codes, one-line errors, checks of output paths."""
 
 import contextlib
 import os
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from igpt import __version__
 from igpt.errors import InputError, Interrupted, LostRank, suggest
-from igpt.files import file_to_write, folder_to_read, read_json, require_folder_name
 from igpt.interrupts import Terminated, stop_in_order
 
 if TYPE_CHECKING:
@@ -49,6 +48,8 @@ def file_settings(path: Path | None) -> Mapping[str, Any]:
 
 def model_and_run(path: Path) -> tuple[Path, Path]:
     """The model directory that a run or model directory means, and where its results belong."""
+    from igpt.files import folder_to_read
+
     if (folder_to_read(path / "model") / "config.json").exists():
         return path / "model", path
     if path.name == "model" and (path.parent / "config.yaml").exists():
@@ -57,12 +58,14 @@ def model_and_run(path: Path) -> tuple[Path, Path]:
 
 
 def require_writable(path: Path, kind: str | None = None) -> None:
-    """Refuse a file that cannot be written before the work for it is done, and JSON of another kind than `kind`.
+    """Raise if a file cannot be written, or is JSON of another kind than `kind`.
 
     Raises:
         InputError: `path` is no name of a regular file, its folder cannot be written to, or it
             holds something else.
     """
+    from igpt.files import file_to_write, read_json
+
     with _reasons(path):
         target = file_to_write(path)
         _require_new_name(path, target)
@@ -74,12 +77,14 @@ def require_writable(path: Path, kind: str | None = None) -> None:
 
 
 def require_writable_folder(path: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before the work for it is done.
+    """Raise if a folder cannot be created or written to.
 
     Raises:
         InputError: `path` has no name of its own, it is a file, or it cannot be written to; if it
             has to be made, the folder that it would lie in cannot be written to.
     """
+    from igpt.files import require_folder_name
+
     require_folder_name(path)
     with _reasons(path):
         target = path.resolve()
@@ -93,7 +98,7 @@ def require_writable_folder(path: Path) -> None:
 
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
-    """Turn what the system says about a name that cannot be used (too long, a loop of links) into an `InputError`."""
+    """Raise errors of the system about a path (too long, a loop of links) as `InputError`."""
     try:
         yield
     except InputError:
@@ -104,7 +109,7 @@ def _reasons(path: Path) -> Iterator[None]:
 
 
 def _require_new_name(path: Path, target: Path) -> None:
-    """Refuse what cannot be made at `target`, by the folder it lies in and by the length of its name."""
+    """Raise if `target` cannot be created: permission of its folder, length of its name."""
     # A link that leads nowhere is there, and no folder can be made in its place.
     home = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
     if not home.is_dir():
@@ -129,9 +134,9 @@ def _short(path: Path) -> str:
 
 @contextlib.contextmanager
 def passing_folder(target: Path) -> Iterator[Path]:
-    """The name of a folder beside a file to be written, for what is needed until then.
+    """Yield the path of a temporary folder next to a file to be written.
 
-    It is removed at the end, and if that was cut off, at the next time.
+    It is removed at the end, or by the next run if this one is killed.
     """
     folder = target.with_name(f".{target.name}.passing")
     shutil.rmtree(folder, ignore_errors=True)
@@ -142,7 +147,7 @@ def passing_folder(target: Path) -> Iterator[Path]:
 
 
 def announce(line: str) -> None:
-    """Print what came out, once: of several processes, only the first one prints."""
+    """Print a result; with several ranks, only the first one prints."""
     rank = os.environ.get("RANK", "0")
     if not (rank.isdecimal() and int(rank) > 0):
         print(line)

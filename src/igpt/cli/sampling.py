@@ -43,29 +43,25 @@ class Sample(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _sample(self)
+        from igpt.sampling.grids import require_target, save_samples
+        from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
-
-def _sample(options: Sample) -> None:
-    from igpt.sampling.grids import require_target, save_samples
-    from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
-
-    path, home = model_and_run(options.model)
-    target = options.out or home / "samples.png"
-    settings = SamplingSettings(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        precision=options.precision,
-    )
-    require_target(target)
-    require_writable(target)
-    require_sampling_settings(**settings)
-    loaded = load_model(path)
-    with progress_bar() as show:
-        save_samples(loaded, target, options.count, settings, partial(show, "sampling"))
-    print(f"{target}: {options.count} samples")
+        path, home = model_and_run(self.model)
+        target = self.out or home / "samples.png"
+        settings = SamplingSettings(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            precision=self.precision,
+        )
+        require_target(target)
+        require_writable(target)
+        require_sampling_settings(**settings)
+        loaded = load_model(path)
+        with progress_bar() as show:
+            save_samples(loaded, target, self.count, settings, partial(show, "sampling"))
+        print(f"{target}: {self.count} samples")
 
 
 class Complete(Options):
@@ -110,71 +106,67 @@ class Complete(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _complete(self)
+        from igpt.data.tokens.dataset import TokenDataset
+        from igpt.evaluation.features import require_match
+        from igpt.model.images import tokens_of_files, tokens_of_split
+        from igpt.sampling.grids import mask_of_file, require_target, save_completions
+        from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
-
-def _complete(options: Complete) -> None:
-    from igpt.data.tokens.dataset import TokenDataset
-    from igpt.evaluation.features import require_match
-    from igpt.model.images import tokens_of_files, tokens_of_split
-    from igpt.sampling.grids import mask_of_file, require_target, save_completions
-    from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
-
-    images, tokens, mask, keep_rows = (
-        options.images,
-        options.tokens,
-        options.mask,
-        options.keep_rows,
-    )
-    if bool(images) == bool(tokens):
-        raise InputError("give image files to complete, or --tokens with a token data set")
-    if mask and keep_rows is not None:
-        raise InputError("give --keep-rows or --mask, not both")
-    path, home = model_and_run(options.model)
-    target = options.out or home / "completions.png"
-    settings = SamplingSettings(
-        temperature=options.temperature,
-        top_k=options.top_k,
-        top_p=options.top_p,
-        seed=options.seed,
-        precision=options.precision,
-    )
-    require_target(target)
-    require_writable(target)
-    require_sampling_settings(**settings)
-    if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
-        raise InputError(f"{target} is one of the images to read; choose another -o")
-    loaded = load_model(path)
-    if tokens:
-        data = TokenDataset(tokens)
-        require_match(loaded, data)
-        originals = tokens_of_split(data["test"], options.count)
-    else:
-        originals = tokens_of_files(loaded, images)
-    keep: int | Tensor = loaded.config.resolution // 2 if keep_rows is None else keep_rows
-    kept = f"{keep} rows"
-    if mask:
-        keep = mask_of_file(loaded, mask)
-        left = int(keep.sum())
-        kept = (
-            f"{left} of {len(keep)} pixels, by {mask}"
-            if left
-            else f"nothing: {mask} hides the whole image"
+        images, tokens, mask, keep_rows = (
+            self.images,
+            self.tokens,
+            self.mask,
+            self.keep_rows,
         )
-    with progress_bar() as show:
-        save_completions(
-            loaded,
-            originals,
-            target,
-            keep,
-            options.completions,
-            settings,
-            partial(show, "completing"),
+        if bool(images) == bool(tokens):
+            raise InputError("give image files to complete, or --tokens with a token data set")
+        if mask and keep_rows is not None:
+            raise InputError("give --keep-rows or --mask, not both")
+        path, home = model_and_run(self.model)
+        target = self.out or home / "completions.png"
+        settings = SamplingSettings(
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+            precision=self.precision,
         )
-    print(
-        f"{target}: from left to right, each original, the kept pixels ({kept}), "
-        f"{options.completions} completions"
-    )
+        require_target(target)
+        require_writable(target)
+        require_sampling_settings(**settings)
+        if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
+            raise InputError(f"{target} is one of the images to read; choose another -o")
+        loaded = load_model(path)
+        if tokens:
+            data = TokenDataset(tokens)
+            require_match(loaded, data)
+            originals = tokens_of_split(data["test"], self.count)
+        else:
+            originals = tokens_of_files(loaded, images)
+        keep: int | Tensor = loaded.config.resolution // 2 if keep_rows is None else keep_rows
+        kept = f"{keep} rows"
+        if mask:
+            keep = mask_of_file(loaded, mask)
+            left = int(keep.sum())
+            kept = (
+                f"{left} of {len(keep)} pixels, by {mask}"
+                if left
+                else f"nothing: {mask} hides the whole image"
+            )
+        with progress_bar() as show:
+            save_completions(
+                loaded,
+                originals,
+                target,
+                keep,
+                self.completions,
+                settings,
+                partial(show, "completing"),
+            )
+        print(
+            f"{target}: from left to right, each original, the kept pixels ({kept}), "
+            f"{self.completions} completions"
+        )
 
 
 class App(Options):

@@ -1,12 +1,13 @@
 """The commands that show a run to others or read other models: report, card, push, import."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
+from igpt.model.objectives import DEFAULT_OBJECTIVE, ObjectiveName
 
 
 class Report(Options):
@@ -79,29 +80,23 @@ class Import(Options):
     prefix: Path = argument("checkpoint without its ending, such as model.ckpt-1000000")
     out: Path = Field(description="model directory to write")
     clusters: Path | None = Field(None, description="kmeans_centers.npy, the palette")
-    objective: Literal["autoregressive", "bert"] = Field(
-        "autoregressive", description="objective of the checkpoint"
-    )
+    objective: ObjectiveName = Field(DEFAULT_OBJECTIVE, description="objective of the checkpoint")
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _import(self)
+        from igpt.locks import exclusive
+        from igpt.model.openai import load_openai
 
-
-def _import(options: Import) -> None:
-    from igpt.locks import exclusive
-    from igpt.model.openai import load_openai
-
-    out = options.out
-    if out.exists():
-        raise InputError(f"{out} exists already; remove it or choose another -o")
-    loaded = load_openai(options.prefix, options.clusters, objective=options.objective)
-    with exclusive(out):
+        out = self.out
         if out.exists():
-            raise InputError(
-                f"{out} was written by another process in the meantime; remove it or choose another -o"
-            )
-        loaded.save_pretrained(out)
-    print(
-        f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M parameters"
-    )
+            raise InputError(f"{out} exists already; remove it or choose another -o")
+        loaded = load_openai(self.prefix, self.clusters, objective=self.objective)
+        with exclusive(out):
+            if out.exists():
+                raise InputError(
+                    f"{out} was written by another process in the meantime; remove it or choose another -o"
+                )
+            loaded.save_pretrained(out)
+        print(
+            f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M parameters"
+        )

@@ -21,22 +21,20 @@ class PlanOptions(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _plan(self, given)
+        from igpt.files import write_json
+        from igpt.planning.plan import PlanConfig
+        from igpt.planning.plan import plan as run
+        from igpt.training.presets import preset as named
 
-
-def _plan(options: PlanOptions, given: dict[str, Any]) -> None:
-    from igpt.files import write_json
-    from igpt.planning.plan import PlanConfig
-    from igpt.planning.plan import plan as run
-    from igpt.training.presets import preset as named
-
-    recipe = {
-        key: value for key, value in named(options.preset).items() if key in PlanConfig.model_fields
-    }
-    found = run(PlanConfig.layered(recipe, given, where="the plan"))
-    if options.out:
-        write_json(options.out, {"preset": options.preset, **found.to_json()})
-    print("\n".join(found.lines(options.preset, given)))
+        recipe = {
+            key: value
+            for key, value in named(self.preset).items()
+            if key in PlanConfig.model_fields
+        }
+        found = run(PlanConfig.layered(recipe, given, where="the plan"))
+        if self.out:
+            write_json(self.out, {"preset": self.preset, **found.to_json()})
+        print("\n".join(found.lines(self.preset, given)))
 
 
 class Pretrain(Options):
@@ -62,28 +60,24 @@ class Pretrain(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _pretrain(self, given)
+        from igpt.training.presets import preset
+        from igpt.training.pretrain import PretrainConfig
+        from igpt.training.pretrain import pretrain as run
 
-
-def _pretrain(options: Pretrain, given: dict[str, Any]) -> None:
-    from igpt.training.presets import preset
-    from igpt.training.pretrain import PretrainConfig
-    from igpt.training.pretrain import pretrain as run
-
-    tokens, out, model = options.tokens, options.out, options.model
-    named = dict(preset(model)) if model else {}
-    chosen = {**named, **file_settings(options.config), "tokens": tokens, **given}
-    settings = PretrainConfig.layered(chosen, where="the settings")
-    if not (options.resume or model or options.config):
-        raise InputError(
-            "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE"
+        tokens, out, model = self.tokens, self.out, self.model
+        named = dict(preset(model)) if model else {}
+        chosen = {**named, **file_settings(self.config), "tokens": tokens, **given}
+        settings = PretrainConfig.layered(chosen, where="the settings")
+        if not (self.resume or model or self.config):
+            raise InputError(
+                "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE"
+            )
+        best = run(
+            settings, out, given={key: getattr(settings, key) for key in chosen}, resume=self.resume
         )
-    best = run(
-        settings, out, given={key: getattr(settings, key) for key in chosen}, resume=options.resume
-    )
-    announce(
-        f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}"
-    )
+        announce(
+            f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}"
+        )
 
 
 class Finetune(Options):
@@ -101,56 +95,52 @@ class Finetune(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        _finetune(self, given)
+        from igpt.training.finetune import FinetuneConfig
+        from igpt.training.finetune import finetune as run
 
-
-def _finetune(options: Finetune, given: dict[str, Any]) -> None:
-    from igpt.training.finetune import FinetuneConfig
-    from igpt.training.finetune import finetune as run
-
-    tokens, out, asked = options.tokens, options.out, dict(given)
-    if "learning_rates" in asked and ("learning_rate" in asked or not asked["learning_rates"]):
-        raise InputError(
-            "give either one --learning-rate or several --learning-rates to select from"
-        )
-    if "learning_rate" in asked:
-        asked["learning_rates"] = ()
-    chosen = {
-        **file_settings(options.config),
-        "model": model_and_run(options.model)[0],
-        "tokens": tokens,
-        **asked,
-    }
-    settings = FinetuneConfig.layered(chosen, where="the settings")
-    result = run(
-        settings, out, given={key: getattr(settings, key) for key in chosen}, resume=options.resume
-    )
-    for candidate in result["rates"] if len(result["rates"]) > 1 else ():
-        accuracy = candidate["validation_accuracy"]
-        announce(
-            f"learning rate {candidate['learning_rate']:g}: "
-            + (
-                "diverged"
-                if accuracy is None
-                else f"validation accuracy {accuracy:.1%} at step {candidate['best_step']}"
+        tokens, out, asked = self.tokens, self.out, dict(given)
+        if "learning_rates" in asked and ("learning_rate" in asked or not asked["learning_rates"]):
+            raise InputError(
+                "give either one --learning-rate or several --learning-rates to select from"
             )
+        if "learning_rate" in asked:
+            asked["learning_rates"] = ()
+        chosen = {
+            **file_settings(self.config),
+            "model": model_and_run(self.model)[0],
+            "tokens": tokens,
+            **asked,
+        }
+        settings = FinetuneConfig.layered(chosen, where="the settings")
+        result = run(
+            settings, out, given={key: getattr(settings, key) for key in chosen}, resume=self.resume
         )
-    low, high = result["test_interval_95"]
-    announce(
-        f"{out}/model: test accuracy {result['test_accuracy']:.1%} "
-        f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning rate "
-        f"{result['learning_rate']:g} and step {result['best_step']} were selected by validation "
-        f"accuracy {result['validation_accuracy']:.1%}"
-    )
-    if "modal" in result:
-        modal = result["modal"]
+        for candidate in result["rates"] if len(result["rates"]) > 1 else ():
+            accuracy = candidate["validation_accuracy"]
+            announce(
+                f"learning rate {candidate['learning_rate']:g}: "
+                + (
+                    "diverged"
+                    if accuracy is None
+                    else f"validation accuracy {accuracy:.1%} at step {candidate['best_step']}"
+                )
+            )
+        low, high = result["test_interval_95"]
         announce(
-            f"most frequent prediction over {modal['masks']} masks, as in training: "
-            f"test accuracy {modal['accuracy']:.1%}"
+            f"{out}/model: test accuracy {result['test_accuracy']:.1%} "
+            f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning rate "
+            f"{result['learning_rate']:g} and step {result['best_step']} were selected by validation "
+            f"accuracy {result['validation_accuracy']:.1%}"
         )
-    if "fold_back" in result:
-        before = result["fold_back"]["before"]["test_accuracy"]
-        announce(
-            "this model was also trained on the validation images; the one selected by them has "
-            f"test accuracy {before:.1%}"
-        )
+        if "modal" in result:
+            modal = result["modal"]
+            announce(
+                f"most frequent prediction over {modal['masks']} masks, as in training: "
+                f"test accuracy {modal['accuracy']:.1%}"
+            )
+        if "fold_back" in result:
+            before = result["fold_back"]["before"]["test_accuracy"]
+            announce(
+                "this model was also trained on the validation images; the one selected by them has "
+                f"test accuracy {before:.1%}"
+            )
