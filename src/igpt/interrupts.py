@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: end the process at once during start-up, and raise an exception once the command runs."""
+"""Ctrl-C and SIGTERM: end the process during start-up, raise an exception once the command runs."""
 
 import os
 import sys
@@ -23,14 +23,14 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_at_once() -> None:
-    """End the process silently on Ctrl-C (exit code 130) and SIGTERM (143). Ignored signals stay ignored."""
+    """End the process silently on Ctrl-C (exit code 130) and SIGTERM (143), unless ignored."""
     for number in (SIGINT, SIGTERM):
         if getsignal(number) != SIG_IGN:
             signal(number, _exit)
 
 
 def stop_in_order() -> None:
-    """Raise `KeyboardInterrupt` or `Terminated` from now on. Without effect unless `exit_at_once` was called."""
+    """Raise `KeyboardInterrupt` or `Terminated` from now on, if `exit_at_once` was called."""
     for number in (SIGINT, SIGTERM):
         if getsignal(number) is _exit:
             signal(number, _stop)

@@ -1,1 +1,1 @@
-"""What a run needs before it starts."""
+"""Estimates made before a run starts."""

@@ -48,7 +48,7 @@ class Kind:
 
     @property
     def usable(self) -> float:
-        """GiB for tensors, after a reserve for the CUDA context, NCCL, fragmentation, driver and ECC."""
+        """GiB for tensors, after a reserve for CUDA, NCCL, fragmentation, driver and ECC."""
         return 0.94 * self.memory - 1.5
 
 
@@ -163,7 +163,7 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours of all steps, including the second forward pass of full activation checkpointing."""
+        """GPU-hours of all steps, with the second forward pass of full checkpointing."""
         config, kind = self.settings.model, self.settings.kind
         again = (
             config.n_layer
@@ -230,13 +230,19 @@ class Plan:
         settings, training = self.settings, self.training
         config, kind, name = settings.model, settings.kind, settings.gpu.upper()
         yield (
-            f"{preset} at {config.resolution} px: {count_parameters(config) / 1e6:,.1f} M parameters, "
+            f"{preset} at {config.resolution} px: "
+            f"{count_parameters(config) / 1e6:,.1f} M parameters, "
             f"{training_flops(config) / 1e9:,.0f} GFLOP per image"
         )
         yield (
-            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images per GPU, "
+            f"{settings.gpus} x {name}, batches of {settings.batch_size}: "
+            f"{settings.rows} images per GPU, "
             f"{training.micro_batch_size or settings.rows} at a time, "
-            f"{f'weights sharded over {training.shard}' if training.shard > 1 else 'all weights on each'}"
+            + (
+                f"weights sharded over {training.shard}"
+                if training.shard > 1
+                else "all weights on each"
+            )
         )
         chosen = training.activation_checkpointing
         columns = self.memory.values()
@@ -248,7 +254,10 @@ class Plan:
             )
         yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
         yield f"* selected activation checkpointing; the peak is at: {self.memory[chosen].moment}"
-        yield f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; the rest is for context, NCCL and fragmentation"
+        yield (
+            f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; "
+            "the rest is for context, NCCL and fragmentation"
+        )
         yield ""
         took = f"{_number(self.gpu_hours)} GPU-hours, {_number(self.days)} days"
         yield f"{settings.steps:,} steps at {settings.efficiency:.0%} of peak FLOP/s: {took}"
@@ -293,11 +302,12 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
         )
     if settings.micro_batch_size and settings.micro_batch_size > rows:
         raise InputError(
-            f"--micro-batch-size {settings.micro_batch_size} is more than the {rows} images of a GPU"
+            f"--micro-batch-size {settings.micro_batch_size} is more than "
+            f"the {rows} images of a GPU"
         )
     divisors = _divisors(rows)[::-1]
     twos = [size for size in divisors if size & (size - 1) == 0]
-    # Leave out sizes that have a power of two a little below: 4 replaces 6, but 1 does not replace 5.
+    # Leave out sizes with a power of two a little below: 4 replaces 6, but 1 does not replace 5.
     sizes = [
         size for size in divisors if size == rows or not any(two < size < 2 * two for two in twos)
     ]
@@ -378,5 +388,6 @@ def _remedy(settings: PlanConfig) -> str:
         )
     for other, words in tried:
         if (training := _fitting(other)) is not None:
-            return f"it would {words}: {_flags(Plan(other, training, {}, None).layout) or 'the default ones'}"
+            flags = _flags(Plan(other, training, {}, None).layout)
+            return f"it would {words}: {flags or 'the default ones'}"
     return "it needs more and larger GPUs"

@@ -1,11 +1,12 @@
-"""Checkpoints: weights, optimizer state and step; complete or absent, and resumed bit for bit on any number of ranks.
+"""Checkpoints: weights, optimizer state and step. Complete or absent; resumed bit for bit.
 
 checkpoints/step-00001200/    the files of torch.distributed.checkpoint, one or more per rank, and
     state.json                version, `TrainingState`, size and SHA-256 of every file, own SHA-256
 
-With several machines the folder must be on a shared disk. Loading a checkpoint executes no code from
-it: `.metadata` is a pickle, and is read by an unpickler that accepts only the classes of such
-metadata; the other files are read with `torch.load(weights_only=True)`.
+Any number of ranks can resume. With several machines the folder must be on a shared disk. Loading a
+checkpoint executes no code from it: `.metadata` is a pickle, and is read by an unpickler that
+accepts only the classes of such metadata; the other files are read with
+`torch.load(weights_only=True)`.
 """
 
 import hashlib
@@ -85,7 +86,7 @@ _CLASSES = {
 
 @dataclass
 class TrainingState:
-    """How far a run has come.
+    """Progress of a run.
 
     Attributes:
         step: steps done, including skipped ones.
@@ -138,7 +139,7 @@ class _State(Stored):
 
 
 class Checkpoints:
-    """The checkpoints of a run, written in a thread from a copy of the state while training continues.
+    """The checkpoints of a run, written in a thread, from a copy, while training continues.
 
     Args:
         folder: one folder for all ranks.
@@ -183,7 +184,7 @@ class Checkpoints:
     def _complete(
         self, written: "Future[Any]", temporary: Path, path: Path, state: TrainingState
     ) -> None:
-        """Rename a checkpoint when all ranks have written it, and remove those that are no longer kept."""
+        """Rename a checkpoint when all ranks have written it, and remove old ones."""
         try:
             written.result()  # on the main rank, when all ranks have written
             if self._world.is_main:
@@ -210,10 +211,10 @@ class Checkpoints:
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def _prune(self, state: TrainingState) -> None:
-        """Remove all checkpoints but the newest, the best, and the newest from before the skipped steps.
+        """Remove all but the newest, the best, and the newest from before the skipped steps.
 
-        Checkpoints beyond the current step were damaged, and skipped. The checkpoint just before the
-        first skipped step holds the very weights that caused it.
+        Checkpoints beyond the current step were damaged, and skipped. The checkpoint just before
+        the first skipped step holds the very weights that caused it.
         """
         reached = [path for path in checkpoints(self.folder) if step_of(path) <= state.step]
         first_bad = state.first_skipped or state.step + 2
@@ -241,7 +242,7 @@ class Checkpoints:
                 self.finish()
 
     def abandon(self) -> None:
-        """Leave the checkpoint that is being written incomplete; the next save removes its files."""
+        """Leave the checkpoint that is being written incomplete; the next save removes it."""
         self._abandoned = True
 
     def finish(self) -> None:
@@ -257,9 +258,9 @@ class Checkpoints:
     def load(
         self, model: nn.Module, optimizers: Sequence[Optimizer]
     ) -> tuple[TrainingState, list[str]]:
-        """Fill model and optimizers from the newest undamaged checkpoint; any number of ranks may have written it.
+        """Fill model and optimizers from the newest undamaged checkpoint.
 
-        The main rank verifies the checksums of all files.
+        The main rank verifies the checksums of all files. The number of ranks may have changed.
 
         Returns:
             the training state, and sentences on the checkpoint loaded and the newer ones skipped.
@@ -323,7 +324,7 @@ class _Planner(DefaultLoadPlanner):
 
 
 def _reason(error: CheckpointException) -> str:
-    """Return the reason below the exceptions in which the checkpoint writer wraps, say, a full disk."""
+    """Return the reason, say a full disk, that the checkpoint writer wraps in its exceptions."""
     inner: BaseException | None = next(iter(error.failures.values()))[0]
     first = inner
     while inner is not None:
@@ -433,7 +434,7 @@ def _read_metadata(file: Path) -> Metadata:
 
 
 def _verify_content(path: Path, files: dict[str, Any]) -> None:
-    """Check that the metadata names only files of the checkpoint, and that entries other than tensors are plain data."""
+    """Check that the metadata names only listed files, and that non-tensors are plain data."""
     file = path / _METADATA
     metadata = _read_metadata(file)
     entries, stored = metadata.state_dict_metadata, metadata.storage_data

@@ -29,7 +29,7 @@ def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
     """Load the model to fine-tune.
 
     Raises:
-        InputError: it cannot be read, has weights that are not finite, or another palette than the data.
+        InputError: it cannot be read, its weights are not finite, or its palette is not the data's.
     """
     model = ImageGPT.from_pretrained(path)
     if model.palette is not None:
@@ -81,7 +81,7 @@ def validation_batch(split: TokenSplit, world: World, first: int, last: int) -> 
 
 
 def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
-    """Return the number of wrong predictions on unmasked images; NaN if the logits are not finite."""
+    """Return the number of wrong predictions on whole images; NaN if logits are not finite."""
     logits = class_logits(model, tokens)
     wrong = (logits.argmax(dim=1) != labels).sum().double()
     return torch.where(logits.isfinite().all(), wrong, torch.nan), len(tokens)
@@ -90,7 +90,7 @@ def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
 def accuracies(
     path: Path, test: TokenSplit, world: World, mask_probability: float, seed: int
 ) -> dict[str, Any]:
-    """Return the accuracy on the test images; with masks, also that of the modal prediction (paper, section 4.6)."""
+    """Return the test accuracy; with masks, also of the modal prediction (paper, section 4.6)."""
     model = ImageGPT.from_pretrained(path).to(world.device)
     rows = np.array_split(np.arange(len(test)), world.size)[world.rank]
 

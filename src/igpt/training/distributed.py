@@ -85,7 +85,7 @@ class World:
             dist.barrier(group=self.control)
 
     def device_mesh(self, shard: int) -> DeviceMesh | None:
-        """Return a mesh whose last dimension has `shard` ranks, which share one copy of the weights.
+        """Return a mesh whose last dimension has the `shard` ranks that share one copy of weights.
 
         With several copies the mesh has two dimensions; it is None if every rank has its own copy.
 
@@ -133,14 +133,15 @@ def _read_number(
     value = environment.get(name)
     if value is None:
         raise InputError(
-            f"the environment has WORLD_SIZE but not {name}; torchrun sets both, so start ranks with it"
+            f"the environment has WORLD_SIZE but not {name}; torchrun sets both, so start ranks "
+            "with it"
         )
     is_number = value.isascii() and value.isdecimal() and len(value) < 10
     if not is_number or int(value) < least or (below is not None and int(value) >= below):
         upper = "" if below is None else f" below {below}"
         raise InputError(
-            f"the environment has {name}={value[:40]!r}, and a number from {least}{upper} is needed; "
-            f"torchrun sets it: start ranks with torchrun, or unset {name} for one process"
+            f"the environment has {name}={value[:40]!r}, and a number from {least}{upper} is "
+            f"needed; torchrun sets it: start ranks with torchrun, or unset {name} for one process"
         )
     return int(value)
 
@@ -164,8 +165,8 @@ def _read_launch(environment: Mapping[str, str]) -> _Launch:
     port = _read_number(environment, "MASTER_PORT", 1, below=2**16)
     if not environment.get("MASTER_ADDR"):
         raise InputError(
-            "the environment has WORLD_SIZE but not MASTER_ADDR; torchrun sets both, so start ranks "
-            "with it"
+            "the environment has WORLD_SIZE but not MASTER_ADDR; torchrun sets both, so start "
+            "ranks with it"
         )
     return _Launch(rank, size, local_rank, local_size, port)
 
@@ -197,8 +198,8 @@ def distributed_world(device: str = "auto", stop_seconds: float = 25.0) -> Itera
     if on_gpu:
         if launch.local_rank >= torch.cuda.device_count():
             raise InputError(
-                f"process {launch.local_rank} of this machine has no GPU; --nproc-per-node is at most "
-                "its GPUs"
+                f"process {launch.local_rank} of this machine has no GPU; --nproc-per-node is at "
+                "most its GPUs"
             )
         torch.cuda.set_device(chosen)
     if launch.size == 1:
@@ -247,8 +248,8 @@ def _rendezvous(launch: _Launch) -> Any:
     except dist.DistError as error:
         if "address already in use" in str(error).lower() or "EADDRINUSE" in str(error):
             raise InputError(
-                f"MASTER_PORT={launch.port} is in use on this machine, perhaps by another training; "
-                "give torchrun another one with --master-port"
+                f"MASTER_PORT={launch.port} is in use on this machine, perhaps by another "
+                "training; give torchrun another one with --master-port"
             ) from None
         raise LostRank(
             f"not all of {launch.size} processes have come to {address}:{launch.port} within "
@@ -268,7 +269,7 @@ def _exit_on_interrupt(number: int) -> None:
 
 @contextmanager
 def _stop_with_launcher(seconds: float) -> Iterator[None]:
-    """Stop this process when torchrun, which started it, is gone: by SIGTERM, and by force `seconds` later.
+    """Stop this process by SIGTERM when torchrun is gone, and by force `seconds` later.
 
     Ranks that were started otherwise keep running: a shell may end before them.
     """
@@ -330,7 +331,7 @@ def _is_consequence(error: BaseException | None) -> bool:
 
 @contextmanager
 def _native_stderr_discarded() -> Iterator[None]:
-    """Discard what native code prints: a store whose keeper is gone prints a page of stack frames."""
+    """Discard what native code prints: a store whose host is gone prints its stack frames."""
     kept, null = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     try:

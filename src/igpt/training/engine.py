@@ -64,8 +64,8 @@ class Engine:
         Nothing here waits for the device.
 
         Returns:
-            float64 [3] on the device: the mean loss of the batch, the gradient norm before clipping,
-            and 1 if the step was skipped because one of them is not finite, else 0.
+            float64 [3] on the device: the mean loss of the batch, the gradient norm before
+            clipping, and 1 if the step was skipped because one of them is not finite, else 0.
         """
         count, world = len(batch[0]), self.world
         total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -90,7 +90,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, loss: LossFunction, batch: Batch) -> Tensor:
-        """Return the sum of a loss over a whole batch: float64 on the device, the same on all ranks."""
+        """Return the sum of a loss over a whole batch: float64 on the device of every rank."""
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for tensors, weight in self._micro_batches(batch, None):
             with autocast(self.config.precision, self.world.device):
@@ -99,14 +99,14 @@ class Engine:
         return self.world.all_reduce_sum(total)
 
     def evaluation_batch_size(self) -> int:
-        """Return the images of an evaluation batch: per rank four micro-batches, for nothing is kept for a backward pass."""
+        """Return four micro-batches per rank in images: nothing is kept for a backward pass."""
         rows = -(-self.config.batch_size // self.world.size)
         return 4 * min(self.config.micro_batch_size or rows, rows) * self.world.size
 
     def weights(self) -> dict[str, Tensor] | None:
-        """Return the whole weights of a sharded model, on the CPU of the main rank; None if it is not sharded.
+        """Return the whole weights of a sharded model on the CPU; None if it is not sharded.
 
-        All ranks must call it; the others get an empty dict.
+        All ranks must call it; only the main rank gets the weights, the others an empty dict.
         """
         if self.config.shard == 1:
             return None

@@ -1,4 +1,4 @@
-"""Fine-tuning: train a whole model with a class head until validation accuracy stops rising (paper, section 2.3).
+"""Fine-tuning: train a model and a class head, with early stopping (paper, section 2.3).
 
 RUN/               config.yaml, environment.json, metrics.jsonl, model/, test.json, and checkpoints/
                    unless there are the following folders
@@ -52,7 +52,7 @@ FORMAT, VERSION = "igpt-finetune", 1
 
 
 class FinetuneConfig(TrainConfig):
-    """Settings of fine-tuning: the paper's constant learning rate, a tenth of pretraining's, and early stopping."""
+    """Settings of fine-tuning; the paper's learning rate: constant, a tenth of pretraining's."""
 
     kind: ClassVar[RunKind] = "finetune"
 
@@ -72,7 +72,8 @@ class FinetuneConfig(TrainConfig):
         0,
         ge=0,
         le=MOST,
-        description="shift images at random by up to this many pixels, with reflected borders; 4 on CIFAR",
+        description="shift images at random by up to this many pixels, with reflected borders; "
+        "4 on CIFAR",
     )
     steps: int = Field(10_000, ge=1, le=MOST, description="maximum number of optimizer steps")
     learning_rate: float = Field(3e-4, gt=0, le=HIGHEST_RATE, description="learning rate")
@@ -84,7 +85,8 @@ class FinetuneConfig(TrainConfig):
         None,
         ge=1,
         le=MOST,
-        description="train on a random subset with this many images per class; the same as the first subset of `igpt probe`",
+        description="train on a random subset with this many images per class, the first one that "
+        "`igpt probe` uses",
     )
     validation_images: int | None = Field(
         None, ge=1, le=MOST, description="maximum number, spread evenly over the split"
@@ -94,7 +96,8 @@ class FinetuneConfig(TrainConfig):
     )
     fold_back: bool = Field(
         False,
-        description="train again on training and validation images, with the selected learning rate and number of epochs",
+        description="train again on training and validation images, with the selected learning "
+        "rate and number of epochs",
     )
     schedule: Schedule = Field("constant", description="learning-rate schedule after the warm-up")
     validate_every: int = Field(
@@ -127,8 +130,8 @@ def finetune(
 ) -> dict[str, Any]:
     """Fine-tune a model on a labelled data set, or resume an interrupted run.
 
-    A BERT model is trained on masked images, and evaluated on whole ones. If the tokens have another
-    resolution than the model, its position embeddings are interpolated.
+    A BERT model is trained on masked images, and evaluated on whole ones. If the tokens have
+    another resolution than the model, its position embeddings are interpolated.
 
     Args:
         run: run directory. RUN/model becomes the best classifier by validation accuracy; with
@@ -154,7 +157,8 @@ def finetune(
             )
         if config.fold_back and config.labels_per_class:
             raise InputError(
-                "--fold-back would add all validation labels to --labels-per-class; leave one of them out"
+                "--fold-back would add all validation labels to --labels-per-class; "
+                "leave one of them out"
             )
         data = TokenDataset(config.tokens)
         if data.class_names is None:
@@ -200,14 +204,15 @@ def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
         return MASKED if config.mask_probability is None else config.mask_probability
     if config.mask_probability:
         raise InputError(
-            f"--mask-probability is for BERT models; this one is {pretrained.objective}, and nothing is masked"
+            "--mask-probability is for BERT models; "
+            f"this one is {pretrained.objective}, and nothing is masked"
         )
     return 0.0
 
 
 @dataclass(frozen=True)
 class _Tried:
-    """A training with one learning rate, and its lowest validation error: infinity if it diverged."""
+    """A training with one learning rate; its lowest validation error is inf if it diverged."""
 
     config: FinetuneConfig
     folder: Path
@@ -239,13 +244,14 @@ class _Finetuning:
     recorded: bool
 
     def complete(self) -> dict[str, Any]:
-        """Train, select, test, and write the results. Completed trainings of an interrupted call are not repeated."""
+        """Train, select, test, and write the results; completed trainings are not repeated."""
         config, splits = self.config, self.splits
         tried = [self._try(rate) for rate in config.learning_rates or (config.learning_rate,)]
         best = min(tried, key=lambda one: (one.error, one.config.learning_rate))
         if not math.isfinite(best.error):
             raise Diverged(
-                "every learning rate led to losses that are not finite; start another run with lower ones"
+                "every learning rate led to losses that are not finite; "
+                "start another run with lower ones"
             )
         tested = self._test(best.folder)
         result = {
@@ -311,7 +317,7 @@ class _Finetuning:
     def _train(
         self, config: FinetuneConfig, folder: Path, train: TokenSplit, error: str
     ) -> TrainingState:
-        """Train once, from the newest checkpoint if there is any; a completed training is not repeated.
+        """Train once, or resume; a completed training is not repeated.
 
         Args:
             error: name of the validation error in metrics.jsonl.

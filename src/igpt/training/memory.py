@@ -2,9 +2,9 @@
 
 The estimate counts the tensors that `Engine` keeps alive, operation by operation, at the moments
 when there are most of them; compiled blocks keep no more. Workspace of kernels and fragmentation
-come on top. `benchmarks/plan.py` compares it with measurements. It covers the paper's model, not the
-variants. All numbers are bytes. t tokens of a micro-batch, D width, V colours, L layers, H heads; c
-bytes of a number in matrix products.
+come on top. `benchmarks/plan.py` compares it with measurements. It covers the paper's model, not
+the variants. All numbers are bytes. t tokens of a micro-batch, D width, V colours, L layers, H
+heads; c bytes of a number in matrix products.
 """
 
 from collections.abc import Iterator
@@ -69,8 +69,8 @@ def require_memory(
 ) -> None:
     """Raise if a model or a batch cannot fit into memory, before it is created.
 
-    The estimate is a lower bound: weights, gradients and optimizer state, the tokens of a batch, and
-    half of the activations by `kept_by_block`, because compiled blocks may keep fewer.
+    The estimate is a lower bound: weights, gradients and optimizer state, the tokens of a batch,
+    and half of the activations by `kept_by_block`, because compiled blocks may keep fewer.
 
     Raises:
         InputError: the estimate exceeds the memory of the machine or the GPU; both are named.
@@ -94,13 +94,14 @@ def require_memory(
     together = f" for the {ranks} ranks on this machine" if ranks > 1 else ""
     if state > limit:
         raise InputError(
-            f"the model ({count_parameters(config):,} parameters) needs at least {_readable(state)} for weights, "
-            f"gradients and optimizer state{together}, and {has}; choose a smaller model, or share it with --shard"
+            f"the model ({count_parameters(config):,} parameters) needs at least "
+            f"{_readable(state)} for weights, gradients and optimizer state{together}, and {has}; "
+            "choose a smaller model, or share it with --shard"
         )
     if state + tokens > limit:
         raise InputError(
-            f"a batch of {settings.batch_size:,} images needs at least {_readable(state + tokens)} with the model"
-            f"{together}, and {has}; lower --batch-size"
+            f"a batch of {settings.batch_size:,} images needs at least "
+            f"{_readable(state + tokens)} with the model{together}, and {has}; lower --batch-size"
         )
     if forward > limit:
         advice = (
@@ -109,7 +110,8 @@ def require_memory(
             else "choose a smaller model or --activation-checkpointing full"
         )
         raise InputError(
-            f"{micro:,} images at a time need at least {_readable(forward)}{together}, and {has}; {advice}"
+            f"{micro:,} images at a time need at least {_readable(forward)}{together}, and {has}; "
+            f"{advice}"
         )
 
 
@@ -210,7 +212,7 @@ def _moments(config: ModelConfig, settings: TrainConfig, ranks: int) -> Iterator
         # Gradients of the residual, of its cast, of the hidden layer of the MLP, and of its second
         # matrix.
         temporaries = (4 + c * half + 4 * c) * unit + 4 * c * width**2
-        # Gradients in fp32 being reduced: of the next block, or of the root of the last micro-batch.
+        # Gradients in fp32 being reduced: of the next block, or the root of the last micro-batch.
         if sharded:
             temporaries += 4 * block if number < layers else 4 * root * accumulates
         yield at(

@@ -19,7 +19,7 @@ _REQUIRED = {"train": ("loss",), "end": ("best", "best_step")}
 
 
 class Record(Stored):
-    """Schema of a line of metrics.jsonl. Other kinds and keys are accepted, values of other types are not."""
+    """Schema of a line of metrics.jsonl; other kinds and keys are accepted."""
 
     model_config = ConfigDict(allow_inf_nan=False)
 

@@ -1,7 +1,7 @@
-"""Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): momentum with orthogonalized matrices.
+"""Muon (Jordan et al. 2024): momentum with orthogonalized matrices.
 
-PyTorch's own Muon always computes in bf16, which processors without bf16 instructions emulate at a
-hundredth of the speed of fp32.
+Source: kellerjordan.github.io/posts/muon. PyTorch's own Muon always computes in bf16, which
+processors without bf16 instructions emulate at a hundredth of the speed of fp32.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,9 @@ _ITERATIONS = 5
 
 
 class Muon(Optimizer):
-    """Orthogonalized Nesterov momentum, scaled like AdamW's updates (arXiv 2502.16982): one learning rate suits both.
+    """Orthogonalized Nesterov momentum, scaled like AdamW's updates (arXiv 2502.16982).
+
+    One learning rate suits both optimizers.
 
     Args:
         params: matrices.
@@ -50,7 +52,7 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a matrix with about the same singular vectors, and singular values between 0.5 and 1.5."""
+    """Return a matrix with about the same singular vectors, and values between 0.5 and 1.5."""
     a, b, c = _COEFFICIENTS
     x = matrix.to(dtype)
     tall = x.shape[0] > x.shape[1]

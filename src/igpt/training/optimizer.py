@@ -15,9 +15,10 @@ Schedule = Literal["cosine", "linear", "constant"]
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: Schedule) -> float:
-    """Return the learning rate of a step (from 0): linear warm-up over `warmup` steps, then the schedule.
+    """Return the learning rate of a step (from 0): linear warm-up, then the schedule.
 
-    "cosine" (paper, section 3.3) and "linear" fall to 0 at step `total`; "constant" stays at `peak`.
+    "cosine" (paper, section 3.3) and "linear" fall to 0 at step `total`; "constant" stays at
+    `peak`.
     """
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -56,7 +57,7 @@ def make_optimizers(
 
 
 def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
-    """Perform one optimizer step at a learning rate unless `skip` (0 or 1, on the device) is 1; then zero gradients.
+    """Perform one optimizer step, unless `skip` (0 or 1, on the device) is 1; then zero gradients.
 
     AdamW's fused kernel reads `skip` itself, as it does for gradient scalers, so the host does not
     wait for the device. Muon has no such kernel, and the host waits.

@@ -1,8 +1,8 @@
 """Prepare a model for training: initialize, checkpoint activations, compile, replicate or shard.
 
-`parallelize` returns the module that the engine calls. Its order matters: every block first gets its
-weights, then activation checkpointing, then compilation, then FSDP, so that a sharded model never
-has to fit on one device.
+`parallelize` returns the module that the engine calls. Its order matters: every block first gets
+its weights, then activation checkpointing, then compilation, then FSDP, so that a sharded model
+never has to fit on one device.
 """
 
 from collections.abc import Callable, Iterator
@@ -53,7 +53,7 @@ class _LossModule(nn.Module):
 
 
 def parallelize(model: ImageGPT, config: TrainConfig, world: World) -> nn.Module:
-    """Move a model to its device and wrap it as the settings ask; a model on the meta device is initialized.
+    """Move a model to its device, initialize it if it is on the meta device, and wrap it.
 
     Returns:
         a module that is called with a loss function and the tensors of a micro-batch. Parameters
@@ -108,8 +108,8 @@ def _policy(context: Any, operation: Any, *arguments: Any, **named: Any) -> Chec
 def gradient_sync(module: nn.Module, last: bool) -> Iterator[None]:
     """All-reduce gradients between copies of the model after the last micro-batch only.
 
-    With FSDP, gradients are reduce-scattered within a copy after every micro-batch: all gradients of
-    a copy might not fit.
+    With FSDP, gradients are reduce-scattered within a copy after every micro-batch: all gradients
+    of a copy might not fit.
     """
     if isinstance(module, FSDPModule):
         module.set_is_last_backward(last)

@@ -5,10 +5,10 @@ from typing import Any
 
 from igpt.errors import InputError, suggest
 
-# The paper: batch size 128 (XL: 64), 1 M steps (XL: 2 M), warm-up of one epoch, cosine to 0, no weight
-# decay, no augmentation. It tried learning rates from 0.01 downwards, and does not state the selected
-# ones for every size: these are the usual assumptions. It does not mention gradient clipping, which
-# is at a norm of 1 by default here.
+# The paper: batch size 128 (XL: 64), 1 M steps (XL: 2 M), warm-up of one epoch, cosine to 0, no
+# weight decay, no augmentation. It tried learning rates from 0.01 downwards, and does not state the
+# selected ones for every size: these are the usual assumptions. It does not mention gradient
+# clipping, which is at a norm of 1 by default here.
 _PUBLISHED = {"batch_size": 128, "steps": 1_000_000, "warmup_steps": "epoch"}
 _L = {"n_layer": 48, "n_embd": 1536, "n_head": 16, "learning_rate": 1e-3, **_PUBLISHED}
 

@@ -117,8 +117,9 @@ def pretrain(
 def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     if config.resolution not in (None, data.resolution):
         raise InputError(
-            f"{config.tokens} has images of {data.resolution} px, and the model is for {config.resolution} px; "
-            f"prepare tokens with --size {config.resolution}, or train with --resolution {data.resolution}"
+            f"{config.tokens} has images of {data.resolution} px, and the model is for "
+            f"{config.resolution} px; prepare tokens with --size {config.resolution}, or train "
+            f"with --resolution {data.resolution}"
         )
     shared = {name: getattr(config, name) for name in ShapeConfig.model_fields}
     return ModelConfig.layered(
@@ -149,7 +150,7 @@ def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.
 def _validation_batch(
     objective: Objective, checked: NDArray[np.uint16], world: World, first: int, last: int
 ) -> Batch:
-    """Return validation images `first` to `last - 1`; masks are the same in every run and validation."""
+    """Return validation images `first` to `last - 1`; every run has the same masks."""
     tokens = to_device(checked[first:last].astype(np.int64), world.device)
     probability, seed = _VALIDATION_MASKS
     mask = objective.mask((last, checked.shape[1]), probability, np.random.default_rng(seed))
@@ -159,7 +160,7 @@ def _validation_batch(
 def _write_start(
     shape: ModelConfig, data: TokenDataset, checked: NDArray[np.uint16], metrics: Metrics
 ) -> None:
-    """Write the first line of metrics, with the losses of two trivial models on the validation images.
+    """Write the first line of metrics, with the validation losses of two trivial models.
 
     They are a uniform distribution, and the frequencies of the colours in the training images.
     """

@@ -32,7 +32,7 @@ Settings = TypeVar("Settings", bound=TrainConfig)
 
 @contextmanager
 def sole_writer(run: Path, world: World) -> Iterator[None]:
-    """Keep other processes from writing to a run directory; the main rank holds the lock for all ranks.
+    """Keep other processes from writing to a run directory; the main rank locks it for all ranks.
 
     Raises:
         InputError: another process works in it. Its host and process id are named on every rank.
@@ -105,7 +105,7 @@ def _has_trained(metrics: Path) -> bool:
 
 
 def _is_run(folder: Path) -> bool:
-    """Return whether `record_run` has written to a folder; otherwise its files belong to someone else."""
+    """Return whether `record_run` has written to a folder; its files may be someone else's."""
     try:
         return "tokens_sha256" in read_environment(folder / _ENVIRONMENT)
     except InputError:
@@ -130,7 +130,7 @@ def _clear(run: Path) -> None:
 def device_and_stop_seconds(
     run: Path, config: TrainConfig, given: Mapping[str, Any] | None, resume: bool
 ) -> tuple[str, float]:
-    """Return two settings that are needed before `resolve_config`, which needs the world they create.
+    """Return two settings that are needed to create the world, before `resolve_config`.
 
     Args:
         run, config, given, resume: see `resolve_config`, which validates the recorded values.
@@ -182,8 +182,8 @@ def resolve_config(run: Path, config: Settings, given: Mapping[str, Any], resume
             changed[key] = value
         elif value not in (getattr(before, key), "auto"):
             raise InputError(
-                f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that out "
-                "to resume, or start another run"
+                f"{run} was started with {key} = {getattr(before, key)}, not {value}; leave that "
+                "out to resume, or start another run"
             )
     return before.model_copy(update=changed)
 
@@ -197,7 +197,7 @@ def record_run(
     is_main: bool,
     model_sha256: str | None = None,
 ) -> None:
-    """Write the settings and the environment of a new run; to resume, check that its inputs are the same.
+    """Write the settings and the environment of a new run, or check the inputs of a resumed one.
 
     A new run removes what an earlier one that was stopped before its first step has left.
 

@@ -17,7 +17,7 @@ Recomputation = Literal["none", "selective", "full"]
 
 
 class TrainConfig(Config):
-    """How to train. The defaults are the paper's where it states them (section 3.3)."""
+    """Settings of training. The defaults are the paper's where it states them (section 3.3)."""
 
     kind: ClassVar[RunKind]
     # Settings that may change when a run is resumed: they decide where and how fast it is computed,
@@ -59,7 +59,8 @@ class TrainConfig(Config):
         10,
         ge=0,
         le=MOST,
-        description="stop if more steps than this have a loss or gradient that is not finite; they are skipped",
+        description="stop if more steps than this are skipped, because the loss or gradient is "
+        "not finite",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of matrix products; auto: bf16 if the processor supports it"
@@ -71,11 +72,13 @@ class TrainConfig(Config):
         1,
         ge=1,
         le=MOST,
-        description="ranks that share one copy of weights and optimizer state; 1: DDP, all: FSDP, else HSDP",
+        description="ranks that share one copy of weights and optimizer state; 1: DDP, all: FSDP, "
+        "else HSDP",
     )
     activation_checkpointing: Recomputation = Field(
         "none",
-        description="recompute in the backward pass: nothing, all but matrix products, or whole blocks",
+        description="recompute in the backward pass: nothing, all but matrix products, or whole "
+        "blocks",
     )
     compile: Literal["auto", "yes", "no"] = Field(
         "auto", description="compile every block; auto: on a GPU"
@@ -96,13 +99,15 @@ class TrainConfig(Config):
     )
     snapshots: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (),
-        description="steps after which the model is validated and kept in RUN/snapshots; 0: initial weights",
+        description="steps after which the model is validated and kept in RUN/snapshots; "
+        "0: initial weights",
     )
     stop_seconds: float = Field(
         25,
         gt=0,
         le=_WEEK,
-        description="seconds to save a checkpoint after Ctrl-C or SIGTERM before the process is ended",
+        description="seconds to save a checkpoint after Ctrl-C or SIGTERM, before the process is "
+        "ended",
     )
     patience: int | None = Field(
         None,

@@ -18,7 +18,7 @@ _DUPLICATE_WINDOW = 2.0  # seconds
 class StopRequest:
     """Record Ctrl-C and SIGTERM within a `with` block, instead of raising an exception.
 
-    A second signal raises `KeyboardInterrupt`, unless it arrives within the duplicate-signal window.
+    A second signal raises `KeyboardInterrupt`, unless it comes within the duplicate-signal window.
 
     Attributes:
         number: of the first signal received, or 0.
@@ -47,7 +47,10 @@ class StopRequest:
 
 @contextmanager
 def watch_signals(react: Callable[[int], None]) -> Iterator[None]:
-    """Call `react` with the number of every signal, in a thread: also while the main thread is in native code."""
+    """Call `react` with the number of every signal, in a thread.
+
+    It is called at once, even while the main thread runs native code.
+    """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
 

@@ -28,12 +28,12 @@ from igpt.training.signals import StopRequest, exit_if_stuck
 
 
 class Diverged(InputError):  # noqa: N818  like the other classes of errors.py
-    """Too many losses or gradients were not finite. The message names the step and a checkpoint to resume from."""
+    """Too many losses or gradients were not finite; the message names the last good checkpoint."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How to select the best model: by the lowest mean of a loss over some images.
+    """Selection of the best model: by the lowest mean of a loss over some images.
 
     Attributes:
         name: of the loss in metrics.jsonl.
@@ -51,8 +51,8 @@ class Trainer:
     """Trains a model and writes RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
 
     Args:
-        batches: returns the whole batch of a step, as tensors whose rows are images; a pure function
-            of the step. It is called in a thread, one step ahead.
+        batches: returns the whole batch of a step, as tensors whose rows are images; a pure
+            function of the step. It is called in a thread, one step ahead.
         run: run directory, which must exist.
         warmup: steps over which the learning rate rises.
         title: of the progress bar.
@@ -210,7 +210,7 @@ class Trainer:
             self._log(rate)
 
     def _read_results(self) -> float:
-        """Wait for all steps begun so far, add up their losses, and return the loss of the last one.
+        """Wait for all steps so far, add up their losses, and return the loss of the last one.
 
         Raises:
             Diverged: more than `max_skipped` steps were skipped.
@@ -236,7 +236,7 @@ class Trainer:
         return loss
 
     def _log(self, rate: float) -> None:
-        """Write the mean loss since the last line of metrics, unless all these steps were skipped."""
+        """Write the mean loss since the last line of metrics, unless all steps were skipped."""
         state = self.state
         state.seconds += self._throughput.seconds
         images_per_second = self._throughput.images_per_second
@@ -256,7 +256,7 @@ class Trainer:
         self._throughput.restart()
 
     def _validate(self, bar: ProgressBar) -> None:
-        """Validate, and keep the model if it is the best so far. Return early if a stop is requested."""
+        """Validate, and keep the model if it is the best so far; return early on a stop request."""
         self._read_results()
         validation, state, world = self.validation, self.state, self.world
         total = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -303,11 +303,12 @@ class Trainer:
 
     def _describe_unsaved(self) -> str:
         newest = next(iter(checkpoints(self.checkpoints.folder)), "none was written yet")
-        return f"not saved within {self.config.stop_seconds:g} seconds; the newest checkpoint: {newest}"
+        seconds = self.config.stop_seconds
+        return f"not saved within {seconds:g} seconds; the newest checkpoint: {newest}"
 
 
 class _Throughput:
-    """Images and seconds of steps since the last line of metrics, without the work between steps."""
+    """Images and seconds of the steps since the last line of metrics, without work in between."""
 
     def __init__(self) -> None:
         self.restart()
