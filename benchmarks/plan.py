@@ -1,4 +1,4 @@
-"""Memory that `igpt plan` tells against memory that is measured, for updates of the real model by the real engine.
+"""Compare the memory estimates of `igpt plan` with measurements of real training steps.
 
 pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one;
     in bf16
@@ -118,7 +118,7 @@ def on_a_gpu(shape: dict[str, Any], changes: dict[str, Any]) -> dict[str, float]
 
 
 def kept_when_compiled(recomputation: Recomputation) -> float:
-    """Bytes a place and unit of width that a block, compiled for this CPU, keeps in bf16 for its backward pass."""
+    """Return bytes per token and width that a block compiled for this CPU keeps in bf16."""
     model = ModelConfig(resolution=24, n_layer=2, n_embd=256, n_head=4)
     settings = settings_of({"activation_checkpointing": recomputation, "compile": "yes"})
     engine = Engine(
@@ -144,7 +144,7 @@ def sorted_shape(tensor: torch.Tensor) -> tuple[int, ...]:
 
 
 def alone(function: Any, *arguments: Any) -> Any:
-    """What the function gives in a fresh process."""
+    """Return the result of a function in a new process."""
     with get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -153,8 +153,8 @@ def row(
     method: str, shape: dict[str, Any], changes: dict[str, Any], ranks: int, found: dict[str, float]
 ) -> dict[str, Any]:
     model, settings = shape_of(shape), settings_of(changes)
-    told = peak_memory(model, settings, ranks)
-    predicted = told.total
+    estimate = peak_memory(model, settings, ranks)
+    predicted = estimate.total
     if (
         method == "computed" and settings.precision == "fp32"
     ):  # a CPU's scaled copies of the MLPs' weights
@@ -171,7 +171,7 @@ def row(
         "compiled": settings.compile == "yes",
         **{key: changes.get(key) for key in ("batch_size", "micro_batch_size", "shard")},
         "predicted": predicted,
-        "moment": told.moment,
+        "moment": estimate.moment,
         **found,
         "error": predicted / found["measured"] - 1,
     }
@@ -223,11 +223,11 @@ def main(only: tuple[str, ...] = METHODS) -> None:
     if "compiled" in only:
         small = ModelConfig(resolution=24, n_embd=256, n_head=4)
         for kind in KINDS:
-            told = kept_by_block(
+            estimate = kept_by_block(
                 small, settings_of({"activation_checkpointing": kind}), small.n_pixels
             )
             kept[kind] = {
-                "predicted": told / (small.n_pixels * small.n_embd),
+                "predicted": estimate / (small.n_pixels * small.n_embd),
                 "compiled": alone(kept_when_compiled, kind),
             }
     if "gpu" in only and torch.cuda.is_available():

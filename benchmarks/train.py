@@ -1,4 +1,4 @@
-"""Training tokens/s of igpt's engine against transformers' ImageGPT and a plain loop, and of the machine's products.
+"""Compare training tokens/s of igpt, transformers' ImageGPT, a plain loop, and matrix products.
 
 Contenders start from the same weights and train on the same random tokens with the same AdamW; they
 take turns, round by round, in one process. Each round also measures the fastest matrix products at
@@ -56,7 +56,7 @@ EXPECTED_SHARE = 0.25  # of the ceiling: batches are chosen by it
 def compare(
     bench: Bench, shape: Shape, names: Sequence[str], settings: Settings, seconds: float
 ) -> dict[str, Any]:
-    """Runs all rounds of one shape; roughly so many seconds for each contender."""
+    """Run all rounds of one shape, for roughly the given seconds per contender."""
     start = time.monotonic()
     config, largest = (
         shape.config,
@@ -125,7 +125,7 @@ def compare(
 def summary(
     shape: Shape, contenders: Sequence[Contender], ceilings: dict[Precision, list[float]]
 ) -> dict[str, Any]:
-    """What is to be recorded of a shape; the fastest of igpt's contenders is "ours"."""
+    """Return the record of a shape; the fastest of igpt's contenders is "ours"."""
     per_token = training_flops(shape.config) / shape.config.n_pixels
     timed = [one for one in contenders if one.rates]
     ours = max(

@@ -1,4 +1,4 @@
-"""Who trains in train.py: igpt's engine, transformers' ImageGPT, and a plain loop written for the purpose.
+"""The contenders of train.py: igpt's engine, transformers' ImageGPT, and a plain loop.
 
 All start from one model directory and learn all n places of an image from the places before, by
 AdamW with the same settings, gradients clipped to norm 1. B batch, n places, D width, H heads, K
@@ -28,7 +28,7 @@ LEARNING_RATE, BETAS = 1e-4, (0.9, 0.95)
 
 @dataclass(frozen=True)
 class Job:
-    """What a contender trains, and with how much at a time."""
+    """A shape, a batch and a micro-batch to train."""
 
     directory: Path  # of the model it starts from
     config: ModelConfig
@@ -107,7 +107,7 @@ class PlainModel(nn.Module):
 
 
 class PlainLoop:
-    """The loop as one writes it first, for any model that gives logits: autocast, accumulation, clipping, AdamW."""
+    """A plain loop for any model with logits: autocast, accumulation, clipping, AdamW."""
 
     def __init__(
         self, model: nn.Module, logits: Callable[[Tensor], Tensor], job: Job, device: torch.device
@@ -157,7 +157,7 @@ def igpt(job: Job, world: World, compiled: bool) -> Made:
 
 
 def transformers(job: Job, world: World, compiled: bool) -> Made:
-    """ImageGPT as it comes, with its own attention; the directory's config.json sets dropout to 0."""
+    """Return transformers' ImageGPT with its own attention, and dropout 0 by its config.json."""
     from transformers import ImageGPTForCausalImageModeling
     from transformers.utils.logging import disable_progress_bar
 

@@ -1,4 +1,4 @@
-"""How train.py measures: turns of contenders, the ceiling of matrix products, and peak memory.
+"""Measurements of train.py: turns of contenders, peak rate of matrix products, peak memory.
 
 D width, n places.
 """
@@ -35,7 +35,7 @@ TURN_SECONDS = 0.5  # at least
 
 @dataclass(frozen=True)
 class Settings:
-    """How to compare.
+    """Settings of the comparison.
 
     Attributes:
         shapes: of small, igpt-s, igpt-l; without it small and igpt-s on a CPU, igpt-s and igpt-l on
@@ -50,7 +50,7 @@ class Settings:
         activation_checkpointing: igpt's.
         keep_freed: tells glibc to keep freed memory, for all contenders.
         memory: also measures the peak memory of each, in a process of its own (on a GPU it is
-            always told).
+            always printed).
         result: name of the file in results/; without it "train" or "train-GPU".
     """
 
@@ -86,7 +86,7 @@ class Contender:
     skipped: str | None = None
 
     def due(self, allowed: float) -> bool:
-        """Whether another turn stays within so many seconds."""
+        """Return whether another turn fits into the time limit."""
         return not self.skipped and not self.first_counts and self.spent + self.last <= allowed
 
 
@@ -110,7 +110,7 @@ class Bench:
             torch.cuda.synchronize()
 
     def ceiling(self, config: ModelConfig, rows: int, precision: Precision) -> float:
-        """FLOP/s of the fastest of the layers' products, forward and for both gradients, with so many tokens."""
+        """Return FLOP/s of the fastest matrix product of the layers, forward and backward."""
         best, width = 0.0, config.n_embd
         for inner, outer in ((width, 3 * width), (width, 4 * width), (4 * width, width)):
             sizes = ((rows, inner), (outer, inner), (rows, outer))
@@ -131,7 +131,7 @@ class Bench:
         return best
 
     def ceiling_rows(self, config: ModelConfig, tokens: int, precision: Precision) -> int:
-        """With how many of a batch's tokens to measure the ceiling: as many as make no product too slow to repeat."""
+        """Return the tokens to measure peak FLOP/s with, few enough to repeat every product."""
         rows = min(tokens, 1 << 15)
         weight = torch.ones(
             4 * config.n_embd, config.n_embd, dtype=TYPES[precision], device=self.world.device
@@ -154,7 +154,7 @@ class Bench:
         budget: float,
         keep: bool,
     ) -> None:
-        """Times updates of a contender, which is made first if it is not there, and kept if `keep`."""
+        """Time steps of a contender, which is created if necessary, and kept if `keep`."""
         start = time.perf_counter()
         tokens = tokens[: contender.job.batch_size]
         while not contender.skipped and number not in contender.rates:
@@ -190,13 +190,13 @@ class Bench:
         took = time.perf_counter() - start
         contender.last = contender.last * contender.updates if keep else took
         contender.spent += contender.last if number else 0.0
-        told = contender.skipped or f"{contender.rates[number]:,.0f} tokens/s ({took:.0f} s)"
-        print(f"round {number + 1}, {contender.name}: {told}", file=sys.stderr, flush=True)
+        line = contender.skipped or f"{contender.rates[number]:,.0f} tokens/s ({took:.0f} s)"
+        print(f"round {number + 1}, {contender.name}: {line}", file=sys.stderr, flush=True)
 
     def prepare(
         self, contender: Contender, tokens: Tensor, reference: float, budget: float
     ) -> None:
-        """Makes a contender, looks whether it does the same work as the others, and warms it up."""
+        """Create a contender, check that it does the same work as the others, and warm it up."""
         entry = ENTRIES[contender.name]
         if self.gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -234,7 +234,7 @@ class Bench:
         contender.made = made
 
     def release(self, contenders: Sequence[Contender], forget: bool = True) -> None:
-        """Gives back what contenders hold, and with `forget` compiled code, of which a process keeps few versions."""
+        """Free the memory of contenders, and with `forget` also their compiled code."""
         for contender in contenders:
             contender.made = None
         if forget:
@@ -271,7 +271,7 @@ def _kilobytes(file: str, key: str) -> int:
 
 
 def peak_growth(name: str, job: Job, settings: Settings) -> int:
-    """Bytes by which a fresh process's peak resident set outgrows what it had before the contender was made."""
+    """Return the growth of the peak resident set of a new process due to a contender."""
     with ProcessPoolExecutor(1, get_context("spawn")) as process:
         return process.submit(_peak_growth, name, job, settings).result()
 

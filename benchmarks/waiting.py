@@ -1,4 +1,4 @@
-"""How threads that wait for each other cost time: alone, and next to two processes that keep both cores busy.
+"""Measure the cost of spinning threads: alone, and next to two busy processes.
 
 OpenMP's threads spin while they wait. Where another process has their core, each of the many waits
 of a step then lasts until the scheduler takes turns, milliseconds later. Each run is a process of
@@ -37,7 +37,8 @@ keep_freed_memory()
 layers, width, heads, resolution, batch = json.loads(sys.argv[1])
 seconds = float(sys.argv[2])
 torch.manual_seed(0)
-model = ImageGPT(ModelConfig(n_layer=layers, n_embd=width, n_head=heads, resolution=resolution, n_colors=128))
+shape = {"n_layer": layers, "n_embd": width, "n_head": heads, "resolution": resolution}
+model = ImageGPT(ModelConfig(**shape, n_colors=128))
 optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 tokens = torch.randint(0, 128, (batch, resolution**2))
 taken = []

@@ -1,4 +1,4 @@
-"""Four processes, started once a session, that run commands of `igpt` together as ranks over gloo."""
+"""Four processes, started once per session, that run commands of `igpt` as gloo ranks."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Ranks = Callable[..., None]
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Runs a command on so many ranks: `ranks(2, "pretrain", tokens, ...)`; all must end well."""
+    """Run a command on some ranks, such as `ranks(2, "pretrain", tokens, ...)`; it must succeed."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}

@@ -1,4 +1,4 @@
-"""One of two processes is killed, fails, or is told to stop: none hangs, each says why in a line, all can go on."""
+"""One of two ranks is killed, fails, or is asked to stop: no rank hangs, the run can be resumed."""
 
 import re
 import signal
@@ -10,14 +10,14 @@ from torch.distributed import TCPStore
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.checkpoints import checkpoints
 
-from ..helpers.runs import Command, Pair, assert_same_run, end_well, told
+from ..helpers.runs import Command, Pair, assert_same_run, end_well, has_logged
 
 
 @pytest.fixture(scope="module")
 def whole(
     digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Runs that nothing happens to, by how many ranks share a copy of the weights."""
+    """Uninterrupted runs, by the number of ranks that share a copy of the weights."""
     runs = {shard: tmp_path_factory.mktemp("whole") / f"shard-{shard}" for shard in (1, 2)}
     for shard, run in runs.items():
         words = [
@@ -37,7 +37,7 @@ def whole(
 
 @pytest.fixture
 def start(digits: TokenDataset, short_flags: list[str], tmp_path: Path):
-    """Starts two ranks of the run in `tmp_path`/run."""
+    """Start two ranks of the run in `tmp_path`/run."""
 
     def ranks(shard: int, *more: object, **options) -> list[Command]:
         words = [
@@ -62,7 +62,9 @@ def test_the_other_ends_when_a_rank_is_killed(
 ) -> None:
     ranks = start(shard)
     ranks[0].wait_until(
-        lambda: told(tmp_path / "run", 7) and bool(checkpoints(tmp_path / "run" / "checkpoints"))
+        lambda: (
+            has_logged(tmp_path / "run", 7) and bool(checkpoints(tmp_path / "run" / "checkpoints"))
+        )
     )
     ranks[victim].send(signal.SIGKILL)
     other = ranks[1 - victim]
@@ -82,12 +84,13 @@ def test_all_stop_when_one_is_asked(
     start, whole: dict[int, Path], tmp_path: Path, shard: int, asked: int
 ) -> None:
     ranks = start(shard)
-    ranks[0].wait_until(lambda: told(tmp_path / "run", 7))
+    ranks[0].wait_until(lambda: has_logged(tmp_path / "run", 7))
     ranks[asked].send(signal.SIGTERM)
     for rank in ranks:
         assert rank.code() == 128 + signal.SIGTERM, rank.err
         assert re.search(
-            r"stopped and saved after \d+ of 24 steps; continue with the same command and --resume$",
+            r"stopped and saved after \d+ of 24 steps; "
+            r"continue with the same command and --resume$",
             rank.complaint,
         )
     end_well(start(shard, "--resume"))
@@ -110,7 +113,7 @@ def test_a_checkpoint_that_one_cannot_write_ends_all(
     assert_same_run(whole[shard], tmp_path / "run", tmp_path)
 
 
-def test_what_one_says_is_told_by_the_other(start, tmp_path: Path) -> None:
+def test_the_error_of_a_rank_is_reported_by_the_other(start, tmp_path: Path) -> None:
     """Only the first rank writes the model."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     failing, other = start(1, store=store, largest_files=(40_000, None))
@@ -122,7 +125,7 @@ def test_what_one_says_is_told_by_the_other(start, tmp_path: Path) -> None:
     )
 
 
-def test_a_mistake_of_one_is_told_by_the_other(
+def test_a_user_error_of_a_rank_is_reported_by_the_other(
     digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     """Tokens that are not on its machine."""

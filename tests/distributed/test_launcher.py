@@ -15,7 +15,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.training.distributed import distributed_world
 
-from ..helpers.runs import Command, Pair, assert_same_run, end_well, free_port, told
+from ..helpers.runs import Command, Pair, assert_same_run, end_well, free_port, has_logged
 
 
 def wait_until(
@@ -29,7 +29,7 @@ def wait_until(
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs; one that has ended and is not yet waited for does not."""
+    """Return whether a process runs; zombies do not."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (FileNotFoundError, ProcessLookupError):
@@ -44,7 +44,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.fixture
 def launched(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts two ranks by a real torchrun; nothing of it is left after the test."""
+    """Start two ranks with torchrun, and kill what is left of them after the test."""
     started: list[int] = []
 
     def start(*words: object) -> subprocess.Popen[str]:
@@ -75,13 +75,13 @@ def test_ranks_stop_when_torchrun_is_killed_and_can_be_resumed(
     long += ["--validate-every", 200, "--checkpoint-every", 200]
     words = ["pretrain", digits.path, "--model", "tiny", *short_flags, *long]
     torchrun = launched(*words, "-o", run)
-    wait_until(lambda: told(run, 2), torchrun)
+    wait_until(lambda: has_logged(run, 2), torchrun)
     ranks = children(torchrun.pid)
     assert len(ranks) == 2
     torchrun.kill()
     torchrun.wait()
     wait_until(lambda: not any(map(is_alive, ranks)), seconds=60)
-    assert not told(run, 200), "it trained to its end"
+    assert not has_logged(run, 200), "it trained to its end"
     assert len(list((run / "checkpoints").glob("step-*"))) == 1, "it saved where it stopped"
     assert not (run / ".lock").exists()
     end_well(Pair(tmp_path / "again", *words).start("-o", run, "--resume"))
@@ -122,7 +122,7 @@ def test_two_groups_in_one_directory(
     words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *short_flags]
     words += ["--steps", 96]  # the first group must still train when the second one arrives
     first = Pair(tmp_path / "first", *words).start()
-    first[0].wait_until(lambda: told(tmp_path / "run", 1))
+    first[0].wait_until(lambda: has_logged(tmp_path / "run", 1))
     second = Pair(tmp_path / "second", *words).start("--resume")
     for rank in second:
         assert rank.code() == 2, rank.err

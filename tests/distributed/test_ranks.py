@@ -1,4 +1,4 @@
-"""Several processes train as one does: the same batches, the same losses; and others resume what they saved.
+"""Several ranks train as one process does, and other numbers of ranks resume their checkpoints.
 
 Tolerances are some ten times the largest differences measured over 8 steps: 1.3e-7 in the loss
     and of the gradient's

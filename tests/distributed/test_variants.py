@@ -1,4 +1,4 @@
-"""Several processes train a variant of the model as one does: values that go from block to block, and its scalars."""
+"""Several ranks train variants of the model as one process does."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A process that waits for commands of `igpt` to run as one of several ranks: a line of JSON in, a line of JSON out."""
+"""A process that runs commands of `igpt` as one of several ranks: JSON lines in, JSON lines out."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Exact memory of the tensors that are alive during an update, where no allocator keeps count: on a CPU, or pretended.
+"""Exact memory of the tensors that are alive during a step, on a CPU or with fake tensors.
 
 For benchmarks and tests of memory. Nothing is computed where tensors are pretended (PyTorch's fake
 tensors, which have shapes and no contents), and no process but this one exists where ranks are: so
@@ -30,7 +30,7 @@ from igpt.training.settings import TrainConfig
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that are alive while it is entered, and remembers the most there were.
+    """Counts the bytes of all tensor storages that are alive, and records the maximum.
 
     A storage counts from the operation that made it until it is freed, in the backward pass and in
     an optimiser too. What a kernel takes and gives back while it runs is not seen.
@@ -116,7 +116,7 @@ _MESHES: dict[int, DeviceMesh] = {}  # made before tensors are pretended: a mesh
 
 @contextmanager
 def _ranks(size: int, shard: int) -> Iterator[World]:
-    """Rank 0 of a process group whose exchanges do nothing at all."""
+    """Yield rank 0 of a process group whose collective operations do nothing."""
     if size == 1:
         yield _Rank0(0, 1, torch.device("cpu"))
         return
@@ -132,7 +132,7 @@ def _ranks(size: int, shard: int) -> Iterator[World]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """The operations that a GPU gets, one by one; its fused norm keeps what the CPU's lean one keeps."""
+    """Run the operations of a GPU; its fused norm keeps what the CPU's lean one keeps."""
     with (
         patch.object(cpu, "trains_on_cpu", lambda x: False),
         patch.object(
@@ -143,7 +143,7 @@ def as_on_a_gpu() -> Iterator[None]:
 
 
 def _pretended(model: ImageGPT, name: str, device: torch.device) -> None:
-    """Gives a part of a model weights that have no contents."""
+    """Give a part of a model weights without contents."""
     for module in model.get_submodule(name).modules():
         for inner, parameter in list(module.named_parameters(recurse=False)):
             setattr(module, inner, nn.Parameter(torch.empty(parameter.shape, device=device)))
@@ -158,7 +158,7 @@ def measure_update(
     pretend: bool = False,
     validate: bool = True,
 ) -> LiveTensors:
-    """The tensors that are alive on a rank during its second update, when the optimiser has its state, and validation.
+    """Return the tensors alive on a rank during its second step and during validation.
 
     Args:
         settings: its batch is that of all ranks; not compiled.
@@ -180,7 +180,7 @@ def measure_update(
 def update_twice(
     model: ModelConfig, settings: TrainConfig, world: World, *, validate: bool
 ) -> Iterator[None]:
-    """Yields between the first update of a new engine and the second one, which validation may follow."""
+    """Yield between the first and the second step of a new engine; validation may follow."""
     with torch.device("meta"):
         made = ImageGPT(model)
     engine = Engine(made, settings, world, model.trained_as.loss)

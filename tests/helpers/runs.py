@@ -1,4 +1,4 @@
-"""Runs of `igpt` in processes that are quick to start and may be killed, and what makes two runs the same.
+"""Runs of `igpt` in processes that start quickly and may be killed; comparison of two runs.
 
 A server process has imported all that a run needs, with one thread, and forks for every command.
 """
@@ -28,7 +28,7 @@ from igpt.training.metrics import read_metrics
 
 
 class Command:
-    """A command of `igpt` in a process of its own; what it says goes to two files in `folder`."""
+    """A command of `igpt` in its own process, with its output in two files in `folder`."""
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Command:
 
     @property
     def complaint(self) -> str:
-        """The one line that it said on stderr."""
+        """The only line on stderr."""
         (line,) = self.err.splitlines()
         return line
 
@@ -70,7 +70,7 @@ class Command:
         os.kill(self._process.pid, number)
 
     def code(self, seconds: float = 120) -> int:
-        """The exit code, or minus the signal that ended it; it must end in time."""
+        """Return the exit code, or minus the signal that ended the process; it must end in time."""
         self._process.join(seconds)
         if self.runs:
             self._process.kill()
@@ -78,7 +78,7 @@ class Command:
         return self._process.exitcode
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Returns as soon as something has happened, which must be while the process runs."""
+        """Wait until a condition holds, which must be while the process runs."""
         deadline = time.monotonic() + 120
         while self.runs and time.monotonic() < deadline:
             if happened():
@@ -119,7 +119,7 @@ _PORTS = count(
 
 
 def free_port() -> str:
-    """A port at which ranks may meet."""
+    """Return a free port for a rendezvous."""
     for port in _PORTS:
         with socket.socket() as found, contextlib.suppress(OSError):
             found.bind(("127.0.0.1", port))
@@ -128,7 +128,7 @@ def free_port() -> str:
 
 
 class Pair:
-    """Two ranks of a run; the store at which they meet is kept by rank 0, or here, as torchrun does."""
+    """Two ranks of a run. Rank 0 hosts their store, or this process, as torchrun does."""
 
     def __init__(self, folder: Path, *words: object, store: TCPStore | None = None) -> None:
         self._folder, self._words = folder, words
@@ -157,8 +157,8 @@ def end_well(ranks: list[Command]) -> None:
         assert rank.code() == 0, rank.err
 
 
-def told(run: Path, step: int, kind: str = "train") -> bool:
-    """Whether metrics.jsonl has come to a step."""
+def has_logged(run: Path, step: int, kind: str = "train") -> bool:
+    """Return whether metrics.jsonl has a line of a kind for a step or a later one."""
     path = run / "metrics.jsonl"
     return path.exists() and any(
         line["kind"] == kind and line["step"] >= step for line in read_metrics(path)
@@ -168,12 +168,12 @@ def told(run: Path, step: int, kind: str = "train") -> bool:
 def losses(run: Path, kind: str = "train") -> dict[int, float]:
     lines = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == kind]
     steps = [line["step"] for line in lines]
-    assert steps == sorted(set(steps)), "a step is told twice"
+    assert steps == sorted(set(steps)), "a step occurs twice"
     return {line["step"]: line["loss"] for line in lines}
 
 
 def assert_same_run(one: Path, other: Path, tmp_path: Path) -> None:
-    """To the bit: losses, the best model, and the newest checkpoint's weights and optimiser state."""
+    """Compare losses, the best model, and the newest checkpoint, bit for bit."""
     for kind in ("train", "validation"):
         assert losses(one, kind) == losses(other, kind)
     weights = [(run / "model" / "model.safetensors").read_bytes() for run in (one, other)]
@@ -186,7 +186,7 @@ def assert_same_run(one: Path, other: Path, tmp_path: Path) -> None:
 
 
 def saved(checkpoint: Path, scratch: Path) -> object:
-    """All tensors and numbers of a checkpoint."""
+    """Return all tensors and numbers of a checkpoint."""
     dcp_to_torch_save(checkpoint, scratch)
     return torch.load(scratch, weights_only=False)
 

@@ -1,4 +1,4 @@
-"""Plans: what they choose fits and nothing better would, what they advise works, and their command lines run."""
+"""Plans select the best layout that fits; their advice works, and their command lines run."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def test_the_first_layout_that_fits(name: str, changes: dict[str, Any]) -> None:
 
 
 def test_order_of_layouts() -> None:
-    """At 32 px four images keep a GPU busy; whole blocks are computed again after all that does without."""
+    """At 32 px four images keep a GPU busy; full recomputation comes after everything else."""
     order = [
         (one.shard, one.activation_checkpointing, one.micro_batch_size or 12)
         for one in layouts(asked("igpt-s", gpus=2, batch_size=24))
@@ -135,7 +135,7 @@ def test_mistakes() -> None:
         "igpt-l --gpus 12 --activation-checkpointing full",
     ],
 )
-def test_command_line_that_is_told_parses(
+def test_printed_command_line_parses(
     igpt, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

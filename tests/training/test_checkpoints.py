@@ -1,4 +1,4 @@
-"""Which checkpoints are kept, which are taken, and what becomes of damaged ones."""
+"""Checkpoints that are kept, that are loaded, and that are damaged."""
 
 import os
 from pathlib import Path
@@ -110,7 +110,7 @@ def test_the_optimisers_come_back_too(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_remain(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
-    """At a learning rate that is too high, the first validation is the best, and after two others patience ends."""
+    """With a too high learning rate the first validation is the best; two more end training."""
     high = {
         "learning_rate": 0.1,
         "schedule": "constant",

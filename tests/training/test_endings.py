@@ -1,4 +1,4 @@
-"""What is on the disk, and what is said, when a training ends by an error or by a late Ctrl-C."""
+"""Files and messages when training ends by an error or by a late Ctrl-C."""
 
 import signal
 import time

@@ -1,4 +1,4 @@
-"""One update: what is computed again, what the host waits for, what memory it takes. (Ranks: tests/distributed.)"""
+"""One step: recomputation, waiting for the device, memory. (Ranks: tests/distributed.)"""
 
 import re
 import subprocess
@@ -36,15 +36,15 @@ def tokens(seed: int, images: int = 4, places: int = 16) -> torch.Tensor:
     return torch.randint(0, 16, (images, places), generator=torch.Generator().manual_seed(seed))
 
 
-def told(some: Engine, steps: int = 3) -> list[list[float]]:
+def train_steps(some: Engine, steps: int = 3) -> list[list[float]]:
     return [some.update((tokens(number),), 1e-2).tolist() for number in range(steps)]
 
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_computing_activations_again_changes_nothing(recomputation: str, precision: str) -> None:
-    kept = told(engine({"precision": precision}))
-    again = told(engine({"precision": precision, "activation_checkpointing": recomputation}))
+    kept = train_steps(engine({"precision": precision}))
+    again = train_steps(engine({"precision": precision, "activation_checkpointing": recomputation}))
     assert again == kept, "to the bit: the same operations on the same numbers"
     assert len({loss for loss, _, _ in kept}) == 3
 
@@ -64,7 +64,7 @@ def test_selective_checkpointing_computes_no_product_again() -> None:
 
 def test_compiled_blocks_give_the_same_and_keep_their_names() -> None:
     plain, compiled = engine(), engine({"compile": "yes", "activation_checkpointing": "selective"})
-    for one, other in zip(told(plain), told(compiled), strict=True):
+    for one, other in zip(train_steps(plain), train_steps(compiled), strict=True):
         assert other == pytest.approx(one, rel=1e-5)
     assert compiled.model.state_dict().keys() == plain.model.state_dict().keys()
 
@@ -87,7 +87,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}, {"precision": "bf16"}], ids=str)
-def test_the_host_waits_for_nothing_in_an_update(settings: dict[str, Any]) -> None:
+def test_the_host_waits_for_nothing_in_a_step(settings: dict[str, Any]) -> None:
     """Every number that Python reads from a tensor goes through one operation."""
     waits = "aten._local_scalar_dense.default"
     some = engine(settings)
@@ -102,7 +102,7 @@ def test_the_host_waits_for_nothing_in_an_update(settings: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_matrix_of_places_by_places_at_64_px(objective: str, precision: str) -> None:
+def test_no_n_by_n_attention_matrix_at_64_px(objective: str, precision: str) -> None:
     some = engine(
         {"batch_size": 1, "precision": precision},
         objective=objective,
@@ -124,7 +124,7 @@ def test_no_matrix_of_places_by_places_at_64_px(objective: str, precision: str) 
 
 
 def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    """Page faults of 64-MB products, one after the other: 16 k each, of 4-kB pages, when memory is given back."""
+    """Count page faults of consecutive 64-MB products: 16 k each if memory is given back."""
     code = """
 import resource, torch
 from igpt.allocator import keep_freed_memory

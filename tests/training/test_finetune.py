@@ -1,4 +1,4 @@
-"""Fine-tuning by the command line: it learns, chooses by validation, resumes, and refuses what does not fit."""
+"""Fine-tuning by the command line: learning, selection, resuming, and errors."""
 
 import json
 import re
@@ -232,7 +232,7 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
 def test_every_setting_reaches_the_training(
     digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Images are varied and losses weighed as asked; every weight is trained, at one rate; the seed is told."""
+    """Augmentation, loss weights, learning rate and seed are the ones asked for."""
     import igpt.training.finetune as module
 
     seen: list[Any] = []
@@ -304,7 +304,7 @@ def test_fold_back_repeats_a_constant_rate_only(digits: TokenDataset, tmp_path: 
 
 
 @pytest.mark.parametrize("size", [4, 12])
-def test_another_resolution_is_interpolated_to_and_told(
+def test_interpolation_to_another_resolution_is_reported(
     igpt, short_run: Path, photographs: Path, tmp_path: Path, size: int
 ) -> None:
     pretrained = ImageGPT.from_pretrained(short_run / "model")
@@ -426,7 +426,8 @@ def test_few_labels_and_few_images_to_judge_by(
     done = igpt("finetune", short_run, digits.path, "-o", tmp_path / "run", *few, *short)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "test.json").read_text())
-    assert [result[name] for name in ("labels_per_class", "train_images", "validation_images", "test_images")] == [
+    names = ("labels_per_class", "train_images", "validation_images", "test_images")
+    assert [result[name] for name in names] == [
         2, 20, 30, 20
     ]  # fmt: skip
     assert result["epochs"] == result["best_step"] * 8 / 20

@@ -1,4 +1,4 @@
-"""A run whose first step never happened can be started again by the same command; one that has begun cannot."""
+"""A run without a first step can be started again; one that has begun cannot."""
 
 import shutil
 import signal
@@ -16,7 +16,7 @@ from igpt.training.metrics import Metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 from igpt.training.run_directory import has_begun
 
-from ..helpers.runs import Command, assert_same_run, told
+from ..helpers.runs import Command, assert_same_run, has_logged
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_a_kill_before_the_first_step_is_no_start(
     command.wait_until((run / "config.yaml").exists)
     command.send(signal.SIGKILL)
     assert command.code() == -signal.SIGKILL
-    if told(run, 1):
+    if has_logged(run, 1):
         pytest.skip("it was faster than the kill")
     again = Command(tmp_path, *words)
     assert again.code() == 0, again.err

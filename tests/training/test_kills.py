@@ -1,4 +1,4 @@
-"""Runs that are killed at any moment, or told to stop while they cannot, go on to the very same end."""
+"""Runs that are killed at any moment are resumed to the same result."""
 
 import random
 import re
@@ -12,11 +12,11 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.checkpoints import checkpoints, step_of
 
-from ..helpers.runs import Command, assert_same_run, losses, told
+from ..helpers.runs import Command, assert_same_run, has_logged, losses
 
 
 def left_behind(run: Path) -> list[Path]:
-    """What was being written, under a temporary name."""
+    """Return what was being written, under a temporary name."""
     hidden = [*run.glob(".*"), *(run / "checkpoints").glob(".*")]
     return [path for path in hidden if path.name != ".lock"]
 
@@ -28,7 +28,7 @@ def saved_steps(run: Path) -> list[int]:
 def test_eight_kills_at_random_moments_change_nothing(
     digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """After every second update: in turn as soon as the next save is seen, and after a delay of up to two steps."""
+    """Kill after every second step: during the next save, or after a random delay."""
     run = tmp_path / "run"
     words = [
         "pretrain",
@@ -68,7 +68,7 @@ def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
     return prepare("digits", tmp_path_factory.mktemp("tokens") / "half", settings)
 
 
-def test_an_update_that_outlasts_the_deadline_is_given_up(
+def test_a_step_that_outlasts_the_deadline_is_abandoned(
     half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     slow = [
@@ -120,18 +120,18 @@ def test_a_validation_is_cut_short_and_made_up_for(
     run = tmp_path / "run"
     for step in (2, 4):
         command = Command(tmp_path, *words, "-o", run, *(["--resume"] if step > 2 else []))
-        command.wait_until(lambda step=step: told(run, step))
+        command.wait_until(lambda step=step: has_logged(run, step))
         command.send(signal.SIGTERM)
         assert command.code() == 128 + signal.SIGTERM, command.out + command.err
         assert re.search(
             f"stopped and saved after {step} of 4 steps; continue with: igpt pretrain",
             command.complaint,
         )
-        assert not told(run, step, "validation")
+        assert not has_logged(run, step, "validation")
         assert saved_steps(run)[0] == step
-        if step == 2:  # its validation is told and lost again, for no checkpoint knows of it
+        if step == 2:  # its validation is written, and lost again with the kill
             command = Command(tmp_path, *words, "-o", run, "--resume")
-            command.wait_until(lambda: told(run, 2, "validation"))
+            command.wait_until(lambda: has_logged(run, 2, "validation"))
             command.send(signal.SIGKILL)
             assert command.code() == -signal.SIGKILL
     last = Command(tmp_path, *words, "-o", run, "--resume")

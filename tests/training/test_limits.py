@@ -1,4 +1,4 @@
-"""Sizes that no machine has are refused at once, before anything is built; sizes that may fit never are."""
+"""Models and batches that cannot fit into memory are refused; those that may fit are not."""
 
 import time
 from pathlib import Path
@@ -43,7 +43,8 @@ SMALL = ModelConfig(resolution=8, n_layer=4, n_embd=64, n_head=2, n_colors=16)
         ),
         (
             {"batch_size": 10**6},
-            r"1,000,000 images at a time need at least [\d.]+ GiB, and this machine has 64\.0 GiB; lower --micro-batch",
+            r"1,000,000 images at a time need at least [\d.]+ GiB, and this machine has "
+            r"64\.0 GiB; lower --micro-batch",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Memory that is told from the settings is that of the tensors which real steps keep alive, to a few per cent."""
+"""Memory estimates agree with the tensors that real steps keep alive, to a few per cent."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ def test_a_real_update(precision: str, recomputation: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_a_real_update_with_the_operations_of_a_cpu(precision: str) -> None:
-    """There, fp32 keeps scaled copies of the MLPs' weights too; in bf16 they are casts as anywhere."""
+    """On a CPU, fp32 also keeps scaled copies of the MLPs' weights."""
     one = settings(precision=precision)
     scaled = 4 * 8 * SMALL.n_embd**2 * SMALL.n_layer * (precision == "fp32")
     assert peak_memory(SMALL, one, 1).total + scaled == pytest.approx(
@@ -44,7 +44,7 @@ def test_a_real_update_with_the_operations_of_a_cpu(precision: str) -> None:
     )
 
 
-def test_pretended_updates_are_as_large_as_real_ones() -> None:
+def test_fake_steps_are_as_large_as_real_ones() -> None:
     one = settings(precision="fp32", activation_checkpointing="selective")
     assert measure_update(SMALL, one, pretend=True).peak == measure_update(SMALL, one).peak
 
@@ -87,7 +87,7 @@ def test_muon_keeps_one_moment(changes: dict[str, Any]) -> None:
         (ModelConfig(n_layer=24, n_embd=512, n_head=8), {"batch_size": 2}, 1),  # igpt-s
     ],
 )
-def test_pretended_updates(model: ModelConfig, changes: dict[str, Any], ranks: int) -> None:
+def test_fake_steps(model: ModelConfig, changes: dict[str, Any], ranks: int) -> None:
     one = settings(**changes)
     with as_on_a_gpu():
         measured = measure_update(model, one, ranks=ranks, pretend=True).peak
@@ -95,7 +95,7 @@ def test_pretended_updates(model: ModelConfig, changes: dict[str, Any], ranks: i
 
 
 def test_what_a_block_keeps() -> None:
-    """Bytes a number of the residual stream: 36, 24 and 4 in bf16, 64, 44 and 4 in fp32, and a little for sums."""
+    """Bytes per element of the residual: 36, 24, 4 in bf16 and 64, 44, 4 in fp32, plus sums."""
     for precision, expected in (("bf16", (36, 24, 4)), ("fp32", (64, 44, 4))):
         for name, number in zip(("none", "selective", "full"), expected, strict=True):
             one = settings(precision=precision, activation_checkpointing=name)

@@ -1,4 +1,4 @@
-"""What a pretraining run is assembled of."""
+"""The parts of a pretraining run."""
 
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ def test_tokens_of_another_resolution_than_the_presets_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_images_and_utilisation_are_told(short_run: Path) -> None:
+def test_images_and_mfu_are_recorded(short_run: Path) -> None:
     (machine,) = lines(short_run, "machine")
     assert machine["flops_per_image"] == training_flops(
         ImageGPT.from_pretrained(short_run / "model").config
@@ -104,7 +104,7 @@ def test_images_and_utilisation_are_told(short_run: Path) -> None:
 def test_snapshots_are_the_model_as_it_was(
     igpt, digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """Before the first update it is what is drawn; at the best one it is the best model; their losses are recorded."""
+    """Snapshots of the initial weights and of the best step, with their losses."""
     run = tmp_path / "run"
     done = igpt(
         "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags, "--snapshots", 0, 5, 24

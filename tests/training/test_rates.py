@@ -1,4 +1,4 @@
-"""A search over learning rates, and the last training on validation images too: what is chosen, written and resumed."""
+"""A search over learning rates, and the last training with validation images."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from igpt.training.checkpoints import checkpoints
 from igpt.training.finetune import FinetuneConfig, finetune
 from igpt.training.metrics import read_metrics
 
-from ..helpers.runs import Command, told
+from ..helpers.runs import Command, has_logged
 
 RATES = [1e-4, 1e-2, 1e-3]  # the middle one learns most in so few steps
 SHORT = {"steps": 30, "batch_size": 16, "validate_every": 10, "checkpoint_every": 5, "log_every": 1}
@@ -44,7 +44,7 @@ def weights(run: Path) -> bytes:
 
 
 def result_of(run: Path) -> dict[str, object]:
-    """What test.json says of the run, and nothing of the machine."""
+    """Return test.json without the environment."""
     result = json.loads((run / "test.json").read_text())
     del result["environment"]
     return result
@@ -189,7 +189,7 @@ def test_kills_in_every_part_change_nothing(
     for number, part in enumerate(parts):
         command = Command(tmp_path, *words, *(["--resume"] if number else []))
         command.wait_until(
-            lambda part=part: told(run / part, 7) and checkpoints(run / part / "checkpoints")
+            lambda part=part: has_logged(run / part, 7) and checkpoints(run / part / "checkpoints")
         )
         command.send(signal.SIGKILL)
         assert command.code() == -signal.SIGKILL
@@ -226,7 +226,7 @@ def test_a_kill_while_the_result_is_written_changes_nothing(
 def test_a_model_that_changes_on_the_way_is_refused(
     short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """As by pretraining that goes on; a later rate, or the last training, would begin with other weights."""
+    """A model that changes in between would give later trainings other initial weights."""
     shutil.copytree(short_run / "model", tmp_path / "model")
     config = FinetuneConfig.layered(
         {"model": tmp_path / "model", "tokens": digits.path, "fold_back": True}, SETTINGS
@@ -261,7 +261,7 @@ def test_a_signal_says_how_to_go_on(
         *flags_of(SETTINGS),
     ]
     command = Command(tmp_path, *words)
-    command.wait_until(lambda: told(run / "rates" / "0.01", 3))
+    command.wait_until(lambda: has_logged(run / "rates" / "0.01", 3))
     command.send(signal.SIGTERM)
     assert command.code() == 128 + signal.SIGTERM
     assert re.search(
@@ -326,7 +326,7 @@ def test_a_rate_that_diverges_is_not_selected(
 def test_weights_that_are_broken_never_win(
     short_run: Path, digits: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Too few steps for the skipped ones to be too many: what NaN logits answer must not count as a class."""
+    """With too few steps to diverge: predictions from NaN logits must not count."""
     small = {**SETTINGS, "steps": 6, "validate_every": 2}
     config = FinetuneConfig.layered({"model": short_run / "model", "tokens": digits.path}, small)
     finetune(

@@ -1,4 +1,4 @@
-"""Interrupted training gives what uninterrupted training gives, to the bit; damage is seen and named."""
+"""Interrupted training equals uninterrupted training, bit for bit; damage is named."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from igpt.training.checkpoints import checkpoints, newest_whole
 from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-from ..helpers.runs import Command, assert_same_run, losses, told
+from ..helpers.runs import Command, assert_same_run, has_logged, losses
 
 
 def test_killed_before_the_first_checkpoint_then_resumed(
@@ -35,7 +35,7 @@ def test_killed_before_the_first_checkpoint_then_resumed(
         24,
     ]
     command = Command(tmp_path, *words)
-    command.wait_until(lambda: told(run, 3))
+    command.wait_until(lambda: has_logged(run, 3))
     command.send(signal.SIGKILL)
     assert command.code() == -signal.SIGKILL
     assert not checkpoints(run / "checkpoints")
@@ -45,7 +45,7 @@ def test_killed_before_the_first_checkpoint_then_resumed(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_saves_and_says_how_to_go_on(
+def test_signal_saves_and_names_the_command_to_resume(
     igpt,
     digits: TokenDataset,
     short_run: Path,
@@ -55,7 +55,7 @@ def test_signal_saves_and_says_how_to_go_on(
 ) -> None:
     run = tmp_path / "stopped"
     command = Command(tmp_path, "pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
-    command.wait_until(lambda: told(run, 7))
+    command.wait_until(lambda: has_logged(run, 7))
     command.send(number)
     assert command.code() == 128 + number
     said, _, words = command.complaint.partition("continue with: igpt ")

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite change nothing; a run goes on after a few, and stops after many."""
+"""Steps whose loss or gradient is not finite are skipped; too many of them end the run."""
 
 import re
 from collections.abc import Set
@@ -77,7 +77,7 @@ def state(engine: Engine) -> list[Any]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("trouble", [NO_LOSS, NO_GRADIENT], ids=["loss", "gradient"])
-def test_a_skipped_update_changes_no_bit(optimizer: str, trouble: int) -> None:
+def test_a_skipped_step_changes_no_bit(optimizer: str, trouble: int) -> None:
     engine, other = make_engine({"optimizer": optimizer}), make_engine({"optimizer": optimizer})
     assert len(engine.optimizers) == (2 if optimizer == "muon" else 1)
     for number in range(4):
@@ -116,7 +116,7 @@ def train(
 
 
 def counts(run: Path) -> dict[int, int]:
-    """Steps skipped so far, by the steps that metrics.jsonl tells of."""
+    """Return the number of skipped steps, by the steps of metrics.jsonl."""
     return {
         line["step"]: line["skipped"]
         for line in read_metrics(run / "metrics.jsonl")
@@ -125,7 +125,7 @@ def counts(run: Path) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_goes_on_after_a_few(optimizer: str, tmp_path: Path) -> None:
+def test_a_run_continues_after_a_few(optimizer: str, tmp_path: Path) -> None:
     progress = train(tmp_path, {3, 6, 7}, max_skipped=3, optimizer=optimizer)
     assert (progress.step, progress.skipped) == (12, 3)
     assert counts(tmp_path) == {1: 0, 2: 0, 4: 1, 5: 1, 8: 3, 9: 3, 10: 3, 11: 3, 12: 3}
@@ -133,7 +133,7 @@ def test_a_run_goes_on_after_a_few(optimizer: str, tmp_path: Path) -> None:
     assert all(loss == loss for loss in losses(tmp_path).values())
 
 
-def test_lines_tell_the_mean_of_the_others(tmp_path: Path) -> None:
+def test_lines_have_the_mean_of_the_other_steps(tmp_path: Path) -> None:
     (tmp_path / "every").mkdir()
     train(tmp_path / "every", {3, 4, 6})
     train(tmp_path / "second", {3, 4, 6}, log_every=2)
@@ -147,7 +147,7 @@ def test_lines_tell_the_mean_of_the_others(tmp_path: Path) -> None:
 def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(
     objective: int, tmp_path: Path
 ) -> None:
-    """The newest one holds the very weights that gave no number, and so does that of the update before."""
+    """The two newest ones hold the weights that caused the trouble."""
     troubles = {3, 6, 7, 8}
     with pytest.raises(InputError, match="at step 8, and 4 steps were skipped so far") as caught:
         train(tmp_path, troubles, max_skipped=3, objective=objective)

@@ -1,4 +1,4 @@
-"""A run directory belongs to one process (or one group of ranks): a second one is refused, the first is unharmed."""
+"""A run directory belongs to one process (or group of ranks); a second one is refused."""
 
 import os
 import re
@@ -15,14 +15,14 @@ from igpt.training.checkpoints import checkpoints
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-from ..helpers.runs import Command, assert_same_run, losses, told
+from ..helpers.runs import Command, assert_same_run, has_logged, losses
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
     "as soon as it works there": lambda run: (run / ".lock").exists(),
     "when its settings are written": lambda run: (run / "config.yaml").exists(),
-    "after its first update": lambda run: told(run, 1),
+    "after its first update": lambda run: has_logged(run, 1),
     "after its first checkpoint": lambda run: bool(checkpoints(run / "checkpoints")),
-    "after its first validation": lambda run: told(run, 8, "validation"),
+    "after its first validation": lambda run: has_logged(run, 8, "validation"),
 }
 
 

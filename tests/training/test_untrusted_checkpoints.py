@@ -1,4 +1,4 @@
-"""Checkpoints that carry code, or bytes that were changed: nothing is executed, and nothing wrong is resumed."""
+"""Checkpoints with code or changed bytes: nothing is executed, nothing damaged is resumed."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ class Payload:
 
 
 def seal(checkpoint: Path) -> None:
-    """Make sizes and checksums right again, as somebody who changes a checkpoint on purpose would."""
+    """Update sizes and checksums, as an attacker would."""
     state = json.loads((checkpoint / "state.json").read_text())
     for name in state["files"]:
         content = (checkpoint / name).read_bytes()

@@ -1,4 +1,4 @@
-"""Variants in training: recomputed, compiled, written, fine-tuned; and the schedules. (Ranks: tests/distributed.)"""
+"""Variants in training: recomputed, compiled, saved, fine-tuned; and the schedules."""
 
 import json
 from functools import partial
@@ -23,7 +23,7 @@ from igpt.training.settings import TrainConfig
 TOGETHER = {"positions": "rotary", "value_residual": True}
 
 
-def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]:
+def train_steps(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]:
     """Losses and norms of three steps."""
     shape = {"resolution": 4, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 2}
     torch.manual_seed(0)
@@ -43,11 +43,12 @@ def told(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_computing_activations_again_changes_nothing(recomputation: str, precision: str) -> None:
-    kept = told({"precision": precision}, TOGETHER)
+    kept = train_steps({"precision": precision}, TOGETHER)
     assert (
-        told({"precision": precision, "activation_checkpointing": recomputation}, TOGETHER) == kept
+        train_steps({"precision": precision, "activation_checkpointing": recomputation}, TOGETHER)
+        == kept
     )
-    assert told({"precision": precision}, {}) != kept
+    assert train_steps({"precision": precision}, {}) != kept
 
 
 @pytest.mark.parametrize("recomputation", ["none", "selective"])
@@ -55,11 +56,11 @@ def test_compiled_blocks_are_one_graph_and_give_the_same(
     recomputation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Their graphs run without code being generated for them, which would take a minute."""
-    plain = told({}, TOGETHER)
+    plain = train_steps({}, TOGETHER)
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)
     )
-    compiled = told({"compile": "yes", "activation_checkpointing": recomputation}, TOGETHER)
+    compiled = train_steps({"compile": "yes", "activation_checkpointing": recomputation}, TOGETHER)
     for one, other in zip(plain, compiled, strict=True):
         assert other == pytest.approx(one, rel=1e-5)
 
