@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import pkgutil
 import re
 import shlex
 from pathlib import Path
@@ -140,6 +141,14 @@ def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
         draw()
     made = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_text() for file in (DOCS / "pictures").glob("*.svg")}
+
+
+def test_every_name_of_the_architecture_page_exists() -> None:
+    """A name that was moved or renamed would make the page wrong without a warning."""
+    names = re.findall(r"`(igpt(?:\.\w+)+)`", (DOCS / "architecture.md").read_text())
+    assert len(names) > 40
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None, name
 
 
 def test_small_pictures() -> None:

@@ -200,7 +200,7 @@ def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: p
     for shard in ("1/2", "2/2"):
         done = igpt("prepare", "digits", "-o", out, "--size", 4, "--shard", shard)
         assert done.returncode == 0, done.stderr
-        assert f"igpt prepare --merge -o {out} joins them" in done.stdout
+        assert f"merge them: igpt prepare --merge -o {out}" in done.stdout
     done = igpt("prepare", "--merge", "-o", out)
     assert done.returncode == 0, done.stderr
     prepare("digits", tmp_path / "alone", PrepareConfig(size=4))

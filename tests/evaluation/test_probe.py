@@ -158,7 +158,7 @@ def test_the_command_writes_every_protocol(
     assert result["concatenated"]["layers"] == [1, 2]
     assert [few["per_class"] for few in result["few_labels"]] == [2, 8]
     assert result["environment"].keys() >= {"command", "igpt", "torch", "commit", "processor"}
-    assert "labels a class: test" in done.stdout
+    assert "labels per class: test" in done.stdout
     assert "layers 1 2" in done.stdout
     again = igpt("probe", short_run, digits.path, "-o", tmp_path / "again.json", *words[:-2])
     assert again.returncode == 0

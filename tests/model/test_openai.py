@@ -575,7 +575,7 @@ def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, 
     assert "6.2383 nats/pixel, 9.0000 bits/pixel, over 1 test images of imagenet" in done.stdout
     said = (
         "published for igpt-s: 2.0895 nats/pixel; "
-        "this one does not agree within four digits (difference +4.1488)"
+        "this loss does not agree within four digits (difference +4.1488)"
     )
     assert said in done.stdout
     published = json.loads((tmp_path / "published.json").read_text())["published"]

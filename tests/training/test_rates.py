@@ -163,11 +163,9 @@ def test_the_model_is_the_last_one_and_both_are_tested(
     assert before["test_images"] == result["test_images"] == len(digits["test"])
     said = (searched.parent / "said").read_text()
     for rate, tried in zip(RATES, result["rates"], strict=True):
-        assert (
-            f"learning rate {rate:g}: validation accuracy {tried['validation_accuracy']:.4f}"
-            in said
-        )
-    assert f"the one chosen by them has {before['test_accuracy']:.4f}" in said
+        accuracy_reached = f"validation accuracy {tried['validation_accuracy']:.1%}"
+        assert f"learning rate {rate:g}: {accuracy_reached}" in said
+    assert f"the one selected by them has test accuracy {before['test_accuracy']:.1%}" in said
 
 
 def test_a_report_can_be_made_of_it(igpt, searched: Path, tmp_path: Path) -> None:
@@ -315,7 +313,7 @@ def test_a_rate_that_diverges_is_not_selected(
     assert result["learning_rate"] == 1e-3
     done = igpt(*words, "-o", tmp_path / "none", "--learning-rates", "999", "1000")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
-    assert "every learning rate came to losses that are not finite" in done.stderr
+    assert "every learning rate led to losses that are not finite" in done.stderr
     done = igpt(*words, "-o", tmp_path / "one", "--learning-rate", "1000")
     assert done.returncode == 2
     assert (
@@ -374,9 +372,9 @@ def test_rates_that_do_not_fit_are_refused(
         (["--learning-rate", "1e300"], "less than or equal to 1000"),
         (
             ["--learning-rates", "1e-3", "--learning-rate", "1e-3"],
-            "give one --learning-rate, or several",
+            "give either one --learning-rate or several",
         ),
-        (["--learning-rates"], "give one --learning-rate, or several"),
+        (["--learning-rates"], "give either one --learning-rate or several"),
     ):
         done = igpt(*words, *more)
         assert done.returncode == 2

@@ -135,7 +135,7 @@ def test_by_command(igpt: Run, small: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
     for line in (
         "2 px, 4 colours",
-        "in 4 shards, all whole",
+        "in 4 shards, all intact",
         "train: 5 images, 1 without a label",
         "  dog: 3, 1, 0",
         "3 of 4 colours occur in training, the commonest in 55.0% of the pixels",
