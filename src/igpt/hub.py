@@ -3,14 +3,12 @@
 `huggingface_hub` does the work. Here it gets time limits, and what it raises becomes one sentence.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 from igpt.errors import InputError
 
 Choose = Callable[[Collection[str]], list[str]]  # some of the names of files
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _TOKEN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
@@ -106,14 +104,23 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
 
 
 def require_name(name: str) -> None:
-    """Refuses what cannot name a repository of the Hub.
+    """Raise if a name cannot be that of a repository of the Hub.
 
     Raises:
         InputError: it is not USER/NAME.
     """
-    if not _NAME.fullmatch(name) or re.search(r"--|\.\.|[.-](/|$)|\.git$", name) or len(name) > 96:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+        is_valid = name.isascii() and name.count("/") == 1 and len(name) <= 96
+    except HFValidationError:
+        is_valid = False
+    if not is_valid:
         raise InputError(
-            f"{name!r} cannot name a model on the Hub; USER/NAME is needed, of letters, digits, '-', '_' and '.'"
+            f"{name!r} is not a valid name of a model on the Hub; USER/NAME is needed, of letters, "
+            "digits, '-', '_' and '.'"
         )
 
 

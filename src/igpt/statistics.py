@@ -1,4 +1,4 @@
-"""How sure a measured number is."""
+"""Confidence intervals of measured values. SciPy is imported where it is used: training needs none."""
 
 import math
 from typing import Any
@@ -6,24 +6,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_Z = 1.959963984540054  # of the normal distribution's central 95 %
+_LEVEL = 0.95  # of all intervals
 
 
 def interval_of_share(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a share of independent answers, such as an accuracy.
+    """Return Wilson's 95 % confidence interval of a share of independent answers, such as an accuracy.
 
-    Unlike the normal approximation it stays within 0 and 1, and has a width when all answers are
+    Unlike the normal approximation, it stays within 0 and 1, and has a width if all answers are
     right.
     """
-    share, z2 = right / count, _Z**2
-    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
-    half = _Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    # Rounding must not put the bound of a share of 0 or 1 on the wrong side of it.
-    return (0.0 if right == 0 else middle - half, 1.0 if right == count else middle + half)
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, count).proportion_ci(_LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def accuracy_of(right: NDArray[np.bool_]) -> dict[str, Any]:
-    """An accuracy as results are written: the share of right answers, their number and its interval."""
+    """Return an accuracy with the number of images and its interval, as results store it."""
     hits, count = int(right.sum()), len(right)
     return {
         "accuracy": hits / count,
@@ -33,70 +32,72 @@ def accuracy_of(right: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def packed(right: NDArray[np.bool_]) -> str:
-    """Which of N answers are right, as results are written: a bit each in hexadecimal, the first one highest."""
+    """Return N booleans as results store them: one bit each in hexadecimal, the first one highest."""
     return np.packbits(right).tobytes().hex()
 
 
 def unpacked(text: str, count: int) -> NDArray[np.bool_]:
-    """The N answers of `packed`."""
+    """Return the N booleans of `packed`."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
 
 
 def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[float, float]:
-    """The difference of two accuracies on the same images, and half of its 95 % confidence interval.
+    """Return the difference of two accuracies on the same images, and half of its 95 % interval.
 
-    Only the images on which one is right and the other wrong make it uncertain (the normal interval
-    of their mean).
+    Only images on which exactly one of the two is right contribute to the variance. The interval is
+    the normal one of the mean.
 
     Args:
-        first, second: which answers are right, [N], or several such that are averaged, [..., N].
+        first, second: which answers are right, [N], or several of these to be averaged, [..., N].
     """
-    apart = (first.astype(np.float64) - second).reshape(-1, first.shape[-1]).mean(axis=0)
-    return float(apart.mean()), _Z * float(apart.std(ddof=1)) / math.sqrt(len(apart))
+    difference = (first.astype(np.float64) - second).reshape(-1, first.shape[-1]).mean(axis=0)
+    error = float(difference.std(ddof=1)) / math.sqrt(len(difference))
+    return float(difference.mean()), _quantile() * error
 
 
 def mean_of(values: NDArray[np.float64]) -> dict[str, Any]:
-    """A mean over independent values as results are written: with its standard error and interval (None of one)."""
+    """Return the mean of independent values, its standard error and interval (None for one value)."""
     mean = float(values.mean())
     error = None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
-    interval = None if error is None else [mean - _Z * error, mean + _Z * error]
+    interval = None if error is None else [mean + sign * _quantile() * error for sign in (-1, 1)]
     return {"mean": mean, "standard_error": error, "interval_95": interval, "count": len(values)}
 
 
 def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, Any]:
-    """How well a number tells two kinds apart, of which the second should have the higher ones.
+    """Return the area under the ROC curve of separating two sets by a value.
 
-    The area under the receiver operating characteristic: the share of pairs in which the second
-        kind's is higher, ties
-    counting half. Its variance is DeLong's (Biometrics 44, 1988), by ranks (Sun and Xu, IEEE Signal
-    Processing Letters 21, 2014); the interval is the normal one of its logit, which stays within 0
-    and 1. Where DeLong's variance is 0, as when all pairs agree, the interval is that of as many
-    independent pairs as there are.
+    It is the share of pairs in which the value of the second set is higher; ties count half. The
+    variance is DeLong's (Biometrics 44, 1988), computed from ranks (Sun and Xu, IEEE Signal
+    Processing Letters 21, 2014). The interval is the normal one of the logit, which stays within 0
+    and 1. If DeLong's variance is 0, as when all pairs agree, it is Wilson's interval of as many
+    independent pairs as the smaller set has values.
 
     Args:
-        lower, higher: of the first kind [M] and of the second [N], independent, two or more each.
+        lower, higher: values of the first set [M] and the second [N], independent, two or more each.
     """
+    from scipy.special import expit, logit
     from scipy.stats import rankdata
 
     first, second = len(lower), len(higher)
-    assert min(first, second) > 1, "a variance needs two values of each kind"
+    assert min(first, second) > 1, "a variance needs two values of each set"
     ranks = rankdata(np.concatenate([lower, higher]))
-    below = (
-        ranks[first:] - rankdata(higher)
-    ) / first  # [N]: the share of the first kind below each of the second
-    above = (
-        1 - (ranks[:first] - rankdata(lower)) / second
-    )  # [M]: the share of the second kind above each of the first
+    # [N]: the share of the first set below each value of the second.
+    below = (ranks[first:] - rankdata(higher)) / first
+    # [M]: the share of the second set above each value of the first.
+    above = 1 - (ranks[:first] - rankdata(lower)) / second
     area = float(below.mean())
     error = math.sqrt(below.var(ddof=1) / second + above.var(ddof=1) / first)
-    if not error:
-        pairs = min(first, second)
-        interval = interval_of_share(round(area * pairs), pairs)
+    if error:
+        half = _quantile() * error / (area * (1 - area))
+        interval = [float(expit(logit(area) + sign * half)) for sign in (-1, 1)]
     else:
-        middle, half = math.log(area / (1 - area)), _Z * error / (area * (1 - area))
-        interval = (_logistic(middle - half), _logistic(middle + half))
-    return {"auroc": area, "standard_error": error, "interval_95": list(interval)}
+        pairs = min(first, second)
+        interval = list(interval_of_share(round(area * pairs), pairs))
+    return {"auroc": area, "standard_error": error, "interval_95": interval}
 
 
-def _logistic(value: float) -> float:
-    return 0.5 * (1 + math.tanh(value / 2))  # of any value, without an overflow
+def _quantile() -> float:
+    """Return the number of standard errors on each side of a normal interval, 1.96."""
+    from scipy.stats import norm
+
+    return float(norm.ppf((1 + _LEVEL) / 2))

@@ -385,7 +385,7 @@ def test_a_card_replaces_only_cards_and_needs_a_model(
         write_card(run, NAME)
     assert (run / "README.md").read_text() == "my notes"
     (run / "README.md").unlink()
-    with pytest.raises(InputError, match="cannot name a model on the Hub"):
+    with pytest.raises(InputError, match="is not a valid name of a model on the Hub"):
         write_card(run, "digits")
     shutil.rmtree(run / "model")
     with pytest.raises(InputError, match="contains no model yet"):
