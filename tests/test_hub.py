@@ -284,7 +284,9 @@ def test_a_part_of_a_model_in_the_cache_is_no_model(
     ],
 )
 def test_what_cannot_name_a_repository(name: str) -> None:
-    with pytest.raises(ValueError, match="is not a valid name of a model on the Hub; USER/NAME is needed"):
+    with pytest.raises(
+        ValueError, match="is not a valid name of a model on the Hub; USER/NAME is needed"
+    ):
         require_name(name)
 
 

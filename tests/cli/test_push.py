@@ -122,7 +122,11 @@ def test_mistakes_are_one_line_and_nothing_goes_up(
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
     by_hand = "the files can be uploaded by hand too: config.json, model.safetensors, preprocessor_config.json, README.md"
     for words, more, message in (
-        ((run, "digits"), {}, "'digits' is not a valid name of a model on the Hub; USER/NAME is needed"),
+        (
+            (run, "digits"),
+            {},
+            "'digits' is not a valid name of a model on the Hub; USER/NAME is needed",
+        ),
         ((tmp_path, "someone/x"), {}, "is no run directory"),
         (
             (run, "someone/x"),

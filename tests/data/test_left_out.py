@@ -347,11 +347,11 @@ def test_the_palette_command_counts_and_refuses(tmp_path: Path, igpt: Run, write
     done = igpt(*words)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "1 of 19 files or images of" in done.stderr
-    assert "--max-bad 0.053 goes on without them" in done.stderr
+    assert "--max-bad 0.053 continues without them" in done.stderr
     done = igpt(*words, "--max-bad", 0.053)
     assert done.returncode == 2
     assert "images that do not decode: 1, where --max-bad 0.053 allows 0" in done.stderr
-    assert "besides 1 possible images left out before" in done.stderr
+    assert "plus 1 possible images left out before" in done.stderr
     assert not (tmp_path / "p.npy").exists()
     done = igpt(*words, "--max-bad", 0.2)
     assert done.returncode == 0, done.stderr
@@ -390,7 +390,7 @@ def test_the_value_that_a_refusal_names_is_enough(write_folder: Write, tmp_path:
         done = igpt(*words, allowed)
         if done.returncode == 0:
             break
-        named = re.search(r"--max-bad ([\d.]+) goes on|\(([\d.]+) allows so many", done.stderr)
+        named = re.search(r"--max-bad ([\d.]+) continues|\(([\d.]+) is enough", done.stderr)
         assert named, done.stderr
         allowed = named[1] or named[2]
     assert done.returncode == 0, done.stderr

@@ -752,7 +752,8 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
 )
 def test_a_path_that_cannot_name_a_hub_model_is_told_as_such(name: str) -> None:
     with pytest.raises(
-        InputError, match=r"no model directory .* here, and .* is not a valid name of a model on the Hub"
+        InputError,
+        match=r"no model directory .* here, and .* is not a valid name of a model on the Hub",
     ):
         ImageGPT.from_pretrained(name)
 

@@ -1,4 +1,4 @@
-"""What a source holds that is not used: counts by kind with the first name of each, and how much of it is allowed."""
+"""Files and images of a source that are left out: counted by kind, with the first name of each."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -31,12 +31,12 @@ class _StoredEntry(Stored):
 
 @dataclass(frozen=True)
 class Entry:
-    """What is left out of one kind.
+    """Files or images of one kind that are left out.
 
     Attributes:
         count: how many.
-        first: the name of the first one; of columns, the names of up to ten.
-        possible_images: whether they are images, or files that may be or hold some: these count
+        first: the name of the first one; for columns, up to ten names.
+        possible_images: whether they are images, or files that may be or hold images; these count
             against `max_bad`.
     """
 
@@ -47,12 +47,12 @@ class Entry:
 
 @dataclass
 class LeftOut:
-    """Everything that is left out of a source, by kind, in the order in which it was found."""
+    """Everything that is left out of a source, by kind, in the order of discovery."""
 
     entries: dict[str, Entry] = field(default_factory=dict)
 
     def add(self, kind: str, first: str, *, count: int = 1, possible_images: bool = False) -> None:
-        """Count `count` more of a kind; the name of the first one ever counted is kept."""
+        """Count `count` more of a kind; the first name is kept."""
         known = self.entries.get(kind)
         if known:
             assert known.possible_images == possible_images
@@ -70,21 +70,21 @@ class LeftOut:
 
     @property
     def possible_images(self) -> int:
-        """How many images, or files that may be or hold some, are left out."""
+        """Number of images, and of files that may be or hold images, that are left out."""
         return sum(entry.count for entry in self.entries.values() if entry.possible_images)
 
     def text(self, *, only_possible_images: bool = False) -> str:
-        """Return everything in one line: "files ending in .heic: 30 (first: a.heic); ..."."""
-        told = [
+        """Return a summary in one line: "files ending in .heic: 30 (first: a.heic); ..."."""
+        shown = [
             f"{kind}: {entry.count} ({'' if kind.startswith(COLUMNS) else 'first: '}{entry.first})"
             for kind, entry in self.entries.items()
             if entry.possible_images or not only_possible_images
         ]
-        more = len(told) - _KINDS_SHOWN
-        return "; ".join(told[:_KINDS_SHOWN]) + (f"; and {more} more kinds" if more > 0 else "")
+        more = len(shown) - _KINDS_SHOWN
+        return "; ".join(shown[:_KINDS_SHOWN]) + (f"; and {more} more kinds" if more > 0 else "")
 
     def advice(self) -> str:
-        """Return what to do about archives and HEIC that are left out, to be put behind `text`."""
+        """Return advice on left-out archives and HEIC files, to append to `text`."""
         words = ""
         packed = next(
             (entry for kind, entry in self.entries.items() if kind.endswith(ARCHIVES)), None
@@ -92,19 +92,21 @@ class LeftOut:
         if packed:
             words += f"; unpack {packed.first} first"
         if any(kind.endswith(_HEIC) for kind in self.entries):
-            words += "; Pillow has no decoder for HEIC here: convert to JPEG or PNG, or install pillow-heif"
+            words += (
+                "; Pillow cannot decode HEIC here: convert to JPEG or PNG, or install pillow-heif"
+            )
         return words
 
     def to_json(self) -> dict[str, dict[str, Any]]:
-        """Return what `from_json` reads."""
+        """Return a JSON object that `from_json` reads."""
         return {kind: vars(entry) for kind, entry in self.entries.items()}
 
     @classmethod
     def from_json(cls, value: Any, where: str) -> "LeftOut":
-        """Read what `to_json` returned.
+        """Return the value that `to_json` was called on.
 
         Raises:
-            InputError: it is something else; names `where` and the key.
+            InputError: the object is malformed; names `where` and the key.
         """
         if not isinstance(value, Mapping):
             raise InputError(f"{where}: left_out should be a JSON object")
@@ -116,9 +118,9 @@ class LeftOut:
 
 
 def left_out_of(made: Mapping[str, Any], where: str) -> LeftOut:
-    """Return what was left out of a token data set, by the entry "made" of its manifest.
+    """Return what was left out of a token data set, from the entry "made" of its manifest.
 
-    Manifests of version 0.1.0 name the images that do not decode, and nothing else.
+    Manifests of version 0.1.0 name only the images that do not decode.
 
     Raises:
         InputError: the entry is malformed.
@@ -133,24 +135,24 @@ def left_out_of(made: Mapping[str, Any], where: str) -> LeftOut:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return names in one line, and how many more there are."""
+    """Return up to `most` names in one line, and the number of the others."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _printable(name: str) -> str:
-    """Escape line ends and what is no UTF-8 in the name of a file."""
+    """Escape line ends and invalid UTF-8 in the name of a file."""
     return name if name.isprintable() else repr(name)[1:-1]
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """How many possible images of a source may be left out.
+    """Number of possible images of a source that may be left out.
 
     Args:
-        images: of the source, that are not left out.
-        left_out: possible images that are left out before any is decoded.
-        max_bad: the share of all of these that may be left out.
+        images: number of images of the source that are not left out.
+        left_out: number of possible images that are left out before decoding.
+        max_bad: share of all of these that may be left out.
     """
 
     images: int
@@ -159,11 +161,11 @@ class Allowance:
 
     @property
     def total(self) -> int:
-        """Images and possible images of the source."""
+        """Number of images and possible images of the source."""
         return self.images + self.left_out
 
     def require(self, source: str, left_out: LeftOut) -> None:
-        """Refuse a source of which too much is left out before any image is decoded.
+        """Raise if too many possible images are left out before decoding.
 
         Raises:
             InputError: names the counts, and the value of `--max-bad` that allows it.
@@ -171,35 +173,34 @@ class Allowance:
         allowed = _whole(self.max_bad * self.total)
         if self.left_out > allowed:
             raise InputError(
-                f"{self.left_out} of {self.total} files or images of {source} would be left out, where --max-bad "
-                f"{self.max_bad:g} allows {allowed}: {left_out.text(only_possible_images=True)}{left_out.advice()}; "
-                f"--max-bad {_enough(self.left_out / self.total)} goes on without them"
+                f"{self.left_out} of {self.total} files or images of {source} would be left out, "
+                f"where --max-bad {self.max_bad:g} allows {allowed}: "
+                f"{left_out.text(only_possible_images=True)}{left_out.advice()}; "
+                f"--max-bad {_enough(self.left_out / self.total)} continues without them"
             )
 
     def undecoded(self, reading: int) -> int:
-        """Return how many images may fail to decode where `reading` of the source's images are read."""
+        """Return how many of `reading` images of the source may fail to decode."""
         share = (self.max_bad * self.total - self.left_out) / max(1, self.images)
         return _whole(max(0.0, share) * reading)
 
     def require_decoded(self, bad: Sequence[str], reading: int) -> None:
-        """Refuse more images that do not decode than are allowed where `reading` images are read.
+        """Raise if too many of `reading` images do not decode.
 
         Raises:
             InputError: names the counts, the first image, and the value of `--max-bad` that allows
-                so many.
+                them.
         """
         allowed = self.undecoded(reading)
         if len(bad) > allowed:
             share = (len(bad) / reading * self.images + self.left_out) / self.total
-            before = (
-                f", besides {self.left_out} possible images left out before"
-                if self.left_out
-                else ""
-            )
+            before = ""
+            if self.left_out:
+                before = f", plus {self.left_out} possible images left out before"
             raise InputError(
                 f"images that do not decode: {len(bad)}, where --max-bad {self.max_bad:g} allows "
-                f"{allowed}{before}; the first: {bad[0]}; mend or remove them, or go on without them by a larger "
-                f"--max-bad ({_enough(share)} allows so many)"
+                f"{allowed}{before}; the first: {bad[0]}; repair or remove them, or continue "
+                f"without them with a larger --max-bad ({_enough(share)} is enough)"
             )
 
 
@@ -208,7 +209,7 @@ def _whole(number: float) -> int:
 
 
 def _enough(share: float) -> str:
-    """Return a short number that is no less than a share."""
+    """Return a share, rounded up to a few digits."""
     for digits in (2, 3, 4, 6, 9):
         value = math.ceil(share * 10**digits - 1e-9) / 10**digits
         if value <= 1.1 * share:

@@ -454,9 +454,8 @@ def test_stl10(stl10: Path, stl_images: NDArray[np.uint8]):
 def test_stl10_that_does_not_fit(stl10: Path):
     whole = (stl10 / "train_X.bin").read_bytes()
     (stl10 / "train_X.bin").write_bytes(whole[:-1])
-    assert (
-        "train_X.bin is cut off: 55295 bytes, which is no whole number of images of 27648"
-        in refusal(stl10)
+    assert "train_X.bin is cut off: 55295 bytes, not a whole number of images of 27648" in refusal(
+        stl10
     )
     (stl10 / "train_X.bin").write_bytes(b"")
     assert "train_X.bin is cut off: 0 bytes" in refusal(stl10)
@@ -727,7 +726,7 @@ GOOD = np.zeros((3, 4), np.int32)
         ({"trX": np.zeros(4, np.int32)}, "set_trX.npy is int32 [4]; tokens are integers [N, n]"),
         ({"trX": np.zeros((0, 4), np.int32)}, "set_trX.npy is int32 [0, 4]"),
         ({"trX": np.zeros((3, 0), np.int32)}, "set_trX.npy is int32 [3, 0]"),
-        ({"trX": GOOD, "teX": np.zeros((3, 9), np.int32)}, "different numbers of tokens an image: [4, 9]"),
+        ({"trX": GOOD, "teX": np.zeros((3, 9), np.int32)}, "different numbers of tokens per image: [4, 9]"),
         ({"trX": GOOD, "trY": np.arange(2)}, "set_trY.npy has labels int64 [2]; one is needed for each of 3 images"),
         ({"trX": GOOD, "trY": np.eye(2)}, "set_trY.npy has labels float64 [2, 2]; one is needed for each of 3 images"),
         ({"trX": GOOD, "trY": np.zeros((0, 2))}, "one is needed for each of 3 images"),
@@ -875,6 +874,6 @@ def test_none_is_said_without_listing_the_folder(tmp_path: Path, monkeypatch: py
 def test_several_data_sets_in_a_folder(cifar10: Path, cifar100: Path):
     assert cifar10.parent == cifar100.parent
     message = refusal(cifar10.parent)
-    assert "several data sets are there; give one: " in message
+    assert "there are several data sets; give one: " in message
     assert str(cifar10) in message
     assert str(cifar100) in message

@@ -279,9 +279,7 @@ def test_classes_that_training_lacks(write_folder: Write):
 def test_two_metadata_files_in_one_folder(nine: Path):
     (nine / "metadata.csv").write_text(csv(["a"] * 9))
     (nine / "metadata.jsonl").write_text("")
-    assert "has two metadata files, metadata.csv and metadata.jsonl; keep one of them" in refusal(
-        nine
-    )
+    assert "has two metadata files, metadata.csv and metadata.jsonl; keep one" in refusal(nine)
 
 
 def test_listed_files_that_are_no_images(nine: Path):
@@ -383,7 +381,10 @@ def test_several_rows_of_an_image(nine: Path, settings: dict[str, str]):
 
 def test_a_table_that_does_not_describe_the_images(nine: Path):
     (nine / "metadata.csv").write_text("camera,year\nx,2019\n")
-    advice = "call the column of file names file_name, or give the file another name if it does not describe images"
+    advice = (
+        "rename the column of file names to file_name, or rename the file if it does not describe "
+        "images"
+    )
     assert f"has no column 'file_name'; its columns: 'camera', 'year'; {advice}" in refusal(nine)
     source = open_source(str(nine), SourceConfig(label_column="none"))
     assert counts(source) == {"metadata files without a column file_name": (1, "metadata.csv")}
@@ -401,8 +402,8 @@ def test_file_names_that_are_relative_to_another_folder(write_folder: Write):
     )
     path.write_text("file_name,label\n../top.png,a\n")
     assert refusal(folder) == (
-        f"{path} lists '../top.png', which is not in {folder}/sub; {rule} {folder}/top.png has that name: put the "
-        f"metadata file into {folder} for it"
+        f"{path} lists '../top.png', which is not in {folder}/sub; {rule} {folder}/top.png has that name: "
+        f"move the metadata file to {folder}"
     )
 
 

@@ -1,7 +1,7 @@
-"""Data sets as their own sites ship them: CIFAR-10, CIFAR-100 and STL-10, and OpenAI's arrays of ready tokens.
+"""Archives in the formats of their sites: CIFAR-10, CIFAR-100, STL-10, and OpenAI's token arrays.
 
-All is read through memory maps. What cannot be mapped as shipped (compressed archives, pickles,
-labels) is stored once in the cache of `datasets`. Shapes: N images, H x W pixels, n = resolution^2
+All arrays are memory-mapped. Files that cannot be mapped (compressed archives, pickles, labels) are
+converted once, in the cache of `datasets`. Shapes: N images, H x W pixels, n = resolution^2
 tokens.
 """
 
@@ -21,8 +21,10 @@ from igpt.data.sources.unpacking import CacheIndex, Mapped, cached, folder_in, u
 from igpt.errors import InputError
 from igpt.files import require_regular
 
-_AT_ONCE = 256  # images
-_MOST_CLASSES = 65536  # larger "class numbers" are something else, and each would get a name
+# Images in memory.
+_CHUNK = 256
+# Larger numbers are not class numbers, and each class gets a name.
+_MOST_CLASSES = 65536
 _CIFAR_SHAPE, _STL10_SHAPE = (3, 32, 32), (3, 96, 96)
 
 
@@ -32,7 +34,7 @@ class _Rows:
 
     Args:
         labels: int32 [N]; None where there are no classes.
-        parts: the files the rows came in, in their order, and how many each held.
+        parts: the original files in order, and the number of rows of each.
     """
 
     data: Mapped
@@ -43,9 +45,9 @@ class _Rows:
         return sum(count for _, count in self.parts)
 
     def read(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[Any], int]]:
-        """Some rows in ascending order, each with the number of its class (-1: none)."""
-        for first in range(0, len(rows), _AT_ONCE):
-            chosen = rows[first : first + _AT_ONCE]
+        """See `Reader`."""
+        for first in range(0, len(rows), _CHUNK):
+            chosen = rows[first : first + _CHUNK]
             numbers = self.labels.array[chosen].tolist() if self.labels else [-1] * len(chosen)
             yield from zip(self._arranged(self.data.array[chosen]), numbers, strict=True)
 
@@ -53,7 +55,7 @@ class _Rows:
         return block
 
     def name_of(self, row: int) -> str:
-        """How a person finds a row: its file, and its row there."""
+        """Return the file of a row and its number there."""
         for name, count in self.parts:
             if row < count:
                 return f"{name} row {row}"
@@ -67,7 +69,7 @@ class _Rows:
 
 @dataclass(frozen=True)
 class TokenRows(_Rows):
-    """Ready tokens: integers [N, n] as stored, of any type; a row is [n]."""
+    """Tokens: integers [N, n] of any type; a row is [n]."""
 
     @property
     def resolution(self) -> int:
@@ -88,7 +90,7 @@ class ArrayRows(_Rows):
 
 
 class _Layout(NamedTuple):
-    """The folder of an archive, the files of each split and of the class names, and the columns of labels."""
+    """Folder of an archive, files of each split and of the class names, and columns of labels."""
 
     folder: str
     splits: dict[str, tuple[str, ...]]
@@ -129,7 +131,7 @@ def _file_and_count(part: list[str | int]) -> list[str | int]:
 
 
 class _LabelIndex(CacheIndex):
-    """Index of the labels of ready tokens: the class names by column."""
+    """Index of the labels of tokens: the class names by column."""
 
     classes: dict[str, list[str]]
 
@@ -146,18 +148,18 @@ _Opened = tuple[dict[str, ArrayRows | TokenRows], list[str] | None]
 
 
 def open_archive(source: str, label_column: str | None = None) -> _Opened | None:
-    """The splits of an archive as shipped by its site and its class names, or None if `source` is none of them.
+    """Return the splits and class names of an archive in the format of its site; None for others.
 
     Args:
         source: the folder of CIFAR-10 or CIFAR-100 (Python version) or of STL-10 (binary), a folder
-            with one of these in it, one of these as a `.tar.gz` of any name, or what the names of
-            OpenAI's arrays begin with: `downloads/cifar10` for `downloads/cifar10_trX.npy` and so
-            on, unless something has that very name.
+            that contains one of these, one of these as a `.tar.gz` of any name, or the common start
+            of the names of OpenAI's arrays: `downloads/cifar10` for `downloads/cifar10_trX.npy` and
+            so on, unless there is a file or folder `downloads/cifar10`.
         label_column: "fine_label" (also when None) or "coarse_label" of CIFAR-100, "label" of the
             others. "none" ignores the labels.
 
     Returns:
-        the splits by the archive's own names, and the class names (None without labels).
+        The splits by the archive's own names, and the class names (None without labels).
 
     Raises:
         InputError: a damaged archive, a missing file, or no such label column.
@@ -173,7 +175,7 @@ def open_archive(source: str, label_column: str | None = None) -> _Opened | None
 
 
 def token_palette(source: str) -> Path | None:
-    """The palette (`kmeans_centers.npy`) beside OpenAI's arrays, if `source` names such and it is there."""
+    """Return the palette (`kmeans_centers.npy`) next to OpenAI's arrays; None without one."""
     prefix = _token_prefix(source)
     palette = prefix.with_name("kmeans_centers.npy") if prefix else None
     return palette if palette and palette.is_file() else None
@@ -193,8 +195,8 @@ def _find(path: Path) -> tuple[_Layout, Path] | None:
         folder = folder_in(path, [layout.folder for layout in _LAYOUTS])
         return next(((layout, path) for layout in _LAYOUTS if layout.folder == folder), None)
     for layout in _LAYOUTS:
-        # Two files make an archive: one may have such a name by chance, and one that is missing
-        # shall be named.
+        # Two files identify an archive: one alone may have the name by chance, and a missing one
+        # is reported later.
         if sum((path / name).is_file() for name in layout.files) >= 2:
             return layout, path
     inner = [
@@ -202,7 +204,8 @@ def _find(path: Path) -> tuple[_Layout, Path] | None:
     ]
     if len(inner) > 1:
         raise InputError(
-            f"several data sets are there; give one: {', '.join(str(folder) for _, folder in inner)}"
+            "there are several data sets; give one: "
+            + ", ".join(str(folder) for _, folder in inner)
         )
     return inner[0] if inner else None
 
@@ -227,11 +230,11 @@ def _open_images(layout: _Layout, path: Path, label_column: str | None) -> _Open
             require_regular(folder / name)
         if missing := [name for name in layout.files if not (folder / name).is_file()]:
             raise InputError(
-                f"{', '.join(missing)} of {layout.folder} is missing; download and unpack it anew"
+                f"{', '.join(missing)} of {layout.folder} is missing; download and unpack it again"
             )
         index = _store_stl10(folder, cache) if raw else _store_cifar(layout, folder, cache)
         if packed and not raw:
-            shutil.rmtree(folder)  # the pickles have become arrays
+            shutil.rmtree(folder)  # The pickles are stored as arrays now.
         return index
 
     cache, index = cached(
@@ -256,7 +259,7 @@ def _labels(cache: Path, split: str, column: str | None) -> Mapped | None:
 
 
 def _store_cifar(layout: _Layout, folder: Path, cache: Path) -> dict[str, Any]:
-    """Stores the images of each split, uint8 [N, 3, 32, 32], and the labels of each column, int32 [N]."""
+    """Store the images of each split, uint8 [N, 3, 32, 32], and the labels, int32 [N]."""
     named = unpickle(folder / layout.names, *(f"{column}_names" for column in layout.columns))
     if not all(
         isinstance(names, list) and all(isinstance(name, bytes) for name in names)
@@ -291,14 +294,14 @@ def _store_cifar(layout: _Layout, folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def _store_stl10(folder: Path, cache: Path) -> dict[str, Any]:
-    """Stores the labels, int32 [N]; the images are mapped as shipped."""
+    """Store the labels, int32 [N]; the original images are memory-mapped."""
     classes = (folder / _STL10.names).read_text(encoding="utf-8", errors="replace").split()
     parts = {}
     for split, (file, *label_files) in _STL10.splits.items():
         size, each = (folder / file).stat().st_size, math.prod(_STL10_SHAPE)
         if size % each or not size:
             raise InputError(
-                f"{file} is cut off: {size} bytes, which is no whole number of images of {each}"
+                f"{file} is cut off: {size} bytes, not a whole number of images of {each} bytes"
             )
         parts[split] = [(file, size // each)]
         for label_file in label_files:
@@ -326,11 +329,12 @@ def _open_tokens(prefix: Path, label_column: str | None) -> _Opened:
             or math.isqrt(shape[1]) ** 2 != shape[1]
         ):
             raise InputError(
-                f"{data.path.name} is {kind} {list(shape)}; tokens are integers [N, n], n a square number"
+                f"{data.path.name} is {kind} {list(shape)}; tokens are integers [N, n], n a square "
+                "number"
             )
     widths = {data.array.shape[1] for data in tokens.values()}
     if len(widths) > 1:
-        raise InputError(f"the splits have different numbers of tokens an image: {sorted(widths)}")
+        raise InputError(f"the splits have different numbers of tokens per image: {sorted(widths)}")
 
     def fill(cache: Path) -> dict[str, Any]:
         most = 0
@@ -354,11 +358,11 @@ def _open_tokens(prefix: Path, label_column: str | None) -> _Opened:
 
 
 def _plain_labels(labels: NDArray[Any], images: int, file: str) -> NDArray[np.int32]:
-    """int32 [N] of class numbers [N] or one-hot rows [N, classes]."""
+    """Return labels, int32 [N], from class numbers [N] or one-hot rows [N, classes]."""
     if labels.ndim != 2 or len(labels) != images:
         return _class_numbers(labels, images, _MOST_CLASSES, file)
     numbers = []
-    for first in range(0, images, 4096):  # OpenAI's for ImageNet are gigabytes
+    for first in range(0, images, 4096):  # Those of ImageNet are gigabytes.
         rows = labels[first : first + 4096]
         if rows.dtype.kind not in "biuf" or not (
             ((rows == 0) | (rows == 1)).all() and (rows.sum(axis=1) == 1).all()
@@ -371,14 +375,15 @@ def _plain_labels(labels: NDArray[Any], images: int, file: str) -> NDArray[np.in
 def _class_numbers(
     values: Any, images: int, classes: int, file: str, first: int = 0
 ) -> NDArray[np.int32]:
-    """Checked labels, int32 [N]; the file gives its first class the number `first`."""
+    """Return checked labels, int32 [N]; `first` is the file's number of its first class."""
     try:
         numbers = np.asarray(values)
-    except ValueError:  # lists of different lengths
+    except ValueError:  # Lists of different lengths.
         numbers = np.empty((), dtype=object)
     if numbers.dtype.kind not in "iu" or numbers.shape != (images,):
         raise InputError(
-            f"{file} has labels {numbers.dtype} {list(numbers.shape)}; one is needed for each of {images} images"
+            f"{file} has labels {numbers.dtype} {list(numbers.shape)}; one is needed for each of "
+            f"{images} images"
         )
     wrong = numbers[(numbers < first) | (numbers >= first + classes)]
     if len(wrong):

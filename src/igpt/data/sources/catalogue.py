@@ -463,7 +463,8 @@ def _with_held_out(
     count = max(1, round(config.held_out * train))
     if missing and train <= count * len(missing):
         raise InputError(
-            f"{source} has {train} training images: too few to hold {count} out for {' and '.join(missing)}"
+            f"{source} has {train} training images: too few to hold {count} out for "
+            f"{' and '.join(missing)}"
         )
     splits = {name: Split(reader, np.arange(len(reader))) for name, reader in readers.items()}
     if missing:

@@ -208,7 +208,7 @@ def split_folders(names: Any) -> tuple[Splits, Splits]:
 
 
 def _levels(names: Any) -> list[_Level]:
-    """Return the folder, and the folders in it while each is the only one with (almost) all images."""
+    """Return the folder, and the only folders in it that hold (almost) all images."""
     import pyarrow.compute as pc
 
     levels, folder = list[_Level](), ""

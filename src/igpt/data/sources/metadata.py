@@ -1,16 +1,16 @@
-"""Files that describe the images of a folder: `metadata.csv`, `.jsonl` and `.parquet`, and Tiny ImageNet's annotations.
+"""Metadata files of a folder of images: `metadata.csv`, `.jsonl`, `.parquet`, and annotations.
 
-They are read as text: no column is ever taken for numbers, dates or missing values, so "NA", "01"
-    and "1" stay three
-words. A metadata file describes the images in its folder and below, by the column `file_name`,
-which is relative to it. N images, R rows.
+They are read as text: no column is parsed as numbers, dates or missing values, so "NA", "01" and
+"1" are three different words. A metadata file describes the images in its folder and below by the
+column `file_name`, which is relative to that folder. N images, R rows.
 """
 
 import csv
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,23 +22,24 @@ from igpt.errors import InputError, suggest
 from igpt.files import require_regular
 
 FILE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-ANNOTATIONS = "val_annotations.txt"  # of Tiny ImageNet: file, class and box, separated by tabs
+# Tiny ImageNet's file of classes: file name, class and box, separated by tabs.
+ANNOTATIONS = "val_annotations.txt"
 FILE_NAME, LABEL = "file_name", "label"
-_AT_ONCE = 65536
+_CHUNK = 65536
 
 
 @dataclass(frozen=True)
 class Described:
-    """What the metadata files of a folder say of its images.
+    """The images of a folder as its metadata files describe them.
 
     Attributes:
-        kept: whether an image is used, an Arrow array of booleans [N]: listed, or below no metadata
-            file.
+        kept: which images are used, an Arrow array of booleans [N]: those that are listed, and
+            those to which no metadata file applies.
         words: the class of each image, an Arrow array of strings [N], null without one; None
             without classes.
         left_out: images that are not listed, and columns, rows and files that are not used.
-        columns: which columns there are, in words.
-        further: whether there are others than `file_name`.
+        columns: the names of the columns, as a sentence.
+        further: whether there are columns other than `file_name`.
     """
 
     kept: Any
@@ -49,17 +50,17 @@ class Described:
 
 
 def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) -> Described:
-    """Look all images of a folder up in its metadata files; the nearest file above an image describes it.
+    """Find the images of a folder in its metadata files; the nearest file above an image applies.
 
     Args:
-        names: of all the images in it, relative to it, an Arrow array [N].
-        files: its metadata files, relative to it.
-        label: the column of classes; None takes `label`, or the one column of Parquet with named
-            classes; "none" takes none.
+        names: of all images, relative to the folder, an Arrow array [N].
+        files: the metadata files, relative to the folder.
+        label: the column of classes; None takes the column `label`, or the only column of Parquet
+            with named classes; "none" ignores classes.
 
     Raises:
-        InputError: a file is malformed, lists an image twice, or lists one that is not there; or no
-            file has `label`.
+        InputError: a file is malformed, lists an image twice, or lists one that is missing; or no
+            file has the column `label`.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -74,14 +75,16 @@ def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) 
         if FILE_NAME not in found:
             raise _no_file_name(folder / file, found)
     column = _label_column(folder, list(columns), columns, label)
-    unused: dict[str, dict[str, None]] = {}  # columns by the name of the file, in their order
+    # Unused columns in their order, by the name of the file.
+    unused: dict[str, dict[str, None]] = {}
     for file, names_of_columns in columns.items():
         others = [name for name in names_of_columns if name not in (FILE_NAME, column)]
         unused.setdefault(PurePosixPath(file).name, {}).update(dict.fromkeys(others))
     for file_name, others_of in unused.items():
         if others_of:
             left_out.add(f"columns of {file_name}", listed(list(others_of)), count=len(others_of))
-    position = pa.nulls(len(names), pa.int64())  # of each image's row among all rows
+    # The index of each image's row among the rows of all files.
+    position = pa.nulls(len(names), pa.int64())
     owned = pc.is_valid(position)
     values, rows = [], 0
     for home in sorted(homes, key=lambda home: (-home.count("/"), home)):
@@ -107,28 +110,30 @@ def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) 
     if len(dropped):
         left_out.add(UNLISTED, dropped[0].as_py(), count=len(dropped), possible_images=True)
     words = pc.take(pa.concat_arrays(values), position) if column else None
-    known = list(
-        dict.fromkeys(name for file in columns for name in columns[file] if name != FILE_NAME)
-    )
-    told = f"{files[0]} has {f'the columns {listed(known)}' if known else f'no column but {FILE_NAME}'}"
-    return Described(kept, words, left_out, told, bool(known))
+    known = _further_columns(columns)
+    content = f"the columns {listed(known)}" if known else f"no column but {FILE_NAME}"
+    return Described(kept, words, left_out, f"{files[0]} has {content}", bool(known))
 
 
 def read_annotations(path: Path) -> dict[str, str]:
-    """Return the class of each image by its file name, as Tiny ImageNet's `val_annotations.txt` has it.
+    """Return the class of each image by its file name, from Tiny ImageNet's `val_annotations.txt`.
 
     Raises:
         InputError: it is not readable, a line has no second field, or a file is listed twice.
     """
     found: dict[str, str] = {}
-    for number, line in enumerate(_text(path).splitlines(), 1):
+    require_regular(path)
+    with _utf8(path):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    for number, line in enumerate(lines, 1):
         name, _, rest = line.partition("\t")
         word = rest.split("\t", 1)[0].strip()
         if not line.strip():
             continue
         if not word:
             raise InputError(
-                f"{path}, line {number}: a file name, a tab and a class are needed, not {line[:80]!r}"
+                f"{path}, line {number}: a file name, a tab and a class are needed, not "
+                f"{line[:80]!r}"
             )
         if name in found:
             raise InputError(f"{path}, line {number}: {name!r} is listed twice")
@@ -137,24 +142,28 @@ def read_annotations(path: Path) -> dict[str, str]:
 
 
 def _homes(folder: Path, files: Iterable[str]) -> dict[str, str]:
-    """Return the metadata file of each folder that has one; the folders end with a slash, or are empty."""
+    """Return the metadata file of each folder with one; folders end with a slash or are empty."""
     homes: dict[str, str] = {}
     for file in files:
         home = file[: file.rfind("/") + 1]
         if home in homes:
             raise InputError(
-                f"{folder / home} has two metadata files, {homes[home]} and {file}; keep one of them"
+                f"{folder / home} has two metadata files, {homes[home]} and {file}; keep one"
             )
         homes[home] = file
     return homes
 
 
+def _further_columns(columns: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the names of the columns of all files, without the column of file names."""
+    names = (name for of_file in columns.values() for name in of_file)
+    return [name for name in dict.fromkeys(names) if name != FILE_NAME]
+
+
 def _label_column(
     folder: Path, files: Sequence[str], columns: dict[str, list[str]], label: str | None
 ) -> str | None:
-    known = list(
-        dict.fromkeys(name for file in files for name in columns[file] if name != FILE_NAME)
-    )
+    known = _further_columns(columns)
     if label == "none":
         return None
     if label is not None:
@@ -172,12 +181,14 @@ def _label_column(
 
 
 def _require_there(folder: Path, file: str, described: Any, images: Any, names: Any) -> None:
-    """Refuse a list with a file that is not there. Files that are there and are no images are counted elsewhere.
+    """Raise if a metadata file lists a file that does not exist.
+
+    Listed files that exist and are not images are left out elsewhere.
 
     Args:
         described: the file names that the metadata file lists.
-        images: those in its folder and below, relative to it.
-        names: those in the whole folder.
+        images: the images in its folder and below, relative to it.
+        names: the images in the whole folder.
     """
     import pyarrow.compute as pc
 
@@ -185,23 +196,26 @@ def _require_there(folder: Path, file: str, described: Any, images: Any, names: 
     for value in pc.filter(described, pc.invert(pc.is_in(described, value_set=images))):
         name = value.as_py()
         inside = not name.startswith("/") and ".." not in name.split("/")
-        if not inside or not os.path.exists(path.parent / name):  # noqa: PTH110  no name is an error to it
+        # `os.path.exists` raises for no name; `Path.exists` does.
+        if not inside or not os.path.exists(path.parent / name):  # noqa: PTH110
             base = PurePosixPath(name).name
             same = pc.filter(names, pc.or_(pc.ends_with(names, f"/{base}"), pc.equal(names, base)))
             advice = ""
             if len(same) == 1:
+                image = folder / same[0].as_py()
                 advice = (
-                    f"; {FILE_NAME} is relative to the folder of the metadata file, and "
-                    f"{folder / same[0].as_py()} has that name: {_where(folder / same[0].as_py(), path)}"
+                    f"; {FILE_NAME} is relative to the folder of the metadata file, and {image} "
+                    f"has that name: {_where(image, path)}"
                 )
             raise InputError(f"{path} lists {name!r}, which is not in {path.parent}{advice}")
 
 
 def _where(image: Path, metadata: Path) -> str:
-    """Return how a metadata file can list an image."""
+    """Return how a metadata file can list an image, as advice."""
     if image.is_relative_to(metadata.parent):
         return f"write {image.relative_to(metadata.parent).as_posix()!r}"
-    return f"put the metadata file into {Path(os.path.commonpath([image.parent, metadata.parent]))} for it"
+    common = Path(os.path.commonpath([image.parent, metadata.parent]))
+    return f"move the metadata file to {common}"
 
 
 def _columns(path: Path) -> list[str]:
@@ -226,16 +240,19 @@ def _no_file_name(path: Path, names: Sequence[str]) -> InputError:
     if wrong:
         advice = f"is it separated by {wrong[0]!r}? commas are needed"
     else:
-        advice = f"call the column of file names {FILE_NAME}, or give the file another name if it does not describe images"
+        advice = (
+            f"rename the column of file names to {FILE_NAME}, or rename the file if it does not "
+            "describe images"
+        )
     return InputError(f"{path} has no column {FILE_NAME!r}; its columns: {found}; {advice}")
 
 
 def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
-    """Return what a metadata file lists; several rows of an image are one where they have the same class.
+    """Return the rows of a metadata file; rows that repeat an image and its class are dropped.
 
     Returns:
-        The file names and their classes, Arrow arrays of strings [R], classes may be null; and the
-        file names of further rows.
+        The file names and their classes, Arrow arrays of strings [R], classes with nulls; and the
+        file names of the dropped rows.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -252,7 +269,7 @@ def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
     try:
         for pair in _pairs(path, column):
             chunk.append(pair)
-            if len(chunk) == _AT_ONCE:
+            if len(chunk) == _CHUNK:
                 flush()
         flush()
     except UnicodeEncodeError as error:
@@ -271,8 +288,8 @@ def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
             repeated.append(name)
         else:
             raise InputError(
-                f"{path} lists {name!r} twice, with the classes {seen[name]!r} and {word!r}; one class for each image "
-                "is needed"
+                f"{path} lists {name!r} twice, with the classes {seen[name]!r} and {word!r}; one "
+                "class for each image is needed"
             )
     return described.take(pa.array(kept)), classes.take(pa.array(kept)), repeated
 
@@ -295,7 +312,8 @@ def _pairs(path: Path, column: str | None) -> Iterator[tuple[str, str | None]]:
             )
         if isinstance(value, dict | list):
             raise InputError(
-                f"{path}, row {number}: the column {column!r} holds {str(value)[:60]}; one class is needed"
+                f"{path}, row {number}: the column {column!r} holds {str(value)[:60]}; one class "
+                "is needed"
             )
         if path.suffix == ".jsonl" and isinstance(value, float):
             value = None if is_missing(value) else str(value)
@@ -311,14 +329,15 @@ def _word(value: Any, class_names: list[str] | None) -> str | None:
 
 
 def _normal(name: str) -> str:
-    """Return a relative path with slashes, as the files of the folder are named."""
+    """Return a relative path with slashes and without "." parts."""
     return str(PurePosixPath(name.replace("\\", "/")))
 
 
-def _text(path: Path) -> str:
-    require_regular(path)
+@contextmanager
+def _utf8(path: Path) -> Iterator[None]:
+    """Raise an `InputError` where a file is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8-sig")
+        yield
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
@@ -326,9 +345,9 @@ def _text(path: Path) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield the rows with their lines, the header first; empty lines, and lines of spaces, are no rows."""
+    """Yield the line number and the cells of each row, the header first, without empty lines."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with _utf8(path), path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, strict=True)
             header: list[str] | None = None
             for cells in reader:
@@ -339,19 +358,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                     yield reader.line_num, header
                     continue
                 if len(cells) != len(header):
-                    advice = (
-                        "; put cells with commas into quotation marks"
-                        if len(cells) > len(header)
-                        else ""
-                    )
+                    advice = "; put cells with commas into quotation marks"
                     raise InputError(
-                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}{advice}"
+                        f"{path}, line {reader.line_num}: {len(cells)} cells where the header has "
+                        f"{len(header)}{advice if len(cells) > len(header) else ''}"
                     )
                 yield reader.line_num, cells
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
-        ) from None
     except csv.Error as error:
         raise InputError(
             f"{path} is not readable as CSV: line {reader.line_num}: {error}"
@@ -366,10 +378,10 @@ def _csv_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects with their lines."""
+    """Yield the line number and the object of each row."""
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
+        with _utf8(path), path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
@@ -379,31 +391,27 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                         f"{path}, line {number}: a JSON object is needed, not {line.strip()[:60]!r}"
                     )
                 yield number, row
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not readable as UTF-8 ({error.reason} at byte {error.start}); convert it"
-        ) from None
+    except InputError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(
-            f"{path}, line {number}: not readable as JSON ({error}); one object a line is needed"
+            f"{path}, line {number}: not readable as JSON ({error}); one object per line is needed"
         ) from None
 
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield two columns of the rows, with their numbers from 1."""
+    """Yield the number, from 1, and two columns of each row."""
     number = 0
     columns = [FILE_NAME, *([column] if column else [])]
     with opened_parquet(str(path)) as parquet:
-        for batch in parquet.iter_batches(_AT_ONCE, columns=columns, use_threads=False):
+        for batch in parquet.iter_batches(_CHUNK, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield number, row
 
 
 def _class_names(path: Path) -> dict[str, list[str]]:
-    """Return the columns of a Parquet file whose numbers have class names, and the names."""
+    """Return the class names of the columns of a Parquet file that have some."""
     from datasets import ClassLabel, Features
 
     with opened_parquet(str(path)) as parquet:

@@ -345,7 +345,8 @@ def _load_saved(folder: Path) -> Table:
         name = file["filename"]
         if "/" in name or not (folder / name).exists():
             raise InputError(
-                f"{folder / _STATE} names {name!r}, which is not in {folder}; save the data set again"
+                f"{folder / _STATE} names {name!r}, which is not in {folder}; save the data "
+                "set again"
             )
         require_regular(folder / name)
     try:
@@ -372,8 +373,8 @@ def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
     except Exception as error:  # `datasets`, the Hub's client and networks raise many types.
         source = f"{name}:{config}" if config else name
         raise InputError(
-            f"cannot load {source!r}: there is no such folder, and no such data set can be reached on "
-            f"the Hub, or its files are not readable as images ({_reason(error)})"
+            f"cannot load {source!r}: there is no such folder, and no such data set can be reached "
+            f"on the Hub, or its files are not readable as images ({_reason(error)})"
         ) from None
 
 
@@ -431,9 +432,9 @@ def _require_all(folder: Path, present: Sequence[str], used: Sequence[str]) -> N
         names = {Path(file).name for file in used}
         left = next((name for name in present if Path(name).name not in names), present[-1])
         raise InputError(
-            f"{folder}: {len(present) - len(used)} of {len(present)} {Path(left).suffix} files have no "
-            f"split in their names ({left} is the first), and others do; name all in the same way, "
-            "or give one file"
+            f"{folder}: {len(present) - len(used)} of {len(present)} {Path(left).suffix} files "
+            f"have no split in their names ({left} is the first), and others do; name all in the "
+            "same way, or give one file"
         )
 
 

@@ -75,7 +75,7 @@ class Sample:
         return ending if ending is not None else next(filter(is_image_ending, self.members), "")
 
     def value(self, column: str) -> str | None:
-        """Return the text of a member or a field of the `.json` member; None if empty or missing."""
+        """Return the text of a member or a field of the `.json` member; None without one."""
         if column in self.members:
             return self._read(column).decode(errors="replace").strip() or None
         field = self._json.get(column)

@@ -1,4 +1,4 @@
-"""Files made elsewhere, opened without trust: arrays, `.tar.gz` archives and pickles; and a cache of what they hold."""
+"""Safe reading of downloaded files (arrays, `.tar.gz` archives, pickles), and a cache of them."""
 
 import codecs
 import gzip
@@ -27,14 +27,21 @@ _BROKEN = (EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError)
 
 @dataclass(frozen=True)
 class Mapped:
-    """An array on disk, mapped when first used: `.npy`, or raw uint8 of a given shape. Pickles as its path."""
+    """An array on disk, memory-mapped on first use: `.npy`, or raw uint8 of a given shape.
+
+    It is pickled as its path.
+    """
 
     path: Path
     shape: tuple[int, ...] | None = None
 
     @cached_property
     def array(self) -> NDArray[Any]:
-        """The array, read-only; an `InputError` if it is no `.npy`, or not all of one."""
+        """The array, read-only.
+
+        Raises:
+            InputError: the file is not a complete `.npy` file.
+        """
         if self.shape:
             return np.memmap(self.path, np.uint8, "r", shape=self.shape)
         return map_array(self.path)
@@ -56,10 +63,10 @@ class CacheIndex(Stored):
 def cached(
     files: list[Path], fill: Callable[[Path], dict[str, Any]], schema: type[CacheIndex]
 ) -> tuple[Path, dict[str, Any]]:
-    """The folder that `fill` makes of these files, and the index it returns.
+    """Return the cached folder that `fill` creates from some files, and the index it returns.
 
-    It is made again when one of the files has changed, when some of the folder was removed, and
-    when its index violates the schema. Nothing stays behind if `fill` fails.
+    The folder is created again when one of the files has changed, when a part of the folder is
+    missing, or when its index violates the schema. Nothing is left behind if `fill` fails.
     """
     import datasets
     from filelock import FileLock
@@ -69,7 +76,7 @@ def cached(
     key = hashlib.sha256(json.dumps(states).encode()).hexdigest()[:16]
     folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser().absolute() / "igpt" / key
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.parent / ".lock"):  # another process may be making the same
+    with FileLock(folder.parent / ".lock"):  # Another process may create it.
         index = _index_of(folder, schema)
         if index is None:
             with atomic_folder(folder) as temporary:
@@ -84,13 +91,13 @@ def cached(
 
 
 def _index_of(folder: Path, schema: type[CacheIndex]) -> dict[str, Any] | None:
-    """Return the index of a cached archive; None where it or one of the files is missing or damaged."""
+    """Return the index of a cached archive; None if it or a file is missing or damaged."""
     try:
         index = read_json(folder / _INDEX, "index of a cached archive", schema)
     except InputError:
         return None
     files = [(folder / name, size) for name, size in index["bytes"].items()]
-    # What cleans caches removes single files.
+    # Programs that clean caches remove single files.
     return (
         index
         if all(file.is_file() and file.stat().st_size == size for file, size in files)
@@ -99,13 +106,13 @@ def _index_of(folder: Path, schema: type[CacheIndex]) -> dict[str, Any] | None:
 
 
 def folder_in(path: Path, known: Collection[str]) -> str | None:
-    """The first of some known folders that a `.tar.gz` has among its first members; None for any other file.
+    """Return the first known folder among the first members of a `.tar.gz`; None without one.
 
     Raises:
         InputError: the file is compressed and cut off.
     """
     with path.open("rb") as file:
-        if file.read(2) != b"\x1f\x8b":  # of gzip
+        if file.read(2) != b"\x1f\x8b":  # The magic number of gzip.
             return None
     try:
         with gzip.open(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
@@ -113,18 +120,18 @@ def folder_in(path: Path, known: Collection[str]) -> str | None:
                 folder for member in islice(tar, 16) for folder in PurePosixPath(member.name).parts
             )
             return next((folder for folder in folders if folder in known), None)
-    except tarfile.TarError:  # some other compressed file
+    except tarfile.TarError:  # Another compressed file.
         return None
     except _BROKEN as error:
         raise _broken(error) from None
 
 
 def _broken(error: Exception) -> InputError:
-    return InputError(f"cut off or damaged ({error}); download it anew")
+    return InputError(f"cut off or damaged ({error}); download it again")
 
 
 def unpack(path: Path, folder: str, names: Collection[str], out: Path) -> None:
-    """Unpacks the files of these names in the folder of a `.tar.gz`, and nothing else, into `out`.
+    """Extract the files with some names in one folder of a `.tar.gz` into `out`.
 
     Raises:
         InputError: the archive is cut off or damaged.
@@ -136,17 +143,18 @@ def unpack(path: Path, folder: str, names: Collection[str], out: Path) -> None:
                     name = PurePosixPath(member.name)
                     if member.isfile() and name.name in names and name.parent.name == folder:
                         tar.extract(member.replace(name=name.name, deep=False), out, filter="data")
-            while unpacked.read(2**20):  # to the end, where the checksum stands
+            # The checksum is at the end of the file.
+            while unpacked.read(2**20):
                 pass
     except _BROKEN as error:
         raise _broken(error) from None
 
 
 def unpickle(path: Path, *keys: str) -> list[Any]:
-    """What a dictionary pickled by Python 2 has under these keys: plain values, byte strings and arrays.
+    """Return some values of a dictionary pickled by Python 2: plain values, byte strings, arrays.
 
     Raises:
-        InputError: it is no such file, lacks a key, or asks for anything but arrays.
+        InputError: the file is not such a pickle, lacks a key, or would run code.
     """
     try:
         with path.open("rb") as file:
@@ -156,7 +164,7 @@ def unpickle(path: Path, *keys: str) -> list[Any]:
         raise InputError(f"{path.name} {error}") from None
     except KeyError as error:
         raise InputError(f"{path.name} holds no {error}; is it another file?") from None
-    except Exception as error:  # of any type: malformed pickles fail wherever they like
+    except Exception as error:  # Malformed pickles raise errors of any type.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
             f"{path.name} is not readable as a pickled dictionary ({reason}); is it cut off?"
@@ -164,24 +172,24 @@ def unpickle(path: Path, *keys: str) -> list[Any]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Admits what arrays and byte strings need, and no other function or class."""
+    """An unpickler that allows only the functions and classes of arrays and byte strings."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
+        if (module, name) not in _ALLOWED:
             raise InputError(
                 f"holds a pickle that would run code ({module}.{name}); it is not used"
             )
-        return _ADMITTED[module, name]
+        return _ALLOWED[module, name]
 
 
 def _dtype(name: Any, align: Any, copy: Any) -> Any:
-    return np.dtype(
-        name, bool(align), bool(copy)
-    )  # the files have 0 and 1 here, of which some NumPy warn
+    # The files have 0 and 1 here; some versions of NumPy warn about integers.
+    return np.dtype(name, bool(align), bool(copy))
 
 
-_reconstruct = np.empty(0).__reduce__()[0]  # asked for by what it does: NumPy has moved it once
-_ADMITTED = {
+# NumPy has moved this function once, so it is not imported by name.
+_reconstruct = np.empty(0).__reduce__()[0]
+_ALLOWED = {
     ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
     ("numpy", "ndarray"): np.ndarray,
