@@ -32,7 +32,7 @@ def _temporary(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    """Return when a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -127,7 +127,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill; on success it replaces `path`, on any error it is removed.
+    """Give a temporary folder to fill; on success it replaces `path`, on any error it is removed.
 
     The files in it reach the disk before the rename. A folder cannot be exchanged in one step
     everywhere: an existing one is moved aside first, and `recover_folder` puts it back if a kill

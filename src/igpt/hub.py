@@ -60,7 +60,7 @@ def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> 
 
 
 def upload(name: str, files: Mapping[str, Path], *, private: bool = False, message: str) -> str:
-    """Puts files into a model repository, which is made where there is none, and returns its address.
+    """Put files into a model repository, which is made where there is none, and returns its address.
 
     They go in one commit: all of them are there, or none.
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from igpt.data.tokens.dataset import TokenDataset
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.files import read_json
 
 
@@ -54,7 +54,7 @@ def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
             r"run was trained with steps = 3, not \d+; give --steps 3, or choose another -o",
             other.stderr,
         )
-    assert Readout.of_probe(tmp_path / "run" / "probe.json") is not None
+    assert ProbeClassifier.of_probe(tmp_path / "run" / "probe.json") is not None
     assert not list((tmp_path / "run").glob(".*")), "no lock and nothing hidden is left"
 
 

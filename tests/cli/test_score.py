@@ -235,7 +235,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ((run, digits.path, "--limit", 0), "limit = 0"),
         (
             (run, digits.path, "-o", tmp_path / "s.tsv"),
-            "scores are written as .csv or .jsonl, not as s.tsv",
+            "scores are written to a .csv or .jsonl file, not to s.tsv",
         ),
         (
             (run, digits.path, "-o", tmp_path / "notes.csv"),
@@ -255,7 +255,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         ((run, digits.path, "--against", tmp_path / "nowhere"), "no folder or file"),
         (
             (run, digits.path, "--against", photographs, "--limit", 1),
-            "two or more of each, not 1 and 1",
+            "two or more images of each, not 1 and 1",
         ),
         ((bert, digits.path), "trained as 'autoregressive'; this one is 'bert'"),
         ((bare, photographs), "holds no palette"),

@@ -15,7 +15,14 @@ from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation import features
-from igpt.evaluation.features import Above, Beside, Masking, pooled, require_match, stored
+from igpt.evaluation.features import (
+    ConcatenatedColumns,
+    ConcatenatedRows,
+    Masking,
+    pooled,
+    require_match,
+    stored,
+)
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
@@ -147,8 +154,8 @@ def test_tokens_that_do_not_fit_are_refused(
 def test_features_beside_and_above_each_other_read_as_one_array(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     np.save(tmp_path / "a.npy", values[:, :2])
-    beside = Beside([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
-    above = Above(beside, values[:20])
+    beside = ConcatenatedColumns([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
+    above = ConcatenatedRows(beside, values[:20])
     whole = np.concatenate([values, values[:20]])
     assert (beside.shape, above.shape, len(above)) == ((50, 6), (70, 6), 70)
     some = np.array([69, 0, 49, 50])

@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score
 
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
-from igpt.evaluation.likelihood import losses_of, score, summary, told_apart
+from igpt.evaluation.likelihood import losses_of, score, separation_by_loss, summary
 from igpt.evaluation.loss_maps import loss_maps
 from igpt.model.config import ModelConfig
 from igpt.model.images import decode_images, spread_evenly
@@ -148,5 +148,5 @@ def test_auroc_where_all_pairs_agree() -> None:
     assert found["interval_95"] == pytest.approx([0.7225, 1], abs=1e-3), "Wilson's, of ten pairs"
     assert auroc(np.arange(10.0, 30.0), np.arange(10.0))["auroc"] == 0
     assert auroc(np.ones(5), np.ones(5))["auroc"] == 0.5
-    with pytest.raises(InputError, match="two or more of each, not 1 and 5"):
-        told_apart(np.ones(1), np.ones(5))
+    with pytest.raises(InputError, match="two or more images of each, not 1 and 5"):
+        separation_by_loss(np.ones(1), np.ones(5))

@@ -14,13 +14,13 @@ from threadpoolctl import threadpool_limits
 
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
-from igpt.data.tokens.labels import few_of_each
+from igpt.data.tokens.labels import subset_per_class
 from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
 from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, write_probe
 from igpt.evaluation.probe import probe as probe_and_classifier
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import best_row, read_probe
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
@@ -96,7 +96,7 @@ def test_the_classifier_that_was_tested_is_kept(
     )
     write_probe(tmp_path / "probe.json", result, fitted)
     assert {**result, "classifier": fitted.fingerprint} == read_probe(tmp_path / "probe.json")
-    readout = Readout.load(path)
+    readout = ProbeClassifier.load(path)
     assert readout.fingerprint == fitted.fingerprint
     assert readout.layer == result["best_layer"]
     assert readout.class_names == tuple(digits.class_names or ())
@@ -109,7 +109,7 @@ def test_the_classifier_that_was_tested_is_kept(
         readout.probabilities(ImageGPT(ModelConfig.layered({**SHAPE, "n_embd": 16})), tokens)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):
-        Readout.load(path)
+        ProbeClassifier.load(path)
 
 
 def test_without_fold_back_validation_images_only_choose(
@@ -202,7 +202,7 @@ def test_raw_pixels_are_probed_with_few_labels_too(
         for name in SPLITS
     }
     for subset, accuracy in enumerate(row["test_accuracies"]):
-        rows = few_of_each(digits["train"].labels, 5, (0, 5, subset))
+        rows = subset_per_class(digits["train"].labels, 5, (0, 5, subset))
         scaler = StandardScaler().fit(pixels["train"][rows].reshape(50, -1))
         train, test = (
             scaler.transform(x.reshape(len(x), -1)) for x in (pixels["train"][rows], pixels["test"])

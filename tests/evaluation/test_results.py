@@ -17,7 +17,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.export import best_layer
 from igpt.evaluation.probe import ProbeConfig, probe, write_probe
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import read_probe, read_score
 from igpt.locks import exclusive, exclusive_folder
 from igpt.model.transformer import ImageGPT
@@ -41,7 +41,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from igpt.evaluation.probe import write_probe
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 
 path, number, value = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
 seen = 0
@@ -55,23 +55,23 @@ def watch(event, arguments):
 
 import json
 result = json.loads(path.read_text())
-readout = Readout(1, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2))
+readout = ProbeClassifier(1, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2))
 sys.addaudithook(watch)
 write_probe(path, result, readout)
 """
 
 
-def readout(value: float = 1.0, layer: int = 1) -> Readout:
-    return Readout(
+def readout(value: float = 1.0, layer: int = 1) -> ProbeClassifier:
+    return ProbeClassifier(
         layer, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2)
     )
 
 
 def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
-    assert Readout.of_probe(path) is None
+    assert ProbeClassifier.of_probe(path) is None
     write_probe(path, RESULT, readout())
-    found = Readout.of_probe(path)
+    found = ProbeClassifier.of_probe(path)
     assert found is not None
     assert (found.layer, found.class_names, found.fingerprint) == (
         1,
@@ -80,7 +80,7 @@ def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
     )
     assert read_probe(path) == {**RESULT, "classifier": readout().fingerprint}
     path.with_suffix(".safetensors").unlink()
-    assert Readout.of_probe(path) is None, "whoever needs no classifier may remove it"
+    assert ProbeClassifier.of_probe(path) is None, "whoever needs no classifier may remove it"
 
 
 def test_a_classifier_of_another_probe_is_refused(tmp_path: Path) -> None:
@@ -95,17 +95,17 @@ def test_a_classifier_of_another_probe_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             InputError, match=r"probe\.safetensors is not the classifier of .*probe\.json"
         ):
-            Readout.of_probe(path)
+            ProbeClassifier.of_probe(path)
     path.unlink()
     with pytest.raises(InputError, match=r"probe\.safetensors has no probe\.json beside it"):
-        Readout.of_probe(path)
+        ProbeClassifier.of_probe(path)
 
 
 def test_a_probe_of_an_earlier_version_keeps_its_classifier(tmp_path: Path) -> None:
     path = tmp_path / "probe.json"
     write_probe(path, RESULT, readout())
     path.write_text(json.dumps(RESULT))
-    assert Readout.of_probe(path) is not None
+    assert ProbeClassifier.of_probe(path) is not None
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -115,14 +115,14 @@ def test_a_kill_between_the_two_files_is_noticed(tmp_path: Path, number: int) ->
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(number), "2.0"])
     assert killed.returncode == -signal.SIGKILL
     if number == 1:
-        found = Readout.of_probe(path)
+        found = ProbeClassifier.of_probe(path)
         assert found is not None
         assert found.fingerprint == readout(1.0).fingerprint, "nothing has changed"
     else:
         with pytest.raises(InputError, match="is not the classifier of"):
-            Readout.of_probe(path)
+            ProbeClassifier.of_probe(path)
     write_probe(path, RESULT, readout(3.0))
-    found = Readout.of_probe(path)
+    found = ProbeClassifier.of_probe(path)
     assert found is not None
     assert found.fingerprint == readout(3.0).fingerprint
 
@@ -196,9 +196,9 @@ def test_damaged_classifiers_are_refused_in_one_line(tmp_path: Path) -> None:
     path.write_bytes(readout().to_bytes())
     for what in damaged_classifiers(path):
         with pytest.raises(InputError, match=r"probe\.safetensors") as refusal:
-            Readout.load(path)
+            ProbeClassifier.load(path)
         assert "\n" not in str(refusal.value), what
-    assert Readout.load(path).fingerprint == readout().fingerprint
+    assert ProbeClassifier.load(path).fingerprint == readout().fingerprint
 
 
 def test_malformed_results_are_refused_in_one_line(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.tokens.batches import Batches
 from igpt.data.tokens.dataset import TokenDataset
-from igpt.data.tokens.labels import few_of_each
+from igpt.data.tokens.labels import subset_per_class
 from igpt.data.tokens.manifest import write_manifest, write_shard
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict
@@ -432,9 +432,9 @@ def test_few_labels_and_few_images_to_judge_by(
     ]  # fmt: skip
     assert result["epochs"] == result["best_step"] * 8 / 20
     labels = digits["train"].labels
-    rows = few_of_each(labels, 2, (3, 2, 0))
+    rows = subset_per_class(labels, 2, (3, 2, 0))
     assert np.bincount(labels[rows]).tolist() == [2] * 10
-    assert (rows != few_of_each(labels, 2, (3, 2, 1))).any()
+    assert (rows != subset_per_class(labels, 2, (3, 2, 1))).any()
     test = digits["test"].spread(20)
     model = ImageGPT.from_pretrained(tmp_path / "run" / "model")
     predicted = predict(model, test.rows(np.arange(20)), np.arange(20)).classes

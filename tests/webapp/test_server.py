@@ -33,7 +33,7 @@ from igpt.data.images.palette import Palette
 from igpt.data.images.transform import load_square
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.model.classifier import predict
 from igpt.model.config import ModelConfig
 from igpt.model.images import decode_images, tokens_of_files
@@ -733,7 +733,7 @@ def test_a_probed_runs_page_tells_the_class_too(
         *_, label = client.predict(handle_file(photo), api_name="/score")
     finally:
         page.close(verbose=False)
-    expected = Readout.load(run / "probe.safetensors").probabilities(
+    expected = ProbeClassifier.load(run / "probe.safetensors").probabilities(
         model, tokens_of_files(model, [photo])
     )[0]
     assert label["label"] == (digits.class_names or [])[int(expected.argmax())]

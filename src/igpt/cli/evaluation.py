@@ -146,8 +146,8 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     from igpt.evaluation.likelihood import (
         losses_of,
         require_table,
+        separation_by_loss,
         summary,
-        told_apart,
         write_scores,
     )
     from igpt.evaluation.likelihood import score as run
@@ -198,7 +198,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
                 theirs = run(
                     loaded, others.tokens, precision=precision, progress=partial(show, "scoring")
                 )
-                separation = told_apart(losses, theirs)
+                separation = separation_by_loss(losses, theirs)
                 result["against"] = {
                     **others.to_json(),
                     **summary(theirs),

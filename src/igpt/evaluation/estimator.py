@@ -1,6 +1,6 @@
 """A model's features as a transformer of scikit-learn.
 
-N images, n places, D width, L layers, R resolution.
+N images, n pixels, D width, L layers, R resolution.
 """
 
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ from igpt.model.transformer import ImageGPT
 
 
 class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Images -> one layer's activations, averaged over all places (paper, section 2.3): float32 [N, D].
+    """Images -> one layer's activations, averaged over all positions (paper, section 2.3): float32 [N, D].
 
     Images are uint8 [N, H, W, 3], grey ones [N, H, W], or a list of PIL images, paths or arrays of
     any sizes; their centre squares are brought to the model's resolution and palette. Nothing is
@@ -33,9 +33,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 
     Args:
         model: a run, a model directory or a Hub id.
-        layer: 0 is the first block's input, L the final norm's output; None takes the best-probing
+        layer: 0 is the first block's input, L the final norm's output; None uses the best
             layer of a run that has a `probe.json`, and the middle one otherwise.
-        batch_size: images at a time; None takes as many as have 65,536 places.
+        batch_size: images at a time; None takes as many as have 65,536 positions.
         precision: "fp32", or "bf16" products.
 
     Attributes:
@@ -57,7 +57,7 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         self.precision = precision
 
     def fit(self, X: Any, y: Any = None) -> Self:  # noqa: N803  scikit-learn calls it so
-        """Reads the model; images and classes are not used.
+        """Read the model; images and classes are not used.
 
         Raises:
             InputError: no model there, one without a palette, or settings out of range.

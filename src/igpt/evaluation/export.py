@@ -36,7 +36,7 @@ def best_layer(run: Path) -> int | None:
 
 
 def require_layer(layer: int, last: int) -> None:
-    """Refuses a layer that is not one of 0 .. L, whose last is L.
+    """Refuse a layer that is not one of 0 .. L, whose last is L.
 
     Raises:
         InputError: there is no such layer.
@@ -46,7 +46,7 @@ def require_layer(layer: int, last: int) -> None:
 
 
 def require_features_file(path: Path) -> None:
-    """Refuses to write features as anything but `.npz` or Parquet.
+    """Refuse to write features as anything but `.npz` or Parquet.
 
     Raises:
         InputError: the name ends otherwise.
@@ -58,7 +58,7 @@ def require_features_file(path: Path) -> None:
 def write_features(
     path: Path, images: ImageSet, batches: Batches, metadata: Mapping[str, Any]
 ) -> None:
-    """Writes the features of all images, atomically, batch by batch as they come.
+    """Write the features of all images, atomically, batch by batch as they come.
 
     `.npz` has `features` float32 [N, D], `labels` int32 [N] (-1 without one), `names` [N],
     `class_names`, `layer`, and `metadata`, the text of a JSON object. Parquet has the columns

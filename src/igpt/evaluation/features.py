@@ -1,7 +1,7 @@
-"""Features for probes: every layer's normalised activations, averaged over all places, in one pass.
+"""Features for probes: every layer's normalised activations, averaged over all positions, in one pass.
 
 They are written to disk as they come, a file a layer, so that memory does not grow with the number
-of images. N images, B of them at a time, n places, L layers, D width.
+of images. N images, B of them at a time, n positions, L layers, D width.
 """
 
 import json
@@ -34,10 +34,10 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 @dataclass(frozen=True)
 class Masking:
-    """Masks as a BERT model was trained with (paper, section 4.6): each place hidden with some probability, by seed.
+    """Masks as a BERT model was trained with (paper, section 4.6): each pixel masked with a probability, by seed.
 
     Attributes:
-        draw: which of the masks of each image.
+        draw: number of the mask of each image.
     """
 
     draw: int = 0
@@ -62,7 +62,7 @@ def pooled(
     `precision` is that of the products; norms, residuals and means are fp32 always.
 
     Args:
-        masking: what a BERT model does not see; None: nothing is masked, for BERT models neither.
+        masking: masks of a BERT model; None masks nothing.
         last: the layer after which to stop; None: L.
     """
     model.eval()
@@ -180,12 +180,12 @@ class Pixels:
 
     split: TokenSplit
     palette: Palette
-    places: int
+    positions: int
 
     @property
     def shape(self) -> tuple[int, ...]:
         """See `Rows`."""
-        return len(self), 3 * self.places
+        return len(self), 3 * self.positions
 
     def __len__(self) -> int:
         return len(self.split)
@@ -209,7 +209,7 @@ class Rows(Protocol):
 
 
 @dataclass(frozen=True)
-class Beside:
+class ConcatenatedColumns:
     """Several features of the same images, side by side: [N, D_1 + D_2 + ...]."""
 
     parts: Sequence[Rows]
@@ -227,7 +227,7 @@ class Beside:
 
 
 @dataclass(frozen=True)
-class Above:
+class ConcatenatedRows:
     """The same features of two sets of images, one after the other: [N_1 + N_2, D]."""
 
     first: Rows
@@ -251,7 +251,7 @@ class Above:
 
 
 def require_match(model: ImageGPT, data: TokenDataset) -> None:
-    """Refuses tokens that a model was not made for.
+    """Refuse tokens that a model was not made for.
 
     Raises:
         InputError: the resolutions or the palettes differ; both are named.

@@ -1,6 +1,6 @@
-"""How likely images are under a model, in nats/pixel.
+"""The likelihood of images under a model, in nats/pixel.
 
-N images, B of them at a time, n places.
+N images, B images of a batch, n pixels of an image.
 """
 
 import csv
@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 def losses_of(
     model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32"
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of every pixel, given those before it: tokens [B, n] -> nats [B, n].
+    """Negative log-likelihood of every pixel, given the previous pixels: tokens [B, n] -> nats [B, n].
 
     Raises:
         InputError: a BERT model, which has no likelihood of whole images, or broken weights.
@@ -39,9 +39,9 @@ def losses_of(
     model.config.trained_as.require("has_likelihood", "a likelihood")
     model.eval()
     device = model.device
-    places = torch.from_numpy(tokens.astype(np.int64)).to(device)
+    batch = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with autocast(precision, device):
-        losses: NDArray[np.float64] = pixel_losses(model(places), places).double().cpu().numpy()
+        losses: NDArray[np.float64] = pixel_losses(model(batch), batch).double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise InputError("likelihoods are not finite; the model's weights are broken")
     return losses
@@ -55,7 +55,7 @@ def score(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of every image, mean over its places: nats/pixel, float64 [N].
+    """Negative log-likelihood of every image, averaged over its pixels: nats/pixel, float64 [N].
 
     Raises:
         InputError: see `losses_of`; or there is no image.
@@ -85,31 +85,31 @@ def summary(losses: NDArray[np.float64]) -> dict[str, Any]:
     }
 
 
-def told_apart(losses: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, Any]:
-    """How well other images are told by their higher nats/pixel: see `auroc`.
+def separation_by_loss(losses: NDArray[np.float64], others: NDArray[np.float64]) -> dict[str, Any]:
+    """Return the AUROC of separating other images by their higher nats/pixel: see `auroc`.
 
     Raises:
         InputError: fewer than two images of either.
     """
     if min(len(losses), len(others)) < 2:
         raise InputError(
-            f"telling images apart needs two or more of each, not {len(losses)} and {len(others)}"
+            f"separating two sets needs two or more images of each, not {len(losses)} and {len(others)}"
         )
     return auroc(losses, others)
 
 
 def require_table(path: Path) -> None:
-    """Refuses to write scores as anything but CSV or JSON lines.
+    """Raise if scores cannot be written to a file of this name.
 
     Raises:
-        InputError: the name ends otherwise.
+        InputError: the ending is neither .csv nor .jsonl.
     """
     if path.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"scores are written as .csv or .jsonl, not as {path.name}")
+        raise InputError(f"scores are written to a .csv or .jsonl file, not to {path.name}")
 
 
 def write_scores(path: Path, images: ImageSet, losses: NDArray[np.float64]) -> None:
-    """Writes a line an image, atomically, as CSV or JSON lines by the file's ending.
+    """Write one line per image, atomically, as CSV or JSON lines by the file's ending.
 
     Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the
     source has classes the number (`label`) and name (`class`) of the image's, empty or null of an

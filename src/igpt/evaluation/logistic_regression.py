@@ -109,14 +109,14 @@ def fit_lbfgs(
         InputError: features that are not finite.
     """
     count, classes = len(labels), int(labels.max()) + 1
-    place = device or torch.device("cpu")
-    mean, scale = moments(features, place)
+    target_device = device or torch.device("cpu")
+    mean, scale = moments(features, target_device)
     rows, axes, variances = _rotated(features, mean, scale)
-    targets = torch.from_numpy(labels).to(place)
+    targets = torch.from_numpy(labels).to(target_device)
     penalty = torch.tensor(
         [(2 if classes == 2 else 1) / (strength * count) for strength in strengths]
     )
-    penalty = penalty.double().to(place)[:, None, None]  # [S, 1, 1]
+    penalty = penalty.double().to(target_device)[:, None, None]  # [S, 1, 1]
     # At the start all classes are alike, and the curvature along each axis is its variance over C.
     steps = (variances / classes + penalty[:, 0]).rsqrt()[:, :, None]  # [S, D, 1]
     free = classes**0.5
@@ -129,7 +129,7 @@ def fit_lbfgs(
         return loss, torch.cat([slope, tilt[:, None] * free], dim=1)
 
     start = torch.zeros(
-        len(strengths), rows.shape[1] + 1, classes, dtype=torch.float64, device=place
+        len(strengths), rows.shape[1] + 1, classes, dtype=torch.float64, device=target_device
     )
     point, loss, converged, iterations = _lbfgs(evaluate, start, tolerance, max_iterations)
     weights = point[:, :-1] * steps
@@ -323,21 +323,25 @@ def fit_sgd(
         InputError: features that are not finite.
     """
     classes, width = int(labels.max()) + 1, features.shape[1]
-    place = device or torch.device("cpu")
-    mean, scale = moments(features, place)
+    target_device = device or torch.device("cpu")
+    mean, scale = moments(features, target_device)
     divisor = scale * width**0.5
-    peaks = torch.tensor(rates, device=place)[:, None, None]
+    peaks = torch.tensor(rates, device=target_device)[:, None, None]
     weights = torch.zeros(
-        len(rates), width + 1, classes, device=place
+        len(rates), width + 1, classes, device=target_device
     )  # the last of D + 1 is the intercept
     momentum = torch.zeros_like(weights)
 
     def gradient(rows: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        block = torch.from_numpy(np.asarray(features[rows])).to(place)
+        block = torch.from_numpy(np.asarray(features[rows])).to(target_device)
         block = F.pad((block - mean) / divisor, (0, 1), value=1.0)
         logits = (block @ weights.permute(1, 0, 2).flatten(1)).view(len(rows), len(rates), classes)
         log_shares = logits.log_softmax(dim=2)
-        right = torch.from_numpy(labels[rows]).to(place)[:, None, None].expand(-1, len(rates), 1)
+        right = (
+            torch.from_numpy(labels[rows])
+            .to(target_device)[:, None, None]
+            .expand(-1, len(rates), 1)
+        )
         loss = -log_shares.gather(2, right)[:, :, 0].sum(0, dtype=torch.float64)
         residual = (
             log_shares.exp_()

@@ -36,7 +36,7 @@ _INK, _MUTED = "#1f2328", "#59636e"
 
 
 def require_maps(path: Path, count: int) -> None:
-    """Refuses maps as anything but PNG, and more than a picture can hold.
+    """Refuse maps as anything but PNG, and more than a picture can hold.
 
     Raises:
         InputError: the name ends otherwise, or the count is not 1 to 200.
@@ -49,7 +49,7 @@ def require_maps(path: Path, count: int) -> None:
 def draw_maps(
     model: ImageGPT, tokens: NDArray[np.uint16], losses: NDArray[np.float64], path: Path
 ) -> None:
-    """Writes images above the losses of their pixels as PNG: tokens [B, n], losses [B, n] in nats."""
+    """Write images above the losses of their pixels as PNG: tokens [B, n], losses [B, n] in nats."""
     figure = loss_maps(decode_images(model, torch.from_numpy(tokens.astype(np.int64))), losses)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
@@ -94,8 +94,10 @@ def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Fig
         upper.set_title(f"{losses[index].mean():.3f} nats/pixel", fontsize=7.5, color=_INK, pad=3)
         upper.set_axis_off()
         lower.set_axis_off()
-    place = axes(width - _SCALE - _EDGE + _GAP, _EDGE + _TITLE, _BAR, pair)
-    bar = figure.colorbar(scale, cax=place, extend="max" if losses.max() > highest else "neither")
+    bar_axes = axes(width - _SCALE - _EDGE + _GAP, _EDGE + _TITLE, _BAR, pair)
+    bar = figure.colorbar(
+        scale, cax=bar_axes, extend="max" if losses.max() > highest else "neither"
+    )
     bar.set_label("loss of a pixel, nats", fontsize=7.5, color=_INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=_MUTED, length=2)

@@ -16,13 +16,21 @@ from pydantic import Field
 
 from igpt.config import Config
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
-from igpt.data.tokens.labels import few_of_each, require_classes
+from igpt.data.tokens.labels import require_classes, subset_per_class
 from igpt.data.tokens.manifest import MANIFEST, SPLITS
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.evaluation.features import Above, Beside, Masking, Pixels, Rows, require_match, stored
+from igpt.evaluation.features import (
+    ConcatenatedColumns,
+    ConcatenatedRows,
+    Masking,
+    Pixels,
+    Rows,
+    require_match,
+    stored,
+)
 from igpt.evaluation.logistic_regression import Classifiers, fit_lbfgs, fit_sgd
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import PROBE, PROBE_VERSION
 from igpt.files import atomic_file, sha256_of, sync, write_json
 from igpt.locks import exclusive_folder
@@ -110,7 +118,9 @@ class Images:
 
     def of(self, layers: Sequence[int]) -> "Images":
         """The same with the features of some layers only, side by side."""
-        chosen = [[Beside([draw[layer] for layer in layers])] for draw in self.features]
+        chosen = [
+            [ConcatenatedColumns([draw[layer] for layer in layers])] for draw in self.features
+        ]
         return replace(
             self,
             features=chosen if len(layers) > 1 else [[draw[layers[0]]] for draw in self.features],
@@ -124,7 +134,7 @@ def probe(
     features: Path,
     *,
     progress: Progress | None = None,
-) -> tuple[dict[str, Any], Readout]:
+) -> tuple[dict[str, Any], ProbeClassifier]:
     """Probe the layers of a model on a labelled data set.
 
     Args:
@@ -156,12 +166,12 @@ def probe(
     limits = dict.fromkeys(SPLITS, config.limit) | (
         {"test": config.test_images} if config.test_images else {}
     )
-    drawn = {name: draw_images(data[name], limits[name], config.seed) for name in SPLITS}
+    drawn = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
     require_classes(
         {name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe"
     )
     if config.labels_per_class:  # too many are refused before the work
-        few_of_each(drawn["train"][0].labels, max(config.labels_per_class), (config.seed,))
+        subset_per_class(drawn["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
     if features.exists() and not features.is_dir():
@@ -179,7 +189,7 @@ def _probe(
     drawn: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
     limits: Mapping[str, int | None],
     progress: Progress | None,
-) -> tuple[dict[str, Any], Readout]:
+) -> tuple[dict[str, Any], ProbeClassifier]:
     """Probe images that have been drawn; everything has been checked."""
     say = progress or (lambda what, done, total: None)
     known = np.unique(drawn["train"][0].labels)
@@ -192,7 +202,7 @@ def _probe(
     device = model.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
-    readout = Readout.of(
+    readout = ProbeClassifier.of(
         best, result["best_layer"], tuple((data.class_names or [])[number] for number in known)
     )
     if config.concatenate:
@@ -212,9 +222,9 @@ def _probe(
     compared: dict[str, Any] = {}
     if config.baselines:
         say("raw pixels", 0, 1)
-        places = model.config.n_pixels
+        positions = model.config.n_pixels
         pixels = {
-            name: replace(found[name], features=[[Pixels(split, data.palette, places)]])
+            name: replace(found[name], features=[[Pixels(split, data.palette, positions)]])
             for name, (split, _) in drawn.items()
         }
         compared["raw_pixels"], _ = fit(pixels)
@@ -248,11 +258,11 @@ def _probe(
     return whole, readout
 
 
-def write_probe(path: Path, result: Mapping[str, Any], readout: Readout) -> None:
-    """Write a `probe.json`, and its classifier beside it.
+def write_probe(path: Path, result: Mapping[str, Any], readout: ProbeClassifier) -> None:
+    """Write a `probe.json`, and its classifier next to it.
 
     The former holds the latter's fingerprint and is replaced first, so that a kill between the two
-    is noticed by `Readout.of_probe`.
+    is noticed by `ProbeClassifier.of_probe`.
     """
     with atomic_file(path.with_suffix(".safetensors")) as classifier:
         classifier.write_bytes(readout.to_bytes())
@@ -260,7 +270,7 @@ def write_probe(path: Path, result: Mapping[str, Any], readout: Readout) -> None
         write_json(path, {**result, "classifier": readout.fingerprint})
 
 
-def draw_images(
+def subset_images(
     split: TokenSplit, limit: int | None, seed: int
 ) -> tuple[TokenSplit, NDArray[np.int64]]:
     """At most `limit` images of a split, and their rows."""
@@ -331,7 +341,7 @@ def _probe_layers(
 def fit_and_test(
     found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device
 ) -> tuple[dict[str, Any], Classifiers]:
-    """Fits on the training images, chooses the setting by validation, fits it on both.
+    """Fit on the training images, chooses the setting by validation, fits it on both.
 
     Returns:
         a row of `probe.json`, and the classifier that was tested.
@@ -350,7 +360,7 @@ def fit_and_test(
     best = int(right.argmax())
     final, place, converged = fitted, best, fitted.converged[best]
     if config.fold_back:
-        both = Above(train.features[0][0], validation.features[0][0])
+        both = ConcatenatedRows(train.features[0][0], validation.features[0][0])
         labels = np.concatenate([train.labels, validation.labels])
         final, place = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
@@ -396,7 +406,7 @@ def few_labels(
     right: dict[str, list[NDArray[np.int64]]] = {"validation": [], "test": []}
     converged = []
     for subset in range(config.subsets):
-        rows = few_of_each(train.labels, per_class, (config.seed, per_class, subset))
+        rows = subset_per_class(train.labels, per_class, (config.seed, per_class, subset))
         fitted = fit_lbfgs(
             train.features[0][0][rows], train.labels[rows], config.strengths, device=device
         )

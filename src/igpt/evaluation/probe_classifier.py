@@ -1,6 +1,6 @@
 """A probe's classifier, kept in a file of its own, and what it says of an image.
 
-`igpt probe` writes it as probe.safetensors beside probe.json: mean, scale [D], coef [C, D] and
+`igpt probe` writes it as probe.safetensors next to probe.json: mean, scale [D], coef [C, D] and
 intercept [C] of the best layer.
 B images, n positions, D width, C classes.
 """
@@ -41,7 +41,7 @@ class _Classes(Stored):
 
 
 @dataclass(frozen=True)
-class Readout:
+class ProbeClassifier:
     """A linear classifier of one layer's features.
 
     Attributes:
@@ -118,7 +118,7 @@ class Readout:
 
     @classmethod
     def of_probe(cls, probe: Path) -> Self | None:
-        """Read the classifier that belongs to a `probe.json`; None where there is no classifier beside it.
+        """Read the classifier that belongs to a `probe.json`; None where there is no classifier next to it.
 
         Raises:
             InputError: one of the two files is damaged, or they are of different probes.
@@ -128,7 +128,7 @@ class Readout:
             return None
         if not probe.exists():
             raise InputError(
-                f"{path} has no {probe.name} beside it; run igpt probe again, or remove it"
+                f"{path} has no {probe.name} next to it; run igpt probe again, or remove it"
             )
         found, readout = read_probe(probe), cls.load(path)
         recorded = found.get("classifier")  # probes of earlier versions have none

@@ -34,7 +34,7 @@ def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
 def compared(
     found: Mapping[str, Any], published: Mapping[str, Any], *, whole: bool
 ) -> dict[str, Any]:
-    """A published loss beside a measured one: their difference, and whether they agree.
+    """A published loss next to a measured one: their difference, and whether they agree.
 
     All test images must give the published four digits; some of them, a mean within two of its
     standard errors.

@@ -10,10 +10,10 @@ from rich.console import Console
 
 from igpt.config import read_settings
 from igpt.data.tokens.dataset import TokenDataset
-from igpt.data.tokens.labels import few_of_each, require_classes
+from igpt.data.tokens.labels import require_classes, subset_per_class
 from igpt.environment import describe
 from igpt.errors import InputError, suggest
-from igpt.evaluation.probe import draw_images
+from igpt.evaluation.probe import subset_images
 from igpt.evaluation.results import Count, Number, Positive
 from igpt.files import Stored, require_schema, write_json
 from igpt.locks import exclusive_folder
@@ -157,9 +157,9 @@ def _require_labels(data: TokenDataset, scale: Scale, labelled: str) -> None:
         "validation": scale.probe_images,
         "test": scale.test_images,
     }
-    splits = {name: draw_images(data[name], limit, 0)[0] for name, limit in limits.items()}
+    splits = {name: subset_images(data[name], limit, 0)[0] for name, limit in limits.items()}
     require_classes(splits, len(data.class_names), "a reproduction")
-    few_of_each(splits["train"].labels, max(scale.few), (0,))
+    subset_per_class(splits["train"].labels, max(scale.few), (0,))
 
 
 class _Start(Stored):

@@ -62,7 +62,7 @@ class _Step:
 
 
 class Decoder:
-    """Computes the logits of one position after the other.
+    """Compute the logits of one position after the other.
 
     `prefill` takes the positions that are known; each `advance` takes one more. On a GPU, steps are
     captured as CUDA graphs, so that a step needs nothing from the host. A decoder holds a second

@@ -294,7 +294,7 @@ class Checkpoints:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the metadata of a checkpoint, and refuses all classes and functions but `_CLASSES`."""
+    """Read the metadata of a checkpoint, and refuses all classes and functions but `_CLASSES`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _CLASSES.get(module, ()):
@@ -303,7 +303,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint from a folder, without executing code from its metadata."""
+    """Read a checkpoint from a folder, without executing code from its metadata."""
 
     def read_metadata(self, *arguments: Any, **named: Any) -> Metadata:
         metadata = _read_metadata(Path(self.path) / _METADATA)

@@ -25,7 +25,7 @@ from igpt.training.settings import TrainConfig
 
 
 class Engine:
-    """Trains and evaluates a model on whole batches.
+    """Train and evaluates a model on whole batches.
 
     Args:
         model: with weights, or on the meta device, where it gets its initial weights.

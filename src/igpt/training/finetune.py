@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 
 from igpt.data.tokens.batches import Batches
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
-from igpt.data.tokens.labels import few_of_each, require_classes
+from igpt.data.tokens.labels import require_classes, subset_per_class
 from igpt.data.tokens.manifest import SPLITS
 from igpt.environment import RunKind, describe
 from igpt.errors import InputError
@@ -168,7 +168,7 @@ def finetune(
         if config.labels_per_class:
             labels, seed = splits["train"].labels, (config.seed, config.labels_per_class, 0)
             splits["train"] = splits["train"].subset(
-                few_of_each(labels, config.labels_per_class, seed)
+                subset_per_class(labels, config.labels_per_class, seed)
             )
         splits["validation"] = splits["validation"].spread(config.validation_images)
         splits["test"] = splits["test"].spread(config.test_images)

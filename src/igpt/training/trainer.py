@@ -48,7 +48,7 @@ class Validation:
 
 
 class Trainer:
-    """Trains a model and writes RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
+    """Train a model and writes RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
 
     Args:
         batches: returns the whole batch of a step, as tensors whose rows are images; a pure

@@ -25,7 +25,7 @@ from igpt.data.tokens.manifest import MANIFEST
 from igpt.errors import InputError
 from igpt.evaluation.features import require_match
 from igpt.evaluation.likelihood import summary
-from igpt.evaluation.probe_classifier import Readout
+from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.model.classifier import predict
 from igpt.model.images import decode_images, palette_of, tokens_of_split
 from igpt.model.objectives import pixel_losses
@@ -259,7 +259,7 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
     )
 
 
-def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
+def classifier_of(model: ImageGPT, run: Path | None) -> ProbeClassifier | None:
     """Return the classifier that a run's probe has left, unless the model is a classifier itself.
 
     Raises:
@@ -267,19 +267,25 @@ def readout_of(model: ImageGPT, run: Path | None) -> Readout | None:
     """
     if run is None or model.config.class_names is not None:
         return None
-    readout = Readout.of_probe(run / "probe.json")
-    if readout and (
-        readout.layer > model.config.n_layer or len(readout.mean) != model.config.n_embd
+    classifier = ProbeClassifier.of_probe(run / "probe.json")
+    if classifier and (
+        classifier.layer > model.config.n_layer or len(classifier.mean) != model.config.n_embd
     ):
         raise InputError(f"the probe in {run} is of another model; run igpt probe again")
-    return readout
+    return classifier
 
 
-def classes(model: ImageGPT, tokens: Tensor, readout: Readout | None) -> dict[str, float]:
+def classes(
+    model: ImageGPT, tokens: Tensor, classifier: ProbeClassifier | None
+) -> dict[str, float]:
     """The probability of every class, for an image, tokens [1, n]: by a probe's classifier, or the model's own head."""
-    if readout:
+    if classifier:
         return dict(
-            zip(readout.class_names, readout.probabilities(model, tokens)[0].tolist(), strict=True)
+            zip(
+                classifier.class_names,
+                classifier.probabilities(model, tokens)[0].tolist(),
+                strict=True,
+            )
         )
     found = predict(model, tokens.numpy().astype(np.uint16), np.zeros(1, np.int64))
     return dict(zip(model.config.class_names or (), found.probabilities[0].tolist(), strict=True))

@@ -32,10 +32,10 @@ from igpt.webapp.handlers import (
     LARGEST_SEED,
     MOST_DRAWINGS,
     classes,
+    classifier_of,
     drawings,
     known_places,
     read,
-    readout_of,
     score,
     view,
     write_examples,
@@ -126,8 +126,8 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
     import gradio as gr
 
     config, scored = model.config, model.config.trained_as.has_likelihood
-    readout = readout_of(model, run)
-    classified = readout is not None or config.class_names is not None
+    classifier = classifier_of(model, run)
+    classified = classifier is not None or config.class_names is not None
 
     def look(file: str | None) -> Iterator[list[Any]]:
         def answers() -> Iterator[list[Any]]:
@@ -135,7 +135,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
             if file is not None:
                 tokens = read(model, file)
                 losses, said = score(model, tokens) if scored else ([], "")
-                ranked = [classes(model, tokens, readout)] if classified else []
+                ranked = [classes(model, tokens, classifier)] if classified else []
                 yield [view(model, tokens), said, *[losses] * scored, *ranked]
 
         def nothing(said: str) -> list[Any]:
@@ -188,7 +188,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
                 with gr.Column(min_width=200):
                     lost = gr.HTML([], html_template=markup.PICTURES, visible=scored, **still)
             said = gr.Markdown()
-            by = f"Class, by a linear probe of layer {readout.layer}" if readout else "Class"
+            by = f"Class, by a linear probe of layer {classifier.layer}" if classifier else "Class"
             label = gr.Label(label=by, num_top_classes=3, visible=classified)
         with gr.Column(min_width=300):
             with gr.Row():
@@ -347,7 +347,7 @@ def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> Non
 
 
 def _told(answers: Iterator[Any], on_page: Callable[[str], list[Any]]) -> Iterator[list[Any]]:
-    """Passes answers on, and says a user's mistake in their place and in a note; the page takes words for HTML."""
+    """Pass answers on, and says a user's mistake in their place and in a note; the page takes words for HTML."""
     import gradio as gr
 
     try:

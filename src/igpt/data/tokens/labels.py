@@ -10,7 +10,7 @@ from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 
 
-def few_of_each(
+def subset_per_class(
     labels: NDArray[np.integer[Any]], per_class: int, seed: Sequence[int]
 ) -> NDArray[np.int64]:
     """Return the indices of `per_class` images of each of C classes, ascending, [C per_class].
