@@ -1,6 +1,6 @@
-"""Generative Pretraining from Pixels (Chen et al., 2020): palette, tokens, pretraining, probes, samples, reports."""
+"""Generative Pretraining from Pixels (Chen et al., 2020): tokens, pretraining, probes, samples."""
 
-# as typing has it, without the import: Ctrl-C during the imports here would show a traceback
+# The constant of typing, without importing it: Ctrl-C during an import here shows a traceback.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from igpt.data.images.palette import Palette
@@ -22,7 +22,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    # Imported at the first use: `igpt --help` does not wait for torch.
+    # Imported when first used, so that `igpt --help` does not import torch.
     if name in _HOMES:
         from importlib import import_module
 

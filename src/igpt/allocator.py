@@ -1,14 +1,14 @@
-"""What becomes of a tensor's memory on a CPU."""
+"""Memory allocation of tensors on a CPU."""
 
 import ctypes
 import platform
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory for the next tensor, where it would give it back and fault it in anew.
+    """Let glibc keep freed memory for the next tensor instead of returning it to the system.
 
-    Every large tensor gains from it (docs/LOG.md); elsewhere than on Linux with glibc, nothing is
-    done.
+    This avoids page faults for every large tensor (docs/LOG.md has the times). Without glibc, it
+    does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h

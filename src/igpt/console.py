@@ -34,7 +34,7 @@ class _Output(io.FileIO):
 
 
 def open_streams() -> None:
-    """Replace standard output and standard error, and open those of the three standard streams that are closed."""
+    """Replace standard output and standard error, and open standard streams that are closed."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -80,7 +80,7 @@ def _discard(descriptor: int) -> None:
 
 
 def settle_caches() -> None:
-    """Give matplotlib and Hugging Face's libraries a temporary folder where their own cannot be written to."""
+    """Set temporary cache folders for matplotlib and Hugging Face if theirs are read-only."""
     hub = _folder("XDG_CACHE_HOME", ".cache", "huggingface")
     fonts = _folder("XDG_CACHE_HOME", ".cache", "matplotlib")
     settings = _folder("XDG_CONFIG_HOME", ".config", "matplotlib")
@@ -117,7 +117,7 @@ def _folder(variable: str, default: str, library: str) -> Path | None:
 
 
 def _is_writable(path: Path | None) -> bool:
-    """Whether a folder can be written to, or made and then written to."""
+    """Return whether a folder can be written to, after creating it if necessary."""
     if path is None or not path.is_absolute():
         return False
     there = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
@@ -125,7 +125,7 @@ def _is_writable(path: Path | None) -> bool:
 
 
 def _is_filled(path: Path | None) -> bool:
-    """Whether a folder can be read and holds something: downloads are used where nothing can be added to them."""
+    """Return whether a folder can be read and is not empty: a cache may be read-only."""
     if path is None or not path.is_absolute():
         return False
     try:

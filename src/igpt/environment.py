@@ -1,4 +1,4 @@
-"""What a result was made with: versions, machine, command, commit. It is recorded with every number."""
+"""Versions, machine, command and commit of a result, recorded with every published number."""
 
 import os
 import platform
@@ -18,7 +18,7 @@ RunKind = Literal["pretrain", "finetune"]
 
 
 class Environment(Stored):
-    """The schema of a run's environment.json: what `describe` returns, and checksums of what was given."""
+    """Schema of a run's environment.json: the result of `describe`, and checksums of the inputs."""
 
     kind: RunKind | None = None  # igpt 0.1.0 did not record it, see `run_kind`
     tokens_sha256: str | None = None
@@ -56,7 +56,7 @@ def run_kind(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
 
 
 def describe() -> dict[str, Any]:
-    """Return versions, machine, command line, source commit (None outside a checkout) and time, ready for JSON."""
+    """Return versions, machine, command, source commit (None outside a checkout) and time."""
     import torch
 
     return {

@@ -1,4 +1,4 @@
-"""Files and folders: writing them whole or not at all, and reading what users give without trusting it."""
+"""Read and write files: atomic writes, and reading of untrusted files with limits and schemas."""
 
 import glob
 import hashlib
@@ -32,7 +32,7 @@ def _temporary(path: Path) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Return when a file's bytes, or a folder's names, are on the disk."""
+    """Flush a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -41,7 +41,7 @@ def sync(path: Path) -> None:
 
 
 def require_regular(path: Path) -> None:
-    """Refuse a FIFO, a socket or a device, which a read would wait for or never come to the end of.
+    """Raise if a path is a FIFO, a socket or a device, whose reading may block or never end.
 
     Files that do not exist pass: whoever opens them reports that.
 
@@ -58,7 +58,7 @@ def require_regular(path: Path) -> None:
 
 
 def resolved(path: Path) -> Path:
-    """Return the absolute path that a path means once all symbolic links are followed.
+    """Return the absolute path with all symbolic links resolved.
 
     Raises:
         InputError: links lead back to themselves.
@@ -70,7 +70,7 @@ def resolved(path: Path) -> Path:
 
 
 def expanded(name: str | Path) -> Path:
-    """Return the path that a name means, `~` and `~user` replaced by home folders.
+    """Return a path with `~` and `~user` replaced by home folders.
 
     Raises:
         InputError: there is no such user.
@@ -82,7 +82,7 @@ def expanded(name: str | Path) -> Path:
 
 
 def require_folder_name(path: Path) -> None:
-    """Refuse `/`, `.`, `..` and the empty name as the name of a folder to make.
+    """Raise if the name of a folder to create is `/`, `.`, `..` or empty.
 
     Raises:
         InputError: `path` has no name of its own.
@@ -94,7 +94,7 @@ def require_folder_name(path: Path) -> None:
 
 
 def file_to_write(path: Path) -> Path:
-    """Return the file that writing to `path` replaces: `path`, or the file that a symbolic link names.
+    """Return the file that writing to `path` replaces: `path`, or the target of a symbolic link.
 
     Raises:
         InputError: `path` is a folder, a FIFO, a socket or a device.
@@ -108,7 +108,7 @@ def file_to_write(path: Path) -> Path:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name to write to; on success it becomes `path`, on any error it is removed.
+    """Yield a temporary path to write to; it is renamed to `path` on success, removed on an error.
 
     Raises:
         InputError: see `file_to_write`.
@@ -127,7 +127,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on success it replaces `path`, on any error it is removed.
+    """Yield a temporary folder to fill; it replaces `path` on success and is removed on an error.
 
     The files in it reach the disk before the rename. A folder cannot be exchanged in one step
     everywhere: an existing one is moved aside first, and `recover_folder` puts it back if a kill
@@ -170,7 +170,7 @@ def _settle_exchange(path: Path) -> None:
 
 
 def recover_folder(path: Path) -> None:
-    """Finishes or undoes an exchange of folders that `atomic_folder` had begun, and clears what it left behind."""
+    """Finish or undo an interrupted replacement by `atomic_folder`, and remove its leftovers."""
     path = resolved(path)
     _settle_exchange(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
@@ -178,7 +178,7 @@ def recover_folder(path: Path) -> None:
 
 
 def folder_to_read(path: Path) -> Path:
-    """`path`, or the folder that stands for it while an exchange is under way or was cut off; nothing is changed."""
+    """Return `path`, or the folder that holds its content during a replacement; change nothing."""
     target = resolved(path)
     if path.exists() or not target.name:
         return path
@@ -193,7 +193,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class Stored(BaseModel):
-    """Base of the schemas of JSON files: keys of a later minor version pass, values of another type do not."""
+    """Base of the schemas of JSON files: unknown keys are ignored, values of other types refused."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 
@@ -219,7 +219,7 @@ def read_text(path: Path, what: str, largest: int = _LARGEST_TEXT) -> str:
 
 
 class _DuplicateKeyError(Exception):
-    """A JSON object has a key twice; the reader would silently take the last one."""
+    """A JSON object has a duplicate key, of which a reader would silently use the last one."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def read_json(path: Path, what: str, schema: type[Stored] | None = None) -> dict
 
 
 def require_shallow(value: Any, where: Path | str) -> None:
-    """Refuse lists and mappings that are nested deeper than 64 levels.
+    """Raise if lists and mappings are nested deeper than 64 levels.
 
     Raises:
         InputError: names `where`.
@@ -279,7 +279,7 @@ def require_shallow(value: Any, where: Path | str) -> None:
 
 
 def require_schema(value: Any, schema: type[Stored], where: Path | str) -> None:
-    """Refuse a value that violates a schema.
+    """Raise if a value violates a schema.
 
     Raises:
         InputError: names `where`, the key and what is expected there.
@@ -300,6 +300,6 @@ def require_schema(value: Any, schema: type[Stored], where: Path | str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

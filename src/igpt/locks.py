@@ -34,7 +34,7 @@ _held = set[
 
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
-    """Hold the lock of a file or folder that is about to be made; within one process it may be taken again.
+    """Hold the lock of a file or folder to be written; a process may acquire it more than once.
 
     Folders that are made for the lock are removed again if nothing was written to them.
 
@@ -48,7 +48,7 @@ def exclusive(path: Path) -> Iterator[None]:
 
 @contextmanager
 def exclusive_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder to work in; otherwise as `exclusive`.
+    """Hold the lock of a folder to work in; see `exclusive`.
 
     Raises:
         InputError: another process holds it; its host, process id and command are named.
