@@ -38,7 +38,7 @@ def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
         (["prepair"], "no command 'prepair'; did you mean 'prepare'?"),
         (
             ["prepare", "digits", "--sise", "8", "-o", "x"],
-            "unknown flag --sise; did you mean --size?",
+            "unknown flag --sise (see igpt prepare --help); did you mean --size?",
         ),
         (["prepare", "digits"], "--out"),
         (["evaluate", "m", "n"], "this command is now: igpt score MODEL NAME --published"),

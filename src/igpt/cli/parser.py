@@ -183,9 +183,10 @@ def _require_known(words: Sequence[str], known: set[str], program: str) -> None:
         if name == "--":
             return
         if name.startswith("--") and name not in known:
+            shown = reprlib.repr(name)[1:-1]
             near = get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"unknown flag {reprlib.repr(name)[1:-1]}{hint}; see {program} --help")
+            raise InputError(f"unknown flag {shown} (see {program} --help){hint}")
 
 
 def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
