@@ -138,7 +138,7 @@ def test_by_command(igpt: Run, small: Path, tmp_path: Path):
         "in 4 shards, all intact",
         "train: 5 images, 1 without a label",
         "  dog: 3, 1, 0",
-        "3 of 4 colours occur in training, the commonest in 55.0% of the pixels",
+        "3 of 4 colours occur in training, the most frequent in 55.0% of the pixels",
         "left out: images that do not decode: 1 (first: train row 9: empty)",
     ):
         assert line in done.stdout
