@@ -898,7 +898,7 @@ def test_work_that_bad_images_stopped_goes_on_without_them(
     some_bad: Path, tmp_path: Path, small_shards: None
 ):
     """The advice in the message works: the second call writes the same as it would have alone."""
-    with pytest.raises(InputError, match="by a larger --max-bad"):
+    with pytest.raises(InputError, match="with a larger --max-bad"):
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0))
     assert (tmp_path / "tokens.partial" / "plan.json").exists()
     check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", lenient()), some_bad)
