@@ -105,7 +105,7 @@ def test_the_classifier_that_was_tested_is_kept(
     torch.testing.assert_close(found.sum(1), torch.ones(180))
     share = float((found.argmax(1).numpy() == digits["test"].labels).mean())
     assert share == pytest.approx(best_row(result)["test_accuracy"], abs=1e-9)
-    with pytest.raises(InputError, match="probe is of another model"):
+    with pytest.raises(InputError, match="probe of the run belongs to another model"):
         readout.probabilities(ImageGPT(ModelConfig.layered({**SHAPE, "n_embd": 16})), tokens)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(InputError, match="damaged"):

@@ -97,7 +97,7 @@ def test_a_classifier_of_another_probe_is_refused(tmp_path: Path) -> None:
         ):
             ProbeClassifier.of_probe(path)
     path.unlink()
-    with pytest.raises(InputError, match=r"probe\.safetensors has no probe\.json beside it"):
+    with pytest.raises(InputError, match=r"probe\.safetensors has no probe\.json next to it"):
         ProbeClassifier.of_probe(path)
 
 
@@ -355,7 +355,7 @@ def test_what_is_no_classifier_is_not_replaced(
     weights = {"weight": torch.ones(3)}
     save_file(weights, tmp_path / "model.safetensors")
     for name, said in (
-        ("model.json", "holds something else than a probe's classifier"),
+        ("model.json", "is not a probe's classifier and would be overwritten"),
         ("p.safetensors", ".json"),
     ):
         done = igpt("probe", short_run, digits.path, "-o", tmp_path / name, *QUICK)

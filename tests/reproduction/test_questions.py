@@ -11,7 +11,14 @@ import pytest
 
 from igpt.errors import InputError
 from igpt.evaluation.results import PROBE, PROBE_VERSION, TEST, TEST_VERSION
-from igpt.reproduction.evidence import NotDone, Results, clearly, difference, of_images, of_subsets
+from igpt.reproduction.evidence import (
+    NotDone,
+    Results,
+    accuracy_of_subsets,
+    accuracy_on,
+    clearly,
+    difference,
+)
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records
 from igpt.reproduction.scale import Scale, scale
@@ -109,24 +116,24 @@ def made(tmp_path: Path) -> Made:
 
 
 def test_intervals() -> None:
-    share = of_images(0.5, 400)
+    share = accuracy_on(0.5, 400)
     assert (share.low, share.high) == interval_of_share(200, 400)
-    found, half = difference(of_images(0.6, 400), share)
+    found, half = difference(accuracy_on(0.6, 400), share)
     assert found == pytest.approx(10)
     assert half == pytest.approx(196 * (0.025**2 + 0.6 * 0.4 / 400) ** 0.5, rel=1e-2)
-    assert clearly(of_images(0.6, 400), share)
-    assert not clearly(of_images(0.55, 400), share)
-    subsets = of_subsets([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
+    assert clearly(accuracy_on(0.6, 400), share)
+    assert not clearly(accuracy_on(0.55, 400), share)
+    subsets = accuracy_of_subsets([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
     assert subsets.value == pytest.approx(0.2)
     assert subsets.low == 0
-    assert subsets.half == subsets.high - subsets.value, "though the lower end stops at 0"
-    of_labels, of_test = 4.303 * 0.1 / 3**0.5, of_images(0.2, 50).half
+    assert subsets.half_width == subsets.high - subsets.value, "though the lower end stops at 0"
+    of_labels, of_test = 4.303 * 0.1 / 3**0.5, accuracy_on(0.2, 50).half_width
     assert subsets.high - subsets.value == pytest.approx(
         (of_labels**2 + of_test**2) ** 0.5, rel=1e-3
     )
     assert subsets.n == "3 label subsets, 50 images"
-    same = of_subsets([0.1, 0.1], 1000)
-    assert same.half == pytest.approx(of_images(0.1, 1000).half), (
+    same = accuracy_of_subsets([0.1, 0.1], 1000)
+    assert same.half_width == pytest.approx(accuracy_on(0.1, 1000).half_width), (
         "the images' part stays when all subsets agree"
     )
 
@@ -149,9 +156,9 @@ def test_label_subsets_are_compared_pairwise(made: Made) -> None:
         np.asarray(first.right, float) - second.right, axis=0
     )  # 20 points in every subset: these add nothing
     assert half == pytest.approx(196 * each.std(ddof=1) / 10, rel=1e-3)
-    assert half < np.hypot(100 * first.half, 100 * second.half) / 3
+    assert half < np.hypot(100 * first.half_width, 100 * second.half_width) / 3
     assert difference(first, replace(second, images=())) == pytest.approx(
-        (20, 100 * np.hypot(first.half, second.half))
+        (20, 100 * np.hypot(first.half_width, second.half_width))
     )
     spread = replace(second, right=np.roll(second.right, 1, axis=0))
     assert difference(first, spread)[1] > 10, "subsets that differ add to it"
@@ -169,7 +176,7 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
             }
         )
     )
-    with pytest.raises(InputError, match="a fine-tuning here was made by an earlier igpt"):
+    with pytest.raises(InputError, match="a result of a fine-tuning was written by an earlier igpt"):
         made.results.finetuned("ar", "all")
 
 
@@ -372,7 +379,7 @@ def test_malformed_results_are_refused_in_one_line_or_make_no_difference(made: M
                 asked(made, names)
             except InputError as error:
                 said, refused = str(error), refused + 1
-                assert Path(name).name in said or "made by an earlier igpt" in said, (what, said)
+                assert Path(name).name in said or "written by an earlier igpt" in said, (what, said)
                 assert "\n" not in said, what
             except NotDone:
                 assert name == "steps.json", what

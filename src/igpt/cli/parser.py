@@ -7,6 +7,7 @@ returned, so that they override presets and files, and defaults do not.
 
 import argparse
 import reprlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -25,7 +26,7 @@ _POSITIONAL: dict[str, Any] = {"positional": True}
 _NUMBERS: dict[Any, str] = {int: "INT", float: "FLOAT"}
 
 
-class Options(Config):
+class Options(Config, ABC):
     """Base of the options of a command.
 
     Attributes:
@@ -39,13 +40,13 @@ class Options(Config):
     example: ClassVar[str]
     out_is_folder: ClassVar[bool] = False
 
+    @abstractmethod
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command.
 
         Args:
             given: the settings that were given as flags.
         """
-        raise NotImplementedError
 
 
 def argument(description: str, default: Any = ...) -> Any:
@@ -150,17 +151,14 @@ def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argp
         argument_default=argparse.SUPPRESS,
     )
     own = parser.add_argument_group("flags")
-    settings = parser.add_argument_group(
-        "settings", "Flags override the settings of a --config file, which override a preset."
-    )
+    layers = "They override a --config file." if "config" in options.model_fields else None
+    settings = parser.add_argument_group("settings", layers)  # not shown if it stays empty
     for flag in flags:
         group = settings if flag.is_setting else own if flag.names else parser
         text = f"{flag.help} (default: {flag.default})" if flag.default else flag.help
-        group.add_argument(
-            *(flag.names[:2] if flag.name == "out" else flag.names[:1] or (flag.name,)),
-            help=text.replace("%", "%%"),
-            **_details(flag),
-        )
+        # argparse adds the name of a negation itself.
+        names = [name for name in flag.names if not name.startswith("--no-")] or [flag.name]
+        group.add_argument(*names, help=text.replace("%", "%%"), **_details(flag))
     own.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
 
@@ -168,8 +166,7 @@ def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argp
 def _details(flag: Flag) -> dict[str, Any]:
     """Return the arguments of argparse's `add_argument` that depend on the kind of value."""
     if not flag.kind and not flag.choices:
-        has_negation = len(flag.names) == 2
-        return {"action": argparse.BooleanOptionalAction if has_negation else "store_true"}
+        return {"action": argparse.BooleanOptionalAction if flag.is_setting else "store_true"}
     details: dict[str, Any] = {"type": flag.convert, "nargs": flag.nargs}
     if flag.names:
         details |= {"dest": flag.name, "required": flag.required}
@@ -191,9 +188,7 @@ def _require_known(words: Sequence[str], known: set[str], program: str) -> None:
 
 def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
     kind, choices, nargs, convert = _kind(field.annotation)
-    positional = bool(
-        isinstance(field.json_schema_extra, dict) and "positional" in field.json_schema_extra
-    )
+    positional = field.json_schema_extra == _POSITIONAL
     long = f"--{name.replace('_', '-')}"
     names: tuple[str, ...] = (long,)
     if positional:

@@ -14,20 +14,12 @@ from igpt.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from igpt.sampling.sampler import SamplingSettings
 
-class Sample(Options):
-    """Generate images."""
 
-    settings = "igpt.sampling.grids"
-    example = "igpt sample runs/photos --count 16"
+class _Sampling(Options):
+    """The options of how colours are sampled."""
 
-    model: Path = argument("run or model directory")
-    out: Path | None = Field(
-        None,
-        description="PNG to write; by default samples.png in the run, or in the current folder for a "
-        "model without a run",
-    )
-    count: int = Field(16, description="number of images")
     temperature: float = Field(
         1.0,
         description="1 samples from the model's distribution, 0 selects the most likely colours",
@@ -41,13 +33,14 @@ class Sample(Options):
         "auto", description="of matrix products; auto selects bf16 if the processor supports it"
     )
 
-    def execute(self, given: dict[str, Any]) -> None:
-        """Run the command."""
-        from igpt.sampling.grids import require_target, save_samples
+    def sampling_settings(self) -> "SamplingSettings":
+        """Return the settings of the sampler.
+
+        Raises:
+            InputError: a setting is out of range.
+        """
         from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
-        path, home = model_and_run(self.model)
-        target = self.out or home / "samples.png"
         settings = SamplingSettings(
             temperature=self.temperature,
             top_k=self.top_k,
@@ -55,16 +48,40 @@ class Sample(Options):
             seed=self.seed,
             precision=self.precision,
         )
+        require_sampling_settings(**settings)
+        return settings
+
+
+class Sample(_Sampling):
+    """Generate images."""
+
+    settings = "igpt.sampling.grids"
+    example = "igpt sample runs/photos --count 16"
+
+    model: Path = argument("run or model directory")
+    out: Path | None = Field(
+        None,
+        description="PNG to write; by default samples.png in the run, or in the current folder for a "
+        "model without a run",
+    )
+    count: int = Field(16, description="number of images")
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.sampling.grids import require_target, save_samples
+
+        path, home = model_and_run(self.model)
+        target = self.out or home / "samples.png"
+        settings = self.sampling_settings()
         require_target(target)
         require_writable(target)
-        require_sampling_settings(**settings)
         loaded = load_model(path)
         with progress_bar() as show:
             save_samples(loaded, target, self.count, settings, partial(show, "sampling"))
         print(f"{target}: {self.count} samples")
 
 
-class Complete(Options):
+class Complete(_Sampling):
     """Keep the upper rows of images, or the pixels that a mask leaves, and generate the rest."""
 
     settings = "igpt.sampling.grids"
@@ -91,18 +108,6 @@ class Complete(Options):
         description="PNG to write; by default completions.png in the run, or in the current folder "
         "for a model without a run",
     )
-    temperature: float = Field(
-        1.0,
-        description="1 samples from the model's distribution, 0 selects the most likely colours",
-    )
-    top_k: int | None = Field(None, description="only the k most likely colours of every pixel")
-    top_p: float | None = Field(
-        None, description="only the most likely colours whose probabilities add up to this value"
-    )
-    seed: int = Field(0, description="the same seed gives the same images")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of matrix products; auto selects bf16 if the processor supports it"
-    )
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
@@ -110,30 +115,17 @@ class Complete(Options):
         from igpt.evaluation.features import require_match
         from igpt.model.images import tokens_of_files, tokens_of_split
         from igpt.sampling.grids import mask_of_file, require_target, save_completions
-        from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
 
-        images, tokens, mask, keep_rows = (
-            self.images,
-            self.tokens,
-            self.mask,
-            self.keep_rows,
-        )
+        images, tokens, mask, keep_rows = self.images, self.tokens, self.mask, self.keep_rows
         if bool(images) == bool(tokens):
             raise InputError("give image files to complete, or --tokens with a token data set")
         if mask and keep_rows is not None:
             raise InputError("give --keep-rows or --mask, not both")
         path, home = model_and_run(self.model)
         target = self.out or home / "completions.png"
-        settings = SamplingSettings(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-            precision=self.precision,
-        )
+        settings = self.sampling_settings()
         require_target(target)
         require_writable(target)
-        require_sampling_settings(**settings)
         if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
             raise InputError(f"{target} is one of the images to read; choose another -o")
         loaded = load_model(path)

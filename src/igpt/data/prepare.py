@@ -65,7 +65,7 @@ SHARD_IMAGES = (1024, 8192)
 # Bytes of tokens of a shard, at most; from 129 px on, this is the lower limit.
 SHARD_BYTES = 2**28
 # Below this number of images, starting workers costs more than they gain.
-ALONE_BELOW = 4096
+MIN_IMAGES_FOR_WORKERS = 4096
 MOST_PARTS = 65536
 _TWELVE_BITS = 4095  # the highest level of 12 bits
 _MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # each takes about 200 MB
@@ -382,7 +382,7 @@ def _make_shards(
     )
     work = _Work(readers, tokenizer, folder)
     allowance.require_decoded(skipped, total)
-    with running(work, workers if total >= ALONE_BELOW else 1) as run:
+    with running(work, workers if total >= MIN_IMAGES_FOR_WORKERS else 1) as run:
         for result in run(job for job in jobs() if job.record not in finished):
             skipped += result["skipped"]
             allowance.require_decoded(skipped, total)

@@ -46,53 +46,57 @@ _MOST = 64  # values of a setting that names several: memory grows with them
 
 
 class ProbeConfig(Config):
-    """Which features are probed, and how."""
+    """Settings of a probe."""
 
-    layers: tuple[int, ...] = Field((), description="layers to probe; all where none is named")
+    layers: tuple[int, ...] = Field((), description="layers to probe; all by default")
     concatenate: tuple[int, ...] = Field(
-        (), description="probe the features of these layers side by side as well"
+        (), description="also probe the concatenated features of these layers"
     )
     labels_per_class: tuple[Count, ...] = Field(
-        (), max_length=_MOST, description="probe the best layer with so few labels as well"
+        (),
+        max_length=_MOST,
+        description="numbers of labels per class: also probe the best layer with each of them",
     )
-    subsets: int = Field(5, ge=2, le=1000, description="seeded draws of so few labels")
+    subsets: int = Field(
+        5, ge=2, le=1000, description="random subsets for each number of labels per class"
+    )
     solver: Literal["lbfgs", "sgd"] = Field(
-        "lbfgs", description="sgd where the features do not fit into memory"
+        "lbfgs", description="sgd if the features do not fit into memory"
     )
     strengths: tuple[Strength, ...] = Field(
         (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
         min_length=1,
         max_length=_MOST,
-        description="inverse L2 strengths C to choose from (lbfgs)",
+        description="inverse regularization strengths (scikit-learn's C) to select from (lbfgs)",
     )
     learning_rates: tuple[Rate, ...] = Field(
         (30.0, 10.0, 3.0, 1.0, 0.3),
         min_length=1,
         max_length=_MOST,
-        description="learning rates to choose from (sgd)",
+        description="learning rates to select from (sgd)",
     )
-    steps: int = Field(1_000_000, ge=1, le=10**9, description="updates of sgd")
-    batch_size: int = Field(128, ge=1, le=16_384, description="images of an update of sgd")
+    steps: int = Field(1_000_000, ge=1, le=10**9, description="steps of sgd")
+    batch_size: int = Field(128, ge=1, le=16_384, description="batch size of sgd")
     fold_back: bool = Field(
-        True, description="fit the chosen setting again on training and validation images"
+        True, description="refit with the selected setting on training and validation images"
     )
     masks: int = Field(
         0,
         ge=0,
         le=100,
-        description="mask BERT's input, and take the modal prediction over so many masks",
+        description="BERT models: mask the input, and use the most frequent prediction over this many masks",
     )
     limit: Count | None = Field(
-        None, description="at most so many images of each split, drawn by seed"
+        None, description="maximum number of images per split, a random subset"
     )
     test_images: Count | None = Field(
-        None, description="at most so many test images, in place of --limit"
+        None, description="maximum number of test images, instead of --limit"
     )
     baselines: bool = Field(
-        True, description="probe raw pixels and an untrained model of the same shape as well"
+        True, description="also probe raw pixels and an untrained model of the same shape"
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of the products that make the features"
+        "fp32", description="precision of matrix products when computing features"
     )
     seed: int = Field(
         0,

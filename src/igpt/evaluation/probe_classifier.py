@@ -1,7 +1,7 @@
-"""A probe's classifier, kept in a file of its own, and what it says of an image.
+"""The classifier of a linear probe: its file format, and the classes that it predicts.
 
-`igpt probe` writes it as probe.safetensors next to probe.json: mean, scale [D], coef [C, D] and
-intercept [C] of the best layer.
+`igpt probe` writes the classifier of the best layer to probe.safetensors, next to probe.json: mean,
+scale [D], coef [C, D] and intercept [C].
 B images, n positions, D width, C classes.
 """
 
@@ -45,9 +45,9 @@ class ProbeClassifier:
     """A linear classifier of one layer's features.
 
     Attributes:
-        layer: whose features, averaged over all positions, it reads.
-        class_names: of the rows of `coef`.
-        mean, scale, coef, intercept: see `Classifiers`, of a single setting.
+        layer: the layer whose features, averaged over all positions, are classified.
+        class_names: names of the classes, one for each row of `coef`.
+        mean, scale, coef, intercept: see `Classifiers`, for one regularization strength.
     """
 
     layer: int
@@ -59,20 +59,20 @@ class ProbeClassifier:
 
     @classmethod
     def of(cls, fitted: Classifiers, layer: int, class_names: tuple[str, ...]) -> Self:
-        """Return the first of fitted classifiers."""
+        """Return the classifier of the first fitted setting."""
         parts = fitted.mean, fitted.scale, fitted.coef[0], fitted.intercept[0]
         return cls(layer, class_names, *(part.cpu().float() for part in parts))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the layer, the class names and the numbers, in hexadecimal; `probe.json` has it."""
+        """The SHA-256 of layer, class names and tensors, which `probe.json` records."""
         digest = hashlib.sha256(json.dumps([self.layer, *self.class_names]).encode())
         for name in _PARTS:
             digest.update(getattr(self, name).contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def to_bytes(self) -> bytes:
-        """Return the content of a file that `load` reads."""
+        """Return the content of the file, which `load` reads."""
         about = {"format": FORMAT, "version": VERSION, "layer": str(self.layer)}
         about["classes"] = json.dumps(self.class_names)
         return save({name: getattr(self, name).contiguous() for name in _PARTS}, metadata=about)
@@ -82,11 +82,13 @@ class ProbeClassifier:
         """Read the classifier in a file.
 
         Raises:
-            InputError: there is none, it is damaged, or of another format.
+            InputError: the file is missing, damaged, or of another format.
         """
         about, tensors = _read(path)
         if (about.get("format"), about.get("version")) != (FORMAT, VERSION):
-            raise InputError(f"{path} is no {FORMAT} of version {VERSION}; run igpt probe again")
+            raise InputError(
+                f"{path} is not an {FORMAT} file of version {VERSION}; run igpt probe again"
+            )
         require_schema(about, _Metadata, path)
         try:
             classes = json.loads(about["classes"])
@@ -118,10 +120,10 @@ class ProbeClassifier:
 
     @classmethod
     def of_probe(cls, probe: Path) -> Self | None:
-        """Read the classifier that belongs to a `probe.json`; None where there is no classifier next to it.
+        """Return the classifier that belongs to a `probe.json`, or None if there is none.
 
         Raises:
-            InputError: one of the two files is damaged, or they are of different probes.
+            InputError: one of the files is damaged, or they belong to different probes.
         """
         path = probe.with_suffix(".safetensors")
         if not path.exists():
@@ -130,23 +132,24 @@ class ProbeClassifier:
             raise InputError(
                 f"{path} has no {probe.name} next to it; run igpt probe again, or remove it"
             )
-        found, readout = read_probe(probe), cls.load(path)
+        found, classifier = read_probe(probe), cls.load(path)
         recorded = found.get("classifier")  # probes of earlier versions have none
-        if readout.layer != found.get("best_layer") or recorded not in (None, readout.fingerprint):
+        expected = (None, classifier.fingerprint)
+        if classifier.layer != found.get("best_layer") or recorded not in expected:
             raise InputError(
                 f"{path} is not the classifier of {probe}; run igpt probe again, or remove the former"
             )
-        return readout
+        return classifier
 
     @torch.inference_mode()
     def probabilities(self, model: ImageGPT, tokens: Tensor) -> Tensor:
         """Return the probabilities of the classes of images: tokens [B, n] -> [B, C].
 
         Raises:
-            InputError: the model has other layers than the one that was probed.
+            InputError: the depth or width of the model differs from that of the probed one.
         """
         if self.layer > model.config.n_layer or len(self.mean) != model.config.n_embd:
-            raise InputError("the run's probe is of another model; run igpt probe again")
+            raise InputError("the probe of the run belongs to another model; run igpt probe again")
         device = model.device
         features = next(
             x for layer, x in enumerate(model.features(tokens.to(device))) if layer == self.layer
@@ -156,14 +159,14 @@ class ProbeClassifier:
 
 
 def require_replaceable(path: Path) -> None:
-    """Refuse a file to be written that holds something else than a probe's classifier, such as a model's weights.
+    """Raise if an existing file is not a probe's classifier, so that it is not overwritten.
 
     Raises:
-        InputError: it holds something else, or is no regular file.
+        InputError: it contains something else, such as a model's weights, or is no regular file.
     """
     if path.exists() and _read(path)[0].get("format") != FORMAT:
         raise InputError(
-            f"{path} holds something else than a probe's classifier; choose another -o"
+            f"{path} is not a probe's classifier and would be overwritten; choose another -o"
         )
 
 

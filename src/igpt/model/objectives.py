@@ -7,6 +7,7 @@ that reports can use it quickly. B batch, n pixels of an image, V colours, D wid
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ class Model(Protocol):
         """Return the logits of the colour of every pixel: [B, n] -> [B, n, V]."""
 
 
-class Objective:
+class Objective(ABC):
     """An objective: the model's input, its masks, its loss and its sampler.
 
     Attributes:
@@ -55,9 +56,9 @@ class Objective:
     has_likelihood: bool = False
     sampler: str
 
+    @abstractmethod
     def embed(self, model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Return the input embeddings, without positions: tokens [B, T] -> [B, T, D]."""
-        raise NotImplementedError
 
     def mask(
         self, shape: tuple[int, int], probability: float, generator: np.random.Generator
@@ -73,9 +74,9 @@ class Objective:
         masks = [self.mask((1, n_pixels), probability, generator) for generator in generators]
         return np.concatenate([mask for mask in masks if mask is not None])
 
+    @abstractmethod
     def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         """Return the loss of every image, in nats: losses of pixels [B, n], mask [B, n] -> [B]."""
-        raise NotImplementedError
 
     def loss(self, model: Model, tokens: Tensor, mask: Tensor | None = None) -> Summed:
         """Return the loss summed over images, and their number.

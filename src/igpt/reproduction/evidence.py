@@ -21,11 +21,11 @@ from igpt.reproduction.runner import Records
 from igpt.reproduction.scale import Scale
 from igpt.statistics import interval_of_share, paired_difference, unpacked
 
-Held = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
+Verdict = Literal["yes", "in part", "no", "undecided", "shown", "not yet"]
 
 
 class _Probe(Probe):
-    """A probe that answers a question: it records its images."""
+    """Schema of a probe.json that records its images and settings."""
 
     tokens: str
     config: ProbeSettings
@@ -48,7 +48,7 @@ class Answer:
         how: the protocol: n, seeds, and how the numbers were measured.
     """
 
-    held: Held
+    held: Verdict
     verdict: str
     plot: Mapping[str, Any]
     table: Mapping[str, Any]
@@ -56,7 +56,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Share:
+class Accuracy:
     """A measured accuracy with its 95 % interval.
 
     Attributes:
@@ -75,8 +75,8 @@ class Share:
     images: tuple[Any, ...] = ()
 
     @property
-    def half(self) -> float:
-        """Half the width of the interval: its longer arm, as the other may be cut off at 0 or 1."""
+    def half_width(self) -> float:
+        """The larger distance of the value to a bound, since bounds are clipped to [0, 1]."""
         return max(self.high - self.value, self.value - self.low)
 
     @property
@@ -85,24 +85,24 @@ class Share:
         return f"{100 * self.value:.1f} ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def of_images(value: float, count: int) -> Share:
+def accuracy_on(value: float, count: int) -> Accuracy:
     """Return an accuracy on `count` test images with Wilson's interval."""
-    return Share(value, *interval_of_share(round(value * count), count), f"{count:,} images")
+    return Accuracy(value, *interval_of_share(round(value * count), count), f"{count:,} images")
 
 
-def of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Share:
+def accuracy_of_row(row: Mapping[str, Any], probe: Mapping[str, Any]) -> Accuracy:
     """Return the test accuracy in a row of a probe.json."""
     count, config = probe["images"]["test"], probe["config"]
     images = (probe["tokens"], config.get("test_images") or config.get("limit"), config.get("seed"))
     return replace(
-        of_images(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images
+        accuracy_on(row["test_accuracy"], count), right=_right(row, count, "probe"), images=images
     )
 
 
-def of_test(test: Mapping[str, Any]) -> Share:
+def accuracy_of_test(test: Mapping[str, Any]) -> Accuracy:
     """Return the accuracy in a test.json."""
     count = test["test_images"]
-    share = of_images(test["test_accuracy"], count)
+    share = accuracy_on(test["test_accuracy"], count)
     return replace(
         share, right=_right(test, count, "fine-tuning"), images=(test.get("tokens"), count)
     )
@@ -111,23 +111,22 @@ def of_test(test: Mapping[str, Any]) -> Share:
 def _right(result: Mapping[str, Any], count: int, kind: str) -> NDArray[np.bool_]:
     if result.get("test_right") is None:
         raise InputError(
-            f"a {kind} here was made by an earlier igpt, without the correct predictions per "
-            "image; "
+            f"a result of a {kind} was written by an earlier igpt, without predictions per image; "
             "choose another -o"
         )
     return unpacked(result["test_right"], count)
 
 
-def of_subsets(values: Sequence[float], count: int) -> Share:
+def accuracy_of_subsets(values: Sequence[float], count: int) -> Accuracy:
     """Return the mean accuracy over several subsets of the labels, on the same `count` test images.
 
     Student's interval over the subsets and Wilson's over the images are combined in quadrature: the
     subsets share the test images, so their spread does not contain the images' sampling error.
     """
     mean = float(np.mean(values))
-    half = math.hypot(_half_of_subsets(np.asarray(values)), of_images(mean, count).half)
+    half = math.hypot(_half_of_subsets(np.asarray(values)), accuracy_on(mean, count).half_width)
     n = f"{len(values)} label subsets, {count:,} images"
-    return Share(mean, max(0.0, mean - half), min(1.0, mean + half), n)
+    return Accuracy(mean, max(0.0, mean - half), min(1.0, mean + half), n)
 
 
 def _half_of_subsets(values: NDArray[np.float64]) -> float:
@@ -137,7 +136,7 @@ def _half_of_subsets(values: NDArray[np.float64]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * float(values.std(ddof=1)) / math.sqrt(len(values))
 
 
-def difference(first: Share, second: Share) -> tuple[float, float]:
+def difference(first: Accuracy, second: Accuracy) -> tuple[float, float]:
     """Return first - second in percentage points, and half the width of its 95 % interval.
 
     The interval is paired if both were measured on the same images. The variation over label
@@ -146,7 +145,9 @@ def difference(first: Share, second: Share) -> tuple[float, float]:
     some.
     """
     if first.right is None or second.right is None or first.images != second.images:
-        return 100 * (first.value - second.value), 100 * math.hypot(first.half, second.half)
+        return 100 * (first.value - second.value), 100 * math.hypot(
+            first.half_width, second.half_width
+        )
     found, half = paired_difference(first.right, second.right)
     if first.right.ndim > 1:
         half = math.hypot(
@@ -155,19 +156,19 @@ def difference(first: Share, second: Share) -> tuple[float, float]:
     return 100 * found, 100 * half
 
 
-def points(first: Share, second: Share) -> str:
+def points(first: Accuracy, second: Accuracy) -> str:
     """Return the difference of two accuracies as text."""
     found, half = difference(first, second)
     return f"{found:+.1f} ± {half:.1f} points"
 
 
-def clearly(first: Share, second: Share) -> bool:
+def clearly(first: Accuracy, second: Accuracy) -> bool:
     """Return True if the first is higher by more than the interval of the difference."""
     found, half = difference(first, second)
     return found > half
 
 
-def overall(found: Sequence[Held]) -> Held:
+def overall(found: Sequence[Verdict]) -> Verdict:
     """Return the overall answer of several answers to one question."""
     if set(found) == {"yes"}:
         return "yes"
@@ -213,11 +214,11 @@ class Results:
         require_schema(found, _Probe, path)
         return found
 
-    def best(self, probe: Mapping[str, Any]) -> Share:
+    def best(self, probe: Mapping[str, Any]) -> Accuracy:
         """Return the test accuracy of the layer with the best validation accuracy."""
-        return of_row(best_row(probe), probe)
+        return accuracy_of_row(best_row(probe), probe)
 
-    def few(self, name: str) -> tuple[list[Share], list[Share]]:
+    def few(self, name: str) -> tuple[list[Accuracy], list[Accuracy]]:
         """Return the accuracies with few labels of the best layer and of raw pixels.
 
         Raises:
@@ -234,10 +235,12 @@ class Results:
                     f"{path}: few_labels are not for {self.scale.few} labels per class; "
                     "choose another -o"
                 )
-        layer, raw = ([of_subsets(one["test_accuracies"], count) for one in each] for each in found)
+        layer, raw = (
+            [accuracy_of_subsets(one["test_accuracies"], count) for one in each] for each in found
+        )
         return layer, raw
 
-    def raw_pixels(self, name: str) -> Share:
+    def raw_pixels(self, name: str) -> Accuracy:
         """Return the test accuracy of raw pixels.
 
         Raises:
@@ -249,7 +252,7 @@ class Results:
             raise InputError(
                 f"{self.folder / 'probes' / name}.json: raw_pixels is missing; choose another -o"
             )
-        return of_row(row, probe)
+        return accuracy_of_row(row, probe)
 
     def losses(self, run: str) -> dict[int, float]:
         """Return the validation loss by step.
@@ -269,7 +272,7 @@ class Results:
             raise InputError(f"{path}: the validation loss of step {missing[0]} is missing")
         return found
 
-    def finetuned(self, start: str, labels: str | int) -> Share:
+    def finetuned(self, start: str, labels: str | int) -> Accuracy:
         """Return the test accuracy after fine-tuning; with few labels, over all label subsets."""
         names = (
             [f"{start}-all"]
@@ -279,7 +282,7 @@ class Results:
         for name in names:
             self.require(f"finetuned/{name}")
         paths = [self.folder / "finetuned" / name / "test.json" for name in names]
-        shares = [of_test(read_test(path)) for path in paths]
+        shares = [accuracy_of_test(read_test(path)) for path in paths]
         if labels == "all":
             return shares[0]
         if other := [
@@ -289,12 +292,12 @@ class Results:
         ]:
             raise InputError(f"{other[0]} has other test images than {paths[0]}; choose another -o")
         right = np.stack([share.right for share in shares if share.right is not None])
-        mean = of_subsets([share.value for share in shares], right.shape[1])
+        mean = accuracy_of_subsets([share.value for share in shares], right.shape[1])
         return replace(mean, right=right, images=(*shares[0].images, labels))
 
 
 def series(
-    name: str, x: Sequence[float], shares: Sequence[Share], ring: int | None = None
+    name: str, x: Sequence[float], shares: Sequence[Accuracy], ring: int | None = None
 ) -> dict[str, Any]:
     """Return a line, or a group of points, with intervals in percent.
 

@@ -6,12 +6,12 @@ from itertools import combinations, pairwise
 import numpy as np
 
 from igpt.reproduction.evidence import (
+    Accuracy,
     Answer,
-    Held,
     Results,
-    Share,
+    Verdict,
+    accuracy_of_row,
     clearly,
-    of_row,
     overall,
     points,
     series,
@@ -22,13 +22,13 @@ from igpt.statistics import mean_of
 def by_layer(results: Results) -> Answer:
     """Answer by the probe accuracy of every layer."""
     lines, rows, sentences, fitted = [], [], [], []
-    found: list[Held] = []
+    found: list[Verdict] = []
     for size in results.scale.sizes:
         probe = results.probe(
             "main" if size == results.scale.main else f"{size}-{results.scale.steps}"
         )
         layers = probe["layers"]
-        shares = [of_row(row, probe) for row in layers]
+        shares = [accuracy_of_row(row, probe) for row in layers]
         numbers = [row["layer"] for row in layers]
         peak = numbers.index(probe["best_layer"])
         fitted.append(f"{probe['images']['train'] + probe['images']['validation']:,} ({size})")
@@ -78,7 +78,7 @@ def by_layer(results: Results) -> Answer:
     return Answer(overall(found), verdict, plot, table, how)
 
 
-def _peak(shares: list[Share], chosen: int) -> Held:
+def _peak(shares: list[Accuracy], chosen: int) -> Verdict:
     """Return "yes" if the chosen layer can be the only peak, an inner one, clearly above the last.
 
     "no" requires that no inner layer can be the only peak. Comparisons are at the 95 % level,
@@ -90,7 +90,7 @@ def _peak(shares: list[Share], chosen: int) -> Held:
     return "yes" if chosen in inside and clearly(shares[chosen], shares[-1]) else "undecided"
 
 
-def _may_be_the_peak(shares: list[Share], peak: int) -> bool:
+def _may_be_the_peak(shares: list[Accuracy], peak: int) -> bool:
     """Return False if accuracies clearly do not rise up to a layer, or do not fall after it."""
     if any(clearly(end, shares[peak]) for end in (shares[0], shares[-1])):
         return False
@@ -102,7 +102,7 @@ def _may_be_the_peak(shares: list[Share], peak: int) -> bool:
 def loss_and_probe(results: Results) -> Answer:
     """Answer by probe accuracy and validation loss, during training and across sizes."""
     lines, rows, sentences = [], [], []
-    curves: dict[str, list[tuple[float, Share]]] = {}
+    curves: dict[str, list[tuple[float, Accuracy]]] = {}
     for size in results.scale.sizes:
         losses = results.losses(size)
         taken = [(step, results.probe(f"{size}-{step}")) for step in results.scale.snapshots]
@@ -113,7 +113,7 @@ def loss_and_probe(results: Results) -> Answer:
             [f"{size}, step {step}", f"{loss:.3f}", share.cell, share.n]
             for (step, _), (loss, share) in zip(taken, curve, strict=True)
         ]
-    better: list[Held] = []
+    better: list[Verdict] = []
     for size, curve in curves.items():
         correlation = _rank_correlation(
             [-loss for loss, _ in curve], [share.value for _, share in curve]
@@ -125,7 +125,7 @@ def loss_and_probe(results: Results) -> Answer:
             f"{size}: rank correlation {correlation:.2f} over {len(curve)} snapshots, "
             f"{points(last, first)} from the first to the last"
         )
-    ahead: list[Held] = []
+    ahead: list[Verdict] = []
     for smaller, larger in pairwise(curves):
         gain = _at_equal_loss(curves[smaller], curves[larger])
         if gain is None:
@@ -173,7 +173,7 @@ def _rank_correlation(first: list[float], second: list[float]) -> float:
 
 
 def _at_equal_loss(
-    smaller: list[tuple[float, Share]], larger: list[tuple[float, Share]]
+    smaller: list[tuple[float, Accuracy]], larger: list[tuple[float, Accuracy]]
 ) -> tuple[float, float, int] | None:
     """Return the mean lead of the larger model at equal loss, half its interval, and a count.
 
@@ -206,7 +206,7 @@ def resolution(results: Results) -> Answer:
     # All resolutions have the same test images, in the same order, in data sets of different names.
     shares = [replace(share, images=share.images[1:]) for share in best]
     first, last = shares[0], shares[-1]
-    held: Held = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
+    held: Verdict = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
         f"{sides[-1]} px minus {sides[0]} px: {points(last, first)}"
         f"{', within the interval' if held == 'undecided' else ''}. "

@@ -4,10 +4,10 @@ import math
 from typing import Any
 
 from igpt.reproduction.evidence import (
+    Accuracy,
     Answer,
-    Held,
     Results,
-    Share,
+    Verdict,
     clearly,
     difference,
     points,
@@ -22,7 +22,7 @@ def bert(results: Results) -> Answer:
     worse, behind = clearly(probes[0], probes[1]), clearly(tuned[0], tuned[1])
     (before, uncertain), (after, unsure) = difference(*probes), difference(*tuned)
     closer = before - after > math.hypot(uncertain, unsure)
-    held: Held = (
+    held: Verdict = (
         "yes"
         if worse and closer and not behind
         else "in part"
@@ -80,7 +80,7 @@ def finetuning(results: Results) -> Answer:
     scale, probe = results.scale, results.probe("main")
     layer, raw = results.few("main")
     labels_of_all: list[str | int] = [*scale.few, "all"]
-    found: dict[str, list[Share]] = {
+    found: dict[str, list[Accuracy]] = {
         "fine-tuned": [results.finetuned("ar", labels) for labels in labels_of_all],
         "linear probe": [*layer, results.best(probe)],
         "from scratch": [results.finetuned("scratch", labels) for labels in labels_of_all],
@@ -104,7 +104,7 @@ def finetuning(results: Results) -> Answer:
             )
         )
     comparisons = 3 * len(categories)
-    held: Held = (
+    held: Verdict = (
         "yes" if wins == comparisons else "in part" if wins else "no" if losses else "undecided"
     )
     verdict = (

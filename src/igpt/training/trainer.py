@@ -1,4 +1,4 @@
-"""The training loop. It knows no objective, data set or metric by name.
+"""The training loop, independent of the objective, the data set and the validation metric.
 
 Before every step: validate, write a snapshot, and save a checkpoint if they are due; stop if
 training has ended or a stop was requested. Then: one optimizer step, and a line of metrics if due.
@@ -118,7 +118,7 @@ class Trainer:
             seconds=state.seconds,
             skipped=state.skipped,
         )
-        # A stop request that came too late for the loop; more trainings may follow this one.
+        # A stop requested after the last step must also prevent a following run.
         if number := self.world.all_reduce_max(self._stop.number):
             raise Interrupted(number, f"stopped at the end of training, after {state.step} steps")
         return state
@@ -171,11 +171,11 @@ class Trainer:
         if is_snapshot:
             self._write_model(self.run / "snapshots" / f"step-{state.step:08d}")
         stop = self.world.all_reduce_max(self._stop.number)
-        lost_patience = (
+        is_exhausted = (
             config.patience is not None and state.validations_without_better >= config.patience
         )
         # A stop request may have cut the last validation short.
-        ended = lost_patience or (is_last and state.validated == state.step)
+        ended = is_exhausted or (is_last and state.validated == state.step)
         saves = state.step % config.checkpoint_every == 0 or ended or stop > 0
         if saves and state.step != self._saved_step:
             self._read_results()
@@ -201,7 +201,7 @@ class Trainer:
         state.step += 1
         self._throughput.images += config.batch_size
         is_logged = state.step % config.log_every == 0 or state.step == config.steps
-        # A GPU works ahead: the host reads nothing from it between two lines of metrics.
+        # A GPU runs asynchronously: synchronize only for a line of metrics.
         if is_logged or self.world.device.type == "cpu":
             loss = self._read_results()
             news = f"loss {loss:.3f}, {self._throughput.images_per_second:.0f} images/s"
@@ -286,8 +286,8 @@ class Trainer:
             self.engine.model.save_pretrained(path, weights)
 
     def _diverge(self, reason: str) -> None:
-        """Raise `Diverged` with the newest checkpoint from before the trouble."""
-        # The checkpoint just before the first skipped step holds the very weights that caused it.
+        """Raise `Diverged`, naming the newest checkpoint before the first skipped step."""
+        # A checkpoint at the step before it has the weights that gave the non-finite loss.
         first_bad = self.state.first_skipped or self.state.step + 1
         self.checkpoints.finish()
         good = [
