@@ -1,4 +1,5 @@
-"""What the benchmarks share: real images, contenders that take turns, tables, and results with how they were made."""
+"""What the benchmarks share: real images, contenders that take turns, tables, and results with how
+they were made."""
 
 import io
 import os
@@ -24,7 +25,8 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def run(main: Callable[..., None]) -> None:
-    """Runs `main` with the flags of the command line; a user's mistake ends in one line and exit code 2."""
+    """Runs `main` with the flags of the command line; a user's mistake ends in one line and exit
+    code 2."""
     try:
         tyro.cli(main)
     except InputError as error:
@@ -33,7 +35,8 @@ def run(main: Callable[..., None]) -> None:
 
 
 def cifar10(folder: Path, split: str, count: int, seed: int) -> NDArray[np.uint8]:
-    """Images of CIFAR-10's "train" or "test" split, drawn by `seed` without repetition: uint8 [count, 32, 32, 3].
+    """Images of CIFAR-10's "train" or "test" split, drawn by `seed` without repetition: uint8
+    [count, 32, 32, 3].
 
     Raises:
         InputError: the Parquet files are not below `folder`, or hold too few images.
@@ -52,7 +55,8 @@ def cifar10(folder: Path, split: str, count: int, seed: int) -> NDArray[np.uint8
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median wall seconds of each call; contenders take turns, so that all meet the same moods of the machine."""
+    """Median wall seconds of each call; contenders take turns, so that all meet the same moods of
+    the machine."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
@@ -73,7 +77,8 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> N
 
 
 def record(name: str, result: dict[str, Any]) -> None:
-    """Writes results/NAME.json: the result, and the machine, command and commit that it was made with."""
+    """Writes results/NAME.json: the result, and the machine, command and commit that it was made
+    with."""
     path = RESULTS / f"{name}.json"
     environment = {**describe(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}
     write_json(path, {**result, "environment": environment})

@@ -1,4 +1,5 @@
-"""Palette.fit against scikit-learn's KMeans and MiniBatchKMeans: seconds, and mean squared errors, on CIFAR-10.
+"""Palette.fit against scikit-learn's KMeans and MiniBatchKMeans: seconds, and mean squared errors,
+on CIFAR-10.
 
 Goal: not slower than KMeans with its default settings, at an equal or better error. Every seed
     draws its own images, on
@@ -88,7 +89,10 @@ def main(data: Path = CIFAR10, images: int = 977, colors: int = 512, seeds: int 
         slower, *worse = ratios.values()
         figures = [f"{seconds:.2f}", *(f"{error:.3f}" for error in errors)]
         rows.append([name, *figures, f"{slower:.2f}", *(f"{ratio:.4f}" for ratio in worse)])
-    title = f"{images * 1024:,} pixels, k = {colors}: medians of {seeds} seeds, and of ratios to {OURS} at the same seed"
+    title = (
+        f"{images * 1024:,} pixels, k = {colors}: medians of {seeds} seeds, and of ratios to "
+        f"{OURS} at the same seed"
+    )
     show(
         title, ["", "seconds", "fit MSE", "held-out MSE", "seconds x", "fit x", "held-out x"], rows
     )

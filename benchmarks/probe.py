@@ -1,4 +1,5 @@
-"""The probe's L-BFGS against scikit-learn's LogisticRegression: seconds, losses and accuracies on CIFAR-10.
+"""The probe's L-BFGS against scikit-learn's LogisticRegression: seconds, losses and accuracies on
+CIFAR-10.
 
 Goal: ten times as fast for 24 layers of 512 features of 50,000 images, on the same cores. Layers
     are stood in for by
@@ -151,7 +152,8 @@ def main(
         ],
     ]
     show(
-        f"{layers} layers, {images:,} images, {width} features, {len(STRENGTHS)} strengths: {ratio:.1f} times",
+        f"{layers} layers, {images:,} images, {width} features, {len(STRENGTHS)} strengths: "
+        f"{ratio:.1f} times",
         ["", "seconds a layer (median)", f"{layers} layers", "most iterations"],
         rows,
     )

@@ -1,4 +1,5 @@
-"""Palette.transform against transformers' ImageGPT image processor: images/s and equal tokens, CIFAR-10 at 32 px.
+"""Palette.transform against transformers' ImageGPT image processor: images/s and equal tokens,
+CIFAR-10 at 32 px.
 
 Goal: at least 100 times its images/s, with equal tokens for the same pixels. The processor gets the
     centres as it reads
@@ -34,7 +35,8 @@ def tokens_of(processor: Any, pixels: NDArray[np.uint8], batch: int) -> Tokens:
 
 
 def differences(palette: Palette, pixels: NDArray[np.uint8], theirs: Tokens) -> dict[str, float]:
-    """How many tokens differ, and by exact squared distances (8-bit levels) who is nearer there and by how much."""
+    """How many tokens differ, and by exact squared distances (8-bit levels) who is nearer there and
+    by how much."""
     ours = palette.transform(pixels)
     places = ours != theirs
     centers = (palette.centers_.astype(float) + 1) * 127.5

@@ -1,4 +1,5 @@
-"""Runs every example of the manual anew, and writes what came out back into its page: `python docs/examples.py`.
+"""Runs every example of the manual anew, and writes what came out back into its page: `python
+docs/examples.py`.
 
 An example is a block marked `console`: lines that begin with "$ " are commands, those below are
 what they print. All run in one empty folder, in the order of the navigation, so that a page uses
@@ -52,7 +53,8 @@ def pages() -> list[Path]:
 
 
 def commands(block: str) -> list[str]:
-    """The commands of a block; one goes on in the next line after a backslash, or while a quotation is open."""
+    """The commands of a block; one goes on in the next line after a backslash, or while a quotation
+    is open."""
     found: list[str] = []
     goes_on = False
     for line in block.splitlines():

@@ -22,8 +22,10 @@ class Drawing:
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" '
-            f'height="{height:g}" font-family="sans-serif" font-size="12" fill="{GREY}"><title>{title}</title>'
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" '
+            f'width="{width:g}" '
+            f'height="{height:g}" font-family="sans-serif" font-size="12" fill="{GREY}">'
+            f"<title>{title}</title>"
         ]
 
     def text(
@@ -53,7 +55,8 @@ class Drawing:
     ) -> None:
         dashes = ' stroke-dasharray="3 2"' if dash else ""
         self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" fill="{fill}" stroke="{line}"{dashes}/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{w:g}" height="{h:g}" '
+            f'fill="{fill}" stroke="{line}"{dashes}/>'
         )
 
     def labelled(
@@ -79,7 +82,8 @@ class Drawing:
     def pixels(
         self, x: float, y: float, side: float, grid: Grid, shown: NDArray[np.bool_] | None = None
     ) -> None:
-        """An image [H, W, 3] of pixels with this side; those that are not shown have a dot in their place."""
+        """An image [H, W, 3] of pixels with this side; those that are not shown have a dot in their
+        place."""
         height, width = grid.shape[:2]
         colors: dict[str, str] = {}
         dots = ""

@@ -1,4 +1,5 @@
-"""Session-scoped fixtures: small token data sets and trained runs, made once by the real commands."""
+"""Session-scoped fixtures: small token data sets and trained runs, made once by the real
+commands."""
 
 import contextlib
 import io
@@ -53,7 +54,8 @@ SHORT = {
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Small shapes gain nothing from a second thread, and a fixed number gives the same sums everywhere."""
+    """Small shapes gain nothing from a second thread, and a fixed number gives the same sums
+    everywhere."""
     torch.set_num_threads(1)
 
 
@@ -69,7 +71,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tables_once() -> Iterator[None]:
-    """The table of all colours, half a second for 512, is the same for the same palette: made once for some of them."""
+    """The table of all colours, half a second for 512, is the same for the same palette: made once
+    for some of them."""
     made = lru_cache(6)(
         lambda centers, shape: _nearest_table(np.frombuffer(centers, np.float32).reshape(shape))
     )
@@ -105,7 +108,8 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
 
 @pytest.fixture(scope="session")
 def igpt() -> Run:
-    """Runs the command line in this process, which spares the imports: `igpt("probe", model, tokens)`."""
+    """Runs the command line in this process, which spares the imports: `igpt("probe", model,
+    tokens)`."""
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         out, err = io.StringIO(), io.StringIO()
@@ -132,7 +136,8 @@ def short_run(
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 48 coloured pictures in two classes: left-right and up-down gradients, with noise."""
+    """A folder of 48 coloured pictures in two classes: left-right and up-down gradients, with
+    noise."""
     folder = tmp_path_factory.mktemp("photographs")
     generator = np.random.default_rng(0)
     for index in range(48):
@@ -153,7 +158,8 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made_sets(tmp_path_factory: pytest.TempPathFactory) -> ImageSets:
-    """Image sets made of scikit-learn's photographs, for tests to which the real images add nothing."""
+    """Image sets made of scikit-learn's photographs, for tests to which the real images add
+    nothing."""
     folder = tmp_path_factory.mktemp("made-sets")
     write_sample_sets(folder)
     return ImageSets(folder, real=False)
@@ -161,7 +167,8 @@ def made_sets(tmp_path_factory: pytest.TempPathFactory) -> ImageSets:
 
 @pytest.fixture(scope="session", params=["made", "real"] if REAL_SETS.is_dir() else ["made"])
 def image_sets(request: pytest.FixtureRequest, made_sets: ImageSets) -> ImageSets:
-    """The made image sets; and CIFAR-10, Tiny ImageNet and 100 ImageNet photographs where the checkout has them."""
+    """The made image sets; and CIFAR-10, Tiny ImageNet and 100 ImageNet photographs where the
+    checkout has them."""
     return ImageSets(REAL_SETS, real=True) if request.param == "real" else made_sets
 
 

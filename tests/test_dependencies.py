@@ -1,4 +1,5 @@
-"""The ranges of pyproject.toml and the versions of constraints.txt, which are the upper ends that tests run with."""
+"""The ranges of pyproject.toml and the versions of constraints.txt, which are the upper ends that
+tests run with."""
 
 import tomllib
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""Models come down from a small Hub on this machine and go up to it, by `huggingface_hub`, in other processes."""
+"""Models come down from a small Hub on this machine and go up to it, by `huggingface_hub`, in other
+processes."""
 
 import io
 import json
@@ -199,7 +200,8 @@ def test_the_index_decides_which_parts_come_down(
     hub.log.clear()
     lacking, outside = read("someone/lacking", "someone/outside")
     assert lacking == (
-        "refused: the Hub's someone/lacking: part 1.safetensors, which model.safetensors.index.json names, is missing"
+        "refused: the Hub's someone/lacking: part 1.safetensors, which "
+        "model.safetensors.index.json names, is missing"
     )
     assert "weight_map names '../x.safetensors'; the plain name of a .safetensors file" in outside
     assert not any(path.endswith(".safetensors") for path, _, _ in hub.log)
@@ -222,9 +224,13 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(
     hub.private.add("someone/hidden")
     names = ("nothing", "hidden", "words", "later", "bare", "space", "space:palette")
     said = read(*(f"someone/{name}" for name in names))
-    advice = f"; download its files elsewhere ({hub.address}/someone/nothing) and give the path of their folder"
+    advice = (
+        f"; download its files elsewhere ({hub.address}/someone/nothing) and give the path of "
+        f"their folder"
+    )
     assert said[0] == (
-        "refused: no model directory someone/nothing here, and the Hub cannot give it: it has no such model, or none "
+        "refused: no model directory someone/nothing here, and the Hub cannot give it: it has no "
+        "such model, or none "
         f"for this token (`hf auth login`, or HF_TOKEN in the environment){advice}"
     )
     assert said[1] == said[0].replace("nothing", "hidden")
@@ -253,7 +259,8 @@ def test_a_part_of_a_model_in_the_cache_is_no_model(
     assert again == palette
     for said, name in ((message, "model"), (other, "other")):
         assert said.startswith(
-            f"refused: no model directory someone/{name} here, and the Hub cannot give it: there is no network, or it "
+            f"refused: no model directory someone/{name} here, and the Hub cannot give it: there "
+            "is no network, or it "
             "broke ("
         )
         assert "; download its files elsewhere (http://" in said

@@ -1,4 +1,5 @@
-"""The house: a file imports only from rooms above its own, or from earlier files of its own room."""
+"""The house: a file imports only from rooms above its own, or from earlier files of its own
+room."""
 
 import ast
 import subprocess
@@ -193,6 +194,9 @@ def test_training_needs_few_packages() -> None:
 
 
 def test_importing_the_package_is_light() -> None:
-    code = "import sys, igpt, igpt.cli; assert 'torch' not in sys.modules, 'help should not wait for torch'"
+    code = (
+        "import sys, igpt, igpt.cli; assert 'torch' not in sys.modules, 'help should not "
+        "wait for torch'"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

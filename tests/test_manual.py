@@ -52,7 +52,8 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def igpt_commands(text: str) -> list[list[str]]:
-    """The words behind `igpt` of every example in a page: lines after a `$ `, and all lines of `bash` blocks."""
+    """The words behind `igpt` of every example in a page: lines after a `$ `, and all lines of
+    `bash` blocks."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     lines += re.findall(
         r"^\$ (.*)", "\n".join(blocks(text, "console")).replace("\\\n", " "), flags=re.MULTILINE
@@ -86,9 +87,7 @@ def test_every_flag_of_an_example_exists(flags: Any) -> None:
             assert command in COMMANDS, f"{page}: igpt {command}"
             known = {name for flag in flags(command) for name in flag.names}
             given = {word for word in words if FLAG.fullmatch(word)}
-            shown_as_mistakes = set(
-                re.findall(rf"igpt {command}: Unrecognized options: (--[\w-]+)", text)
-            )
+            shown_as_mistakes = set(re.findall(rf"igpt {command}: unknown flag (--[\w-]+)", text))
             assert given - known == given & shown_as_mistakes, (
                 f"{page}: igpt {command} has no {given - known}"
             )

@@ -9,7 +9,10 @@ import pytest
 from igpt.evaluation.results import best_row, read_probe, read_test
 
 README = Path(__file__).parent.parent / "README.md"
-ABSENT = "cannot load|arrays are missing|no (token data set|model directory|run directory|checkpoint|parts)"
+ABSENT = (
+    "cannot load|arrays are missing|no (token data set|model directory|run "
+    "directory|checkpoint|parts)"
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -46,7 +49,8 @@ def test_commands_and_python_as_written(
 
 
 def test_other_commands_parse(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need a download or a GPU: their flags exist, and they stop at the first thing that is not there."""
+    """Those that need a download or a GPU: their flags exist, and they stop at the first thing that
+    is not there."""
     monkeypatch.chdir(tmp_path)
     for constants in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", True)

@@ -52,7 +52,8 @@ def test_answers_come_back_as_they_were_packed(count: int) -> None:
 
 
 def test_a_paired_difference_is_surer_than_two_accuracies() -> None:
-    """Against the variance of matched proportions, (b + c - (b - c)^2 / N) / N^2; b are right here only, c there."""
+    """Against the variance of matched proportions, (b + c - (b - c)^2 / N) / N^2; b are right here
+    only, c there."""
     generator = np.random.default_rng(0)
     first = generator.random(2000) < 0.5
     second = np.where(generator.random(2000) < 0.9, first, ~first)

@@ -93,7 +93,7 @@ def _from_yaml(text: str) -> Any:
 
 
 class Config(BaseModel):
-    """Base of all settings: immutable; an unknown key is an error that names the nearest known one."""
+    """Base of all settings: immutable; errors on unknown keys name the nearest known key."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

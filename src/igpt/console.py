@@ -1,4 +1,4 @@
-"""The standard streams and the cache folders of a command, made usable whatever the process was started with.
+"""Standard streams and cache folders of a command, usable in any environment.
 
 Letters that a stream cannot encode are escaped. Output whose reader has gone (`| head -1`) is
 discarded, and the work goes on. A stream that was closed before the start is the null device.
@@ -59,7 +59,7 @@ def _stream(descriptor: int, before: TextIO | None) -> TextIO:
 
 
 def close_streams() -> bool:
-    """Write what is still buffered, and discard it where that fails; return whether everything was written.
+    """Flush the streams, or discard their buffers; return whether everything was written.
 
     Python would complain at its exit about what cannot be written.
     """
@@ -106,7 +106,7 @@ def settle_caches() -> None:
 
 
 def _folder(variable: str, default: str, library: str) -> Path | None:
-    """Return a library's folder in the folder that a variable names, by default one in the home folder.
+    """Return a folder of a library, from an environment variable or in the home folder.
 
     It is None if there is no home folder.
     """

@@ -48,8 +48,8 @@ def read_environment(path: Path) -> dict[str, Any]:
 def run_kind(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> RunKind:
     """Return the kind of a run.
 
-    environment.json records it. In runs of igpt 0.1.0, which did not record it, only fine-tuning has
-    the setting `generation_weight`.
+    environment.json records it. In runs of igpt 0.1.0, which did not record it, only fine-tuning
+    has     the setting `generation_weight`.
     """
     old: RunKind = "finetune" if "generation_weight" in settings else "pretrain"
     return environment.get("kind") or old
@@ -77,7 +77,7 @@ def describe() -> dict[str, Any]:
 
 
 def memory_limit() -> int | None:
-    """Return the bytes that the processes of this machine may use: RAM (or the cgroup's limit) and swap.
+    """Return the bytes of memory that processes may use: RAM (or the cgroup's limit) and swap.
 
     None where the system does not tell.
     """

@@ -89,7 +89,8 @@ def require_folder_name(path: Path) -> None:
     """
     if path.name in ("", ".."):
         raise InputError(
-            f"{str(path)!r} cannot be the output; give the name of a folder to make, such as -o runs/one"
+            f"{str(path)!r} cannot be the output; give the name of a folder to make, such as -o "
+            "runs/one"
         )
 
 
@@ -187,13 +188,13 @@ def folder_to_read(path: Path) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically. NaN and infinity are refused: they are not JSON."""
+    """Write `value` as indented JSON, atomically. NaN and infinity raise: they are not JSON."""
     with atomic_file(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
 class Stored(BaseModel):
-    """Base of the schemas of JSON files: unknown keys are ignored, values of other types refused."""
+    """Base of the schemas of JSON files: unknown keys are ignored, other types refused."""
 
     model_config = ConfigDict(extra="allow", strict=True)
 

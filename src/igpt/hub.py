@@ -13,7 +13,7 @@ _TOKEN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
 def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> Path:
-    """Return the folder in the Hub's cache with files of a model; those that are missing are downloaded.
+    """Download missing files of a model into the Hub's cache, and return their folder.
 
     Without the Hub, what the cache has of the model is used, if that is enough.
 
@@ -60,7 +60,7 @@ def download(name: str, what: str, needed: str, more: Choose = lambda _: []) -> 
 
 
 def upload(name: str, files: Mapping[str, Path], *, private: bool = False, message: str) -> str:
-    """Put files into a model repository, which is made where there is none, and returns its address.
+    """Upload files to a model repository, created if necessary, and return its address.
 
     They go in one commit: all of them are there, or none.
 
@@ -88,7 +88,8 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
             public = False
         if private and public:
             raise InputError(
-                f"{name} is public on the Hub already; choose another name, or make it private there"
+                f"{name} is public on the Hub already; choose another name, or make it private "
+                "there"
             )
         additions = [CommitOperationAdd(path, str(file)) for path, file in files.items()]
         hub.create_commit(name, additions, commit_message=message)
@@ -97,7 +98,8 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
     except Exception as error:
         folders = " and ".join(sorted({str(file.parent) for file in files.values()}))
         raise InputError(
-            f"nothing was uploaded to {name}: {_in_words(error, name)}; the same command tries anew, and the files can "
+            f"nothing was uploaded to {name}: {_in_words(error, name)}; the same command tries "
+            "anew, and the files can "
             f"be uploaded by hand too: {', '.join(files)} of {folders}"
         ) from None
     return f"{constants.ENDPOINT}/{name}"
@@ -147,7 +149,8 @@ def _in_words(error: BaseException, name: str) -> str:
             and error.strerror
             and not isinstance(error, ConnectionError | TimeoutError)
         ):
-            return f"this machine says {error.strerror!r}{f' of {error.filename}' if error.filename else ''}"
+            where = f" ({error.filename})" if error.filename else ""
+            return f"this machine reports {error.strerror!r}{where}"
         return f"there is no network, or it broke ({type(chain[-1]).__name__})"
     answer = answers[0]
     if isinstance(answer, GatedRepoError):

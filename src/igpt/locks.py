@@ -195,7 +195,8 @@ def _refusal(path: Path, owner: dict[str, Any]) -> str:
         else "another process"
     )
     command = f" ({owner['command']})" if owner.get("command") else ""
-    return f"{path} is being written by {who}{command}; wait until it has ended, or choose another output"
+    advice = "wait until it has ended, or choose another output"
+    return f"{path} is being written by {who}{command}; {advice}"
 
 
 def _keep_fresh(file: Path, released: Event) -> None:

@@ -70,7 +70,7 @@ def print_line(line: str) -> None:
 
 
 class _Output:
-    """A stream whose reader may go: `igpt pretrain ... | head -1` keeps training and prints no more."""
+    """A stream that ignores a closed pipe: `igpt pretrain ... | head -1` keeps training."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Confidence intervals of measured values. SciPy is imported where it is used: training needs none."""
+"""Confidence intervals of measured values. SciPy is imported where it is used."""
 
 import math
 from typing import Any
@@ -10,7 +10,7 @@ _LEVEL = 0.95  # of all intervals
 
 
 def interval_of_share(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95 % confidence interval of a share of independent answers, such as an accuracy.
+    """Return Wilson's 95 % confidence interval of a proportion, such as an accuracy.
 
     Unlike the normal approximation, it stays within 0 and 1, and has a width if all answers are
     right.
@@ -32,7 +32,7 @@ def accuracy_of(right: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def packed(right: NDArray[np.bool_]) -> str:
-    """Return N booleans as results store them: one bit each in hexadecimal, the first one highest."""
+    """Return N booleans as hexadecimal, one bit each, the first one highest."""
     return np.packbits(right).tobytes().hex()
 
 
@@ -56,7 +56,7 @@ def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tu
 
 
 def mean_of(values: NDArray[np.float64]) -> dict[str, Any]:
-    """Return the mean of independent values, its standard error and interval (None for one value)."""
+    """Return the mean of values, its standard error and interval (None for one value)."""
     mean = float(values.mean())
     error = None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
     interval = None if error is None else [mean + sign * _quantile() * error for sign in (-1, 1)]
@@ -73,7 +73,7 @@ def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, 
     independent pairs as the smaller set has values.
 
     Args:
-        lower, higher: values of the first set [M] and the second [N], independent, two or more each.
+        lower, higher: values of the first set [M] and of the second [N], two or more each.
     """
     from scipy.special import expit, logit
     from scipy.stats import rankdata

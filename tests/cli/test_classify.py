@@ -1,4 +1,5 @@
-"""`igpt classify`: what it says and writes is what the classifier gives, and mistakes end in one line."""
+"""`igpt classify`: what it says and writes is what the classifier gives, and mistakes end in one
+line."""
 
 import json
 from pathlib import Path

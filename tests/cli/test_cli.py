@@ -1,4 +1,5 @@
-"""The command line: a user's mistake is one line and exit code 2; each command does what it says."""
+"""The command line: a user's mistake is one line and exit code 2; each command does what it
+says."""
 
 import json
 import os

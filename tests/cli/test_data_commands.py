@@ -1,4 +1,5 @@
-"""`igpt palette` and `igpt prepare` as people type them; parts and `inspect` have tests of their own in `data/`."""
+"""`igpt palette` and `igpt prepare` as people type them; parts and `inspect` have tests of their
+own in `data/`."""
 
 import json
 from collections.abc import Callable
@@ -21,8 +22,8 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     palette = Palette.load(tmp_path / "p.npy")
     assert report["fingerprint"] == palette.fingerprint
     assert (
-        f"16 colours (mean squared error {report['mse']:.1f} per channel, {report['psnr_db']:.1f} dB PSNR)"
-        in done.stdout
+        f"16 colours (mean squared error {report['mse']:.1f} per channel, {report['psnr_db']:.1f} "
+        "dB PSNR)" in done.stdout
     )
     assert report["psnr_db"] == pytest.approx(10 * np.log10(255**2 / report["mse"]))
     assert sum(report["share"]) == pytest.approx(1, abs=1e-4)
@@ -43,7 +44,8 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     data = TokenDataset(tmp_path / "t")
     assert data.palette.fingerprint == palette.fingerprint
     assert done.stdout == (
-        f"{tmp_path}/t: {len(data['train'])} train, 5 validation, 5 test; 8 px, 2 classes, 16 colours "
+        f"{tmp_path}/t: {len(data['train'])} train, 5 validation, 5 test; 8 px, 2 classes, 16 "
+        "colours "
         f"(mean squared error {report['mse']:.1f} per channel, {report['psnr_db']:.1f} dB PSNR)\n"
     )
 

@@ -1,4 +1,5 @@
-"""The whole story at toy length, on digits and on a folder of photographs; interrupted, it goes on."""
+"""The whole story at toy length, on digits and on a folder of photographs; interrupted, it goes
+on."""
 
 import json
 import re

@@ -1,4 +1,5 @@
-"""`igpt features` as people type it: one layer's features of any images, in files that others read."""
+"""`igpt features` as people type it: one layer's features of any images, in files that others
+read."""
 
 import json
 import shutil

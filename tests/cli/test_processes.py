@@ -1,4 +1,5 @@
-"""Commands as processes: what they do with signals, closed streams, other encodings, and without a home folder."""
+"""Commands as processes: what they do with signals, closed streams, other encodings, and without a
+home folder."""
 
 import json
 import os
@@ -428,7 +429,8 @@ def test_a_signal_during_an_import_waits_for_its_end(tmp_path: Path) -> None:
     """As an exception, it could be printed and dropped there."""
     slow = tmp_path / "slow.py"
     slow.write_text(
-        "import time\nprint('importing', flush=True)\nfor _ in range(50): time.sleep(0.01)\nprint('imported')\n"
+        "import time\nprint('importing', flush=True)\nfor _ in range(50): "
+        "time.sleep(0.01)\nprint('imported')\n"
     )
     code = (
         "from igpt.interrupts import exit_at_once, stop_in_order\n"
@@ -451,7 +453,10 @@ def test_a_second_signal_during_an_import_ends_at_once(tmp_path: Path) -> None:
     (tmp_path / "endless.py").write_text(
         "import time\nprint('importing', flush=True)\nwhile True: time.sleep(0.01)\n"
     )
-    code = "from igpt.interrupts import exit_at_once, stop_in_order\nexit_at_once(); stop_in_order(); import endless"
+    code = (
+        "from igpt.interrupts import exit_at_once, stop_in_order\nexit_at_once(); "
+        "stop_in_order(); import endless"
+    )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path
     )

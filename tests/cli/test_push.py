@@ -1,4 +1,5 @@
-"""`igpt push` to a small Hub on this machine: what goes up is what comes down, and mistakes change nothing."""
+"""`igpt push` to a small Hub on this machine: what goes up is what comes down, and mistakes change
+nothing."""
 
 import json
 import os
@@ -120,7 +121,10 @@ def test_mistakes_are_one_line_and_nothing_goes_up(
     before = {name: dict(files) for name, files in hub.models.items()}
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
-    by_hand = "the files can be uploaded by hand too: config.json, model.safetensors, preprocessor_config.json, README.md"
+    by_hand = (
+        "the files can be uploaded by hand too: config.json, model.safetensors, "
+        "preprocessor_config.json, README.md"
+    )
     for words, more, message in (
         (
             (run, "digits"),

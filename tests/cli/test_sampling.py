@@ -1,4 +1,5 @@
-"""`igpt sample` and `igpt complete`: mistakes are one line before any work is done, and nothing is overwritten."""
+"""`igpt sample` and `igpt complete`: mistakes are one line before any work is done, and nothing is
+overwritten."""
 
 import json
 import os

@@ -1,4 +1,5 @@
-"""A small part of `benchmarks/wrong_invocations.py`: mistakes get one line, and nothing is left behind."""
+"""A small part of `benchmarks/wrong_invocations.py`: mistakes get one line, and nothing is left
+behind."""
 
 import json
 import os

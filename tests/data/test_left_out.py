@@ -1,4 +1,5 @@
-"""What a source has and is not used: counted, named, printed, stored, and refused where it is too much."""
+"""What a source has and is not used: counted, named, printed, stored, and refused where it is too
+much."""
 
 import json
 import os
@@ -99,7 +100,8 @@ def test_texts_never_stop_the_work(write_folder: Write, tmp_path: Path, igpt: Ru
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[1] == (
-        "left out: files ending in .txt: 100 (first: 0.txt); files named LICENSE, README and the like: 1 "
+        "left out: files ending in .txt: 100 (first: 0.txt); files named LICENSE, README and the "
+        "like: 1 "
         f"(first: LICENSE); {tmp_path}/t/dataset.json lists it"
     )
 
@@ -120,7 +122,8 @@ def test_images_outside_the_splits_and_splits_that_are_not_used(write_folder: Wr
 
 
 def test_one_folder_around_the_splits(write_folder: Write):
-    """As an archive unpacks: its splits are splits, and not all images training images of one class."""
+    """As an archive unpacks: its splits are splits, and not all images training images of one
+    class."""
     files = [
         f"data-1.0/images/{split}/{kind}/{i}.png"
         for split in ("train", "test")
@@ -136,11 +139,15 @@ def test_one_folder_around_the_splits(write_folder: Write):
 def test_covers_beside_class_folders(
     write_folder: Write, tmp_path: Path, igpt: Run, covers: int, labelled: bool
 ):
-    """They have no label where they are fewer than one in ten; otherwise there are no classes, and it says why."""
+    """They have no label where they are fewer than one in ten; otherwise there are no classes, and
+    it says why."""
     files = [f"{kind}/{number}.png" for kind in "ab" for number in range(12)]
     folder = write_folder("covers", *files, *(f"cover-{number}.png" for number in range(covers)))
     source = open_source(str(folder))
-    note = f"no labels: 3 of 27 images are directly in {folder}, next to its 2 folders (first: cover-0.png)"
+    note = (
+        f"no labels: 3 of 27 images are directly in {folder}, next to its 2 folders (first: "
+        f"cover-0.png)"
+    )
     assert source.class_names == (["a", "b"] if labelled else None)
     assert source.notes == ([] if labelled else [note])
     done = igpt("prepare", folder, "-o", tmp_path / "t", "--size", 4, "--colors", 4, "--workers", 1)
@@ -313,7 +320,8 @@ def test_deep_levels_are_warned_of(tmp_path: Path, igpt: Run):
     words = ("prepare", folder, "--size", 8, "--colors", 8, "--workers", 1)
     done = igpt(*words, "-o", tmp_path / "dark")
     warning = (
-        "16-bit images without a level above 12 bits: 10, the highest level is 4095 of 65535, so they become nearly "
+        "16-bit images without a level above 12 bits: 10, the highest level is 4095 of 65535, so "
+        "they become nearly "
         "black; multiply 12-bit levels by 16 before you save them as 16-bit ones"
     )
     assert done.stdout.splitlines()[1:] == [f"warning: {warning}"]
@@ -328,7 +336,10 @@ def test_a_palette_in_0_to_1_is_warned_of(tmp_path: Path, igpt: Run, photographs
     Palette.from_centers(centers).save(tmp_path / "p.npy")
     Palette.from_centers(2 * centers - 1).save(tmp_path / "q.npy")
     words = (photographs, "--size", 8, "--palette")
-    told = f"warning: all colours of the palette {tmp_path}/p.npy lie in 0..1, where palettes have -1..1"
+    told = (
+        f"warning: all colours of the palette {tmp_path}/p.npy lie in 0..1, where palettes "
+        f"have -1..1"
+    )
     for command, out in (("prepare", "tokens"), ("palette", "out.npy")):
         assert told in igpt(command, *words, tmp_path / "p.npy", "-o", tmp_path / out).stdout
         assert (
@@ -361,8 +372,8 @@ def test_the_palette_command_counts_and_refuses(tmp_path: Path, igpt: Run, write
         "images that do not decode": 1,
     }
     assert (
-        f"left out: files ending in .heic: 1 (first: x.heic); images that do not decode: 1 (first: {folder}/5.png: "
-        in (done.stdout)
+        "left out: files ending in .heic: 1 (first: x.heic); images that do not decode: 1 (first: "
+        f"{folder}/5.png: " in (done.stdout)
     )
 
 

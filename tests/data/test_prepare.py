@@ -57,7 +57,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., by
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five jobs for the pictures above, and workers even for so few."""
     monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
-    monkeypatch.setattr(room, "ALONE_BELOW", 0)
+    monkeypatch.setattr(room, "MIN_IMAGES_FOR_WORKERS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,8 @@ def run(out, kill_at):
         seen = 0
         def watch(event, arguments):
             nonlocal seen
-            named = event == "os.rename" or (event in ("os.remove", "os.rmdir") and os.path.lexists(arguments[0]))
+            removed = event in ("os.remove", "os.rmdir") and os.path.lexists(arguments[0])
+            named = event == "os.rename" or removed
             if named and str(out) in str(arguments[-2 if event == "os.remove" else 0]) or \\
                     event == "os.rename" and str(home) in str(arguments[0]):
                 if seen == kill_at:
@@ -239,7 +240,8 @@ for kill_at in map(int, sys.argv[3:]):
     first = run(out, kill_at % count)
     whole = out.exists()
     second = None if whole else run(out, None)
-    print(json.dumps({"kill_at": kill_at, "first": first, "whole": whole, "second": second}), flush=True)
+    found = {"kill_at": kill_at, "first": first, "whole": whole, "second": second}
+    print(json.dumps(found), flush=True)
 """
 
 
@@ -292,8 +294,9 @@ def kill(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    room.SHARD_IMAGES, room.ALONE_BELOW = (10, 10), 0
-    room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2, progress=kill)
+    room.SHARD_IMAGES, room.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
+    config = room.PrepareConfig(size=4, colors=8)
+    room.prepare(sys.argv[1], Path(sys.argv[2]), config, workers=2, progress=kill)
 """
 
 
@@ -455,7 +458,8 @@ def test_records_removed_meanwhile_are_named(pictures: str, tmp_path: Path, smal
 
     with pytest.raises(
         InputError,
-        match=r"2 shard records of .*partial have been removed \(0-00000\.done\.json, 0-00002\.done\.json\)",
+        match=r"2 shard records of .*partial have been removed \(0-00000\.done\.json, "
+        r"0-00002\.done\.json\)",
     ):
         prepare(pictures, tmp_path / "tokens", SMALL, progress=remove)
     assert not (tmp_path / "tokens").exists()
@@ -492,7 +496,8 @@ def test_a_record_with_fewer_images_than_planned_is_named(pictures: str, unfinis
     file.write_text(json.dumps(record))
     with pytest.raises(
         InputError,
-        match=rf"0-00001\.done\.json has {count - 1} images of 'train', and there should be {count} "
+        match=rf"0-00001\.done\.json has {count - 1} images of 'train', and there should be "
+        rf"{count} "
         rf"\({count} planned, 0 skipped\)",
     ):
         prepare(pictures, unfinished, SMALL)
@@ -593,7 +598,7 @@ from pathlib import Path
 from igpt.data import prepare as room
 
 print("started", flush=True)
-room.SHARD_IMAGES, room.ALONE_BELOW = (10, 10), 0
+room.SHARD_IMAGES, room.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
 room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2)
 print("finished", __name__, "__file__" in globals(), __spec__ and __spec__.name)
 """
@@ -779,7 +784,8 @@ def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinishe
         source = pictures if other else "digits"
         with pytest.raises(
             InputError,
-            match="holds unfinished work with other settings or images; remove it or choose another",
+            match="holds unfinished work with other settings or images; remove it or choose "
+            "another",
         ):
             prepare(source, unfinished, PrepareConfig.layered(SMALL.model_dump(), other))
         assert contents(unfinished.parent) == before

@@ -1,4 +1,5 @@
-"""Features as scikit-learn's transformer: every kind of image, pipelines, pickles, and scikit-learn's own checks."""
+"""Features as scikit-learn's transformer: every kind of image, pipelines, pickles, and
+scikit-learn's own checks."""
 
 import json
 import pickle
@@ -228,7 +229,8 @@ class OfRows(ImageGPTFeatures):
 
 
 def test_scikit_learns_own_checks(short_run: Path) -> None:
-    """All that scikit-learn has for transformers: cloning, parameters, pickles, order of samples, idempotence ..."""
+    """All that scikit-learn has for transformers: cloning, parameters, pickles, order of samples,
+    idempotence ..."""
     done = check_estimator(OfRows(short_run / "model", batch_size=32), on_skip=None)
     passed = {check["check_name"] for check in done if check["status"] == "passed"}
     assert {check["check_name"] for check in done} - passed <= {"check_array_api_input"}, (
@@ -252,6 +254,9 @@ def test_images_are_declared(short_run: Path) -> None:
 
 
 def test_it_is_loaded_when_asked_for() -> None:
-    code = "import sys, igpt; assert 'sklearn' not in sys.modules; igpt.ImageGPTFeatures; assert 'sklearn' in sys.modules"
+    code = (
+        "import sys, igpt; assert 'sklearn' not in sys.modules; igpt.ImageGPTFeatures; "
+        "assert 'sklearn' in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

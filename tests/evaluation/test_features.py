@@ -1,4 +1,5 @@
-"""Features of all layers in one pass: what they are, under masks too, and how they lie on the disk."""
+"""Features of all layers in one pass: what they are, under masks too, and how they lie on the
+disk."""
 
 import json
 import weakref

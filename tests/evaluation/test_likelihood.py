@@ -1,4 +1,5 @@
-"""Likelihoods of a small trained model, by image and by pixel; how surely they tell images apart."""
+"""Likelihoods of a small trained model, by image and by pixel; how surely they tell images
+apart."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Logistic regression: scikit-learn's optimum, reached or reported; SGD as a plain loop would take it."""
+"""Logistic regression: scikit-learn's optimum, reached or reported; SGD as a plain loop would take
+it."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,5 @@
-"""Linear probes of a small trained model: every protocol, chosen on validation, told with its uncertainty."""
+"""Linear probes of a small trained model: every protocol, chosen on validation, told with its
+uncertainty."""
 
 import json
 from collections.abc import Iterator
@@ -39,7 +40,8 @@ def probe(
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_for_scikit_learn() -> Iterator[None]:
-    """On problems of this size more threads wait for each other, for minutes where others use the cores too."""
+    """On problems of this size more threads wait for each other, for minutes where others use the
+    cores too."""
     with threadpool_limits(1):
         yield
 
@@ -58,7 +60,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_is_scikit_learns_at_every_step(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
-    """Fitted on training images, chosen by validation, fitted again on both, tested: layer by layer."""
+    """Fitted on training images, chosen by validation, fitted again on both, tested: layer by
+    layer."""
     config = ProbeConfig(baselines=False, strengths=(0.001, 0.1, 1.0))
     result = probe(model, digits, config, kept)
     features = {name: np.concatenate(list(pooled(model, digits[name])), axis=1) for name in digits}
@@ -345,7 +348,8 @@ def test_what_cannot_be_probed_is_refused(
         (
             {"limit": 2},
             {},
-            "of the (validation|test) images have no training image|every class; there are 2 for 10",
+            "of the (validation|test) images have no training image|every class; there are 2 for "
+            "10",
         ),
         ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
         ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
@@ -424,7 +428,8 @@ def test_kept_features_serve_other_settings_and_seeds(
 def test_nothing_is_chosen_by_the_test_images(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
-    """With their labels shuffled, all that is chosen stays, and so do the accuracies on validation images."""
+    """With their labels shuffled, all that is chosen stays, and so do the accuracies on validation
+    images."""
     config = ProbeConfig(baselines=False, labels_per_class=(3,), strengths=(1e-5, 1e-2, 10.0))
     permuted = np.random.default_rng(0).permutation(digits["test"].labels)
     true, shuffled = (
@@ -438,7 +443,8 @@ def test_nothing_is_chosen_by_the_test_images(
 
 
 def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
-    """Two features, of which strong regularisation reads the one and weak regularisation the other as well."""
+    """Two features, of which strong regularisation reads the one and weak regularisation the other
+    as well."""
     generator = np.random.default_rng(1)
     labels = generator.integers(0, 2, 400)
     sign = 2.0 * labels - 1

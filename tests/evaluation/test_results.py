@@ -1,4 +1,5 @@
-"""A probe's two files belong together, whatever interrupts their writing; malformed ones are refused in one line."""
+"""A probe's two files belong together, whatever interrupts their writing; malformed ones are
+refused in one line."""
 
 import json
 import signal
@@ -55,7 +56,8 @@ def watch(event, arguments):
 
 import json
 result = json.loads(path.read_text())
-readout = ProbeClassifier(1, ("a", "b"), torch.zeros(3), torch.ones(3), torch.full((2, 3), value), torch.zeros(2))
+coef = torch.full((2, 3), value)
+readout = ProbeClassifier(1, ("a", "b"), torch.zeros(3), torch.ones(3), coef, torch.zeros(2))
 sys.addaudithook(watch)
 write_probe(path, result, readout)
 """
@@ -370,7 +372,8 @@ def test_two_probes_at_once_are_refused(
 ) -> None:
     code = (
         "import sys; from pathlib import Path; from igpt.locks import exclusive, exclusive_folder\n"
-        "with exclusive(Path(sys.argv[1])), exclusive_folder(Path(sys.argv[2])): print(flush=True); input()"
+        "with exclusive(Path(sys.argv[1])), exclusive_folder(Path(sys.argv[2])): "
+        "print(flush=True); input()"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "p.json"), str(tmp_path / "features")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:

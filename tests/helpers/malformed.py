@@ -29,7 +29,8 @@ def _unlike(value: Any) -> list[Any]:
 
 
 def variants(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what was changed and the changed value: every key deleted, and replaced by values of other kinds."""
+    """Yield what was changed and the changed value: every key deleted, and replaced by values of
+    other kinds."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield f"without {key}", {name: other for name, other in value.items() if name != key}
@@ -57,7 +58,8 @@ def contents(whole: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def files(path: Path) -> Iterator[str]:
-    """Put one malformed JSON file after the other in the place of `path`, and at last the whole one again."""
+    """Put one malformed JSON file after the other in the place of `path`, and at last the whole one
+    again."""
     whole = path.read_bytes()
     for what, value in variants(json.loads(whole)):
         path.write_text(json.dumps(value))

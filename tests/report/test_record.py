@@ -26,7 +26,8 @@ def test_a_cut_last_line_is_no_damage(tmp_path):
 def test_unreadable_lines_before_the_last_are_counted(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(
-        '{"kind": "tra{"kind": "resume", "step": 1}\n\n[1]\n{"kind": "train", "step": 2, "loss": 2}\n'
+        '{"kind": "tra{"kind": "resume", "step": 1}\n\n[1]\n'
+        '{"kind": "train", "step": 2, "loss": 2}\n'
     )
     records, unreadable = read_metrics(path)
     assert [record["step"] for record in records] == [2]

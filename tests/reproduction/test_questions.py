@@ -176,7 +176,9 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
             }
         )
     )
-    with pytest.raises(InputError, match="a result of a fine-tuning was written by an earlier igpt"):
+    with pytest.raises(
+        InputError, match="a result of a fine-tuning was written by an earlier igpt"
+    ):
         made.results.finetuned("ar", "all")
 
 

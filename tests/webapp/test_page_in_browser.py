@@ -1,4 +1,5 @@
-"""The web page in a real browser: what a visitor sees, and what happens when visitors err, come in pairs, or leave."""
+"""The web page in a real browser: what a visitor sees, and what happens when visitors err, come in
+pairs, or leave."""
 
 import shutil
 import threading
@@ -40,7 +41,8 @@ Visit = Callable[..., Page]
 
 
 class Work:
-    """Real drawings that a test can hold up after a row, or let repeat a row until somebody closes them."""
+    """Real drawings that a test can hold up after a row, or let repeat a row until somebody closes
+    them."""
 
     def __init__(self) -> None:
         self.hold_after, self.go_on = -1, threading.Event()
@@ -118,7 +120,8 @@ def desktop(browser: Browser) -> Iterator[BrowserContext]:
 
 @pytest.fixture
 def visit(desktop: BrowserContext, address: str) -> Iterator[Visit]:
-    """Opens the page as one more visitor; what it asks of other machines, and errors of its programs, fail the test."""
+    """Opens the page as one more visitor; what it asks of other machines, and errors of its
+    programs, fail the test."""
     asked: set[str | None] = set()
     errors: list[str] = []
     pages = []

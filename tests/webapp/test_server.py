@@ -1,4 +1,5 @@
-"""The web page, served on loopback and called by a program: its pictures are the model's, mistakes are words."""
+"""The web page, served on loopback and called by a program: its pictures are the model's, mistakes
+are words."""
 
 import asyncio
 import base64
@@ -342,7 +343,8 @@ def ask(
     "path", ["/", "/config", "/gradio_api/queue/data?session_hash=a", "/gradio_api/info"]
 )
 def test_only_its_own_names_are_served(client: Client, path: str) -> None:
-    """A foreign site whose name resolves to this machine could read the page in a visitor's browser."""
+    """A foreign site whose name resolves to this machine could read the page in a visitor's
+    browser."""
     for host in (
         "evil.example",
         "127.0.0.1.evil.example",
@@ -629,7 +631,10 @@ def test_uploads_that_are_gone_are_told(client: Client, photo: Path) -> None:
     event = json.loads(ask(client, "POST", "/gradio_api/call/score", {"data": [gone]})[1])[
         "event_id"
     ]
-    assert "is no longer here" in ask(client, "GET", f"/gradio_api/call/score/{event}")[1]
+    assert (
+        "was deleted because it was not used"
+        in ask(client, "GET", f"/gradio_api/call/score/{event}")[1]
+    )
 
 
 def test_uploads_lie_in_a_folder_of_their_own(client: Client) -> None:
@@ -784,7 +789,8 @@ DAMAGE: dict[str, bytes] = {
     "not UTF-8": b"\xff\xfe\x00",
     "cut off": b'{"kind": "train", "step',
     "a list": b"[1, 2]\n",
-    "other types": b'{"kind": 5, "step": "x", "layers": 3, "tokens": [1], "best": null, "format": "igpt-probe"}\n',
+    "other types": b'{"kind": 5, "step": "x", "layers": 3, "tokens": [1], "best": null, '
+    b'"format": "igpt-probe"}\n',
     "deep": b'{"a": ' + b"[" * 100_000,
     "digits and names too long": b'{"step": '
     + b"9" * 5000

@@ -28,7 +28,8 @@ class PaletteOptions(Options):
     source: str = argument("images: see igpt prepare")
     out: Path | None = Field(
         None,
-        description="file to write (.npy, in OpenAI's format), palette.npy by default; its error is "
+        description="file to write (.npy, in OpenAI's format), palette.npy by default; its error "
+        "is "
         "written to a .json file and example images to a .png file of the same name",
     )
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
@@ -160,7 +161,8 @@ class Prepare(Options):
                     progress=partial(show, "tokenising"),
                 )
                 print(
-                    f"{part}: part {shard}; when all parts are there, merge them: igpt prepare --merge -o {out}"
+                    f"{part}: part {shard}; when all parts are there, merge them: igpt prepare "
+                    f"--merge -o {out}"
                 )
                 plan = read_json(part / PLAN, "part of a token data set")
                 records = list(
@@ -200,7 +202,8 @@ class Inspect(Options):
     tokens: Path = argument("token data set")
     out: Path | None = Field(
         None,
-        description="PNG to write, with all figures in a .json file of the same name; TOKENS.png by "
+        description="PNG to write, with all figures in a .json file of the same name; TOKENS.png "
+        "by "
         "default",
     )
 
@@ -231,7 +234,8 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
 
     made, splits = found["made"], found["splits"]
     yield (
-        f"{found['path']}: {found['resolution']} px, {found['colors']} colours ({found['fingerprint'][:12]}), "
+        f"{found['path']}: {found['resolution']} px, {found['colors']} colours "
+        f"({found['fingerprint'][:12]}), "
         f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all intact"
     )
     usual = PrepareConfig().model_dump(mode="json")
@@ -246,16 +250,19 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
             if 0 < split["unlabelled"] < split["images"]
             else ""
         )
-        yield f"{name}: {split['images']} images{unlabelled or ('' if split['per_class'] else ', no labels')}"
+        labels = unlabelled or ("" if split["per_class"] else ", no labels")
+        yield f"{name}: {split['images']} images{labels}"
     classes = list(splits["train"]["per_class"])
     if classes:
         yield f"images of each of the {len(classes)} classes ({', '.join(splits)}):"
         for label in classes[:_CLASSES_SHOWN]:
-            yield f"  {label}: {', '.join(str(split['per_class'][label]) for split in splits.values())}"
+            counts = [str(split["per_class"][label]) for split in splits.values()]
+            yield f"  {label}: {', '.join(counts)}"
         if len(classes) > _CLASSES_SHOWN:
-            counts = list(splits["train"]["per_class"].values())
+            images = list(splits["train"]["per_class"].values())
             more = len(classes) - _CLASSES_SHOWN
-            yield f"  ... and {more} more; training images per class: {min(counts)} to {max(counts)}"
+            spread = f"{min(images)} to {max(images)}"
+            yield f"  ... and {more} more; training images per class: {spread}"
     left_out = LeftOut.from_json(found["left_out"], found["path"])
     if left_out:
         yield f"left out: {left_out.text()}"
@@ -265,4 +272,5 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
 
 def _usage(share: list[float]) -> str:
     used = sum(value > 0 for value in share)
-    return f"{used} of {len(share)} colours occur in training, the most frequent in {max(share):.1%} of the pixels"
+    most = f"the most frequent in {max(share):.1%} of the pixels"
+    return f"{used} of {len(share)} colours occur in training, {most}"

@@ -9,7 +9,7 @@ from igpt.cli.parser import Options
 
 
 class Demo(Options):
-    """Run the whole pipeline on one data set: palette, tokens, pretraining, probe, samples, report."""
+    """Run the whole pipeline on one data set: tokens, pretraining, probe, samples, report."""
 
     settings = "igpt.cli.pipeline"
     example = "igpt demo --data photos/"
@@ -18,7 +18,8 @@ class Demo(Options):
     data: str = Field("digits", description="'digits' (bundled), or any source of igpt prepare")
     out: Path | None = Field(
         None,
-        description="run directory, runs/demo or runs/demo-NAME by default; results that it already "
+        description="run directory, runs/demo or runs/demo-NAME by default; results that it "
+        "already "
         "holds are kept",
     )
     steps: int | None = Field(

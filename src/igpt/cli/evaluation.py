@@ -34,7 +34,8 @@ class Probe(Options):
     tokens: Path = argument("token data set with labels")
     out: Path | None = Field(
         None,
-        description="JSON to write, with the classifier in a .safetensors file of the same name; by "
+        description="JSON to write, with the classifier in a .safetensors file of the same name; "
+        "by "
         "default probe.json in the run, or in the current folder for a model without a run",
     )
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
@@ -82,7 +83,8 @@ class Probe(Options):
             )
         low, high = best["test_interval_95"]
         print(
-            f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on {images} "
+            f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on "
+            f"{images} "
             f"images (95 % interval {low:.1%} to {high:.1%})"
         )
 
@@ -279,7 +281,8 @@ def _comparison(found: Mapping[str, Any] | None, name: str) -> str:
         return f"no loss was published for a model of this shape on {Path(name).name}"
     verdict = "agrees" if found["agrees"] else "does not agree"
     return (
-        f"published for {found['model']}: {found['nats_per_pixel']:.4f} nats/pixel; this loss {verdict} within "
+        f"published for {found['model']}: {found['nats_per_pixel']:.4f} nats/pixel; this loss "
+        f"{verdict} within "
         f"{found['within']} (difference {found['difference']:+.4f})"
     )
 
@@ -293,7 +296,8 @@ class Features(Options):
     model: Path = argument("run or model directory")
     source: str = argument("token data set, or any source of images of igpt prepare")
     out: Path = Field(
-        description=".npz or .parquet to write; a .json file of the same name records how it was made"
+        description=".npz or .parquet to write; a .json file of the same name records how it was "
+        "made"
     )
     layer: int | None = Field(
         None,
@@ -332,7 +336,8 @@ class Features(Options):
                 layer = best_layer(home)
             if layer is None:
                 raise InputError(
-                    f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
+                    f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best "
+                    "one"
                 )
             require_layer(layer, last)
             with progress_bar() as show:
@@ -356,14 +361,15 @@ class Features(Options):
             write_json(target, made)
         _print_left_out(images, target)
         print(
-            f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of {last}"
+            f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of "
+            f"{last}"
         )
 
 
 def _gathered(
     model: "ImageGPT", source: str, settings: "ImageSetConfig", show: ProgressBar
 ) -> "ImageSet":
-    """The images of a source in the model's tokens: a token data set that matches the model, or any images."""
+    """Return the images of a source as tokens of the model."""
     from igpt.data.image_set import stored_image_set, tokenized_image_set
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.data.tokens.manifest import FORMAT, MANIFEST
@@ -415,7 +421,8 @@ def _likelihood(result: Mapping[str, Any]) -> str:
         error = f"{palette['mse']:.1f} per channel, {palette['psnr_db']:.1f} dB PSNR"
         words = f"the palette's mean squared error on {palette['measured_on']} is {error}"
     return (
-        f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} bits/pixel, over "
+        f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} "
+        "bits/pixel, over "
         f"{result['images']} {split}images of {result['source']}; {words}"
     )
 

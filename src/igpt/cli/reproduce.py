@@ -26,7 +26,8 @@ class Reproduce(Options):
     )
     corpus: str = Field(
         "zh-plus/tiny-imagenet",
-        description="unlabelled images for pretraining, any source of igpt prepare; if it has labels, "
+        description="unlabelled images for pretraining, any source of igpt prepare; if it has "
+        "labels, "
         "they are probed too",
     )
     labelled: str = Field("uoft-cs/cifar10", description="labelled images for evaluation")

@@ -72,7 +72,8 @@ def require_writable(path: Path, kind: str | None = None) -> None:
         is_there = target.exists()
     if kind and is_there and read_json(target, kind).get("format") != kind:
         raise InputError(
-            f"{path} holds something else already ({kind} would be written there); choose another -o"
+            f"{path} holds something else already ({kind} would be written there); choose another "
+            "-o"
         )
 
 

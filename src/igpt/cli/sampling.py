@@ -61,7 +61,8 @@ class Sample(_Sampling):
     model: Path = argument("run or model directory")
     out: Path | None = Field(
         None,
-        description="PNG to write; by default samples.png in the run, or in the current folder for a "
+        description="PNG to write; by default samples.png in the run, or in the current folder for "
+        "a "
         "model without a run",
     )
     count: int = Field(16, description="number of images")
@@ -99,7 +100,8 @@ class Complete(_Sampling):
     )
     mask: Path | None = Field(
         None,
-        description="image whose bright pixels are generated and whose dark or transparent ones are "
+        description="image whose bright pixels are generated and whose dark or transparent ones "
+        "are "
         "kept, instead of --keep-rows",
     )
     completions: int = Field(4, description="completions per image")

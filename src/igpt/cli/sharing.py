@@ -94,9 +94,11 @@ class Import(Options):
         with exclusive(out):
             if out.exists():
                 raise InputError(
-                    f"{out} was written by another process in the meantime; remove it or choose another -o"
+                    f"{out} was written by another process in the meantime; remove it or choose "
+                    "another -o"
                 )
             loaded.save_pretrained(out)
         print(
-            f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M parameters"
+            f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M "
+            "parameters"
         )

@@ -76,7 +76,8 @@ class Pretrain(Options):
             settings, out, given={key: getattr(settings, key) for key in chosen}, resume=self.resume
         )
         announce(
-            f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt report {out}"
+            f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt "
+            f"report {out}"
         )
 
 
@@ -128,8 +129,10 @@ class Finetune(Options):
         low, high = result["test_interval_95"]
         announce(
             f"{out}/model: test accuracy {result['test_accuracy']:.1%} "
-            f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning rate "
-            f"{result['learning_rate']:g} and step {result['best_step']} were selected by validation "
+            f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning "
+            "rate "
+            f"{result['learning_rate']:g} and step {result['best_step']} were selected by "
+            "validation "
             f"accuracy {result['validation_accuracy']:.1%}"
         )
         if "modal" in result:
@@ -141,6 +144,7 @@ class Finetune(Options):
         if "fold_back" in result:
             before = result["fold_back"]["before"]["test_accuracy"]
             announce(
-                "this model was also trained on the validation images; the one selected by them has "
+                "this model was also trained on the validation images; the one selected by them "
+                "has "
                 f"test accuracy {before:.1%}"
             )

@@ -24,7 +24,7 @@ from igpt.model.transformer import ImageGPT
 
 
 class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
-    """Images -> one layer's activations, averaged over all positions (paper, section 2.3): float32 [N, D].
+    """Transform images into the features of one layer, averaged over positions: float32 [N, D].
 
     Images are uint8 [N, H, W, 3], grey ones [N, H, W], or a list of PIL images, paths or arrays of
     any sizes; their centre squares are brought to the model's resolution and palette. Nothing is
@@ -67,7 +67,8 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             "bf16",
         ):
             raise InputError(
-                f"batch_size is 1 or more and precision fp32 or bf16, not {self.batch_size} and {self.precision!r}"
+                f"batch_size is 1 or more and precision fp32 or bf16, not {self.batch_size} and "
+                f"{self.precision!r}"
             )
         run = Path(self.model)
         is_run = (run / "model" / "config.json").exists()
@@ -138,9 +139,11 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
 def _require_pixels(images: NDArray[Any]) -> None:
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise InputError(
-            f"an array of images is uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} {list(images.shape)}"
+            f"an array of images is uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} "
+            f"{list(images.shape)}"
         )
     if images.ndim == 3 and images.shape[-1] in (3, 4):
         raise InputError(
-            f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, 3]"
+            f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, "
+            "3]"
         )

@@ -25,7 +25,7 @@ _GROUPED = 16  # batches in a row group of Parquet
 
 
 def best_layer(run: Path) -> int | None:
-    """Return the best-probing layer of a run by its `probe.json`; None if it has none, or could not be probed.
+    """Return the layer with the best probe accuracy of a run, or None without a probe.
 
     Raises:
         InputError: the file is not what `igpt probe` writes.

@@ -1,4 +1,4 @@
-"""Features for probes: every layer's normalised activations, averaged over all positions, in one pass.
+"""Features for probes: normalised activations of all layers, averaged over positions.
 
 They are written to disk as they come, a file a layer, so that memory does not grow with the number
 of images. N images, B of them at a time, n positions, L layers, D width.
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 @dataclass(frozen=True)
 class Masking:
-    """Masks as a BERT model was trained with (paper, section 4.6): each pixel masked with a probability, by seed.
+    """Masks as in the training of a BERT model (paper, section 4.6), by seed.
 
     Attributes:
         draw: number of the mask of each image.
@@ -56,7 +56,7 @@ def pooled(
     last: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[NDArray[np.float32]]:
-    """Mean-pooled n^l of all layers (paper, section 2.3), batch by batch in the order of the split: [L + 1, B, D] each.
+    """Yield the mean-pooled features of all layers (paper, section 2.3): batches [L + 1, B, D].
 
     Entry l is the normalised input of block l's attention, the last one the final norm's output.
     `precision` is that of the products; norms, residuals and means are fp32 always.
@@ -97,7 +97,9 @@ def stored(
     precision: Precision = "fp32",
     progress: Progress | None = None,
 ) -> list[NDArray[np.float32]]:
-    """What `pooled` gives, from files that are mapped: [N, D] for each of L + 1 layers; they are made if need be.
+    """Return the features of all layers, mapped from files: L + 1 arrays [N, D].
+
+    Files that are missing are written first.
 
     Args:
         folder: gets `layer-LLL.npy` and `features.json`; it is whole or absent, whatever interrupts
@@ -130,7 +132,8 @@ def stored(
         other = sorted({*what, *found} - same)
         if other:
             raise InputError(
-                f"{folder} holds features of another model or of other images ({', '.join(other)[:200]} in "
+                f"{folder} holds features of another model or of other images "
+                f"({', '.join(other)[:200]} in "
                 f"{MANIFEST} differ); name another folder"
             )
     else:
@@ -196,7 +199,7 @@ class Pixels:
 
 
 class Rows(Protocol):
-    """Features [N, D] that are read some rows at a time: an array in memory, one mapped from a file, or several."""
+    """Features [N, D] of which some rows are read at a time: an array, or a part of one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -258,7 +261,8 @@ def require_match(model: ImageGPT, data: TokenDataset) -> None:
     """
     if data.resolution != model.config.resolution:
         raise InputError(
-            f"the model sees {model.config.resolution} px, {data.path} has {data.resolution} px; prepare the images "
+            f"the model sees {model.config.resolution} px, {data.path} has {data.resolution} px; "
+            "prepare the images "
             f"with --size {model.config.resolution}"
         )
     if model.palette is None:

@@ -31,7 +31,7 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 def losses_of(
     model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32"
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of every pixel, given the previous pixels: tokens [B, n] -> nats [B, n].
+    """Return the negative log-likelihood of every pixel: tokens [B, n] -> nats [B, n].
 
     Raises:
         InputError: a BERT model, which has no likelihood of whole images, or broken weights.
@@ -55,7 +55,7 @@ def score(
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
-    """Negative log-likelihood of every image, averaged over its pixels: nats/pixel, float64 [N].
+    """Return the negative log-likelihood of every image: nats/pixel, float64 [N].
 
     Raises:
         InputError: see `losses_of`; or there is no image.
@@ -74,7 +74,7 @@ def score(
 
 
 def summary(losses: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean nats/pixel, its standard error over images and 95 % interval (None for one image), and bits/pixel."""
+    """Return the mean nats/pixel, its standard error and 95 % interval, and bits/pixel."""
     found = mean_of(losses)
     return {
         "images": found["count"],
@@ -93,7 +93,8 @@ def separation_by_loss(losses: NDArray[np.float64], others: NDArray[np.float64])
     """
     if min(len(losses), len(others)) < 2:
         raise InputError(
-            f"separating two sets needs two or more images of each, not {len(losses)} and {len(others)}"
+            f"separating two sets needs two or more images of each, not {len(losses)} and "
+            f"{len(others)}"
         )
     return auroc(losses, others)
 

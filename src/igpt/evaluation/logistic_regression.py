@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on features: its optimum by L-BFGS, or momentum SGD where there are too many rows.
+"""Multinomial logistic regression on features, by L-BFGS, or by SGD for many rows.
 
 N rows, D features, C classes, S settings (strengths or learning rates) that are fitted at once,
 since reading the rows
@@ -145,7 +145,7 @@ def _lbfgs(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, list[bool], list[int]]:
-    """Minimises S smooth convex functions side by side: their points, values, and whether and after how many steps.
+    """Minimise S smooth convex functions at once; return points, values, convergence, steps.
 
     Args:
         evaluate: values [A] and gradients of the functions numbered [A], at a point for each.
@@ -201,7 +201,7 @@ def _search(
     direction: Tensor,
     live: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halves the step of each live function until it decreases enough; where it never does, the point stays."""
+    """Halve the step of each active function until it decreases enough, or keep its point."""
     point, value, gradient = point.clone(), value.clone(), gradient.clone()
     slope = (direction * gradient).sum((1, 2))
     length, waiting = torch.ones_like(value), live.clone()
@@ -227,7 +227,7 @@ def _search(
 def _cross_entropy(
     rows: Tensor, targets: Tensor, weights: Tensor, intercepts: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy [A] and its gradients by weights [A, D, C] and intercepts [A, C], of rows [N, D].
+    """Return the mean cross-entropy [A] and its gradients by weights and intercepts.
 
     Products are fp32, sums over blocks of rows fp64.
     """
@@ -256,7 +256,7 @@ def _cross_entropy(
 
 
 def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of every feature, [D] each; of one that does not vary, the deviation counts as 1.
+    """Return mean and standard deviation of every feature, [D] each; 1 for a constant feature.
 
     Raises:
         InputError: features that are not finite.
@@ -278,7 +278,7 @@ def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _rotated(features: Rows, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Standardised features along their principal axes [N, D], the axes [D, D] (None: left as they are), variances."""
+    """Return standardised features on their principal axes [N, D], the axes, the variances."""
     count, width = features.shape
     if width > _ROTATED:
         rows = torch.cat([(block - mean) / scale for block in _read(features, mean.device)])
@@ -314,7 +314,7 @@ def fit_sgd(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Classifiers:
-    """Logistic regression by SGD with momentum 0.9 and a cosine to 0, for every learning rate (paper, section 3.2).
+    """Fit by SGD with momentum 0.9 and a cosine schedule, for every learning rate.
 
     No more than some thousand rows are held. Features are standardised and divided by sqrt(D), so
     that an image's have a norm of about 1; nothing is regularised but by the end of the steps.

@@ -49,14 +49,14 @@ def require_maps(path: Path, count: int) -> None:
 def draw_maps(
     model: ImageGPT, tokens: NDArray[np.uint16], losses: NDArray[np.float64], path: Path
 ) -> None:
-    """Write images above the losses of their pixels as PNG: tokens [B, n], losses [B, n] in nats."""
+    """Write a PNG of images with their loss maps: tokens [B, n], losses [B, n] in nats."""
     figure = loss_maps(decode_images(model, torch.from_numpy(tokens.astype(np.int64))), losses)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
 
 
 def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Figure":
-    """Images [B, R, R, 3] above maps of the losses of their pixels, [B, n] in nats, with one scale of colours.
+    """Plot images [B, R, R, 3] with maps of the losses of their pixels, [B, n] in nats.
 
     Each pair is headed by its mean. Colours reach to the loss that one pixel in 200 exceeds.
     """

@@ -1,4 +1,4 @@
-"""Linear probes: how well a linear classifier reads the classes from each layer (paper, sections 2.3 and 4).
+"""Linear probes: the accuracy of a linear classifier on the features of each layer.
 
 N images, C classes, D features, S settings of the solver.
 """
@@ -84,7 +84,8 @@ class ProbeConfig(Config):
         0,
         ge=0,
         le=100,
-        description="BERT models: mask the input, and use the most frequent prediction over this many masks",
+        description="BERT models: mask the input, and use the most frequent prediction over this "
+        "many masks",
     )
     limit: Count | None = Field(
         None, description="maximum number of images per split, a random subset"
@@ -159,7 +160,8 @@ def probe(
     for layer in (*layers, *config.concatenate):
         if not 0 <= layer <= depth:
             raise InputError(
-                f"there is no layer {layer}: the model's are 0 to {depth}, the last the final norm's output"
+                f"there is no layer {layer}: the model's are 0 to {depth}, the last the final "
+                "norm's output"
             )
     if len(config.concatenate) == 1 or any(
         len(set(named)) < len(named) for named in (layers, config.concatenate)
@@ -294,7 +296,7 @@ def _images(
     of: Mapping[str, Mapping[str, Any]],
     progress: Callable[[int, int], None],
 ) -> dict[str, Images]:
-    """The features of all splits; under masks, one a training image and `config.masks` of each other one."""
+    """Return the features of all splits; with masks, `config.masks` per test image."""
     found, before = {}, 0
     draws = {name: 1 if name == "train" else max(1, config.masks) for name in drawn}
     total = sum(len(split) * draws[name] for name, (split, _) in drawn.items())
@@ -331,7 +333,7 @@ def _probe_layers(
     layers: Sequence[int],
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Any], Classifiers]:
-    """A row for each layer, which is the best by validation accuracy (ties: the earlier), and its classifier."""
+    """Return a row per layer, the index of the best by validation accuracy, its classifier."""
     rows, fitted = [], []
     for number, layer in enumerate(layers):
         row, classifier = fit({name: images.of([layer]) for name, images in found.items()})
@@ -383,7 +385,7 @@ def fit_and_test(
 
 
 def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
-    """Which images each classifier is right on, [S, N]; of several masks, the modal prediction counts."""
+    """Return which images each classifier predicts correctly, [S, N], over all masks."""
     predicted = np.stack([classifiers.predict(draw[0]) for draw in images.features])  # [m, S, N]
     answers = predicted[0]
     if len(predicted) > 1:
@@ -399,7 +401,7 @@ def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bo
 def few_labels(
     found: Mapping[str, Images], per_class: int, config: ProbeConfig, device: torch.device
 ) -> dict[str, Any]:
-    """Accuracy from few labels of each class: mean and standard deviation over seeded subsets (paper, section 4.7).
+    """Return the accuracy with few labels per class: mean and deviation over subsets.
 
     The strength is the one with the best mean validation accuracy; nothing is folded back.
 

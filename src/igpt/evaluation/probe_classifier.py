@@ -112,7 +112,8 @@ class ProbeClassifier:
             if shapes[name] != shape or tensors[name].dtype != torch.float32:
                 found = f"{tensors[name].dtype} {shapes[name]}"
                 raise InputError(
-                    f"{path}: {name} is {found}, and float32 {shape} is needed; run igpt probe again"
+                    f"{path}: {name} is {found}, and float32 {shape} is needed; run igpt probe "
+                    "again"
                 )
             if not bool(tensors[name].isfinite().all()):
                 raise InputError(f"{path}: {name} is not finite; run igpt probe again")
@@ -137,7 +138,8 @@ class ProbeClassifier:
         expected = (None, classifier.fingerprint)
         if classifier.layer != found.get("best_layer") or recorded not in expected:
             raise InputError(
-                f"{path} is not the classifier of {probe}; run igpt probe again, or remove the former"
+                f"{path} is not the classifier of {probe}; run igpt probe again, or remove the "
+                "former"
             )
         return classifier
 

@@ -1,4 +1,4 @@
-"""The test losses that OpenAI published with its models, and whether a measured one repeats them."""
+"""The test losses that OpenAI published with its models, compared with measured ones."""
 
 from collections.abc import Mapping
 from pathlib import Path

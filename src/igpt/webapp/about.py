@@ -15,7 +15,7 @@ from igpt.report.sections import (
 
 
 def about(run: Path) -> str:
-    """Return the existing sections of a run's report (probe, samples, completions, loss, palette) as HTML.
+    """Return the sections of a run's report that exist, as HTML.
 
     Raises:
         InputError: a file of the run is damaged.

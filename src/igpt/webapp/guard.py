@@ -1,4 +1,4 @@
-"""What a request to the web page passes first: whom it addresses, how much it sends, and what becomes of errors."""
+"""Middleware of the web page: checks of host names and request sizes, and error pages."""
 
 import asyncio
 import ipaddress
@@ -99,7 +99,7 @@ class Guard:
     async def _run(
         self, scope: Message, receive: Receive, send: Send, arrival: float | None
     ) -> None:
-        """Run the program, and end it if the body of the request has not arrived after `arrival` seconds."""
+        """Run the application, with a time limit for the arrival of the request's body."""
         begun = ended = False
 
         async def watched(message: Message) -> None:
@@ -153,7 +153,7 @@ async def _answer(scope: Message, send: Send, status: int, reason: str) -> None:
 
 
 def names_of(host: str) -> tuple[frozenset[str], bool]:
-    """Return the names by which a page that listens at `host` may be addressed, and whether any number is one, too.
+    """Return the allowed host names of a page, and whether numeric addresses are allowed.
 
     A page that listens at a loopback address is served under the names of that only. Others are
     served under the machine's names and under any number: a foreign site cannot have a number as
@@ -204,7 +204,7 @@ def _length(headers: list[tuple[bytes, str]]) -> int | None:
 
 
 def delete_unused(folder: Path, most: int, seconds: float) -> None:
-    """Delete files that were not used for so many seconds, and the longest unused ones beyond `most` bytes.
+    """Delete unused files after some seconds, and the least recently used above `most` bytes.
 
     Folders stay: another file may be on its way into them.
     """

@@ -1,4 +1,4 @@
-"""What the web page answers: an image as the model sees it, its losses and class, and drawings as they grow.
+"""Handlers of the web page: the model's view of an image, losses, classes, samples.
 
 B drawings, n places, R resolution.
 """
@@ -35,7 +35,7 @@ from igpt.sampling.sampler import generate
 from igpt.webapp.guard import mark_used
 
 Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
-GONE = "the image is no longer here: images that nobody uses are deleted after a while; choose it again"
+GONE = "the image was deleted because it was not used for a while; choose it again"
 _FORMATS = (
     "PNG",
     "JPEG",
@@ -73,7 +73,7 @@ def read(model: ImageGPT, file: str) -> Tensor:
 
 
 def require_moderate(encoded: bytes) -> None:
-    """Refuse an image by its header, before it is decoded: a small file may hold more pixels than memory does.
+    """Raise if the header of an image states too many pixels, before it is decoded.
 
     Raises:
         InputError: its format is none of those a page is for, it has over 50 million pixels, or its
@@ -104,7 +104,7 @@ def _require_few(sides: tuple[int, int]) -> None:
 
 
 def _webp_sides(encoded: bytes) -> tuple[int, int]:
-    """Return width and height of a WebP image, whose decoder takes memory for them when it is opened; of others, 0."""
+    """Return the width and height of a WebP image without decoding it; 0 for other files."""
     if encoded[:4] != b"RIFF" or encoded[8:12] != b"WEBP" or len(encoded) < 30:
         return 0, 0
     if encoded[12:16] == b"VP8X":
@@ -128,7 +128,7 @@ def view(model: ImageGPT, tokens: Tensor) -> Shown:
 
 
 def known_places(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
-    """Return which pixels a drawing keeps, bool [n]: those that are not hidden, or without a view, the first rows.
+    """Return the pixels to keep, bool [n]: those not hidden, or the first rows.
 
     Args:
         rows: whole number from 0 to R.
@@ -177,7 +177,7 @@ def drawings(
     *,
     original: bool,
 ) -> Iterator[list[Any]]:
-    """Sample the unknown pixels `count` times, all at once; yield the images so far, and words on the progress.
+    """Generate the unknown pixels `count` times; yield the images so far and the progress.
 
     Closing the iterator ends the work.
 
@@ -253,8 +253,10 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
         (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
     )
     return [{"caption": "loss of each pixel", "picture": encode(Image.fromarray(colors))}], (
-        f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} bits/pixel) on average. Pixels "
-        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or more, as much as a blind "
+        f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} "
+        "bits/pixel) on average. Pixels "
+        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or "
+        "more, as much as a blind "
         f"guess among {model.config.n_colors} colours."
     )
 
@@ -278,7 +280,7 @@ def classifier_of(model: ImageGPT, run: Path | None) -> ProbeClassifier | None:
 def classes(
     model: ImageGPT, tokens: Tensor, classifier: ProbeClassifier | None
 ) -> dict[str, float]:
-    """The probability of every class, for an image, tokens [1, n]: by a probe's classifier, or the model's own head."""
+    """Return the probability of every class for an image, tokens [1, n]."""
     if classifier:
         return dict(
             zip(
@@ -292,7 +294,7 @@ def classes(
 
 
 def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
-    """Write some test images of the run's tokens as PNG at the model's resolution; none where the tokens are gone.
+    """Write some test images of the run's tokens as PNG, if the tokens exist.
 
     Raises:
         InputError: the run's settings, or the tokens that they name, are damaged.

@@ -1,4 +1,4 @@
-"""The style sheet, HTML templates and scripts of the web page, read from the files next to this one.
+"""Style sheet, HTML templates and scripts of the web page, read from files in this folder.
 
 Images are data URIs at their own size, and the browser enlarges them: each pixel stays a square of
 one colour. Hidden pixels are transparent, over a hatched background.
@@ -16,7 +16,7 @@ STYLE = _read("style.css")
 PICTURES = _read("pictures.html")
 # A list of images to choose from, and its script.
 EXAMPLES, CHOOSE = _read("examples.html"), _read("choose_example.js")
-# {"picture", "hidden"}: the image as the model sees it, and "1" for each hidden pixel, otherwise "0".
+# {"picture", "hidden"}: the image as the model sees it, and "1" for hidden pixels, "0" for others.
 VIEW, PAINT = _read("view.html"), _read("paint.js")
 # Hide the rows below the slider.
 KEEP_ROWS = _read("keep_rows.js")

@@ -1,4 +1,4 @@
-"""A web page for a trained model (Gradio): it completes, scores and draws images. Nothing leaves the machine."""
+"""The web page of a trained model (Gradio): it completes, scores and samples images."""
 
 import atexit
 import errno
@@ -58,7 +58,9 @@ _MB = 1 << 20
 
 
 def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
-    """Return the page, not yet served. Endpoints: `complete`, `score`, `sample`; of a BERT model `complete` and `view`.
+    """Return the page, not served yet.
+
+    Endpoints: `complete`, `score`, `sample`; with a BERT model `complete` and `view`.
 
     Args:
         run: the model's run directory, which the page describes; its test images are the examples.
@@ -89,7 +91,7 @@ def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
 
 @cache
 def _upload_folder() -> Path:
-    """Return the folder of all uploads to this process, which only its user may read; it is removed at the end."""
+    """Return the private folder of uploads of this process; it is removed at exit."""
     parent = os.environ.get("GRADIO_TEMP_DIR") or None
     if parent is not None:
         Path(parent).mkdir(parents=True, exist_ok=True)
@@ -100,7 +102,7 @@ def _upload_folder() -> Path:
 
 
 def _page(**settings: Any) -> "gr.Blocks":
-    """Return a page without parts, which answers to unsuitable inputs with words instead of a traceback."""
+    """Return an empty page that answers invalid inputs with a message, not a traceback."""
     import gradio as gr
 
     class Page(gr.Blocks):
@@ -165,7 +167,8 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
     gr.Markdown(
         f"# Completing images\n{millions:.1f} million parameters, trained to predict "
         f"{config.trained_as.predicts}, in images of {config.resolution} by "
-        f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle square is brought to "
+        f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle "
+        "square is brought to "
         "that size, and the model draws the pixels that you hide."
     )
     with gr.Row():
@@ -347,7 +350,7 @@ def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> Non
 
 
 def _told(answers: Iterator[Any], on_page: Callable[[str], list[Any]]) -> Iterator[list[Any]]:
-    """Pass answers on, and says a user's mistake in their place and in a note; the page takes words for HTML."""
+    """Yield answers; show a user error in their place and in a note, escaped for HTML."""
     import gradio as gr
 
     try:

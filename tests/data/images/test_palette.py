@@ -553,7 +553,8 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(hub_cache: Path, name: str):
 
 
 def test_a_silent_network_is_given_up_soon(tmp_path: Path):
-    """A server that accepts connections and never answers; `hf_hub_download` would wait for minutes.
+    """A server that accepts connections and never answers; `hf_hub_download` would wait for
+    minutes.
 
     The connections are counted, because seconds depend on what else the machine does.
     """

@@ -325,7 +325,8 @@ def test_views_by_other_filters(name: str):
 
 
 def test_the_sizes_and_places_of_views_follow_the_paper():
-    """Crops of 224 at a shorter side of 256 to 384: 2,000 have every size and touch every border."""
+    """Crops of 224 at a shorter side of 256 to 384: 2,000 have every size and touch every
+    border."""
     boxes = Transform(32, views=2000)._boxes(500, 400, (0,))
     lefts, tops, sides = np.array(boxes).T
     assert set(sides) == {round(400 * 224 / scaled) for scaled in range(256, 385)}

@@ -43,7 +43,8 @@ NAMES = [
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[misc]
-    """Writes what Python 2 and NumPy 1.x wrote: byte strings as such, and NumPy's functions by their old names."""
+    """Writes what Python 2 and NumPy 1.x wrote: byte strings as such, and NumPy's functions by
+    their old names."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
@@ -632,7 +633,8 @@ def test_members_that_reach_out(cifar100: Path, tmp_path: Path):
 
 
 def test_two_that_want_the_same_at_once(cifar10: Path, monkeypatch: pytest.MonkeyPatch):
-    """One of them unpacks; the other waits for it, and does not take its unfinished work for a killed one's."""
+    """One of them unpacks; the other waits for it, and does not take its unfinished work for a
+    killed one's."""
     archive, calls = packed(cifar10), []
 
     def slowly(*arguments: Any) -> None:
@@ -648,7 +650,8 @@ def test_two_that_want_the_same_at_once(cifar10: Path, monkeypatch: pytest.Monke
 
 
 def test_recognised_by_the_first_members(cifar100: Path, tmp_path: Path):
-    """Not by the very first, which may be `./`; nor is a large archive of something else read to its end."""
+    """Not by the very first, which may be `./`; nor is a large archive of something else read to
+    its end."""
     for number, is_found in ((0, True), (1, True), (12, True), (30, False)):
         path = tmp_path / f"{number}-before"
         with tarfile.open(path, "w:gz") as tar:
@@ -719,18 +722,39 @@ GOOD = np.zeros((3, 4), np.int32)
 @pytest.mark.parametrize(
     ("arrays", "said"),
     [
-        ({"trX": np.zeros((3, 5), np.int32)}, "set_trX.npy is int32 [3, 5]; tokens are integers [N, n], n a square"),
-        ({"trX": np.zeros((3, 4), np.float32)}, "set_trX.npy is float32 [3, 4]; tokens are integers"),
+        (
+            {"trX": np.zeros((3, 5), np.int32)},
+            "set_trX.npy is int32 [3, 5]; tokens are integers [N, n], n a square",
+        ),
+        (
+            {"trX": np.zeros((3, 4), np.float32)},
+            "set_trX.npy is float32 [3, 4]; tokens are integers",
+        ),
         ({"trX": np.zeros((3, 4), bool)}, "set_trX.npy is bool [3, 4]; tokens are integers"),
-        ({"trX": np.zeros((3, 4, 4), np.int32)}, "set_trX.npy is int32 [3, 4, 4]; tokens are integers [N, n]"),
+        (
+            {"trX": np.zeros((3, 4, 4), np.int32)},
+            "set_trX.npy is int32 [3, 4, 4]; tokens are integers [N, n]",
+        ),
         ({"trX": np.zeros(4, np.int32)}, "set_trX.npy is int32 [4]; tokens are integers [N, n]"),
         ({"trX": np.zeros((0, 4), np.int32)}, "set_trX.npy is int32 [0, 4]"),
         ({"trX": np.zeros((3, 0), np.int32)}, "set_trX.npy is int32 [3, 0]"),
-        ({"trX": GOOD, "teX": np.zeros((3, 9), np.int32)}, "different numbers of tokens per image: [4, 9]"),
-        ({"trX": GOOD, "trY": np.arange(2)}, "set_trY.npy has labels int64 [2]; one is needed for each of 3 images"),
-        ({"trX": GOOD, "trY": np.eye(2)}, "set_trY.npy has labels float64 [2, 2]; one is needed for each of 3 images"),
+        (
+            {"trX": GOOD, "teX": np.zeros((3, 9), np.int32)},
+            "different numbers of tokens per image: [4, 9]",
+        ),
+        (
+            {"trX": GOOD, "trY": np.arange(2)},
+            "set_trY.npy has labels int64 [2]; one is needed for each of 3 images",
+        ),
+        (
+            {"trX": GOOD, "trY": np.eye(2)},
+            "set_trY.npy has labels float64 [2, 2]; one is needed for each of 3 images",
+        ),
         ({"trX": GOOD, "trY": np.zeros((0, 2))}, "one is needed for each of 3 images"),
-        ({"trX": GOOD, "trY": np.zeros((3, 2))}, "set_trY.npy should hold class numbers [N] or one-hot rows [N,"),
+        (
+            {"trX": GOOD, "trY": np.zeros((3, 2))},
+            "set_trY.npy should hold class numbers [N] or one-hot rows [N,",
+        ),
         ({"trX": GOOD, "trY": np.full((3, 2), 0.5)}, "one-hot rows"),
         ({"trX": GOOD, "trY": np.ones((3, 2))}, "one-hot rows"),
         ({"trX": GOOD, "trY": np.full((3, 2), "1")}, "one-hot rows"),
@@ -827,7 +851,10 @@ def test_another_process_reads(
     sent = pickle.dumps(train)
     row, label = next(train.read(np.array([1])))
     monkeypatch.chdir("/")
-    code = "import pickle, sys; row, label = next(pickle.load(sys.stdin.buffer).read([1])); print(label, row.sum())"
+    code = (
+        "import pickle, sys; row, label = next(pickle.load(sys.stdin.buffer).read([1])); "
+        "print(label, row.sum())"
+    )
     done = subprocess.run([sys.executable, "-c", code], input=sent, capture_output=True)
     assert done.stdout.split() == [str(label).encode(), str(row.sum()).encode()], done.stderr
 

@@ -274,7 +274,8 @@ def test_what_is_neither_a_path_nor_a_hub_id(source: str):
 
 
 def test_a_silent_network_is_given_up_soon():
-    """A server that takes connections and never answers: `load_dataset` alone tries it six times."""
+    """A server that takes connections and never answers: `load_dataset` alone tries it six
+    times."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         offline = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")

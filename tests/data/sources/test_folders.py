@@ -1,4 +1,5 @@
-"""Folders of images: whatever lies in them, every image is found once, in one order, with the label of its folder."""
+"""Folders of images: whatever lies in them, every image is found once, in one order, with the label
+of its folder."""
 
 import io
 import os
@@ -155,7 +156,8 @@ def test_two_folders_for_one_split(write_folder: Write):
 
 
 def test_names_of_splits_within_names_of_images_hide_no_image(write_folder: Write):
-    """`datasets` alone would take the one file whose name has the word, and silently leave the others out."""
+    """`datasets` alone would take the one file whose name has the word, and silently leave the
+    others out."""
     files = [f"{number}.png" for number in range(17)] + [
         "train-station.png",
         "test_1.png",
@@ -308,7 +310,8 @@ def test_a_folder_that_cannot_be_read(picture: Callable[..., bytes]):
         command = [sys.executable, "-c", program, str(folders[0]), str(folders[1].parents[1])]
         done = subprocess.run(command, capture_output=True, text=True)
     assert re.fullmatch(
-        f"cannot read {folders[0]}/[^ ]+: Permission denied\ncannot read the folder {folders[1]}: Permission denied\n",
+        f"cannot read {folders[0]}/[^ ]+: Permission denied\ncannot read the folder {folders[1]}: "
+        "Permission denied\n",
         done.stdout,
     ), done
 
@@ -448,7 +451,8 @@ def test_splits_in_a_folder_called_train(write_folder: Write):
 def test_one_folder_of_images_is_named_where_there_are_no_labels(write_folder: Write):
     folder = write_folder("one", *(f"images/{number}.png" for number in range(10)))
     assert open_source(str(folder)).notes == [
-        f"no labels: the images in {folder} are in one folder, 'images', and classes are two folders or more; a "
+        f"no labels: the images in {folder} are in one folder, 'images', and classes are two "
+        "folders or more; a "
         "metadata.csv with the columns file_name and label gives classes"
     ]
 
@@ -500,6 +504,7 @@ def test_words_of_splits_that_are_not_clear_are_named(write_folder: Write, tops:
     source = open_source(str(folder))
     assert source.class_names == list(tops)
     assert source.notes == [
-        f"the names of {', '.join(top for top in tops if top != 'cat')} contain the names of splits, and they are not "
+        f"the names of {', '.join(top for top in tops if top != 'cat')} contain the names of "
+        "splits, and they are not "
         "taken as splits; if they are, --train-split, --validation-split and --test-split name them"
     ]

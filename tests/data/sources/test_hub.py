@@ -1,4 +1,5 @@
-"""Data sets on the Hub, read where they lie or downloaded: from a small Hub on this machine, in other processes."""
+"""Data sets on the Hub, read where they lie or downloaded: from a small Hub on this machine, in
+other processes."""
 
 import hashlib
 import io
@@ -50,7 +51,8 @@ END = 1 << 16  # bytes of a Parquet file that Arrow reads first: its end
 
 @pytest.fixture
 def hub(served: Hub, picture: Picture) -> Hub:
-    """Parquet in row groups of 20 with a long column that nobody needs, and two data sets that are not Parquet."""
+    """Parquet in row groups of 20 with a long column that nobody needs, and two data sets that are
+    not Parquet."""
 
     def parquet(rows: range) -> bytes:
         columns = {
@@ -121,7 +123,8 @@ for source, settings in json.loads(sys.argv[2]):
             input()
             found |= {"train": read(train, rows), "last": train.name_of(rows[-1])}
         else:
-            readers = {id(split.reader): (name, split.reader) for name, split in reversed(splits.items())}
+            named = reversed(splits.items())
+            readers = {id(split.reader): (name, split.reader) for name, split in named}
             found |= {name: read(reader, range(len(reader))) for name, reader in readers.values()}
         print(json.dumps(found))
     except ValueError as error:
@@ -251,12 +254,13 @@ def test_what_cannot_be_streamed(hub: Hub, started: Callable[..., Any]):
     )
     for name, message in (("words", words), ("folders", folders)):
         assert (
-            message
-            == f"refused: someone/{name} is not in Parquet, and only Parquet is streamed; omit --stream"
+            message == f"refused: someone/{name} is not in Parquet, and only Parquet is streamed; "
+            f"omit --stream"
         )
     assert hub.sent(".csv") == hub.sent(".png") == 0
     assert nothing.startswith(
-        "refused: cannot load 'someone/nothing': there is no such folder, and no such data set can be reached on"
+        "refused: cannot load 'someone/nothing': there is no such folder, and no such data set can "
+        "be reached on"
     )
     assert re.match("refused: cannot load 'someone/configured:many': .*'many' not found", config)
     assert split == "refused: someone/pictures has no split 'unlabelled'; did you mean 'unlabeled'?"

@@ -1,4 +1,5 @@
-"""Metadata files: every listed image gets its words, and what a file leaves open is counted or refused."""
+"""Metadata files: every listed image gets its words, and what a file leaves open is counted or
+refused."""
 
 import json
 from collections.abc import Callable
@@ -323,7 +324,8 @@ def test_tiny_imagenet(tiny: Path):
     )
     assert counts(source) == {"files ending in .txt": (1, "wnids.txt")}
     assert source.notes == [
-        f"no labels in {tiny}/test: all its images are in one folder, 'images', which is not a class of the training "
+        f"no labels in {tiny}/test: all its images are in one folder, 'images', which is not a "
+        "class of the training "
         "images"
     ]
 
@@ -349,7 +351,8 @@ def test_captions_leave_the_classes_to_the_folders(write_folder: Write):
     source = open_source(str(folder))
     assert labelled(source, folder) == files
     assert source.notes == [
-        "the classes are the folders: metadata.csv has the columns text; --label-column names a column of classes"
+        "the classes are the folders: metadata.csv has the columns text; --label-column names a "
+        "column of classes"
     ]
     assert counts(source) == {"columns of metadata.csv": (1, "text")}
     assert open_source(str(folder), SourceConfig(label_column="none")).class_names is None
@@ -368,7 +371,8 @@ def test_unused_columns_are_named(nine: Path):
 
 @pytest.mark.parametrize("settings", [{}, {"label_column": "none"}])
 def test_several_rows_of_an_image(nine: Path, settings: dict[str, str]):
-    """Such as one for each box: they are one where they have the same class, or where there are no classes."""
+    """Such as one for each box: they are one where they have the same class, or where there are no
+    classes."""
     last = "8.png,b\n" if settings else "8.png,c\n"
     (nine / "metadata.csv").write_text(csv(["a", "b", "c"] * 3) + "0.png,a\n0.png,a\n" + last)
     source = open_source(str(nine), SourceConfig(**settings))
@@ -397,12 +401,14 @@ def test_file_names_that_are_relative_to_another_folder(write_folder: Write):
     path.write_text("file_name,label\n0.png,a\n")
     rule = "file_name is relative to the folder of the metadata file, and"
     assert refusal(folder) == (
-        f"{path} lists '0.png', which is not in {folder}/sub; {rule} {folder}/sub/deep/0.png has that name: "
+        f"{path} lists '0.png', which is not in {folder}/sub; {rule} {folder}/sub/deep/0.png has "
+        "that name: "
         "write 'deep/0.png'"
     )
     path.write_text("file_name,label\n../top.png,a\n")
     assert refusal(folder) == (
-        f"{path} lists '../top.png', which is not in {folder}/sub; {rule} {folder}/top.png has that name: "
+        f"{path} lists '../top.png', which is not in {folder}/sub; {rule} {folder}/top.png has "
+        "that name: "
         f"move the metadata file to {folder}"
     )
 

@@ -88,7 +88,8 @@ def test_files_that_are_left_out(igpt: Run, case: Callable[[str], Path]):
     }
     line = said.splitlines()[1]
     assert line.startswith(
-        "left out: files ending in .zip: 1 (first: more.zip); files without an ending: 10 (first: no-ending-0); "
+        "left out: files ending in .zip: 1 (first: more.zip); files without an ending: 10 (first: "
+        "no-ending-0); "
         "files ending in .heic: 30 (first: p0.heic)"
     )
     done = igpt("inspect", data.path)

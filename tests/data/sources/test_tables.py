@@ -1,4 +1,5 @@
-"""Parquet, Arrow and what `datasets` saves: every row with its image and label, and only what is asked for is read."""
+"""Parquet, Arrow and what `datasets` saves: every row with its image and label, and only what is
+asked for is read."""
 
 import io
 import random
@@ -75,7 +76,8 @@ def columns(picture: Picture) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def pieces(tmp_path: Path) -> Path:
-    """90 + 1 + 0 + 409 rows in four files, in row groups of 7 and of 300; nothing in them is an image but by type."""
+    """90 + 1 + 0 + 409 rows in four files, in row groups of 7 and of 300; nothing in them is an
+    image but by type."""
     rows = [
         {"bytes": random.Random(row).randbytes(row % 5 * 300), "path": f"{row}.png"}
         for row in range(500)

@@ -1,4 +1,5 @@
-"""WebDataset tars: the samples of many shards are one sequence, as reading the tars from end to end gives it."""
+"""WebDataset tars: the samples of many shards are one sequence, as reading the tars from end to end
+gives it."""
 
 import io
 import json
@@ -90,7 +91,8 @@ def test_one_tar_is_a_source_and_so_is_its_folder(tmp_path: Path, picture: Pictu
 
 @pytest.fixture
 def shards(tmp_path: Path, picture: Picture) -> Path:
-    """40 training images in five shards of different sizes, one of them empty, and 12 validation images in two."""
+    """40 training images in five shards of different sizes, one of them empty, and 12 validation
+    images in two."""
     cuts = [0, 7, 7, 8, 30, 40]
     for number, (first, last) in enumerate(pairwise(cuts)):
         write_tar(tmp_path / "set" / f"train-{number:04d}.tar", samples(picture, first, last))
@@ -306,7 +308,8 @@ def test_a_sample_without_its_image_is_a_bad_image(tmp_path: Path, picture: Pict
 
 
 def test_what_is_a_sample(tmp_path: Path, picture: Picture):
-    """Neighbours in one folder whose names agree up to the first dot; a name that comes again begins another."""
+    """Neighbours in one folder whose names agree up to the first dot; a name that comes again
+    begins another."""
     members = [
         ("a/1.png", picture(0)),
         ("a/1.cls", b"x"),
@@ -354,7 +357,8 @@ def test_long_names(tmp_path: Path, picture: Picture):
 
 
 def test_a_tar_that_is_cut_off(tmp_path: Path, picture: Picture):
-    """Wherever it is: within a header, within an image, or between two members, where `tarfile` sees nothing amiss."""
+    """Wherever it is: within a header, within an image, or between two members, where `tarfile`
+    sees nothing amiss."""
     content = write_tar(tmp_path / "whole.tar", samples(picture, 0, 10)).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         last = tar.getmembers()[-1]
@@ -492,7 +496,8 @@ def test_tars_without_classes_name_what_they_have(tmp_path: Path, picture: Pictu
         ]
     file = write_tar(tmp_path / "a.tar", members)
     assert open_source(str(file)).notes == [
-        "no labels: no training sample has a .cls member (there are members ending in .txt, .json); --label-column "
+        "no labels: no training sample has a .cls member (there are members ending in .txt, "
+        ".json); --label-column "
         "names the ending of other members, or a field of the .json members"
     ]
     assert open_source(str(file), SourceConfig(label_column="none")).notes == []
@@ -505,7 +510,9 @@ def test_dots_in_the_names_of_images(tmp_path: Path, picture: Picture):
     with pytest.raises(InputError) as caught:
         open_source(str(file))
     assert str(caught.value) == (
-        f"samples of {file} have several images; name one with --image-column: v1.0.png, v1.1.png, v1.2.png, v1.3.png, "
-        "v1.4.png and 5 more; members whose names agree up to the first dot are one sample, such as img.v1.0.png and "
+        f"samples of {file} have several images; name one with --image-column: v1.0.png, v1.1.png, "
+        "v1.2.png, v1.3.png, "
+        "v1.4.png and 5 more; members whose names agree up to the first dot are one sample, such "
+        "as img.v1.0.png and "
         "img.v1.1.png"
     )

@@ -177,7 +177,8 @@ def test_held_and_mapped_batches_are_the_same(device: str, tmp_path: Path):
 def slow_variants(
     image: NDArray[np.uint16], side: int, flip: bool, shift: int
 ) -> dict[bytes, tuple[bool, int, int]]:
-    """All variants of an image: mirrored or not, reflect-padded and cropped, one pixel at a time."""
+    """All variants of an image: mirrored or not, reflect-padded and cropped, one pixel at a
+    time."""
 
     def reflected(place: int) -> int:
         if place < 0:

@@ -464,7 +464,8 @@ def test_a_resolution_that_is_not_that_of_the_shards(folder: Path, resolution: i
     changed(folder, "resolution", resolution)
     with pytest.raises(
         InputError,
-        match=rf"train-00000\.tokens\.npy does not hold \(5, {resolution**2}\) uint16 but \(5, 16\) uint16: "
+        match=rf"train-00000\.tokens\.npy does not hold \(5, {resolution**2}\) uint16 but \(5, "
+        r"16\) uint16: "
         r"the count or the resolution in dataset\.json is wrong",
     ):
         TokenDataset(folder)
@@ -503,7 +504,10 @@ def test_tokens_beyond_the_palette_are_refused_wherever_they_are_read(folder: Pa
     replaced(folder, "validation", tokens, np.zeros(3, np.int32))
     split = TokenDataset(folder)["validation"]
     assert split.rows([0, 1]).shape == (2, 16)
-    said = rf"validation-00000\.tokens\.npy holds the token {token}, and the palette has 50 colours \(tokens 0 to 49\)"
+    said = (
+        rf"validation-00000\.tokens\.npy holds the token {token}, and the palette has 50 "
+        rf"colours \(tokens 0 to 49\)"
+    )
     joined = TokenSplit.joined("both", [TokenDataset(folder)["train"], split])
     for read in (
         lambda: split.rows([2]),
@@ -521,7 +525,10 @@ def test_labels_beyond_the_classes_are_refused_wherever_they_are_read(folder: Pa
     replaced(folder, "validation", np.zeros((3, 16), np.uint16), np.array([0, -1, label], np.int32))
     split = TokenDataset(folder)["validation"]
     assert split.labels_of([0, 1]).tolist() == [0, -1]
-    said = rf"validation-00000\.labels\.npy holds the label {label}, and there are 3 classes \(labels -1 to 2\)"
+    said = (
+        rf"validation-00000\.labels\.npy holds the label {label}, and there are 3 classes "
+        rf"\(labels -1 to 2\)"
+    )
     for read in (
         lambda: split.labels,
         lambda: split.labels_of([2]),

@@ -1,4 +1,5 @@
-"""Wrong invocations of every command: generated from the commands, run in forked processes, and judged.
+"""Wrong invocations of every command: generated from the commands, run in forked processes, and
+judged.
 
 samples.py     valid inputs of every kind, made once by the commands themselves
 damage.py      generic damage to a file of each format

@@ -1,4 +1,5 @@
-"""The wrong invocations: generated from the commands, their flags, and the kinds of files they read."""
+"""The wrong invocations: generated from the commands, their flags, and the kinds of files they
+read."""
 
 import hashlib
 import json
@@ -516,8 +517,10 @@ def _make_socket(path: Path) -> None:
 
 
 _INPUTS = (
-    "a folder", "a folder of text", "a FIFO", "a socket", "a device", "a file of text", "an empty file", "a gigabyte",
-    "a link to nothing", "a link to itself", "a file without permission", "a folder without permission",
+    "a folder", "a folder of text", "a FIFO", "a socket",
+    "a device", "a file of text", "an empty file", "a gigabyte",
+    "a link to nothing", "a link to itself",
+    "a file without permission", "a folder without permission",
 )  # fmt: skip
 _NAMES = {
     "missing": "none",
@@ -555,8 +558,10 @@ _OUTPUT_NAMES = {
 }
 _OUTPUT_ENDINGS = {"without an ending": "", "with another ending": ".xyz", "only an ending": None}
 _OUTPUT_KINDS = (
-    "a folder", "a folder of text", "a FIFO", "a socket", "a device", "a file of text", "an empty file",
-    "a link to nothing", "a link to itself", "a file without permission", "a folder without permission",
+    "a folder", "a folder of text", "a FIFO",
+    "a socket", "a device", "a file of text", "an empty file",
+    "a link to nothing", "a link to itself",
+    "a file without permission", "a folder without permission",
 )  # fmt: skip
 
 

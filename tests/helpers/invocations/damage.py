@@ -20,7 +20,8 @@ Damage = Iterator[tuple[str, bytes]]
 DIGITS = "9" * 5000
 DEEP = 100_000
 REPLACEMENTS: tuple[Any, ...] = (
-    None, "", "x", 0, -1, 1.5, 1e308, 10**30, True, [], {}, [None], ["x"], {"x": 1}, float("nan"), "9" * 300,
+    None, "", "x", 0, -1, 1.5, 1e308, 10**30,
+    True, [], {}, [None], ["x"], {"x": 1}, float("nan"), "9" * 300,
 )  # fmt: skip
 
 

@@ -254,7 +254,8 @@ def _watch(process: int, limits: Limits) -> tuple[int | None, str | None]:
 
 
 def _used(process: int) -> tuple[int, float]:
-    """Resident bytes of the largest process of a session, and seconds of processor time of all that live."""
+    """Resident bytes of the largest process of a session, and seconds of processor time of all that
+    live."""
     largest, seconds = 0, 0.0
     for other in _session(process):
         with suppress(OSError, IndexError, ValueError):
@@ -276,7 +277,8 @@ def _session(process: int) -> list[int]:
 
 
 def _kill_group(process: int, limits: Limits) -> bool:
-    """Kill what is left of the session of a process; whether anything but itself did not end soon."""
+    """Kill what is left of the session of a process; whether anything but itself did not end
+    soon."""
     with suppress(ChildProcessError):
         if os.waitpid(process, os.WNOHANG)[0] == 0:
             os.kill(process, signal.SIGKILL)
@@ -335,7 +337,8 @@ def _become(case: Case, work: Path, home: Path, main: Main) -> NoReturn:
 
 
 def _forget_exit_handlers() -> None:
-    """Forget what the forked process would do at its exit, but for what modules register when they are imported."""
+    """Forget what the forked process would do at its exit, but for what modules register when they
+    are imported."""
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
     weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
@@ -343,7 +346,8 @@ def _forget_exit_handlers() -> None:
 
 
 def _own_streams(closed: Sequence[int]) -> None:
-    """Set the streams as the interpreter does when it starts: those whose descriptors are closed are None."""
+    """Set the streams as the interpreter does when it starts: those whose descriptors are closed
+    are None."""
     if 0 in closed:
         sys.stdin = None
     for descriptor, name, errors in ((1, "stdout", "strict"), (2, "stderr", "backslashreplace")):
@@ -354,7 +358,8 @@ def _own_streams(closed: Sequence[int]) -> None:
 
 
 def _own_caches(cache: Path) -> None:
-    """Let `datasets` and `tempfile` use folders of the case; they have read the environment already."""
+    """Let `datasets` and `tempfile` use folders of the case; they have read the environment
+    already."""
     import tempfile
 
     import datasets
@@ -364,7 +369,8 @@ def _own_caches(cache: Path) -> None:
 
 
 def _call(case: Case, main: Main) -> int:
-    """What the interpreter does with a program: an exception becomes a traceback and 1; exit handlers run."""
+    """What the interpreter does with a program: an exception becomes a traceback and 1; exit
+    handlers run."""
     sys.argv = ["igpt", *case.words]
     code: Any = 1
     try:
@@ -458,7 +464,8 @@ def judge(
     errors: str,
     seconds: float,
 ) -> Outcome:
-    """Compare how an invocation ended with how it should: accepted, or refused in one line with nothing left."""
+    """Compare how an invocation ended with how it should: accepted, or refused in one line with
+    nothing left."""
     lines = [line for line in errors.splitlines() if line.strip()]
     code = os.waitstatus_to_exitcode(status) if status is not None else None
     faults = [stopped] if stopped else []
@@ -492,7 +499,8 @@ def judge(
 
 
 def _is_unfinished_work(left: Iterable[str], errors: str) -> bool:
-    """Whether all that was left is a folder to be continued, OUT.partial, which the message names."""
+    """Whether all that was left is a folder to be continued, OUT.partial, which the message
+    names."""
     tops = {change[2:].partition("/")[0] for change in left}
     return all(top.endswith(".partial") and top in errors for top in tops)
 

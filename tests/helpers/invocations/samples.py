@@ -1,4 +1,5 @@
-"""Valid inputs of every kind that igpt reads, made once by igpt itself: some seconds, some hundred small files."""
+"""Valid inputs of every kind that igpt reads, made once by igpt itself: some seconds, some hundred
+small files."""
 
 import io
 import json
