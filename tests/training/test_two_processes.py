@@ -50,8 +50,9 @@ def test_a_second_one_that_resumes_is_refused_and_the_first_ends_as_if_alone(
     run = tmp_path / "run"
     first = Command(tmp_path / "first", *words)
     first.wait_until(lambda: MOMENTS[moment](run))
-    second = Command(tmp_path / "second", *words, "--resume")
-    assert_refused(second, "pretrain", run)
+    first.send(signal.SIGSTOP)  # so that it is still running when the second one starts
+    assert_refused(Command(tmp_path / "second", *words, "--resume"), "pretrain", run)
+    first.send(signal.SIGCONT)
     assert first.code() == 0, first.err
     assert_same_run(short_run, run, tmp_path)
     assert [line["kind"] for line in read_metrics(run / "metrics.jsonl")].count("train") == 24
