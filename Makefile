@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@python3 -c 'import sys; assert sys.version_info >= (3, 11)' || { echo "Python 3.11 or newer is needed"; exit 1; }
 	@python3 -c 'import ensurepip' || { echo "python3 lacks venv: apt-get install python3-venv"; exit 1; }
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,onnx,dev,docs]'
 	touch $@
 
 demo: install
@@ -47,7 +47,7 @@ test-floors: chromium
 	python3 -m venv $(FLOORS)
 	python3 tests/helpers/floors.py > $(FLOORS)/package.txt
 	python3 tests/helpers/floors.py dev | grep '^pytest' > $(FLOORS)/pytest.txt
-	python3 tests/helpers/floors.py app dev docs > $(FLOORS)/extras.txt
+	python3 tests/helpers/floors.py app onnx dev docs > $(FLOORS)/extras.txt
 	$(FLOORS)/bin/pip install --quiet --disable-pip-version-check -r $(FLOORS)/package.txt -r $(FLOORS)/pytest.txt
 	$(FLOORS)/bin/pip install --quiet --disable-pip-version-check --no-deps --editable .
 	$(FLOORS)/bin/pytest --numprocesses 2 --dist worksteal $(CORE)

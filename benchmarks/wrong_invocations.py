@@ -49,7 +49,7 @@ def import_everything() -> None:
 
     torch.set_num_threads(1)
     modules = [module.name for module in pkgutil.walk_packages(igpt.__path__, "igpt.")]
-    for name in [*modules, "datasets", "gradio"]:
+    for name in [*modules, "datasets", "gradio", "onnx"]:
         if not name.endswith("__main__") and find_spec(name):
             import_module(name)
     describe()

@@ -64,6 +64,7 @@ HOUSE = [
     "model/resolution",
     "model/classifier",
     "model/openai",
+    "model/onnx_export",
     "sampling/decoder",
     "sampling/sampler",
     "sampling/grids",

@@ -16,6 +16,8 @@ import pytest
 from igpt.cli import COMMANDS
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.model.objectives import OBJECTIVES
+from igpt.model.onnx_export import export_onnx
+from igpt.model.transformer import ImageGPT
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -163,6 +165,7 @@ def test_small_pictures() -> None:
         "extending/model",
         "python/index",
         "commands/sampling",
+        "commands/sharing",
     ],
 )
 def test_python_as_written(
@@ -179,6 +182,8 @@ def test_python_as_written(
     Path("tokens/digits").symlink_to(digits.path)
     Path("runs").mkdir()
     Path("runs/tiny").symlink_to(short_run)
+    if page == "commands/sharing":
+        export_onnx(ImageGPT.from_pretrained("runs/tiny/model"), Path("tiny-onnx"))
     for code in blocks((DOCS / f"{page}.md").read_text(), "python"):
         if named := re.match(r"# (\w+\.py)\n", code):
             Path(named[1]).write_text(code)

@@ -41,6 +41,7 @@ COMMANDS = {
     "import": Command(
         "igpt.cli.sharing:Import", "convert an OpenAI checkpoint to a model directory"
     ),
+    "export": Command("igpt.cli.sharing:Export", "write a model for ONNX Runtime"),
 }
 # Former commands, and how to do the same now.
 RENAMED = {"evaluate": "igpt score MODEL NAME --published"}

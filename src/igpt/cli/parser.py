@@ -140,7 +140,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argparse.ArgumentParser:
     words = [flag.kind + (" ..." if flag.nargs == "*" else "") for flag in flags if not flag.names]
-    required = ["-o PATH" for flag in flags if flag.required]
+    required = [f"{flag.names[0]} {flag.kind}" for flag in flags if flag.required]
     parser = _Parser(
         program,
         usage=" ".join([program, *words, *required, "[flags]"]),

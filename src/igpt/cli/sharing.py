@@ -1,4 +1,4 @@
-"""The commands that show a run to others or read other models: report, card, push, import."""
+"""The commands that share a run or convert models: report, card, push, import, export."""
 
 from pathlib import Path
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import Field
 
 from igpt.cli.parser import Options, argument
+from igpt.cli.run import model_and_run, require_writable_folder
 from igpt.errors import InputError
 from igpt.model.objectives import DEFAULT_OBJECTIVE, ObjectiveName
 
@@ -102,3 +103,31 @@ class Import(Options):
             f"{out}: {sum(parameter.numel() for parameter in loaded.parameters()) / 1e6:.1f} M "
             "parameters"
         )
+
+
+class Export(Options):
+    """Write a model as ONNX files, for programs without PyTorch."""
+
+    settings = "igpt.model.onnx_export"
+    example = "igpt export runs/photos --onnx photos-onnx"
+
+    model: Path = argument("run or model directory")
+    onnx: Path = Field(description="folder to create")
+    int8: bool = Field(
+        False, description="also write a step of generation with products of 8-bit integers"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.locks import exclusive
+        from igpt.model.onnx_export import export_onnx, require_new_export
+        from igpt.model.transformer import ImageGPT
+
+        require_writable_folder(self.onnx)
+        require_new_export(self.onnx)
+        path, _ = model_and_run(self.model)
+        loaded = ImageGPT.from_pretrained(path)
+        with exclusive(self.onnx):
+            export_onnx(loaded, self.onnx, int8=self.int8)
+        for file in sorted(self.onnx.iterdir()):
+            print(f"{file}: {file.stat().st_size:,} bytes")

@@ -42,6 +42,7 @@ VALID: Mapping[str, str] = {
     "card": "run user/name",
     "push": "run user/name",
     "import": "openai/model.ckpt-7 -o new",
+    "export": "run --onnx new",
     "app": "classifier --host 300.1.1.1",  # it would serve without an end: there is no such host
 }
 _PREPARE = "-o new --size 8 --colors 4 --workers 1"
@@ -254,7 +255,9 @@ class Parameter:
     @property
     def is_output(self) -> bool:
         """Whether it names what is written."""
-        return self.name in ("out", "maps") or (self.name == "features" and self.kind is Path)
+        return self.name in ("out", "maps", "onnx") or (
+            self.name == "features" and self.kind is Path
+        )
 
 
 def parameters(options: type[Options]) -> list[Parameter]:
