@@ -3,9 +3,10 @@
     python benchmarks/onnx_contender.py                      # seconds per step of iGPT-S
     python benchmarks/onnx_contender.py --batches 1 --steps 50
 
-It measures steps in the middle of images (position n / 2). Kinds and batches take turns.
+It measures steps in the middle of images (position n / 2). Kinds take turns. Fused kinds replace
+the standard operators of attention by ONNX Runtime's own GroupQueryAttention.
 
-    contender = OnnxContender(model, "int8")
+    contender = OnnxContender(model, "int8 fused")
     seconds, tokens = contender.generate(batch=16)           # [16, n], sampled
 
 B images, n pixels, H heads, S positions of the cache, K head width, V colours.
@@ -15,10 +16,11 @@ import os
 import tempfile
 import time
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import common
 import numpy as np
+import onnx
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -29,7 +31,8 @@ from igpt.model.transformer import ImageGPT
 from igpt.training.presets import preset
 
 BUCKET = 64  # positions by which the cache grows: attention reads all positions that it has
-Kind = Literal["fp32", "int8"]
+Kind = Literal["fp32", "int8", "fp32 fused", "int8 fused"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 class Generated(NamedTuple):
@@ -43,7 +46,8 @@ class OnnxContender:
     """A model's exported step in a session of ONNX Runtime.
 
     Args:
-        kind: of the matrix products.
+        kind: of the matrix products, and whether attention is one operator of ONNX Runtime: this
+            needs a head width divisible by 8, and no variants.
         threads: of ONNX Runtime; all cores by default.
     """
 
@@ -55,8 +59,12 @@ class OnnxContender:
         options.log_severity_level = 3
         options.add_session_config_entry("session.set_denormal_as_zero", "1")
         with tempfile.TemporaryDirectory() as folder:
-            export_onnx(model, Path(folder) / "model", int8=kind == "int8")
-            file = Path(folder) / "model" / (INT8 if kind == "int8" else STEP)
+            int8 = kind.startswith("int8")
+            export_onnx(model, Path(folder) / "model", int8=int8)
+            file = Path(folder) / "model" / (INT8 if int8 else STEP)
+            if kind.endswith("fused"):
+                assert model.config.faithful, "variants change what attention reads"
+                fuse_attention(file, model.config.n_head)
             providers = ["CPUExecutionProvider"]
             self.session = ort.InferenceSession(file, options, providers=providers)
 
@@ -71,6 +79,73 @@ class OnnxContender:
         for position in range(pixels):
             last = tokens[:, position] = sample(decoding.step(last), uniform[position])
         return Generated(time.perf_counter() - started, tokens)
+
+
+def fuse_attention(file: Path, heads: int) -> None:
+    """Replace the operators of attention in a step's file by GroupQueryAttention.
+
+    It divides queries, keys and values among heads itself, updates the cache, and reads only the
+    positions that are filled.
+    """
+    model = onnx.load(file, load_external_data=False)
+    made = {output: node for node in model.graph.node for output in node.output}
+    ends = [node.input[6] for node in model.graph.node if node.op_type == "Attention"]
+    one = onnx.numpy_helper.from_array(np.array(1), "fused.one")
+    model.graph.initializer.append(one)
+    make, kind = onnx.helper.make_node, onnx.TensorProto.INT32
+    lengths = [
+        make("Sub", [ends[0], one.name], ["fused.last"]),
+        make("Cast", ["fused.last"], ["fused.lengths"], to=kind),
+        make("ReduceMax", [ends[0]], ["fused.end"], keepdims=0),
+        make("Cast", ["fused.end"], ["fused.total"], to=kind),
+    ]
+    nodes: list[onnx.NodeProto] = []
+    removed: set[str] = set()
+
+    def undivided(value: str) -> str:
+        """Return the value of which a value is the division among heads: Reshape, Transpose."""
+        reshape = made[made[value].input[0]]
+        removed.update((value, reshape.output[0]))
+        return reshape.input[0]
+
+    for node in model.graph.node:
+        before = made.get(node.input[0]) if node.input else None
+        if node.op_type == "Attention":
+            updates = [made[name] for name in node.input[1:3]]
+            new = [undivided(value) for value in (node.input[0], *(up.input[1] for up in updates))]
+            past = [update.input[0] for update in updates]
+            present = [update.output[0] for update in updates]
+            removed.update(present)
+            fused = make(
+                "GroupQueryAttention",
+                [*new, *past, "fused.lengths", "fused.total"],
+                [f"{node.output[0]}.fused", *present],
+                domain="com.microsoft",
+                num_heads=heads,
+                kv_num_heads=heads,
+            )
+            nodes += [*lengths, fused]
+            lengths = []
+        elif before is not None and before.op_type == "Attention":
+            removed.add(node.output[0])
+        elif node.op_type == "Reshape" and _is_transposed_attention(before, made):
+            nodes.append(make("Identity", [f"{before.input[0]}.fused"], [node.output[0]]))
+        else:
+            nodes.append(node)
+    kept = [
+        node
+        for node in nodes
+        if node.op_type == "GroupQueryAttention" or node.output[0] not in removed
+    ]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+    model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+    onnx.save(model, file)
+
+
+def _is_transposed_attention(node: onnx.NodeProto | None, made: dict[str, onnx.NodeProto]) -> bool:
+    above = made.get(node.input[0]) if node is not None and node.input else None
+    return above is not None and above.op_type == "Attention"
 
 
 class Decoding:
@@ -154,7 +229,7 @@ def main(
     torch.manual_seed(0)
     ours = ImageGPT(ModelConfig.layered(settings))
     torch.nn.init.normal_(ours.lm_head.weight, std=0.2)
-    contenders = {kind: OnnxContender(ours.eval(), kind, threads) for kind in ("fp32", "int8")}
+    contenders = {kind: OnnxContender(ours.eval(), kind, threads) for kind in KINDS}
     rows = []
     for batch in batches:
         middle = (ours.config.n_pixels - steps) // 2
