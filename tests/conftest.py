@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-# Before anything reads them, and for all processes that tests start: two test processes share two
-# cores.
+# Set before any import that reads them, and inherited by all processes that tests start: two test
+# processes share two cores.
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 os.environ["GRADIO_TEMP_DIR"] = str(Path(tempfile.gettempdir()) / f"gradio-{os.getpid()}")
 
@@ -30,8 +30,8 @@ from igpt.data.tokens.dataset import TokenDataset
 
 from .helpers.sample_images import ImageSets, write_sample_sets
 
-# A shell that starts the tests with `&` lets them ignore Ctrl-C, and so all processes that they
-# start and interrupt.
+# A shell that starts the tests with `&` makes them ignore SIGINT, and all processes that they start
+# inherit that. Restore the default handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -54,14 +54,14 @@ SHORT = {
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
-    """Small shapes gain nothing from a second thread, and a fixed number gives the same sums
-    everywhere."""
+    """Use one thread: small shapes gain nothing from more, and a fixed number gives the same sums
+    on every machine."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of data sets that leaves the user's alone."""
+    """Use a temporary cache for `datasets` instead of the user's."""
     cache = str(tmp_path_factory.mktemp("datasets-cache"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
@@ -71,8 +71,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _tables_once() -> Iterator[None]:
-    """The table of all colours, half a second for 512, is the same for the same palette: made once
-    for some of them."""
+    """Cache the tables of nearest colours of a few palettes: each takes half a second for 512
+    colours."""
     made = lru_cache(6)(
         lambda centers, shape: _nearest_table(np.frombuffer(centers, np.float32).reshape(shape))
     )
@@ -88,13 +88,13 @@ _nearest_table = palette._nearest_table
 
 @pytest.fixture(scope="session")
 def short() -> dict[str, object]:
-    """Settings of a pretraining run of a second or two."""
+    """Return the settings of a pretraining run that takes a second or two."""
     return dict(SHORT)
 
 
 @pytest.fixture(scope="session")
 def short_flags(short: dict[str, object]) -> list[str]:
-    """The same as flags of `igpt pretrain`."""
+    """Return the same settings as flags of `igpt pretrain`."""
     return [
         word for key, value in short.items() for word in (f"--{key.replace('_', '-')}", str(value))
     ]
@@ -102,14 +102,14 @@ def short_flags(short: dict[str, object]) -> list[str]:
 
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    """The bundled digits as tokens."""
+    """Prepare the bundled digits as tokens."""
     return prepare("digits", tmp_path_factory.mktemp("tokens") / "digits", PrepareConfig(size=8))
 
 
 @pytest.fixture(scope="session")
 def igpt() -> Run:
-    """Runs the command line in this process, which spares the imports: `igpt("probe", model,
-    tokens)`."""
+    """Run the command line in this process, which saves the time of the imports:
+    `igpt("probe", model, tokens)`."""
 
     def run(*words: object) -> subprocess.CompletedProcess[str]:
         out, err = io.StringIO(), io.StringIO()
@@ -127,7 +127,7 @@ def short_run(
     short_flags: list[str],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of 24 updates on the digits, by the command line."""
+    """Train for 24 steps on the digits, by the command line."""
     run = tmp_path_factory.mktemp("runs") / "short"
     done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
     assert done.returncode == 0, done.stderr
@@ -136,7 +136,7 @@ def short_run(
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 48 coloured pictures in two classes: left-right and up-down gradients, with
+    """Return a folder of 48 colour images in two classes: horizontal and vertical gradients with
     noise."""
     folder = tmp_path_factory.mktemp("photographs")
     generator = np.random.default_rng(0)
@@ -150,16 +150,15 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         picture = grid[..., None] * generator.uniform(0.5, 1, 3) + generator.uniform(
             0, 50, (20, 20, 3)
         )
-        home = folder / "train" / ("across" if index % 2 else "down")
-        home.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.astype(np.uint8)).save(home / f"{index:02d}.png")
+        class_folder = folder / "train" / ("across" if index % 2 else "down")
+        class_folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.astype(np.uint8)).save(class_folder / f"{index:02d}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
 def made_sets(tmp_path_factory: pytest.TempPathFactory) -> ImageSets:
-    """Image sets made of scikit-learn's photographs, for tests to which the real images add
-    nothing."""
+    """Return image sets made of scikit-learn's photographs, for tests that need no real images."""
     folder = tmp_path_factory.mktemp("made-sets")
     write_sample_sets(folder)
     return ImageSets(folder, real=False)
@@ -167,12 +166,12 @@ def made_sets(tmp_path_factory: pytest.TempPathFactory) -> ImageSets:
 
 @pytest.fixture(scope="session", params=["made", "real"] if REAL_SETS.is_dir() else ["made"])
 def image_sets(request: pytest.FixtureRequest, made_sets: ImageSets) -> ImageSets:
-    """The made image sets; and CIFAR-10, Tiny ImageNet and 100 ImageNet photographs where the
-    checkout has them."""
+    """Return the made image sets; and CIFAR-10, Tiny ImageNet and 100 ImageNet photographs where
+    the checkout has them."""
     return ImageSets(REAL_SETS, real=True) if request.param == "real" else made_sets
 
 
 @pytest.fixture(scope="session")
 def small_images(image_sets: ImageSets) -> NDArray[np.uint8]:
-    """Colour images: uint8 [200, 32, 32, 3]."""
+    """Return colour images: uint8 [200, 32, 32, 3]."""
     return image_sets.small_images()

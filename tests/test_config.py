@@ -39,8 +39,8 @@ def test_unknown_key_names_the_nearest_one():
         Recipe.layered({"xyzzy": 8})
 
 
-def test_a_key_that_is_no_word_is_unknown_too(tmp_path: Path):
-    (tmp_path / "a.yaml").write_text("on: 1\n")  # YAML reads True
+def test_a_key_that_is_not_a_string_is_unknown(tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("on: 1\n")  # YAML reads this as True
     with pytest.raises(InputError, match="unknown key True"):
         Recipe.load(tmp_path / "a.yaml")
 
@@ -56,7 +56,7 @@ def test_a_key_that_is_no_word_is_unknown_too(tmp_path: Path):
         ({"betas": [0.9, "x"]}, r"betas.1 = 'x': Input should be a valid number"),
     ],
 )
-def test_a_bad_value_is_named_with_its_key_and_place(values: dict[str, object], message: str):
+def test_a_bad_value_is_named_with_its_key_and_file(values: dict[str, object], message: str):
     with pytest.raises(InputError) as caught:
         Recipe.layered(values, where="flags")
     assert str(caught.value).startswith("flags: ")
@@ -106,7 +106,7 @@ def test_json_is_json_and_yaml_is_yaml(tmp_path: Path):
         ("a.json", b"[1]", "must contain settings as 'name: value' lines"),
     ],
 )
-def test_unreadable_settings(tmp_path: Path, name: str, content: bytes, message: str):
+def test_unreadable_settings_are_refused(tmp_path: Path, name: str, content: bytes, message: str):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError) as caught:
         read_settings(tmp_path / name)
@@ -141,7 +141,7 @@ BOMB = "\n".join(
         ("a.yaml", f"order: {'x' * 300_000}\n", "that is no settings file"),
     ],
 )
-def test_hostile_settings_cost_nothing_and_are_one_line(
+def test_hostile_settings_are_refused_quickly_in_one_line(
     tmp_path: Path, name: str, content: str, message: str
 ):
     (tmp_path / name).write_text(content)
@@ -153,7 +153,7 @@ def test_hostile_settings_cost_nothing_and_are_one_line(
     assert len(str(caught.value)) < 1000
 
 
-def test_a_fifo_is_refused_and_not_waited_for(tmp_path: Path):
+def test_a_fifo_is_refused_without_blocking(tmp_path: Path):
     os.mkfifo(tmp_path / "a.yaml")
     with pytest.raises(InputError, match="is a FIFO"):
         read_settings(tmp_path / "a.yaml")
@@ -170,14 +170,14 @@ def test_a_number_of_thousands_of_digits_is_refused():
         Recipe.layered({"rate": 10**5000})
 
 
-def test_no_settings_file(tmp_path: Path):
+def test_a_missing_settings_file_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"no settings file at .*: nowhere\.yaml is missing"):
         read_settings(tmp_path / "nowhere.yaml")
     with pytest.raises(InputError, match=r"is a folder; a file \(settings file\) is needed"):
         read_settings(tmp_path)
 
 
-def test_a_failed_save_leaves_the_old_settings(tmp_path: Path):
+def test_a_failed_save_keeps_the_old_settings(tmp_path: Path):
     path = tmp_path / "a.yaml"
     Recipe(size=8).save(path)
 

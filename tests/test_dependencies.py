@@ -1,5 +1,5 @@
-"""The ranges of pyproject.toml and the versions of constraints.txt, which are the upper ends that
-tests run with."""
+"""The ranges in pyproject.toml and the versions in constraints.txt, which are the upper ends that
+tests use."""
 
 import tomllib
 from pathlib import Path
@@ -31,7 +31,7 @@ def pins() -> dict[str, Version]:
 
 
 @pytest.mark.parametrize("line", DIRECT)
-def test_the_tested_version_is_there_and_within_the_range(line: str) -> None:
+def test_the_tested_version_is_pinned_and_within_the_range(line: str) -> None:
     requirement = Requirement(line)
     pin = pins().get(canonicalize_name(requirement.name))
     assert pin is not None, f"constraints.txt lacks {requirement.name}"
@@ -39,7 +39,7 @@ def test_the_tested_version_is_there_and_within_the_range(line: str) -> None:
 
 
 @pytest.mark.parametrize("line", DIRECT)
-def test_the_lowest_version_of_a_range_is_within_it_and_nothing_lower_is(line: str) -> None:
+def test_the_lowest_version_of_a_range_is_within_it_and_lower_ones_are_not(line: str) -> None:
     requirement = Requirement(line)
     name, version = floors.floor(line).split("==")
     assert Requirement(name).name == requirement.name
@@ -47,7 +47,7 @@ def test_the_lowest_version_of_a_range_is_within_it_and_nothing_lower_is(line: s
     assert not requirement.specifier.contains(f"{version}.dev0", prereleases=True)
 
 
-def test_package_and_extras_are_told_apart() -> None:
+def test_requirements_of_the_package_and_of_extras_are_distinguished() -> None:
     assert "torch" in {Requirement(line).name for line in floors.requirements([])}
     assert {Requirement(line).name for line in floors.requirements(["app"])} == {"gradio"}
     assert len({Requirement(line).name for line in DIRECT}) == len(DIRECT)
@@ -61,7 +61,7 @@ def test_package_and_extras_are_told_apart() -> None:
         ("mkdocstrings[python]>=1.0", "mkdocstrings[python]==1.0"),
     ],
 )
-def test_the_lowest_version(requirement: str, lowest: str) -> None:
+def test_the_lowest_version_is_found(requirement: str, lowest: str) -> None:
     assert floors.floor(requirement) == lowest
 
 

@@ -23,7 +23,7 @@ from igpt.files import (
     write_json,
 )
 
-# Writes a folder anew, and is killed by the operating system just before the named operation on it.
+# Replaces a folder, and is killed by the operating system just before the named operation on it.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path):
+def test_a_file_is_replaced_atomically(tmp_path: Path):
     path = tmp_path / "deep" / "a.txt"
     for text in ("first", "second"):
         with atomic_file(path) as temporary:
@@ -72,7 +72,7 @@ def test_an_error_leaves_no_file_and_keeps_the_old_one(
     assert path.read_text() == "old"
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path):
+def test_a_folder_is_replaced_atomically(tmp_path: Path):
     path = tmp_path / "deep" / "model"
     with atomic_folder(path) as folder:
         (folder / "a").write_text("first")
@@ -101,7 +101,7 @@ def test_an_error_leaves_no_folder_and_keeps_the_old_one(
     assert (path / "a").read_text() == "old"
 
 
-def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path):
+def test_a_folder_that_cannot_be_renamed_leaves_the_old_one(tmp_path: Path):
     path = tmp_path / "model"
     path.mkdir()
     (path / "a").write_text("old")
@@ -111,7 +111,7 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path: Path)
     assert names(tmp_path) == ["elsewhere", "model"]
 
 
-def test_a_linked_folder_is_replaced_behind_its_link(tmp_path: Path):
+def test_a_linked_folder_is_replaced_at_the_target_of_its_link(tmp_path: Path):
     (tmp_path / "disk" / "model").mkdir(parents=True)
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "disk" / "model")
@@ -138,7 +138,9 @@ def test_a_file_is_not_replaced_by_a_folder(tmp_path: Path):
     ("moment", "left", "recovered"),
     [("put in place", {".model.old"}, "old"), ("clean up", {".model.old", "model"}, "new")],
 )
-def test_a_killed_exchange_is_settled(tmp_path: Path, moment: str, left: set[str], recovered: str):
+def test_a_killed_replacement_is_completed(
+    tmp_path: Path, moment: str, left: set[str], recovered: str
+):
     path = tmp_path / "model"
     with atomic_folder(path) as folder:
         (folder / "content").write_text("old")
@@ -152,9 +154,9 @@ def test_a_killed_exchange_is_settled(tmp_path: Path, moment: str, left: set[str
     assert names(tmp_path) == ["model"]
 
 
-def test_what_a_kill_left_goes_with_the_next_write_and_neighbours_stay(tmp_path: Path):
+def test_leftovers_of_a_kill_are_removed_by_the_next_write_and_other_files_stay(tmp_path: Path):
     (tmp_path / ".run[1].0123abcd.tmp").mkdir()
-    (tmp_path / ".run[1].b.0123abcd.tmp").mkdir()  # another's, at work on `run[1].b`
+    (tmp_path / ".run[1].b.0123abcd.tmp").mkdir()  # of another process that is writing `run[1].b`
     with atomic_folder(tmp_path / "run[1]") as folder:
         (folder / "a").write_text("a")
     assert names(tmp_path) == [".run[1].b.0123abcd.tmp", "run[1]"]
@@ -202,7 +204,7 @@ def test_checksum(tmp_path: Path):
     )
 
 
-def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
+def test_a_file_is_synced_to_disk_before_it_is_renamed(tmp_path: Path):
     events: list[str] = []
 
     def watch(name: str, arguments: tuple[object, ...]) -> None:
@@ -210,7 +212,7 @@ def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
             events.append("rename")
 
     watching = True
-    sys.addaudithook(watch)  # cannot be taken away again: switched off below
+    sys.addaudithook(watch)  # cannot be undone: switched off below
     synced = os.fsync
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), synced(descriptor)))
@@ -222,7 +224,7 @@ def test_a_file_reaches_the_disk_before_its_name_does(tmp_path: Path):
     assert events == ["sync", "rename", "sync", "sync", "sync", "rename", "sync"]
 
 
-class _Thing(Stored):
+class _Schema(Stored):
     count: int
     parts: list[dict[str, int]] = Field([])
 
@@ -246,15 +248,15 @@ def test_a_json_file_that_violates_its_schema_is_refused_with_the_key(
     path = tmp_path / "thing.json"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(InputError, match=f"thing.json.*{said}"):
-        read_json(path, "thing", _Thing)
+        read_json(path, "thing", _Schema)
 
 
-def test_keys_that_a_schema_does_not_know_pass(tmp_path: Path) -> None:
+def test_keys_that_are_not_in_a_schema_are_accepted(tmp_path: Path) -> None:
     write_json(tmp_path / "thing.json", {"count": 1, "later": 2})
-    assert read_json(tmp_path / "thing.json", "thing", _Thing) == {"count": 1, "later": 2}
+    assert read_json(tmp_path / "thing.json", "thing", _Schema) == {"count": 1, "later": 2}
 
 
-def test_no_fifo_device_or_huge_file_is_read(tmp_path: Path) -> None:
+def test_fifos_devices_and_huge_files_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with (tmp_path / "huge.json").open("wb") as file:
         file.truncate(1 << 33)
@@ -265,7 +267,7 @@ def test_no_fifo_device_or_huge_file_is_read(tmp_path: Path) -> None:
         read_json(tmp_path / "huge.json", "thing")
 
 
-def test_writing_goes_through_links_and_never_replaces_a_device_or_fifo(tmp_path: Path) -> None:
+def test_writing_follows_links_and_never_replaces_a_device_or_fifo(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     (tmp_path / "link.json").symlink_to(tmp_path / "there" / "real.json")
     write_json(tmp_path / "link.json", {"a": 1})
@@ -284,17 +286,17 @@ def test_a_folder_to_make_needs_a_name(name: str) -> None:
         require_folder_name(Path(name))
 
 
-def test_deep_nesting_is_refused_before_anything_works_through_it(tmp_path: Path) -> None:
+def test_deep_nesting_is_refused_before_it_is_traversed(tmp_path: Path) -> None:
     write_json(tmp_path / "fine.json", {"a": [[{"b": [1]}]]})
     assert read_json(tmp_path / "fine.json", "thing")["a"] == [[{"b": [1]}]]
     for depth in (100, 900, 100_000):
         (tmp_path / "deep.json").write_text('{"a": ' + "[" * depth + "]" * depth + "}")
         with pytest.raises(InputError, match=r"deep\.json.* nested too deeply"):
-            read_json(tmp_path / "deep.json", "thing", _Thing)
+            read_json(tmp_path / "deep.json", "thing", _Schema)
 
 
-def test_nesting_of_repeated_parts_is_looked_at_once() -> None:
-    """As YAML's references make it: 2^60 parts by name, 60 in memory."""
+def test_repeated_parts_are_traversed_once() -> None:
+    """As YAML's references produce them: 2^60 parts by name, 60 in memory."""
     value: list[object] = []
     for _ in range(60):
         value = [value, value]

@@ -1,4 +1,4 @@
-"""Models come down from a small Hub on this machine and go up to it, by `huggingface_hub`, in other
+"""Models are downloaded from a small local Hub and uploaded to it with `huggingface_hub`, in other
 processes."""
 
 import io
@@ -24,8 +24,7 @@ from igpt.model.transformer import ImageGPT
 
 from .helpers.small_hub import FOREIGN, Hub, serving
 
-# Of each model in turn: the checksum of its weights and its palette's fingerprint, or what is
-# wrong.
+# For each model: the checksum of its weights and its palette's fingerprint, or the error.
 PROGRAM = """
 import json, sys
 from igpt.data.images.palette import Palette
@@ -47,7 +46,7 @@ Read = Callable[..., list[Any]]
 
 @pytest.fixture(scope="module")
 def model() -> ImageGPT:
-    """Random weights and a palette."""
+    """Return a model with random weights and a palette."""
     torch.manual_seed(1)
     shape = ModelConfig(resolution=4, n_colors=11, n_layer=2, n_embd=24, n_head=3)
     model = ImageGPT(shape, Palette.from_centers(np.random.default_rng(1).uniform(-1, 1, (11, 3))))
@@ -58,7 +57,7 @@ def model() -> ImageGPT:
 
 @pytest.fixture(scope="module")
 def files(model: ImageGPT, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Its directory, as the Hub holds it."""
+    """Return the files of its directory by name, as the Hub stores them."""
     folder = tmp_path_factory.mktemp("model") / "model"
     model.save_pretrained(folder)
     return {file.name: file.read_bytes() for file in folder.iterdir()}
@@ -89,7 +88,7 @@ def surroundings(hub: Hub, home: Path, **more: str) -> dict[str, str]:
 
 @pytest.fixture
 def read(hub: Hub, tmp_path: Path) -> Read:
-    """Runs the program with this Hub, or another address, and one cache for the test."""
+    """Run the program with this Hub, or another address, and one cache for the test."""
 
     def run(*words: str, **more: str) -> list[Any]:
         command = [sys.executable, "-c", PROGRAM, *words]
@@ -104,7 +103,7 @@ def read(hub: Hub, tmp_path: Path) -> Read:
 
 
 def no_network() -> dict[str, str]:
-    """An address at which nobody listens."""
+    """Return an address at which no server listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
 
@@ -115,7 +114,7 @@ def pickled(tensors: Mapping[str, object]) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_model_comes_down_once_and_is_there_without_the_network(
+def test_a_model_is_downloaded_once_and_then_read_without_the_network(
     hub: Hub, files: dict[str, bytes], known: list[str], read: Read
 ) -> None:
     others = {
@@ -125,7 +124,9 @@ def test_a_model_comes_down_once_and_is_there_without_the_network(
     }
     hub.models["someone/model"] = {**files, **others, "README.md": b"# A model\n"}
     assert read("someone/model", "someone/model:palette") == [known, known[1]]
-    assert sorted(path for path, _, _ in hub.log) == sorted(files), "what is not needed stays there"
+    assert sorted(path for path, _, _ in hub.log) == sorted(files), (
+        "files that are not needed are not downloaded"
+    )
     hub.log.clear()
     assert read("someone/model") == [known]
     assert hub.log == []
@@ -133,7 +134,7 @@ def test_a_model_comes_down_once_and_is_there_without_the_network(
     assert read("someone/model", "someone/model:palette", **no_network()) == [known, known[1]]
 
 
-def test_pickled_weights_come_down_whole_or_in_parts_and_run_no_code(
+def test_pickled_weights_in_one_or_several_files_are_downloaded_and_execute_no_code(
     hub: Hub, files: dict[str, bytes], known: list[str], read: Read, tmp_path: Path
 ) -> None:
     (tmp_path / "weights").write_bytes(files["model.safetensors"])
@@ -159,10 +160,10 @@ def index_of(weight_map: Mapping[str, str]) -> bytes:
     return json.dumps({"metadata": {}, "weight_map": weight_map}).encode()
 
 
-def test_the_index_decides_which_parts_come_down(
+def test_the_index_decides_which_parts_are_downloaded(
     hub: Hub, files: dict[str, bytes], known: list[str], read: Read, tmp_path: Path
 ) -> None:
-    """Parts by other names, next to those of an older save."""
+    """Parts with other names, next to those of an older save."""
     (tmp_path / "weights").write_bytes(files["model.safetensors"])
     tensors = load_file(tmp_path / "weights")
     plain = {name: content for name, content in files.items() if name.endswith(".json")}
@@ -195,7 +196,7 @@ def test_the_index_decides_which_parts_come_down(
         *pickles,
         "pytorch_model.bin.index.json",
     }
-    assert {path for path, _, _ in hub.log} == needed, "stale parts stay there"
+    assert {path for path, _, _ in hub.log} == needed, "stale parts are not downloaded"
     assert read("someone/model", HF_HUB_OFFLINE="1") == [known]
     hub.log.clear()
     lacking, outside = read("someone/lacking", "someone/outside")
@@ -207,9 +208,7 @@ def test_the_index_decides_which_parts_come_down(
     assert not any(path.endswith(".safetensors") for path, _, _ in hub.log)
 
 
-def test_what_the_hub_cannot_give_is_said_in_one_sentence(
-    hub: Hub, files: dict[str, bytes], read: Read
-) -> None:
+def test_errors_of_the_hub_are_one_sentence(hub: Hub, files: dict[str, bytes], read: Read) -> None:
     plain = {name: content for name, content in files.items() if name.endswith(".json")}
     hub.models |= {
         "someone/hidden": files,
@@ -245,10 +244,10 @@ def test_what_the_hub_cannot_give_is_said_in_one_sentence(
     )
     assert said[5] == "refused: the Hub's someone/space: config.json is missing"
     assert said[6] == "refused: the Hub's someone/space: preprocessor_config.json is missing"
-    assert hub.sent(".safetensors") == 0, "nothing large is fetched in vain"
+    assert hub.sent(".safetensors") == 0, "no large file is downloaded in vain"
 
 
-def test_a_part_of_a_model_in_the_cache_is_no_model(
+def test_an_incomplete_model_in_the_cache_is_refused(
     hub: Hub, files: dict[str, bytes], read: Read
 ) -> None:
     hub.models["someone/model"] = dict(files)
@@ -290,7 +289,7 @@ def test_a_part_of_a_model_in_the_cache_is_no_model(
         "a/" + "b" * 95,
     ],
 )
-def test_what_cannot_name_a_repository(name: str) -> None:
+def test_invalid_repository_names(name: str) -> None:
     with pytest.raises(
         ValueError, match="is not a valid name of a model on the Hub; USER/NAME is needed"
     ):
@@ -298,5 +297,5 @@ def test_what_cannot_name_a_repository(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a/b", "someone/igpt-s_2.0", "Some-One/x" + "y" * 86])
-def test_what_can_name_one(name: str) -> None:
+def test_valid_repository_names(name: str) -> None:
     require_name(name)

@@ -1,5 +1,4 @@
-"""The house: a file imports only from rooms above its own, or from earlier files of its own
-room."""
+"""A module imports only from packages above its own, or from earlier modules of its own package."""
 
 import ast
 import subprocess
@@ -8,8 +7,8 @@ from pathlib import Path
 
 import igpt
 
-HOME = Path(igpt.__file__).parent
-HOUSE = [
+PACKAGE = Path(igpt.__file__).parent
+MODULES = [
     "interrupts",
     "console",
     "errors",
@@ -130,7 +129,7 @@ HOUSE = [
     "cli/reproduce",
     "__main__",
 ]
-MAY_BE_USED_FROM_ANYWHERE = {"igpt"}  # the package itself: its version
+ALLOWED_EVERYWHERE = {"igpt"}  # the package itself, for its version
 
 
 def imports(path: Path) -> set[str]:
@@ -141,34 +140,34 @@ def imports(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             inner = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= inner & {module(place) for place in HOUSE} or {node.module or ""}
-    return {name for name in found if name.split(".")[0] == "igpt"} - MAY_BE_USED_FROM_ANYWHERE
+            found |= inner & {dotted_name(path) for path in MODULES} or {node.module or ""}
+    return {name for name in found if name.split(".")[0] == "igpt"} - ALLOWED_EVERYWHERE
 
 
-def module(place: str) -> str:
-    return "igpt." + place.replace("/", ".").removesuffix(".__init__")
+def dotted_name(path: str) -> str:
+    return "igpt." + path.replace("/", ".").removesuffix(".__init__")
 
 
-def test_every_file_has_its_place() -> None:
+def test_every_module_is_listed() -> None:
     files = {
-        str(path.relative_to(HOME).with_suffix(""))
-        for path in HOME.rglob("*.py")
+        str(path.relative_to(PACKAGE).with_suffix(""))
+        for path in PACKAGE.rglob("*.py")
         if path.name != "__init__.py" or path.parent.name == "cli"
     }
-    assert files == set(HOUSE)
+    assert files == set(MODULES)
 
 
-def test_data_flows_down_the_page() -> None:
-    for index, place in enumerate(HOUSE):
-        above = {module(earlier) for earlier in HOUSE[:index]}
-        wrong = imports(HOME / f"{place}.py") - above
-        assert not wrong, f"{place}.py imports {wrong}, which is not above it"
+def test_modules_import_only_from_modules_listed_above() -> None:
+    for index, path in enumerate(MODULES):
+        above = {dotted_name(earlier) for earlier in MODULES[:index]}
+        wrong = imports(PACKAGE / f"{path}.py") - above
+        assert not wrong, f"{path}.py imports {wrong}, which is not listed above it"
 
 
 def test_evaluation_never_imports_training_nor_report_torch() -> None:
-    for path in (HOME / "evaluation").glob("*.py"):
+    for path in (PACKAGE / "evaluation").glob("*.py"):
         assert not any(name.startswith("igpt.training") for name in imports(path)), path
-    for path in (HOME / "report").glob("*.py"):
+    for path in (PACKAGE / "report").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -176,7 +175,7 @@ def test_evaluation_never_imports_training_nor_report_torch() -> None:
 
 
 def test_training_needs_few_packages() -> None:
-    """Training imports with torch, NumPy, safetensors, pydantic and rich alone."""
+    """Training can be imported with torch, NumPy, safetensors, pydantic and rich alone."""
     absent = [
         "PIL",
         "datasets",
@@ -194,10 +193,10 @@ def test_training_needs_few_packages() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_the_package_is_light() -> None:
+def test_importing_the_command_line_does_not_import_torch() -> None:
     code = (
-        "import sys, igpt, igpt.cli; assert 'torch' not in sys.modules, 'help should not "
-        "wait for torch'"
+        "import sys, igpt, igpt.cli; assert 'torch' not in sys.modules, 'the help must not "
+        "import torch'"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

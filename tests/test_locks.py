@@ -1,4 +1,4 @@
-"""Only one process writes a folder at a time; the second one is told who does."""
+"""Only one process writes a folder at a time; the error of the second one names the first."""
 
 import json
 import os
@@ -50,7 +50,9 @@ def test_a_second_process_is_refused_with_the_first_ones_host_and_process_id(fol
             exclusive_folder(folder),
         ):
             pass
-        assert (folder / ".lock").exists(), "the refused one must not remove the lock of the first"
+        assert (folder / ".lock").exists(), (
+            "the refused process must not remove the lock of the first"
+        )
     finally:
         process.kill()
         process.wait()
@@ -66,7 +68,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(folder: Path) -> None:
     assert not any(folder.iterdir())
 
 
-def test_a_lock_is_released_after_an_error_and_what_was_written_stays(folder: Path) -> None:
+def test_a_lock_is_released_after_an_error_and_written_files_stay(folder: Path) -> None:
     def write_and_fail() -> None:
         with exclusive_folder(folder):
             (folder / "a").write_text("a")
@@ -86,7 +88,7 @@ def test_one_process_may_take_its_own_lock_again(folder: Path) -> None:
     assert not lock.exists()
 
 
-def test_a_lock_of_another_host_holds_while_its_owner_touches_it(
+def test_a_lock_of_another_host_holds_as_long_as_its_owner_updates_its_time(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(locks, "_TOUCHED_EVERY", 0.3)
@@ -108,24 +110,24 @@ def test_a_lock_of_another_host_holds_while_its_owner_touches_it(
         owner.join()
     with exclusive(
         folder
-    ):  # it is not touched any more: a job that was started again on another machine goes on
+    ):  # no longer updated: a job that was restarted on another machine may continue
         assert json.loads(lock.read_text())["host"] == socket.gethostname()
 
 
-def test_where_no_lock_can_be_made_the_command_ends() -> None:
+def test_a_folder_in_which_no_lock_can_be_made_is_refused() -> None:
     with refused("cannot be locked"), exclusive(Path("/proc/new")):
         pass
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"host": 1'])
-def test_a_lock_that_was_cut_off_by_a_kill_is_taken_over(folder: Path, content: str) -> None:
+def test_a_lock_that_was_truncated_by_a_kill_is_taken_over(folder: Path, content: str) -> None:
     lock = folder.with_name(".run.lock")
     lock.write_text(content)
     with exclusive(folder):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
-def test_without_locks_of_the_file_system_the_process_id_decides(
+def test_without_file_system_locks_the_process_id_decides(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def unsupported(descriptor: int, how: int) -> None:
@@ -142,7 +144,9 @@ def test_without_locks_of_the_file_system_the_process_id_decides(
         pass
 
 
-def test_folders_made_for_a_lock_go_with_it_unless_something_was_written(tmp_path: Path) -> None:
+def test_folders_made_for_a_lock_are_removed_with_it_unless_they_contain_files(
+    tmp_path: Path,
+) -> None:
     for take in (exclusive, exclusive_folder):
         with take(tmp_path / "a" / "b" / "c"):
             assert (tmp_path / "a" / "b").is_dir()
@@ -153,4 +157,4 @@ def test_folders_made_for_a_lock_go_with_it_unless_something_was_written(tmp_pat
     (tmp_path / "there").mkdir()
     with exclusive(tmp_path / "there" / "file"):
         pass
-    assert (tmp_path / "there").is_dir(), "it was there before"
+    assert (tmp_path / "there").is_dir(), "it existed before"

@@ -1,4 +1,4 @@
-"""The manual: its commands and flags exist, its Python runs, its pages and pictures are there."""
+"""The manual: its commands and flags exist, its Python runs, and its pages and pictures exist."""
 
 import contextlib
 import importlib.util
@@ -23,7 +23,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FLAG = re.compile(r"--?[a-z][\w-]*")
-ELSEWHERE = {
+OTHER_PROGRAMS = {
     "--nproc-per-node",
     "--nnodes",
     "--rdzv-backend",
@@ -35,7 +35,7 @@ ELSEWHERE = {
 
 
 def script(name: str) -> ModuleType:
-    """One of the programs in docs/."""
+    """Import one of the programs in docs/."""
     spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
     assert spec
     assert spec.loader
@@ -54,8 +54,8 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def igpt_commands(text: str) -> list[list[str]]:
-    """The words behind `igpt` of every example in a page: lines after a `$ `, and all lines of
-    `bash` blocks."""
+    """Return the words after `igpt` of every example in a page: lines after a `$ `, and all lines
+    of `bash` blocks."""
     lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
     lines += re.findall(
         r"^\$ (.*)", "\n".join(blocks(text, "console")).replace("\\\n", " "), flags=re.MULTILINE
@@ -64,12 +64,12 @@ def igpt_commands(text: str) -> list[list[str]]:
     return [shlex.split(match[1], comments=True) for match in found if match]
 
 
-def test_every_command_has_its_section_with_an_example_and_its_flags() -> None:
+def test_every_command_has_a_section_with_an_example_and_its_flags() -> None:
     sections: dict[str, str] = {}
     for page in (DOCS / "commands").glob("*.md"):
         text = BLOCK.sub(
             lambda block: block[0].replace("\n#", "\n "), page.read_text()
-        )  # comments are no headings
+        )  # comments are not headings
         for part in re.split(r"^(?=##? )", text, flags=re.MULTILINE):
             title, _, below = part.partition("\n")
             sections[title.lstrip("# ")] = below
@@ -97,12 +97,12 @@ def test_every_flag_of_an_example_exists(flags: Any) -> None:
     assert seen > 100
 
 
-def test_every_flag_of_the_text_exists(flags: Any) -> None:
+def test_every_flag_in_the_text_exists(flags: Any) -> None:
     known = {
         name for command in COMMANDS for flag in flags(command) for name in flag.names
-    } | ELSEWHERE
+    } | OTHER_PROGRAMS
     for page in PAGES:
-        if page.name != "LOG.md":  # it speaks of what was, too
+        if page.name != "LOG.md":  # it also describes earlier versions
             text = BLOCK.sub("", page.read_text())
             named = {
                 word
@@ -112,7 +112,7 @@ def test_every_flag_of_the_text_exists(flags: Any) -> None:
             assert named <= known, f"{page}: {named - known}"
 
 
-def test_the_tables_have_every_setting(flags: Any) -> None:
+def test_the_tables_contain_every_setting(flags: Any) -> None:
     from igpt.training.pretrain import PretrainConfig
 
     named = {name for flag in flags("pretrain") for name in flag.names}
@@ -125,7 +125,7 @@ def test_the_tables_have_every_setting(flags: Any) -> None:
     assert all(flag.help for command in COMMANDS for flag in flags(command))
 
 
-def test_pages_and_links_are_there() -> None:
+def test_pages_and_links_exist() -> None:
     nav = script("examples").pages()
     assert {page for page in nav if not page.exists()} == set()
     assert {page for page in PAGES if page not in nav} == set()
@@ -135,7 +135,7 @@ def test_pages_and_links_are_there() -> None:
             assert "://" in link or (page.parent / link).exists(), f"{page} links to {link}"
 
 
-def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
+def test_pictures_are_those_that_their_program_draws(tmp_path: Path) -> None:
     drawn = script("pictures")
     drawn.OUT = tmp_path
     for draw in drawn.ALL:
@@ -145,14 +145,15 @@ def test_pictures_are_what_their_program_draws(tmp_path: Path) -> None:
 
 
 def test_every_name_of_the_architecture_page_exists() -> None:
-    """A name that was moved or renamed would make the page wrong without a warning."""
+    """Check dotted names: one that was moved or renamed would make the page wrong without a
+    warning."""
     names = re.findall(r"`(igpt(?:\.\w+)+)`", (DOCS / "architecture.md").read_text())
     assert len(names) > 40
     for name in names:
         assert pkgutil.resolve_name(name) is not None, name
 
 
-def test_small_pictures() -> None:
+def test_pictures_are_small_files() -> None:
     for picture in (DOCS / "pictures").iterdir():
         assert picture.stat().st_size < 32_000, picture
 
@@ -168,7 +169,7 @@ def test_small_pictures() -> None:
         "commands/sharing",
     ],
 )
-def test_python_as_written(
+def test_python_blocks_run(
     page: str,
     digits: TokenDataset,
     short_run: Path,

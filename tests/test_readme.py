@@ -1,4 +1,4 @@
-"""The README's commands and its Python, run as written."""
+"""The README's commands and its Python code run as written."""
 
 import re
 import shlex
@@ -19,7 +19,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
-def test_commands_and_python_as_written(
+def test_commands_and_python_run_as_written(
     igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -43,14 +43,14 @@ def test_commands_and_python_as_written(
         assert (tmp_path / "runs" / "tiny" / made).exists(), made
     probed = best_row(read_probe(tmp_path / "runs" / "tiny" / "probe.json"))["test_accuracy"]
     tuned = read_test(tmp_path / "runs" / "classes" / "test.json")["test_accuracy"]
-    assert tuned > probed + 0.03, "fine-tuning beats the probe of the same model"
+    assert tuned > probed + 0.03, "fine-tuning is more accurate than the probe of the same model"
     (code,) = blocks("python")
     exec(code, {})
 
 
 def test_other_commands_parse(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those that need a download or a GPU: their flags exist, and they stop at the first thing that
-    is not there."""
+    """Commands that need a download or a GPU: their flags exist, and they stop at the first missing
+    input."""
     monkeypatch.chdir(tmp_path)
     for constants in ("huggingface_hub.constants", "datasets.config"):
         monkeypatch.setattr(f"{constants}.HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""The speedrun's entries are settings of pretraining, and its table shows its records."""
+"""The speedrun's entries are valid settings of pretraining, and its table shows its records."""
 
 import json
 import sys
@@ -31,7 +31,8 @@ def speedrun() -> ModuleType:
 
 
 def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dict[str, Any]:
-    """A result with a validation every 10 steps of 4 images, which take `rate` seconds each."""
+    """Return a result with a validation every 10 steps of 4 images, each of which takes `rate`
+    seconds."""
     lines: list[dict[str, Any]] = [{"kind": "start", "step": 0}]
     for number, loss in enumerate(losses, 1):
         step = 10 * number
@@ -123,14 +124,14 @@ def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, A
         "yes",
         "no",
         "",
-    ]  # rotary changes an entry that is not done
+    ]  # `rotary` changes an entry without a result
     assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
     assert found["batch"]["images/s"] == "1.8"
     assert found["batch"]["steps"] == "19"
     assert (found["batch"]["date"], found["batch"]["commit"]) == ("2026-01-02", "`abc1234`")
 
 
-def test_a_given_target_and_one_that_is_not_set_yet(
+def test_a_given_target_and_a_missing_one(
     speedrun: ModuleType, results: list[dict[str, Any]]
 ) -> None:
     given = speedrun.summarise(results, (0, 1), 4.5)
@@ -141,7 +142,7 @@ def test_a_given_target_and_one_that_is_not_set_yet(
     assert "not set yet" in speedrun.table(unset["records"], None)
 
 
-def test_the_table_is_written_between_its_marks(speedrun: ModuleType, tmp_path: Path) -> None:
+def test_the_table_is_written_between_its_markers(speedrun: ModuleType, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     text = (FOLDER / "README.md").read_text()
     readme.write_text(text)
@@ -176,7 +177,7 @@ def test_commands_run_in_processes(speedrun: ModuleType, tmp_path: Path) -> None
     assert list(speedrun.run_commands(commands, tmp_path, deadline=0.0)) == []
 
 
-def test_one_seed_of_two_decides_nothing(
+def test_one_seed_of_two_is_not_a_record(
     speedrun: ModuleType, results: list[dict[str, Any]]
 ) -> None:
     records = speedrun.summarise(
@@ -185,7 +186,7 @@ def test_one_seed_of_two_decides_nothing(
     assert speedrun.kept("batch", records["records"]) is None
 
 
-def test_a_temporarily_faster_machine_is_no_improvement(
+def test_a_temporarily_faster_machine_is_not_a_record(
     speedrun: ModuleType, results: list[dict[str, Any]]
 ) -> None:
     quick = [
@@ -197,7 +198,7 @@ def test_a_temporarily_faster_machine_is_no_improvement(
     assert speedrun.kept("muon", records) is False
 
 
-def test_several_processors_are_not_compared(
+def test_results_of_several_processors_are_not_compared(
     speedrun: ModuleType, results: list[dict[str, Any]]
 ) -> None:
     results[-1]["environment"] = {**results[-1]["environment"], "processor": "two"}
@@ -236,7 +237,7 @@ def test_averages_of_snapshots(
     assert done.returncode == 0, done.stderr
     curve = speedrun.measured(read_metrics(tmp_path / "run" / "metrics.jsonl"), 32)["curve"]
     assert [point["step"] for point in curve] == [2, 4], (
-        "validations for a snapshot alone are left out"
+        "validations that only belong to a snapshot are excluded"
     )
     alone, of_two = (
         speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2)

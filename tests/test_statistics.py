@@ -24,7 +24,7 @@ def test_the_interval_is_wilsons(right: int, count: int) -> None:
     )
 
 
-def test_an_accuracy_stands_with_its_images_and_interval() -> None:
+def test_an_accuracy_is_printed_with_its_images_and_interval() -> None:
     interval = list(interval_of_share(3, 4))
     right = np.array([True, True, False, True])
     assert accuracy_of(right) == {"accuracy": 0.75, "images": 4, "interval_95": interval}
@@ -32,7 +32,7 @@ def test_an_accuracy_stands_with_its_images_and_interval() -> None:
     assert interval_of_share(5, 5)[1] == 1.0
 
 
-def test_a_mean_stands_with_its_standard_error() -> None:
+def test_a_mean_is_printed_with_its_standard_error() -> None:
     values = np.array([1.0, 2.0, 4.0])
     error = sem(values)
     assert mean_of(values) == {
@@ -45,15 +45,15 @@ def test_a_mean_stands_with_its_standard_error() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 8, 13, 1000])
-def test_answers_come_back_as_they_were_packed(count: int) -> None:
+def test_answers_are_the_same_after_packing_and_unpacking(count: int) -> None:
     right = np.random.default_rng(count).random(count) < 0.4
     assert (unpacked(packed(right), count) == right).all()
     assert len(packed(right)) == 2 * -(-count // 8)
 
 
-def test_a_paired_difference_is_surer_than_two_accuracies() -> None:
-    """Against the variance of matched proportions, (b + c - (b - c)^2 / N) / N^2; b are right here
-    only, c there."""
+def test_a_paired_difference_has_a_smaller_error_than_two_accuracies() -> None:
+    """Compare with the variance of matched proportions, (b + c - (b - c)^2 / N) / N^2, where b
+    images are correct only in the first and c only in the second."""
     generator = np.random.default_rng(0)
     first = generator.random(2000) < 0.5
     second = np.where(generator.random(2000) < 0.9, first, ~first)

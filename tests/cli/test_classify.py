@@ -1,4 +1,4 @@
-"""`igpt classify`: what it says and writes is what the classifier gives, and mistakes end in one
+"""`igpt classify`: it prints and writes what the classifier returns, and mistakes end in one
 line."""
 
 import json
@@ -36,7 +36,7 @@ def classifier(path: Path, digits: TokenDataset, objective: str) -> ImageGPT:
 
 @pytest.fixture
 def images(digits: TokenDataset, tmp_path: Path) -> dict[Path, np.ndarray]:
-    """Three pictures of the resolution, in the palette's colours, and their tokens."""
+    """Return three pictures of the resolution, in the palette's colours, and their tokens."""
     made = {}
     for number, tokens in enumerate(digits["test"].rows([0, 1, 2])):
         path = tmp_path / f"{number}.png"
@@ -45,7 +45,7 @@ def images(digits: TokenDataset, tmp_path: Path) -> dict[Path, np.ndarray]:
     return made
 
 
-def test_the_likeliest_classes_are_told_and_written(
+def test_the_likeliest_classes_are_printed_and_written(
     igpt, digits: TokenDataset, images: dict[Path, np.ndarray], tmp_path: Path
 ) -> None:
     model = classifier(tmp_path / "model", digits, "autoregressive")
@@ -71,7 +71,7 @@ def test_the_likeliest_classes_are_told_and_written(
         assert line == f"{path}: {CLASSES[first]} {told[0]:.4f}, {CLASSES[second]} {told[1]:.4f}"
 
 
-def test_all_classes_when_fewer_than_asked_for(
+def test_all_classes_are_printed_if_there_are_fewer_than_requested(
     igpt, digits: TokenDataset, images: dict[Path, np.ndarray], tmp_path: Path
 ) -> None:
     classifier(tmp_path / "model", digits, "autoregressive")
@@ -80,7 +80,7 @@ def test_all_classes_when_fewer_than_asked_for(
     assert len(igpt("classify", tmp_path / "model", next(iter(images))).stdout.split(", ")) == 3
 
 
-def test_masks_vote(
+def test_predictions_are_the_mode_over_masks(
     igpt, digits: TokenDataset, images: dict[Path, np.ndarray], tmp_path: Path
 ) -> None:
     model = classifier(tmp_path / "model", digits, "bert")
@@ -100,7 +100,7 @@ def test_masks_vote(
         assert votes == dict(zip(CLASSES, found.votes[0].tolist(), strict=True))
         assert f"({answer['classes'][0]['votes']} of 5 masks)" in line
         alone = igpt("classify", tmp_path / "model", path, *words[:-2])
-        assert alone.stdout.splitlines() == [line], "whatever else is asked"
+        assert alone.stdout.splitlines() == [line], "independent of the other images"
 
 
 def test_mistakes_are_one_line(

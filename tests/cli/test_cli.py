@@ -1,5 +1,5 @@
-"""The command line: a user's mistake is one line and exit code 2; each command does what it
-says."""
+"""The command line: a user's mistake is one line and exit code 2; each command does what its help
+describes."""
 
 import json
 import os
@@ -106,7 +106,9 @@ def test_unknown_key_in_a_settings_file(igpt, digits: TokenDataset, tmp_path: Pa
     assert_refused(done, "unknown key 'learning_rat'", "did you mean 'learning_rate'?")
 
 
-def test_preset_then_file_then_flags(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+def test_flags_override_a_file_which_overrides_a_preset(
+    igpt, digits: TokenDataset, tmp_path: Path
+) -> None:
     (tmp_path / "my.yaml").write_text("n_layer: 1\nn_embd: 16\nsteps: 3\nlearning_rate: 0.01\n")
     words = [
         "-o",
@@ -125,7 +127,7 @@ def test_preset_then_file_then_flags(igpt, digits: TokenDataset, tmp_path: Path)
     assert settings["precision"] in ("bf16", "fp32"), "the recorded settings are resolved"
 
 
-def test_wrong_heads_are_refused_before_anything_is_written(
+def test_invalid_numbers_of_heads_are_refused_before_anything_is_written(
     igpt, digits: TokenDataset, tmp_path: Path
 ) -> None:
     done = igpt("pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", "--n-head", "3")
@@ -146,7 +148,7 @@ def test_truncated_shard_and_truncated_weights(
     assert_refused(igpt("sample", tmp_path / "model"), "model.safetensors is damaged")
 
 
-def test_model_and_tokens_that_differ(
+def test_a_model_and_tokens_that_do_not_match_are_refused(
     igpt, short_run: Path, photographs: Path, tmp_path: Path
 ) -> None:
     other, wide = tmp_path / "other", tmp_path / "wide"
@@ -168,7 +170,7 @@ def test_model_and_tokens_that_differ(
         assert_refused(igpt(command, short_run, wide), "the model sees 8 px", "12 px")
 
 
-def test_bert_model_is_not_sampled_as_autoregressive(
+def test_a_bert_model_cannot_be_sampled_autoregressively(
     igpt, digits: TokenDataset, tmp_path: Path
 ) -> None:
     shape = {
@@ -196,10 +198,12 @@ def test_bert_model_is_not_sampled_as_autoregressive(
         "-o",
         tmp_path / "c.png",
     )
-    assert done.returncode == 0, done.stderr  # BERT models fill instead
+    assert done.returncode == 0, done.stderr  # BERT models complete instead
 
 
-def test_samples_are_seeded_pictures(igpt, short_run: Path, tmp_path: Path) -> None:
+def test_samples_are_pictures_that_depend_on_the_seed(
+    igpt, short_run: Path, tmp_path: Path
+) -> None:
     pictures = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         done = igpt(
@@ -292,7 +296,7 @@ def test_output_into_a_closed_pipe_is_quiet() -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_completing_by_a_mask_keeps_its_dark_pixels(
+def test_completing_with_a_mask_keeps_its_dark_pixels(
     igpt: Callable[..., subprocess.CompletedProcess[str]], short_run: Path, tmp_path: Path
 ) -> None:
     picture, mask, out = tmp_path / "picture.png", tmp_path / "mask.png", tmp_path / "out.png"
@@ -327,7 +331,7 @@ def settings_of(command: str) -> type[Config] | None:
 
 
 def switches() -> list[tuple[str, str]]:
-    """Every setting of every command that is true or false."""
+    """Return every boolean setting of every command."""
     found = []
     for command in COMMANDS:
         settings = settings_of(command)
@@ -346,7 +350,7 @@ WORDS |= {"score": ["m", "s"], "palette": ["s"], "prepare": ["s", "-o", "x"], "p
 WORDS["features"] += ["-o", "x.npz"]
 
 
-def test_the_switches_are_found() -> None:
+def test_all_boolean_settings_are_found() -> None:
     assert set(switches()) >= {
         ("pretrain", "flip"),
         ("pretrain", "start_from_palette"),
@@ -361,7 +365,7 @@ def test_the_switches_are_found() -> None:
 
 
 @pytest.mark.parametrize(("command", "name"), switches())
-def test_a_flag_overrides_a_preset_and_a_file_both_ways(
+def test_a_boolean_flag_overrides_a_preset_and_a_file_both_ways(
     command: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -389,7 +393,7 @@ def test_a_flag_overrides_a_preset_and_a_file_both_ways(
 
 
 @pytest.mark.parametrize(("command", "name"), switches())
-def test_a_switch_takes_no_value_and_no_abbreviation(
+def test_a_boolean_flag_has_no_value_and_no_abbreviation(
     igpt, command: str, name: str, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -406,7 +410,7 @@ def test_a_switch_takes_no_value_and_no_abbreviation(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_presets_flip_is_switched_off(igpt, digits: TokenDataset, tmp_path: Path) -> None:
+def test_flip_of_a_preset_can_be_switched_off(igpt, digits: TokenDataset, tmp_path: Path) -> None:
     assert MODELS["photos"]["flip"] is True
     (tmp_path / "off.yaml").write_text("flip: false\nsteps: 1\n")
     (tmp_path / "one.yaml").write_text("steps: 1\n")
@@ -437,7 +441,7 @@ def test_a_presets_flip_is_switched_off(igpt, digits: TokenDataset, tmp_path: Pa
         assert read_settings(run / "config.yaml")["flip"] is expected
 
 
-def test_a_files_switches_of_a_probe_are_overridden(
+def test_boolean_settings_of_a_probes_file_are_overridden(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     (tmp_path / "off.yaml").write_text(
@@ -562,8 +566,8 @@ def test_outputs_in_a_read_only_folder_are_refused_first() -> None:
         assert "cannot be written" in said, (command, said)
 
 
-def test_an_existing_folder_needs_no_permission_in_the_folder_around_it() -> None:
-    """A mounted folder can be written to, even if nothing can be made next to it."""
+def test_an_existing_folder_needs_no_permission_in_its_parent() -> None:
+    """A mounted folder can be written to, even if nothing can be created next to it."""
     program = (
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -599,7 +603,7 @@ def test_an_existing_folder_needs_no_permission_in_the_folder_around_it() -> Non
 
 
 @pytest.mark.parametrize("limit", [-1, 0, 255])
-def test_names_have_the_usual_length_where_the_file_system_states_none(
+def test_names_have_the_usual_length_if_the_file_system_states_no_limit(
     limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "pathconf", lambda *_: limit)
@@ -618,7 +622,7 @@ class Fail(Options):
         raise MemoryError
 
 
-def test_too_little_memory_is_said_without_flags_that_the_command_may_not_have(
+def test_out_of_memory_suggests_no_flags_that_the_command_lacks(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert run_command({"fail": Command(f"{__name__}:Fail", "")}, ["fail"]) == 2
@@ -668,7 +672,7 @@ TRAIN = ["pretrain", "t", "-o", "x", "--model", "tiny"]
     ],
     ids=lambda words: " ".join(words)[:60],
 )
-def test_numbers_that_are_none_are_one_line(
+def test_invalid_numbers_are_refused_in_one_line(
     igpt, words: list[str], tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -680,20 +684,18 @@ def test_numbers_that_are_none_are_one_line(
 
 @pytest.mark.parametrize("flag", ["temperature", "top-p", "top-k", "seed", "count"])
 @pytest.mark.parametrize("value", ["nan", "1e9999", "", "-1", BIG])
-def test_numbers_of_a_drawing_that_are_none_are_one_line(
+def test_invalid_numbers_of_a_sampling_command_are_refused_in_one_line(
     igpt, short_run: Path, flag: str, value: str, tmp_path: Path
 ) -> None:
     done = igpt("sample", short_run, "-o", tmp_path / "s.png", f"--{flag}", value)
-    if value == BIG and flag in ("temperature", "top-k"):  # of any height, both mean something
+    if value == BIG and flag in ("temperature", "top-k"):  # both have a meaning for any height
         assert done.returncode == 0, done.stderr
         return
     assert_refused(done)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_settings_files_that_are_none_are_refused_quickly(
-    igpt, tmp_path: Path, monkeypatch
-) -> None:
+def test_invalid_settings_files_are_refused_quickly(igpt, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("fifo.yaml")
     Path("folder.yaml").mkdir()

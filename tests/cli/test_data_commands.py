@@ -1,5 +1,5 @@
-"""`igpt palette` and `igpt prepare` as people type them; parts and `inspect` have tests of their
-own in `data/`."""
+"""`igpt palette` and `igpt prepare` on the command line; parts and `inspect` have their own tests
+in `data/`."""
 
 import json
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def test_a_palette_is_fitted_reported_and_used(igpt: Run, photographs: Path, tmp
     )
 
 
-def test_how_well_a_given_palette_serves(igpt: Run, photographs: Path, tmp_path: Path):
+def test_the_error_of_a_given_palette(igpt: Run, photographs: Path, tmp_path: Path):
     Palette.from_centers([[-1, -1, -1], [1, 1, 1]]).save(tmp_path / "two.npy")
     words = ("palette", photographs, "-o", tmp_path / "p.npy", "--size", 8)
     done = igpt(*words, "--palette", tmp_path / "two.npy")
@@ -59,7 +59,7 @@ def test_how_well_a_given_palette_serves(igpt: Run, photographs: Path, tmp_path:
     assert json.loads((tmp_path / "p.json").read_text())["mse"] > 1000
 
 
-def test_a_palette_is_written_here_by_default(
+def test_a_palette_is_written_to_the_current_folder_by_default(
     igpt: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -73,7 +73,7 @@ def test_a_palette_is_written_here_by_default(
     assert len(Palette.load(tmp_path / "palette.npy")) == 17
 
 
-def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
+def test_files_that_are_not_palettes_are_refused(igpt: Run, photographs: Path, tmp_path: Path):
     for words, message in (
         (
             ("palette", photographs, "-o", tmp_path / "p.png"),
@@ -98,7 +98,8 @@ def test_what_is_no_palette(igpt: Run, photographs: Path, tmp_path: Path):
 
 @pytest.fixture
 def released(tmp_path: Path) -> Path:
-    """OpenAI's arrays of 4 px in a palette of 6 colours, with one-hot classes; no test images."""
+    """Write OpenAI's arrays of 4 px in a palette of 6 colours, with one-hot classes; there are no
+    test images."""
     generator = np.random.default_rng(0)
     np.save(tmp_path / "kmeans_centers.npy", generator.uniform(-1, 1, (6, 3)).astype(np.float32))
     for name, count in (("tr", 30), ("va", 6)):
@@ -109,7 +110,7 @@ def released(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_released_tokens_pass_as_they_are(igpt: Run, released: Path, tmp_path: Path):
+def test_released_tokens_are_kept_as_they_are(igpt: Run, released: Path, tmp_path: Path):
     done = igpt("prepare", released, "-o", tmp_path / "t", "--size", 4)
     assert done.returncode == 0, done.stderr
     data = TokenDataset(tmp_path / "t")
@@ -129,7 +130,7 @@ def test_released_tokens_pass_as_they_are(igpt: Run, released: Path, tmp_path: P
     assert igpt("inspect", tmp_path / "t").returncode == 0
 
 
-def test_released_tokens_that_do_not_fit(igpt: Run, released: Path, tmp_path: Path):
+def test_inconsistent_released_tokens_are_refused(igpt: Run, released: Path, tmp_path: Path):
     done = igpt("prepare", released, "-o", tmp_path / "t")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "holds tokens of 4 px; --size 4" in done.stderr

@@ -1,5 +1,5 @@
-"""The whole story at toy length, on digits and on a folder of photographs; interrupted, it goes
-on."""
+"""The complete demonstration, with few steps, on digits and on a folder of photographs;
+interrupted, it is resumed."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from igpt.files import read_json
 
 @pytest.fixture(autouse=True)
 def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the demo draws and probes, in small."""
+    """Reduce what the demonstration samples and probes."""
     for name, number in (
         ("_PROBE_IMAGES", 150),
         ("_COMPLETED", 2),
@@ -28,7 +28,7 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(import_module("igpt.cli.pipeline"), name, number)
 
 
-def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
+def test_the_demo_of_digits(igpt, tmp_path: Path) -> None:
     done = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
     assert done.returncode == 0, done.stderr
     for words in (
@@ -46,7 +46,7 @@ def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
     again = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns == before, (
-        "done twice"
+        "repeated"
     )
     for words in (["--steps", 4], []):
         other = igpt("demo", "-o", tmp_path / "run", *words)
@@ -59,7 +59,7 @@ def test_the_story_of_digits(igpt, tmp_path: Path) -> None:
     assert not list((tmp_path / "run").glob(".*")), "no lock and nothing hidden is left"
 
 
-def test_the_story_of_photographs(igpt, photographs: Path, tmp_path: Path) -> None:
+def test_the_demo_of_photographs(igpt, photographs: Path, tmp_path: Path) -> None:
     done = igpt("demo", "--data", photographs, "-o", tmp_path / "run", "--steps", 3)
     assert done.returncode == 0, done.stderr
     data = TokenDataset(tmp_path / "run" / "tokens")
@@ -70,7 +70,7 @@ def test_the_story_of_photographs(igpt, photographs: Path, tmp_path: Path) -> No
     assert "is a run of" in other.stderr
 
 
-def test_the_story_without_labels_says_why_there_is_no_probe(
+def test_the_demo_without_labels_states_why_there_is_no_probe(
     igpt, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tmp_path / "plain"
@@ -83,7 +83,7 @@ def test_the_story_without_labels_says_why_there_is_no_probe(
     assert "needs labels" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_square_brackets_and_colons_in_names_mean_nothing(
+def test_square_brackets_and_colons_in_names_have_no_effect(
     igpt, photographs: Path, tmp_path: Path
 ) -> None:
     home = tmp_path / "q[" / "old]" / "run [red] :smile: [x]"

@@ -1,5 +1,5 @@
-"""`igpt features` as people type it: one layer's features of any images, in files that others
-read."""
+"""`igpt features` on the command line: features of one layer of any images, in files that other
+programs read."""
 
 import json
 import shutil
@@ -22,20 +22,20 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture
 def run(short_run: Path, tmp_path: Path) -> Path:
-    """A run of its own, to write into."""
+    """Return a copy of the run to write into."""
     shutil.copytree(short_run / "model", tmp_path / "run" / "model")
     return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
 def expected(short_run: Path, digits: TokenDataset) -> np.ndarray:
-    """Features of all layers of the test images: [3, 180, 32]."""
+    """Return the features of all layers of the test images: [3, 180, 32]."""
     return np.concatenate(
         list(pooled(ImageGPT.from_pretrained(short_run / "model"), digits["test"])), axis=1
     )
 
 
-def test_npz_and_parquet_hold_the_same(
+def test_npz_and_parquet_contain_the_same(
     igpt: Run, run: Path, digits: TokenDataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
     for layer, name in ((1, "a.npz"), (1, "b.parquet"), (2, "c.parquet"), (0, "d.npz")):
@@ -96,7 +96,7 @@ def test_images_without_classes(igpt: Run, run: Path, photographs: Path, tmp_pat
     assert json.loads((tmp_path / "a.json").read_text())["palette_error"]["mse"] > 100
 
 
-def test_the_best_probing_layer_is_taken(
+def test_the_best_probing_layer_is_the_default(
     igpt: Run, run: Path, digits: TokenDataset, expected: np.ndarray, tmp_path: Path
 ) -> None:
     probe = {
@@ -127,7 +127,7 @@ def test_the_best_probing_layer_is_taken(
     assert "name a layer (--layer 0 to 2)" in done.stderr
 
 
-def test_blocks_above_the_layer_are_not_run(
+def test_blocks_above_the_layer_are_not_computed(
     short_run: Path, digits: TokenDataset, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = ImageGPT.from_pretrained(short_run / "model")
@@ -214,7 +214,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
         assert sorted(path for path in tmp_path.rglob("*")) == before, words
 
 
-def test_an_interrupted_export_leaves_what_was_there(
+def test_an_interrupted_export_keeps_the_old_file(
     igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("a.npz", "a.parquet"):

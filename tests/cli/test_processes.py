@@ -1,5 +1,4 @@
-"""Commands as processes: what they do with signals, closed streams, other encodings, and without a
-home folder."""
+"""Commands as processes: signals, closed streams, other encodings, and no home folder."""
 
 import json
 import os
@@ -59,7 +58,7 @@ def shell(line: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def cyrillic(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of images in two classes whose names are not Latin."""
+    """Write a folder of images in two classes whose names are not Latin."""
     folder = tmp_path_factory.mktemp("cyrillic") / "картинки 🦊"
     generator = np.random.default_rng(0)
     for index in range(40):
@@ -72,7 +71,7 @@ def cyrillic(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("environment", [ASCII, C_LOCALE], ids=["ascii", "C"])
-def test_names_that_are_not_latin_on_any_console(
+def test_cyrillic_names_on_any_console(
     cyrillic: Path, environment: Mapping[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "знаки"
@@ -183,10 +182,10 @@ ODD = [
 ]
 
 
-def test_odd_names_of_folders_and_files(igpt: Run, short_run: Path, tmp_path: Path) -> None:
+def test_unusual_names_of_folders_and_files(igpt: Run, short_run: Path, tmp_path: Path) -> None:
     home = tmp_path.joinpath(*ODD)
     home.mkdir(parents=True)
-    # safetensors reads no file whose path is not UTF-8: the model lies above that folder.
+    # safetensors reads no file whose path is not UTF-8, so the model is above that folder.
     (home.parents[1] / "run").symlink_to(short_run)
     pictures = [home / f"{name.replace('/', '|')}.png" for name in ODD]
     for picture in pictures:
@@ -218,7 +217,7 @@ CLOSED = [
 
 
 @pytest.mark.parametrize(("words", "how"), CLOSED)
-def test_closed_streams_are_no_reason_to_fail(words: str, how: str) -> None:
+def test_closed_streams_are_not_an_error(words: str, how: str) -> None:
     done = shell(f"set -o pipefail; $IGPT {words} {how}")
     assert done.returncode == (2 if words == "no-such-command" else 0)
     assert "Traceback" not in done.stderr
@@ -227,7 +226,7 @@ def test_closed_streams_are_no_reason_to_fail(words: str, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["| true", ">&- 2>&-"])
-def test_a_file_is_written_though_nobody_reads_the_answers(
+def test_an_output_is_written_even_if_stdout_is_closed(
     short_run: Path, tmp_path: Path, how: str
 ) -> None:
     words = shlex.join(["sample", str(short_run), "-o", str(tmp_path / "a.png"), "--count", "1"])
@@ -236,7 +235,7 @@ def test_a_file_is_written_though_nobody_reads_the_answers(
     assert (tmp_path / "a.json").exists()
 
 
-def test_a_full_disk_is_named() -> None:
+def test_a_full_disk_is_reported() -> None:
     for words in ("--help", "plan --help"):
         done = shell(f"$IGPT {words} > /dev/full")
         assert done.returncode == 2
@@ -279,7 +278,7 @@ def test_no_home_folder_is_needed(
     assert list((tmp_path / "temporary").glob("igpt-*")) == [], "the caches are removed at the end"
 
 
-def test_caches_that_the_user_names_are_used(tmp_path: Path) -> None:
+def test_caches_named_by_the_user_are_used(tmp_path: Path) -> None:
     chosen = {
         "HOME": "/dev/null/none",
         "MPLCONFIGDIR": str(tmp_path / "m"),
@@ -317,9 +316,7 @@ print(*sorted({"HF_HOME", "MPLCONFIGDIR"} & os.environ.keys()))
         ([".cache/huggingface", ".cache/matplotlib", ".config/matplotlib"], ""),
     ],
 )
-def test_caches_that_can_be_written_to_are_used_in_a_read_only_home(
-    made: list[str], replaced: str
-) -> None:
+def test_writable_caches_in_a_read_only_home_are_used(made: list[str], replaced: str) -> None:
     with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
         for name in (".cache", ".config", *made):
             Path(home, name).mkdir()
@@ -359,8 +356,8 @@ def caches_replaced(home: str) -> str:
     return done.stdout.strip()
 
 
-# Signals. Python's own start cannot be controlled: a test waits until the first lines of igpt have
-# run.
+# Signals. Python's own start cannot be controlled, so a test waits until the first lines of igpt
+# have run.
 
 
 def begin(words: list[object]) -> subprocess.Popen[str]:
@@ -383,7 +380,7 @@ def begin(words: list[object]) -> subprocess.Popen[str]:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", ["help", "pretrain", "prepare"])
-def test_ctrl_c_at_any_moment_is_silent(
+def test_ctrl_c_at_any_moment_prints_no_traceback(
     command: str, number: signal.Signals, digits: TokenDataset, tmp_path: Path
 ) -> None:
     delays = (0, 0.1) if command == "help" else (0, 0.3, 1.0)
@@ -416,8 +413,8 @@ def test_ctrl_c_at_any_moment_is_silent(
         running.append(process)
     for process in running:
         _, said = process.communicate(timeout=SECONDS)
-        # 0: it had finished. A negative code: it had finished, and Python had taken its handlers
-        # off; a shell has the same code for it as for 128 + number.
+        # 0: it had finished. A negative code: it had finished, and Python had removed its handlers;
+        # a shell reports that in the same way as 128 + number.
         assert process.returncode in (128 + number, 0, -number), said
         assert "Traceback" not in said
         assert "Exception ignored" not in said
@@ -469,7 +466,7 @@ def test_a_second_signal_during_an_import_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_ignored_signals_stay_ignored() -> None:
-    """`nohup`, and the background jobs of a script."""
+    """Set by `nohup`, and for the background jobs of a script."""
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "from igpt.interrupts import exit_at_once, stop_in_order\n"
@@ -481,7 +478,7 @@ def test_ignored_signals_stay_ignored() -> None:
 @pytest.mark.parametrize(
     ("rank", "prints"), [("0", True), ("1", False), ("x", True), ("", True), ("-1", True)]
 )
-def test_one_process_of_several_prints(rank: str, prints: bool, capsys, monkeypatch) -> None:
+def test_only_rank_0_prints(rank: str, prints: bool, capsys, monkeypatch) -> None:
     from igpt.cli.run import announce
 
     monkeypatch.setenv("RANK", rank)

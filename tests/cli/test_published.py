@@ -1,4 +1,5 @@
-"""`igpt score --published` on arrays in OpenAI's layout: the loss, and the published one."""
+"""`igpt score --published` on arrays in OpenAI's layout: the loss is compared with the published
+one."""
 
 import json
 import math
@@ -32,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ImageGPT:
 
 @pytest.fixture
 def home(model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with a model, released arrays and their palette."""
+    """Return a folder with a model, released arrays and their palette."""
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("model")
     assert model.palette is not None
@@ -64,17 +65,19 @@ def test_the_test_images_are_scored(igpt: Run, home: Path, model: ImageGPT) -> N
     assert f"{each.mean():.4f} nats/pixel +- " in done.stdout
     assert "no loss was published for a model of this shape on imagenet" in done.stdout
     assert "published" not in result
-    again = igpt("score", "model", "imagenet", "-o", "s.csv")  # it is the same work
+    again = igpt("score", "model", "imagenet", "-o", "s.csv")  # the same computation
     assert again.returncode == 0, again.stderr
     assert read(home / "s.json")["nats_per_pixel"] == result["nats_per_pixel"]
 
 
-def test_arrays_elsewhere_and_some_of_them(igpt: Run, home: Path, model: ImageGPT) -> None:
+def test_arrays_in_another_folder_and_a_subset_of_them(
+    igpt: Run, home: Path, model: ImageGPT
+) -> None:
     (home / "down" / "loads").mkdir(parents=True)
     for name in ("imagenet_teX.npy", "kmeans_centers.npy"):
         (home / name).rename(home / "down" / "loads" / name)
     (home / "imagenet_trX.npy").unlink()
-    np.save("down/loads/imagenet_teY.npy", np.eye(5)[np.arange(39) % 5])  # wrong, and not needed
+    np.save("down/loads/imagenet_teY.npy", np.eye(5)[np.arange(39) % 5])  # invalid, and not needed
     done = igpt(
         "score",
         "model",
@@ -131,7 +134,9 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
 
 
 @pytest.mark.parametrize(("name", "loss"), SHAPES.items())
-def test_what_was_published_is_told_of_the_published_shapes_alone(name: str, loss: float) -> None:
+def test_published_losses_are_only_reported_for_the_published_shapes(
+    name: str, loss: float
+) -> None:
     keys = ("n_layer", "n_embd", "n_head")
     config = ModelConfig(**{key: preset(name)[key] for key in keys})
     told = published_loss(config, "arrays/imagenet")
@@ -154,7 +159,7 @@ def test_what_was_published_is_told_of_the_published_shapes_alone(name: str, los
         (2.0894, None, False, False),
     ],
 )
-def test_agreement_is_to_four_digits_or_within_two_standard_errors(
+def test_agreement_means_four_digits_or_two_standard_errors(
     loss: float, error: float | None, whole: bool, agrees: bool
 ) -> None:
     published = {"model": "igpt-s", "nats_per_pixel": 2.0895}

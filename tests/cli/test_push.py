@@ -1,4 +1,4 @@
-"""`igpt push` to a small Hub on this machine: what goes up is what comes down, and mistakes change
+"""`igpt push` to a small local Hub: the uploaded files can be downloaded again, and mistakes change
 nothing."""
 
 import json
@@ -37,7 +37,7 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def run(short_run: Path, tmp_path: Path) -> Path:
-    """A run of its own, with a picture."""
+    """Return a copy of the run, with a picture."""
     shutil.copytree(short_run, tmp_path / "run")
     Image.new("RGB", (90, 30)).save(tmp_path / "run" / "samples.png")
     return tmp_path / "run"
@@ -45,7 +45,7 @@ def run(short_run: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(hub: Hub, tmp_path: Path) -> Push:
-    """Runs a program with this Hub and a token: by default `igpt push` with the words."""
+    """Run a program with this Hub and a token: by default `igpt push` with the words."""
 
     def start(
         *words: object, program: tuple[str, ...] = ("-m", "igpt", "push"), **more: str
@@ -65,12 +65,12 @@ def push(hub: Hub, tmp_path: Path) -> Push:
     return start  # type: ignore[return-value]
 
 
-def test_what_goes_up_comes_down(hub: Hub, run: Path, push: Push) -> None:
+def test_uploaded_files_are_the_same_when_downloaded(hub: Hub, run: Path, push: Push) -> None:
     done = push(run, "someone/digits", "--private")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{hub.address}/someone/digits\n"
     assert hub.private == {"someone/digits"}
-    assert hub.commits == ["Model trained with igpt"], "one, with all in it"
+    assert hub.commits == ["Model trained with igpt"], "one commit with all files"
     there = hub.models["someone/digits"]
     here = {file.name: file.read_bytes() for file in (run / "model").iterdir()}
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} == here.keys()
@@ -93,7 +93,7 @@ def test_what_goes_up_comes_down(hub: Hub, run: Path, push: Push) -> None:
     assert "it has no such model, or none for this token" in stranger.stderr
 
 
-def test_the_card_goes_up_as_it_was_edited(hub: Hub, run: Path, push: Push) -> None:
+def test_an_edited_card_is_uploaded_unchanged(hub: Hub, run: Path, push: Push) -> None:
     wrote = push(run, "someone/digits", "--license", "mit", program=("-m", "igpt", "card"))
     assert wrote.stdout == f"{run / 'README.md'}\n"
     card = run / "README.md"
@@ -111,10 +111,10 @@ def test_the_card_goes_up_as_it_was_edited(hub: Hub, run: Path, push: Push) -> N
     (run / "samples.png").unlink()
     assert push(run, "someone/other").returncode == 0
     assert len(hub.commits) == 2
-    assert "samples.png" in hub.models["someone/other"], "nothing is deleted there"
+    assert "samples.png" in hub.models["someone/other"], "no file of the repository is deleted"
 
 
-def test_mistakes_are_one_line_and_nothing_goes_up(
+def test_mistakes_are_one_line_and_nothing_is_uploaded(
     hub: Hub, run: Path, push: Push, tmp_path: Path
 ) -> None:
     hub.models |= {"other/theirs": {"config.json": b"{}"}, "someone/public": {"config.json": b"{}"}}
@@ -157,7 +157,7 @@ def test_mistakes_are_one_line_and_nothing_goes_up(
     assert json.loads((run / "model" / "config.json").read_text())["model_type"] == "imagegpt"
 
 
-def test_an_upload_that_fails_on_the_way_commits_nothing(hub: Hub, run: Path, push: Push) -> None:
+def test_an_upload_that_fails_commits_nothing(hub: Hub, run: Path, push: Push) -> None:
     hub.broken = True
     done = push(run, "someone/digits")
     assert done.returncode == 2

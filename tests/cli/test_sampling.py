@@ -1,4 +1,4 @@
-"""`igpt sample` and `igpt complete`: mistakes are one line before any work is done, and nothing is
+"""`igpt sample` and `igpt complete`: mistakes are one line before any computation, and nothing is
 overwritten."""
 
 import json
@@ -90,7 +90,7 @@ def test_completions_out_of_range(
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(
     igpt: Igpt, picture: Path, command: str, tmp_path: Path
 ) -> None:
-    """The model does not exist, which would be the complaint otherwise."""
+    """The model does not exist, which would otherwise be the error."""
     os.mkfifo(tmp_path / "fifo.png")
     os.mkfifo(tmp_path / "other.json")
     (tmp_path / "link.png").symlink_to("/dev/null")
@@ -120,7 +120,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_read(
     )
 
 
-def test_a_picture_that_is_read_is_not_overwritten(
+def test_an_input_picture_is_not_overwritten(
     igpt: Igpt, short_run: Path, picture: Path, tmp_path: Path
 ) -> None:
     content = picture.read_bytes()
@@ -135,7 +135,9 @@ def test_a_picture_that_is_read_is_not_overwritten(
     assert picture.read_bytes() == content
 
 
-def test_what_is_no_image_is_one_line(igpt: Igpt, short_run: Path, tmp_path: Path) -> None:
+def test_inputs_that_are_not_images_are_one_line(
+    igpt: Igpt, short_run: Path, tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "fifo.png")
     (tmp_path / "empty.png").touch()
     with (tmp_path / "huge.png").open("wb") as file:
@@ -156,7 +158,7 @@ def test_what_is_no_image_is_one_line(igpt: Igpt, short_run: Path, tmp_path: Pat
     assert not (tmp_path / "out.png").exists()
 
 
-def test_a_mask_that_hides_all_or_nothing_is_told(
+def test_a_mask_that_hides_all_or_nothing_is_reported(
     igpt: Igpt, short_run: Path, picture: Path, tmp_path: Path
 ) -> None:
     mask, out = tmp_path / "mask.png", tmp_path / "out.png"
@@ -172,7 +174,7 @@ def test_a_mask_that_hides_all_or_nothing_is_told(
     assert json.loads(out.with_suffix(".json").read_text())["kept_pixels"] == 0
 
 
-def test_the_precision_that_was_used_is_recorded(
+def test_the_precision_is_recorded(
     igpt: Igpt, short_run: Path, picture: Path, tmp_path: Path
 ) -> None:
     for command, inputs in (("sample", ()), ("complete", (picture,))):
@@ -183,7 +185,7 @@ def test_the_precision_that_was_used_is_recorded(
             "bf16",
         )
     again = igpt("sample", short_run, "-o", tmp_path / "new" / "out.png", "--precision", "bf16")
-    assert again.returncode == 0, "a picture of igpt's own is replaced"
+    assert again.returncode == 0, "a picture written by igpt is replaced"
     assert json.loads((tmp_path / "new" / "out.json").read_text())["precision"] == "bf16"
 
 

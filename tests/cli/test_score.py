@@ -1,4 +1,5 @@
-"""`igpt score` as people type it: every image, the summary, maps, and two sources told apart."""
+"""`igpt score` on the command line: every image, the summary, maps, and the comparison of two
+sources."""
 
 import csv
 import json
@@ -31,7 +32,7 @@ def model(short_run: Path) -> ImageGPT:
 
 @pytest.fixture
 def run(short_run: Path, tmp_path: Path) -> Path:
-    """A run of its own, to write into."""
+    """Return a copy of the run to write into."""
     shutil.copytree(short_run / "model", tmp_path / "run" / "model")
     return tmp_path / "run"
 
@@ -86,9 +87,7 @@ def test_every_image_and_a_summary(
     assert not (run / "score.json").exists()
 
 
-def test_two_runs_agree_to_the_last_digit(
-    igpt: Run, run: Path, tmp_path: Path, photographs: Path
-) -> None:
+def test_two_runs_agree_exactly(igpt: Run, run: Path, tmp_path: Path, photographs: Path) -> None:
     for name in ("a", "b"):
         done = igpt(
             "score", run, photographs, "-o", tmp_path / f"{name}.csv", "--limit", 20, "--seed", 4
@@ -102,7 +101,9 @@ def test_two_runs_agree_to_the_last_digit(
     assert (first["limit"], first["seed"], first["images"]) == (20, 4, 20)
 
 
-def test_images_as_they_lie(igpt: Run, run: Path, model: ImageGPT, photographs: Path) -> None:
+def test_folders_of_images_are_scored(
+    igpt: Run, run: Path, model: ImageGPT, photographs: Path
+) -> None:
     done = igpt("score", run, photographs, "-o", run / "here" / "s.csv")
     assert done.returncode == 0, done.stderr
     result = read(run / "here" / "s.json")
@@ -123,13 +124,13 @@ def test_images_as_they_lie(igpt: Run, run: Path, model: ImageGPT, photographs: 
     )
 
 
-def test_the_summary_is_in_the_run_or_here(
+def test_the_summary_is_written_to_the_run_or_the_current_folder(
     igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert igpt("score", run, digits.path, "--limit", 3).returncode == 0
     assert read(run / "score.json")["images"] == 3
     assert igpt("score", run, digits.path, "--limit", 4).returncode == 0
-    assert read(run / "score.json")["images"] == 4, "it may be written anew"
+    assert read(run / "score.json")["images"] == 4, "it may be overwritten"
     shutil.copytree(run / "model", tmp_path / "bare")
     here = tmp_path / "here"
     here.mkdir()
@@ -138,7 +139,7 @@ def test_the_summary_is_in_the_run_or_here(
     assert [path.name for path in here.iterdir()] == ["score.json"]
 
 
-def test_maps_are_drawn_and_told(
+def test_maps_are_drawn_and_reported(
     igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     done = igpt("score", run, digits.path, "--maps", tmp_path / "maps.png", "--count", 3)
@@ -156,7 +157,7 @@ def test_maps_are_drawn_and_told(
     np.testing.assert_allclose(shown, first, atol=2)
 
 
-def test_two_sources_are_told_apart(
+def test_two_sources_are_compared(
     igpt: Run, run: Path, model: ImageGPT, digits: TokenDataset, photographs: Path
 ) -> None:
     done = igpt("score", run, digits.path, "--against", photographs)
@@ -174,8 +175,8 @@ def test_two_sources_are_told_apart(
     assert others["standard_error"] == pytest.approx(np.std(theirs, ddof=1) / 48**0.5, abs=1e-5)
     low, high = told["interval_95"]
     assert f"nats/pixel: {told['auroc']:.4f} (95 % interval {low:.4f} to {high:.4f})" in done.stdout
-    assert done.stdout.count("palette") == 2, "beside each of the two likelihoods"
-    # The split is that of the first source; the second has none of the name.
+    assert done.stdout.count("palette") == 2, "in addition to the two likelihoods"
+    # The split is that of the first source; the second has no split with this name.
     done = igpt("score", run, digits.path, "--split", "validation", "--against", photographs)
     assert done.returncode == 0, done.stderr
     backwards = igpt("score", run, photographs, "--label-column", "none", "--against", digits.path)
@@ -185,7 +186,7 @@ def test_two_sources_are_told_apart(
     )
 
 
-def test_bad_images_are_told(igpt: Run, run: Path, photographs: Path, tmp_path: Path) -> None:
+def test_bad_images_are_reported(igpt: Run, run: Path, photographs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     shutil.copytree(photographs / "train" / "down", folder)
     (folder / "04.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
@@ -269,7 +270,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     assert (tmp_path / "notes.json").read_text() == '{"mine": 1}'
 
 
-def test_a_folder_that_may_not_be_written() -> None:
+def test_a_read_only_folder() -> None:
     program = (
         "import os, sys\n"
         "from pathlib import Path\n"
@@ -281,7 +282,7 @@ def test_a_folder_that_may_not_be_written() -> None:
         "    except ValueError as error: print(error)\n"
         "    else: print('fine')\n"
     )
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
         locked, free = Path(home) / "locked", Path(home) / "free"
         locked.mkdir()
         free.mkdir()

@@ -1,5 +1,5 @@
-"""A small part of `benchmarks/wrong_invocations.py`: mistakes get one line, and nothing is left
-behind."""
+"""A small part of `benchmarks/wrong_invocations.py`: mistakes are refused in one line, and nothing
+is left behind."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LIMITS = Limits(seconds=1, idle=0.5)
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the program records of one of a few dozen cases, of all commands."""
+    """Return what the program records for a few dozen cases, with every command."""
     folder = tmp_path_factory.mktemp("wrong")
     flags = ["--every", 40, "--most", 12, "--programs", 1, "--jobs", 2, "--quick"]
     words = [sys.executable, PROGRAM, *flags, "--folder", folder, "--out", folder / "result.json"]
@@ -44,18 +44,18 @@ def test_mistakes_are_refused_in_one_line_and_leave_nothing(
     assert not faulty, json.dumps(faulty, indent=2)
 
 
-def test_every_group_of_mistakes_is_tried(result: dict[str, Any]) -> None:
+def test_every_group_of_mistakes_is_covered(result: dict[str, Any]) -> None:
     assert set(result["by_group"]) == {"flags", "paths", "files", "environment"}
     assert result["generated"] > 600
     assert result["n"] > 100
 
 
 def outcome(words: list[str], folder: Path) -> Outcome:
-    """What the harness says of a program that does what its first word says."""
+    """Return what the harness reports about a program that does what its first word says."""
     (folder / "samples").mkdir()
     (folder / "samples" / "file").write_text("as it was")
     case = Case("flags", "kind", "name", tuple(words), needs=("file",))
-    # The processes are forked from this one, which has tests of all kinds behind it.
+    # The processes are forked from this one, which has already run tests of all kinds.
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     limits = replace(LIMITS, memory=resident + (1 << 30))
     if "memory" in words[0]:
@@ -64,7 +64,7 @@ def outcome(words: list[str], folder: Path) -> Outcome:
 
 
 def program(words: list[str]) -> int:
-    """Ends as its first word says."""
+    """End as the first word says."""
     print("the reason" if words[0] != "two lines" else "a line\nanother", file=sys.stderr)
     if words[0] == "traceback":
         raise KeyError("no such key")
@@ -111,13 +111,13 @@ def program(words: list[str]) -> int:
         ("two lines", ["lines"]),
     ],
 )
-def test_the_harness_sees(ending: str, faults: list[str], tmp_path: Path) -> None:
+def test_the_harness_detects_faults(ending: str, faults: list[str], tmp_path: Path) -> None:
     found = outcome([ending], tmp_path)
     assert found.faults == faults
     assert found.verdict == (faults[0] if faults else ending)
 
 
-def test_the_harness_names_what_was_left_and_where_it_failed(tmp_path: Path) -> None:
+def test_the_harness_names_leftovers_and_the_failing_frame(tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     assert outcome(["a changed file"], tmp_path / "one").left == ["~ file"]

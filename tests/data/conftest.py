@@ -18,7 +18,7 @@ Write = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def three_splits(image_sets: ImageSets, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Parquet folder of 600 training, 100 validation and 300 test images."""
+    """Write a Parquet folder of 600 training, 100 validation and 300 test images."""
     folder = tmp_path_factory.mktemp("sets") / "three-splits"
     records = image_sets.test_rows(1000)
     features = datasets.Features(
@@ -32,7 +32,7 @@ def three_splits(image_sets: ImageSets, tmp_path_factory: pytest.TempPathFactory
 
 
 def encoded(seed: int, form: str = "PNG", side: int = 6) -> bytes:
-    """A random picture, encoded."""
+    """Return a random image, encoded."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, form)
@@ -41,13 +41,13 @@ def encoded(seed: int, form: str = "PNG", side: int = 6) -> bytes:
 
 @pytest.fixture(scope="session")
 def picture() -> Callable[..., bytes]:
-    """Makes an encoded random picture: `picture(seed, "JPEG")`."""
+    """Return a function that makes an encoded random image: `picture(seed, "JPEG")`."""
     return encoded
 
 
 @pytest.fixture
 def write_folder(tmp_path: Path) -> Write:
-    """Writes pictures under the given names into a folder of the given name."""
+    """Write images under the given names into a folder of the given name."""
 
     def write(name: str, *files: str) -> Path:
         for seed, file in enumerate(files):
@@ -61,7 +61,7 @@ def write_folder(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def write_parquet(tmp_path: Path) -> Write:
-    """Writes columns as one Parquet file, typed for the Hub where `features` are given."""
+    """Write columns as one Parquet file, with the Hub's types if `features` are given."""
 
     def write(
         file: str, columns: dict[str, list[object]], features: datasets.Features | None = None
@@ -75,7 +75,7 @@ def write_parquet(tmp_path: Path) -> Write:
             ordered = datasets.Features({name: features[name] for name in table.column_names})
             pq.write_table(
                 table.cast(ordered.arrow_schema), path
-            )  # not all versions write an empty set themselves
+            )  # some versions do not write an empty set
         return path
 
     return write

@@ -53,7 +53,9 @@ def test_all_images_of_a_source_without_splits(write_folder: Write, palette: Pal
     assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_the_test_split_or_the_one_that_is_named(write_folder: Write, palette: Palette) -> None:
+def test_the_test_split_is_the_default_and_others_can_be_named(
+    write_folder: Write, palette: Palette
+) -> None:
     names = [
         f"{split}/{kind}/{index}.png"
         for split in ("train", "test", "unlabeled")
@@ -91,7 +93,7 @@ def test_classes_are_numbered_as_in_training(
     assert whole.class_names is None
 
 
-def test_a_source_that_has_a_test_split_alone(
+def test_a_source_with_only_a_test_split(
     write_parquet: Write, palette: Palette, picture: Callable[..., bytes]
 ) -> None:
     images = [{"bytes": picture(seed), "path": None} for seed in range(3)]
@@ -102,7 +104,7 @@ def test_a_source_that_has_a_test_split_alone(
         open_source(str(folder))
 
 
-def test_splits_without_a_test_one_are_taken_together(
+def test_splits_without_a_test_split_are_concatenated(
     write_parquet: Write, palette: Palette, picture: Callable[..., bytes]
 ) -> None:
     for split, seeds in (("train", (0, 1, 2)), ("validation", (3, 4))):
@@ -152,7 +154,7 @@ def test_nothing_is_held_out_of_the_digits(digits: TokenDataset) -> None:
     np.testing.assert_array_equal(found.tokens.labels_of(held), digits["test"].labels)
 
 
-def test_bad_images_are_listed_or_too_many(write_folder: Write, palette: Palette) -> None:
+def test_bad_images_are_listed_or_refused(write_folder: Write, palette: Palette) -> None:
     folder = write_folder("bad", *(f"{index}.png" for index in range(5)))
     (folder / "2.png").write_text("no picture")
     said = refusal(folder, palette)
@@ -189,9 +191,7 @@ def test_what_a_token_data_set_left_out_is_reported(
     )
 
 
-def test_a_malformed_list_of_what_was_left_out_is_named(
-    digits: TokenDataset, tmp_path: Path
-) -> None:
+def test_a_malformed_list_of_left_out_images_is_named(digits: TokenDataset, tmp_path: Path) -> None:
     folder = tmp_path / "tokens"
     shutil.copytree(digits.path, folder)
     manifest = json.loads((folder / "dataset.json").read_text())
@@ -221,7 +221,7 @@ def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) ->
     }
 
 
-def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write) -> None:
+def test_paths_that_are_not_sources(tmp_path: Path, palette: Palette, write_folder: Write) -> None:
     assert "no folder or file" in refusal(tmp_path / "nowhere", palette)
     (tmp_path / "empty").mkdir()
     assert "is an empty folder" in refusal(tmp_path / "empty", palette)
@@ -234,10 +234,8 @@ def test_what_is_no_source(tmp_path: Path, palette: Palette, write_folder: Write
     assert "has no column 'picture'" in refusal(tmp_path / "flat", palette, image_column="picture")
 
 
-def test_ready_tokens_are_taken_if_they_are_of_the_palette(
-    tmp_path: Path, palette: Palette
-) -> None:
-    """OpenAI's arrays: any of the three parts, of any integer type, next to kmeans_centers.npy."""
+def test_token_arrays_are_used_if_they_have_the_palette(tmp_path: Path, palette: Palette) -> None:
+    """OpenAI's arrays: any of the three splits, of any integer type, next to kmeans_centers.npy."""
     generator = np.random.default_rng(0)
     parts = {
         short: generator.integers(0, 32, (count, 36)) for short, count in (("tr", 20), ("te", 7))
@@ -264,7 +262,7 @@ def test_ready_tokens_are_taken_if_they_are_of_the_palette(
     np.testing.assert_array_equal(few.tokens.rows(np.arange(3)), parts["te"][few.rows])
 
 
-def test_ready_tokens_of_something_else_are_refused(tmp_path: Path, palette: Palette) -> None:
+def test_other_token_arrays_are_refused(tmp_path: Path, palette: Palette) -> None:
     source = tmp_path / "set"
     np.save(tmp_path / "set_teX.npy", np.zeros((5, 36), np.int64))
     assert "set holds tokens without their palette; put kmeans_centers.npy next to them" in refusal(
@@ -304,7 +302,7 @@ def test_tokens_of_a_data_set_stay_on_disk(digits: TokenDataset, tmp_path: Path)
         stored_image_set(digits, ImageSetConfig(image_column="image"))
 
 
-def test_the_palettes_error_of_ready_tokens_is_unknown(tmp_path: Path) -> None:
+def test_the_palettes_error_of_token_arrays_is_unknown(tmp_path: Path) -> None:
     for short, count in (("tr", 30), ("va", 5), ("te", 5)):
         np.save(
             tmp_path / f"set_{short}X.npy",

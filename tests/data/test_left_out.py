@@ -1,5 +1,5 @@
-"""What a source has and is not used: counted, named, printed, stored, and refused where it is too
-much."""
+"""Images and files of a source that are not used: counted, named, printed, stored, and refused if
+there are too many."""
 
 import json
 import os
@@ -79,7 +79,7 @@ def test_every_kind_of_file(write_folder: Write, picture: Picture):
     }
 
 
-def test_texts_never_stop_the_work(write_folder: Write, tmp_path: Path, igpt: Run):
+def test_text_files_never_stop_the_command(write_folder: Write, tmp_path: Path, igpt: Run):
     folder = write_folder("captions", *(f"{number}.png" for number in range(20)))
     for number in range(100):
         (folder / f"{number}.txt").write_text("a caption")
@@ -122,8 +122,8 @@ def test_images_outside_the_splits_and_splits_that_are_not_used(write_folder: Wr
 
 
 def test_one_folder_around_the_splits(write_folder: Write):
-    """As an archive unpacks: its splits are splits, and not all images training images of one
-    class."""
+    """The layout of many unpacked archives: its splits are splits, and not all images are training
+    images of one class."""
     files = [
         f"data-1.0/images/{split}/{kind}/{i}.png"
         for split in ("train", "test")
@@ -136,11 +136,11 @@ def test_one_folder_around_the_splits(write_folder: Write):
 
 
 @pytest.mark.parametrize(("covers", "labelled"), [(1, True), (2, True), (3, False)])
-def test_covers_beside_class_folders(
+def test_images_next_to_class_folders(
     write_folder: Write, tmp_path: Path, igpt: Run, covers: int, labelled: bool
 ):
-    """They have no label where they are fewer than one in ten; otherwise there are no classes, and
-    it says why."""
+    """They have no label if they are fewer than one in ten; otherwise there are no classes, and a
+    message gives the reason."""
     files = [f"{kind}/{number}.png" for kind in "ab" for number in range(12)]
     folder = write_folder("covers", *files, *(f"cover-{number}.png" for number in range(covers)))
     source = open_source(str(folder))
@@ -175,7 +175,7 @@ def test_folders_of_classes_that_only_another_split_has(write_folder: Write):
     ]
 
 
-def test_pictures_and_texts_beside_parquet(write_parquet: Write, picture: Picture):
+def test_images_and_text_files_next_to_parquet(write_parquet: Write, picture: Picture):
     columns = {
         "image": [{"bytes": picture(number), "path": None} for number in range(10)],
         "a": [1] * 10,
@@ -201,7 +201,7 @@ def test_parquet_and_tars_in_one_folder(write_parquet: Write):
 def test_fifos_are_never_opened(
     write_parquet: Write, write_folder: Write, picture: Picture, name: str
 ):
-    """Whoever opened one of these would wait for ever."""
+    """Opening one of these would block for ever."""
     if name in ("README.md", "a.parquet"):
         folder = write_parquet(
             "pipes/b.parquet", {"image": [{"bytes": picture(0), "path": None}] * 9}
@@ -308,7 +308,7 @@ def test_missing_values_of_a_column_are_images_without_a_label(
         assert left_out["first"].endswith(" 7.png")
 
 
-def test_deep_levels_are_warned_of(tmp_path: Path, igpt: Run):
+def test_deeply_nested_levels_cause_a_warning(tmp_path: Path, igpt: Run):
     folder = tmp_path / "scans"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -331,7 +331,7 @@ def test_deep_levels_are_warned_of(tmp_path: Path, igpt: Run):
     assert "warning" not in igpt(*words, "-o", tmp_path / "bright").stdout
 
 
-def test_a_palette_in_0_to_1_is_warned_of(tmp_path: Path, igpt: Run, photographs: Path):
+def test_a_palette_in_0_to_1_causes_a_warning(tmp_path: Path, igpt: Run, photographs: Path):
     centers = np.random.default_rng(0).uniform(0, 1, (8, 3))
     Palette.from_centers(centers).save(tmp_path / "p.npy")
     Palette.from_centers(2 * centers - 1).save(tmp_path / "q.npy")
@@ -377,8 +377,11 @@ def test_the_palette_command_counts_and_refuses(tmp_path: Path, igpt: Run, write
     )
 
 
-def test_the_value_that_a_refusal_names_is_enough(write_folder: Write, tmp_path: Path, igpt: Run):
-    """Each refusal says what allows what was found; following it ends in a data set."""
+def test_the_value_that_a_refusal_suggests_is_sufficient(
+    write_folder: Write, tmp_path: Path, igpt: Run
+):
+    """Each refusal names a setting that allows the counted images; following it gives a data
+    set."""
     folder = write_folder("mixed", *(f"{number:02}.png" for number in range(40)))
     for number in range(3):
         (folder / f"{number}.heic").touch()
@@ -408,8 +411,8 @@ def test_the_value_that_a_refusal_names_is_enough(write_folder: Write, tmp_path:
     assert float(allowed) == pytest.approx(6 / 43, abs=0.005)
 
 
-def test_what_is_left_out_does_not_hinder_continued_work(write_folder: Write, tmp_path: Path):
-    """A text that comes while the work is interrupted is no reason to begin again."""
+def test_left_out_files_do_not_prevent_resuming(write_folder: Write, tmp_path: Path):
+    """A text file that is added while the work is interrupted is no reason to start again."""
     folder = write_folder("grows", *(f"{number}.png" for number in range(30)))
 
     def interrupt(done: int, total: int) -> None:
@@ -465,7 +468,7 @@ def test_counts_and_names():
         (100, 0, 0, 100, 0),
     ],
 )
-def test_how_many_may_fail_to_decode(
+def test_how_many_images_may_fail_to_decode(
     images: int, left_out: int, max_bad: float, reading: int, allowed: int
 ):
     assert Allowance(images, left_out, max_bad).undecoded(reading) == allowed

@@ -1,4 +1,5 @@
-"""Parts made independently on n machines join to the same bytes as one machine writes."""
+"""Parts that are prepared independently on n machines are merged to the bytes that one machine
+writes."""
 
 import json
 import os
@@ -30,7 +31,8 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> str:
-    """48 pictures with labels, of which one does not decode, and a test split of 12: 5 + 2 jobs."""
+    """Write 48 images with labels, of which one does not decode, and a test split of 12: 5 + 2
+    jobs."""
     folder = tmp_path_factory.mktemp("pictures")
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
@@ -59,17 +61,17 @@ def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture
 def parts(pictures: str, tmp_path: Path) -> list[Path]:
-    """Three parts of `tokens`."""
+    """Prepare three parts of `tokens`."""
     return [
         prepare_part(pictures, tmp_path / "tokens", LENIENT, (number, 3)) for number in (2, 1, 3)
     ]
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 9])
-def test_joined_parts_are_the_whole(
+def test_merged_parts_equal_the_data_set_of_one_machine(
     pictures: str, whole: dict[str, bytes], tmp_path: Path, count: int
 ):
-    """More parts than there are shards leave some empty."""
+    """With more parts than shards, some parts are empty."""
     for number in range(1, count + 1):
         made = prepare_part(pictures, tmp_path / "tokens", LENIENT, (number, count))
         assert made == tmp_path / f"tokens.{number}-of-{count}"
@@ -78,7 +80,7 @@ def test_joined_parts_are_the_whole(
     assert contents(tmp_path / "tokens") == whole
     dataset.verify()
     assert len(dataset.manifest["made"]["skipped"]) == 1
-    assert (tmp_path / f"tokens.1-of-{count}").exists()  # what was made stays
+    assert (tmp_path / f"tokens.1-of-{count}").exists()  # the finished files stay
 
 
 def test_an_interrupted_part_is_continued(
@@ -103,7 +105,7 @@ def test_an_interrupted_part_is_continued(
         (2, 3),
         progress=lambda *counts: steps.append(counts),
     )
-    assert steps == [(18, 18)]  # the last of two jobs, with the eight training images that are over
+    assert steps == [(18, 18)]  # the last of two jobs, with the remaining eight training images
     merge(tmp_path / "tokens")
     assert contents(tmp_path / "tokens") == whole
 
@@ -128,7 +130,7 @@ def test_missing_and_mixed_parts_are_named(pictures: str, tmp_path: Path, parts:
         merge(tmp_path / "tokens")
 
 
-def test_damaged_parts_are_refused_and_nothing_is_made(tmp_path: Path, parts: list[Path]):
+def test_damaged_parts_are_refused_and_nothing_is_written(tmp_path: Path, parts: list[Path]):
     shard = next(parts[1].glob("train-*.tokens.npy"))
     good = shard.read_bytes()
     shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
@@ -147,7 +149,7 @@ def test_damaged_parts_are_refused_and_nothing_is_made(tmp_path: Path, parts: li
 @pytest.mark.parametrize(
     ("setting", "value"), [("seed", 1), ("held_out", 0.2), ("filter", "bilinear"), ("views", 2)]
 )
-def test_parts_made_otherwise_are_refused(
+def test_parts_with_other_settings_are_refused(
     pictures: str, tmp_path: Path, parts: list[Path], setting: str, value: object
 ):
     shutil.rmtree(parts[2])
@@ -175,7 +177,7 @@ def test_parts_with_another_palette_are_refused(pictures: str, tmp_path: Path, p
         merge(tmp_path / "tokens")
 
 
-def test_where_the_same_palette_lies_does_not_matter(pictures: str, tmp_path: Path):
+def test_the_path_of_the_palette_does_not_matter(pictures: str, tmp_path: Path):
     for number in (1, 2):
         place = tmp_path / f"machine-{number}.npy"
         Palette.from_centers(np.random.default_rng(0).uniform(-1, 1, (8, 3))).save(place)
@@ -189,12 +191,16 @@ def test_where_the_same_palette_lies_does_not_matter(pictures: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("part", [(0, 2), (3, 2), (1, 0)])
-def test_parts_that_are_none(pictures: str, tmp_path: Path, part: tuple[int, int]):
+def test_folders_that_are_not_parts_are_refused(
+    pictures: str, tmp_path: Path, part: tuple[int, int]
+):
     with pytest.raises(InputError, match=f"are 1/n to n/n, not {part[0]}/{part[1]}"):
         prepare_part(pictures, tmp_path / "tokens", LENIENT, part)
 
 
-def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_merging_on_the_command_line(
+    igpt: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(room, "SHARD_IMAGES", (1000, 1000))
     out = tmp_path / "digits"
     for shard in ("1/2", "2/2"):
@@ -220,14 +226,16 @@ def test_by_commands(igpt: Callable[..., object], tmp_path: Path, monkeypatch: p
         assert message in done.stderr
 
 
-def test_a_part_by_another_name(tmp_path: Path, parts: list[Path]):
+def test_a_renamed_part(tmp_path: Path, parts: list[Path]):
     shutil.rmtree(parts[0])
     shutil.copytree(parts[1], parts[0])
     with pytest.raises(InputError, match=r"tokens\.2-of-3 holds part 1 of 3; make it again"):
         merge(tmp_path / "tokens")
 
 
-def test_parts_of_images_that_changed_meanwhile(tmp_path: Path, picture: Callable[..., bytes]):
+def test_parts_of_images_that_have_changed_are_refused(
+    tmp_path: Path, picture: Callable[..., bytes]
+):
     """As many images with the same names, one of another size."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -242,7 +250,7 @@ def test_parts_of_images_that_changed_meanwhile(tmp_path: Path, picture: Callabl
         merge(tmp_path / "tokens")
 
 
-def test_where_the_same_images_lie_does_not_matter(tmp_path: Path, picture: Callable[..., bytes]):
+def test_the_path_of_the_images_does_not_matter(tmp_path: Path, picture: Callable[..., bytes]):
     for machine in ("one", "two"):
         (tmp_path / machine).mkdir()
         for number in range(30):
@@ -253,14 +261,14 @@ def test_where_the_same_images_lie_does_not_matter(tmp_path: Path, picture: Call
 
 
 def rewritten(part: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
-    """Changes a JSON file of a part."""
+    """Change a JSON file of a part."""
     content = json.loads((part / name).read_text())
     change(content)
     (part / name).write_text(json.dumps(content))
 
 
 def test_records_that_are_missing_from_a_part_are_named(tmp_path: Path, parts: list[Path]):
-    """Seven records in three parts: 0, 3, 6 in the first."""
+    """Seven records in three parts: 0, 3 and 6 are in the first."""
     rewritten(parts[1], "records.json", lambda found: found["records"].pop("0-00003.done.json"))
     with pytest.raises(
         InputError,
@@ -279,10 +287,8 @@ def test_records_of_another_part_are_refused(tmp_path: Path, parts: list[Path]):
         merge(tmp_path / "tokens")
 
 
-def test_missing_images_of_parts_that_version_0_1_0_made_are_counted(
-    tmp_path: Path, parts: list[Path]
-):
-    """Their plans do not say how many records there should be."""
+def test_missing_images_of_parts_of_version_0_1_0_are_counted(tmp_path: Path, parts: list[Path]):
+    """Their plans do not contain the number of records."""
     for part in parts:
         rewritten(part, "plan.json", lambda plan: plan.pop("jobs"))
     merge(tmp_path / "tokens").verify()
@@ -346,7 +352,7 @@ def test_a_part_cannot_name_files_outside_of_it(tmp_path: Path, parts: list[Path
 
 
 def test_a_file_in_two_parts_is_refused(tmp_path: Path, parts: list[Path]):
-    """Joined, one would replace the other, through its link in the part itself."""
+    """When merged, one would replace the other, through its link in the part itself."""
     first = json.loads((parts[1] / "records.json").read_text())["records"]["0-00000.done.json"][
         "shards"
     ]["train"]
@@ -361,7 +367,7 @@ def test_a_file_in_two_parts_is_refused(tmp_path: Path, parts: list[Path]):
         merge(tmp_path / "tokens")
 
 
-def test_a_fifo_in_the_place_of_a_shard_is_not_waited_for(tmp_path: Path, parts: list[Path]):
+def test_a_fifo_instead_of_a_shard_is_refused_without_blocking(tmp_path: Path, parts: list[Path]):
     shard = next(parts[1].glob("train-*.tokens.npy"))
     shard.unlink()
     os.mkfifo(shard)
@@ -377,7 +383,7 @@ def test_an_absurd_number_of_parts_is_refused(pictures: str, tmp_path: Path):
         merge(tmp_path / "tokens")
 
 
-def test_of_many_missing_parts_the_first_are_named(tmp_path: Path):
+def test_if_many_parts_are_missing_the_first_are_named(tmp_path: Path):
     (tmp_path / "tokens.1-of-5000").mkdir()
     with pytest.raises(InputError, match=r"--shard 2/5000, .*--shard 21/5000 and 4979 more$"):
         merge(tmp_path / "tokens")

@@ -40,7 +40,7 @@ SMALL = PrepareConfig(size=4, colors=8)
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> str:
-    """48 random pictures with labels: 38 + 5 + 5."""
+    """Return 48 random images with labels: 38 + 5 + 5."""
     file = tmp_path_factory.mktemp("pictures") / "pictures.parquet"
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
@@ -55,14 +55,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., by
 
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Five jobs for the pictures above, and workers even for so few."""
+    """Divide the images above into five jobs, and use workers even for so few."""
     monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
     monkeypatch.setattr(room, "MIN_IMAGES_FOR_WORKERS", 0)
 
 
 @pytest.fixture(scope="module")
 def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files that one uninterrupted process makes of the pictures, in shards of 10."""
+    """Return the files that one uninterrupted process writes for the images, in shards of 10."""
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "SHARD_IMAGES", (10, 10))
@@ -97,7 +97,7 @@ def test_digits(tmp_path: Path):
 
 
 def test_every_token_is_the_nearest_colour(three_splits: Path, tmp_path: Path):
-    """Of the area-averaged image."""
+    """Compared with the area-averaged image."""
     dataset = prepare(str(three_splits), tmp_path / "tokens", PrepareConfig(size=16, colors=64))
     assert [len(dataset[split]) for split in dataset] == [600, 100, 300]
     assert len(dataset.palette) == 64
@@ -113,7 +113,7 @@ def test_every_token_is_the_nearest_colour(three_splits: Path, tmp_path: Path):
     assert 20 < dataset.manifest["made"]["palette_error"]["psnr_db"] < 40
 
 
-def test_two_workers_make_the_same_bytes(
+def test_two_workers_write_the_same_bytes(
     pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
 ):
     workers: set[int | None] = set()
@@ -126,8 +126,8 @@ def test_two_workers_make_the_same_bytes(
     )
     assert len(workers) == 2
     assert contents(tmp_path / "tokens") == whole
-    # The manifest, the palette's picture, and two files of each shard: five of training, the
-    # held-out ones by chance
+    # The manifest, the picture of the palette, and two files of each shard: five of training, and
+    # the held-out ones
     shards = [name for name in whole if name.endswith(".tokens.npy")]
     assert sum(name.startswith("train-") for name in shards) == 5
     assert len(whole) == 2 + 2 * len(shards)
@@ -135,7 +135,7 @@ def test_two_workers_make_the_same_bytes(
 
 @pytest.fixture
 def stacks(tmp_path: Path) -> Path:
-    """20 TIFFs of 5 frames."""
+    """Write 20 TIFFs of 5 frames."""
     folder = tmp_path / "stacks"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -179,7 +179,7 @@ def test_frames_after_the_first_are_counted_and_named(
     assert merge(tmp_path / "merged").manifest["made"] == made
 
 
-def test_interrupted_work_is_continued(
+def test_interrupted_work_is_resumed(
     pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
 ):
     def interrupt(done: int, total: int) -> None:
@@ -195,13 +195,13 @@ def test_interrupted_work_is_continued(
     prepare(pictures, out, SMALL, workers=2, progress=lambda *counts: steps.append(counts))
     assert contents(out) == whole
     assert not partial.exists()
-    assert steps == [(30, 48), (40, 48), (48, 48)]  # what was done is not done again
+    assert steps == [(30, 48), (40, 48), (48, 48)]  # finished work is not repeated
     assert (out / "train-00000.tokens.npy").stat().st_mtime_ns == first.st_mtime_ns
 
 
-# Forks once per argument: the child prepares the pictures and is killed by the operating system
-# just before the given one of its operations that name or remove files; a second child then makes
-# the same call.
+# Forks once per argument: the child prepares the images and is killed by the operating system just
+# before the given one of its operations that name or remove files; a second child then makes the
+# same call.
 KILLED = """
 import json, os, signal, sys
 from pathlib import Path
@@ -245,11 +245,11 @@ for kill_at in map(int, sys.argv[3:]):
 """
 
 
-def test_killed_work_is_continued_wherever_the_kill_falls(
+def test_killed_work_is_resumed_after_a_kill_at_any_moment(
     pictures: str, whole: dict[str, bytes], tmp_path: Path
 ):
-    # 0 plan, 1 its folder, from 2 on tokens, labels and records; from the end: -1 clearing the
-    # plan, -2 naming the folder, -3 to -7 clearing the five records, -8 manifest
+    # 0 plan, 1 its folder, from 2 on tokens, labels and records; from the end: -1 removing the
+    # plan, -2 naming the folder, -3 to -7 removing the five records, -8 manifest
     moments = [1, 3, 15, -8, -5, -2, -1]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, pictures, tmp_path, *map(str, moments)],
@@ -267,15 +267,15 @@ def test_killed_work_is_continued_wherever_the_kill_falls(
             assert report["first"] == signal.SIGKILL
             assert not report["whole"]
             assert report["second"] == 0, done.stderr
-        else:  # the data set has its name already; at worst the plan stays in it
+        else:  # the data set already has its name; at worst the plan is still in it
             assert report["whole"]
             assert report["first"] == signal.SIGKILL
             assert made.pop("plan.json")
         assert made == whole
         TokenDataset(tmp_path / f"killed-{moment}").verify()
     names = {path.name for path in tmp_path.iterdir()}
-    # No second call follows the kill after the naming: the lock stays, and the next call would take
-    # it over.
+    # After a kill that follows the renaming there is no second call, so the lock file remains; the
+    # next call would take it over.
     assert names == {f"killed-{moment}" for moment in moments} | {
         "uninterrupted",
         "moments",
@@ -423,7 +423,7 @@ def test_of_two_processes_started_together_one_finishes_and_one_is_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
 
-def test_the_lock_of_a_killed_process_is_taken_over_and_its_work_goes_on(
+def test_the_lock_of_a_killed_process_is_taken_over_and_its_work_is_resumed(
     pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
 ):
     out = tmp_path / "tokens"
@@ -437,7 +437,7 @@ def test_the_lock_of_a_killed_process_is_taken_over_and_its_work_goes_on(
     assert (tmp_path / ".tokens.lock").exists()
     steps: list[tuple[int, int]] = []
     prepare(pictures, out, SMALL, progress=lambda *counts: steps.append(counts))
-    assert steps[0] == (20, 48)  # the first ten were there
+    assert steps[0] == (20, 48)  # the first ten existed
     assert contents(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["tokens"]
 
@@ -448,7 +448,7 @@ def test_a_refused_source_leaves_no_folder(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_records_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small_shards: None):
+def test_records_that_were_removed_are_named(pictures: str, tmp_path: Path, small_shards: None):
     partial = tmp_path / "tokens.partial"
 
     def remove(done: int, total: int) -> None:
@@ -466,7 +466,7 @@ def test_records_removed_meanwhile_are_named(pictures: str, tmp_path: Path, smal
     prepare(pictures, tmp_path / "tokens", SMALL).verify()
 
 
-def test_shards_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small_shards: None):
+def test_shards_that_were_removed_are_named(pictures: str, tmp_path: Path, small_shards: None):
     def remove(done: int, total: int) -> None:
         if done == 30:
             (tmp_path / "tokens.partial" / "train-00001.tokens.npy").unlink()
@@ -476,7 +476,7 @@ def test_shards_removed_meanwhile_are_named(pictures: str, tmp_path: Path, small
     assert not (tmp_path / "tokens").exists()
 
 
-def test_damaged_shards_of_unfinished_work_are_made_again(
+def test_damaged_shards_of_unfinished_work_are_written_again(
     pictures: str, whole: dict[str, bytes], unfinished: Path
 ):
     partial = unfinished.with_name("tokens.partial")
@@ -570,7 +570,7 @@ def test_a_malformed_plan_of_unfinished_work_is_named_with_its_key(
     assert "\n" not in str(caught.value)
 
 
-def test_unknown_keys_of_a_later_version_pass(
+def test_unknown_keys_of_a_later_version_are_accepted(
     pictures: str, whole: dict[str, bytes], unfinished: Path
 ):
     for name in ("plan.json", "0-00001.done.json"):
@@ -580,10 +580,10 @@ def test_unknown_keys_of_a_later_version_pass(
     assert contents(unfinished) == whole
 
 
-def test_work_that_version_0_1_0_began_is_continued(
+def test_unfinished_work_of_version_0_1_0_is_resumed(
     pictures: str, whole: dict[str, bytes], unfinished: Path
 ):
-    """Its plan does not say how many records there will be."""
+    """Its plan does not contain the number of records."""
     file = unfinished.with_name("tokens.partial") / "plan.json"
     plan = json.loads(file.read_text())
     assert plan.pop("jobs") == [5]
@@ -649,7 +649,7 @@ def test_the_reported_script_without_a_guard(tmp_path: Path):
     assert [len(data[split]) for split in data] == [4000, 500, 500]
 
 
-def test_a_daemonic_process_is_told_that_it_cannot_start_workers(
+def test_a_daemonic_process_gets_an_error_because_it_cannot_start_workers(
     pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(vars(current_process())["_config"], "daemon", True)
@@ -659,8 +659,8 @@ def test_a_daemonic_process_is_told_that_it_cannot_start_workers(
         prepare(pictures, tmp_path / "tokens", SMALL, workers=2)
 
 
-def test_ctrl_c_while_workers_start_is_handled_after_that_and_does_not_reach_them():
-    """It was ignored meanwhile, which can be seconds, and lost."""
+def test_ctrl_c_while_workers_start_is_handled_afterwards_and_does_not_reach_them():
+    """Regression: it was ignored during the start, which can take seconds, and lost."""
     show = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
     reached = []
 
@@ -703,13 +703,13 @@ def test_absurd_settings_are_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_absurd_settings_that_harm_nobody(pictures: str, tmp_path: Path):
+def test_extreme_but_harmless_settings_are_accepted(pictures: str, tmp_path: Path):
     config = PrepareConfig(size=4, colors=65535, limit=10**30, seed=2**63 - 1)
     dataset = prepare(pictures, tmp_path / "tokens", config)
     assert sum(len(dataset[split]) for split in dataset) == 48
 
 
-def test_shards_of_large_images_have_fewer_of_them():
+def test_shards_of_large_images_contain_fewer_images():
     """Their tokens are in memory together: 256 MiB at most."""
     limits = {
         size: room._shard_images(PrepareConfig(size=size)) for size in (32, 64, 128, 256, 1024)
@@ -723,7 +723,7 @@ def test_shards_of_large_images_have_fewer_of_them():
     }
 
 
-def test_a_killed_worker_is_told(
+def test_a_killed_worker_is_reported(
     pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
@@ -742,7 +742,7 @@ def test_a_killed_worker_is_told(
     assert sum(len(dataset[split]) for split in dataset) == 48
 
 
-def test_an_existing_folder_is_left_alone(pictures: str, tmp_path: Path):
+def test_an_existing_folder_is_not_changed(pictures: str, tmp_path: Path):
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "mine").write_text("mine")
     with pytest.raises(InputError, match="tokens exists already; remove it or choose another -o"):
@@ -750,7 +750,7 @@ def test_an_existing_folder_is_left_alone(pictures: str, tmp_path: Path):
     assert contents(tmp_path) == {"tokens/mine": b"mine"}
 
 
-def test_another_folder_of_the_partial_name_is_left_alone(pictures: str, tmp_path: Path):
+def test_another_folder_with_the_partial_name_is_not_changed(pictures: str, tmp_path: Path):
     (tmp_path / "tokens.partial").mkdir()
     (tmp_path / "tokens.partial" / "mine").write_text("mine")
     with pytest.raises(InputError, match=r"tokens\.partial exists and holds no unfinished work"):
@@ -760,7 +760,7 @@ def test_another_folder_of_the_partial_name_is_left_alone(pictures: str, tmp_pat
 
 @pytest.fixture
 def unfinished(pictures: str, tmp_path: Path, small_shards: None) -> Path:
-    """OUT of work that was interrupted after 20 images."""
+    """Interrupt the preparation of OUT after 20 images."""
 
     def interrupt(done: int, total: int) -> None:
         if done >= 20:
@@ -771,7 +771,7 @@ def unfinished(pictures: str, tmp_path: Path, small_shards: None) -> Path:
     return tmp_path / "tokens"
 
 
-def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinished: Path):
+def test_unfinished_work_is_not_resumed_with_other_settings(pictures: str, unfinished: Path):
     before = contents(unfinished.parent)
     for other in (
         {"size": 5},
@@ -793,7 +793,7 @@ def test_other_settings_do_not_continue_unfinished_work(pictures: str, unfinishe
 
 @pytest.fixture
 def some_bad(write_folder: Write) -> Path:
-    """Thirty images in two classes, of which two do not decode."""
+    """Write thirty images in two classes, of which two do not decode."""
     folder = write_folder(
         "some-bad", *(f"{kind}/{number:02}.png" for kind in "ab" for number in range(15))
     )
@@ -802,10 +802,10 @@ def some_bad(write_folder: Write) -> Path:
     return folder
 
 
-def test_a_source_that_changed_does_not_continue_unfinished_work(
+def test_unfinished_work_is_not_resumed_with_a_changed_source(
     write_folder: Write, tmp_path: Path, small_shards: None, picture: Callable[..., bytes]
 ):
-    """As many images as before, one of them another."""
+    """As many images as before, but one is different."""
     folder = write_folder("images", *(f"{number:02}.png" for number in range(30)))
 
     def interrupt(done: int, total: int) -> None:
@@ -820,7 +820,7 @@ def test_a_source_that_changed_does_not_continue_unfinished_work(
     prepare(str(folder), tmp_path / "tokens", SMALL).verify()
 
 
-def test_a_given_palette_that_changed_does_not_continue_unfinished_work(
+def test_unfinished_work_is_not_resumed_with_a_changed_palette(
     pictures: str, tmp_path: Path, small_shards: None
 ):
     def interrupt(done: int, total: int) -> None:
@@ -835,7 +835,7 @@ def test_a_given_palette_that_changed_does_not_continue_unfinished_work(
         prepare(pictures, tmp_path / "tokens", given)
 
 
-def test_class_numbers_beyond_the_classes(
+def test_class_numbers_beyond_the_classes_are_refused(
     write_parquet: Write, tmp_path: Path, picture: Callable[..., bytes]
 ):
     features = datasets.Features(
@@ -876,7 +876,7 @@ def test_too_many_bad_images_stop_the_work(some_bad: Path, tmp_path: Path):
 
 
 def check_all_but_two(dataset: TokenDataset, folder: Path) -> None:
-    """The images that decode are all there, in order, with their own labels."""
+    """Check that all images that decode are present, in order, with their own labels."""
     skipped = dataset.manifest["made"]["skipped"]
     assert len(skipped) == 2
     reasons = {"a/07.png": "empty (zero bytes)", "b/03.png": "does not decode"}
@@ -900,10 +900,10 @@ def test_few_bad_images_are_skipped_and_listed(some_bad: Path, tmp_path: Path):
     check_all_but_two(prepare(str(some_bad), tmp_path / "tokens", lenient()), some_bad)
 
 
-def test_work_that_bad_images_stopped_goes_on_without_them(
+def test_work_stopped_by_bad_images_can_be_resumed_without_them(
     some_bad: Path, tmp_path: Path, small_shards: None
 ):
-    """The advice in the message works: the second call writes the same as it would have alone."""
+    """The advice in the message works: the second call writes the same as an uninterrupted one."""
     with pytest.raises(InputError, match="with a larger --max-bad"):
         prepare(str(some_bad), tmp_path / "tokens", lenient(max_bad=0))
     assert (tmp_path / "tokens.partial" / "plan.json").exists()
@@ -912,11 +912,11 @@ def test_work_that_bad_images_stopped_goes_on_without_them(
     assert contents(tmp_path / "tokens") == contents(tmp_path / "alone")
 
 
-def test_skipped_images_are_not_forgotten_by_stopping(
+def test_skipped_images_are_counted_after_resuming(
     some_bad: Path, tmp_path: Path, small_shards: None
 ):
     def interrupt(done: int, total: int) -> None:
-        if done == 20:  # both bad ones are among these
+        if done == 20:  # both bad images are among these
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -934,7 +934,9 @@ def test_bad_images_are_counted_over_all_workers(
 
 
 @pytest.mark.parametrize("max_bad", [0, 1])
-def test_no_image_decodes(write_folder: Write, tmp_path: Path, max_bad: float):
+def test_a_source_in_which_no_image_decodes_is_refused(
+    write_folder: Write, tmp_path: Path, max_bad: float
+):
     folder = write_folder("all-bad", *(f"{number}.png" for number in range(10)))
     for file in folder.iterdir():
         file.write_text("no image")
@@ -965,7 +967,7 @@ BAD = {
 }
 
 
-def test_everything_that_can_be_wrong_with_a_file(tmp_path: Path, picture: Callable[..., bytes]):
+def test_every_kind_of_bad_file(tmp_path: Path, picture: Callable[..., bytes]):
     """A folder with every kind of bad file: all good images, of every size, are prepared."""
     folder = tmp_path / "mixture"
     folder.mkdir()
@@ -997,7 +999,7 @@ def test_everything_that_can_be_wrong_with_a_file(tmp_path: Path, picture: Calla
 
 @pytest.fixture(scope="module")
 def large_pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., bytes]) -> str:
-    """Thirty pictures of 24 px: large enough for crops of 4 px."""
+    """Return thirty images of 24 px: large enough for crops of 4 px."""
     folder = tmp_path_factory.mktemp("large")
     for number in range(30):
         (folder / f"{number:02}.png").write_bytes(picture(number, side=24))
@@ -1005,7 +1007,7 @@ def large_pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[.
 
 
 def test_random_views_of_training_images(large_pictures: str, tmp_path: Path, small_shards: None):
-    """Three crops of each training image, one after the other; the others' centre squares."""
+    """Three crops of each training image, consecutively; centre squares of the others."""
     config = PrepareConfig(size=4, colors=8, views=3)
     dataset = prepare(large_pictures, tmp_path / "tokens", config)
     plain = prepare(large_pictures, tmp_path / "plain", PrepareConfig(size=4, colors=8))
@@ -1029,9 +1031,7 @@ def test_random_views_of_training_images(large_pictures: str, tmp_path: Path, sm
     assert contents(tmp_path / "by-two") == contents(tmp_path / "tokens")
 
 
-def test_the_picture_shows_originals_above_their_quantised_selves(
-    large_pictures: str, tmp_path: Path
-):
+def test_the_picture_shows_originals_above_quantized_images(large_pictures: str, tmp_path: Path):
     dataset = prepare(large_pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8))
     picture = np.asarray(Image.open(tmp_path / "tokens" / "palette.png"))
     assert picture.shape == (2 * 66 + 2, 12 * 66 + 2, 3)
@@ -1063,7 +1063,7 @@ def test_a_given_palette_is_used(pictures: str, tmp_path: Path):
     assert other.palette.fingerprint == given.fingerprint
 
 
-def test_a_palette_that_is_not_there(pictures: str, tmp_path: Path):
+def test_a_missing_palette(pictures: str, tmp_path: Path):
     with pytest.raises(InputError, match="no palette at"):
         prepare(
             pictures,
@@ -1073,7 +1073,7 @@ def test_a_palette_that_is_not_there(pictures: str, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_seed_is_of_splits_and_palette(
+def test_the_seed_decides_splits_and_palette(
     pictures: str, whole: dict[str, bytes], tmp_path: Path, small_shards: None
 ):
     prepare(pictures, tmp_path / "other", PrepareConfig(size=4, colors=8, seed=1))
@@ -1093,7 +1093,7 @@ def test_labels_can_be_left_out(pictures: str, tmp_path: Path):
 
 
 def test_images_of_all_kinds_together(tmp_path: Path):
-    """A mixed folder: grey, transparent, 16-bit, CMYK and palette images, of many sizes."""
+    """Grey, transparent, 16-bit, CMYK and palette images, of many sizes."""
     folder = tmp_path / "kinds"
     folder.mkdir()
     generator = np.random.default_rng(0)
@@ -1115,7 +1115,7 @@ def test_images_of_all_kinds_together(tmp_path: Path):
 
 @pytest.fixture
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 50 kB: writing further fails as on a full disk."""
+    """Limit files to 50 kB: writing more fails as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
@@ -1157,13 +1157,13 @@ def test_settings_out_of_range(settings: dict[str, object], message: str):
     assert message in str(caught.value)
 
 
-def test_no_workers(pictures: str, tmp_path: Path):
+def test_zero_workers_are_refused(pictures: str, tmp_path: Path):
     with pytest.raises(InputError, match="at least one worker is needed, not 0"):
         prepare(pictures, tmp_path / "tokens", SMALL, workers=0)
 
 
-def test_at_most_so_many_of_each_split(pictures: str, tmp_path: Path):
-    """The subset depends on the seed, and keeps the order of the images without a limit."""
+def test_the_limit_of_images_of_each_split(pictures: str, tmp_path: Path):
+    """The subset depends on the seed, and has the order of the images without a limit."""
     given = {"size": 8, "colors": 4}
     whole = prepare(pictures, tmp_path / "whole", PrepareConfig(**given))
     few = prepare(pictures, tmp_path / "few", PrepareConfig(**given, limit=5))

@@ -1,4 +1,5 @@
-"""One of two ranks is killed, fails, or is asked to stop: no rank hangs, the run can be resumed."""
+"""One of two ranks is killed, fails, or is asked to stop: no rank hangs, and the run can be
+resumed."""
 
 import re
 import signal
@@ -17,7 +18,7 @@ from ..helpers.runs import Command, Pair, assert_same_run, end_well, has_logged
 def whole(
     digits: TokenDataset, short_flags: list[str], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Uninterrupted runs, by the number of ranks that share a copy of the weights."""
+    """Return uninterrupted runs, by the number of ranks that share a copy of the weights."""
     runs = {shard: tmp_path_factory.mktemp("whole") / f"shard-{shard}" for shard in (1, 2)}
     for shard, run in runs.items():
         words = [
@@ -57,7 +58,7 @@ def start(digits: TokenDataset, short_flags: list[str], tmp_path: Path):
 
 
 @pytest.mark.parametrize(("shard", "victim"), [(1, 1), (2, 0)])
-def test_the_other_ends_when_a_rank_is_killed(
+def test_the_other_rank_ends_when_one_is_killed(
     start, whole: dict[int, Path], tmp_path: Path, shard: int, victim: int
 ) -> None:
     ranks = start(shard)
@@ -80,7 +81,7 @@ def test_the_other_ends_when_a_rank_is_killed(
 
 
 @pytest.mark.parametrize(("shard", "asked"), [(1, 1), (2, 0)])
-def test_all_stop_when_one_is_asked(
+def test_all_ranks_stop_when_one_is_asked_to(
     start, whole: dict[int, Path], tmp_path: Path, shard: int, asked: int
 ) -> None:
     ranks = start(shard)
@@ -98,23 +99,23 @@ def test_all_stop_when_one_is_asked(
 
 
 @pytest.mark.parametrize("shard", [1, 2])
-def test_a_checkpoint_that_one_cannot_write_ends_all(
+def test_a_checkpoint_that_one_rank_cannot_write_ends_all_ranks(
     start, whole: dict[int, Path], tmp_path: Path, shard: int
 ) -> None:
     ranks = start(shard, largest_files=(None, 40_000))
     codes = [rank.code() for rank in ranks]
     assert 2 in codes
-    assert set(codes) <= {1, 2}, "1 of a rank that has it from another"
+    assert set(codes) <= {1, 2}, "1 if a rank got the error from another"
     for rank in ranks:
         assert "cannot write the checkpoint" in rank.complaint
         assert re.search("File too large|is the disk full", rank.complaint)
-    assert not list((tmp_path / "run" / "checkpoints").iterdir()), "something half-written was left"
+    assert not list((tmp_path / "run" / "checkpoints").iterdir()), "an incomplete file was left"
     end_well(start(shard, "--resume"))
     assert_same_run(whole[shard], tmp_path / "run", tmp_path)
 
 
 def test_the_error_of_a_rank_is_reported_by_the_other(start, tmp_path: Path) -> None:
-    """Only the first rank writes the model."""
+    """Only rank 0 writes the model."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     failing, other = start(1, store=store, largest_files=(40_000, None))
     assert failing.code() == 2
@@ -128,7 +129,7 @@ def test_the_error_of_a_rank_is_reported_by_the_other(start, tmp_path: Path) -> 
 def test_a_user_error_of_a_rank_is_reported_by_the_other(
     digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """Tokens that are not on its machine."""
+    """The tokens are missing on its machine."""
     pair = Pair(tmp_path, "pretrain")
     more = ["-o", tmp_path / "run", "--model", "tiny", *short_flags]
     ranks = [

@@ -1,4 +1,4 @@
-"""torchrun and the environment it makes: killed, wrong, or missing."""
+"""torchrun and its environment variables: killed, wrong, or missing."""
 
 import os
 import signal
@@ -82,7 +82,7 @@ def test_ranks_stop_when_torchrun_is_killed_and_can_be_resumed(
     torchrun.wait()
     wait_until(lambda: not any(map(is_alive, ranks)), seconds=60)
     assert not has_logged(run, 200), "it trained to its end"
-    assert len(list((run / "checkpoints").glob("step-*"))) == 1, "it saved where it stopped"
+    assert len(list((run / "checkpoints").glob("step-*"))) == 1, "it saved when it stopped"
     assert not (run / ".lock").exists()
     end_well(Pair(tmp_path / "again", *words).start("-o", run, "--resume"))
     end_well(Pair(tmp_path / "other", *words).start("-o", whole))
@@ -103,7 +103,7 @@ with distributed_world("cpu", stop_seconds=0.1):
 """
 
 
-def test_a_rank_that_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_ended_too(tmp_path: Path) -> None:
     """The launcher here is a shell that is killed."""
     script = tmp_path / "hanging.py"
     script.write_text(HANGING)
@@ -120,7 +120,7 @@ def test_two_groups_in_one_directory(
     digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     words = ["pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *short_flags]
-    words += ["--steps", 96]  # the first group must still train when the second one arrives
+    words += ["--steps", 96]  # the first group must still be training when the second one starts
     first = Pair(tmp_path / "first", *words).start()
     first[0].wait_until(lambda: has_logged(tmp_path / "run", 1))
     second = Pair(tmp_path / "second", *words).start("--resume")
@@ -178,7 +178,7 @@ MEETING = {
         ),
     ],
 )
-def test_an_environment_that_torchrun_does_not_make(
+def test_an_environment_that_torchrun_cannot_have_made(
     changes: dict[str, str | None], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environment = {
@@ -194,7 +194,7 @@ def test_an_environment_that_torchrun_does_not_make(
 @pytest.mark.parametrize(
     "environment", [{}, {"WORLD_SIZE": "1"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}]
 )
-def test_one_process_needs_no_meeting(
+def test_a_single_process_needs_no_rendezvous(
     environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     joined(monkeypatch, environment)
@@ -211,7 +211,7 @@ def test_a_port_in_use_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             joined(monkeypatch, {**MEETING, "MASTER_PORT": str(port)})
 
 
-def test_the_command_line_says_it_in_one_line(
+def test_wrong_environments_are_one_line_on_the_command_line(
     igpt, digits: TokenDataset, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -1,4 +1,4 @@
-"""Several ranks train as one process does, and other numbers of ranks resume their checkpoints.
+"""Several ranks train like one process, and other numbers of ranks resume their checkpoints.
 
 Tolerances are some ten times the largest differences measured over 8 steps: 1.3e-7 in the loss
     and of the gradient's
@@ -60,7 +60,7 @@ def settings(short: dict[str, object]) -> dict[str, object]:
 def alone(
     digits: TokenDataset, settings: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """One process' runs, by objective."""
+    """Return the runs of one process, by objective."""
     runs = {}
     for objective in ("autoregressive", "bert"):
         runs[objective] = tmp_path_factory.mktemp("alone") / objective
@@ -81,7 +81,7 @@ def alone(
         *((size, shard, "bert") for size, shard in ((2, 1), (4, 4))),
     ],
 )
-def test_all_numbers_of_ranks_and_ways_to_shard_give_the_losses_of_one(
+def test_all_numbers_of_ranks_and_ways_to_shard_give_the_losses_of_one_process(
     ranks,
     alone: dict[str, Path],
     digits: TokenDataset,
@@ -99,7 +99,7 @@ def test_all_numbers_of_ranks_and_ways_to_shard_give_the_losses_of_one(
 
 
 @pytest.mark.parametrize(("size", "shard"), [(2, 2), (2, 1), (1, 1)])
-def test_what_four_ranks_saved_is_resumed_by_fewer(
+def test_a_checkpoint_of_four_ranks_is_resumed_by_fewer(
     ranks,
     alone: dict[str, Path],
     saved_by_four: Path,
@@ -122,7 +122,7 @@ def saved_by_four(
     settings: dict[str, object],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """A run of four sharded ranks, as a kill after update 4 leaves it."""
+    """Return a run of four sharded ranks, in the state that a kill after step 4 leaves."""
     run = tmp_path_factory.mktemp("four") / "run"
     ranks(
         4,
@@ -135,13 +135,13 @@ def saved_by_four(
         *flags_of({**settings, "shard": 4}),
     )
     assert len(list((run / "checkpoints" / "step-00000004").glob("*.distcp"))) == 4, (
-        "every rank writes its share"
+        "every rank writes its part"
     )
     shutil.rmtree(run / "checkpoints" / "step-00000008")
     return run
 
 
-def test_the_same_number_of_ranks_resumes_to_the_bit(
+def test_the_same_number_of_ranks_resumes_bit_for_bit(
     ranks, saved_by_four: Path, digits: TokenDataset, settings: dict[str, object], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -153,7 +153,7 @@ def test_the_same_number_of_ranks_resumes_to_the_bit(
     assert (run / "model" / "model.safetensors").read_bytes() == weights
 
 
-def test_muon_and_checkpointed_activations_shard_too(
+def test_muon_and_activation_checkpointing_can_be_sharded(
     ranks, digits: TokenDataset, settings: dict[str, object], tmp_path: Path
 ) -> None:
     changes = {**settings, "optimizer": "muon"}
@@ -164,7 +164,7 @@ def test_muon_and_checkpointed_activations_shard_too(
 
 
 @pytest.mark.parametrize("shard", [1, 2])
-def test_bf16_differs_by_its_rounding_only(
+def test_bf16_differs_by_rounding_only(
     ranks,
     alone: dict[str, Path],
     digits: TokenDataset,
@@ -181,7 +181,7 @@ def test_bf16_differs_by_its_rounding_only(
 def test_fine_tuning_gives_the_classifiers_of_one_process(
     ranks, alone: dict[str, Path], digits: TokenDataset, tmp_path: Path, objective: str, shard: int
 ) -> None:
-    """A search over learning rates, and the last training, on all images."""
+    """A search over learning rates, and the final training on all images."""
     settings = {
         "batch_size": 10,
         "steps": 4,
@@ -207,7 +207,7 @@ def test_fine_tuning_gives_the_classifiers_of_one_process(
         assert losses[1] == pytest.approx(losses[0], abs=1.5e-6)
 
 
-def test_groups_that_do_not_come_out_even_are_refused() -> None:
+def test_numbers_of_ranks_that_do_not_divide_are_refused() -> None:
     import torch
 
     with pytest.raises(InputError, match="--shard 3 does not divide 4 processes"):

@@ -1,4 +1,4 @@
-"""Several ranks train variants of the model as one process does."""
+"""Several ranks train variants of the model like one process."""
 
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def alone(settings: PretrainConfig, tmp_path_factory: pytest.TempPathFactory) ->
 @pytest.mark.parametrize(
     ("size", "shard", "recomputation"), [(2, 1, "none"), (4, 4, "selective"), (4, 2, "full")]
 )
-def test_ranks_give_the_losses_of_one(
+def test_ranks_give_the_losses_of_one_process(
     ranks,
     settings: PretrainConfig,
     alone: list[float],

@@ -11,7 +11,7 @@ from igpt.cli import main
 
 answers = os.fdopen(
     os.dup(sys.stdout.fileno()), "w"
-)  # what native code prints must not come between
+)  # output of native code must not mix with the answers
 os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
 for line in sys.stdin:
     job = json.loads(line)

@@ -1,4 +1,4 @@
-"""Features as scikit-learn's transformer: every kind of image, pipelines, pickles, and
+"""Features as a scikit-learn transformer: every kind of image, pipelines, pickles, and
 scikit-learn's own checks."""
 
 import json
@@ -34,14 +34,14 @@ from igpt.model.transformer import ImageGPT
 
 @pytest.fixture(scope="module")
 def pixels(digits: TokenDataset) -> NDArray[np.uint8]:
-    """The test images of the digits: grey, uint8 [180, 8, 8]."""
+    """Return the test images of the digits: grey, uint8 [180, 8, 8]."""
     tokens = digits["test"].rows(np.arange(180))
     return digits.palette.inverse_transform(tokens)[..., 0].reshape(180, 8, 8)
 
 
 @pytest.fixture(scope="module")
 def expected(short_run: Path, digits: TokenDataset) -> NDArray[np.float32]:
-    """Their features of all layers: [3, 180, 32]."""
+    """Return their features of all layers: [3, 180, 32]."""
     return np.concatenate(
         list(pooled(ImageGPT.from_pretrained(short_run / "model"), digits["test"])), axis=1
     )
@@ -49,7 +49,7 @@ def expected(short_run: Path, digits: TokenDataset) -> NDArray[np.float32]:
 
 @pytest.fixture
 def run(short_run: Path, tmp_path: Path) -> Path:
-    """A run of its own, to write into."""
+    """Return a copy of the run to write into."""
     shutil.copytree(short_run / "model", tmp_path / "run" / "model")
     return tmp_path / "run"
 
@@ -97,7 +97,7 @@ def test_every_kind_of_image(
         np.testing.assert_allclose(made.transform(images), expected[1, :5], atol=1e-5, err_msg=kind)
 
 
-def test_which_layer_is_taken(run: Path, digits: TokenDataset, tmp_path: Path) -> None:
+def test_which_layer_is_selected(run: Path, digits: TokenDataset, tmp_path: Path) -> None:
     assert ImageGPTFeatures(run).fit(None).layer_ == 1, "the middle one of 0, 1, 2"
     probe = {
         "format": "igpt-probe",
@@ -143,7 +143,7 @@ def test_in_a_pipeline_and_a_search(
         copy[0].transform(pixels)
 
 
-def test_names_and_frames(short_run: Path, pixels: NDArray[np.uint8]) -> None:
+def test_feature_names_and_data_frames(short_run: Path, pixels: NDArray[np.uint8]) -> None:
     made = ImageGPTFeatures(short_run, layer=1)
     with pytest.raises(NotFittedError):
         made.get_feature_names_out()
@@ -155,7 +155,7 @@ def test_names_and_frames(short_run: Path, pixels: NDArray[np.uint8]) -> None:
 
 
 @pytest.mark.parametrize("store", [pickle, joblib])
-def test_a_stored_one_gives_the_same(
+def test_a_pickled_transformer_gives_the_same(
     short_run: Path,
     pixels: NDArray[np.uint8],
     expected: NDArray[np.float32],
@@ -170,7 +170,7 @@ def test_a_stored_one_gives_the_same(
     np.testing.assert_array_equal(made.transform(pixels), expected[2])
 
 
-def test_what_is_wrong_is_told(run: Path, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
+def test_mistakes_are_named(run: Path, pixels: NDArray[np.uint8], tmp_path: Path) -> None:
     def refusal(act: Callable[[], object]) -> str:
         with pytest.raises(InputError) as caught:
             act()
@@ -211,7 +211,7 @@ def test_what_is_wrong_is_told(run: Path, pixels: NDArray[np.uint8], tmp_path: P
 
 
 class OfRows(ImageGPTFeatures):
-    """Takes rows of numbers for images one pixel wide: scikit-learn has no checks with images."""
+    """Accept rows of numbers as images one pixel wide: scikit-learn has no checks with images."""
 
     def fit(self, X: Any, y: Any = None) -> "OfRows":  # noqa: N803
         validate_data(self, X)
@@ -229,8 +229,8 @@ class OfRows(ImageGPTFeatures):
 
 
 def test_scikit_learns_own_checks(short_run: Path) -> None:
-    """All that scikit-learn has for transformers: cloning, parameters, pickles, order of samples,
-    idempotence ..."""
+    """All checks that scikit-learn has for transformers: cloning, parameters, pickles, order of
+    samples, idempotence ..."""
     done = check_estimator(OfRows(short_run / "model", batch_size=32), on_skip=None)
     passed = {check["check_name"] for check in done if check["status"] == "passed"}
     assert {check["check_name"] for check in done} - passed <= {"check_array_api_input"}, (
@@ -248,12 +248,12 @@ def test_scikit_learns_own_checks(short_run: Path) -> None:
     }
 
 
-def test_images_are_declared(short_run: Path) -> None:
+def test_the_tags_declare_images(short_run: Path) -> None:
     tags = ImageGPTFeatures(short_run).__sklearn_tags__().input_tags
     assert (tags.two_d_array, tags.three_d_array) == (False, True)
 
 
-def test_it_is_loaded_when_asked_for() -> None:
+def test_it_is_imported_on_demand() -> None:
     code = (
         "import sys, igpt; assert 'sklearn' not in sys.modules; igpt.ImageGPTFeatures; "
         "assert 'sklearn' in sys.modules"

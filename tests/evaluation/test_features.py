@@ -1,5 +1,4 @@
-"""Features of all layers in one pass: what they are, under masks too, and how they lie on the
-disk."""
+"""Features of all layers in one pass: their values, with masks too, and their files."""
 
 import json
 import weakref
@@ -41,7 +40,7 @@ def bert(digits: TokenDataset) -> ImageGPT:
     return ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"}), digits.palette)
 
 
-def test_they_are_the_mean_over_places_of_every_layer(
+def test_they_are_the_mean_over_positions_of_every_layer(
     model: ImageGPT, digits: TokenDataset
 ) -> None:
     split = digits["test"]
@@ -52,7 +51,9 @@ def test_they_are_the_mean_over_places_of_every_layer(
         np.testing.assert_allclose(found[layer, [4, 100]], activations.mean(1).detach(), atol=1e-5)
 
 
-def test_bert_sees_all_unless_it_is_masked(bert: ImageGPT, digits: TokenDataset) -> None:
+def test_a_bert_model_sees_all_pixels_unless_they_are_masked(
+    bert: ImageGPT, digits: TokenDataset
+) -> None:
     split = digits["test"]
     tokens = torch.from_numpy(split.rows([5]).astype(np.int64))
     (whole,) = pooled(bert, split, batch_size=180)
@@ -70,7 +71,7 @@ def test_bert_sees_all_unless_it_is_masked(bert: ImageGPT, digits: TokenDataset)
     )
 
 
-def test_they_are_written_once_and_read_from_the_disk(
+def test_they_are_computed_once_and_read_from_disk(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
@@ -82,7 +83,7 @@ def test_they_are_written_once_and_read_from_the_disk(
     np.testing.assert_array_equal(np.stack(again), np.stack(first))
 
 
-def test_those_of_something_else_are_refused(
+def test_features_of_another_model_or_data_set_are_refused(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path
 ) -> None:
     stored(model, digits["test"], tmp_path / "test", of={"tokens": 1})
@@ -103,7 +104,7 @@ def test_those_of_something_else_are_refused(
             stored(given.pop("model"), given.pop("split"), tmp_path / "test", **given)
 
 
-def test_interrupted_they_are_absent(
+def test_an_interrupted_computation_leaves_no_features(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stops(done: int, total: int) -> None:
@@ -114,11 +115,11 @@ def test_interrupted_they_are_absent(
     assert not list((tmp_path / "home").iterdir())
 
 
-def test_no_more_than_a_batch_or_two_are_in_memory(
+def test_at_most_two_batches_are_in_memory(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Batch(np.ndarray):
-        """An array that can be watched."""
+        """An array that counts its instances."""
 
     alive, most = list[weakref.ref[Batch]](), 0
 
@@ -139,7 +140,7 @@ def test_no_more_than_a_batch_or_two_are_in_memory(
     assert json.loads((tmp_path / "test" / "features.json").read_text())["images"] == 180
 
 
-def test_tokens_that_do_not_fit_are_refused(
+def test_tokens_of_another_size_are_refused(
     digits: TokenDataset, photographs: Path, model: ImageGPT, tmp_path: Path
 ) -> None:
     other = prepare(str(photographs), tmp_path / "coloured", PrepareConfig(size=8, colors=17))
@@ -152,7 +153,7 @@ def test_tokens_that_do_not_fit_are_refused(
         require_match(ImageGPT(model.config), digits)
 
 
-def test_features_beside_and_above_each_other_read_as_one_array(tmp_path: Path) -> None:
+def test_concatenated_and_stacked_features_read_as_one_array(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     np.save(tmp_path / "a.npy", values[:, :2])
     beside = ConcatenatedColumns([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])

@@ -1,5 +1,5 @@
-"""Likelihoods of a small trained model, by image and by pixel; how surely they tell images
-apart."""
+"""Likelihoods of a small trained model, by image and by pixel; and how well they distinguish
+images."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def model(short_run: Path) -> ImageGPT:
     return ImageGPT.from_pretrained(short_run / "model")
 
 
-def test_likelihood_is_that_of_the_model(model: ImageGPT, digits: TokenDataset) -> None:
+def test_the_likelihood_is_that_of_the_model(model: ImageGPT, digits: TokenDataset) -> None:
     split = digits["test"]
     losses = score(model, split, batch_size=50)
     tokens = torch.from_numpy(split.rows([3]).astype(np.int64))
@@ -39,7 +39,7 @@ def test_likelihood_is_that_of_the_model(model: ImageGPT, digits: TokenDataset) 
     )
 
 
-def test_a_pixels_loss_stands_at_its_place(model: ImageGPT, digits: TokenDataset) -> None:
+def test_a_pixels_loss_is_at_its_position(model: ImageGPT, digits: TokenDataset) -> None:
     """Changing pixel i changes the loss at i, and none before it."""
     tokens = digits["test"].rows([3])
     before = losses_of(model, tokens)
@@ -51,7 +51,7 @@ def test_a_pixels_loss_stands_at_its_place(model: ImageGPT, digits: TokenDataset
         assert abs(after[0, place] - before[0, place]) > 1e-3
 
 
-def test_maps_show_each_pixel_in_its_place(model: ImageGPT, digits: TokenDataset) -> None:
+def test_maps_show_each_pixel_at_its_position(model: ImageGPT, digits: TokenDataset) -> None:
     rows = spread_evenly(digits["test"], 10)
     assert rows.tolist() == [0, 18, 36, 54, 72, 90, 108, 126, 144, 162]
     tokens = digits["test"].rows(rows)
@@ -76,11 +76,11 @@ def test_maps_show_each_pixel_in_its_place(model: ImageGPT, digits: TokenDataset
     assert high < losses.max(), "one pixel of 200 does not darken all others"
     size = figure.get_size_inches() * 200
     assert (pairs[1].get_position().width * size[0] / 8) % 1 == pytest.approx(0, abs=1e-6), (
-        "whole dots a pixel"
+        "whole dots per pixel"
     )
 
 
-def test_bf16_is_near_and_not_the_same(model: ImageGPT, digits: TokenDataset) -> None:
+def test_bf16_is_close_to_fp32_but_not_equal(model: ImageGPT, digits: TokenDataset) -> None:
     whole, half = (
         score(model, digits["test"], precision=precision) for precision in ("fp32", "bf16")
     )
@@ -101,7 +101,7 @@ def test_bert_has_no_likelihood(digits: TokenDataset) -> None:
         score(ImageGPT(ModelConfig.layered(SHAPE, {"objective": "bert"})), digits["test"])
 
 
-def test_broken_weights_and_no_images(digits: TokenDataset) -> None:
+def test_broken_weights_and_zero_images_are_refused(digits: TokenDataset) -> None:
     model = ImageGPT(ModelConfig.layered(SHAPE))
     torch.nn.init.constant_(model.wpe.weight, torch.nan)
     with pytest.raises(
@@ -134,16 +134,16 @@ def test_auroc_is_scikit_learns_and_its_error_delongs(decimals: int) -> None:
     assert low < found["auroc"] < high
 
 
-def test_the_intervals_hold_the_truth() -> None:
+def test_the_intervals_contain_the_true_value() -> None:
     generator = np.random.default_rng(0)
-    truth, held = 0.9615, 0  # of normal values 2.5 deviations apart: Phi(2.5 / sqrt 2)
+    truth, held = 0.9615, 0  # for normal values 2.5 deviations apart: Phi(2.5 / sqrt 2)
     for _ in range(400):
         low, high = auroc(generator.normal(size=25), generator.normal(2.5, 1, 35))["interval_95"]
         held += low <= truth <= high
     assert 0.92 <= held / 400 <= 0.985
 
 
-def test_auroc_where_all_pairs_agree() -> None:
+def test_auroc_if_all_pairs_agree() -> None:
     found = auroc(np.arange(10.0), np.arange(10.0, 30.0))
     assert found["auroc"] == 1
     assert found["interval_95"] == pytest.approx([0.7225, 1], abs=1e-3), "Wilson's, of ten pairs"

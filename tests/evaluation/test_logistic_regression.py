@@ -1,5 +1,5 @@
-"""Logistic regression: scikit-learn's optimum, reached or reported; SGD as a plain loop would take
-it."""
+"""Logistic regression: scikit-learn's optimum is reached, or the failure is reported; SGD is
+compared with a plain loop."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ STRENGTHS = (1e-3, 0.1, 10.0)
 def problem(
     count: int, width: int, classes: int, seed: int = 0
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Features that are correlated, of many scales and far from zero; classes that overlap."""
+    """Return correlated features, of many scales and far from zero, and classes that overlap."""
     generator = np.random.default_rng(seed)
     labels = np.concatenate([np.arange(classes), generator.integers(0, classes, count - classes)])
     centers = generator.normal(size=(classes, width))
@@ -55,7 +55,7 @@ def test_the_optimum_is_scikit_learns(count: int, width: int, classes: int) -> N
             found.coef[index].double().numpy(),
             found.intercept[index].double().numpy(),
         )
-        if classes == 2:  # scikit-learn keeps the difference only
+        if classes == 2:  # scikit-learn only stores the difference
             coef, intercept = coef[1:] - coef[:1], intercept[1:] - intercept[:1]
         size = np.abs(theirs.coef_).max()
         np.testing.assert_allclose(coef, theirs.coef_, atol=1e-3 * size)
@@ -66,7 +66,7 @@ def test_the_optimum_is_scikit_learns(count: int, width: int, classes: int) -> N
         assert (predicted[index] == theirs.predict(standard)).mean() >= 0.996
 
 
-def test_strengths_fitted_together_are_those_fitted_alone() -> None:
+def test_strengths_fitted_together_equal_those_fitted_alone() -> None:
     features, labels = problem(400, 12, 3)
     together = fit_lbfgs(features, labels, STRENGTHS)
     for index, strength in enumerate(STRENGTHS):
@@ -75,13 +75,15 @@ def test_strengths_fitted_together_are_those_fitted_alone() -> None:
         assert abs(alone.iterations[0] - together.iterations[index]) <= 2
 
 
-def test_without_the_principal_axes_it_comes_to_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_result_without_principal_axes_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = problem(400, 12, 3)
     rotated = fit_lbfgs(features, labels, STRENGTHS, tolerance=1e-6)
     monkeypatch.setattr(regression, "_ROTATED", 11)
     plain = fit_lbfgs(features, labels, STRENGTHS, tolerance=1e-6)
     assert all(plain.converged)
-    assert sum(plain.iterations) > 2 * sum(rotated.iterations), "that is what the axes are for"
+    assert sum(plain.iterations) > 2 * sum(rotated.iterations), (
+        "the axes reduce the number of iterations"
+    )
     np.testing.assert_allclose(plain.coef, rotated.coef, atol=2e-3)
 
 
@@ -94,24 +96,24 @@ def test_blocks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (blocks.predict(features) == whole.predict(features)).mean() > 0.99
 
 
-def test_what_has_not_converged_says_so() -> None:
+def test_missing_convergence_is_reported() -> None:
     features, labels = problem(400, 12, 3)
     short = fit_lbfgs(features, labels, STRENGTHS, max_iterations=2)
     assert short.converged == [False] * 3
     assert short.iterations == [2] * 3
     mixed = fit_lbfgs(features, labels, [1e-6, 1e4], max_iterations=12)
-    assert mixed.converged == [True, False], "each by itself"
+    assert mixed.converged == [True, False], "for each strength"
     assert mixed.iterations[0] < 12
 
 
-def test_of_separable_classes_a_small_gradient_is_not_enough() -> None:
-    """Almost without regularisation the loss falls for ever, and the gradient with it."""
+def test_for_separable_classes_a_small_gradient_is_not_enough() -> None:
+    """Almost without regularization the loss decreases for ever, and the gradient with it."""
     features, labels = problem(40, 60, 4)
     found = fit_lbfgs(features, labels, [0.1, 1e9], max_iterations=200)
     assert found.converged == [True, False]
 
 
-def test_a_feature_that_never_varies_has_no_say() -> None:
+def test_a_constant_feature_has_no_influence() -> None:
     features, labels = problem(300, 8, 3)
     features[:, 2] = 7.3
     found = fit_lbfgs(features, labels, [0.1])
@@ -135,7 +137,7 @@ def test_broken_features_are_refused(value: float) -> None:
 def plain_sgd(
     features: NDArray[np.float32], labels: NDArray[np.int64], rate: float, steps: int, size: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """As it stands in textbooks, a step at a time."""
+    """Return the result of the textbook algorithm, one step at a time."""
     standard = (features - features.mean(0, dtype=np.float64)) / features.std(0, dtype=np.float64)
     x = np.hstack([standard / np.sqrt(features.shape[1]), np.ones((len(features), 1))])
     weights = np.zeros((x.shape[1], labels.max() + 1))
@@ -150,7 +152,7 @@ def plain_sgd(
     return weights[:-1].T / np.sqrt(features.shape[1]), weights[-1]
 
 
-def test_sgd_is_the_plain_loop() -> None:
+def test_sgd_equals_the_plain_loop() -> None:
     features, labels = problem(200, 10, 3)
     found = fit_sgd(features, labels, [3.0, 0.3], steps=50, batch_size=16, seed=3)
     for index, rate in enumerate((3.0, 0.3)):
@@ -160,7 +162,7 @@ def test_sgd_is_the_plain_loop() -> None:
     assert found.converged == [False, False], "fifty steps are few"
 
 
-def test_sgd_comes_near_the_optimum_and_a_rate_too_high_does_not_win() -> None:
+def test_sgd_approaches_the_optimum_and_a_diverging_rate_is_not_selected() -> None:
     features, labels = problem(400, 6, 3)
     optimum = fit_lbfgs(features, labels, [1e6])
     found = fit_sgd(features, labels, [1e30, 3.0], steps=1500, batch_size=64)

@@ -1,5 +1,5 @@
-"""Linear probes of a small trained model: every protocol, chosen on validation, told with its
-uncertainty."""
+"""Linear probes of a small trained model: every protocol, selected on validation images, reported
+with its uncertainty."""
 
 import json
 from collections.abc import Iterator
@@ -34,14 +34,14 @@ FEW = {"limit": 150, "baselines": False}
 def probe(
     model: ImageGPT, data: TokenDataset, config: ProbeConfig, features: Path
 ) -> dict[str, Any]:
-    """What probe.json would hold."""
+    """Return the contents of probe.json."""
     return probe_and_classifier(model, data, config, features)[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread_for_scikit_learn() -> Iterator[None]:
-    """On problems of this size more threads wait for each other, for minutes where others use the
-    cores too."""
+    """For problems of this size more threads wait for each other, for minutes if other processes
+    use the cores."""
     with threadpool_limits(1):
         yield
 
@@ -53,14 +53,12 @@ def model(short_run: Path) -> ImageGPT:
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Features that several tests use."""
+    """Return features that several tests use."""
     return tmp_path_factory.mktemp("features")
 
 
-def test_it_is_scikit_learns_at_every_step(
-    model: ImageGPT, digits: TokenDataset, kept: Path
-) -> None:
-    """Fitted on training images, chosen by validation, fitted again on both, tested: layer by
+def test_every_step_equals_scikit_learns(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+    """Fitted on training images, selected by validation, fitted again on both, and tested, layer by
     layer."""
     config = ProbeConfig(baselines=False, strengths=(0.001, 0.1, 1.0))
     result = probe(model, digits, config, kept)
@@ -90,7 +88,7 @@ def test_it_is_scikit_learns_at_every_step(
     assert result["layers"][1]["test_accuracy"] > 0.5, "ten classes: chance is 0.1"
 
 
-def test_the_classifier_that_was_tested_is_kept(
+def test_the_tested_classifier_is_saved(
     model: ImageGPT, digits: TokenDataset, kept: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "probe.safetensors"
@@ -115,7 +113,7 @@ def test_the_classifier_that_was_tested_is_kept(
         ProbeClassifier.load(path)
 
 
-def test_without_fold_back_validation_images_only_choose(
+def test_without_fold_back_validation_images_only_select(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
     config = ProbeConfig(baselines=False, strengths=(1.0,), fold_back=False, layers=(1,))
@@ -167,10 +165,10 @@ def test_the_command_writes_every_protocol(
     assert again.returncode == 0
     other = json.loads((tmp_path / "again.json").read_text())
     assert {**other, "environment": 0} == {**result, "environment": 0}, "to the last digit"
-    assert not list(tmp_path.glob(".*")), "what was passing is gone"
+    assert not list(tmp_path.glob(".*")), "temporary files were removed"
 
 
-def test_few_labels_are_seeded_draws_of_equal_size(
+def test_few_labels_are_seeded_subsets_of_equal_size(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
     config = ProbeConfig(baselines=False, labels_per_class=(1, 10, 60), subsets=4)
@@ -179,10 +177,10 @@ def test_few_labels_are_seeded_draws_of_equal_size(
     for row in few:
         assert row["layer"] == result["best_layer"]
         assert row["converged"]
-        assert len(set(row["test_accuracies"])) > 1, "other draws, other accuracies"
+        assert len(set(row["test_accuracies"])) > 1, "other subsets, other accuracies"
         assert row["mean"] == pytest.approx(np.mean(row["test_accuracies"]))
         assert row["standard_deviation"] == pytest.approx(np.std(row["test_accuracies"], ddof=1))
-    assert few[0]["mean"] < few[1]["mean"] < few[2]["mean"], "more labels are worth something"
+    assert few[0]["mean"] < few[1]["mean"] < few[2]["mean"], "more labels are better"
     assert few[2]["mean"] < result["layers"][result["best_layer"]]["test_accuracy"] + 0.05
     other = probe(
         model, digits, config.model_copy(update={"seed": 7}), kept.parent / f"{kept.name}-7"
@@ -195,7 +193,7 @@ def test_few_labels_are_seeded_draws_of_equal_size(
         probe(model, digits, config.model_copy(update={"labels_per_class": (1000,)}), kept)
 
 
-def test_raw_pixels_are_probed_with_few_labels_too(
+def test_raw_pixels_are_also_probed_with_few_labels(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
     config = ProbeConfig(labels_per_class=(5,), subsets=2, strengths=(0.1,), layers=(0,))
@@ -217,7 +215,7 @@ def test_raw_pixels_are_probed_with_few_labels_too(
 
 
 def test_more_test_images_than_others(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
-    """They are drawn as all others are, and each answer is kept."""
+    """They are processed like all others, and each prediction is kept."""
     config = ProbeConfig(
         baselines=False, strengths=(0.1,), layers=(1,), fold_back=False, limit=60, test_images=150
     )
@@ -241,7 +239,7 @@ def test_more_test_images_than_others(model: ImageGPT, digits: TokenDataset, kep
     assert (found == answers).mean() > 0.99
 
 
-def test_layers_side_by_side_are_one_feature(
+def test_concatenated_layers_are_one_feature(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
     config = ProbeConfig(
@@ -261,7 +259,7 @@ def test_layers_side_by_side_are_one_feature(
     assert row["test_accuracy"] == pytest.approx(expected, abs=0.006)
 
 
-def test_sgd_chooses_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
+def test_sgd_selects_a_learning_rate(model: ImageGPT, digits: TokenDataset, kept: Path) -> None:
     config = ProbeConfig(baselines=False, solver="sgd", steps=400, batch_size=32, layers=(1,))
     config = config.model_copy(
         update={"learning_rates": (1e30, 10.0, 1e-6)}
@@ -303,13 +301,13 @@ def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(
     rival.fit(scaler.transform(both), np.concatenate([labels["train"], labels["validation"]]))
     votes = [rival.predict(scaler.transform(features[f"test-mask-{draw}"])) for draw in range(3)]
     counts = np.stack([(np.stack(votes) == number).sum(0) for number in range(10)], axis=1)
-    sure = counts.max(1) >= 2  # where all three differ, a draw decides
+    sure = counts.max(1) >= 2  # if all three differ, the seed decides
     share = (counts.argmax(1) == labels["test"])[sure].sum() / 150
     assert share - 0.02 <= row["test_accuracy"] <= share + (~sure).mean() + 0.02
 
 
 def changed(digits: TokenDataset, **labels: Any) -> TokenDataset:
-    """The digits with other labels in some splits."""
+    """Return the digits with other labels in some splits."""
     data = TokenDataset(digits.path)
     splits = {
         name: TokenSplit(
@@ -325,7 +323,7 @@ def changed(digits: TokenDataset, **labels: Any) -> TokenDataset:
     return data
 
 
-def test_what_cannot_be_probed_is_refused(
+def test_data_sets_that_cannot_be_probed_are_refused(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path
 ) -> None:
     train = digits["train"].labels
@@ -364,7 +362,7 @@ def test_what_cannot_be_probed_is_refused(
                 ProbeConfig.layered(settings),
                 tmp_path / "features",
             )
-        assert not (tmp_path / "features").exists(), "nothing is begun"
+        assert not (tmp_path / "features").exists(), "nothing was started"
     broken = ImageGPT(model.config, model.palette)
     torch.nn.init.constant_(broken.wpe.weight, torch.nan)
     with pytest.raises(InputError, match="features of the training images are not finite"):
@@ -401,7 +399,7 @@ def test_the_command_refuses_in_one_line(
     assert not (tmp_path / "probe.json").exists()
 
 
-def test_plain_images_have_nothing_to_probe(igpt: Any, photographs: Path, tmp_path: Path) -> None:
+def test_folders_of_images_are_refused(igpt: Any, photographs: Path, tmp_path: Path) -> None:
     plain = prepare(
         str(photographs), tmp_path / "plain", PrepareConfig(size=8, colors=17, label_column="none")
     )
@@ -418,18 +416,18 @@ def test_kept_features_serve_other_settings_and_seeds(
     first = probe(model, digits, ProbeConfig(strengths=(1.0,)), tmp_path)
     made = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
     again = probe(model, digits, ProbeConfig(strengths=(1.0,), seed=5), tmp_path)
-    assert again["layers"] == first["layers"], "nothing is drawn"
+    assert again["layers"] == first["layers"], "nothing is computed again"
     assert again["baselines"]["untrained"] != first["baselines"]["untrained"], "another model"
     assert {path: path.stat().st_mtime_ns for path in made} == made
     with pytest.raises(InputError, match="holds features of another model or of other images"):
         probe(model, digits, ProbeConfig(limit=150), tmp_path)
 
 
-def test_nothing_is_chosen_by_the_test_images(
+def test_the_test_images_do_not_influence_any_selection(
     model: ImageGPT, digits: TokenDataset, kept: Path
 ) -> None:
-    """With their labels shuffled, all that is chosen stays, and so do the accuracies on validation
-    images."""
+    """With shuffled test labels, all selections stay the same, and so do the accuracies on
+    validation images."""
     config = ProbeConfig(baselines=False, labels_per_class=(3,), strengths=(1e-5, 1e-2, 10.0))
     permuted = np.random.default_rng(0).permutation(digits["test"].labels)
     true, shuffled = (
@@ -439,12 +437,14 @@ def test_nothing_is_chosen_by_the_test_images(
         assert [row[key] for row in true["layers"]] == [row[key] for row in shuffled["layers"]]
     assert true["best_layer"] == shuffled["best_layer"]
     assert true["few_labels"][0]["regularisation"] == shuffled["few_labels"][0]["regularisation"]
-    assert max(row["test_accuracy"] for row in shuffled["layers"]) < 0.25, "or nothing was shuffled"
+    assert max(row["test_accuracy"] for row in shuffled["layers"]) < 0.25, (
+        "otherwise nothing was shuffled"
+    )
 
 
-def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
-    """Two features, of which strong regularisation reads the one and weak regularisation the other
-    as well."""
+def test_the_best_on_validation_images_is_not_the_best_on_test_images() -> None:
+    """Two features: strong regularization uses only the first, and weak regularization also the
+    second."""
     generator = np.random.default_rng(1)
     labels = generator.integers(0, 2, 400)
     sign = 2.0 * labels - 1
@@ -455,7 +455,7 @@ def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
     good = np.stack([strong, strong + weak], axis=1).astype(np.float32)
     bad = np.stack([strong, strong - weak], axis=1).astype(
         np.float32
-    )  # what only weak regularisation learns misleads
+    )  # the second feature misleads
     for validation, test, expected in ((good, bad, 1e4), (bad, good, 1e-4)):
         found = {"train": train, "validation": validation, "test": test}
         images = {name: Images([[features]], labels, rows) for name, features in found.items()}
@@ -466,7 +466,7 @@ def test_the_best_of_validation_is_not_that_of_the_test_images() -> None:
         assert few["regularisation"] == expected
 
 
-def test_folders_of_others_and_damaged_features_are_refused(
+def test_folders_with_other_files_and_damaged_features_are_refused(
     model: ImageGPT, digits: TokenDataset, tmp_path: Path
 ) -> None:
     config = ProbeConfig(**FEW, layers=(1,))

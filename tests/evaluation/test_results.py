@@ -1,5 +1,5 @@
-"""A probe's two files belong together, whatever interrupts their writing; malformed ones are
-refused in one line."""
+"""The two files of a probe belong together, even if their writing is interrupted; malformed ones
+are refused in one line."""
 
 import json
 import signal
@@ -36,7 +36,7 @@ RESULT = {
     ],
     "best_layer": 1,
 }
-# Writes the second probe over the first, and is killed just before the given rename.
+# Writes a second probe over the first, and is killed just before the given rename.
 KILLED = """
 import os, signal, sys
 from pathlib import Path
@@ -82,7 +82,7 @@ def test_a_classifier_is_read_with_its_probe(tmp_path: Path) -> None:
     )
     assert read_probe(path) == {**RESULT, "classifier": readout().fingerprint}
     path.with_suffix(".safetensors").unlink()
-    assert ProbeClassifier.of_probe(path) is None, "whoever needs no classifier may remove it"
+    assert ProbeClassifier.of_probe(path) is None, "the classifier is optional"
 
 
 def test_a_classifier_of_another_probe_is_refused(tmp_path: Path) -> None:
@@ -111,7 +111,7 @@ def test_a_probe_of_an_earlier_version_keeps_its_classifier(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("number", [1, 2])
-def test_a_kill_between_the_two_files_is_noticed(tmp_path: Path, number: int) -> None:
+def test_a_kill_between_the_two_files_is_detected(tmp_path: Path, number: int) -> None:
     path = tmp_path / "probe.json"
     write_probe(path, RESULT, readout(1.0))
     killed = subprocess.run([sys.executable, "-c", KILLED, str(path), str(number), "2.0"])
@@ -129,7 +129,7 @@ def test_a_kill_between_the_two_files_is_noticed(tmp_path: Path, number: int) ->
     assert found.fingerprint == readout(3.0).fingerprint
 
 
-def test_a_full_disk_leaves_both_files_as_they_were(
+def test_a_full_disk_leaves_both_files_unchanged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "probe.json"
@@ -148,7 +148,7 @@ def full(path: Path) -> None:
 
 
 def damaged_classifiers(path: Path) -> Iterator[str]:
-    """Put one damaged classifier after the other in the place of `path`."""
+    """Replace `path` by one damaged classifier after the other."""
     whole, tensors = path.read_bytes(), load_file(path)
     about = {"format": "igpt-readout", "version": "1", "layer": "1", "classes": '["a", "b"]'}
     for key in about:
@@ -251,7 +251,7 @@ def test_malformed_features_are_refused_in_one_line(
 
 
 def damaged_arrays(path: Path) -> Iterator[str]:
-    """Put one damaged array after the other in the place of `path`."""
+    """Replace `path` by one damaged array after the other."""
     whole = path.read_bytes()
     for old, new in (
         (b"(150, 32)", b"(32, 150)"),
@@ -271,7 +271,7 @@ def damaged_arrays(path: Path) -> Iterator[str]:
     yield from malformed.others(path)
 
 
-def test_every_number_that_a_probe_may_be_given_is_read_back(tmp_path: Path) -> None:
+def test_every_number_that_a_probe_accepts_can_be_read_back(tmp_path: Path) -> None:
     largest = ProbeConfig(
         seed=2**63 - 1,
         limit=2**53,
@@ -326,10 +326,10 @@ def test_absurd_settings_are_refused_before_any_work_and_leave_nothing(
     for more in ((), ("--features", home / "features")):
         done = igpt("probe", short_run, digits.path, "-o", home / "p.json", *words, *more)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert not home.exists(), "nothing is left, and nothing was begun"
+        assert not home.exists(), "nothing is left, and nothing was started"
 
 
-def test_an_error_in_the_midst_of_a_probe_leaves_the_files_of_the_one_before(
+def test_an_error_during_a_probe_keeps_the_files_of_the_previous_one(
     igpt: Any,
     short_run: Path,
     digits: TokenDataset,
@@ -351,7 +351,7 @@ def interrupted(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_what_is_no_classifier_is_not_replaced(
+def test_files_that_are_not_classifiers_are_not_replaced(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     weights = {"weight": torch.ones(3)}
@@ -428,7 +428,7 @@ def begun(process: "subprocess.Popen[str]", folder: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_signal_in_the_midst_of_a_probe(
+def test_a_signal_during_a_probe(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, number: signal.Signals
 ) -> None:
     words = [

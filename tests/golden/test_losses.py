@@ -1,4 +1,4 @@
-"""Recorded losses: a change must be mended, or recorded with its reason."""
+"""Recorded losses: a change is either an error to be fixed, or is recorded with its reason."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-# 6 updates, fp32, seed 0, one thread; torch 2.13.0 (CPU). Rounding differs between processors:
-# 1e-4. Recorded again when weights came to be initialized block by block, for the sake of sharded
-# models; from the earlier initial weights, the losses were the same to 1e-6.
+# 6 steps, fp32, seed 0, one thread; torch 2.13.0 (CPU). Rounding differs between processors: 1e-4.
+# Recorded again when weights were first initialized block by block, for sharded models; from the
+# earlier initial weights, the losses were the same to 1e-6.
 RECORDED = {
     "autoregressive": [2.833214, 2.820983, 2.786398, 2.730977, 2.657367, 2.579092],
     "bert": [2.833214, 2.819315, 2.791319, 2.728019, 2.654237, 2.61115],
@@ -18,7 +18,7 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("objective", RECORDED)
-def test_losses_are_the_recorded_ones(
+def test_losses_equal_the_recorded_ones(
     objective: str, digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     config = PretrainConfig.layered(

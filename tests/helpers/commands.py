@@ -1,7 +1,7 @@
-"""A program for the runner's tests, in place of `igpt`.
+"""A program for the runner's tests, used instead of `igpt`.
 
-Its commands: `write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it exists),
-`threads FILE`, `slow FILE`, `kill`.
+Its commands: `write FILE`, `need FILE`, `fail WORDS`, `wait FILE` (until it exists), `threads
+FILE`, `slow FILE`, `kill`.
 """
 
 import os

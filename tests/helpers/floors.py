@@ -13,8 +13,8 @@ PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
 
 def requirements(extras: list[str]) -> list[str]:
-    """Return the requirements of extras, or without any the package's own, as pyproject.toml has
-    them."""
+    """Return the requirements of extras, or without any those of the package, as written in
+    pyproject.toml."""
     project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
     if not extras:
         return project["dependencies"]

@@ -1,8 +1,8 @@
 """Exact memory of the tensors that are alive during a step, on a CPU or with fake tensors.
 
-For benchmarks and tests of memory. Nothing is computed where tensors are pretended (PyTorch's fake
-tensors, which have shapes and no contents), and no process but this one exists where ranks are: so
-    iGPT-XL on 64 ranks fits here as well.
+For benchmarks and tests of memory. With fake tensors (PyTorch's tensors that have shapes and no
+contents) nothing is computed, and ranks are simulated without other processes, so iGPT-XL on 64
+ranks can be measured too.
 """
 
 import weakref
@@ -30,7 +30,7 @@ from igpt.training.settings import TrainConfig
 
 
 class LiveTensors(TorchDispatchMode):
-    """Counts the bytes of all tensor storages that are alive, and records the maximum.
+    """Count the bytes of all tensor storages that are alive, and record the maximum.
 
     A storage counts from the operation that made it until it is freed, in the backward pass and in
     an optimiser too. What a kernel takes and gives back while it runs is not seen.
@@ -50,7 +50,7 @@ class LiveTensors(TorchDispatchMode):
         self.restart()
 
     def restart(self) -> None:
-        """Forgets the most there were."""
+        """Forget the recorded maximum."""
         self.peak, self.operation = 0, ""
         self.at_peak: Counter[str] = Counter()
 
@@ -77,7 +77,7 @@ class LiveTensors(TorchDispatchMode):
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        if DTensor in types:  # it comes back with its local tensors; its own storage is none
+        if DTensor in types:  # it is returned with its local tensors; its own storage is empty
             return NotImplemented
         made = operation(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
@@ -105,13 +105,13 @@ class LiveTensors(TorchDispatchMode):
 
 
 class _Rank0(World):
-    """A rank of a world that need not exist."""
+    """Rank 0 of a world without other processes."""
 
     def device_mesh(self, shard: int) -> Any:
         return _MESHES.get(shard)
 
 
-_MESHES: dict[int, DeviceMesh] = {}  # made before tensors are pretended: a mesh has contents
+_MESHES: dict[int, DeviceMesh] = {}  # made before tensors are fake: a mesh has contents
 
 
 @contextmanager
@@ -132,7 +132,7 @@ def _ranks(size: int, shard: int) -> Iterator[World]:
 
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
-    """Run the operations of a GPU; its fused norm keeps what the CPU's lean one keeps."""
+    """Use the operations of a GPU; its fused norm keeps what the CPU's lean one keeps."""
     with (
         patch.object(cpu, "trains_on_cpu", lambda x: False),
         patch.object(

@@ -1,4 +1,4 @@
-"""Every way in which a result file may be malformed: one change at a time."""
+"""Every way in which a result file may be malformed, one change at a time."""
 
 import json
 import os
@@ -29,8 +29,8 @@ def _unlike(value: Any) -> list[Any]:
 
 
 def variants(value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what was changed and the changed value: every key deleted, and replaced by values of
-    other kinds."""
+    """Yield a description of a change and the changed value: every key deleted, and replaced by
+    values of other types."""
     if isinstance(value, dict):
         for key, part in value.items():
             yield f"without {key}", {name: other for name, other in value.items() if name != key}
@@ -47,7 +47,7 @@ def variants(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def contents(whole: bytes) -> Iterator[tuple[str, bytes]]:
-    """Yield files that are cut off, binary, nested deeply, or something else than an object."""
+    """Yield files that are truncated, binary, deeply nested, or something else than an object."""
     for end in (0, 1, len(whole) // 2, len(whole) - 2):
         yield f"cut off after {end} bytes", whole[:end]
     yield "binary", bytes(range(256)) * 4
@@ -58,8 +58,7 @@ def contents(whole: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def files(path: Path) -> Iterator[str]:
-    """Put one malformed JSON file after the other in the place of `path`, and at last the whole one
-    again."""
+    """Replace `path` by one malformed JSON file after the other, and at the end by the original."""
     whole = path.read_bytes()
     for what, value in variants(json.loads(whole)):
         path.write_text(json.dumps(value))
@@ -72,7 +71,7 @@ def files(path: Path) -> Iterator[str]:
 
 
 def others(path: Path) -> Iterator[str]:
-    """Put a FIFO and a folder in the place of `path`, and at last the file again."""
+    """Replace `path` by a FIFO and a folder, and at the end by the original file."""
     whole = path.read_bytes()
     path.unlink()
     os.mkfifo(path)

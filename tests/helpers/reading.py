@@ -10,7 +10,7 @@ import pytest
 from igpt.data.sources.catalogue import SourceConfig, Split, open_source
 from igpt.errors import InputError
 
-# EXIF 2.3, table 6: which visual side the stored row 0 and column 0 are, as numpy operations on the
+# EXIF 2.3, table 6: the visual sides of the stored row 0 and column 0, as NumPy operations on the
 # stored grid.
 DISPLAYED = {
     1: lambda grid: grid,

@@ -1,5 +1,5 @@
-"""Small inputs that people's public reports of similar tools describe: one function writes each
-into a folder."""
+"""Small inputs that public reports about similar tools describe; one function writes each into a
+folder."""
 
 import csv
 import io

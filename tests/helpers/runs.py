@@ -62,7 +62,7 @@ class Command:
 
     @property
     def complaint(self) -> str:
-        """The only line on stderr."""
+        """Return the only line on stderr."""
         (line,) = self.err.splitlines()
         return line
 
@@ -78,7 +78,7 @@ class Command:
         return self._process.exitcode
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
-        """Wait until a condition holds, which must be while the process runs."""
+        """Wait until a condition holds, which must happen while the process runs."""
         deadline = time.monotonic() + 120
         while self.runs and time.monotonic() < deadline:
             if happened():
@@ -105,14 +105,14 @@ def _child(
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
     os.environ.update(environment)
-    if largest_file is not None:  # stands for a disk that fills up
+    if largest_file is not None:  # simulates a full disk
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     torch.set_num_threads(1)  # the server may have been started for something else
     sys.exit(main(words))
 
 
-# Below those that the system gives out by itself, and others for every process that tests.
+# Below the ports that the system assigns itself, and different for every test process.
 _PORTS = count(
     20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 )

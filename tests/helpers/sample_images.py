@@ -1,7 +1,6 @@
-"""Small image sets in common layouts, made of scikit-learn's two photographs and of patterns.
+"""Small image sets in common layouts, made from scikit-learn's two photographs and from patterns.
 
-They let every test run where the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet) are
-absent.
+They let every test run without the real sets (CIFAR-10, Tiny ImageNet, photographs of ImageNet).
 """
 
 import io
@@ -32,8 +31,8 @@ CIFAR10_CLASSES = [
 WORDNET_IDS = [f"n{1440764 + 3331 * number:08d}" for number in range(20)]
 
 # Width, height and how the JPEG is encoded: the usual sizes of ImageNet's photographs, larger and
-# smaller ones, sides that do not divide by the decoder's blocks, all three chroma samplings,
-# baseline and progressive, coarse and fine.
+# smaller ones, sides that are not multiples of the decoder's blocks, all three chroma samplings,
+# baseline and progressive, high and low quality.
 PHOTOGRAPHS: list[tuple[int, int, dict[str, object]]] = [
     (500, 375, {"quality": 95}),
     (375, 500, {"quality": 90}),
@@ -56,7 +55,7 @@ PHOTOGRAPHS: list[tuple[int, int, dict[str, object]]] = [
     (500, 281, {"quality": 95}),
     (368, 382, {"quality": 95}),
 ]
-GREY = (3, 16)  # the numbers of the photographs without colour
+GREY = (3, 16)  # numbers of the grey photographs
 
 
 @dataclass(frozen=True)
@@ -68,28 +67,28 @@ class ImageSets:
 
     @property
     def cifar10(self) -> Path:
-        """Parquet with `img` and `label`, splits train and test."""
+        """Return the folder with Parquet with `img` and `label`, splits train and test."""
         return self.folder / "cifar10"
 
     @property
     def tiny_imagenet(self) -> Path:
-        """Two Parquet shards with `image` and `label`, split train."""
+        """Return the folder with two Parquet shards with `image` and `label`, split train."""
         return self.folder / "tiny-imagenet-32"
 
     @property
     def photographs(self) -> list[Path]:
-        """JPEG files of full size in class folders; two of them are grey."""
+        """Return the folder with full-size JPEG files in class folders; two of them are grey."""
         return sorted(self.folder.glob("imagenet-sample/train/*/*.JPEG"))
 
     def small_images(self) -> NDArray[np.uint8]:
-        """200 images of `cifar10`: uint8 [200, 32, 32, 3]."""
+        """Return 200 images of `cifar10`: uint8 [200, 32, 32, 3]."""
         encoded = [row["img"]["bytes"] for row in self.test_rows(200)]
         return np.stack(
             [np.asarray(Image.open(io.BytesIO(image)).convert("RGB")) for image in encoded]
         )
 
     def test_rows(self, count: int) -> list[dict[str, Any]]:
-        """The first rows of the test split of `cifar10`, as the Parquet file has them."""
+        """Return the first rows of the test split of `cifar10`, as in the Parquet file."""
         file = next(self.cifar10.rglob("test-*.parquet"))
         return next(pq.ParquetFile(file).iter_batches(count)).to_pylist()
 
@@ -101,7 +100,7 @@ def sources() -> list[Image.Image]:
 
 
 def photograph(width: int, height: int, seed: int) -> Image.Image:
-    """Return a part of one of scikit-learn's photographs, enlarged where it is too small."""
+    """Return a part of one of scikit-learn's photographs, enlarged if it is too small."""
     generator = np.random.default_rng(seed)
     source = sources()[seed % 2]
     factor = min(1.0, source.width / width, source.height / height)

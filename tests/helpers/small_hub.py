@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
-LARGE = (".safetensors", ".bin", ".png")  # endings of files that are stored apart, as LFS does
+LARGE = (".safetensors", ".bin", ".png")  # suffixes of files that are stored separately, as by LFS
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Hub:
     broken: bool = False
 
     def sent(self, ending: str) -> int:
-        """How many bytes of the files whose paths end so were sent."""
+        """Return how many bytes of the files whose paths have this suffix were sent."""
         return sum(last + 1 - first for path, first, last in self.log if path.endswith(ending))
 
     def environment(self, home: Path) -> dict[str, str]:
@@ -65,7 +65,7 @@ FOREIGN = (
     "HF_DATASETS_CACHE",
     "HF_HUB_CACHE",
     "HF_TOKEN",
-)  # of the surroundings, which a process with this Hub must not see
+)  # of the surrounding environment, which a process with this Hub must not see
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         super().__init__(*arguments)
 
     def log_message(self, *_: object) -> None:
-        """Keeps the console clean."""
+        """Print nothing."""
 
     def answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
             )
 
     def take(self, path: str, body: bytes) -> None:
-        """Answer requests that create or fill repositories; a user can only write to their own."""
+        """Answer requests that create or fill repositories; users can only write to their own."""
         if path == "/api/validate-yaml":
             content = json.loads(body)["content"]
             wrong = (
@@ -259,7 +259,7 @@ def lies_in(path: str, folder: str, *, recursive: bool) -> bool:
 
 @contextmanager
 def serving() -> Iterator[Hub]:
-    """A Hub that answers at its `address` until the end of the block."""
+    """Serve a Hub at its `address` until the end of the block."""
     hub = Hub()
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, hub)) as server:
         hub.address = f"http://127.0.0.1:{server.server_port}"

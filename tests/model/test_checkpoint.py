@@ -25,7 +25,7 @@ N_COLORS = 11
 
 
 def make_model(seed: int, **settings: object) -> ImageGPT:
-    """Every weight random, and a palette."""
+    """Return a model in which every weight is random, and its palette."""
     shape = {"resolution": 4, "n_colors": N_COLORS, "n_layer": 2, "n_embd": 24, "n_head": 3}
     palette = Palette.from_centers(np.random.default_rng(seed).uniform(-1, 1, (N_COLORS, 3)))
     model = ImageGPT(ModelConfig.model_validate({**shape, **settings}), palette)
@@ -125,7 +125,7 @@ def test_float64_weights_beyond_float32_are_refused_unless_asked_for(tmp_path: P
         ImageGPT.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
 
 
-def test_weights_that_are_not_finite_stay_so_for_those_who_look(tmp_path: Path) -> None:
+def test_weights_that_are_not_finite_can_be_inspected(tmp_path: Path) -> None:
     model = make_model(2).double()
     model.ln_f.weight.data[:3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
     model.save_pretrained(tmp_path / "model")
@@ -149,7 +149,7 @@ def test_saving_over_the_directory_that_was_read(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-def test_here_and_links_are_directories_too(
+def test_the_current_directory_and_links_can_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = make_model(4), make_model(5)
@@ -157,7 +157,7 @@ def test_here_and_links_are_directories_too(
     (tmp_path / "latest").symlink_to("model")
     monkeypatch.chdir(tmp_path / "model")
     first.save_pretrained(".")
-    monkeypatch.chdir(tmp_path / "model")  # the folder was exchanged
+    monkeypatch.chdir(tmp_path / "model")  # the folder was replaced
     assert_same(ImageGPT.from_pretrained("."), first)
     second.save_pretrained(tmp_path / "latest")
     assert (tmp_path / "latest").is_symlink()
@@ -165,7 +165,7 @@ def test_here_and_links_are_directories_too(
     assert_same(ImageGPT.from_pretrained(tmp_path / "model"), second)
 
 
-def test_something_else_is_never_replaced(tmp_path: Path) -> None:
+def test_other_directories_are_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("years of work")
     for taken, words in (
         (tmp_path, "holds something else than a model"),
@@ -177,7 +177,7 @@ def test_something_else_is_never_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_text() == "years of work"
 
 
-def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
+def test_reading_does_not_disturb_a_save_in_progress(tmp_path: Path) -> None:
     model = make_model(7)
     model.save_pretrained(tmp_path / "model")
     unfinished = tmp_path / ".model.0a1b2c3d.tmp"
@@ -186,8 +186,8 @@ def test_reading_leaves_a_save_in_progress_alone(tmp_path: Path) -> None:
     assert unfinished.is_dir()
 
 
-# What users get wrong. Each function damages a good directory; the message is to hold the words
-# beside it.
+# Frequent mistakes. Each function damages a valid directory; the message must contain the words
+# next to it.
 
 
 def edit_json(name: str, change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
@@ -255,13 +255,13 @@ def write(name: str, content: bytes) -> Callable[[Path], None]:
 
 
 def write_twice(path: Path) -> None:
-    """Write a class number two times, which a dictionary cannot have."""
+    """Write a class number twice, which a dictionary cannot represent."""
     text = (path / "config.json").read_text()
     (path / "config.json").write_text(text.replace('"0": "cat"', '"0": "bird", "0": "cat"'))
 
 
 def header(content: bytes) -> Callable[[Path], None]:
-    """Write weights with a header of their own and 12 bytes of values."""
+    """Write weights with the given header and 12 bytes of values."""
     return write("model.safetensors", len(content).to_bytes(8, "little") + content + bytes(12))
 
 
@@ -529,7 +529,7 @@ def good_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES.keys())
-def test_what_is_wrong_is_said_in_one_sentence(
+def test_mistakes_are_described_in_one_sentence(
     good_directory: Path, damage: Callable[[Path], object], words: str, tmp_path: Path
 ) -> None:
     path = tmp_path / "model"
@@ -545,7 +545,7 @@ def test_what_is_wrong_is_said_in_one_sentence(
 
 
 class Intruder:
-    """What makes a folder when it is unpickled."""
+    """Make a folder when it is unpickled."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -554,12 +554,12 @@ class Intruder:
         return os.mkdir, (str(self.folder),)
 
 
-def test_a_pickle_runs_no_code(good_directory: Path, tmp_path: Path) -> None:
+def test_a_pickle_executes_no_code(good_directory: Path, tmp_path: Path) -> None:
     path = tmp_path / "model"
     shutil.copytree(good_directory, path)
     tensors = load_file(path / "model.safetensors")
     torch.save({**tensors, "more": Intruder(tmp_path / "made")}, path / "pytorch_model.bin")
-    ImageGPT.from_pretrained(path)  # it is not looked at where there is safetensors
+    ImageGPT.from_pretrained(path)  # it is not read if there is safetensors
     (path / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "pytorch_model-00001-of-00001.bin"):
         with pytest.raises(InputError, match="cannot be read safely; convert it to safetensors"):
@@ -572,11 +572,13 @@ def test_a_pickle_runs_no_code(good_directory: Path, tmp_path: Path) -> None:
         ImageGPT.from_pretrained(path)
     assert not (tmp_path / "made").exists()
     torch.load(path / name, weights_only=False)
-    assert (tmp_path / "made").exists(), "the intruder can do what it is said to do"
+    assert (tmp_path / "made").exists(), "the attack works if the file is unpickled"
 
 
 @pytest.mark.parametrize(("stem", "ending"), [("model", "safetensors"), ("pytorch_model", "bin")])
-def test_weights_in_parts(good_directory: Path, stem: str, ending: str, tmp_path: Path) -> None:
+def test_weights_in_several_files(
+    good_directory: Path, stem: str, ending: str, tmp_path: Path
+) -> None:
     path = tmp_path / "model"
     shutil.copytree(good_directory, path)
     whole, tensors = ImageGPT.from_pretrained(path), load_file(path / "model.safetensors")
@@ -650,7 +652,7 @@ def test_absurd_sizes_are_refused_before_a_model_is_built(
     ],
     ids=str,
 )
-def test_the_shapes_known_without_a_model_are_those_of_the_model(
+def test_the_shapes_computed_without_a_model_are_those_of_the_model(
     settings: dict[str, object],
 ) -> None:
     model = make_model(1, **settings)
@@ -658,12 +660,12 @@ def test_the_shapes_known_without_a_model_are_those_of_the_model(
     assert dict(model.config.parameter_shapes()) == expected
 
 
-def test_a_file_is_no_directory(good_directory: Path) -> None:
+def test_a_file_is_not_a_directory(good_directory: Path) -> None:
     with pytest.raises(InputError, match="no model directory"):
         ImageGPT.from_pretrained(good_directory / "model.safetensors")
 
 
-# Interruptions.
+# Interruptions
 
 SAVE_FOR_EVER_AND_GET_KILLED = """
 import os, random, signal, sys, time
@@ -707,23 +709,23 @@ for _ in range(5):
 """
 
 
-def test_a_kill_in_the_middle_of_saving_leaves_a_whole_model(tmp_path: Path) -> None:
-    """Kill processes that save all the time; the model directory stays complete."""
+def test_a_kill_during_saving_leaves_a_complete_model(tmp_path: Path) -> None:
+    """Kill processes that save continuously; the model directory stays complete."""
     path = tmp_path / "model"
     command = [sys.executable, "-c", SAVE_FOR_EVER_AND_GET_KILLED, str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     saved, left = zip(*(map(int, line.split()) for line in result.stdout.splitlines()), strict=True)
     assert len(saved) == 5
-    assert list(saved) == sorted(set(saved)), "what was saved before a kill is lost"
-    assert any(left), "no kill fell into a save"
+    assert list(saved) == sorted(set(saved)), "a model saved before a kill is lost"
+    assert any(left), "no kill happened during a save"
     ImageGPT.from_pretrained(path).save_pretrained(path)
     assert [file.name for file in tmp_path.iterdir()] == ["model"], (
-        "a later save clears what kills left behind"
+        "a later save removes what kills left behind"
     )
 
 
-def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next_save_is_whole(
+def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next_save_is_complete(
     tmp_path: Path,
 ) -> None:
     path, model, newer = tmp_path / "model", make_model(9), make_model(10)
@@ -736,13 +738,13 @@ def test_after_a_kill_between_the_two_renames_the_old_model_is_read_and_the_next
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
 
 
-# The Hub.
+# The Hub
 
 
 @pytest.mark.parametrize(
     "name", ["someone/model/part", "nowhere", "./someone/model", "/someone/model", "~/someone"]
 )
-def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
+def test_invalid_hub_ids_are_not_requested(name: str) -> None:
     with pytest.raises(InputError, match="no model directory"):
         ImageGPT.from_pretrained(name)
 
@@ -750,7 +752,7 @@ def test_what_cannot_be_a_hub_id_is_not_asked_for(name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["my models/best", "someone/my model", "someone/a..b", "a*/b", "someone/\u00e9"]
 )
-def test_a_path_that_cannot_name_a_hub_model_is_told_as_such(name: str) -> None:
+def test_a_path_that_cannot_be_a_hub_id_is_reported_as_a_path(name: str) -> None:
     with pytest.raises(
         InputError,
         match=r"no model directory .* here, and .* is not a valid name of a model on the Hub",
@@ -768,10 +770,10 @@ except InputError as error:
 """
 
 
-def test_a_hub_that_cannot_be_reached_is_given_up_soon(tmp_path: Path) -> None:
-    """Three networks, made with proxies: closed, refusing, and silent (where packets vanish).
+def test_an_unreachable_hub_is_given_up_soon(tmp_path: Path) -> None:
+    """Three networks, made with proxies: closed, refusing, and silent (packets are dropped).
 
-    Soon means a number of connections, because seconds depend on what else the machine does.
+    The connections are counted, because seconds depend on the load of the machine.
     """
     connections: dict[str, list[socket.socket]] = {"refusing": [], "silent": []}
 

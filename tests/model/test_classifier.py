@@ -81,11 +81,11 @@ def test_the_modal_prediction_counts_votes_over_masks() -> None:
     assert (votes[np.arange(60), found.classes] == votes.max(axis=1)).all()
     assert (votes.max(axis=1) < 5).any(), "masks matter here"
     assert (found.probabilities.argmax(axis=1) != found.classes).any(), (
-        "the most frequent, not the most probable"
+        "the most frequent class, not the most probable one"
     )
 
 
-def test_predictions_depend_on_row_and_seed_alone() -> None:
+def test_predictions_depend_only_on_row_and_seed() -> None:
     model, images = random_model(objective="bert").double(), random_images(60)
     whole = predict(model, images, np.arange(60), masks=4)
     some = np.array([41, 3, 59])
@@ -100,7 +100,7 @@ def test_predictions_depend_on_row_and_seed_alone() -> None:
     )
 
 
-def test_ties_are_resolved_by_seed_and_row() -> None:
+def test_ties_are_broken_by_seed_and_row() -> None:
     votes, rows = np.tile([2, 0, 2, 1], (400, 1)), np.arange(400)
     predicted = modal(votes, rows, (0, 5))
     assert set(predicted) == {0, 2}
@@ -108,7 +108,7 @@ def test_ties_are_resolved_by_seed_and_row() -> None:
     assert np.array_equal(modal(votes[7:9], rows[7:9], (0, 5)), predicted[7:9])
     assert not np.array_equal(modal(votes, rows, (1, 5)), predicted)
     assert modal(np.array([[1, 3, 1]]), np.array([0]), (0, 5)).tolist() == [1], (
-        "the most frequent needs no luck"
+        "a unique maximum needs no random number"
     )
 
 
@@ -130,7 +130,7 @@ def test_a_new_head_is_uniform_and_shares_other_weights() -> None:
     assert class_logits(model, tokens).any()
     half = with_head(model.bfloat16(), CLASSES, PALETTE)
     assert {tensor.dtype for tensor in half.state_dict().values()} == {torch.float32}, (
-        "updates need fp32"
+        "training needs fp32 weights"
     )
 
 

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs from the configuration equal those of the built model."""
+"""Parameters and FLOPs computed from the configuration equal those of the built model."""
 
 from typing import Any
 
@@ -60,7 +60,7 @@ def test_published_sizes() -> None:
         {"class_names": CLASSES, "objective": "bert"},
     ],
 )
-def test_operations_equal_those_counted(more: dict[str, Any]) -> None:
+def test_operations_equal_those_counted_by_pytorch(more: dict[str, Any]) -> None:
     """PyTorch counts attention in full, even with a causal mask."""
     config = ModelConfig.layered({**SMALL, **more})
     model, tokens = ImageGPT(config), torch.zeros(2, config.n_pixels, dtype=torch.long)

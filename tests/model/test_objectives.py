@@ -1,4 +1,4 @@
-"""Losses against their definitions, and how they add up."""
+"""Losses against their definitions, and their sums over parts of a batch."""
 
 import re
 from pathlib import Path
@@ -101,7 +101,9 @@ def test_classification_of_masked_images_adds_the_loss_of_their_masked_pixels() 
     assert float(unmasked) != pytest.approx(expected, rel=1e-3)
 
 
-def test_a_registered_objective_has_a_name_in_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_registered_objective_is_a_valid_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(InputError, match="Input should be 'autoregressive' or 'bert'"):
         random_model(objective="mine")
 
@@ -119,6 +121,6 @@ def test_no_other_module_compares_names_of_objectives() -> None:
     home = Path(objectives.__file__).parents[1]
     names = "|".join(OBJECTIVES)
     for path in home.rglob("*.py"):
-        # The reproduction has runs of these names.
+        # The reproduction has runs with these names.
         if path != Path(objectives.__file__) and path.parent.name != "reproduction":
             assert not re.search(rf'[!=]= *"({names})"|"({names})" *[!=]=', path.read_text()), path

@@ -1,8 +1,9 @@
-"""OpenAI's checkpoints: read as TensorFlow reads them, and computed as their graph computes them.
+"""OpenAI's checkpoints: read like TensorFlow reads them, and computed like their graph computes
+them.
 
-The checkpoints in fixtures/openai were written by TensorFlow from the released graph (its README
-says how). What TensorFlow would not write, `write_bundle` below does, byte by byte from the
-format's definition.
+The checkpoints in fixtures/openai were written by TensorFlow from the released graph (see its
+README). `write_bundle` below writes other ones byte by byte, following the definition of the
+format.
 """
 
 import json
@@ -27,7 +28,7 @@ from igpt.model.transformer import ImageGPT
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "openai"
 OBJECTIVES = ("autoregressive", "bert")
-RESULTS = {"tokens", "logits", "mask"}  # in expected.npz, and no variables
+RESULTS = {"tokens", "logits", "mask"}  # in expected.npz, but not variables
 
 
 def expected_of(objective):
@@ -43,13 +44,13 @@ def logits_of(model, expected, objective):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A copy of the autoregressive checkpoint that may be damaged."""
+    """Return a copy of the autoregressive checkpoint that may be damaged."""
     shutil.copytree(FIXTURES / "autoregressive", tmp_path / "copy")
     return tmp_path / "copy" / "model.ckpt-7"
 
 
 def refusal(call, *arguments, **options):
-    """The one sentence with which a call is refused."""
+    """Return the single sentence with which a call is refused."""
     with pytest.raises(InputError) as caught:
         call(*arguments, **options)
     assert "\n" not in str(caught.value)
@@ -119,14 +120,14 @@ def nested(field, content):
 
 
 def entry(kind, shape, offset, size, checksum):
-    """What an index says of a variable."""
+    """Return what an index contains about a variable."""
     sides = b"".join(nested(2, b"\x08" + varint(side)) for side in shape)
     place = b"\x20" + varint(offset) + b"\x28" + varint(size)
     return b"\x08" + varint(kind) + nested(2, sides) + place + b"\x35" + struct.pack("<I", checksum)
 
 
 def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"\x08\x01"):
-    """A checkpoint of one shard. `arrays`: by name; `header`: one shard, no more said."""
+    """Write a checkpoint of one shard. `arrays`: by name; `header`: states one shard only."""
     data, rows = b"", {"": header}
     kinds = {"float32": 1, "float64": 2, "int32": 3, "int64": 9, "float16": 19}
     for name, array in sorted(arrays.items()):
@@ -140,7 +141,7 @@ def write_bundle(prefix, arrays, *, rows_per_block=100, compression=0, header=b"
 
 
 def write_zeros(prefix, shapes):
-    """A checkpoint of float32 zeros, whose data take no room on the disk."""
+    """Write a checkpoint of float32 zeros, whose data are sparse on the disk."""
     size, rows, checksums = 0, {"": b"\x08\x01"}, {}
     for name, shape in sorted(shapes.items()):
         count = 4 * math.prod(shape)
@@ -169,7 +170,7 @@ def write_index(prefix, rows, rows_per_block=100, compression=0):
                 + value
             )
             last = key
-        block += struct.pack("<II", 0, 1)  # one place to start from: the first
+        block += struct.pack("<II", 0, 1)  # one restart point: the first
         handle = varint(len(table)) + varint(len(block))
         block += bytes([compression])
         table += block + struct.pack("<I", masked_crc32c(block))
@@ -189,19 +190,19 @@ def write_index(prefix, rows, rows_per_block=100, compression=0):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_variables_are_those_that_tensorflow_reads(objective):
+def test_variables_equal_those_that_tensorflow_reads(objective):
     expected = {
         name: values for name, values in expected_of(objective).items() if name not in RESULTS
     }
     found = read_bundle(FIXTURES / objective / "model.ckpt-7")
-    assert found.keys() == expected.keys()  # not the string, and not the variable in slices
+    assert found.keys() == expected.keys()  # neither the string nor the variable in slices
     for name, values in expected.items():
         assert found[name].dtype == values.dtype
         np.testing.assert_array_equal(found[name], values)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_logits_are_those_of_the_released_graph(objective):
+def test_logits_equal_those_of_the_released_graph(objective):
     expected = expected_of(objective)
     model = load_openai(FIXTURES / objective / "model.ckpt-7", None, objective=objective)
     np.testing.assert_allclose(
@@ -210,7 +211,7 @@ def test_logits_are_those_of_the_released_graph(objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_logits_in_float64_are_those_of_the_definitions(objective):
+def test_logits_in_float64_equal_those_of_the_definitions(objective):
     expected = expected_of(objective)
     model = load_openai(FIXTURES / objective / "model.ckpt-7", None, objective=objective).double()
     variables = {name: values for name, values in expected.items() if name.startswith("model/")}
@@ -285,13 +286,13 @@ def test_truncated_index(checkpoint):
     assert "is cut off" in refusal(load_openai, checkpoint, None)
 
 
-def test_index_that_lost_its_beginning(checkpoint):
+def test_index_without_its_beginning(checkpoint):
     index = Path(f"{checkpoint}.index")
     index.write_bytes(index.read_bytes()[100:])
     assert "is damaged" in refusal(load_openai, checkpoint, None)
 
 
-def test_every_changed_byte_of_an_index_s_blocks_is_noticed(tmp_path):
+def test_every_changed_byte_of_an_index_s_blocks_is_detected(tmp_path):
     prefix = write_bundle(tmp_path / "x", {"a": np.ones(2, np.float32)})
     index = Path(f"{prefix}.index")
     content = index.read_bytes()
@@ -307,7 +308,7 @@ def test_compressed_index(tmp_path):
     assert "is compressed" in refusal(read_bundle, write_bundle(tmp_path / "x", {}, compression=1))
 
 
-def test_table_that_is_no_checkpoint(tmp_path):
+def test_table_that_is_not_a_checkpoint(tmp_path):
     assert "is damaged" in refusal(read_bundle, write_bundle(tmp_path / "x", {}, header=b""))
 
 
@@ -333,7 +334,7 @@ def test_damaged_shard(checkpoint):
 
 
 @pytest.mark.parametrize("ending", [".index", ".data-00000-of-00002"])
-def test_what_is_no_regular_file(checkpoint, ending):
+def test_paths_that_are_not_regular_files(checkpoint, ending):
     file = Path(f"{checkpoint}{ending}")
     file.unlink()
     os.mkfifo(file)
@@ -362,7 +363,7 @@ def test_index_of_gigabytes(checkpoint):
         b"\x08" + b"\xff" * 100 + b"\x01",  # a number of 700 bits
     ],
 )
-def test_index_with_checksums_that_fit_and_entries_that_do_not(tmp_path, message):
+def test_index_with_valid_checksums_and_invalid_entries(tmp_path, message):
     prefix = write_index(tmp_path / "x", {"": b"\x08\x01", "model/wte": message})
     assert "is damaged" in refusal(read_bundle, prefix)
     for header in (b"\x0a\x01\x01", b"\x08\xff", b"\x08"):
@@ -437,7 +438,7 @@ def test_weights_of_other_types(tmp_path, dtype, said):
         assert "has float64 values that float32 does not have" in message
 
 
-def test_optimizer_variables_need_not_be_there(checkpoint):
+def test_optimizer_variables_are_optional(checkpoint):
     entries = expected_of("autoregressive")
     shard = Path(f"{checkpoint}.data-00001-of-00002")
     content = shard.read_bytes()
@@ -469,7 +470,7 @@ def test_checkpoint_of_another_model(tmp_path):
         ("model/sos", None, "its objective can only be 'bert'"),
     ],
 )
-def test_variables_that_do_not_fit(tmp_path, name, values, complaint):
+def test_variables_of_wrong_shapes(tmp_path, name, values, complaint):
     variables = {
         key: array for key, array in expected_of("autoregressive").items() if key not in RESULTS
     }
@@ -488,7 +489,7 @@ def test_objective_that_the_checkpoint_contradicts():
     assert not model.wte.weight[-1].any()
 
 
-def test_palette_that_does_not_fit(tmp_path):
+def test_palette_of_another_size(tmp_path):
     prefix = FIXTURES / "autoregressive" / "model.ckpt-7"
     np.save(tmp_path / "kmeans_centers.npy", np.zeros([512, 3], np.float32))
     message = refusal(load_openai, prefix, tmp_path / "kmeans_centers.npy")
@@ -496,7 +497,7 @@ def test_palette_that_does_not_fit(tmp_path):
     assert "no palette at" in refusal(load_openai, prefix, tmp_path / "absent.npy")
 
 
-# The published sizes.
+# The published sizes
 
 PUBLISHED = {
     "S": (24, 512, 8, 76),
@@ -550,7 +551,7 @@ def test_index_of_a_published_size(tmp_path, size, objective):
     assert stored // 10**6 == millions
     start = (
         width if objective == "bert" else 0
-    )  # of a BERT model, ours has a row that is never looked up
+    )  # in a BERT model, ours has a row that is never used
     assert count_parameters(config) == stored + start
 
 
@@ -560,7 +561,8 @@ def test_index_of_l_at_48_pixels(tmp_path):
 
 
 def test_checkpoint_of_the_published_size_from_import_to_figure(igpt, tmp_path, monkeypatch):
-    """S as released, but with zeros for weights: all 512 colours are as likely, ln 512 nats."""
+    """Size S as released, but with weights of zero: all 512 colours are equally likely, ln 512
+    nats."""
     monkeypatch.chdir(tmp_path)
     write_zeros(tmp_path / "model.ckpt-1000000", published_shapes("S", "autoregressive"))
     np.save(
@@ -593,7 +595,7 @@ with exclusive(Path(sys.argv[1])):
 """
 
 
-def test_what_import_refuses_is_one_line_and_leaves_nothing(
+def test_an_import_that_is_refused_is_one_line_and_leaves_nothing(
     igpt, checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""The precision "auto" depends on the processor's instructions alone."""
+"""The precision "auto" depends only on the processor's instructions."""
 
 from collections.abc import Iterator, Mapping
 

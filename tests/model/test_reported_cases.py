@@ -1,4 +1,4 @@
-"""Masks that people have reported of other tools."""
+"""Masks from public reports about other tools."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("thin-line", (3, 4), (1, 7)),
     ],
 )
-def test_a_mask_hides_what_is_painted(
+def test_a_mask_hides_the_painted_pixels(
     igpt: Callable[..., subprocess.CompletedProcess[str]],
     short_run: Path,
     masks: Path,

@@ -71,7 +71,7 @@ def test_positions_are_weighted_by_the_kernel_of_both_axes(old: int, new: int) -
 
 
 @pytest.mark.parametrize(("old", "new"), [(8, 16), (8, 12), (16, 8), (12, 8), (32, 48)])
-def test_a_ramp_stays_a_ramp(old: int, new: int) -> None:
+def test_a_linear_ramp_stays_linear(old: int, new: int) -> None:
     """The first two embeddings are row and column; borders are not compared."""
     model = model_of(old)
     rows, columns = torch.meshgrid(centres(old), centres(old), indexing="ij")
@@ -98,7 +98,7 @@ def test_the_changed_model_trains(resolution: int) -> None:
     assert (model.config.resolution, changed.config.resolution) == (8, resolution)
     for name, tensor in changed.state_dict().items():
         assert name == "wpe.weight" or torch.equal(tensor, before[name]), name
-    assert torch.equal(model.wpe.weight, before["wpe.weight"]), "the model itself stays"
+    assert torch.equal(model.wpe.weight, before["wpe.weight"]), "the model itself is unchanged"
     loss, _ = Autoregressive().loss(changed, torch.randint(0, 5, (2, resolution**2)))
     loss.backward()
     assert changed.wpe.weight.grad is not None

@@ -47,7 +47,7 @@ def influence(model: ImageGPT, pixels: list[int], mask: Tensor | None = None) ->
 
 
 @pytest.mark.parametrize("resolution", [1, 2, 5, 17])
-def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(resolution: int) -> None:
+def test_a_pixel_changes_the_logits_of_every_later_position_and_no_other(resolution: int) -> None:
     """At 17 px the sequence is long enough for the fused attention."""
     model = random_model(2, resolution=resolution)
     n = model.config.n_pixels
@@ -183,7 +183,7 @@ def test_the_seed_decides_the_initial_weights() -> None:
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
-def test_initial_loss_is_that_of_guessing(objective: str) -> None:
+def test_the_initial_loss_is_that_of_a_uniform_prediction(objective: str) -> None:
     model = ImageGPT(
         ModelConfig(resolution=4, n_colors=300, n_layer=2, n_embd=16, n_head=2, objective=objective)
     ).double()
@@ -214,7 +214,7 @@ def test_published_sizes(
         count = sum(parameter.numel() for parameter in ImageGPT(config).parameters())
     block = (
         3 * width**2 + width**2 + 8 * width**2 + 2 * width
-    )  # q, k, v; their output; MLP; two gains
+    )  # q, k, v; output projection; MLP; two gains
     assert count == 513 * width + resolution**2 * width + layers * block + width + 512 * width
     assert abs(count - published) < rounding
 

@@ -1,4 +1,4 @@
-"""Variants, together and apart: against NumPy, decoded, saved, at other resolutions.
+"""Variants, together and separately: against NumPy, decoded, saved, at other resolutions.
 
 B batch, T positions, D width, H heads, K head width, R resolution.
 """
@@ -132,7 +132,7 @@ def test_against_a_plain_computation(variant: dict[str, Any], objective: str) ->
             np.testing.assert_allclose(logits[image], expected, rtol=0, atol=1e-11)
 
 
-def test_rotated_products_depend_on_the_offset_alone() -> None:
+def test_rotary_products_depend_only_on_the_offset() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
     positions = torch.arange(49)
@@ -149,7 +149,7 @@ def test_rotated_products_depend_on_the_offset_alone() -> None:
 
 
 @all_variants
-def test_a_pixel_changes_no_logit_at_or_before_it_and_every_one_after(
+def test_a_pixel_changes_the_logits_of_every_later_position_and_no_other(
     variant: dict[str, Any],
 ) -> None:
     model = random_model(variant)
@@ -197,7 +197,7 @@ def test_a_bert_variant_completes(variant: dict[str, Any]) -> None:
 
 
 @all_variants
-def test_the_last_feature_gives_the_logits_and_all_parameters_learn(
+def test_the_last_feature_gives_the_logits_and_all_parameters_get_gradients(
     variant: dict[str, Any],
 ) -> None:
     model = random_model(variant)
@@ -214,13 +214,13 @@ def test_the_last_feature_gives_the_logits_and_all_parameters_learn(
 
 @pytest.mark.parametrize("more", [{}, {"class_names": ("a", "b")}, {"bias": True}], ids=str)
 @all_variants
-def test_parameters_are_those_counted(variant: dict[str, Any], more: dict[str, Any]) -> None:
+def test_the_number_of_parameters(variant: dict[str, Any], more: dict[str, Any]) -> None:
     config = config_of(variant, **more)
     with torch.device("meta"):
         model = ImageGPT(config)
     assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
     assert forward_flops(config) == forward_flops(config_of({}, **more)), (
-        "no matrix product comes or goes"
+        "the number of matrix products is unchanged"
     )
 
 
@@ -287,7 +287,7 @@ def test_a_run_with_a_removed_variant_is_refused(tmp_path: Path) -> None:
     assert PretrainConfig.load(recorded).faithful
 
 
-def test_the_papers_config_has_no_variants() -> None:
+def test_the_papers_configuration_has_no_variants() -> None:
     hub = config_of({}).to_hub()
     assert (hub["model_type"], hub["activation_function"]) == ("imagegpt", "quick_gelu")
     assert hub["igpt"] == {"objective": "autoregressive", "resolution": 5}
@@ -310,7 +310,7 @@ def test_rotary_heads_must_be_divisible_by_four() -> None:
         config_of(APART["rotary"], n_head=4)
 
 
-def test_initial_mixes_are_halves_and_change_no_other_weights() -> None:
+def test_initial_mixes_are_one_half_and_change_no_other_weights() -> None:
     models = []
     for variant in ({}, APART["value_residual"]):
         torch.manual_seed(4)
@@ -322,7 +322,7 @@ def test_initial_mixes_are_halves_and_change_no_other_weights() -> None:
 
 
 def test_embeddings_from_the_palette() -> None:
-    """They are linear in the colours, have the usual size, and depend on the seed."""
+    """They are linear in the colours, have the usual scale, and depend on the seed."""
     palette = Palette.from_centers(np.random.default_rng(5).uniform(-1, 1, (300, 3)))
     config = config_of({}, n_colors=300, n_embd=96)
     completed = []

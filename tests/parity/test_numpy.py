@@ -20,8 +20,8 @@ Array = npt.NDArray[np.float64]
 Tokens = npt.NDArray[np.int64]
 
 
-# The reference, written before the package was read. Weights are named as in GPT-2; matrices
-# multiply from the right.
+# The reference, written before the package was read. Weights have GPT-2's names; matrices multiply
+# from the right.
 
 
 def reference_norm(x: Array, gain: Array) -> Array:
@@ -37,7 +37,7 @@ def reference_linear(x: Array, weights: dict[str, Array], name: str) -> Array:
 def reference_attention(
     x: Array, weights: dict[str, Array], name: str, heads: int, causal: bool
 ) -> Array:
-    """One head of one image at a time, the scores written out."""
+    """Return the output of one head of one image at a time, from explicit scores."""
     width = x.shape[-1]
     head_width = width // heads
     mixed = np.zeros_like(x)  # (B, T, D)
@@ -68,7 +68,8 @@ def reference_mlp(x: Array, weights: dict[str, Array], name: str) -> Array:
 def reference_embedding(
     tokens: Tokens, weights: dict[str, Array], objective: str, mask: npt.NDArray[np.bool_] | None
 ) -> Array:
-    """Autoregressive: sos, then tokens 1 .. T-1. BERT: the tokens, with zeros where masked."""
+    """Autoregressive: sos, then tokens 1 .. T-1. BERT: the tokens, with zeros at masked
+    positions."""
     colours, sos = weights["transformer.wte.weight"][:-1], weights["transformer.wte.weight"][-1]
     embedded = colours[tokens]  # (B, T, D)
     if objective == "autoregressive":
@@ -137,7 +138,7 @@ def reference_bert_loss(logits: Array, tokens: Tokens, mask: npt.NDArray[np.bool
     )
 
 
-# The comparison.
+# The comparison
 
 
 def random_model(
@@ -169,7 +170,7 @@ def assert_same(
     tokens: Tokens,
     mask: npt.NDArray[np.bool_] | None = None,
 ) -> None:
-    """Features of all layers and logits agree."""
+    """Check that features of all layers and logits agree."""
     expected = reference_features(
         tokens, weights, model.config.n_head, model.config.objective, mask
     )

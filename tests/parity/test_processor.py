@@ -8,7 +8,7 @@ from igpt.data.images.palette import Palette
 
 
 def test_the_processor_gives_the_same_tokens(small_images: NDArray[np.uint8]) -> None:
-    """Where its rounding makes near ties differ, igpt takes the nearer colour."""
+    """If its rounding makes near ties differ, igpt takes the nearer colour."""
     photographs = small_images[:64]
     palette = Palette(512).fit(photographs)
     processor = ImageGPTImageProcessor(

@@ -1,7 +1,7 @@
-"""ImageGPT against transformers: weights are converted both ways, the logits are equal.
+"""ImageGPT against transformers: weights are converted both ways, and the logits are equal.
 
-transformers' model does not shift: it is fed the start-of-sequence token and the pixels but the
-last.
+transformers' model does not shift its input: it gets the start-of-sequence token and all pixels but
+the last.
 """
 
 import json
@@ -77,7 +77,7 @@ def hub_model() -> ImageGPTForCausalImageModeling:
 
 
 def assert_same(ours: ImageGPT, theirs: ImageGPTForCausalImageModeling) -> None:
-    """Logits, and the features: their residuals, normalised by their own norms."""
+    """Check that logits and features agree: their residuals, normalized by their own norms."""
     tokens = random_tokens(seed=2)
     with torch.no_grad():
         output = theirs(shifted(tokens), output_hidden_states=True)
@@ -107,7 +107,8 @@ def test_models_saved_by_transformers_load(
 def test_old_pickled_weights_load(
     hub_model: ImageGPTForCausalImageModeling, tmp_path: Path
 ) -> None:
-    """A directory as of transformers 4.11, whose weights held each layer's causal mask too."""
+    """A directory written by transformers 4.11, whose weights also contained each layer's causal
+    mask."""
     state = dict(hub_model.state_dict())
     causal = torch.ones(RESOLUTION**2, RESOLUTION**2, dtype=torch.uint8).tril()[None, None]
     for layer in range(N_LAYER):
@@ -172,7 +173,7 @@ def test_models_saved_by_igpt_load_in_transformers(bias: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("biases", ["zero", "one", "all"])
-def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -> None:
+def test_weights_are_equal_after_conversion_in_both_directions(biases: str, tmp_path: Path) -> None:
     """From a model with dropout in its configuration; all biases are kept if one is not zero."""
     theirs = ImageGPTForCausalImageModeling(hub_config())
     randomize(theirs, seed=9)
@@ -186,7 +187,7 @@ def test_weights_travel_there_and_back_to_the_bit(biases: str, tmp_path: Path) -
     assert [written[f"{place}_pdrop"] for place in ("resid", "embd", "attn")] == [0.1, 0.1, 0.1]
     ours = ImageGPT.from_pretrained(tmp_path / "theirs", dtype=torch.float64)
     assert ours.config.bias == (biases != "zero")
-    assert_same(ours.train(), theirs)  # there is no dropout in ours
+    assert_same(ours.train(), theirs)  # our model has no dropout
     ours.save_pretrained(tmp_path / "ours")
     back = ImageGPTForCausalImageModeling.from_pretrained(tmp_path / "ours", dtype=torch.float64)
     expected = theirs.state_dict()
@@ -213,7 +214,7 @@ def test_both_generate_the_same_images(given: int, tmp_path: Path) -> None:
     assert generated.shape == (6, RESOLUTION**2)
     assert torch.equal(generated, sample(ours, prefix, temperature=0, precision="fp32"))
     assert torch.equal(generated[:, :given], prefix)
-    assert len(generated[0].unique()) > 3, "a model that repeats one colour shows little"
+    assert len(generated[0].unique()) > 3, "a model that repeats one colour is a weak test"
     if given:
         assert len(generated.unique(dim=0)) == 6
 
@@ -245,7 +246,7 @@ def classifier(path: Path, objective: str) -> tuple[ImageGPT, ImageGPTForImageCl
     return ours, theirs
 
 
-def test_classifier_loads_in_transformers_and_agrees_when_it_is_fed_the_start(
+def test_a_classifier_loads_in_transformers_and_agrees_given_the_start_token(
     tmp_path: Path,
 ) -> None:
     ours, theirs = classifier(tmp_path, "autoregressive")
@@ -266,7 +267,7 @@ def test_unshifted_tokens_give_other_logits(tmp_path: Path) -> None:
 
 
 def test_transformers_computes_bert_classifiers_wrongly(tmp_path: Path) -> None:
-    """transformers has no ImageGPT without a causal mask: its output is noise."""
+    """transformers has no ImageGPT without a causal mask: its output is meaningless."""
     ours, theirs = classifier(tmp_path, "bert")
     tokens = random_tokens(seed=7)
     with torch.no_grad():
@@ -298,7 +299,7 @@ def test_unsupported_settings_are_refused(change: dict[str, Any], tmp_path: Path
         ImageGPT.from_pretrained(tmp_path)
 
 
-def test_their_image_processor_reads_our_palette(tmp_path: Path) -> None:
+def test_transformers_image_processor_reads_our_palette(tmp_path: Path) -> None:
     generator = np.random.default_rng(8)
     palette = Palette.from_centers(generator.uniform(-1, 1, (N_COLORS, 3)))
     config = ModelConfig(resolution=RESOLUTION, n_colors=N_COLORS, n_layer=1, n_embd=8, n_head=2)
@@ -326,7 +327,7 @@ class ShiftedProcessor(ImageGPTImageProcessor):
         return found
 
 
-def test_their_pipelines_run_and_agree_once_their_processor_shifts(tmp_path: Path) -> None:
+def test_transformers_pipelines_run_and_agree_if_their_processor_shifts(tmp_path: Path) -> None:
     """Without the shift they give other probabilities and features."""
     ours, _ = classifier(tmp_path, "autoregressive")
     assert ours.palette is not None

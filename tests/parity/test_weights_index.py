@@ -1,4 +1,4 @@
-"""Weights in several files: the index decides which are read, as in transformers."""
+"""Weights in several files: as in transformers, the index determines which files are read."""
 
 import json
 import shutil
@@ -61,10 +61,10 @@ def merge(source: Path, target: Path) -> None:
 
 @pytest.mark.parametrize("old", ["20KB", "1GB"])
 @pytest.mark.parametrize("new", ["60KB", "1GB"])
-def test_of_several_saves_in_one_folder_the_same_is_read_as_in_transformers(
+def test_of_several_saves_in_one_folder_transformers_and_igpt_read_the_same(
     old: str, new: str, tmp_path: Path
 ) -> None:
-    """In particular, model.safetensors comes before an index that is there too."""
+    """In particular, model.safetensors has priority over an index."""
     first = save(tmp_path / "model", 1, max_shard_size=old)
     second = save(tmp_path / "new", 2, max_shard_size=new)
     merge(tmp_path / "new", tmp_path / "model")
@@ -102,15 +102,15 @@ def test_files_of_any_name_are_found(names: tuple[str, ...], index: str, tmp_pat
     assert torch.equal(ours.wte.weight, tensors["transformer.wte.weight"])
 
 
-def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
+def test_safetensors_have_priority_over_pickles(tmp_path: Path) -> None:
     tensors = save(tmp_path, 3)
     torch.save({"anything": 1}, tmp_path / "pytorch_model.bin")
     write_index(tmp_path, split(tmp_path, ("first.safetensors", "second.safetensors")))
     assert torch.equal(assert_same_logits(tmp_path).wte.weight, tensors["transformer.wte.weight"])
 
 
-def test_the_file_that_config_json_names_is_read(tmp_path: Path) -> None:
-    """As transformers does: before model.safetensors."""
+def test_the_file_named_in_config_json_is_read(tmp_path: Path) -> None:
+    """As in transformers: before model.safetensors."""
     tensors = save(tmp_path, 3)
     shutil.copy(tmp_path / "model.safetensors", tmp_path / "other.safetensors")
     save(tmp_path / "new", 4)
@@ -239,9 +239,7 @@ def test_of_reported_folders_the_weights_of_the_index_are_read(reported: Path, n
     assert all(torch.equal(tensor, newest[key]) for key, tensor in ours.state_dict().items())
 
 
-def test_a_part_that_a_reported_index_names_and_that_is_missing_is_refused(
-    reported: Path, tmp_path: Path
-) -> None:
+def test_a_missing_part_in_a_reported_index_is_refused(reported: Path, tmp_path: Path) -> None:
     for file in (reported / "named").iterdir():
         if file.name != "second.safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -47,7 +47,7 @@ def test_the_first_layout_that_fits(name: str, changes: dict[str, Any]) -> None:
 
 
 def test_order_of_layouts() -> None:
-    """At 32 px four images keep a GPU busy; full recomputation comes after everything else."""
+    """At 32 px four images keep a GPU busy; full recomputation has the lowest priority."""
     order = [
         (one.shard, one.activation_checkpointing, one.micro_batch_size or 12)
         for one in layouts(asked("igpt-s", gpus=2, batch_size=24))
@@ -78,7 +78,7 @@ def test_order_of_layouts() -> None:
     ]
 
 
-def test_time_is_arithmetic() -> None:
+def test_the_formula_of_the_time() -> None:
     settings = asked("igpt-s", gpus=8, efficiency=0.5, gpu_tflops=1000.0)
     flops = training_flops(settings.model) * 128 * 1e6
     assert plan(settings).gpu_hours == pytest.approx(flops / 0.5e15 / 3600)

@@ -29,7 +29,7 @@ NAME = "someone/digits"
 def whole(
     igpt: Run, short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run with everything that a card can show."""
+    """Return a run with everything that a card can show."""
     run = tmp_path_factory.mktemp("card") / "whole"
     shutil.copytree(short_run, run)
     for words in (
@@ -299,7 +299,7 @@ def test_a_bad_license_or_card_is_refused_in_one_line(short_run: Path, tmp_path:
         (run / "README.md").rmdir() if make is os.mkdir else (run / "README.md").unlink()
 
 
-def test_files_that_cannot_go_up_are_named(short_run: Path, tmp_path: Path) -> None:
+def test_files_that_cannot_be_uploaded_are_named(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     model = run / "model"
@@ -362,7 +362,7 @@ def test_a_bert_model_s_card(
     assert [tuple(layer.shape) for layer in ours["features"]] == [(1, 32)] * 3
 
 
-def test_names_of_others_do_not_break_it(short_run: Path, tmp_path: Path) -> None:
+def test_special_characters_in_names_are_escaped(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     lines = (run / "metrics.jsonl").read_text().splitlines()
@@ -397,7 +397,7 @@ def test_a_card_replaces_only_cards_and_needs_a_model(
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
 
 
-def test_doubts_about_an_old_card_or_another_name(short_run: Path, tmp_path: Path) -> None:
+def test_warnings_about_an_old_card_or_another_name(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)
     card = write_card(run, NAME)

@@ -1,4 +1,4 @@
-"""Figures contain the recorded numbers, and grids the pictures."""
+"""Figures contain the recorded numbers, and image grids the images."""
 
 import base64
 import math
@@ -65,7 +65,7 @@ def picture(value, side=4):
 
 
 class TestImageGrid:
-    def test_every_pixel_becomes_a_square_of_its_own(self):
+    def test_every_pixel_becomes_a_square(self):
         pictures = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 4, 3), dtype=np.uint8)
         grid = np.asarray(image_grid([list(row) for row in pictures], scale=5, gap=3))
         assert grid.shape == (2 * 23 + 3, 3 * 23 + 3, 3)
@@ -81,13 +81,13 @@ class TestImageGrid:
     def test_pictures_are_enlarged_to_at_least_64(self, side, shown):
         assert image_grid([[picture(0, side)]], gap=0).size == (shown, shown)
 
-    def test_rows_may_be_short(self):
+    def test_rows_may_be_incomplete(self):
         grid = np.asarray(image_grid([[picture(1), picture(2)], [picture(3)]], scale=1, gap=0))
         assert (grid[4:, 4:] == 128).all()
         assert (grid[4:, :4] == 3).all()
 
     @pytest.mark.parametrize("side", [8, 32, 48])
-    def test_its_pictures_can_be_counted(self, side):
+    def test_its_images_can_be_counted(self, side):
         grid = image_grid([[picture(0, side)] * 7, [picture(128, side), picture(1, side)]])
         assert grid_counts(grid, side) == [7, 2]
         assert grid_counts(grid.crop((0, 0, grid.width - 1, grid.height)), side) is None
@@ -102,7 +102,7 @@ class TestImageGrid:
             [[np.zeros((4, 4), np.uint8)]],
         ],
     )
-    def test_refuses_what_is_no_grid_of_pictures(self, rows):
+    def test_invalid_grids_are_refused(self, rows):
         with pytest.raises(InputError):
             image_grid(rows)
 
@@ -115,12 +115,12 @@ class TestLossCurve:
         assert set(drawn["uniform"].get_ydata()) == {2.833}
         assert set(drawn["unigram"].get_ydata()) == {2.08}
 
-    def test_the_lowest_validation_loss_is_ringed_and_named(self):
+    def test_the_lowest_validation_loss_is_marked_and_labelled(self):
         figure = loss_curve(METRICS)
         assert lines(figure)["best"].get_xydata().tolist() == [[100, 1.6]]
         assert "best 1.600, step 100" in texts(figure)
 
-    def test_lines_and_baselines_are_named_at_their_ends(self):
+    def test_lines_and_baselines_are_labelled_at_their_ends(self):
         words = texts(loss_curve(METRICS, unit="nats/masked pixel"))
         for expected in ("training", "validation", "uniform 2.83", "colour\nfrequencies 2.08"):
             assert expected in words
@@ -129,13 +129,13 @@ class TestLossCurve:
             == "loss, nats/masked pixel"
         )
 
-    def test_everything_lies_within_the_axes(self):
+    def test_everything_is_within_the_axes(self):
         axes = loss_curve(METRICS).axes[0]
         low, high = axes.get_ylim()
         assert low < 1.5
         assert high > 2.833
 
-    def test_what_a_kill_made_moot_is_not_drawn(self):
+    def test_steps_discarded_by_a_kill_are_not_drawn(self):
         again = [
             *METRICS,
             {"kind": "resume", "step": 100},
@@ -159,7 +159,7 @@ class TestLossCurve:
         assert encode(loss_curve(metrics)).startswith("data:image/svg+xml;base64,")
 
 
-def test_accuracy_is_drawn_in_percent_and_its_best_is_ringed():
+def test_accuracy_is_drawn_in_percent_and_its_best_is_marked():
     errors = [(100, 0.5), (200, 0.2), (300, 0.3)]
     metrics = [
         {"kind": "validation", "step": step, "error": error, "best": False}
@@ -181,7 +181,7 @@ class TestProbe:
         assert drawn["untrained"].get_ydata() == pytest.approx([50, 40, 30])
         assert set(drawn["raw pixels"].get_ydata()) == {60.0}
 
-    def test_the_layer_chosen_on_validation_is_ringed_not_the_best_on_test(self):
+    def test_the_layer_selected_on_validation_is_marked(self):
         figure = probe_by_layer(PROBE)
         assert lines(figure)["best"].get_xydata().tolist() == [[1, 75]]
         assert "layer 1: 75.0 %" in texts(figure)
@@ -195,7 +195,7 @@ class TestProbe:
         drawn = lines(probe_by_layer({**PROBE, "baselines": {}}))
         assert set(drawn) == {"test", "validation", "best"}
 
-    def test_one_layer_and_perfect_answers_can_be_drawn(self):
+    def test_one_layer_and_perfect_predictions_can_be_drawn(self):
         only = {
             **PROBE,
             "layers": [{"layer": 1, "validation_accuracy": 1.0, "test_accuracy": 1.0}],
@@ -227,7 +227,7 @@ class TestEncode:
     def test_the_same_figure_gives_the_same_characters(self):
         assert encode(loss_curve(METRICS)) == encode(loss_curve(METRICS))
 
-    def test_words_stay_words_and_nothing_is_fetched(self):
+    def test_text_stays_text_and_nothing_is_loaded(self):
         text = self.svg(encode(loss_curve(METRICS)))
         assert "training step" in text
         links = [
@@ -238,7 +238,7 @@ class TestEncode:
         ]
         assert links == []
 
-    def test_a_long_run_stays_light(self):
+    def test_a_long_run_gives_a_small_file(self):
         steps = np.random.default_rng(0).normal(2, 0.1, 20_000)
         metrics = [
             {"kind": "train", "step": step, "loss": loss}
@@ -246,7 +246,7 @@ class TestEncode:
         ]
         assert len(encode(loss_curve(metrics))) < 300_000
 
-    def test_looks_and_widths_differ(self):
+    def test_themes_and_widths_differ(self):
         versions = {
             encode(probe_by_layer(PROBE, look=k, width=w))
             for k in (LIGHT, DARK)
@@ -254,7 +254,7 @@ class TestEncode:
         }
         assert len(versions) == 4
 
-    def test_settings_of_matplotlib_are_left_alone(self):
+    def test_settings_of_matplotlib_are_not_changed(self):
         import matplotlib
 
         before = dict(matplotlib.rcParams)

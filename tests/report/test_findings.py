@@ -1,4 +1,4 @@
-"""Sentences about a run claim no more than its numbers support."""
+"""Sentences about a run state no more than its numbers support."""
 
 from pathlib import Path
 
@@ -64,7 +64,7 @@ def test_the_model_is_described_as_far_as_it_is_known():
     assert describe_model(of({"objective": "bert"})).startswith("A BERT-style transformer")
 
 
-def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
+def test_a_fine_tuned_model_is_not_described_as_trained_without_labels():
     words = describe_model(
         of(
             {**CONFIG, "generation_weight": 1.0},
@@ -77,7 +77,7 @@ def test_a_fine_tuned_model_is_not_said_to_have_seen_no_labels():
     assert told in words
 
 
-def test_the_loss_is_set_against_colour_frequencies():
+def test_the_loss_is_compared_with_colour_frequencies():
     better = describe_loss(of(metrics=[START, validation(100, 1.0)]))
     assert (
         "1.000 nats/pixel, at step 100, 1.000 below that of the colour frequencies alone (2.000)"
@@ -89,7 +89,7 @@ def test_the_loss_is_set_against_colour_frequencies():
     assert "nats/masked pixel" in describe_loss(of({"objective": "bert"}, [validation(1, 2.0)]))
 
 
-def test_a_classifier_is_judged_on_test_images_once_there_are_results():
+def test_a_classifier_is_judged_on_test_images_if_there_are_results():
     metrics = [{"kind": "validation", "step": 50, "error": 0.125}]
     assert describe_classifier(of(metrics=metrics)) == (
         "Best validation accuracy: 87.5\u00a0%, at step 50; not tested yet."
@@ -118,31 +118,31 @@ def test_a_classifier_is_judged_on_test_images_once_there_are_results():
     assert describe_classifier(of()) == ""
 
 
-def test_a_clear_lead_is_called_one():
+def test_a_significantly_better_layer_is_stated():
     words = describe_probe(probe(0.96, raw=0.80, untrained=0.70))
     assert "test accuracy 96.0\u00a0% on 180 images (standard error 1.5 points)" in words
     assert "It is 16.0 points above raw pixels (80.0\u00a0%; two standard errors: 6.6)" in words
     assert "26.0 points above the best layer of an untrained network" in words
 
 
-def test_a_lead_within_two_standard_errors_is_not_claimed():
+def test_a_difference_within_two_standard_errors_is_not_stated_as_better():
     words = describe_probe(probe(0.96, raw=0.95))
     assert "within two standard errors (4.4): not significantly better" in words
     assert "above" not in words
 
 
-def test_a_lag_is_told():
+def test_a_worse_result_is_stated():
     assert "16.0 points below raw pixels" in compare(0.80, 0.96, 180, "raw pixels")
     small = compare(0.95, 0.96, 180, "raw pixels")
     assert "\u22121.0 points" in small
     assert "not significantly worse" in small
 
 
-def test_missing_comparisons_are_told():
+def test_missing_comparisons_are_stated():
     assert "not compared with raw pixels" in describe_probe(probe(0.9))
 
 
-def test_state_of_the_run():
+def test_the_state_of_the_run():
     end = {"kind": "end", "step": 400, "seconds": 81.0}
     assert (
         describe_state(of(metrics=[START, end]))
@@ -159,7 +159,7 @@ def test_state_of_the_run():
     assert "2 unreadable lines of metrics.jsonl skipped" in describe_state(of({}, unreadable=2))
 
 
-def test_how_images_were_drawn():
+def test_how_images_were_sampled():
     plain = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
     assert describe_sampling(plain) == " (temperature 1.0, no top-k or nucleus cut, seed 0)"
     assert describe_sampling({**plain, "top_k": 5}) == " (temperature 1.0, top-k 5, seed 0)"

@@ -122,7 +122,7 @@ CONFIG = {
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run with small files of every kind, without charts, which are slow."""
+    """Return a run with small files of every kind, without charts, which are slow."""
     run, tokens = tmp_path / "run", tmp_path / "tokens"
     (run / "model").mkdir(parents=True)
     tokens.mkdir()
@@ -158,7 +158,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def refused_in_one_line(act: Callable[[], object], name: str, what: str) -> bool:
-    """Return True if an act raises one line that names the file; fail on any other error."""
+    """Return True if a call raises one line that names the file; fail on any other error."""
     said = None
     try:
         act()
@@ -254,7 +254,7 @@ def test_malformed_lines_of_metrics_are_counted_and_the_rest_is_shown(run: Path)
         assert refused_in_one_line(lambda: write_report(run), "metrics.jsonl", what), what
 
 
-def test_pictures_that_are_none_are_refused(run: Path) -> None:
+def test_files_that_are_not_pictures_are_refused(run: Path) -> None:
     path = run / "samples.png"
     whole = path.read_bytes()
     huge = whole.replace(whole[16:24], (100_000).to_bytes(4) * 2)

@@ -83,7 +83,7 @@ def probe_record(**changes):
 
 @pytest.fixture
 def bare(tmp_path):
-    """A run directory with the required files only."""
+    """Return a run directory with the required files only."""
     run = tmp_path / "runs" / "first"
     run.mkdir(parents=True)
     run.joinpath("config.yaml").write_text(
@@ -115,7 +115,7 @@ def bare(tmp_path):
 
 @pytest.fixture
 def whole(bare, tmp_path):
-    """A run directory with all files, and its token data set."""
+    """Return a run directory with all files, and its token data set."""
     (tmp_path / "tokens").mkdir()
     manifest = {
         "source": "digits",
@@ -154,7 +154,7 @@ def whole(bare, tmp_path):
     return bare
 
 
-def test_the_page_stands_alone(whole):
+def test_the_page_is_self_contained(whole):
     path = write_report(whole)
     assert path == whole / "report.html"
     page = read(path)
@@ -172,7 +172,7 @@ def test_the_page_stands_alone(whole):
     assert {child.name for child in whole.iterdir() if child.name.startswith(".")} == set()
 
 
-def test_every_picture_says_what_it_is(whole):
+def test_every_picture_has_a_text_alternative(whole):
     images = read(write_report(whole)).all("img")
     assert len(images) == 5
     assert all(len(image["alt"]) > 20 for image in images)
@@ -180,14 +180,14 @@ def test_every_picture_says_what_it_is(whole):
     assert "layer 1 96.1" in images[1]["alt"]
 
 
-def test_figures_come_for_both_widths_and_both_colour_schemes(whole):
+def test_figures_have_both_widths_and_both_colour_schemes(whole):
     sources = read(write_report(whole)).all("source")
     assert len(sources) == 6
     assert len({source["srcset"] for source in sources}) == 6
     assert "(prefers-color-scheme: dark)" in {source["media"] for source in sources}
 
 
-def test_the_numbers_are_there(whole):
+def test_the_numbers_are_shown(whole):
     text = read(write_report(whole)).text
     for expected in (
         "Image GPT trained on digits",
@@ -225,7 +225,7 @@ def test_the_same_run_gives_the_same_page(whole):
     assert write_report(whole).read_bytes() == before
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(bare):
+def test_missing_results_are_named_with_the_command_that_makes_them(bare):
     page = read(write_report(bare))
     for command in ("igpt probe", "igpt complete", "igpt sample", "igpt pretrain", "igpt prepare"):
         assert command in page.text
@@ -234,7 +234,7 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(bare):
     assert "Linear probe, " not in page.text
 
 
-def test_what_the_data_set_left_out_and_its_warnings_are_on_the_page(whole, tmp_path):
+def test_left_out_images_and_warnings_are_shown(whole, tmp_path):
     path = tmp_path / "tokens" / "dataset.json"
     manifest = json.loads(path.read_text())
     assert "left out" not in read(write_report(whole)).text
@@ -261,7 +261,7 @@ def test_before_the_first_validation_the_model_has_no_loss_to_compare(bare):
     )
 
 
-def test_grids_without_a_record_beside_them_claim_nothing_about_how_they_were_drawn(whole):
+def test_nothing_is_stated_about_the_sampling_of_grids_without_a_record(whole):
     (whole / "samples.json").unlink()
     (whole / "completions.json").unlink()
     text = read(write_report(whole)).text
@@ -282,7 +282,7 @@ def test_a_skipped_probe_gives_its_reason(whole):
     assert "Linear probe: best layer" not in text
 
 
-def test_every_protocol_of_a_probe_is_told(whole):
+def test_every_protocol_of_a_probe_is_described(whole):
     record = probe_record(
         config={"fold_back": True},
         concatenated={"layers": [0, 1], "validation_accuracy": 0.9, "test_accuracy": 0.912},
@@ -310,12 +310,12 @@ def test_every_protocol_of_a_probe_is_told(whole):
     assert "learning rate of SGD and layer (ring) selected on 180, tested on 180" in text
 
 
-def test_a_probe_without_baselines_says_so(whole):
+def test_a_probe_without_baselines(whole):
     (whole / "probe.json").write_text(json.dumps(probe_record(baselines={})))
     assert "It was not compared with raw pixels" in read(write_report(whole)).text
 
 
-def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
+def test_the_page_of_a_fine_tuning_run(bare):
     bare.joinpath("config.yaml").write_text(
         "model: runs/first/model\ntokens: gone\ngeneration_weight: 1.0\nsteps: 500\n"
     )
@@ -355,7 +355,7 @@ def test_a_fine_tuning_run_has_a_page_of_its_own_kind(bare):
     assert len(page.all("img")) == 2
 
 
-def test_metrics_cut_off_at_any_byte_give_a_page(bare):
+def test_metrics_truncated_at_any_byte_give_a_page(bare):
     path = bare / "metrics.jsonl"
     content = path.read_bytes()
     for end in (0, 7, content.index(b"1.71") + 2, content.index(b"1.432") + 3):
@@ -371,7 +371,7 @@ def test_a_run_without_any_loss_has_no_figure(bare):
     assert page.all("img") == []
 
 
-def test_whatever_comes_from_files_is_escaped(whole, tmp_path):
+def test_text_from_files_is_escaped(whole, tmp_path):
     evil = '<script>alert("1")</script><img src=x onerror=y>'
     manifest = {"source": evil, "class_names": [evil, "one"], "splits": {"train": {"count": 3}}}
     (tmp_path / "tokens" / "dataset.json").write_text(json.dumps(manifest))
@@ -389,14 +389,14 @@ def test_whatever_comes_from_files_is_escaped(whole, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl"])
-def test_what_is_no_run_directory_is_refused(bare, name):
+def test_other_directories_are_refused(bare, name):
     (bare / name).unlink()
     with pytest.raises(InputError, match=rf"no run directory: {name} is missing; `igpt pretrain`"):
         write_report(bare)
     assert not (bare / "report.html").exists()
 
 
-def test_a_folder_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match="no run directory"):
         write_report(tmp_path / "nowhere")
     assert not (tmp_path / "nowhere").exists()
@@ -422,7 +422,7 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path):
         ("config.yaml", "- a\n- b\n", "name: value"),
     ],
 )
-def test_damaged_files_are_named_and_the_old_page_stays(whole, name, content, message):
+def test_damaged_files_are_named_and_the_old_page_is_kept(whole, name, content, message):
     before = write_report(whole).read_bytes()
     (whole / name).write_text(content)
     with pytest.raises(InputError, match=message) as caught:

@@ -17,7 +17,7 @@ def validation(step, loss):
     return {"kind": "validation", "step": step, "loss": loss}
 
 
-def test_a_cut_last_line_is_no_damage(tmp_path):
+def test_a_truncated_last_line_is_not_damage(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"kind": "train", "step": 1, "loss": 2}\n{"kind": "train", "note": "\xc3')
     assert read_metrics(path) == ([{"kind": "train", "step": 1, "loss": 2}], 0)
@@ -34,7 +34,7 @@ def test_unreadable_lines_before_the_last_are_counted(tmp_path):
     assert unreadable == 2
 
 
-def test_steps_taken_again_after_a_resume_count_once():
+def test_steps_repeated_after_a_resume_count_once():
     metrics = [
         validation(100, 1.0),
         validation(200, 0.1),
@@ -48,18 +48,18 @@ def test_steps_taken_again_after_a_resume_count_once():
     assert best_validation(metrics) == (200, 0.9)
 
 
-def test_losses_that_are_no_numbers_are_never_best():
+def test_losses_that_are_not_finite_are_never_best():
     assert best_validation([validation(1, float("nan")), validation(2, 3.0)]) == (2, 3.0)
     assert best_validation([validation(1, float("nan"))]) is None
     assert baselines([{"kind": "start", "uniform_loss": float("nan"), "unigram_loss": None}]) == {}
 
 
-def test_the_standard_error_is_that_of_a_share():
+def test_the_standard_error_is_that_of_a_proportion():
     assert standard_error(0.9, 180) == pytest.approx((0.9 * 0.1 / 180) ** 0.5)
     assert standard_error(1.0, 180) == 0
 
 
-def test_the_shape_comes_from_whichever_file_tells_it(tmp_path):
+def test_the_model_shape_is_read_from_any_file_that_has_it(tmp_path):
     start = {"kind": "start", "step": 0, "places": 64, "n_colors": 17}
     assert Run(tmp_path, {"n_layer": 4}, [start]).shape == {
         "objective": "autoregressive",
@@ -86,5 +86,5 @@ def test_the_source_is_the_name_that_the_user_gave(tmp_path):
     assert Run(tmp_path).source == tmp_path.name
 
 
-def test_nested_settings_become_flat():
+def test_nested_settings_are_flattened():
     assert flat({"a": 1, "b": {"c": {"d": 2}}}) == {"a": 1, "b.c.d": 2}

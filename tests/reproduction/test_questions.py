@@ -126,7 +126,7 @@ def test_intervals() -> None:
     subsets = accuracy_of_subsets([0.1, 0.2, 0.3], 50)  # Student's t of 2 degrees of freedom: 4.303
     assert subsets.value == pytest.approx(0.2)
     assert subsets.low == 0
-    assert subsets.half_width == subsets.high - subsets.value, "though the lower end stops at 0"
+    assert subsets.half_width == subsets.high - subsets.value, "although the lower end is cut at 0"
     of_labels, of_test = 4.303 * 0.1 / 3**0.5, accuracy_on(0.2, 50).half_width
     assert subsets.high - subsets.value == pytest.approx(
         (of_labels**2 + of_test**2) ** 0.5, rel=1e-3
@@ -134,7 +134,7 @@ def test_intervals() -> None:
     assert subsets.n == "3 label subsets, 50 images"
     same = accuracy_of_subsets([0.1, 0.1], 1000)
     assert same.half_width == pytest.approx(accuracy_on(0.1, 1000).half_width), (
-        "the images' part stays when all subsets agree"
+        "the images' part stays even if all subsets agree"
     )
 
 
@@ -144,7 +144,8 @@ def test_label_subsets_are_compared_pairwise(made: Made) -> None:
         [40, 60],
         [50, 70],
         [60, 80],
-    ]  # correct predictions of 100, by subset; those of the lower are also of the higher
+        # correct predictions of 100, by subset; the lower row's are also correct in the higher row
+    ]
     for subset, pair in enumerate(wins):
         for start, count in zip(("scratch", "ar"), pair, strict=True):
             made.finetuned(f"{start}-4-{subset}", count / 100, images=100, right=f"{subset}")
@@ -189,14 +190,14 @@ def test_a_result_of_an_earlier_version_is_refused(made: Made) -> None:
         ([0.3, 0.4, 0.5, 0.49], 2, "undecided"),  # the last layer is not clearly worse
         ([0.3, 0.4, 0.49, 0.5], 3, "undecided"),  # nor clearly better
         ([0.3, 0.4, 0.45, 0.5], 3, "no"),
-        ([0.3, 0.45, 0.5, 0.4], 1, "yes"),  # one peak, beside the layer that validation chose
-        ([0.5, 0.4, 0.3, 0.3], 0, "no"),  # the first is clearly best
+        ([0.3, 0.45, 0.5, 0.4], 1, "yes"),  # one peak, next to the layer that validation selected
+        ([0.5, 0.4, 0.3, 0.3], 0, "no"),  # the first layer is clearly best
         ([0.3, 0.5, 0.3, 0.5, 0.4], 3, "no"),  # two peaks
         (
             [0.48, 0.46, 0.44, 0.42, 0.53, 0.4],
             4,
             "no",
-        ),  # no single step of the fall is clear, all together are
+        ),  # no single step of the decrease is significant, all together are
     ],
 )
 def test_layers(made: Made, accuracies: list[float], best: int, held: str) -> None:
@@ -238,7 +239,7 @@ def test_lower_loss_and_larger_models(made: Made) -> None:
         (0.0, -0.1, "no", "in 0 of 3 sizes and clearly does not in 3"),
     ],
 )
-def test_what_does_not_hold_of_loss_and_size(
+def test_results_that_contradict_loss_and_size(
     made: Made, lead: float, gain: float, held: str, words: str
 ) -> None:
     answer = along_training(made, lead, gain)
@@ -246,7 +247,7 @@ def test_what_does_not_hold_of_loss_and_size(
     assert words in answer["verdict"]
 
 
-def test_losses_that_do_not_overlap_leave_it_open(made: Made) -> None:
+def test_losses_that_do_not_overlap_are_inconclusive(made: Made) -> None:
     along_training(made, lead=0.1, gain=0.1)
     made.run(SIZES[-1], dict.fromkeys(SCALE.snapshots, 0.5))
     answer = made.answer("loss")
@@ -258,8 +259,8 @@ def test_losses_that_do_not_overlap_leave_it_open(made: Made) -> None:
     ("ar", "bert", "ar_tuned", "bert_tuned", "held"),
     [
         (0.5, 0.4, 0.6, 0.6, "yes"),
-        (0.5, 0.4, 0.7, 0.55, "in part"),  # BERT stays behind
-        (0.5, 0.46, 0.6, 0.575, "in part"),  # the gap is smaller, but not clearly
+        (0.5, 0.4, 0.7, 0.55, "in part"),  # BERT is worse
+        (0.5, 0.46, 0.6, 0.575, "in part"),  # the difference is smaller, but not significantly
         (0.5, 0.49, 0.6, 0.6, "undecided"),
         (0.4, 0.5, 0.6, 0.6, "no"),
     ],
@@ -297,18 +298,18 @@ def by_labels(made: Made, tuned: float, scratch: float, raw: float = 0.2) -> dic
     return made.answer("finetuning")
 
 
-def test_finetuning_wins_throughout(made: Made) -> None:
+def test_finetuning_is_better_throughout(made: Made) -> None:
     answer = by_labels(made, tuned=0.6, scratch=0.35)
     assert answer["held"] == "yes"
     assert answer["plot"]["categories"] == [*(f"{few} per class" for few in SCALE.few), "all"]
     assert len(answer["table"]["rows"]) == 4 * (len(SCALE.few) + 1)
 
 
-def test_finetuning_wins_and_loses(made: Made) -> None:
+def test_finetuning_is_better_and_worse(made: Made) -> None:
     assert by_labels(made, tuned=0.28, scratch=0.6)["held"] == "in part"
 
 
-def test_finetuning_loses(made: Made) -> None:
+def test_finetuning_is_worse(made: Made) -> None:
     assert by_labels(made, tuned=0.1, scratch=0.35)["held"] == "no"
 
 
@@ -326,13 +327,14 @@ def test_resolutions_are_compared_image_by_image(made: Made) -> None:
     sides = sorted(SCALE.resolutions)
     for (
         side
-    ) in sides:  # the higher resolution is right on all images of the lower one, and on twenty more
+        # the higher resolution is correct on all images of the lower one, and on twenty more
+    ) in sides:
         values = [0.1, 0.31 if side == sides[-1] else 0.3]
         made.probe(f"at-{side}", values, 1, right="all", tokens=f"tokens/labelled-{side}")
     assert made.answer("resolution")["held"] == "yes"
 
 
-def test_what_is_not_done_is_named(made: Made) -> None:
+def test_missing_steps_are_named(made: Made) -> None:
     made.probe(f"{SIZES[0]}-{SCALE.steps}", [0.1, 0.2], 1)
     with pytest.raises(NotDone, match="probes/main"):
         made.answer("layers")

@@ -1,4 +1,4 @@
-"""A complete reproduction at toy length: all real commands, in two runs, and its page."""
+"""A complete reproduction with few steps: all real commands, in two runs, and its page."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_every_step_is_done_once(folder: Path) -> None:
     assert read_records(folder) == known, "a second call has nothing to do"
 
 
-def test_the_evidence_is_whole(folder: Path) -> None:
+def test_the_evidence_is_complete(folder: Path) -> None:
     evidence = json.loads((folder / "evidence.json").read_text())
     assert (evidence["format"], evidence["version"], evidence["complete"]) == (
         "igpt-reproduction",
@@ -96,7 +96,7 @@ def test_the_evidence_is_whole(folder: Path) -> None:
     assert own[1].endswith(")")
 
 
-def test_the_figures_say_what_the_files_say(folder: Path) -> None:
+def test_the_figures_show_the_numbers_of_the_files(folder: Path) -> None:
     """The numbers of an answer are those of the steps' files."""
     results = Results(folder, SMALL, read_records(folder))
     probe = json.loads((folder / "probes" / "main.json").read_text())
@@ -118,14 +118,14 @@ def test_the_figures_say_what_the_files_say(folder: Path) -> None:
     assert results.finetuned("ar", 1).value == pytest.approx(mean)
 
 
-def test_the_page_is_whole_and_by_itself(folder: Path) -> None:
+def test_the_page_is_complete_and_self_contained(folder: Path) -> None:
     text = (folder / "report.html").read_text()
     assert "This is a rehearsal with runs of toy length: its numbers mean nothing." in text
     for name in NAMES:
         assert f'<section id="{name}">' in text
     assert "Tried: twice as many steps" in text
     assert not re.search(r'(src|href|srcset)="(?!data:)', text), "nothing is loaded"
-    assert text.count("<h2>") == len(QUESTIONS) + 2  # completions, and what it was made with
+    assert text.count("<h2>") == len(QUESTIONS) + 2  # completions, and how they were made
 
 
 def test_the_markdown_refers_to_its_figures(folder: Path) -> None:
@@ -157,7 +157,7 @@ def test_stacked_pictures_keep_their_pixels(folder: Path) -> None:
             assert (shown[..., 3] == 255).all()
         if kind == "completions":
             assert not sheet[:, width : width + 12, 3].any(), (
-                "between them the page's own ground is seen"
+                "the background of the page is visible between them"
             )
 
 
@@ -177,7 +177,7 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
     assert ", and on H200 (igpt " in write_page(tmp_path, evidence).read_text()
 
 
-def test_labels_are_looked_at_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+def test_labels_are_checked_before_any_training(folder: Path, tmp_path: Path) -> None:
     out, source = tmp_path / "out", str(folder.parent / "images")
     shutil.copytree(folder / "tokens", out / "tokens")
     tokens = {
@@ -216,7 +216,7 @@ def test_mistakes_in_notes(folder: Path, tmp_path: Path) -> None:
         ("layers: {", "neither YAML nor JSON"),
     ],
 )
-def test_notes_that_are_no_text(tmp_path: Path, content: str, said: str) -> None:
+def test_notes_that_are_not_text(tmp_path: Path, content: str, said: str) -> None:
     (tmp_path / "notes.yaml").write_text(content)
     with pytest.raises(InputError, match=rf"notes\.yaml.*({said})") as refusal:
         reproduce(tmp_path, SMALL, "photographs", "photographs")
@@ -243,7 +243,7 @@ def test_a_second_reproduction_in_one_folder_is_refused(igpt, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
+def test_missing_steps_are_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     evidence = gather(Results(tmp_path, SMALL, {}), "photographs", "photographs")
     assert not evidence["complete"]
@@ -254,7 +254,7 @@ def test_what_is_not_done_is_said(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cpu", "gpu"])
 @pytest.mark.parametrize("rehearsal", [False, True])
-def test_the_graph_has_what_every_step_reads(name: str, rehearsal: bool) -> None:
+def test_the_graph_contains_the_inputs_of_every_step(name: str, rehearsal: bool) -> None:
     chosen: Scale = scale(name, rehearsal=rehearsal)
     done: set[str] = set()
     for step in steps(chosen, "corpus", "labelled"):

@@ -1,4 +1,4 @@
-"""Steps run once, in order, side by side, and resume after every kind of end."""
+"""Steps run once, in order, in parallel, and are resumed after every kind of end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from igpt.reproduction.steps import Step
 
 from ..helpers.commands import PROGRAM
 
-# A program that runs one slow step in the folder that it is given.
+# A program that runs one slow step in the given folder.
 _SLOW_STEP = f"""
 import sys
 from pathlib import Path
@@ -53,7 +53,7 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def test_steps_come_after_what_they_read_and_run_once(tmp_path: Path) -> None:
+def test_steps_run_once_and_after_their_inputs(tmp_path: Path) -> None:
     steps = [
         Step("last", ("need", "b"), after=("second",)),
         Step("second", ("write", "b"), after=("first",)),
@@ -66,7 +66,7 @@ def test_steps_come_after_what_they_read_and_run_once(tmp_path: Path) -> None:
     assert (tmp_path / LOGS / "first.log").read_text() == "$ igpt write a\n"
 
 
-def test_side_by_side_and_not(tmp_path: Path) -> None:
+def test_steps_in_parallel_and_in_sequence(tmp_path: Path) -> None:
     """The first step waits for a file of the second one."""
     steps = [Step("waits", ("wait", "made")), Step("makes", ("write", "made"))]
     assert go(steps, tmp_path / "two", jobs=2)[0]
@@ -76,7 +76,7 @@ def test_side_by_side_and_not(tmp_path: Path) -> None:
     assert read_records(tmp_path / "one")["waits"]["ended"] == "stopped"
 
 
-def test_the_cores_are_shared_out(tmp_path: Path) -> None:
+def test_the_cores_are_divided_among_steps(tmp_path: Path) -> None:
     before = os.environ.get("OMP_NUM_THREADS")
     for jobs in (1, 2, 64):
         go([Step(f"{jobs}", ("threads", f"{jobs}"))], tmp_path, jobs=jobs)
@@ -130,8 +130,8 @@ def test_an_exception_leaves_nothing_running(tmp_path: Path) -> None:
     assert read_records(tmp_path)["slow"]["ended"] == "stopped"
 
 
-def test_a_folder_that_prepare_has_finished_is_taken(tmp_path: Path) -> None:
-    """A kill may fall between the end of a step and its record."""
+def test_a_folder_that_prepare_has_finished_is_accepted(tmp_path: Path) -> None:
+    """A kill may happen between the end of a step and its record."""
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / "dataset.json").touch()
     assert go([Step("tokens", ("prepare", "source", "-o", "tokens"))], tmp_path)[0]
@@ -158,7 +158,7 @@ def stopped(steps: list[Step], folder: Path, when: Path) -> str:
     return str(stop.value)
 
 
-def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
+def test_ctrl_c_in_a_terminal_is_not_a_failure(tmp_path: Path) -> None:
     """The signal may reach all processes of the group at once."""
     process = subprocess.Popen(
         [sys.executable, "-c", _SLOW_STEP, tmp_path],
@@ -175,7 +175,7 @@ def test_ctrl_c_in_a_terminal_is_no_failure(tmp_path: Path) -> None:
     assert read_records(tmp_path)["slow"]["ended"] == "stopped"
 
 
-def test_a_run_directory_is_continued(tmp_path: Path) -> None:
+def test_a_run_directory_is_resumed(tmp_path: Path) -> None:
     step = Step("run", ("slow", "run/pid"), run=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").touch()
@@ -197,7 +197,7 @@ def test_a_failed_step_may_change_its_command(tmp_path: Path) -> None:
     assert go([Step("a", ("write", "a"))], tmp_path)[0]
 
 
-def test_sources_are_found_from_where_the_user_is(tmp_path: Path) -> None:
+def test_sources_are_relative_to_the_folder_of_the_user(tmp_path: Path) -> None:
     """Records contain the source as given; prepare, which runs in the folder, gets its path."""
     step = Step("a", ("prepare", "here", "here"))
     sources = {"here": tmp_path / "there"}
@@ -226,7 +226,7 @@ def test_a_signal_stops_all(tmp_path: Path) -> None:
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> None:
+def test_kill_9_ends_the_steps_and_a_second_process_is_refused(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", _SLOW_STEP, tmp_path])
     until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
     child = int((tmp_path / "pid").read_text())
@@ -238,7 +238,7 @@ def test_kill_9_ends_the_steps_and_two_at_once_are_refused(tmp_path: Path) -> No
     process.wait()
     until(lambda: not Path(f"/proc/{child}").exists() or _is_zombie(child))
     assert not (tmp_path / RECORD).exists()
-    assert go([Step("slow", ("write", "pid"))], tmp_path)[0], "the lock went with its owner"
+    assert go([Step("slow", ("write", "pid"))], tmp_path)[0], "the lock ended with its owner"
 
 
 def _is_zombie(pid: int) -> bool:

@@ -1,4 +1,4 @@
-"""Checkpoints that are kept, that are loaded, and that are damaged."""
+"""Checkpoints that are kept, loaded, and damaged."""
 
 import os
 from pathlib import Path
@@ -21,7 +21,7 @@ DATA = "__0_0.distcp"
 
 
 class Saved:
-    """A small model whose weights after so many steps are that number, and its checkpoints."""
+    """A small model whose weights after n steps are n, and its checkpoints."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.model = nn.Linear(3, 2)
@@ -32,7 +32,7 @@ class Saved:
         for step in steps:
             nn.init.constant_(self.model.weight, step)
             self.checkpoints.save(self.model, self.optimizers, TrainingState(step, best_step=best))
-            nn.init.constant_(self.model.weight, -1)  # what is written is a copy
+            nn.init.constant_(self.model.weight, -1)  # a copy is written
         self.checkpoints.finish()
 
     def load(self) -> tuple[int, list[str]]:
@@ -47,7 +47,7 @@ class Saved:
         )
 
 
-def test_a_damaged_one_is_replaced_by_the_next_save_and_good_ones_stay_until_then(
+def test_a_damaged_checkpoint_is_replaced_by_the_next_save_and_valid_ones_stay_until_then(
     tmp_path: Path,
 ) -> None:
     some = Saved(tmp_path, keep=2)
@@ -64,24 +64,26 @@ def test_a_damaged_one_is_replaced_by_the_next_save_and_good_ones_stay_until_the
     ]
     assert some.steps == [2, 6, 8]
     some.save(6, best=2)
-    assert some.steps == [2, 6], "the damaged one beyond is gone, the one of the same name replaced"
+    assert some.steps == [2, 6], (
+        "the later damaged one is removed, the one with the same name is replaced"
+    )
     assert newest_whole(tmp_path) == (tmp_path / "step-00000006", [])
     assert some.load() == (6, [f"resumed from {tmp_path}/step-00000006"])
 
 
-def test_good_ones_outlive_a_save_that_fails(tmp_path: Path) -> None:
+def test_valid_checkpoints_survive_a_save_that_fails(tmp_path: Path) -> None:
     some = Saved(tmp_path, keep=1)
     some.save(2, 4)
     (tmp_path / "step-00000006").write_text("in the way of the next one")
     with pytest.raises(OSError, match="step-00000006"):
         some.save(6)
     (tmp_path / "step-00000006").unlink()
-    assert some.steps == [4], "and nothing half-written"
+    assert some.steps == [4], "no incomplete one either"
     assert some.load()[0] == 4
 
 
 @pytest.mark.parametrize("name", [DATA, ".metadata", "state.json"])
-def test_every_missing_file_is_noticed(name: str, tmp_path: Path) -> None:
+def test_every_missing_file_is_detected(name: str, tmp_path: Path) -> None:
     some = Saved(tmp_path, keep=2)
     some.save(2, 4)
     (tmp_path / "step-00000004" / name).unlink()
@@ -95,7 +97,7 @@ def test_every_missing_file_is_noticed(name: str, tmp_path: Path) -> None:
         some.load()
 
 
-def test_the_optimisers_come_back_too(tmp_path: Path) -> None:
+def test_the_state_of_the_optimizers_is_restored(tmp_path: Path) -> None:
     some, other = Saved(tmp_path, keep=1), Saved(tmp_path, keep=1)
     some.model(torch.ones(1, 3)).sum().backward()
     for optimizer in some.optimizers:
@@ -107,7 +109,7 @@ def test_the_optimisers_come_back_too(tmp_path: Path) -> None:
     assert_same_tensors(*states)
 
 
-def test_the_newest_and_the_best_remain(
+def test_the_newest_and_the_best_are_kept(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     """With a too high learning rate the first validation is the best; two more end training."""

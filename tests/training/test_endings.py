@@ -20,7 +20,7 @@ def settings(digits: TokenDataset, short: dict[str, object], **changes: object) 
     return PretrainConfig.layered(short, {"tokens": digits.path, "steps": 12, **changes})
 
 
-def test_a_checkpoint_is_whole_before_an_error_lets_another_process_in(
+def test_a_checkpoint_is_complete_before_an_error_releases_the_lock(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, update = state.sha256_of, Engine.update
@@ -42,7 +42,7 @@ def test_a_checkpoint_is_whole_before_an_error_lets_another_process_in(
     assert not list((tmp_path / "run" / "checkpoints").glob(".step-*"))
 
 
-def test_asked_to_stop_twice_the_writer_gives_no_checkpoint_its_name(
+def test_a_second_request_to_stop_leaves_no_incomplete_checkpoint(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writers: list[Checkpoints] = []
@@ -77,7 +77,7 @@ def test_ctrl_c_during_the_last_save_is_not_lost(
     assert newest_whole(tmp_path / "run" / "checkpoints")[0].name == "step-00000012"
 
 
-def test_device_and_seconds_to_save_in_are_the_recorded_ones_unless_given_again(
+def test_device_and_seconds_for_saving_are_the_recorded_ones_unless_given_again(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     settings(digits, short, device="cpu", stop_seconds=99).save(tmp_path / "config.yaml")

@@ -1,4 +1,4 @@
-"""One step: recomputation, waiting for the device, memory. (Ranks: tests/distributed.)"""
+"""One step: recomputation, synchronization with the device, memory. (Ranks: tests/distributed.)"""
 
 import re
 import subprocess
@@ -27,7 +27,7 @@ def engine(settings: dict[str, Any] | None = None, **shape: Any) -> Engine:
     model = ImageGPT(ModelConfig.layered({**small, **shape}))
     torch.nn.init.normal_(
         model.lm_head.weight, std=0.1
-    )  # or nothing below it would have a gradient
+    )  # otherwise nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **(settings or {})})
     return Engine(model, config, ALONE, model.config.trained_as.loss)
 
@@ -42,14 +42,14 @@ def train_steps(some: Engine, steps: int = 3) -> list[list[float]]:
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_computing_activations_again_changes_nothing(recomputation: str, precision: str) -> None:
+def test_recomputing_activations_changes_nothing(recomputation: str, precision: str) -> None:
     kept = train_steps(engine({"precision": precision}))
     again = train_steps(engine({"precision": precision, "activation_checkpointing": recomputation}))
-    assert again == kept, "to the bit: the same operations on the same numbers"
+    assert again == kept, "bit for bit: the same operations on the same numbers"
     assert len({loss for loss, _, _ in kept}) == 3
 
 
-def test_selective_checkpointing_computes_no_product_again() -> None:
+def test_selective_checkpointing_recomputes_no_product() -> None:
     counts = {}
     for recomputation in ("none", "selective", "full"):
         some = engine({"activation_checkpointing": recomputation})
@@ -70,7 +70,7 @@ def test_compiled_blocks_give_the_same_and_keep_their_names() -> None:
 
 
 class Watch(TorchDispatchMode):
-    """Notes which operations run, and the largest tensor that any of them gives."""
+    """Record which operations run, and the largest tensor that any of them returns."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 1}, {"precision": "bf16"}], ids=str)
-def test_the_host_waits_for_nothing_in_a_step(settings: dict[str, Any]) -> None:
+def test_the_host_never_waits_for_the_device_in_a_step(settings: dict[str, Any]) -> None:
     """Every number that Python reads from a tensor goes through one operation."""
     waits = "aten._local_scalar_dense.default"
     some = engine(settings)
@@ -119,12 +119,13 @@ def test_no_n_by_n_attention_matrix_at_64_px(objective: str, precision: str) -> 
     with Watch() as watch:
         some.update((tokens(0, 1, 4096), *masks), 1e-3)
     assert 4096 * 64 <= watch.largest < 4096 * 4096 / 16, (
-        "the activations of 64 numbers a place are the largest"
+        "the activations of 64 numbers per position are the largest"
     )
 
 
-def test_freed_memory_is_kept_for_the_next_tensor() -> None:
-    """Count page faults of consecutive 64-MB products: 16 k each if memory is given back."""
+def test_freed_memory_is_reused_for_the_next_tensor() -> None:
+    """Count page faults of consecutive 64-MB products: 16 k each if memory is returned to the
+    system."""
     code = """
 import resource, torch
 from igpt.allocator import keep_freed_memory

@@ -1,4 +1,4 @@
-"""Fine-tuning by the command line: learning, selection, resuming, and errors."""
+"""Fine-tuning on the command line: training, selection, resuming, and errors."""
 
 import json
 import re
@@ -52,7 +52,9 @@ def classifier(
     return run
 
 
-def test_accuracy_is_real_and_chosen_on_validation(classifier: Path, digits: TokenDataset) -> None:
+def test_accuracy_is_above_chance_and_selected_on_validation(
+    classifier: Path, digits: TokenDataset
+) -> None:
     result = json.loads((classifier / "test.json").read_text())
     model = ImageGPT.from_pretrained(classifier / "model")
     assert model.config.class_names == tuple("0123456789")
@@ -125,7 +127,7 @@ SIZES = {
         ("autoregressive", {"generation_weight": 0.0}),
     ],
 )
-def test_all_losses_resume_to_the_bit(
+def test_all_losses_resume_bit_for_bit(
     objective: str, changes: dict[str, float], digits: TokenDataset, tmp_path: Path
 ) -> None:
     model = fresh_model(tmp_path / "model", digits, objective=objective)
@@ -146,8 +148,8 @@ def test_all_losses_resume_to_the_bit(
 
 
 def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: Path) -> None:
-    # The rate is zero in fp32: the head stays at zero, which any change of it, however small, would
-    # tell apart.
+    # The rate is zero in fp32: the head stays at zero, and any change of it, however small, would
+    # be detected.
     settings = {
         "model": short_run / "model",
         "tokens": digits.path,
@@ -172,7 +174,7 @@ def test_patience_stops_early(short_run: Path, digits: TokenDataset, tmp_path: P
     )
 
 
-def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(
+def test_bert_trains_on_masked_images_and_is_evaluated_on_complete_ones(
     digits: TokenDataset, tmp_path: Path
 ) -> None:
     model = fresh_model(tmp_path / "model", digits, objective="bert")
@@ -183,7 +185,7 @@ def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(
     tuned = ImageGPT.from_pretrained(tmp_path / "run" / "model")
     untuned = ImageGPT.from_pretrained(model)
     assert not torch.equal(tuned.lm_head.weight, untuned.lm_head.weight), (
-        "the masked places are predicted as well"
+        "the masked positions are predicted as well"
     )
     recorded = FinetuneConfig.load(tmp_path / "run" / "config.yaml")
     assert recorded.mask_probability == 0.15
@@ -200,10 +202,10 @@ def test_bert_trains_on_masked_images_and_is_judged_on_whole_ones(
     assert (result["modal"]["masks"], result["modal"]["images"]) == (5, len(labels))
 
 
-def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
+def test_the_masks_of_a_step_depend_only_on_seed_and_step(
     digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The objective gets the very masks that are drawn here, in the order of the batch's rows."""
+    """The objective gets the masks that are sampled here, in the order of the batch's rows."""
     import igpt.training.finetune as module
 
     seen = []
@@ -229,10 +231,10 @@ def test_the_masks_of_an_update_depend_on_seed_and_step_alone(
         assert np.array_equal(masks.numpy(), drawn), f"step {step}"
 
 
-def test_every_setting_reaches_the_training(
+def test_every_setting_is_used_in_training(
     digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Augmentation, loss weights, learning rate and seed are the ones asked for."""
+    """Augmentation, loss weights, learning rate and seed have the given values."""
     import igpt.training.finetune as module
 
     seen: list[Any] = []
@@ -295,7 +297,7 @@ def test_the_mode_is_over_masks_as_in_training(digits: TokenDataset, tmp_path: P
     assert modal["accuracy"] == pytest.approx((found.classes == test.labels).mean())
 
 
-def test_fold_back_repeats_a_constant_rate_only(digits: TokenDataset, tmp_path: Path) -> None:
+def test_fold_back_only_repeats_a_constant_rate(digits: TokenDataset, tmp_path: Path) -> None:
     model = fresh_model(tmp_path / "model", digits, objective="autoregressive")
     config = FinetuneConfig(model=model, tokens=digits.path, fold_back=True, schedule="cosine")
     with pytest.raises(InputError, match="--fold-back repeats a constant rate"):
@@ -324,7 +326,7 @@ def test_interpolation_to_another_resolution_is_reported(
         "--batch-size",
         8,
     ]
-    # The rate is zero in fp32: the weights stay what they were.
+    # The rate is zero in fp32: the weights do not change.
     done = igpt(*words, "--learning-rate", "1e-60", "--precision", "fp32")
     assert done.returncode == 0, done.stderr
     assert f"position embeddings: interpolated from 8 to {size} px" in done.stdout
@@ -338,7 +340,7 @@ def test_interpolation_to_another_resolution_is_reported(
         assert torch.equal(tuned.state_dict()[name], tensor), name
 
 
-def test_at_its_own_resolution_nothing_is_said(
+def test_nothing_is_reported_without_interpolation(
     igpt, classifier: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     done = igpt(
@@ -349,7 +351,7 @@ def test_at_its_own_resolution_nothing_is_said(
 
 
 def labelled(folder: Path, digits: TokenDataset, **labels: list[int]) -> Path:
-    """A data set of black images with these labels of its splits."""
+    """Write a data set of black images with these labels of its splits."""
     shards = {
         split: [
             write_shard(folder, split, np.zeros((len(of), 64), np.uint16), np.array(of, np.int32))
@@ -379,7 +381,7 @@ def labelled(folder: Path, digits: TokenDataset, **labels: list[int]) -> Path:
         (([0, 1, 2], [], [0]), "the split 'validation' is empty"),
     ],
 )
-def test_classes_that_do_not_allow_it_are_refused(
+def test_unsuitable_classes_are_refused(
     digits: TokenDataset, short_run: Path, tmp_path: Path, labels: tuple[list[int], ...], said: str
 ) -> None:
     (tmp_path / "tokens").mkdir()
@@ -387,10 +389,10 @@ def test_classes_that_do_not_allow_it_are_refused(
     tokens = labelled(tmp_path / "tokens", digits, train=train, validation=validation, test=test)
     with pytest.raises(InputError, match=said):
         finetune(FinetuneConfig(model=short_run / "model", tokens=tokens), tmp_path / "run")
-    assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
+    assert not (tmp_path / "run").exists(), "nothing starts before all settings were checked"
 
 
-def test_what_does_not_fit_is_refused(
+def test_inconsistent_settings_are_refused(
     short_run: Path, digits: TokenDataset, photographs: Path, tmp_path: Path
 ) -> None:
     plain = prepare(
@@ -414,13 +416,13 @@ def test_what_does_not_fit_is_refused(
     ):
         with pytest.raises(InputError, match=said):
             finetune(FinetuneConfig.layered(base, changes), tmp_path / "run")
-        assert not (tmp_path / "run").exists(), "nothing is begun before all is known to fit"
+        assert not (tmp_path / "run").exists(), "nothing starts before all settings were checked"
 
 
-def test_few_labels_and_few_images_to_judge_by(
+def test_few_labels_and_few_validation_images(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """The images that are trained on are the first draw of a probe by the same seed."""
+    """The training images are the first subset of a probe with the same seed."""
     few = ["--labels-per-class", 2, "--validation-images", 30, "--test-images", 20, "--seed", 3]
     short = ["--steps", 4, "--batch-size", 8, "--validate-every", 2, "--precision", "fp32"]
     done = igpt("finetune", short_run, digits.path, "-o", tmp_path / "run", *few, *short)
@@ -440,7 +442,7 @@ def test_few_labels_and_few_images_to_judge_by(
     predicted = predict(model, test.rows(np.arange(20)), np.arange(20)).classes
     assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
     rows = np.arange(20) * len(digits["test"]) // 20
-    assert (test.rows(np.arange(20)) == digits["test"].rows(rows)).all(), "spread evenly"
+    assert (test.rows(np.arange(20)) == digits["test"].rows(rows)).all(), "evenly spread"
 
 
 @pytest.mark.parametrize(
@@ -456,7 +458,7 @@ def test_few_labels_and_few_images_to_judge_by(
         ),
     ],
 )
-def test_few_labels_that_do_not_go(
+def test_impossible_few_labels_are_refused(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path, words: list[Any], line: str
 ) -> None:
     done = igpt("finetune", short_run, digits.path, "-o", tmp_path / "run", *words)

@@ -1,4 +1,4 @@
-"""A run without a first step can be started again; one that has begun cannot."""
+"""A run without a first step can be started again; one with a first step cannot."""
 
 import shutil
 import signal
@@ -37,7 +37,7 @@ def fail_in_the_first_step(
     assert (run / "config.yaml").exists()
 
 
-def test_an_error_in_the_first_step_is_no_start(
+def test_after_an_error_in_the_first_step_the_run_can_be_started_again(
     config: PretrainConfig, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -48,10 +48,10 @@ def test_an_error_in_the_first_step_is_no_start(
     pretrain(config, run)
     assert_same_run(short_run, run, tmp_path)
     assert read_settings(run / "config.yaml")["batch_size"] == 16
-    assert not (run / "snapshots").exists(), "of the settings that were given up"
+    assert not (run / "snapshots").exists(), "of the earlier settings"
 
 
-def test_resuming_starts_it_with_the_recorded_settings(
+def test_resuming_uses_the_recorded_settings(
     config: PretrainConfig, short_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fail_in_the_first_step(tmp_path / "run", config, monkeypatch)
@@ -59,7 +59,7 @@ def test_resuming_starts_it_with_the_recorded_settings(
     assert_same_run(short_run, tmp_path / "run", tmp_path)
 
 
-def test_a_kill_before_the_first_step_is_no_start(
+def test_after_a_kill_before_the_first_step_the_run_can_be_started_again(
     digits: TokenDataset, short_flags: list[str], short_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -75,7 +75,7 @@ def test_a_kill_before_the_first_step_is_no_start(
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_a_run_that_has_begun_is_not_overwritten(
+def test_a_run_with_steps_is_not_overwritten(
     config: PretrainConfig, short_run: Path, tmp_path: Path
 ) -> None:
     for kept in ("checkpoints", "model", "metrics.jsonl"):
@@ -90,7 +90,7 @@ def test_a_run_that_has_begun_is_not_overwritten(
 
 
 @pytest.mark.parametrize("kind", ["train", "validation", "end"])
-def test_a_line_of_training_is_a_beginning(kind: str, tmp_path: Path) -> None:
+def test_a_line_of_metrics_counts_as_a_first_step(kind: str, tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl")
     metrics.write("start", 0)
     metrics.write("machine", 0)
@@ -111,10 +111,8 @@ def test_metrics_that_cannot_be_read_are_not_overwritten(
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "rates/mine", "checkpoints/mine"])
-def test_files_of_somebody_else_are_not_overwritten(
-    name: str, config: PretrainConfig, tmp_path: Path
-) -> None:
-    """A settings file in the present folder, say, with `-o .`."""
+def test_other_files_are_not_overwritten(name: str, config: PretrainConfig, tmp_path: Path) -> None:
+    """A settings file in the current folder, for example, with `-o .`."""
     run = tmp_path / "run"
     (run / name).parent.mkdir(parents=True)
     (run / name).write_text("mine: 1\n")
@@ -123,7 +121,7 @@ def test_files_of_somebody_else_are_not_overwritten(
     assert (run / name).read_text() == "mine: 1\n"
 
 
-def test_nothing_but_what_a_start_wrote_is_removed(
+def test_only_files_that_a_start_wrote_are_removed(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -136,7 +134,7 @@ def test_nothing_but_what_a_start_wrote_is_removed(
     assert all(path.read_text() == "mine" for path in mine)
 
 
-def test_a_search_over_rates_that_did_not_begin_is_started_again(
+def test_a_search_over_rates_without_a_step_can_be_started_again(
     short_run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {
@@ -158,7 +156,7 @@ def test_a_search_over_rates_that_did_not_begin_is_started_again(
         finetune(searched, tmp_path / "run")
 
 
-def test_control_c_before_the_loop_ends_in_a_line_and_nothing_half_written(
+def test_control_c_before_the_loop_is_one_line_and_leaves_nothing_incomplete(
     digits: TokenDataset, short_flags: list[str], short_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -169,7 +167,7 @@ def test_control_c_before_the_loop_ends_in_a_line_and_nothing_half_written(
         command.send(signal.SIGINT)
         assert command.code() == 130, command.out + command.err
         assert command.complaint
-        # A lock that was just being made may stay; whoever comes next takes it over.
+        # A lock that was just being created may stay; the next process takes it over.
         assert not [path for path in run.glob(".*") if path.name != ".lock"], "no temporary file"
         if run.exists() and has_begun(run):
             shutil.rmtree(run)  # it was faster than the signal, and has saved
@@ -179,10 +177,10 @@ def test_control_c_before_the_loop_ends_in_a_line_and_nothing_half_written(
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_control_c_anywhere_in_the_setup_leaves_a_directory_that_can_be_started(
+def test_control_c_during_the_setup_leaves_a_directory_that_can_be_started(
     config: PretrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At each of the calls that the setup consists of."""
+    """At each of the calls of the setup."""
 
     def interrupt(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt

@@ -52,7 +52,7 @@ def test_eight_kills_at_random_moments_change_nothing(
         command.send(signal.SIGKILL)
         assert command.code() == -signal.SIGKILL, command.err
         cut_off += bool(left_behind(run))
-    assert cut_off, "no kill fell into a save"
+    assert cut_off, "no kill happened during a save"
     last = Command(tmp_path, *words, "--resume")
     assert last.code() == 0, last.err
     assert "resumed from" in last.out
@@ -63,7 +63,7 @@ def test_eight_kills_at_random_moments_change_nothing(
 
 @pytest.fixture(scope="module")
 def half_held_out(tmp_path_factory: pytest.TempPathFactory) -> TokenDataset:
-    """The digits with 809 images to validate on."""
+    """Write the digits with 809 validation images."""
     settings = PrepareConfig(size=8, held_out=0.45)
     return prepare("digits", tmp_path_factory.mktemp("tokens") / "half", settings)
 
@@ -94,16 +94,16 @@ def test_a_step_that_outlasts_the_deadline_is_abandoned(
     assert (
         command.complaint == f"igpt: not saved within 0.1 seconds; the newest checkpoint: {newest}"
     )
-    assert max(losses(run)) == 1, "the second update was not waited for"
+    assert max(losses(run)) == 1, "the second step was not waited for"
     last = Command(tmp_path, *words, "-o", run, "--resume")
     assert last.code() == 0, last.err
     assert_same_run(tmp_path / "whole", run, tmp_path)
 
 
-def test_a_validation_is_cut_short_and_made_up_for(
+def test_an_interrupted_validation_is_repeated_after_resuming(
     half_held_out: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
-    """The last one too, after which nothing else is left to do."""
+    """Including the last one, after which nothing else remains to be done."""
     few = [
         "--batch-size",
         4,

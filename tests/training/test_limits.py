@@ -65,7 +65,7 @@ def test_absurd_sizes_are_refused_within_a_second(
     assert not (tmp_path / "run").exists()
 
 
-def test_this_machine_is_asked(
+def test_the_limit_is_the_memory_of_this_machine(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     config = PretrainConfig.layered({**short, "tokens": digits.path, "n_layer": 10**9})
@@ -87,7 +87,7 @@ def test_a_model_that_just_fits_passes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_state_is_what_optimisers_really_hold(optimizer: str) -> None:
+def test_the_estimated_state_is_that_of_real_optimizers(optimizer: str) -> None:
     from igpt.training.optimizer import make_optimizers
 
     model = ImageGPT(SMALL)
@@ -135,7 +135,7 @@ def test_a_single_image_that_is_too_large(monkeypatch: pytest.MonkeyPatch) -> No
     require_memory(large, TrainConfig(batch_size=1, activation_checkpointing="full"), ALONE)
 
 
-def test_where_nothing_is_known_nothing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_refused_if_the_memory_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "memory_limit", lambda: None)
     require_memory(SMALL.model_copy(update={"n_layer": 10**9}), TrainConfig(), ALONE)
 

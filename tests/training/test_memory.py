@@ -10,13 +10,13 @@ from igpt.training.settings import TrainConfig
 
 from ..helpers.live_tensors import as_on_a_gpu, measure_update
 
-# 289 places: with 256 or fewer, bf16 takes another attention on a CPU.
+# 289 positions: with 256 or fewer, bf16 takes another attention on a CPU.
 SMALL = ModelConfig(resolution=17, n_layer=4, n_embd=128, n_head=4)
 WIDE = ModelConfig(resolution=24, n_layer=3, n_embd=512, n_head=8)
 
 DEEP = ModelConfig(
     resolution=8, n_layer=8, n_embd=256, n_head=4
-)  # gradients grow faster than activations fall
+)  # gradients grow faster than activations shrink
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -27,7 +27,7 @@ def settings(**changes: Any) -> TrainConfig:
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("recomputation", ["none", "selective", "full"])
-def test_a_real_update(precision: str, recomputation: str) -> None:
+def test_a_real_step(precision: str, recomputation: str) -> None:
     one = settings(precision=precision, activation_checkpointing=recomputation)
     with as_on_a_gpu():
         measured = measure_update(SMALL, one).peak
@@ -35,7 +35,7 @@ def test_a_real_update(precision: str, recomputation: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_a_real_update_with_the_operations_of_a_cpu(precision: str) -> None:
+def test_a_real_step_with_the_operations_of_a_cpu(precision: str) -> None:
     """On a CPU, fp32 also keeps scaled copies of the MLPs' weights."""
     one = settings(precision=precision)
     scaled = 4 * 8 * SMALL.n_embd**2 * SMALL.n_layer * (precision == "fp32")
@@ -104,7 +104,7 @@ def test_what_a_block_keeps() -> None:
             )
 
 
-def test_sharding_divides_what_stays_and_ddp_doubles_gradients_that_accumulate() -> None:
+def test_sharding_divides_the_state_and_ddp_doubles_accumulated_gradients() -> None:
     whole, accumulated = (
         peak_memory(WIDE, settings(batch_size=16, micro_batch_size=size), 8) for size in (2, 1)
     )

@@ -1,4 +1,4 @@
-"""metrics.jsonl is read line by line against a schema, and what is printed is printed as it is."""
+"""metrics.jsonl is read line by line against a schema, and paths are printed unchanged."""
 
 import io
 import json
@@ -48,9 +48,7 @@ TRAIN = {"kind": "train", "step": 1, "loss": 2.5}
         (b'{"kind": "' + b"x" * 2_000_000 + b'"}', "not readable as JSON"),
     ],
 )
-def test_a_line_that_is_no_record_is_named_with_its_key(
-    line: bytes, said: str, tmp_path: Path
-) -> None:
+def test_an_invalid_line_is_named_with_its_key(line: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     whole = json.dumps(TRAIN).encode() + b"\n"
     path.write_bytes(whole + line + b"\n" + whole)
@@ -65,7 +63,7 @@ def test_a_line_that_is_no_record_is_named_with_its_key(
     assert (unreadable > 0) == bool(line)
 
 
-def test_what_other_versions_may_add_passes(tmp_path: Path) -> None:
+def test_keys_that_other_versions_may_add_are_accepted(tmp_path: Path) -> None:
     lines = [{"kind": "weather", "step": 3, "sun": True}, {**TRAIN, "more": [1, {"a": None}]}]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -76,7 +74,7 @@ def test_what_other_versions_may_add_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tail", [b'{"kind": "train", "st', b"\x00" * 100, b"\xc3", b'{"kind": "train"}']
 )
-def test_a_last_line_without_an_end_is_a_kill_and_no_damage(tail: bytes, tmp_path: Path) -> None:
+def test_a_truncated_last_line_is_not_damage(tail: bytes, tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(json.dumps(TRAIN).encode() + b"\n" + tail)
     assert read_metrics(path) == [TRAIN]
@@ -94,7 +92,7 @@ def test_a_damaged_line_is_not_dropped_when_a_run_is_resumed(tmp_path: Path) -> 
     assert metrics.path.read_bytes() == damaged
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_files_that_are_not_metrics(tmp_path: Path) -> None:
     for read in (read_metrics, readable_metrics):
         with pytest.raises(InputError, match=r"no metrics at .*: metrics\.jsonl is missing"):
             read(tmp_path / "metrics.jsonl")
@@ -123,7 +121,7 @@ def test_paths_are_never_markup(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.fixture
 def lost_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Standard output as a pipe that `head` has closed."""
+    """Return standard output as a pipe whose reader was closed, as by `head`."""
     reader, writer = os.pipe()
     os.close(reader)
     with os.fdopen(writer, "w") as out:
@@ -132,7 +130,7 @@ def lost_reader(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("lost_reader")
-def test_a_training_goes_on_when_nobody_reads_it(
+def test_training_continues_if_stdout_is_closed(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     config = PretrainConfig.layered({**short, "tokens": digits.path, "steps": 16})

@@ -101,7 +101,7 @@ def test_images_and_mfu_are_recorded(short_run: Path) -> None:
         assert 0 < line["utilisation"] < 1
 
 
-def test_snapshots_are_the_model_as_it_was(
+def test_snapshots_are_the_model_at_their_step(
     igpt, digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     """Snapshots of the initial weights and of the best step, with their losses."""

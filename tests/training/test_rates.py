@@ -1,4 +1,4 @@
-"""A search over learning rates, and the last training with validation images."""
+"""A search over learning rates, and the final training with validation images."""
 
 import json
 import re
@@ -23,7 +23,7 @@ from igpt.training.metrics import read_metrics
 
 from ..helpers.runs import Command, has_logged
 
-RATES = [1e-4, 1e-2, 1e-3]  # the middle one learns most in so few steps
+RATES = [1e-4, 1e-2, 1e-3]  # the middle one decreases the loss most in so few steps
 SHORT = {"steps": 30, "batch_size": 16, "validate_every": 10, "checkpoint_every": 5, "log_every": 1}
 SETTINGS = {**SHORT, "precision": "fp32", "seed": 2, "shift": 1}
 
@@ -76,7 +76,7 @@ def chosen(searched: Path) -> Path:
     return searched / "rates" / "0.01"
 
 
-def test_validation_chooses_the_rate(searched: Path, chosen: Path, digits: TokenDataset) -> None:
+def test_validation_selects_the_rate(searched: Path, chosen: Path, digits: TokenDataset) -> None:
     result = result_of(searched)
     found = {}
     for rate, tried in zip(RATES, result["rates"], strict=True):
@@ -88,7 +88,7 @@ def test_validation_chooses_the_rate(searched: Path, chosen: Path, digits: Token
         assert tried["validation_accuracy"] == pytest.approx(1 - errors[best])
         assert accuracy(folder, digits["validation"]) == pytest.approx(1 - errors[best])
         found[rate] = 1 - errors[best]
-    assert max(found.values()) == found[1e-2] > found[1e-3], "otherwise nothing is shown"
+    assert max(found.values()) == found[1e-2] > found[1e-3], "otherwise the test is meaningless"
     assert (result["learning_rate"], result["validation_accuracy"]) == (
         1e-2,
         pytest.approx(found[1e-2]),
@@ -99,10 +99,10 @@ def test_validation_chooses_the_rate(searched: Path, chosen: Path, digits: Token
     assert (settings["learning_rate"], settings["learning_rates"]) == (1e-2, RATES)
 
 
-def test_each_rate_is_the_run_that_it_would_be_alone(
+def test_each_rate_gives_the_same_run_as_alone(
     chosen: Path, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """The last one, before which two others were trained in the same process."""
+    """In particular the last one, before which two others were trained in the same process."""
     alone = {"model": short_run / "model", "tokens": digits.path, "learning_rate": 1e-3, **SETTINGS}
     finetune(FinetuneConfig.layered(alone), tmp_path / "run")
     other = chosen.parent / "0.001"
@@ -114,10 +114,11 @@ def test_each_rate_is_the_run_that_it_would_be_alone(
     assert recorded[0] == recorded[1]
 
 
-def test_the_last_training_is_on_all_images_for_the_chosen_epochs(
+def test_the_final_training_is_on_all_images_for_the_selected_epochs(
     searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """As a run on a data set whose training images are all of them, chosen by nothing."""
+    """It equals a run on a data set whose training images are all of them, without any
+    selection."""
     result = result_of(searched)
     train, validation = digits["train"], digits["validation"]
     count = len(train) + len(validation)
@@ -192,14 +193,14 @@ def test_kills_in_every_part_change_nothing(
         command.send(signal.SIGKILL)
         assert command.code() == -signal.SIGKILL
         assert not (run / "test.json").exists()
-        assert not (run / "model").exists(), "nothing half-chosen"
+        assert not (run / "model").exists(), "nothing half-selected"
     last = Command(tmp_path, *words, "--resume")
     assert last.code() == 0, last.err
     assert result_of(run) == result_of(searched)
     for part in (".", *parts):
         assert weights(run / part) == weights(searched / part), part
     for part in parts:
-        assert len(lines(run / part, "resume")) == 1, "what had ended was not taken up again"
+        assert len(lines(run / part, "resume")) == 1, "finished trainings were not repeated"
         losses = [
             [line["loss"] for line in lines(home / part, "train")] for home in (run, searched)
         ]
@@ -209,7 +210,7 @@ def test_kills_in_every_part_change_nothing(
 def test_a_kill_while_the_result_is_written_changes_nothing(
     igpt, searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """All was trained, and the model and the settings stand already."""
+    """All training was finished, and the model and the settings exist already."""
     run = tmp_path / "run"
     shutil.copytree(searched, run, ignore=shutil.ignore_patterns("checkpoints"))
     (run / "test.json").unlink()
@@ -221,10 +222,10 @@ def test_a_kill_while_the_result_is_written_changes_nothing(
     assert not list(run.rglob("checkpoints")), "nothing was trained"
 
 
-def test_a_model_that_changes_on_the_way_is_refused(
+def test_a_model_that_changes_between_trainings_is_refused(
     short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """A model that changes in between would give later trainings other initial weights."""
+    """Otherwise later trainings would have other initial weights."""
     shutil.copytree(short_run / "model", tmp_path / "model")
     config = FinetuneConfig.layered(
         {"model": tmp_path / "model", "tokens": digits.path, "fold_back": True}, SETTINGS
@@ -243,7 +244,7 @@ def test_a_model_that_changes_on_the_way_is_refused(
         finetune(config, tmp_path / "ended", resume=True)
 
 
-def test_a_signal_says_how_to_go_on(
+def test_the_message_after_a_signal_names_the_command_to_resume(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -270,12 +271,12 @@ def test_a_signal_says_how_to_go_on(
     assert done.returncode == 0, done.stderr
     assert result_of(run)["learning_rate"] == 1e-2
     assert weights(run) == weights(run / "rates" / "0.01"), (
-        "nothing is folded back unless it is asked for"
+        "there is no fold-back unless it is requested"
     )
 
 
 @pytest.mark.parametrize("rates", [(1e-60, 2e-60), (2e-60, 1e-60)])
-def test_of_equals_the_lower_rate_is_taken(
+def test_of_equal_results_the_lower_rate_is_selected(
     short_run: Path, digits: TokenDataset, tmp_path: Path, rates: tuple[float, float]
 ) -> None:
     """Both are zero in fp32."""
@@ -321,7 +322,7 @@ def test_a_rate_that_diverges_is_not_selected(
     )
 
 
-def test_weights_that_are_broken_never_win(
+def test_nan_weights_are_never_selected(
     short_run: Path, digits: TokenDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With too few steps to diverge: predictions from NaN logits must not count."""
@@ -337,10 +338,11 @@ def test_weights_that_are_broken_never_win(
     assert result_of(tmp_path / "run")["learning_rate"] == 1e-3
 
 
-def test_files_give_way_to_words(
+def test_words_override_settings_files(
     igpt, searched: Path, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
-    """The settings of a search serve another run, of another model, with one rate or others."""
+    """The settings of a search can be used for another run, of another model, with one rate or
+    others."""
     shutil.copytree(short_run / "model", tmp_path / "other")
     words = [
         "finetune",
@@ -361,7 +363,7 @@ def test_files_give_way_to_words(
     assert [one["learning_rate"] for one in result_of(tmp_path / "two")["rates"]] == [1e-4, 1e-3]
 
 
-def test_rates_that_do_not_fit_are_refused(
+def test_invalid_rates_are_refused(
     short_run: Path, digits: TokenDataset, igpt, tmp_path: Path
 ) -> None:
     words = ["finetune", short_run, digits.path, "-o", tmp_path / "run"]
@@ -391,7 +393,9 @@ def test_the_kind_of_a_run_is_recorded_or_follows_from_its_settings(
         assert run_kind(environment, read_settings(run / "config.yaml")) == kind, "as in igpt 0.1.0"
 
 
-def test_runs_are_not_mixed_up(igpt, searched: Path, short_run: Path, digits: TokenDataset) -> None:
+def test_searches_and_single_runs_are_not_mixed(
+    igpt, searched: Path, short_run: Path, digits: TokenDataset
+) -> None:
     words = ["finetune", short_run, digits.path, "-o", searched]
     assert "exists already" in igpt(*words).stderr
     assert (

@@ -79,12 +79,12 @@ def test_bert_and_muon_resume_exactly_too(
     pretrain(config, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     for folder in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(folder)  # as if it had been killed after update 18
+        shutil.rmtree(folder)  # as if it had been killed after step 18
     pretrain(config, tmp_path / "cut", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "cut", tmp_path)
 
 
-def test_micro_batches_change_nothing_but_rounding(
+def test_micro_batches_only_change_rounding(
     digits: TokenDataset, short: dict[str, object], short_run: Path, tmp_path: Path
 ) -> None:
     pretrain(
@@ -95,7 +95,7 @@ def test_micro_batches_change_nothing_but_rounding(
         assert loss == pytest.approx(losses(short_run)[step], abs=2e-5)
 
 
-def test_damaged_checkpoints_are_passed_over_and_named(
+def test_damaged_checkpoints_are_skipped_and_named(
     igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -128,7 +128,7 @@ def test_damaged_checkpoints_are_passed_over_and_named(
     assert newest_whole(run / "checkpoints") == (newest, []), "it was replaced"
 
 
-def test_no_whole_checkpoint_is_an_error(
+def test_without_a_valid_checkpoint_resuming_is_an_error(
     igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -142,7 +142,7 @@ def test_no_whole_checkpoint_is_an_error(
     assert "no whole checkpoint" in done.stderr
 
 
-def test_run_directories_are_not_mixed_up(
+def test_run_directories_of_pretraining_and_fine_tuning_are_not_mixed(
     igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
 ) -> None:
     for words, expected in [
@@ -158,7 +158,7 @@ def test_run_directories_are_not_mixed_up(
         assert expected in done.stderr
 
 
-def test_the_interrupted_command_may_say_auto_and_things_may_move(
+def test_a_run_with_automatic_settings_can_be_resumed_after_moving(
     igpt, digits: TokenDataset, short_run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(short_run, tmp_path / "run")
@@ -208,7 +208,7 @@ def test_diverging_loss_stops_and_names_the_last_checkpoint(
         else 0
     )
     steps = reached - ("at step" in line)
-    assert good < steps, "the newest one holds the very weights that gave this loss"
+    assert good < steps, "the newest one contains the weights that gave this loss"
 
 
 def test_full_disk_is_one_line_and_loses_nothing(
@@ -220,13 +220,13 @@ def test_full_disk_is_one_line_and_loses_nothing(
     command = Command(tmp_path, *words, largest_file=150_000)
     assert command.code() == 2
     assert "File too large" in command.complaint
-    assert not list((run / "checkpoints").glob("*")), "something half-written was left"
+    assert not list((run / "checkpoints").glob("*")), "something incomplete was left"
     again = igpt("pretrain", digits.path, "-o", run, "--resume")
     assert again.returncode == 0, again.stderr
     assert_same_run(short_run, run, tmp_path)
 
 
-def test_metrics_survive_a_cut_last_line(tmp_path: Path) -> None:
+def test_metrics_with_a_truncated_last_line_are_continued(tmp_path: Path) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl")
     for step in range(4):
         metrics.write("train", step, loss=1.0)

@@ -27,7 +27,7 @@ FINE, NO_LOSS, NO_GRADIENT = range(3)
 
 
 def troubled(model: ImageGPT, tokens: Tensor, trouble: Tensor) -> Summed:
-    """The autoregressive objective; batches say what goes wrong with it."""
+    """The autoregressive objective, with errors that the batches select."""
     summed, count = Autoregressive().loss(model, tokens)
     if (trouble == NO_LOSS).any():
         summed = summed * torch.nan
@@ -48,7 +48,7 @@ def make_engine(settings: dict[str, Any]) -> Engine:
     model = ImageGPT(ModelConfig(resolution=4, n_colors=16, n_layer=2, n_embd=16, n_head=2))
     torch.nn.init.normal_(
         model.lm_head.weight, std=0.1
-    )  # or nothing below it would have a gradient
+    )  # otherwise nothing below it would have a gradient
     common = {"batch_size": 4, "micro_batch_size": 2, "precision": "fp32", "weight_decay": 0.1}
     return Engine(
         model,
@@ -59,7 +59,7 @@ def make_engine(settings: dict[str, Any]) -> Engine:
 
 
 def state(engine: Engine) -> list[Any]:
-    """Copies of the weights and of what the optimisers remember."""
+    """Return copies of the weights and of the optimizers' state."""
     kept = [
         engine.model.state_dict(),
         *(optimizer.state_dict()["state"] for optimizer in engine.optimizers),
@@ -81,7 +81,7 @@ def test_a_skipped_step_changes_no_bit(optimizer: str, trouble: int) -> None:
     engine, other = make_engine({"optimizer": optimizer}), make_engine({"optimizer": optimizer})
     assert len(engine.optimizers) == (2 if optimizer == "muon" else 1)
     for number in range(4):
-        if number in (0, 2):  # of the first one, the optimisers have no state yet
+        if number in (0, 2):  # after the first step, the optimizers have no state yet
             before = state(engine)
             loss, norm, skipped = engine.update(batch(9, trouble), 1e-2).tolist()
             assert skipped == 1
@@ -103,7 +103,7 @@ def train(
     objective: int = NO_LOSS,
     **settings: object,
 ) -> TrainingState:
-    """A run of 12 steps, in which those of some numbers (from 1) go wrong."""
+    """Run 12 steps, of which those with some numbers (from 1) have errors."""
     common = {"steps": 12, "learning_rate": 1e-2, "log_every": 1, "checkpoint_every": 1}
     engine = make_engine({**common, **settings})
 
@@ -125,7 +125,7 @@ def counts(run: Path) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_a_run_continues_after_a_few(optimizer: str, tmp_path: Path) -> None:
+def test_a_run_continues_after_few_skipped_steps(optimizer: str, tmp_path: Path) -> None:
     progress = train(tmp_path, {3, 6, 7}, max_skipped=3, optimizer=optimizer)
     assert (progress.step, progress.skipped) == (12, 3)
     assert counts(tmp_path) == {1: 0, 2: 0, 4: 1, 5: 1, 8: 3, 9: 3, 10: 3, 11: 3, 12: 3}
@@ -133,7 +133,7 @@ def test_a_run_continues_after_a_few(optimizer: str, tmp_path: Path) -> None:
     assert all(loss == loss for loss in losses(tmp_path).values())
 
 
-def test_lines_have_the_mean_of_the_other_steps(tmp_path: Path) -> None:
+def test_metrics_have_the_mean_of_the_other_steps(tmp_path: Path) -> None:
     (tmp_path / "every").mkdir()
     train(tmp_path / "every", {3, 4, 6})
     train(tmp_path / "second", {3, 4, 6}, log_every=2)
@@ -144,10 +144,10 @@ def test_lines_have_the_mean_of_the_other_steps(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("objective", [NO_LOSS, NO_GRADIENT], ids=["loss", "gradient"])
-def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(
+def test_too_many_skipped_steps_stop_the_run_and_name_an_earlier_checkpoint(
     objective: int, tmp_path: Path
 ) -> None:
-    """The two newest ones hold the weights that caused the trouble."""
+    """The two newest ones contain the weights that caused the errors."""
     troubles = {3, 6, 7, 8}
     with pytest.raises(InputError, match="at step 8, and 4 steps were skipped so far") as caught:
         train(tmp_path, troubles, max_skipped=3, objective=objective)
@@ -157,7 +157,7 @@ def test_too_many_stop_the_run_and_name_a_checkpoint_from_before(
     assert step_of(good) in map(step_of, checkpoints(tmp_path / "checkpoints"))
 
 
-def test_the_count_survives_stops(tmp_path: Path) -> None:
+def test_the_count_is_kept_when_resuming(tmp_path: Path) -> None:
     troubles = {3, 6, 9}
     train(tmp_path / "whole", troubles, max_skipped=3)
     for allowed, at in ((0, 3), (1, 6), (2, 9)):
@@ -169,6 +169,6 @@ def test_the_count_survives_stops(tmp_path: Path) -> None:
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
-def test_nothing_good_was_kept(tmp_path: Path) -> None:
+def test_no_earlier_checkpoint_exists(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at step 1; there is no earlier checkpoint"):
         train(tmp_path, {1}, max_skipped=0)

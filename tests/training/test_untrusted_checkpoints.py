@@ -1,4 +1,4 @@
-"""Checkpoints with code or changed bytes: nothing is executed, nothing damaged is resumed."""
+"""Checkpoints with code or changed bytes: nothing is executed, and nothing damaged is resumed."""
 
 import hashlib
 import io
@@ -50,20 +50,20 @@ def replace_metadata(checkpoint: Path, marker: Path) -> None:
 
 
 def extend_metadata(checkpoint: Path, marker: Path) -> None:
-    """Within the metadata's own classes, which are otherwise as they were."""
+    """Use the metadata's own classes, with one addition."""
     metadata = pickle.loads((checkpoint / METADATA).read_bytes())
     metadata.planner_data["model.weight"] = Payload(marker)
     (checkpoint / METADATA).write_bytes(pickle.dumps(metadata))
 
 
 def call_metadata(checkpoint: Path, marker: Path) -> None:
-    """By the oldest protocol, whose names are text: a call of a function by its dotted name."""
+    """Use the oldest protocol, whose names are text: a call of a function by its dotted name."""
     command = f"open({str(marker)!r}, 'w').write('executed')"
     (checkpoint / METADATA).write_bytes(f"cbuiltins\nexec\n(V{command}\ntR.".encode())
 
 
 def replace_entry(checkpoint: Path, marker: Path) -> None:
-    """In an optimiser's setting, which is no tensor."""
+    """Put it into an optimizer's setting, which is not a tensor."""
     metadata = pickle.loads((checkpoint / METADATA).read_bytes())
     content = (checkpoint / DATA).read_bytes()
     entry = io.BytesIO()
@@ -82,10 +82,10 @@ ATTACKS = [replace_metadata, extend_metadata, call_metadata, replace_entry]
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_the_payloads_work_where_they_are_trusted(
+def test_the_payloads_work_if_they_are_trusted(
     attack: Callable[[Path, Path], None], tmp_path: Path
 ) -> None:
-    """Otherwise the tests below would show nothing."""
+    """Otherwise the tests below would be meaningless."""
     Saved(tmp_path / "saved", keep=1).save(2)
     checkpoint = tmp_path / "saved" / "step-00000002"
     attack(checkpoint, tmp_path / "marker")
@@ -112,7 +112,7 @@ def test_code_in_a_checkpoint_is_not_executed(
         seal(checkpoint)
         if step == 4:
             reached, notes = some.load()
-            assert reached == 2, "the one before is taken"
+            assert reached == 2, "the previous one is loaded"
             assert notes[0].startswith(f"skipped: {checkpoint}")
             assert "\n" not in notes[0]
     with pytest.raises(InputError, match="no whole checkpoint"):
@@ -139,8 +139,8 @@ def test_resuming_refuses_code_in_one_line(
     assert not (tmp_path / "marker").exists()
 
 
-def test_resuming_from_checksums_made_anew_is_possible(tmp_path: Path) -> None:
-    """The seal of these tests is a right one."""
+def test_resuming_with_recomputed_checksums_is_possible(tmp_path: Path) -> None:
+    """The checksums that these tests compute are valid."""
     some = Saved(tmp_path, keep=1)
     some.save(2)
     seal(tmp_path / "step-00000002")
@@ -148,7 +148,7 @@ def test_resuming_from_checksums_made_anew_is_possible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [DATA, METADATA, "state.json"])
-def test_a_flipped_byte_is_noticed_wherever_it_is(name: str, tmp_path: Path) -> None:
+def test_a_changed_byte_is_detected_in_every_file(name: str, tmp_path: Path) -> None:
     some = Saved(tmp_path, keep=2)
     some.save(2, 4)
     file = tmp_path / "step-00000004" / name
@@ -172,7 +172,7 @@ def test_a_flipped_byte_is_noticed_wherever_it_is(name: str, tmp_path: Path) -> 
 
 
 def test_every_number_of_the_state_is_covered(tmp_path: Path) -> None:
-    """A digit that turns into another is still JSON of the right types."""
+    """A changed digit still gives JSON of the right types."""
     some = Saved(tmp_path, keep=2)
     some.save(2, 4)
     file = tmp_path / "step-00000004" / "state.json"

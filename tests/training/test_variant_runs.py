@@ -24,13 +24,13 @@ TOGETHER = {"positions": "rotary", "value_residual": True}
 
 
 def train_steps(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[float]]:
-    """Losses and norms of three steps."""
+    """Return losses and norms of three steps."""
     shape = {"resolution": 4, "n_colors": 16, "n_layer": 3, "n_embd": 32, "n_head": 2}
     torch.manual_seed(0)
     model = ImageGPT(ModelConfig.layered({**shape, **variant}))
     torch.nn.init.normal_(
         model.lm_head.weight, std=0.1
-    )  # or nothing below it would have a gradient
+    )  # otherwise nothing below it would have a gradient
     config = TrainConfig.layered({"batch_size": 4, "precision": "fp32", **settings})
     engine = Engine(model, config, World(0, 1, torch.device("cpu")), Autoregressive().loss)
     generator = torch.Generator().manual_seed(1)
@@ -42,7 +42,7 @@ def train_steps(settings: dict[str, Any], variant: dict[str, Any]) -> list[list[
 
 @pytest.mark.parametrize("recomputation", ["selective", "full"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_computing_activations_again_changes_nothing(recomputation: str, precision: str) -> None:
+def test_recomputing_activations_changes_nothing(recomputation: str, precision: str) -> None:
     kept = train_steps({"precision": precision}, TOGETHER)
     assert (
         train_steps({"precision": precision, "activation_checkpointing": recomputation}, TOGETHER)
@@ -55,7 +55,7 @@ def test_computing_activations_again_changes_nothing(recomputation: str, precisi
 def test_compiled_blocks_are_one_graph_and_give_the_same(
     recomputation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their graphs run without code being generated for them, which would take a minute."""
+    """Their graphs run without generated code, which would take a minute to compile."""
     plain = train_steps({}, TOGETHER)
     monkeypatch.setattr(
         torch, "compile", partial(torch.compile, backend="aot_eager", fullgraph=True)

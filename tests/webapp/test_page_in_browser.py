@@ -1,5 +1,5 @@
-"""The web page in a real browser: what a visitor sees, and what happens when visitors err, come in
-pairs, or leave."""
+"""The web page in a real browser: what visitors see, and what happens if they make mistakes, arrive
+together, or leave."""
 
 import shutil
 import threading
@@ -28,7 +28,7 @@ CHROMIUM = next(
 )
 PATIENCE = 60_000  # milliseconds for what should take a fraction of a second
 PHONE = {"width": 390, "height": 844}
-# A picture's pixels, row after row, as [red, green, blue, opacity].
+# The pixels of a picture, row by row, as [red, green, blue, opacity].
 READ = """async (image) => {
     if (image.decode) await image.decode();
     const canvas = document.createElement("canvas"), side = image.naturalWidth || image.width;
@@ -41,8 +41,7 @@ Visit = Callable[..., Page]
 
 
 class Work:
-    """Real drawings that a test can hold up after a row, or let repeat a row until somebody closes
-    them."""
+    """Real sampling that a test can pause after a row, or let repeat a row until it is closed."""
 
     def __init__(self) -> None:
         self.hold_after, self.go_on = -1, threading.Event()
@@ -77,7 +76,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Iterator[Work]:
 def run(
     short_run: Path, digits: TokenDataset, igpt, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A run that has been probed and sampled."""
+    """Return a run that has been probed and sampled."""
     copy = tmp_path_factory.mktemp("page") / "run"
     shutil.copytree(short_run, copy)
     for words in (
@@ -113,15 +112,15 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture(scope="module")
 def desktop(browser: Browser) -> Iterator[BrowserContext]:
-    """One for all tests: it keeps the page's programs, which take seconds to fetch."""
+    """Start one browser for all tests: it caches the page's scripts, which take seconds to load."""
     with browser.new_context(viewport={"width": 1280, "height": 900}) as context:
         yield context
 
 
 @pytest.fixture
 def visit(desktop: BrowserContext, address: str) -> Iterator[Visit]:
-    """Opens the page as one more visitor; what it asks of other machines, and errors of its
-    programs, fail the test."""
+    """Open the page as one more visitor; requests to other machines and errors of its scripts fail
+    the test."""
     asked: set[str | None] = set()
     errors: list[str] = []
     pages = []
@@ -190,10 +189,10 @@ def test_upload_is_shown_as_the_model_sees_it(visit: Visit, model: ImageGPT, pho
     )
     np.testing.assert_array_equal(
         seen[..., 3], np.repeat([255, 0], 32).reshape(8, 8)
-    )  # hidden: clear
+    )  # hidden: transparent
 
 
-def test_example_is_taken(visit: Visit, model: ImageGPT, digits: TokenDataset) -> None:
+def test_example_is_loaded(visit: Visit, model: ImageGPT, digits: TokenDataset) -> None:
     page = visit()
     page.get_by_role("button", name="example 1").click()
     expect(page.get_by_text("32 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
@@ -227,7 +226,7 @@ def test_completions_appear_row_by_row_beside_the_original(
         assert (drawn(page, caption)[..., 3] == 255).all()
 
 
-def test_painted_pixels_are_drawn_and_only_they(visit: Visit, model: ImageGPT, photo: Path) -> None:
+def test_only_painted_pixels_are_generated(visit: Visit, model: ImageGPT, photo: Path) -> None:
     page = visit()
     upload_and_see(page, photo)
     page.get_by_label("number input for Rows to keep").fill("8")
@@ -261,7 +260,7 @@ def test_painted_pixels_are_drawn_and_only_they(visit: Visit, model: ImageGPT, p
     assert (expected != decode_images(model, tokens)).any()
 
 
-def test_text_named_png_is_told_and_the_page_goes_on(
+def test_text_named_png_is_reported_and_the_page_continues(
     visit: Visit, photo: Path, tmp_path: Path
 ) -> None:
     page = visit()
@@ -278,7 +277,7 @@ def test_text_named_png_is_told_and_the_page_goes_on(
     say(page, "4 drawings")
 
 
-def test_forty_megapixels_are_taken(visit: Visit, tmp_path: Path) -> None:
+def test_forty_megapixels_are_accepted(visit: Visit, tmp_path: Path) -> None:
     large = tmp_path / "large.jpg"
     Image.linear_gradient("L").resize((8000, 5000)).convert("RGB").save(large, quality=95)
     page = visit()
@@ -287,7 +286,7 @@ def test_forty_megapixels_are_taken(visit: Visit, tmp_path: Path) -> None:
     assert (np.diff(brightness) > 0).all()
 
 
-def test_two_visitors_draw_at_once_and_a_third_waits(
+def test_two_visitors_sample_at_once_and_a_third_waits(
     visit: Visit, model: ImageGPT, photo: Path, tmp_path: Path, work: Work
 ) -> None:
     other = tmp_path / "other.png"
@@ -308,7 +307,7 @@ def test_two_visitors_draw_at_once_and_a_third_waits(
         original = decode_images(model, tokens_of_files(model, [file]))[0]
         np.testing.assert_array_equal(drawn(page, "original")[..., :3], original)
         np.testing.assert_array_equal(drawn(page, "drawing 1")[:4, :, :3], original[:4])
-    assert work.begun == 3  # what was stopped while it waited has not been begun
+    assert work.begun == 3  # the work that was stopped while it waited has not started
 
 
 @pytest.mark.parametrize("way", ["stop", "close"])
@@ -329,7 +328,7 @@ def test_work_ends_when_it_is_stopped_or_its_tab_is_closed(
     assert work.closed.wait(PATIENCE / 1000)
 
 
-def test_run_is_told_of(visit: Visit) -> None:
+def test_the_run_is_described(visit: Visit) -> None:
     page = visit()
     page.get_by_role("tab", name="About this model").click()
     for title in ("Linear probe of every layer", "Samples", "Loss during training", "Palette"):

@@ -1,5 +1,5 @@
 """The web page, served on loopback and called by a program: its pictures are the model's, mistakes
-are words."""
+are answered in words."""
 
 import asyncio
 import base64
@@ -50,7 +50,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def make_model(palette: Palette | None = GREYS, **settings: object) -> ImageGPT:
-    """A random model whose predictions are not all alike."""
+    """Return a random model whose predictions are not all alike."""
     torch.manual_seed(0)
     shape = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 16, "n_head": 2}
     model = ImageGPT(ModelConfig.model_validate({**shape, **settings}), palette)
@@ -80,7 +80,8 @@ def client(model: ImageGPT, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Larger than the model's images, not square, and partly transparent."""
+    """Return a picture that is larger than the model's images, not square, and partly
+    transparent."""
     levels = np.random.default_rng(1).integers(0, 256, (30, 44, 4), dtype=np.uint8)
     path = tmp_path_factory.mktemp("photos") / "photo.png"
     Image.fromarray(levels).save(path)
@@ -88,7 +89,7 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def small(shown: dict[str, Any]) -> NDArray[np.uint8]:
-    """A picture of the page; it comes at the model's resolution."""
+    """Return a picture of the page at the model's resolution."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["picture"].partition(",")[2]))))
 
 
@@ -120,7 +121,7 @@ def test_score_shows_the_models_view_and_its_losses(
     assert brightness[0] < brightness[-1]
 
 
-def test_completions_keep_rows_and_follow_the_seed(
+def test_completions_keep_rows_and_depend_on_the_seed(
     client: Client, model: ImageGPT, photo: Path
 ) -> None:
     shown, words = client.predict(handle_file(photo), 3, None, 2, 1.0, 5, api_name="/complete")
@@ -137,7 +138,9 @@ def test_completions_keep_rows_and_follow_the_seed(
     np.testing.assert_array_equal(drawn(again), expected[:2])
 
 
-def test_completions_keep_what_is_not_hidden(client: Client, model: ImageGPT, photo: Path) -> None:
+def test_completions_keep_pixels_that_are_not_hidden(
+    client: Client, model: ImageGPT, photo: Path
+) -> None:
     known = torch.from_numpy(np.random.default_rng(0).random(64) < 0.5)
     view = {"hidden": "".join("0" if one else "1" for one in known)}
     shown, _ = client.predict(handle_file(photo), 3, view, 2, 1.0, 0, api_name="/complete")
@@ -154,14 +157,14 @@ def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
     np.testing.assert_array_equal(drawn(shown), expected)
 
 
-def test_all_rows_kept_give_the_image_back(client: Client, model: ImageGPT, photo: Path) -> None:
+def test_keeping_all_rows_returns_the_image(client: Client, model: ImageGPT, photo: Path) -> None:
     shown, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
     np.testing.assert_array_equal(
         drawn(shown), decode_images(model, tokens_of_files(model, [photo])).repeat(2, 0)
     )
 
 
-def test_mistakes_are_told_in_words(
+def test_mistakes_are_answered_in_words(
     client: Client, photo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.png"
@@ -196,11 +199,11 @@ def test_mistakes_are_told_in_words(
             )
 
 
-# Images whose few bytes stand for very many pixels.
+# Images of a few bytes that decode to very many pixels
 
 
 def png(width: int, height: int) -> bytes:
-    """A black and white PNG of one colour."""
+    """Return a black and white PNG of one colour."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return (
@@ -224,7 +227,7 @@ def gif(width: int, height: int, frame_width: int, frame_height: int) -> bytes:
 
 
 def tiff(width: int, height: int, more: Mapping[int, int]) -> bytes:
-    """A deflated grey TIFF; `more` says how it is cut into strips or tiles."""
+    """Return a deflated grey TIFF; `more` describes its strips or tiles."""
     tags = {256: width, 257: height, 258: 8, 259: 8, 262: 1, 277: 1, **more}
     entries = b"".join(
         struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items())
@@ -234,7 +237,7 @@ def tiff(width: int, height: int, more: Mapping[int, int]) -> bytes:
 
 
 def webp(width: int, height: int) -> bytes:
-    """An animation with one small frame on a large canvas."""
+    """Return an animation with one small frame on a large canvas."""
     small = io.BytesIO()
     Image.new("RGB", (16, 16)).save(small, "WEBP", lossless=True)
     sides = [(side - 1).to_bytes(3, "little") for side in (width, height, 16, 16)]
@@ -265,13 +268,13 @@ def test_images_of_too_many_pixels_are_refused_by_their_header(name: str) -> Non
 
 
 def peak_memory() -> float:
-    """MB."""
+    """Return the peak of resident memory in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 @pytest.mark.parametrize("kind", ["EPS", "ICO", "PDF", "TGA"])
-def test_formats_that_no_camera_or_page_makes_are_refused(kind: str) -> None:
+def test_formats_that_cameras_and_web_pages_do_not_use_are_refused(kind: str) -> None:
     """EPS would start another program; the size in an ICO's header is not that of its image."""
     encoded = io.BytesIO()
     Image.new("RGB", (64, 64)).save(encoded, kind)
@@ -288,7 +291,7 @@ def test_a_large_photograph_is_read(client: Client, tmp_path: Path) -> None:
     assert (small(seen) == small(seen)[0, 0]).all()
 
 
-def test_a_bomb_on_the_page_is_told_in_words(
+def test_a_decompression_bomb_on_the_page_is_answered_in_words(
     client: Client, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "bomb.png").write_bytes(BOMBS["png"])
@@ -315,7 +318,7 @@ def test_the_first_of_many_frames_is_read(kind: str) -> None:
     require_moderate(encoded.getvalue())
 
 
-# Requests as a program makes them, well-formed or not.
+# Requests as a program makes them, well-formed or not
 
 
 def ask(
@@ -342,9 +345,9 @@ def ask(
 @pytest.mark.parametrize(
     "path", ["/", "/config", "/gradio_api/queue/data?session_hash=a", "/gradio_api/info"]
 )
-def test_only_its_own_names_are_served(client: Client, path: str) -> None:
-    """A foreign site whose name resolves to this machine could read the page in a visitor's
-    browser."""
+def test_only_its_own_host_names_are_served(client: Client, path: str) -> None:
+    """Otherwise a foreign site whose name resolves to this machine could read the page in a
+    visitor's browser (DNS rebinding)."""
     for host in (
         "evil.example",
         "127.0.0.1.evil.example",
@@ -360,7 +363,7 @@ def test_only_its_own_names_are_served(client: Client, path: str) -> None:
             assert ask(client, "GET", path, Host=host)[0] == 200
 
 
-def test_posts_from_foreign_names_are_refused(client: Client) -> None:
+def test_posts_from_other_origins_are_refused(client: Client) -> None:
     for path in ("queue/join", "call/sample", "upload", "cancel"):
         assert ask(client, "POST", f"/gradio_api/{path}", {}, Host="evil.example")[0] == 421
 
@@ -425,7 +428,7 @@ COMPLETIONS: list[Any] = [
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_inputs_that_do_not_fit_are_answered_in_words(
+def test_invalid_inputs_are_answered_in_words(
     client: Client, name: str, inputs: list[Any], capfd: pytest.CaptureFixture[str]
 ) -> None:
     status, said = ask(client, "POST", f"/gradio_api/call/{name}", {"data": inputs})
@@ -439,9 +442,7 @@ def test_inputs_that_do_not_fit_are_answered_in_words(
 @pytest.mark.parametrize(
     "seen", [[1], "x", {"hidden": 5}, {"hidden": "0" * 63}, {"hidden": ["0"] * 64}, 7]
 )
-def test_views_that_are_none_are_answered_in_words(
-    client: Client, photo: Path, seen: Any, capfd
-) -> None:
+def test_invalid_views_are_answered_in_words(client: Client, photo: Path, seen: Any, capfd) -> None:
     with pytest.raises(AppError, match="64 characters, 1 for hidden"):
         client.predict(handle_file(photo), 4, seen, 1, 1.0, 0, api_name="/complete")
     assert "Traceback" not in capfd.readouterr().err
@@ -482,7 +483,7 @@ def test_malformed_requests_are_errors_and_one_line_at_most(
     assert len(capfd.readouterr().err.splitlines()) <= 1
 
 
-def test_every_function_of_the_page_bears_any_input(
+def test_every_function_of_the_page_accepts_any_input(
     client: Client, capfd: pytest.CaptureFixture[str]
 ) -> None:
     functions = json.loads(ask(client, "GET", "/config")[1])["dependencies"]
@@ -522,10 +523,10 @@ def test_uploads_without_a_moderate_length_are_refused_unread(
         assert connection.recv(1000).startswith(f"HTTP/1.1 {status} ".encode())
 
 
-def test_uploads_at_once_are_limited_and_their_ends_noticed(
+def test_the_number_of_simultaneous_uploads_is_limited(
     client: Client, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Requests that begin, state 20 MB each and send next to nothing."""
+    """Requests that start, state 20 MB each and send next to nothing."""
     port = int(client.src.rsplit(":", 1)[1].strip("/"))
     head = "POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n"
     head += "Content-Type: multipart/form-data; boundary=q\r\n\r\n--q\r\n"
@@ -556,7 +557,7 @@ def test_uploads_at_once_are_limited_and_their_ends_noticed(
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_other_requests_take_no_share_of_the_uploads(client: Client) -> None:
+def test_other_requests_do_not_count_as_uploads(client: Client) -> None:
     """Idle requests that state 20 MB each do not keep the page from answering."""
     port = int(client.src.rsplit(":", 1)[1].strip("/"))
     head = "POST /gradio_api/queue/join HTTP/1.1\r\nHost: localhost\r\nContent-Length: 20000000\r\n"
@@ -573,7 +574,7 @@ def test_other_requests_take_no_share_of_the_uploads(client: Client) -> None:
 
 
 @pytest.mark.parametrize("path", ["upload", "queue/join"])
-def test_requests_whose_bodies_do_not_arrive_are_ended(
+def test_requests_whose_bodies_do_not_arrive_are_closed(
     path: str, model: ImageGPT, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("igpt.webapp.server._ARRIVAL", 0.2)
@@ -595,7 +596,7 @@ def test_requests_whose_bodies_do_not_arrive_are_ended(
 
 
 @pytest.mark.parametrize("length", [0, 3])
-def test_work_on_a_request_that_has_arrived_may_take_longer(length: int, tmp_path: Path) -> None:
+def test_processing_a_received_request_may_take_longer(length: int, tmp_path: Path) -> None:
     async def program(scope: Any, receive: Any, send: Any) -> None:
         await receive()
         await asyncio.sleep(0.1)
@@ -622,7 +623,7 @@ def test_work_on_a_request_that_has_arrived_may_take_longer(length: int, tmp_pat
     assert [message.get("status") for message in sent] == [200, None]
 
 
-def test_uploads_that_are_gone_are_told(client: Client, photo: Path) -> None:
+def test_deleted_uploads_are_reported(client: Client, photo: Path) -> None:
     file = handle_file(photo)
     client.predict(file, api_name="/score")
     for upload in Path(os.environ["GRADIO_TEMP_DIR"]).rglob("photo.png"):
@@ -637,13 +638,13 @@ def test_uploads_that_are_gone_are_told(client: Client, photo: Path) -> None:
     )
 
 
-def test_uploads_lie_in_a_folder_of_their_own(client: Client) -> None:
+def test_uploads_are_stored_in_a_separate_folder(client: Client) -> None:
     folder = Path(os.environ["GRADIO_TEMP_DIR"])
     assert folder.name.startswith("igpt-uploads-")
     assert folder.stat().st_mode & 0o777 == 0o700
 
 
-def test_the_longest_unused_uploads_are_deleted_beyond_the_limit(tmp_path: Path) -> None:
+def test_the_least_recently_used_uploads_are_deleted_beyond_the_limit(tmp_path: Path) -> None:
     now = time.time()
     for index in range(6):
         (tmp_path / str(index)).mkdir()
@@ -674,7 +675,7 @@ def test_no_image_shows_nothing(client: Client) -> None:
     assert client.predict(None, api_name="/score") == (None, "", [])
 
 
-def test_page_asks_no_other_machine_for_anything(client: Client) -> None:
+def test_page_requests_nothing_from_other_machines(client: Client) -> None:
     for part in ("", "theme.css"):
         with urlopen(client.src + part) as answer:
             text = answer.read().decode()
@@ -709,7 +710,7 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
         )
 
 
-def test_classifier_tells_the_class_with_its_probability(photo: Path, tmp_path: Path) -> None:
+def test_a_classifier_shows_the_class_with_its_probability(photo: Path, tmp_path: Path) -> None:
     model = make_model(class_names=("cat", "dog", "fox", "hen"))
     torch.nn.init.normal_(model.score.weight, std=0.5)
     found = predict(
@@ -722,7 +723,7 @@ def test_classifier_tells_the_class_with_its_probability(photo: Path, tmp_path: 
         np.testing.assert_allclose(told, np.sort(found.probabilities[0])[::-1][:3])
 
 
-def test_a_probed_runs_page_tells_the_class_too(
+def test_the_page_of_a_probed_run_shows_the_class_too(
     igpt: Callable[..., Any], short_run: Path, digits: TokenDataset, photo: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -746,7 +747,7 @@ def test_a_probed_runs_page_tells_the_class_too(
     np.testing.assert_allclose(told, expected.sort(descending=True).values[:3].numpy(), atol=1e-6)
 
 
-def test_address_that_cannot_be_had_is_named(model: ImageGPT) -> None:
+def test_an_address_that_cannot_be_used_is_named(model: ImageGPT) -> None:
     with socket.create_server((LOOPBACK, 0)) as other:
         port = other.getsockname()[1]
         with pytest.raises(InputError, match=f"port {port} of {LOOPBACK} is in use"):
@@ -759,10 +760,12 @@ def test_address_that_cannot_be_had_is_named(model: ImageGPT) -> None:
         start(model, "192.0.2.1", 7860)
 
 
-def test_what_is_missing_is_named(model: ImageGPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_packages_and_files_are_named(
+    model: ImageGPT, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(InputError, match="no palette"):
         build(make_model(palette=None))
-    monkeypatch.setitem(sys.modules, "gradio", None)  # Python's own way to say: not installed
+    monkeypatch.setitem(sys.modules, "gradio", None)  # Python's convention for "not installed"
     with pytest.raises(InputError, match=re.escape("pip install 'igpt[app]'")):
         build(model)
 
@@ -828,7 +831,7 @@ def test_malformed_files_of_a_run_are_one_line_at_the_start(
         assert "\n" not in said, kind
 
 
-def test_tokens_of_a_name_that_cannot_be_are_no_examples(probed_run: Path, tmp_path: Path) -> None:
+def test_tokens_with_an_impossible_name_give_no_examples(probed_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(probed_run, run)
     for tokens in ("n" * 300, "/" + "x/" * 3000, "file:\\0"):

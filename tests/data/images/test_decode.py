@@ -28,7 +28,7 @@ from igpt.errors import InputError
 from ...helpers.reading import DISPLAYED
 
 RANDOM = np.random.default_rng(0)
-GRID = RANDOM.integers(0, 256, (3, 2, 3), dtype=np.uint8)  # not square and without symmetry
+GRID = RANDOM.integers(0, 256, (3, 2, 3), dtype=np.uint8)  # neither square nor symmetric
 
 
 def reopened(image: Image.Image, form: str = "PNG", **options: object) -> Image.Image:
@@ -55,7 +55,7 @@ def test_bilevel():
     assert rgb(image) == [[[255] * 3, [0] * 3]]
 
 
-def test_transparency_is_laid_over_white():
+def test_transparency_is_composited_over_white():
     grey = reopened(Image.fromarray(np.array([[[0, 255], [0, 0], [100, 51]]], np.uint8), "LA"))
     assert grey.mode == "LA"
     assert rgb(grey) == [[[0] * 3, [255] * 3, [224] * 3]]  # 0.2 * 100 + 0.8 * 255
@@ -94,7 +94,7 @@ def test_palette_images_with_transparency(form: str, transparency: object):
 def png(
     width: int, depth: int, kind: int, row: bytes, transparent: bytes, palette: bytes = b""
 ) -> bytes:
-    """A PNG of one row, chunk by chunk: Pillow itself does not write all depths."""
+    """Return a PNG of one row, written chunk by chunk: Pillow itself does not write all depths."""
     header = struct.pack(">IIBBBBB", width, 1, depth, kind, 0, 0, 0)
     chunks = [
         (b"IHDR", header),
@@ -159,7 +159,7 @@ def test_a_transparent_level_or_colour_of_any_depth_becomes_white(
 
 @pytest.mark.parametrize("kind", [4, 6])
 def test_alpha_of_16_bits(kind: int):
-    """Grey or colour with half and no opacity."""
+    """Grey or colour, at half and at no opacity."""
     levels = (
         [[40000, 0], [25700, 51 * 257]]
         if kind == 4
@@ -198,7 +198,7 @@ def test_the_highest_level_is_that_of_the_first_frame():
     assert (found.highest_level, found.further_frames) == (300, 1)
 
 
-def test_malformed_further_frames_do_not_make_an_image_unreadable():
+def test_malformed_later_frames_do_not_make_an_image_unreadable():
     file = io.BytesIO()
     frames = [Image.fromarray(np.full((6, 6, 3), 50 * number, np.uint8)) for number in range(3)]
     frames[0].save(file, "TIFF", save_all=True, append_images=frames[1:])
@@ -211,20 +211,20 @@ def test_malformed_further_frames_do_not_make_an_image_unreadable():
         + content[next_directory + 4 :]
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of what follows
+        warnings.simplefilter("ignore")  # Pillow's warning about the later frames
         found = Transform(6).squares_of(broken)
     assert found.pixels.tolist() == np.zeros((1, 6, 6, 3)).tolist()
-    assert found.further_frames == 1  # there is something, and it cannot be counted
+    assert found.further_frames == 1  # there are more frames, and they cannot be counted
 
 
-def test_layers_are_no_further_frames():
+def test_layers_are_not_counted_as_frames():
     layers = Image.new("RGB", (2, 2))
     layers.format, layers.n_frames = "PSD", 7
     assert further_frames(layers) == 0
 
 
-def test_heic_is_read_where_its_package_is_installed(tmp_path: Path):
-    """A stand-in for the package that lets Pillow's reader of PNG open .heic too."""
+def test_heic_is_read_if_its_package_is_installed(tmp_path: Path):
+    """Replace the package by one that makes Pillow's PNG reader open .heic too."""
     (tmp_path / "pillow_heif.py").write_text(
         "from PIL import Image\n"
         "def register_heif_opener():\n"
@@ -250,7 +250,7 @@ def test_heic_is_read_where_its_package_is_installed(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["fifo", "socket", "device"])
-def test_what_would_be_waited_for_is_never_opened(tmp_path: Path, kind: str):
+def test_fifos_and_devices_are_never_opened(tmp_path: Path, kind: str):
     path = Path("/dev/zero") if kind == "device" else tmp_path / "image.png"
     if kind == "fifo":
         os.mkfifo(path)
@@ -289,7 +289,7 @@ def test_floating_point_is_refused():
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 128, 255), (255, 255, 255), (20, 20, 20)])
 def test_cmyk_jpeg(colour: tuple[int, int, int]):
-    """Adobe's marker stands for inverted inks: read plainly, white would be black."""
+    """Adobe's marker means inverted inks: without it, white would be read as black."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16), colour).convert("CMYK").save(buffer, "JPEG", quality=95)
     assert b"Adobe" in buffer.getvalue()
@@ -334,7 +334,7 @@ def test_exif_orientation_of_jpegs(tag: int):
     assert np.abs(shown - DISPLAYED[tag](blocks)).max() <= 4
 
 
-def test_16_bit_images_are_turned_upright_too():
+def test_16_bit_images_are_rotated_upright_too():
     exif = Image.Exif()
     exif[0x0112] = 6
     image = reopened(Image.fromarray(GRID[..., 0].astype(np.uint16) * 257), exif=exif)
@@ -345,13 +345,13 @@ def test_16_bit_images_are_turned_upright_too():
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0broken", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"]
 )
-def test_malformed_metadata_does_not_spoil_the_pixels(exif: bytes):
+def test_malformed_metadata_do_not_affect_the_pixels(exif: bytes):
     image = reopened(Image.fromarray(GRID), exif=exif)
     np.testing.assert_array_equal(np.asarray(to_rgb(image)), GRID)
 
 
-def test_metadata_that_cannot_be_written_anew_does_not_matter():
-    """A number for the artist's name: Pillow's own `exif_transpose` fails to write it back."""
+def test_metadata_that_cannot_be_written_back_do_not_matter():
+    """Use a number as the artist's name: Pillow's own `exif_transpose` fails to write it back."""
     directory = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x013B, 11, 1, bytes(4))]
     entries = b"".join(
         struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in directory
@@ -410,7 +410,7 @@ def test_the_first_frame_of_an_animation():
         ("PNG", 0, r"empty \(zero bytes\)"),
     ],
 )
-def test_cut_files_are_refused_with_the_reason(
+def test_truncated_files_are_refused_with_the_reason(
     picture: Callable[..., bytes], form: str, kept: int, reason: str
 ):
     with pytest.raises(InputError, match=reason) as refused:
@@ -418,7 +418,7 @@ def test_cut_files_are_refused_with_the_reason(
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_no_image_is_refused_with_the_reason(tmp_path: Path):
+def test_files_that_are_not_images_are_refused_with_the_reason(tmp_path: Path):
     with pytest.raises(InputError, match="not an image in a known format"):
         open_image(b"this is no picture")
     with pytest.raises(InputError, match=r"no such file: .*nowhere\.jpg"):
@@ -434,7 +434,7 @@ def test_what_is_no_image_is_refused_with_the_reason(tmp_path: Path):
         open_image(np.zeros((2, 3, 4, 5), np.uint8))
 
 
-def test_a_lazily_opened_cut_file_is_an_input_error(picture: Callable[..., bytes]):
+def test_a_lazily_opened_truncated_file_is_an_input_error(picture: Callable[..., bytes]):
     with pytest.raises(InputError, match="truncated"):
         load(Image.open(io.BytesIO(picture(0, "JPEG", 64)[:900])))
 
@@ -454,15 +454,17 @@ def test_a_reduced_jpeg_has_a_pixel_for_each_block(mode: str, reduction: int):
 
 
 def blocks_allocated(given: object) -> int:
-    """Images for which Pillow takes memory while one is opened and decoded, or refused."""
+    """Return the number of blocks that Pillow allocates while one image is opened and decoded, or
+    refused."""
     Image.core.reset_stats()
     with contextlib.suppress(InputError):
         load(open_image(given))
     return Image.core.get_stats()["new_count"]
 
 
-def test_a_header_that_promises_too_much_is_refused_unread(picture: Callable[..., bytes]):
-    """A valid PNG of 100 bytes that would take 1.2 GB: refused before memory is taken for it."""
+def test_a_header_that_promises_too_much_is_refused_before_decoding(picture: Callable[..., bytes]):
+    """A valid PNG of 100 bytes that would take 1.2 GB: refused before memory is allocated for
+    it."""
     header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(40))), (b"IEND", b"")]
     bomb = b"\x89PNG\r\n\x1a\n" + b"".join(
@@ -481,7 +483,7 @@ def test_the_limit_of_pixels_is_pillows(
 ):
     monkeypatch.setattr(
         Image, "MAX_IMAGE_PIXELS", 100
-    )  # Pillow warns from there on, and refuses the double
+    )  # Pillow warns above this number, and refuses twice as many
     assert load(open_image(picture(0, "PNG", 10))).size == (10, 10)
     for form in ("PNG", "JPEG", "GIF"):
         with pytest.raises(InputError, match=r"225 pixels\) exceeds limit of 200"):

@@ -24,7 +24,7 @@ def save(path: Path, array: Any, mode: str | None = None, **options: Any) -> Pat
 
 
 def levels(dark: object, bright: object, dtype: Any = np.uint8) -> np.ndarray:
-    """The stroke in one level on another; levels may be colours."""
+    """Return the stroke in one level on a background of another; levels may be colours."""
     return np.where(
         STROKE.reshape(8, 8, *[1] * np.ndim(dark)), np.array(bright, dtype), np.array(dark, dtype)
     )
@@ -75,7 +75,7 @@ def test_bilevel_and_palette_pictures(tmp_path: Path) -> None:
         np.testing.assert_array_equal(hidden_pixels(tmp_path / "p.png", 8), expected)
     image.save(
         tmp_path / "t.png", transparency=0
-    )  # white becomes transparent: nothing bright is left
+    )  # white becomes transparent: nothing bright remains
     with pytest.raises(InputError, match="hides nothing"):
         hidden_pixels(tmp_path / "t.png", 8)
 
@@ -89,7 +89,7 @@ def test_a_transparent_grey_level_is_not_painted(dtype: Any, tmp_path: Path) -> 
     np.testing.assert_array_equal(hidden_pixels(path, 8), STROKE)
 
 
-def test_of_many_levels_what_is_brighter_than_half_is_painted(tmp_path: Path) -> None:
+def test_of_many_levels_those_brighter_than_half_are_painted(tmp_path: Path) -> None:
     ramp = np.arange(64).reshape(8, 8) * 4
     np.testing.assert_array_equal(
         hidden_pixels(save(tmp_path / "a.png", ramp.astype(np.uint8)), 8), ramp >= 128
@@ -104,10 +104,10 @@ def test_of_many_levels_what_is_brighter_than_half_is_painted(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "shape", [(800, 800), (80, 123), (13, 9), (37, 100), (9, 9), (12, 8), (8, 8), (5, 8), (3, 3)]
 )
-def test_any_painted_part_hides_the_pixel_that_it_touches(
+def test_any_painted_part_hides_the_pixels_that_it_overlaps(
     shape: tuple[int, int], tmp_path: Path
 ) -> None:
-    """Against a count of each pixel, whose cells are half-open intervals of real numbers."""
+    """Compare with a count for each pixel, whose cells are half-open intervals of real numbers."""
     size = 8
     painted = np.random.default_rng(sum(shape)).random(shape) < 20 / (shape[0] * shape[1])
     painted[shape[0] // 2, shape[1] // 2] = True
@@ -130,15 +130,15 @@ def test_any_painted_part_hides_the_pixel_that_it_touches(
 @pytest.mark.parametrize(
     "shape", [(24, 40), (40, 24), (17, 16), (20, 13), (13, 30), (4, 9), (9, 4), (6, 7)]
 )
-def test_a_mask_gets_the_square_that_an_image_gets(shape: tuple[int, int], tmp_path: Path) -> None:
-    """Where no pixel of the mask is too small to be seen in the average."""
+def test_a_mask_is_cropped_like_its_image(shape: tuple[int, int], tmp_path: Path) -> None:
+    """Use masks in which no pixel is too small to be seen in the average."""
     random = np.random.default_rng(1).random(shape) < 0.2
     mask = random.astype(np.uint8) * 255
     path = save(tmp_path / "mask.png", mask)
     np.testing.assert_array_equal(hidden_pixels(path, 8), Transform(8)(path)[0, ..., 0] > 0)
 
 
-def test_the_orientation_of_a_camera_is_applied(tmp_path: Path) -> None:
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     save(tmp_path / "mask.png", STROKE.astype(np.uint8) * 255, exif=exif)
@@ -149,7 +149,7 @@ def test_a_mask_may_hide_everything(tmp_path: Path) -> None:
     assert hidden_pixels(save(tmp_path / "mask.png", np.full((9, 9), 255, np.uint8)), 8).all()
 
 
-def test_what_hides_nothing_or_is_no_mask_is_one_line(tmp_path: Path) -> None:
+def test_masks_that_hide_nothing_or_are_malformed_are_refused_in_one_line(tmp_path: Path) -> None:
     outside = np.zeros((8, 30), np.uint8)
     outside[:, 0] = 255
     os.mkfifo(tmp_path / "fifo.png")

@@ -52,7 +52,7 @@ def test_the_same_pixels_and_seed_give_the_same_bits(made_sets: ImageSets):
             assert Palette(64).fit(small_images).fingerprint == first.fingerprint
 
 
-def test_grey_data_get_exactly_the_levels_they_have(grey: Palette):
+def test_grey_data_get_exactly_their_levels(grey: Palette):
     levels = np.round(load_digits().images * (255 / 16)).astype(np.uint8)
     digits = np.repeat(levels[..., None], 3, axis=-1)
     palette = Palette(512).fit(digits)
@@ -71,21 +71,21 @@ def test_more_levels_than_colours_are_clustered():
     assert (np.diff(palette.colors, axis=1) == 0).all()
     assert (
         0 < palette.inertia_ < 3 * 16**2 / 12 * 1.3
-    )  # evenly cut, a cluster's variance is width^2 / 12
+    )  # for equal intervals, a cluster's variance is width^2 / 12
 
 
-def test_counts_weigh():
+def test_counts_are_weights():
     pixels = np.array([[0, 0, 0]] * 97 + [[10, 10, 10]] + [[200, 200, 200]] * 2, np.uint8)
     centers = (Palette(2).fit(pixels).centers_ + 1) * 127.5
     np.testing.assert_allclose(centers[:, 0], [10 / 98, 200], atol=1e-4)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_inertia_is_true_and_no_worse_than_scikit_learns(image_sets: ImageSets, seed: int):
-    """Against all of its 300 iterations; 64 colours are iterated coarsely first.
+def test_inertia_is_correct_and_no_worse_than_scikit_learns(image_sets: ImageSets, seed: int):
+    """Compare with all 300 of its iterations; 64 colours are first iterated on a coarse grid.
 
-    CIFAR-10: 0.1 to 0.6 % below. The made images, of which one in ten has three far colours: 0.5 to
-    1.6 % above.
+    CIFAR-10: 0.1 to 0.6 % below. The made images, of which one in ten has three distant colours:
+    0.5 to 1.6 % above.
     """
     pixels = image_sets.small_images().reshape(-1, 3)
     palette = Palette(64, seed=seed).fit(pixels)
@@ -96,7 +96,7 @@ def test_inertia_is_true_and_no_worse_than_scikit_learns(image_sets: ImageSets, 
     assert ours <= limit * mean_squared_distance(reference.cluster_centers_, pixels)
 
 
-def test_small_data_are_iterated_whole(small_images: NDArray[np.uint8]):
+def test_small_data_are_fitted_without_coarsening(small_images: NDArray[np.uint8]):
     pixels = small_images[:8].reshape(-1, 3)
     palette = Palette(256, max_iter=100).fit(pixels)
     reference = KMeans(256, n_init=1, max_iter=100, tol=0, random_state=0).fit(
@@ -106,7 +106,7 @@ def test_small_data_are_iterated_whole(small_images: NDArray[np.uint8]):
     assert palette.inertia_ < Palette(256, max_iter=1).fit(pixels).inertia_
 
 
-def test_a_centre_without_pixels_starts_anew_where_the_error_is():
+def test_a_centre_without_pixels_is_moved_to_the_largest_error():
     colors = np.random.default_rng(3).integers(0, 100, (500, 3)).astype(np.float64)
     colors[0] = 255
     away = np.array([[0, 0, 0], [50, 50, 50], [99, 99, 99], [-900, 0, 0], [-900, 1, 0]], np.float64)
@@ -115,14 +115,14 @@ def test_a_centre_without_pixels_starts_anew_where_the_error_is():
     assert (centers == 255).all(axis=1).any()
 
 
-def test_colours_go_from_dark_to_light(fitted: Palette):
+def test_colours_are_sorted_from_dark_to_light(fitted: Palette):
     assert (np.diff(fitted.centers_ @ np.array([0.299, 0.587, 0.114], np.float32)) >= -1e-6).all()
 
 
 def brute_force(
     centers: NDArray[np.float32], pixels: NDArray[np.uint8]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Nearest centre in float64, the lower one of ties, and how many centres tie."""
+    """Return the nearest centre in float64, the lower one of ties, and how many centres tie."""
     points = (centers.astype(np.float64) + 1) * 127.5
     nearest, tied = [], []
     for part in np.array_split(pixels.astype(np.float64), 1 + len(pixels) * len(points) // 10**7):
@@ -143,7 +143,7 @@ def test_the_table_is_the_brute_force_nearest(fitted: Palette, grey: Palette):
     pixels = np.concatenate([RANDOM_RGB, corners, fitted.colors, GREY])
     dark = Palette.from_centers(
         generator.uniform(-1, -0.9, (300, 3))
-    )  # from afar, all are nearly equally near
+    )  # at a great distance all are nearly equally near
     for palette in (fitted, dark, grey, Palette.from_centers([[0.1, 0.2, 0.3]])):
         assert palette.table.shape == (256**3,)
         np.testing.assert_array_equal(
@@ -160,7 +160,8 @@ def test_no_colour_of_the_cube_has_a_nearer_centre(fitted: Palette):
 
 
 def test_ties_go_to_the_lower_token():
-    """Permuted and doubled centres tie on the grey diagonals, as computed with exact integers."""
+    """Permuted and duplicated centres tie on the grey diagonals, as computed with exact
+    integers."""
     generator = np.random.default_rng(2)
     triples = generator.uniform(0.02, 1, (25, 3)) * generator.choice([-1, 1], (25, 3))
     centers = np.concatenate(
@@ -172,7 +173,7 @@ def test_ties_go_to_the_lower_token():
     pixels[1000:2000, 2] = pixels[1000:2000, 1]
     pixels[2000:, 0] = pixels[2000:, 2]
     whole = (palette.centers_.astype(np.float64) * 2**30).astype(np.int64).astype(object)
-    assert (whole.astype(np.float64) / 2**30 == palette.centers_).all()  # nothing was cut off
+    assert (whole.astype(np.float64) / 2**30 == palette.centers_).all()  # nothing was clipped
     levels = pixels.astype(object)[:, None] * 2**31 - (whole + 2**30) * 255
     distance = (levels**2).sum(axis=-1)
     ties = (distance == distance.min(axis=1, keepdims=True)).sum(axis=1) > 1
@@ -181,7 +182,7 @@ def test_ties_go_to_the_lower_token():
 
 
 def test_pixels_of_any_layout_and_number(fitted: Palette):
-    """More than are looked up at a time, none, one, and views that lie apart in memory."""
+    """More than one block of pixels, none, one, and strided views."""
     expected = fitted.table[RANDOM_RGB.astype(int) @ (65536, 256, 1)]
     many = np.broadcast_to(RANDOM_RGB, (5, 20000, 3))
     np.testing.assert_array_equal(fitted.transform(many), np.broadcast_to(expected, (5, 20000)))
@@ -197,7 +198,7 @@ def test_levels_are_the_rounded_centres(fitted: Palette):
     tokens = np.arange(64).reshape(8, 8)
     exact = 127.5 * (
         fitted.centers_.astype(np.float64) + 1
-    )  # float32 may round the middle between two levels either way
+    )  # float32 may round the middle between two levels up or down
     np.testing.assert_allclose(
         fitted.inverse_transform(tokens).reshape(64, 3), exact, rtol=0, atol=0.5 + 1e-4
     )
@@ -239,11 +240,11 @@ def test_round_trips_through_every_file(tmp_path: Path, fitted: Palette):
     )
 
 
-def test_the_fingerprint_is_stable_and_tells_palettes_apart():
+def test_the_fingerprint_is_stable_and_differs_between_palettes():
     centers = np.array([[-1, -1, -1], [0, 0.5, 1]], np.float32)
     palette = Palette.from_centers(centers)
-    # SHA-256 of the six little-endian float32; a change here makes all data sets and models
-    # strangers to each other
+    # SHA-256 of the six little-endian float32; after a change here no data set or model would match
+    # an existing one
     assert palette.fingerprint == "259b9a46ce253ea3d288f25d13f4c1e98d3e6e57ab949bda36ba6ac2351fbee0"
     assert Palette.from_centers(centers.astype(np.float64)).fingerprint == palette.fingerprint
     moved = centers.copy()
@@ -267,7 +268,7 @@ def test_different_palettes_are_refused_with_both_named(fitted: Palette):
         assert part in str(caught.value)
 
 
-def test_what_the_palette_costs(fitted: Palette, grey: Palette, small_images: NDArray[np.uint8]):
+def test_the_cost_of_the_palette(fitted: Palette, grey: Palette, small_images: NDArray[np.uint8]):
     error = nearest_color_error(fitted, small_images)
     decoded = fitted.inverse_transform(fitted.transform(small_images)).astype(float)
     assert error["mse"] == pytest.approx(((decoded - small_images) ** 2).mean())
@@ -299,7 +300,7 @@ def test_settings_out_of_range(arguments: dict[str, int], message: str):
         Palette(**arguments)
 
 
-def test_a_large_seed_fits_too():
+def test_a_large_seed_is_accepted():
     assert len(Palette(4, seed=2**40).fit(GREY)) == 4
 
 
@@ -313,14 +314,14 @@ def test_a_large_seed_fits_too():
         [[0, 0, 0]],
     ],
 )
-def test_what_is_no_pixel_is_refused(pixels: object):
+def test_arrays_that_are_not_pixels_are_refused(pixels: object):
     palette = Palette.from_centers([[0, 0, 0]])
     for method in (Palette(2).fit, palette.transform):
         with pytest.raises(InputError, match="pixels are uint8 with RGB last"):
             method(pixels)
 
 
-def test_nothing_to_fit():
+def test_fitting_no_pixels_is_refused():
     with pytest.raises(InputError, match="at least one pixel"):
         Palette().fit(np.zeros((0, 3), np.uint8))
 
@@ -364,7 +365,7 @@ def test_tokens_of_another_palette_are_refused(fitted: Palette, tokens: list[obj
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_what_are_no_centres(tmp_path: Path, centers: object, message: str, in_json: str):
+def test_invalid_centres_are_refused(tmp_path: Path, centers: object, message: str, in_json: str):
     with pytest.raises(InputError, match=message):
         Palette.from_centers(centers)
     path = tmp_path / "preprocessor_config.json"
@@ -415,7 +416,7 @@ def test_a_malformed_palette_of_a_data_set_is_named_with_its_key(
     ],
 )
 @pytest.mark.filterwarnings("error")
-def test_an_array_that_is_no_palette(tmp_path: Path, array: np.ndarray, message: str):
+def test_an_array_that_is_not_a_palette_is_refused(tmp_path: Path, array: np.ndarray, message: str):
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(InputError, match=rf"a\.npy is not a palette: .*{message}") as caught:
         Palette.load(tmp_path / "a.npy")
@@ -423,14 +424,14 @@ def test_an_array_that_is_no_palette(tmp_path: Path, array: np.ndarray, message:
 
 
 def claiming(path: Path, shape: tuple[int, ...], size: int) -> None:
-    """Write a `.npy` file of float32 that claims a shape, with holes up to a size in bytes."""
+    """Write a `.npy` file of float32 that claims a shape, sparse and up to a size in bytes."""
     with path.open("wb") as file:
         header = {"descr": "<f4", "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(file.tell() + size)
 
 
-def test_gigabytes_are_no_palette_and_are_not_read(tmp_path: Path):
+def test_gigabytes_are_refused_without_reading_them(tmp_path: Path):
     claiming(tmp_path / "a.npy", (2**32, 3), 12 * 2**32)
     with pytest.raises(
         InputError, match=r"a\.npy is not a palette: centres have the shape \[k, 3\]"
@@ -440,7 +441,7 @@ def test_gigabytes_are_no_palette_and_are_not_read(tmp_path: Path):
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("shape", [(2**40, 3), (2**62, 2**62), (-1, 3)])
-def test_an_array_that_claims_more_than_its_file_holds_is_no_palette(
+def test_an_array_that_claims_more_than_its_file_holds_is_refused(
     tmp_path: Path, shape: tuple[int, ...]
 ):
     claiming(tmp_path / "a.npy", shape, 100)
@@ -449,14 +450,14 @@ def test_an_array_that_claims_more_than_its_file_holds_is_no_palette(
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.json", "a/dataset.json"])
-def test_a_fifo_is_no_palette_and_is_not_waited_for(tmp_path: Path, name: str):
+def test_a_fifo_is_refused_without_blocking(tmp_path: Path, name: str):
     (tmp_path / "a").mkdir()
     os.mkfifo(tmp_path / name)
     with pytest.raises(InputError, match="is a FIFO; a regular file is needed"):
         Palette.load(tmp_path / name.removesuffix("/dataset.json"))
 
 
-def test_a_device_is_no_palette():
+def test_a_device_is_refused():
     with pytest.raises(InputError, match="/dev/zero is a device; a regular file is needed"):
         Palette.load("/dev/zero")
 
@@ -474,19 +475,21 @@ def test_a_device_is_no_palette():
         ("a.json", b'{"clust', "cut off"),
     ],
 )
-def test_what_is_no_palette(tmp_path: Path, name: str, content: bytes, message: str):
+def test_files_that_are_not_palettes_are_refused(
+    tmp_path: Path, name: str, content: bytes, message: str
+):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message):
         Palette.load(tmp_path / name)
 
 
-def test_an_archive_of_arrays_is_no_palette(tmp_path: Path):
+def test_an_archive_of_arrays_is_refused(tmp_path: Path):
     np.savez(tmp_path / "a.npz", centers=np.zeros((2, 3)))
     with pytest.raises(InputError, match=r"a\.npz is not a palette"):
         Palette.load(tmp_path / "a.npz")
 
 
-def test_no_palette_there(tmp_path: Path):
+def test_a_missing_palette(tmp_path: Path):
     with pytest.raises(InputError, match=r"no palette at .*nowhere\.npy"):
         Palette.load(tmp_path / "nowhere.npy")
     with pytest.raises(
@@ -499,7 +502,8 @@ def test_no_palette_there(tmp_path: Path):
 
 
 def fill_cache(cache: Path, name: str, content: dict[str, object]) -> Path:
-    """A Hub cache that has a model's preprocessor_config.json, laid out as huggingface_hub does."""
+    """Write a Hub cache that has a model's preprocessor_config.json, in the layout of
+    huggingface_hub."""
     home = cache / f"models--{name.replace('/', '--')}"
     snapshot = home / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
@@ -511,19 +515,21 @@ def fill_cache(cache: Path, name: str, content: dict[str, object]) -> Path:
 
 @pytest.fixture
 def hub_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """An empty Hub cache, without the Hub."""
+    """Return an empty Hub cache, without access to the Hub."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     return tmp_path / "cache"
 
 
-def test_a_hub_model_that_was_downloaded_before(hub_cache: Path, fitted: Palette):
+def test_a_hub_model_that_was_downloaded_before_is_read_from_the_cache(
+    hub_cache: Path, fitted: Palette
+):
     fill_cache(hub_cache, "openai/imagegpt-small", {"clusters": fitted.centers_.tolist()})
     assert Palette.load("openai/imagegpt-small").fingerprint == fitted.fingerprint
 
 
-def test_a_local_path_comes_before_the_hub(hub_cache: Path, fitted: Palette, grey: Palette):
+def test_a_local_path_has_priority_over_the_hub(hub_cache: Path, fitted: Palette, grey: Palette):
     fill_cache(hub_cache, "openai/imagegpt-small", {"clusters": fitted.centers_.tolist()})
     local = Path("openai/imagegpt-small")  # relative to the folder of the test
     grey.save(local)
@@ -546,17 +552,17 @@ def test_a_hub_model_without_a_palette(hub_cache: Path):
     "name",
     ["runs/centers.npy", "a/b/c", "nowhere", "./a", "/a", "~/nowhere", "tokens/dataset.json"],
 )
-def test_what_cannot_be_a_hub_id_is_not_asked_for(hub_cache: Path, name: str):
+def test_invalid_hub_ids_are_not_requested(hub_cache: Path, name: str):
     with pytest.raises(InputError, match="no palette at ") as caught:
         Palette.load(name)
     assert "Hub" not in str(caught.value)
 
 
-def test_a_silent_network_is_given_up_soon(tmp_path: Path):
-    """A server that accepts connections and never answers; `hf_hub_download` would wait for
+def test_a_network_without_answers_is_given_up_soon(tmp_path: Path):
+    """Use a server that accepts connections and never answers; `hf_hub_download` would wait for
     minutes.
 
-    The connections are counted, because seconds depend on what else the machine does.
+    The connections are counted, because seconds depend on the load of the machine.
     """
     program = (
         "from igpt.data.images.palette import Palette\n"
@@ -602,8 +608,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_an_interrupted_fit_leaves_no_threads_behind():
-    """They wrote into memory that was freed, which ended in a segmentation fault."""
+def test_an_interrupted_fit_leaves_no_threads():
+    """Regression: they wrote into freed memory, which ended in a segmentation fault."""
     done = subprocess.run(
         [sys.executable, "-c", INTERRUPTED],
         capture_output=True,

@@ -38,7 +38,7 @@ def encoded(
 
 
 def area_average(pixels: NDArray[np.uint8], size: int) -> NDArray[np.float64]:
-    """The mean over each target pixel's area, rounded half up, from integers in float64."""
+    """Return the mean over each target pixel's area, rounded half up, from integers in float64."""
     side = len(pixels)
     edges, source = np.arange(size + 1) * side, np.arange(side) * size
     shares = np.minimum(edges[1:, None], source + size) - np.maximum(edges[:-1, None], source)
@@ -66,7 +66,8 @@ def centre(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def drawn(
     width: int, height: int, size: int, count: int, seed: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int, int]]:
-    """The paper's crops with the same random numbers: left, top, side, and the scaled size."""
+    """Return the paper's crops with the same random numbers: left, top, side, and the scaled
+    size."""
     generator = np.random.default_rng(seed)
     for _ in range(count):
         scaled = generator.integers(256, 384, endpoint=True)
@@ -76,14 +77,14 @@ def drawn(
 
 
 def psnr(first: NDArray[np.generic], second: NDArray[np.generic]) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit pixels."""
+    """Return the peak signal-to-noise ratio in dB of 8-bit pixels."""
     error = np.mean((first.astype(np.float64) - second) ** 2)
     return float(10 * np.log10(255**2 / error)) if error else np.inf
 
 
 @pytest.fixture
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The sizes to which images are decoded from now on."""
+    """Record the sizes to which images are decoded from now on."""
     sizes = []
     load = views.load
 
@@ -98,12 +99,12 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 @pytest.fixture(scope="session")
 def photo() -> NDArray[np.uint8]:
-    """A photograph of 500x375 pixels: uint8 [375, 500, 3]."""
+    """Return a photograph of 500x375 pixels: uint8 [375, 500, 3]."""
     return np.asarray(photograph(500, 375, seed=3))
 
 
 def twenty(image_sets: ImageSets) -> list[Path]:
-    """Return twenty photographs, from all over the set."""
+    """Return twenty photographs, spread over the set."""
     photographs = image_sets.photographs
     return photographs[:: len(photographs) // 20]
 
@@ -133,7 +134,7 @@ def test_centre_crop(shape: tuple[int, int], crop: object):
 
 
 @pytest.mark.parametrize("name", ["area", *PILLOW_FILTERS])
-def test_what_is_cropped_away_does_not_shine_in(name: str):
+def test_pixels_outside_the_crop_have_no_influence(name: str):
     pixels = noise(5, 15)
     other = pixels.copy()
     other[:, :5] = other[:, 10:] = 255
@@ -153,7 +154,7 @@ def test_area_averages_are_exact(side: int, size: int):
 
 def test_averages_are_rounded_once():
     pixels = np.zeros((2, 2, 3), np.uint8)
-    pixels[0, 1] = 1  # a quarter; rows rounded first would make it one
+    pixels[0, 1] = 1  # a quarter; if rows were rounded first, it would become one
     assert (Transform(1)(Image.fromarray(pixels)) == 0).all()
     pixels[1, 1] = 1
     assert (Transform(1)(Image.fromarray(pixels)) == 1).all()
@@ -170,7 +171,7 @@ def test_other_filters_are_pillows(name: str, shape: tuple[int, int], size: int)
 
 
 @pytest.mark.parametrize("name", PILLOW_FILTERS)
-def test_other_filters_see_all_pixels_of_a_jpeg(
+def test_other_filters_use_all_pixels_of_a_jpeg(
     name: str, decoded: list[tuple[int, int]], photo: NDArray[np.uint8]
 ):
     data = encoded(photo, "JPEG")
@@ -198,8 +199,8 @@ def test_the_square_is_taken_from_the_upright_image(form: str, tag: int, count: 
     np.testing.assert_array_equal(squares, transform(Image.fromarray(upright), (1,)))
 
 
-def test_the_size_counts_that_the_decoder_finds():
-    """An icon whose directory promises another size than its picture has."""
+def test_the_size_that_the_decoder_finds_is_used():
+    """Use an icon whose directory gives another size than its image has."""
     pixels = noise(40, 60)
     icon = bytearray(encoded(Image.fromarray(pixels), "ICO", sizes=[(60, 40)]))
     assert (icon[6], icon[7]) == (60, 40)
@@ -209,7 +210,7 @@ def test_the_size_counts_that_the_decoder_finds():
     np.testing.assert_array_equal(squares[0], area_average(pixels[:, 10:50], 8))
 
 
-def test_modes_in_one_go():
+def test_grey_and_colour_images_in_one_batch():
     levels = np.random.default_rng(0).integers(0, 256, (20, 31), dtype=np.uint8)
     opaque, none = np.full_like(levels, 255), np.zeros_like(levels)
     palette = Image.fromarray(levels).convert("P")
@@ -240,7 +241,8 @@ def test_modes_in_one_go():
 
 
 def mirrored(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Pixel by pixel: crop the longer side at its centre, reflect the shorter one at its border."""
+    """Return the image pixel by pixel: crop the longer side at its centre, reflect the shorter one
+    at its border."""
     for axis in (0, 1):
         have = pixels.shape[axis]
         first = (have - size) // 2 if have >= size else -((size - have) // 2)
@@ -254,14 +256,14 @@ def mirrored(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 @pytest.mark.parametrize(
     "shape", [(32, 32), (31, 31), (20, 27), (5, 3), (2, 9), (32, 40), (40, 32), (3, 60), (61, 7)]
 )
-def test_small_images_pass_without_a_resample(shape: tuple[int, int]):
+def test_small_images_are_not_resampled(shape: tuple[int, int]):
     pixels = noise(*shape)
     squares = Transform(32)(encoded(pixels))
     assert (squares.dtype, squares.shape) == (np.uint8, (1, 32, 32, 3))
     np.testing.assert_array_equal(squares[0], mirrored(pixels, 32))
 
 
-def test_an_image_of_the_right_size_passes_untouched():
+def test_an_image_of_the_right_size_is_unchanged():
     pixels = noise(32, 32)
     for settings in ({}, {"filter": "lanczos"}, {"enlarge": "bicubic"}, {"full_decode": True}):
         np.testing.assert_array_equal(Transform(32, **settings)(Image.fromarray(pixels))[0], pixels)
@@ -275,7 +277,7 @@ def test_the_border_of_a_small_image_is_mirrored():
 
 @pytest.mark.parametrize("name", PILLOW_FILTERS)
 @pytest.mark.parametrize("shape", [(5, 15), (15, 5), (7, 7), (1, 4)])
-def test_small_images_are_enlarged_if_asked_for(name: str, shape: tuple[int, int]):
+def test_small_images_are_enlarged_on_request(name: str, shape: tuple[int, int]):
     pixels = noise(*shape)
     expected = Image.fromarray(centre(pixels)).resize((16, 16), Image.Resampling[name.upper()])
     np.testing.assert_array_equal(
@@ -304,7 +306,7 @@ def test_long_thin_images(shape: tuple[int, int]):
     [(500, 400, 32), (375, 500, 64), (90, 70, 48), (33, 80, 32), (640, 480, 15)],
 )
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_views_are_averages_of_the_boxes_drawn(width: int, height: int, size: int, form: str):
+def test_views_are_averages_of_the_sampled_boxes(width: int, height: int, size: int, form: str):
     data = encoded(noise(height, width), form)
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     squares = Transform(size, views=5, full_decode=True)(data, (3, 14))
@@ -324,7 +326,7 @@ def test_views_by_other_filters(name: str):
         np.testing.assert_array_equal(square, np.asarray(expected))
 
 
-def test_the_sizes_and_places_of_views_follow_the_paper():
+def test_the_sizes_and_positions_of_views_follow_the_paper():
     """Crops of 224 at a shorter side of 256 to 384: 2,000 have every size and touch every
     border."""
     boxes = Transform(32, views=2000)._boxes(500, 400, (0,))
@@ -351,7 +353,7 @@ def test_views_are_never_enlarged():
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG"])
-def test_views_are_a_function_of_image_and_seed(form: str):
+def test_views_depend_on_image_and_seed_only(form: str):
     data = encoded(noise(450, 400), form)
     four = Transform(32, views=4)
     squares = four(data, (7, 1))
@@ -360,7 +362,7 @@ def test_views_are_a_function_of_image_and_seed(form: str):
         for first, second in zip(squares, four(data, other), strict=True):
             assert (first != second).any()
     assert len(np.unique(squares, axis=0)) == 4
-    for count in (1, 2, 60):  # the first do not depend on how many follow
+    for count in (1, 2, 60):  # the first views do not depend on how many follow
         same = min(count, 4)
         np.testing.assert_array_equal(
             Transform(32, views=count)(data, (7, 1))[:same], squares[:same]
@@ -368,14 +370,14 @@ def test_views_are_a_function_of_image_and_seed(form: str):
 
 
 @pytest.mark.parametrize("shape", [(32, 32), (32, 70), (20, 70), (20, 20)])
-def test_views_of_small_images_are_their_one_square(shape: tuple[int, int]):
+def test_small_images_have_one_view(shape: tuple[int, int]):
     data = encoded(noise(*shape))
     squares = Transform(32, views=4)(data, (1,))
     np.testing.assert_array_equal(squares, Transform(32)(data))
 
 
 @pytest.mark.parametrize("resampling", [Image.Resampling.BOX, Image.Resampling.BILINEAR])
-def test_one_resample_looks_like_the_papers_three_steps(
+def test_one_resampling_is_close_to_the_papers_three_steps(
     image_sets: ImageSets, resampling: Image.Resampling
 ):
     """Scale, crop 224, average: 39.0 dB apart by Pillow's box filter, 41.1 by its bilinear one.
@@ -407,7 +409,7 @@ def test_one_resample_looks_like_the_papers_three_steps(
 
 
 @pytest.mark.parametrize("size", [32, 48, 64])
-def test_reduced_decoding_keeps_photographs(
+def test_reduced_decoding_is_accurate_for_photographs(
     image_sets: ImageSets, decoded: list[tuple[int, int]], size: int
 ):
     """PSNR 49.8, 48.1 and 56.8 dB; the worst images differ by 2.0, 2.1 and 1.5 levels.
@@ -423,7 +425,7 @@ def test_reduced_decoding_keeps_photographs(
     fast = np.stack([Transform(size)(file)[0] for file in photos])
     assert len(decoded) == len(photos)
     for whole, read in zip(headers, decoded, strict=True):
-        if min(whole) >= 6 * size:  # three pixels for each of the model's are left at half the size
+        if min(whole) >= 6 * size:  # at half the size, three pixels remain for each of the model's
             assert 3 * size <= min(read) <= min(whole) / 2 + 1
         else:
             assert read == whole
@@ -437,7 +439,7 @@ def test_reduced_decoding_keeps_photographs(
 
 
 @pytest.mark.parametrize(("size", "bound"), [(16, 45.5), (32, 47.5), (48, 57)])
-def test_reduced_decoding_keeps_views(
+def test_reduced_decoding_is_accurate_for_views(
     image_sets: ImageSets, decoded: list[tuple[int, int]], size: int, bound: float
 ):
     """Boxes that begin anywhere within the decoder's blocks: 46.7, 48.7 and 57.9 dB.
@@ -462,7 +464,7 @@ def test_reduced_decoding_keeps_views(
 
 
 def test_full_decoding_averages_all_pixels_of_photographs(image_sets: ImageSets):
-    """Two of them grey: their centres' averages, whatever mode the decoder gives."""
+    """Two of them are grey: the averages of their centres do not depend on the decoder's mode."""
     grey = [file for file in image_sets.photographs if Image.open(file).mode == "L"]
     assert len(grey) == 2
     for file in [*grey, *twenty(image_sets)]:
@@ -479,7 +481,7 @@ def test_full_decoding_averages_all_pixels_of_photographs(image_sets: ImageSets)
 @pytest.mark.parametrize(
     ("size", "count", "most", "bound"), [(32, 0, 2, 47), (12, 0, 8, 45), (12, 2, 4, 46)]
 )
-def test_reduced_decoding_of_turned_photographs(
+def test_reduced_decoding_of_rotated_photographs(
     photo: NDArray[np.uint8],
     decoded: list[tuple[int, int]],
     width: int,
@@ -491,7 +493,7 @@ def test_reduced_decoding_of_turned_photographs(
     most: int,
     bound: float,
 ):
-    """Incomplete blocks come last; in a turned image they would come first and shift all others.
+    """Incomplete blocks come last; in a rotated image they would come first and shift all others.
 
     At least 51.9, 45.6 and 47.9 dB; a shift by one pixel gives at most 36.8, 42.1 and 40.4.
     """
@@ -524,8 +526,8 @@ def test_jpegs_too_small_to_reduce_keep_all_pixels(side: int):
     np.testing.assert_array_equal(Transform(32)(data)[0], expected)
 
 
-def test_an_opened_jpeg_stays_whole(photo: NDArray[np.uint8]):
-    """The caller's image object is left unchanged, and gives the same square every time."""
+def test_an_opened_jpeg_is_left_unchanged(photo: NDArray[np.uint8]):
+    """The caller's image object is not modified, and gives the same square every time."""
     data = encoded(photo, "JPEG")
     expected = Transform(32, full_decode=True)(data)
     opened = Image.open(io.BytesIO(data))
@@ -534,7 +536,7 @@ def test_an_opened_jpeg_stays_whole(photo: NDArray[np.uint8]):
         assert opened.size == (500, 375)
 
 
-def test_a_cut_photograph_is_refused_in_reduced_decoding(
+def test_a_truncated_photograph_is_refused_in_reduced_decoding(
     image_sets: ImageSets, decoded: list[tuple[int, int]]
 ):
     for file in image_sets.photographs[:10]:
@@ -549,14 +551,14 @@ def test_a_cut_photograph_is_refused_in_reduced_decoding(
 
 @pytest.mark.parametrize("reduction", [2, 4, 8])
 @pytest.mark.parametrize("size", [7, 8, 32])
-def test_averages_of_reduced_images_weigh_parts_of_blocks(reduction: int, size: int):
+def test_averages_of_reduced_images_weight_parts_of_blocks(reduction: int, size: int):
     """For constant blocks, averages of the reduced image equal those of all pixels, in any box."""
     blocks = noise(75, 66)
     blocks[:, :9] = 255
     pixels = blocks.repeat(reduction, 0).repeat(reduction, 1)
     pixels = pixels[
         : 75 * reduction - 1, : 66 * reduction - reduction + 1
-    ]  # the last ones are filled in part
+    ]  # the last blocks are incomplete
     height, width = pixels.shape[:2]
     generator = np.random.default_rng(1)
     boxes = [
@@ -606,8 +608,8 @@ def test_damaged_files_are_named_with_the_reason(tmp_path: Path, picture: Callab
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM", "AVIF"])
-def test_no_damage_escapes_as_another_error(form: str):
-    """200 files with bytes changed and ends cut off: each gives squares or an InputError."""
+def test_damaged_files_raise_no_other_error(form: str):
+    """Change bytes of 200 files and truncate them: each gives squares or an InputError."""
     height, width = (100, 96) if form == "JPEG" else (24, 20)
     whole = encoded(noise(height, width), form, 1 if form in ("GIF", "BMP", "PPM") else 6)
     refused = 0

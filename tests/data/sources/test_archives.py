@@ -1,4 +1,4 @@
-"""Archives written byte for byte as their sites ship them, tiny, and read back."""
+"""Small archives, written byte by byte in the formats of their sites, and read back."""
 
 import gzip
 import io
@@ -43,8 +43,8 @@ NAMES = [
 
 
 class Python2Pickler(pickle._Pickler):  # type: ignore[misc]
-    """Writes what Python 2 and NumPy 1.x wrote: byte strings as such, and NumPy's functions by
-    their old names."""
+    """Write what Python 2 and NumPy 1.x wrote: byte strings as such, and NumPy's functions by their
+    old names."""
 
     dispatch: ClassVar[dict[type, Any]] = dict(pickle._Pickler.dispatch)
 
@@ -72,12 +72,13 @@ def python2_pickle(value: Any) -> bytes:
 
 
 def pixels(seed: int, count: int = PER_BATCH) -> NDArray[np.uint8]:
-    """Random images, uint8 [count, 32, 32, 3]."""
+    """Return random images, uint8 [count, 32, 32, 3]."""
     return np.random.default_rng(seed).integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
 
 
 def flat(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """CIFAR's order: all red values of an image row by row, then the green, then the blue."""
+    """Return CIFAR's order: all red values of an image row by row, then the green, then the
+    blue."""
     return np.stack(
         [np.concatenate([image[:, :, channel].ravel() for channel in range(3)]) for image in images]
     )
@@ -123,7 +124,7 @@ def cifar100(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def stl_images() -> NDArray[np.uint8]:
-    """Four images, uint8 [4, 96, 96, 3], no two of whose corners and channels are alike."""
+    """Return four images, uint8 [4, 96, 96, 3], in which all corners and channels differ."""
     images = np.random.default_rng(0).integers(0, 100, (4, 96, 96, 3), dtype=np.uint8)
     for number, image in enumerate(images):
         for channel in range(3):
@@ -138,8 +139,7 @@ def stl10(tmp_path: Path, stl_images: NDArray[np.uint8]) -> Path:
     folder.mkdir(parents=True)
     splits = {"train": stl_images[:2], "test": stl_images[2:3], "unlabeled": stl_images[1:]}
     for split, images in splits.items():
-        # As Matlab orders them: down each column, column by column, channel by channel, image by
-        # image.
+        # In Matlab's order: down each column, column by column, channel by channel, image by image.
         columns = [
             image[:, column, channel].tobytes()
             for image in images
@@ -157,7 +157,7 @@ def stl10(tmp_path: Path, stl_images: NDArray[np.uint8]) -> Path:
 
 
 def packed(folder: Path, name: str = "download.bin") -> Path:
-    """The folder as a `.tar.gz`; the name says nothing on purpose."""
+    """Pack the folder as a `.tar.gz` whose name does not contain the format."""
     path = folder.parents[1] / name
     with tarfile.open(path, "w:gz") as tar:
         tar.add(folder, folder.name)
@@ -200,8 +200,8 @@ def cache_entries() -> set[str]:
 # CIFAR
 
 
-def test_the_written_pickles_are_python_2s():
-    """The archives here hold the opcodes of the real ones, and their values load back."""
+def test_the_written_pickles_are_those_of_python_2():
+    """The archives here contain the opcodes of the real ones, and their values are read back."""
     written = python2_pickle(batch(1, labels=[1, 2, 3]))
     assert written.startswith(b"\x80\x02}")
     assert b"U\x06labels" in written  # a byte string, which Python 3 never writes in protocol 2
@@ -235,7 +235,7 @@ def test_cifar10(cifar10: Path, within: bool):
     assert [type(label) for label in labels] == [int] * 3
 
 
-def test_pickles_that_python_3_wrote(cifar10: Path):
+def test_pickles_written_by_python_3_are_read(cifar10: Path):
     for file in cifar10.iterdir():
         if file.suffix != ".html":
             file.write_bytes(
@@ -248,7 +248,7 @@ def test_pickles_that_python_3_wrote(cifar10: Path):
     assert labels == [3, 2, 1]
 
 
-def test_some_rows_and_their_names(cifar10: Path):
+def test_selected_rows_and_their_names(cifar10: Path):
     train = opened(cifar10)[0]["train"]
     found = list(train.read(np.array([1, 3, 14])))
     np.testing.assert_array_equal(found[1][0], pixels(2)[0])
@@ -262,7 +262,7 @@ def test_some_rows_and_their_names(cifar10: Path):
     assert list(train.read(np.array([], dtype=np.int64))) == []
 
 
-def test_more_rows_than_are_read_at_a_time(tmp_path: Path):
+def test_more_rows_than_fit_into_one_block(tmp_path: Path):
     tokens = np.arange(700 * 4, dtype=np.int32).reshape(700, 4)
     train = opened(write_tokens(tmp_path / "set", trX=tokens, trY=np.arange(700) % 7))[0]["train"]
     rows = np.arange(0, 700, 2)
@@ -291,7 +291,7 @@ def test_cifar100(
     assert splits["train"].name_of(2) == "train row 2"
 
 
-def test_labels_left_aside(cifar10: Path, cifar100: Path, stl10: Path, tmp_path: Path):
+def test_ignored_labels(cifar10: Path, cifar100: Path, stl10: Path, tmp_path: Path):
     prefix = write_tokens(tmp_path / "set", trX=np.zeros((3, 4), np.uint8), trY=np.arange(3))
     for source in (cifar10, cifar100, stl10, prefix):
         splits, names = opened(source, "none")
@@ -300,7 +300,7 @@ def test_labels_left_aside(cifar10: Path, cifar100: Path, stl10: Path, tmp_path:
             assert set(everything(rows)[1]) == {-1}
 
 
-def test_columns_that_are_not_there(cifar10: Path, cifar100: Path, stl10: Path, tmp_path: Path):
+def test_missing_columns(cifar10: Path, cifar100: Path, stl10: Path, tmp_path: Path):
     assert "'fine'; choose from: fine_label, coarse_label, none" in refusal(cifar100, "fine")
     for source in (cifar10, stl10):
         assert "'fine_label'; choose from: label, none" in refusal(source, "fine_label")
@@ -321,7 +321,9 @@ class Attack:
 
 @pytest.mark.parametrize("file", ["data_batch_2", "batches.meta"])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_a_pickle_that_would_run_code(cifar10: Path, tmp_path: Path, file: str, is_packed: bool):
+def test_a_pickle_that_would_execute_code_is_refused(
+    cifar10: Path, tmp_path: Path, file: str, is_packed: bool
+):
     values = (
         pickle.loads((cifar10 / file).read_bytes(), encoding="bytes")
         if file == "batches.meta"
@@ -336,7 +338,7 @@ def test_a_pickle_that_would_run_code(cifar10: Path, tmp_path: Path, file: str, 
     assert not executed.exists()
     assert cache_entries() == before
     pickle.loads((cifar10 / file).read_bytes(), encoding="bytes")
-    assert executed.exists()  # the attack is a real one: an ordinary unpickler runs it
+    assert executed.exists()  # the attack works: an ordinary unpickler executes it
 
 
 @pytest.mark.parametrize(
@@ -355,8 +357,8 @@ def test_other_functions_are_refused(cifar100: Path, attack: bytes):
     assert "train holds a pickle that would run code" in refusal(cifar100)
 
 
-def spoil(folder: Path, seed: int = 1, **changes: Any) -> None:
-    """Changes entries of the first batch; None takes one away."""
+def damage(folder: Path, seed: int = 1, **changes: Any) -> None:
+    """Change entries of the first batch; None removes one."""
     values = batch(seed, labels=[1, 0, 9]) | {
         name.encode(): value for name, value in changes.items()
     }
@@ -383,20 +385,20 @@ def spoil(folder: Path, seed: int = 1, **changes: Any) -> None:
         ({"data": b"no array"}, "should hold images, uint8 [N, 3072]"),
     ],
 )
-def test_a_batch_that_does_not_fit(cifar10: Path, changes: dict[str, Any], said: str):
-    spoil(cifar10, **changes)
+def test_a_malformed_batch_is_refused(cifar10: Path, changes: dict[str, Any], said: str):
+    damage(cifar10, **changes)
     message = refusal(cifar10)
     assert "data_batch_1" in message
     assert said in message
 
 
 @pytest.mark.parametrize("names", [7, [1, 2], [[b"a"]]])
-def test_class_names_that_are_none(cifar10: Path, names: Any):
+def test_malformed_class_names_are_refused(cifar10: Path, names: Any):
     write_pickle(cifar10 / "batches.meta", {b"label_names": names})
     assert "batches.meta should hold lists of class names" in refusal(cifar10)
 
 
-def test_a_cut_off_batch(cifar10: Path):
+def test_a_truncated_batch_is_refused(cifar10: Path):
     whole = (cifar10 / "data_batch_3").read_bytes()
     before = cache_entries()
     for size in (0, 1, 50, len(whole) // 2, len(whole) - 1):
@@ -446,13 +448,14 @@ def test_stl10(stl10: Path, stl_images: NDArray[np.uint8]):
     }
     for split, rows in splits.items():
         images, labels = everything(rows)
-        assert images[0, 0, -1, 0] != images[0, -1, 0, 0]  # or a transposition would not show
+        # otherwise a transposition would not be visible
+        assert images[0, 0, -1, 0] != images[0, -1, 0, 0]
         np.testing.assert_array_equal(images, expected[split][0])
         assert labels == expected[split][1]
     assert splits["unlabeled"].name_of(2) == "unlabeled_X.bin row 2"
 
 
-def test_stl10_that_does_not_fit(stl10: Path):
+def test_malformed_stl10_is_refused(stl10: Path):
     whole = (stl10 / "train_X.bin").read_bytes()
     (stl10 / "train_X.bin").write_bytes(whole[:-1])
     assert "train_X.bin is cut off: 55295 bytes, not a whole number of images of 27648" in refusal(
@@ -472,12 +475,12 @@ def test_stl10_that_does_not_fit(stl10: Path):
     assert everything(opened(stl10)[0]["train"])[1] == [0, 9]
 
 
-# Packed
+# Packed archives
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100", "stl10"])
 @pytest.mark.parametrize("column", [None, "none"])
-def test_packed_is_the_same_as_the_folder(
+def test_a_packed_archive_gives_the_same_as_its_folder(
     kind: str, column: str | None, request: pytest.FixtureRequest
 ):
     folder = request.getfixturevalue(kind)
@@ -505,7 +508,7 @@ def states(folder: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def test_the_second_opening_does_not_unpack_again(cifar10: Path, stl10: Path):
+def test_an_archive_is_unpacked_once(cifar10: Path, stl10: Path):
     for folder in (cifar10, stl10):
         archive, cache = packed(folder), Path(datasets.config.HF_DATASETS_CACHE) / "igpt"
         before = cache_entries()
@@ -520,7 +523,7 @@ def test_the_second_opening_does_not_unpack_again(cifar10: Path, stl10: Path):
         assert states(cache) == made
 
 
-def test_only_what_is_needed_is_kept(cifar10: Path, stl10: Path):
+def test_only_the_needed_members_are_unpacked(cifar10: Path, stl10: Path):
     kept = []
     for folder in (cifar10, stl10):
         before = cache_entries()
@@ -533,15 +536,15 @@ def test_only_what_is_needed_is_kept(cifar10: Path, stl10: Path):
     assert kept[1] == {"index.json", "train.label.npy", "test.label.npy", *files}
 
 
-def test_a_changed_archive_is_read_anew(cifar10: Path):
+def test_a_changed_archive_is_unpacked_again(cifar10: Path):
     assert everything(opened(cifar10)[0]["train"])[1][0] == 1
     file = cifar10 / "data_batch_1"
     before = file.stat()
-    spoil(cifar10, seed=77, labels=[8, 8, 8])
+    damage(cifar10, seed=77, labels=[8, 8, 8])
     assert file.stat().st_size == before.st_size
     os.utime(
         file, ns=(before.st_atime_ns, before.st_mtime_ns + 1)
-    )  # clocks of file systems tick slowly
+    )  # the clocks of file systems are coarse
     images, labels = everything(opened(cifar10)[0]["train"])
     assert labels[:4] == [8, 8, 8, 2]
     np.testing.assert_array_equal(images[:3], pixels(77))
@@ -561,9 +564,7 @@ def test_a_changed_archive_is_read_anew(cifar10: Path):
         {"parts": None},
     ],
 )
-def test_a_malformed_index_of_the_cache_is_made_again(
-    cifar10: Path, change: str | dict[str, object]
-):
+def test_a_malformed_index_of_the_cache_is_replaced(cifar10: Path, change: str | dict[str, object]):
     before = cache_entries()
     _, names = opened(cifar10)
     (entry,) = cache_entries() - before
@@ -575,7 +576,7 @@ def test_a_malformed_index_of_the_cache_is_made_again(
 
 
 @pytest.mark.parametrize("lost", ["train.npy", "test.label.npy", "index.json"])
-def test_a_cache_with_holes_is_filled_again(cifar10: Path, lost: str):
+def test_a_cache_with_missing_files_is_completed(cifar10: Path, lost: str):
     before = cache_entries()
     expected = everything(opened(cifar10)[0]["test"])
     (entry,) = cache_entries() - before
@@ -588,7 +589,7 @@ def test_a_cache_with_holes_is_filled_again(cifar10: Path, lost: str):
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "stl10"])
-def test_a_cut_off_archive(kind: str, request: pytest.FixtureRequest):
+def test_a_truncated_archive_is_refused(kind: str, request: pytest.FixtureRequest):
     archive = packed(request.getfixturevalue(kind))
     whole = archive.read_bytes()
     before = cache_entries()
@@ -597,27 +598,27 @@ def test_a_cut_off_archive(kind: str, request: pytest.FixtureRequest):
         assert "cut off or damaged" in refusal(archive)
         assert cache_entries() == before
     damaged = bytearray(whole)
-    damaged[-6] ^= 1  # in the checksum, which stands after everything
+    damaged[-6] ^= 1  # within the checksum at the end
     archive.write_bytes(bytes(damaged))
     assert "cut off or damaged" in refusal(archive)
     assert cache_entries() == before
     stored = gzip.compress(gzip.decompress(whole), compresslevel=0)
     archive.write_bytes(
         stored[: len(stored) // 2] + b"\xff" * (len(stored) // 2)
-    )  # which is no compressed data
+    )  # not compressed data
     assert "cut off or damaged" in refusal(archive)
     assert cache_entries() == before
     archive.write_bytes(
         gzip.compress(gzip.decompress(whole)[: len(stored) // 2])
-    )  # cut off before it was compressed
+    )  # truncated before it was compressed
     assert "download" in refusal(archive)
     assert cache_entries() == before
     archive.write_bytes(whole)
     assert len(opened(archive)[0]["test"]) in (1, PER_BATCH)
 
 
-def test_members_that_reach_out(cifar100: Path, tmp_path: Path):
-    """Links and other folders' files of the same names are no members that are wanted."""
+def test_members_outside_of_the_archive_are_ignored(cifar100: Path, tmp_path: Path):
+    """Links, and files of the same names in other folders, are not selected."""
     archive = tmp_path / "deep" / "er" / "archive"
     archive.parent.mkdir(parents=True)
     with tarfile.open(archive, "w:gz") as tar:
@@ -632,9 +633,9 @@ def test_members_that_reach_out(cifar100: Path, tmp_path: Path):
     assert not list(tmp_path.rglob("*escaped*"))
 
 
-def test_two_that_want_the_same_at_once(cifar10: Path, monkeypatch: pytest.MonkeyPatch):
-    """One of them unpacks; the other waits for it, and does not take its unfinished work for a
-    killed one's."""
+def test_two_processes_that_unpack_the_same_archive(cifar10: Path, monkeypatch: pytest.MonkeyPatch):
+    """One of them unpacks; the other waits, and does not take its unfinished work for that of a
+    killed process."""
     archive, calls = packed(cifar10), []
 
     def slowly(*arguments: Any) -> None:
@@ -649,9 +650,8 @@ def test_two_that_want_the_same_at_once(cifar10: Path, monkeypatch: pytest.Monke
     assert len(calls) == 1
 
 
-def test_recognised_by_the_first_members(cifar100: Path, tmp_path: Path):
-    """Not by the very first, which may be `./`; nor is a large archive of something else read to
-    its end."""
+def test_an_archive_is_recognized_by_its_first_members(cifar100: Path, tmp_path: Path):
+    """The very first may be `./`; and a large archive of something else is not read to its end."""
     for number, is_found in ((0, True), (1, True), (12, True), (30, False)):
         path = tmp_path / f"{number}-before"
         with tarfile.open(path, "w:gz") as tar:
@@ -691,7 +691,7 @@ def test_tokens(tmp_path: Path, kind: type):
         assert rows.name_of(1) == f"cifar10_{short}X.npy row 1", split
 
 
-def test_tokens_with_less_beside_them(tmp_path: Path):
+def test_tokens_without_optional_files(tmp_path: Path):
     tokens = np.arange(8, dtype=np.uint16).reshape(2, 4)
     splits, names = opened(write_tokens(tmp_path / "bare", trX=tokens))
     assert list(splits) == ["train"]
@@ -765,13 +765,15 @@ GOOD = np.zeros((3, 4), np.int32)
         ({"trX": GOOD, "trY": np.array([0, 2**63, 2], dtype=np.uint64)}, f"label {2**63}"),
     ],
 )  # fmt: skip
-def test_tokens_that_do_not_fit(tmp_path: Path, arrays: dict[str, NDArray[Any]], said: str):
+def test_inconsistent_tokens_are_refused(
+    tmp_path: Path, arrays: dict[str, NDArray[Any]], said: str
+):
     before = cache_entries()
     assert said in refusal(write_tokens(tmp_path / "set", **arrays))
     assert cache_entries() == before
 
 
-def test_tokens_that_are_no_array(tmp_path: Path):
+def test_tokens_that_are_not_an_array_are_refused(tmp_path: Path):
     prefix = write_tokens(tmp_path / "set", trX=np.zeros((300, 4), np.int32))
     file = tmp_path / "set_trX.npy"
     whole = file.read_bytes()
@@ -790,7 +792,7 @@ def test_tokens_that_are_no_array(tmp_path: Path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_the_palette_beside_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_palette_next_to_tokens_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     prefix = write_tokens(tmp_path / "cifar10", trX=GOOD)
     assert token_palette(prefix) is None
     np.save(tmp_path / "kmeans_centers.npy", np.zeros((4, 3), np.float32))
@@ -802,7 +804,7 @@ def test_the_palette_beside_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert len(opened("cifar10")[0]["train"]) == 3
 
 
-def test_what_exists_by_its_name_is_no_prefix(tmp_path: Path):
+def test_an_existing_path_is_not_taken_for_a_prefix(tmp_path: Path):
     prefix = write_tokens(tmp_path / "cifar10", trX=GOOD)
     Path(prefix).mkdir()
     assert open_archive(prefix) is None
@@ -814,7 +816,7 @@ def test_what_exists_by_its_name_is_no_prefix(tmp_path: Path):
 
 @pytest.mark.parametrize("kind", ["cifar10", "cifar100", "stl10", "tokens"])
 @pytest.mark.parametrize("is_packed", [False, True])
-def test_readers_are_sent_as_paths(
+def test_readers_are_pickled_as_paths(
     kind: str, is_packed: bool, request: pytest.FixtureRequest, tmp_path: Path
 ):
     if kind == "tokens":
@@ -825,7 +827,7 @@ def test_readers_are_sent_as_paths(
         source = request.getfixturevalue(kind)
         source = packed(source) if is_packed else source
     for rows in opened(source)[0].values():
-        expected, labels = everything(rows)  # mapped: what is mapped must not be sent
+        expected, labels = everything(rows)  # memory-mapped: its contents must not be pickled
         sent = pickle.dumps(rows)
         assert len(sent) < 2000
         copy = pickle.loads(sent)
@@ -836,10 +838,10 @@ def test_readers_are_sent_as_paths(
 
 
 @pytest.mark.parametrize("kind", ["cifar10", "stl10", "tokens"])
-def test_another_process_reads(
+def test_readers_work_in_another_process(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """Also what was opened by a relative path."""
+    """Including those of sources that were opened by a relative path."""
     if kind == "tokens":
         source = Path(
             write_tokens(tmp_path / "set", trX=np.arange(12).reshape(3, 4), trY=np.arange(3))
@@ -859,10 +861,10 @@ def test_another_process_reads(
     assert done.stdout.split() == [str(label).encode(), str(row.sum()).encode()], done.stderr
 
 
-# Other things
+# Other sources
 
 
-def test_none_for_other_things(
+def test_other_sources_are_not_recognized(
     tmp_path: Path, write_folder: Callable[..., Path], picture: Callable[..., bytes]
 ):
     before = cache_entries()
@@ -889,7 +891,9 @@ def test_none_for_other_things(
     assert cache_entries() == before
 
 
-def test_none_is_said_without_listing_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_other_folders_are_rejected_without_listing_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def forbidden(*_: Any, **__: Any) -> Any:
         raise AssertionError("a folder of a million images would be listed")
 

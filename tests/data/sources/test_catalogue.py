@@ -1,4 +1,4 @@
-"""Any source: what is none, which splits there are, and how some are held out."""
+"""Any source: how it is recognized, which splits it has, and how images are held out."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def test_existing_splits_are_kept(three_splits: Path):
         np.testing.assert_array_equal(split.indices, np.arange(len(split)))
 
 
-def test_splits_are_drawn_by_seed_disjoint_and_complete():
+def test_held_out_splits_are_seeded_disjoint_and_complete():
     first, again, other = (
         open_source("digits", SourceConfig(seed=seed, held_out=0.2))[0] for seed in (3, 3, 4)
     )
@@ -55,7 +55,7 @@ def test_splits_are_drawn_by_seed_disjoint_and_complete():
 
 
 def test_the_share_of_imagenet_is_held_out():
-    """4 % for validation (paper, section 3.1), and as many where there is no test split."""
+    """Hold out 4 % for validation (paper, section 3.1), and as many if there is no test split."""
     splits, *_ = open_source("digits", SourceConfig(held_out=0.04))
     assert counts(splits) == [1797 - 2 * 72, 72, 72]
     again, *_ = open_source("digits", SourceConfig(held_out=0.04))
@@ -88,7 +88,8 @@ def test_images_are_read_in_order_across_slices():
 
 @pytest.fixture(params=["parquet", "images", "tars"])
 def imagenet(request: pytest.FixtureRequest, tmp_path: Path, picture: Callable[..., bytes]) -> str:
-    """50 training and 20 validation images of two classes, and 30 unlabelled ones; no test split.
+    """Return 50 training and 20 validation images of two classes, and 30 unlabelled ones; there is
+    no test split.
 
     The least significant byte of an image's first pixel is its number.
     """
@@ -130,14 +131,14 @@ def imagenet(request: pytest.FixtureRequest, tmp_path: Path, picture: Callable[.
 
 
 def read(split: Split) -> dict[int, int]:
-    """The label of each image, by the image's number."""
+    """Return the label of each image, by the image's number."""
     return {
         open_image(image).getpixel((0, 0))[0]: label
         for image, label in split.read(np.arange(len(split)))
     }
 
 
-def test_the_validation_split_may_be_the_test_split(imagenet: str):
+def test_the_validation_split_may_also_be_the_test_split(imagenet: str):
     splits, names, *_ = open_source(imagenet, SourceConfig(test_split="validation", held_out=0.04))
     assert counts(splits) == [48, 2, 20]
     assert names == ["a", "b"]
@@ -147,7 +148,7 @@ def test_the_validation_split_may_be_the_test_split(imagenet: str):
     assert not train.keys() & validation.keys()
 
 
-def test_splits_by_their_own_names(imagenet: str):
+def test_splits_may_be_chosen_by_the_names_of_the_source(imagenet: str):
     splits, *_ = open_source(imagenet)
     assert counts(splits) == [45, 20, 5]
     assert read(splits["validation"]).keys() == set(range(50, 70))
@@ -162,7 +163,7 @@ def test_splits_by_their_own_names(imagenet: str):
     assert read(splits["validation"]).keys() == set(range(50))
 
 
-def test_splits_that_are_not_there(imagenet: str):
+def test_missing_splits_are_refused(imagenet: str):
     for settings, message in (
         ({"test_split": "valdiation"}, "has no split 'valdiation'; did you mean 'validation'?"),
         (
@@ -212,7 +213,7 @@ def test_splits_that_are_not_there(imagenet: str):
         ("a[1]", {"a[1]/a.parquet": "x"}, "rename it"),
     ],
 )
-def test_sources_that_are_none(
+def test_paths_that_are_not_sources_are_refused(
     tmp_path: Path, source: str, content: dict[str, str | None], message: str
 ):
     for name, text in content.items():
@@ -243,7 +244,7 @@ def test_an_empty_set(write_parquet: Write):
         open_source(str(write_parquet("a.parquet", {"image": []}, features)))
 
 
-def test_no_training_split(write_parquet: Write):
+def test_a_source_without_a_training_split(write_parquet: Write):
     features = datasets.Features({"image": datasets.Image()})
     folder = write_parquet("sets/test.parquet", {"image": [None] * 20}, features).parent
     write_parquet("sets/validation.parquet", {"image": [None] * 20}, features)
@@ -268,13 +269,13 @@ def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, 
 
 
 @pytest.mark.parametrize("source", ["a/b/c", "https://example.org/images"])
-def test_what_is_neither_a_path_nor_a_hub_id(source: str):
+def test_a_name_that_is_neither_a_path_nor_a_hub_id(source: str):
     with pytest.raises(InputError, match="no folder or file"):
         open_source(source)
 
 
-def test_a_silent_network_is_given_up_soon():
-    """A server that takes connections and never answers: `load_dataset` alone tries it six
+def test_a_network_without_answers_is_given_up_soon():
+    """Use a server that accepts connections and never answers: `load_dataset` alone would retry six
     times."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

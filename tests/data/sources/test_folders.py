@@ -1,5 +1,4 @@
-"""Folders of images: whatever lies in them, every image is found once, in one order, with the label
-of its folder."""
+"""Folders of images: every image is found once, in one order, with the label of its folder."""
 
 import io
 import os
@@ -26,18 +25,19 @@ Write = Callable[..., Path]
 
 
 def read(splits: dict[str, Split]) -> dict[str, dict[str, int]]:
-    """The label of each image of each split, by its path below the source."""
+    """Return the label of each image of each split, by its path below the source."""
     found = {}
     for name, split in splits.items():
         assert (np.diff(split.indices) > 0).all()
         images = list(split.read(np.arange(len(split))))
         found[name] = {str(image): label for image, label in images}
-        assert len(found[name]) == len(images), "an image is there twice"
+        assert len(found[name]) == len(images), "an image occurs twice"
     return found
 
 
 def everything(folder: Path, **settings: str) -> tuple[dict[str, int], list[str] | None]:
-    """All images of a source, by their path below it, with their labels; and the class names."""
+    """Return all images of a source, by their path below it, with their labels; and the class
+    names."""
     splits, names, *_ = open_source(str(folder), SourceConfig(**settings))
     found = read(splits)
     assert sum(map(len, found.values())) == len(set().union(*found.values())), (
@@ -91,7 +91,7 @@ def test_class_folders(write_folder: Write):
         open_source(str(folder), SourceConfig(label_column="kind"))
 
 
-def test_one_folder_is_no_class(write_folder: Write):
+def test_a_single_folder_is_not_a_class(write_folder: Write):
     files = [f"images/{number}.png" for number in range(10)]
     assert everything(write_folder("one", *files)) == (dict.fromkeys(files, -1), None)
 
@@ -141,7 +141,7 @@ def test_a_split_without_class_folders_has_no_labels(write_folder: Write):
     assert {label for file, label in found.items() if file.startswith("train")} == {0, 1}
 
 
-def test_two_folders_for_one_split(write_folder: Write):
+def test_two_folders_for_one_split_are_refused(write_folder: Write):
     folder = write_folder(
         "twice",
         *(f"{split}/{i}.png" for split in ("train", "val", "validation") for i in range(10)),
@@ -156,8 +156,8 @@ def test_two_folders_for_one_split(write_folder: Write):
 
 
 def test_names_of_splits_within_names_of_images_hide_no_image(write_folder: Write):
-    """`datasets` alone would take the one file whose name has the word, and silently leave the
-    others out."""
+    """`datasets` alone would take the one file whose name contains the word, and silently drop the
+    others."""
     files = [f"{number}.png" for number in range(17)] + [
         "train-station.png",
         "test_1.png",
@@ -176,7 +176,7 @@ def test_a_class_may_be_called_train_or_test(write_folder: Write, kinds: tuple[s
     assert everything(write_folder("vehicles", *files)) == (files, list(kinds))
 
 
-def test_other_splits_are_left_aside(write_folder: Write):
+def test_other_splits_are_left_out(write_folder: Write):
     files = [
         f"{split}/{number}.png" for split in ("train", "test", "unlabeled") for number in range(10)
     ]
@@ -203,7 +203,7 @@ def test_other_files_between_the_images(write_folder: Write, picture: Callable[.
         open_source(str(folder))
 
 
-def test_pipes_are_not_waited_for(write_folder: Write):
+def test_pipes_do_not_block(write_folder: Write):
     folder = write_folder("pipes", "0.png", "1.png", "2.png", "3.png")
     os.mkfifo(folder / "4.png")
     with pytest.raises(InputError, match="is a FIFO; a regular file is needed"):
@@ -216,7 +216,7 @@ def test_a_column_of_files(write_folder: Write):
         open_source(str(folder), SourceConfig(image_column="photo"))
 
 
-def test_a_picture_beside_the_one_file_of_images(
+def test_an_image_next_to_the_one_file_of_images(
     write_parquet: Write, picture: Callable[..., bytes]
 ):
     images = [{"bytes": picture(number), "path": None} for number in range(10)]
@@ -247,13 +247,13 @@ def test_images_at_any_depth(write_folder: Write):
     )
 
 
-def test_links_that_lead_back_lose_no_image(write_folder: Write):
+def test_circular_links_lose_no_image(write_folder: Write):
     files = [f"{place}{i}.png" for place in ("a/", "a/b/", "c/") for i in range(5)]
     folder = write_folder("outer/linked", *files)
     write_folder("outer/other", "1.png")
     (folder / "a" / "b" / "up").symlink_to(folder)
     (folder / "a" / "here").symlink_to(".")
-    (folder / "c" / "out").symlink_to("../..")  # to the folder that holds the source
+    (folder / "c" / "out").symlink_to("../..")  # to the folder that contains the source
     (folder / "itself").symlink_to("itself")
     (folder / "one").symlink_to("two")
     (folder / "two").symlink_to("one")
@@ -273,7 +273,7 @@ def test_links_elsewhere_are_followed(write_folder: Write):
     assert everything(folder.parent / "link") == (found, names)
 
 
-def test_a_broken_link_is_that_image_s_own_error(write_folder: Write):
+def test_a_broken_link_is_a_bad_image(write_folder: Write):
     folder = write_folder("broken", *(f"{i}.png" for i in range(9)))
     (folder / "lost.jpg").symlink_to(folder / "removed.jpg")
     (folder / "itself.jpg").symlink_to("itself.jpg")
@@ -291,16 +291,16 @@ def test_a_broken_link_is_that_image_s_own_error(write_folder: Write):
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="changes the user, as Linux does")
-def test_a_folder_that_cannot_be_read(picture: Callable[..., bytes]):
+def test_an_unreadable_folder_is_named(picture: Callable[..., bytes]):
     program = (
         "import os, sys, pyarrow.compute\n"
         "from igpt.data.sources.catalogue import open_source\n"
-        "if os.getuid() == 0: os.setuid(65534)\n"  # all is open to root
+        "if os.getuid() == 0: os.setuid(65534)\n"  # root may read everything
         "for source in sys.argv[1:]:\n"
         "    try: open_source(source)\n"
         "    except ValueError as error: print(error)\n"
     )
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to others
+    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
         folders = [Path(home) / name for name in ("all", "some/a/closed")]
         for folder in folders:
             folder.mkdir(parents=True)
@@ -316,7 +316,7 @@ def test_a_folder_that_cannot_be_read(picture: Callable[..., bytes]):
     ), done
 
 
-def test_a_name_that_is_no_text(write_folder: Write, picture: Callable[..., bytes]):
+def test_a_file_name_that_is_not_unicode(write_folder: Write, picture: Callable[..., bytes]):
     folder = write_folder("latin", *(f"{i}.png" for i in range(9)))
     Path(os.fsdecode(os.fsencode(folder) + b"/gr\xfcn.png")).write_bytes(picture(0))
     with pytest.raises(
@@ -351,7 +351,7 @@ def test_equal_names_keep_their_own_pixels_and_labels(tmp_path: Path):
     }
 
 
-def test_the_order_is_the_same_everywhere(tmp_path: Path, picture: Callable[..., bytes]):
+def test_the_order_does_not_depend_on_the_machine(tmp_path: Path, picture: Callable[..., bytes]):
     names = [f"{number % 3}/{number}.png" for number in range(2000)]
     orders = []
     for copy in ("one", "two"):
@@ -370,7 +370,7 @@ def test_the_order_is_the_same_everywhere(tmp_path: Path, picture: Callable[...,
 
 
 def described(write_folder: Write, *files: str) -> Path:
-    """Images, and a `metadata.csv` that says whether their numbers are odd."""
+    """Write images, and a `metadata.csv` with the class of each: whether its number is odd."""
     folder = write_folder("described", *files)
     for home in {(folder / file).parent for file in files}:
         lines = (
@@ -382,7 +382,7 @@ def described(write_folder: Write, *files: str) -> Path:
 
 
 @pytest.mark.parametrize("homes", [[""], ["train/", "val/"]])
-def test_metadata_beside_the_images(write_folder: Write, homes: list[str]):
+def test_metadata_next_to_the_images(write_folder: Write, homes: list[str]):
     folder = described(
         write_folder, *(f"{home}{number}.png" for home in homes for number in range(20))
     )
@@ -400,7 +400,7 @@ def test_metadata_beside_the_images(write_folder: Write, homes: list[str]):
             )
 
 
-def test_a_cover_above_the_folder_of_the_splits(write_folder: Write):
+def test_an_image_next_to_the_folder_of_the_splits(write_folder: Write):
     files = [
         f"data/{split}/{kind}/{i}.png"
         for split in ("train", "test")
@@ -466,7 +466,7 @@ def test_one_folder_of_images_is_named_where_there_are_no_labels(write_folder: W
         ("train", "my test", "test", [16, 2, 18]),
     ],
 )
-def test_words_of_splits_in_names_of_folders(
+def test_folder_names_that_contain_words_of_splits(
     write_folder: Write, train: str, other: str, split: str, expected: list[int]
 ):
     files = {
@@ -483,7 +483,7 @@ def test_words_of_splits_in_names_of_folders(
     assert f"{other} as {split}" in note
 
 
-def test_a_further_folder_beside_words_of_splits(write_folder: Write):
+def test_another_folder_next_to_words_of_splits(write_folder: Write):
     files = [
         f"seg_{split}/{kind}/{i}.png"
         for split in ("train", "test", "pred")
@@ -499,7 +499,7 @@ def test_a_further_folder_beside_words_of_splits(write_folder: Write):
     "tops",
     [("bullet_train", "cat", "test_tube"), ("a_test", "a_val"), ("a_train", "b_train", "c_test")],
 )
-def test_words_of_splits_that_are_not_clear_are_named(write_folder: Write, tops: tuple[str, ...]):
+def test_ambiguous_words_of_splits_are_named(write_folder: Write, tops: tuple[str, ...]):
     folder = write_folder("unclear", *(f"{top}/{i}.png" for top in tops for i in range(9)))
     source = open_source(str(folder))
     assert source.class_names == list(tops)

@@ -1,5 +1,4 @@
-"""Data sets on the Hub, read where they lie or downloaded: from a small Hub on this machine, in
-other processes."""
+"""Data sets on the Hub, streamed or downloaded: from a small local Hub, in other processes."""
 
 import hashlib
 import io
@@ -46,12 +45,12 @@ dataset_info:
 ---
 Pictures.
 """
-END = 1 << 16  # bytes of a Parquet file that Arrow reads first: its end
+END = 1 << 16  # bytes at the end of a Parquet file that Arrow reads first
 
 
 @pytest.fixture
 def hub(served: Hub, picture: Picture) -> Hub:
-    """Parquet in row groups of 20 with a long column that nobody needs, and two data sets that are
+    """Parquet in row groups of 20 with a long column that is not needed, and two data sets that are
     not Parquet."""
 
     def parquet(rows: range) -> bytes:
@@ -101,8 +100,8 @@ def hub(served: Hub, picture: Picture) -> Hub:
     return served
 
 
-# Of each source in turn: prints the class names, and the digest of the image and the label of all
-# rows of each reader, or of some for training; or what is wrong.
+# For each source: print the class names, and the digest of the image and the label of all rows of
+# each reader, or of some rows for training; or the error.
 PROGRAM = """
 import hashlib, json, sys
 import numpy as np
@@ -134,7 +133,7 @@ for source, settings in json.loads(sys.argv[2]):
 
 @pytest.fixture
 def started(hub: Hub, tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
-    """Starts the program with this Hub and an empty cache."""
+    """Start the program with this Hub and an empty cache."""
 
     def start(
         *sources: tuple[str, dict[str, object]], rows: list[int] | None = None
@@ -151,14 +150,14 @@ def started(hub: Hub, tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
 
 
 def ended(process: "subprocess.Popen[str]") -> list[Any]:
-    """What it finds, source by source."""
+    """Return what it prints, by source."""
     out, err = process.communicate("\n", timeout=120)
     assert process.returncode == 0, err
     return [json.loads(line) for line in out.splitlines()]
 
 
 def expected(picture: Picture, rows: range) -> list[list[Any]]:
-    """What is found of the images with these numbers."""
+    """Return the expected output for the images with these numbers."""
     digests = [hashlib.sha1(picture(number, side=64)).hexdigest() for number in rows]
     return [
         [row, digest, -1 if number >= 340 else number % 3]
@@ -167,7 +166,7 @@ def expected(picture: Picture, rows: range) -> list[list[Any]]:
 
 
 def stored(home: Path) -> tuple[int, set[str]]:
-    """How many bytes are stored in a cache, and the endings of its files."""
+    """Return how many bytes are stored in a cache, and the suffixes of its files."""
     files = [path for path in home.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files), {path.suffix for path in files}
 
@@ -194,7 +193,7 @@ def test_all_rows(
         assert ".arrow" in endings
 
 
-def test_a_few_rows_of_a_stream(hub: Hub, started: Callable[..., Any], picture: Picture):
+def test_some_rows_of_a_stream(hub: Hub, started: Callable[..., Any], picture: Picture):
     process = started(("someone/pictures", {"stream": True}), rows=[3, 4, 120, 299])
     assert process.stdout.readline() == "opened\n", process.stderr.read()
     assert sorted(path for path, _, _ in hub.log) == sorted(hub.sets["someone/pictures"])
@@ -213,7 +212,7 @@ def test_a_few_rows_of_a_stream(hub: Hub, started: Callable[..., Any], picture: 
     )  # three, and the last one again for its name
 
 
-def test_a_hub_that_refuses_on_the_way(hub: Hub, started: Callable[..., Any]):
+def test_a_hub_that_fails_during_the_download(hub: Hub, started: Callable[..., Any]):
     process = started(("someone/pictures", {"stream": True}), rows=[3, 120])
     assert process.stdout.readline() == "opened\n", process.stderr.read()
     hub.closed = True
@@ -237,12 +236,12 @@ def test_splits_and_configurations_by_name(started: Callable[..., Any], picture:
     assert unlabeled["counts"] == [54, 6, 40]
     assert unlabeled["train"] == expected(picture, SPLITS["unlabeled"])
     assert unlabeled["test"] == expected(picture, SPLITS["validation"])
-    assert few["names"] == ["one", "two", "three"]  # as the card says; the file says nothing
+    assert few["names"] == ["one", "two", "three"]  # from the data set card; the file has no names
     assert few["counts"] == [32, 4, 4]
     assert few["train"] == expected(picture, SPLITS["validation"])
 
 
-def test_what_cannot_be_streamed(hub: Hub, started: Callable[..., Any]):
+def test_data_sets_that_cannot_be_streamed(hub: Hub, started: Callable[..., Any]):
     words, folders, nothing, config, split = ended(
         started(
             ("someone/words", {"stream": True}),

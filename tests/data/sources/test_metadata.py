@@ -1,5 +1,5 @@
-"""Metadata files: every listed image gets its words, and what a file leaves open is counted or
-refused."""
+"""Metadata files: every listed image gets its values, and what a file does not describe is counted
+or refused."""
 
 import json
 from collections.abc import Callable
@@ -19,7 +19,7 @@ Write = Callable[..., Path]
 
 
 def labelled(source: Source, folder: Path) -> dict[str, str | None]:
-    """The class of each image of all splits, by its path below the folder."""
+    """Return the class of each image of all splits, by its path below the folder."""
     found: dict[str, str | None] = {}
     for split in source.splits.values():
         for image, label in split.read(np.arange(len(split))):
@@ -34,7 +34,7 @@ def counts(source: Source) -> dict[str, tuple[int, str]]:
 
 @pytest.fixture
 def nine(write_folder: Write) -> Path:
-    """Nine images, without metadata yet."""
+    """Write nine images, without metadata."""
     return write_folder("nine", *(f"{number}.png" for number in range(9)))
 
 
@@ -47,7 +47,7 @@ def csv(words: list[str]) -> str:
 WORDS = ["NA", "01", "1", "nan", "null", "None", "TRUE", "1.0", "2019-01-02"]
 
 
-def test_words_of_csv_are_words(nine: Path):
+def test_values_of_csv_are_strings(nine: Path):
     (nine / "metadata.csv").write_text(csv(WORDS))
     assert labelled(open_source(str(nine)), nine) == {
         f"{number}.png": word for number, word in enumerate(WORDS)
@@ -57,7 +57,7 @@ def test_words_of_csv_are_words(nine: Path):
 @pytest.mark.parametrize(
     "form", ["bom", "crlf", "quoted", "blank lines", "spaces", "other columns", "dots", "backslash"]
 )
-def test_csv_as_programs_write_it(write_folder: Write, form: str):
+def test_csv_dialects(write_folder: Write, form: str):
     home = "sub/" if form == "backslash" else ""
     folder = write_folder("forms", *(f"{home}{number}.png" for number in range(9)))
     words = ["a", "b, c", 'd "e"'] * 3
@@ -120,7 +120,7 @@ def test_csv_that_is_refused(nine: Path, text: str, message: str):
     assert message in refusal(nine) + "\n"
 
 
-def test_metadata_that_are_no_utf_8(nine: Path):
+def test_metadata_that_are_not_utf_8_are_refused(nine: Path):
     for name in ("metadata.csv", "metadata.jsonl"):
         (nine / name).write_bytes(csv(["caf\u00e9"]).encode("latin-1"))
         assert f"{nine / name} is not readable as UTF-8" in refusal(nine)
@@ -205,7 +205,7 @@ def test_a_damaged_parquet_file(nine: Path):
     assert "metadata.parquet is not readable as Parquet" in refusal(nine)
 
 
-def test_the_column_that_is_named(nine: Path):
+def test_a_named_column_has_the_classes(nine: Path):
     lines = ["file_name,label,kind,text"] + [
         f"{number}.png,{number},{'ab'[number % 2]},x" for number in range(9)
     ]
@@ -218,7 +218,7 @@ def test_the_column_that_is_named(nine: Path):
     assert (source.class_names, source.notes) == (None, [])
 
 
-def test_without_a_column_of_classes_there_are_none(write_folder: Write):
+def test_without_a_column_of_classes_there_are_no_classes(write_folder: Write):
     folder = write_folder(
         "captions", *(f"{split}/{number}.png" for split in ("test", "train") for number in range(9))
     )
@@ -235,7 +235,7 @@ def test_without_a_column_of_classes_there_are_none(write_folder: Write):
     assert open_source(str(folder)).notes == ["no labels: metadata.csv has no column but file_name"]
 
 
-def test_the_nearest_file_above_an_image_describes_it(write_folder: Write):
+def test_the_nearest_metadata_file_above_an_image_applies(write_folder: Write):
     names = [
         f"{home}{number}.png" for home in ("", "near/", "near/deep/", "far/") for number in range(3)
     ]
@@ -257,7 +257,7 @@ def test_the_nearest_file_above_an_image_describes_it(write_folder: Write):
     assert source.left_out.possible_images == 1
 
 
-def test_images_below_no_metadata_have_no_label(write_folder: Write):
+def test_images_without_metadata_have_no_label(write_folder: Write):
     folder = write_folder(
         "some", *(f"{split}/{number}.png" for split in ("train", "test") for number in range(9))
     )
@@ -283,8 +283,8 @@ def test_two_metadata_files_in_one_folder(nine: Path):
     assert "has two metadata files, metadata.csv and metadata.jsonl; keep one" in refusal(nine)
 
 
-def test_listed_files_that_are_no_images(nine: Path):
-    """They are counted by their endings, so the list is not wrong because of them."""
+def test_listed_files_that_are_not_images(nine: Path):
+    """They are counted by their suffixes, and are not an error of the list."""
     (nine / "9.heic").write_bytes(b"heic")
     (nine / "metadata.csv").write_text(csv(["a"] * 9) + "9.heic,a\n")
     assert counts(open_source(str(nine))) == {"files ending in .heic": (1, "9.heic")}
@@ -298,7 +298,7 @@ def test_brackets_in_the_name_of_a_described_folder(write_folder: Write):
 
 @pytest.fixture
 def tiny(write_folder: Write) -> Path:
-    """Tiny ImageNet as its site ships it, but for its size."""
+    """Write Tiny ImageNet in the layout of its site, with fewer images."""
     names = [
         f"train/{kind}/images/{kind}_{number}.png" for kind in ("n01", "n02") for number in range(6)
     ]
@@ -330,7 +330,7 @@ def test_tiny_imagenet(tiny: Path):
     ]
 
 
-def test_annotations_that_do_not_fit(tiny: Path):
+def test_inconsistent_annotations_are_refused(tiny: Path):
     path = tiny / "val" / "val_annotations.txt"
     path.write_text("val_9.png\tn01\n")
     assert f"{path} lists 'val_9.png', which is not among the images" in refusal(tiny)
@@ -342,7 +342,7 @@ def test_annotations_that_do_not_fit(tiny: Path):
     assert "validation has 1 that train does not have ('n03')" in refusal(tiny)
 
 
-def test_captions_leave_the_classes_to_the_folders(write_folder: Write):
+def test_captions_do_not_replace_class_folders(write_folder: Write):
     files = {f"{kind}/{number}.png": kind for kind in "ab" for number in range(9)}
     folder = write_folder("captions", *files)
     (folder / "metadata.csv").write_text(
@@ -371,8 +371,8 @@ def test_unused_columns_are_named(nine: Path):
 
 @pytest.mark.parametrize("settings", [{}, {"label_column": "none"}])
 def test_several_rows_of_an_image(nine: Path, settings: dict[str, str]):
-    """Such as one for each box: they are one where they have the same class, or where there are no
-    classes."""
+    """One row for each box, for example: they are one row if they have the same class, or if there
+    are no classes."""
     last = "8.png,b\n" if settings else "8.png,c\n"
     (nine / "metadata.csv").write_text(csv(["a", "b", "c"] * 3) + "0.png,a\n0.png,a\n" + last)
     source = open_source(str(nine), SourceConfig(**settings))
@@ -383,7 +383,7 @@ def test_several_rows_of_an_image(nine: Path, settings: dict[str, str]):
     assert counts(source)["further rows of metadata.csv"] == (3, "0.png")
 
 
-def test_a_table_that_does_not_describe_the_images(nine: Path):
+def test_a_table_without_names_of_images(nine: Path):
     (nine / "metadata.csv").write_text("camera,year\nx,2019\n")
     advice = (
         "rename the column of file names to file_name, or rename the file if it does not describe "
@@ -413,7 +413,7 @@ def test_file_names_that_are_relative_to_another_folder(write_folder: Write):
     )
 
 
-def test_a_class_in_another_unicode_form(write_folder: Write):
+def test_a_class_in_another_unicode_normalization(write_folder: Write):
     files = [f"{split}/{number}.png" for split in ("train", "test") for number in range(9)]
     folder = write_folder("forms", *files)
     (folder / "train" / "metadata.csv").write_text(csv(["\u00e9", "b", "c"] * 3))

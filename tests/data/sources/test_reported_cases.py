@@ -1,4 +1,4 @@
-"""Inputs that people's public reports of similar tools describe.
+"""Inputs that public reports about similar tools describe.
 
 The other test files have their own small inputs for the same behaviour.
 """
@@ -32,7 +32,7 @@ def case(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def prepared(igpt: Run, source: Path, *flags: object) -> tuple[TokenDataset, str]:
-    """Prepare a source, and return the data set and what was printed."""
+    """Prepare a source, and return the data set and the printed text."""
     out = source.parent / f"{source.name}.tokens"
     done = igpt("prepare", source, "-o", out, "--size", 8, "--colors", 4, "--workers", 1, *flags)
     assert (done.returncode, done.stderr) == (0, "")
@@ -40,7 +40,7 @@ def prepared(igpt: Run, source: Path, *flags: object) -> tuple[TokenDataset, str
 
 
 def refusal(igpt: Run, source: Path, *flags: object) -> str:
-    """Return the one line with which `prepare` refuses a source; nothing is left behind."""
+    """Return the single line with which `prepare` refuses a source; no files are left."""
     out = source.parent / f"{source.name}.tokens"
     done = igpt("prepare", source, "-o", out, "--size", 8, "--colors", 4, "--workers", 1, *flags)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
@@ -49,7 +49,7 @@ def refusal(igpt: Run, source: Path, *flags: object) -> str:
 
 
 def per_class(data: TokenDataset) -> dict[str, int]:
-    """Return how many images of all splits have each class."""
+    """Return how many images of all splits each class has."""
     labels = np.concatenate([data[split].labels for split in data])
     assert data.class_names is not None
     return {name: int((labels == number).sum()) for number, name in enumerate(data.class_names)}
@@ -118,7 +118,7 @@ def test_heic_alone(igpt: Run, case: Callable[[str], Path]):
 @pytest.mark.parametrize(
     ("name", "classes"), [("country", ["DE", "NA", "US"]), ("code", ["01", "1", "2"])]
 )
-def test_words_stay_words(igpt: Run, case: Callable[[str], Path], name: str, classes: list[str]):
+def test_values_stay_strings(igpt: Run, case: Callable[[str], Path], name: str, classes: list[str]):
     data, _ = prepared(igpt, case("words_as_classes") / name)
     assert per_class(data) == dict.fromkeys(classes, 20)
     assert left_out(data) == {}

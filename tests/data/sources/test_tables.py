@@ -1,5 +1,5 @@
-"""Parquet, Arrow and what `datasets` saves: every row with its image and label, and only what is
-asked for is read."""
+"""Parquet, Arrow and data sets saved by `datasets`: every row has its image and label, and only the
+needed bytes are read."""
 
 import io
 import random
@@ -45,7 +45,8 @@ def test_cifar10(image_sets: ImageSets):
 
 
 def test_tiny_imagenet_in_two_shards(image_sets: ImageSets):
-    """A training split alone: validation and test are held out of it, from both files."""
+    """There is only a training split: validation and test images are held out of it, from both
+    files."""
     images, classes = (100000, 200) if image_sets.real else (100, 20)
     splits, names, *_ = open_source(str(image_sets.tiny_imagenet))
     assert counts(splits) == [images * 8 // 10, images // 10, images // 10]
@@ -64,7 +65,7 @@ def test_tiny_imagenet_in_two_shards(image_sets: ImageSets):
 
 @pytest.fixture
 def columns(picture: Picture) -> dict[str, list[Any]]:
-    """Twenty images, whose number is in all other columns."""
+    """Return twenty images, whose number is in all other columns."""
     return {
         "image": [{"bytes": picture(number), "path": None} for number in range(20)],
         "word": [f"kind {number % 3}" for number in range(20)],
@@ -76,8 +77,8 @@ def columns(picture: Picture) -> dict[str, list[Any]]:
 
 @pytest.fixture
 def pieces(tmp_path: Path) -> Path:
-    """90 + 1 + 0 + 409 rows in four files, in row groups of 7 and of 300; nothing in them is an
-    image but by type."""
+    """Write 90 + 1 + 0 + 409 rows in four files, in row groups of 7 and of 300; the images are only
+    recognizable by their type."""
     rows = [
         {"bytes": random.Random(row).randbytes(row % 5 * 300), "path": f"{row}.png"}
         for row in range(500)
@@ -146,7 +147,7 @@ def test_parquet_is_read_in_place(pieces: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_only_the_row_groups_with_wanted_rows_are_read(pieces: Path):
-    """What is damaged or gone elsewhere is not noticed."""
+    """Damaged or missing bytes elsewhere are not noticed."""
     reader = open_source(str(pieces))[0]["train"].reader
     first, *_, last = sorted(pieces.rglob("*.parquet"))
     wanted = np.array([14, 20, 84, 89])
@@ -165,7 +166,7 @@ def test_only_the_row_groups_with_wanted_rows_are_read(pieces: Path):
         list(reader.read(np.array([14, 400])))
 
 
-def test_a_large_row_group_is_not_taken_into_memory(tmp_path: Path):
+def test_a_large_row_group_is_not_read_into_memory(tmp_path: Path):
     rows = [{"bytes": random.Random(row).randbytes(50_000), "path": None} for row in range(1500)]
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": rows}), file, row_group_size=1500)
@@ -205,7 +206,7 @@ def test_images_as_bytes_records_and_paths(tmp_path: Path, write_parquet: Write,
 
 
 def test_columns_without_labels(write_parquet: Write, columns: dict[str, list[Any]]):
-    """Records of encoded images are known as such without the Hub's types."""
+    """Records of encoded images are recognized without the Hub's types."""
     file = write_parquet("plain/data.parquet", {"image": columns["image"]})
     for source in (file, file.parent):
         assert counts(open_source(str(source))[0]) == [16, 2, 2]
@@ -214,7 +215,9 @@ def test_columns_without_labels(write_parquet: Write, columns: dict[str, list[An
         assert found == [(image, -1) for image in columns["image"]]
 
 
-def test_files_of_one_split_that_disagree(write_parquet: Write, columns: dict[str, list[Any]]):
+def test_files_of_one_split_with_different_columns(
+    write_parquet: Write, columns: dict[str, list[Any]]
+):
     def typed(*names: str) -> datasets.Features:
         return datasets.Features(
             {"image": datasets.Image(), "kind": datasets.ClassLabel(names=list(names))}
@@ -237,7 +240,7 @@ def test_files_of_one_split_that_disagree(write_parquet: Write, columns: dict[st
 
 @pytest.fixture
 def two_images(write_parquet: Write, columns: dict[str, list[Any]]) -> str:
-    """An image column and one of masks that do not decode; the last image is missing."""
+    """Return an image column and one of masks that do not decode; the last image is missing."""
     rows = {
         "photo": [*columns["image"][:-1], None],
         "mask": [{"bytes": b"damaged", "path": None}] * 20,
@@ -252,7 +255,7 @@ def test_two_image_columns_are_named(two_images: str):
     )
 
 
-def test_a_missing_image_is_a_bad_one(two_images: str):
+def test_a_missing_image_is_a_bad_image(two_images: str):
     splits, *_ = open_source(two_images, SourceConfig(image_column="photo"))
     for split in splits.values():
         for row, (image, _) in zip(split.indices, split.read(np.arange(len(split))), strict=True):
@@ -264,7 +267,7 @@ def test_a_missing_image_is_a_bad_one(two_images: str):
                 assert open_image(image).size == (6, 6)
 
 
-def test_near_misses_and_columns_of_the_wrong_kind(
+def test_misspelled_columns_and_columns_of_the_wrong_type(
     write_parquet: Write, columns: dict[str, list[Any]]
 ):
     source = write_parquet("a.parquet", columns)
@@ -303,7 +306,7 @@ def test_names_with_brackets(write_parquet: Write, columns: dict[str, list[Any]]
     assert len(whole(write_parquet("a [1] *.parquet", {"image": columns["image"]}))[0]) == 20
 
 
-def test_what_datasets_has_saved(tmp_path: Path, columns: dict[str, list[Any]]):
+def test_data_sets_saved_by_datasets(tmp_path: Path, columns: dict[str, list[Any]]):
     features = datasets.Features(
         {"image": datasets.Image(), "kind": datasets.ClassLabel(names=["a", "b"])}
     )

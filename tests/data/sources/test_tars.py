@@ -1,5 +1,5 @@
-"""WebDataset tars: the samples of many shards are one sequence, as reading the tars from end to end
-gives it."""
+"""WebDataset tars: the samples of many shards are one sequence, the same as from reading the tars
+sequentially."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def write_tar(path: Path, members: Members, mode: str = "w") -> Path:
 def samples(
     picture: Picture, first: int, last: int, kinds: str | None = "abc"
 ) -> list[tuple[str, bytes]]:
-    """Images, each with a number for a name, and their classes."""
+    """Return images, each named by a number, and their classes."""
     members = []
     for number in range(first, last):
         members.append((f"{number:04d}.png", picture(number)))
@@ -46,7 +46,8 @@ def samples(
 
 
 def plainly(*paths: Path) -> list[tuple[bytes, str]]:
-    """Images and class names as `tarfile` finds them, where each image is followed by its class."""
+    """Return images and class names as `tarfile` finds them, where each image is followed by its
+    class."""
     found = []
     for path in paths:
         with tarfile.open(path) as tar:
@@ -65,7 +66,8 @@ def read(split: Split) -> list[tuple[dict[str, Any] | None, int]]:
 def whole(
     path: Path, **settings: str
 ) -> tuple[list[tuple[dict[str, Any] | None, int]], list[str] | None]:
-    """All that the reader of the training images finds, held-out ones too; and the class names."""
+    """Return everything that the reader of the training images finds, including held-out images;
+    and the class names."""
     splits, names, *_ = open_source(str(path), SourceConfig(**settings))
     reader = splits["train"].reader
     return list(reader.read(np.arange(len(reader)))), names
@@ -77,7 +79,7 @@ def counts(path: Path, **settings: str) -> list[int]:
     return [len(split) for split in splits.values()]
 
 
-def test_one_tar_is_a_source_and_so_is_its_folder(tmp_path: Path, picture: Picture):
+def test_a_tar_is_a_source_and_so_is_its_folder(tmp_path: Path, picture: Picture):
     file = write_tar(tmp_path / "images-0000.tar", samples(picture, 0, 20))
     for source in (file, tmp_path):
         assert counts(source) == [16, 2, 2]
@@ -91,8 +93,8 @@ def test_one_tar_is_a_source_and_so_is_its_folder(tmp_path: Path, picture: Pictu
 
 @pytest.fixture
 def shards(tmp_path: Path, picture: Picture) -> Path:
-    """40 training images in five shards of different sizes, one of them empty, and 12 validation
-    images in two."""
+    """Write 40 training images in five shards of different sizes, one of them empty, and 12
+    validation images in two."""
     cuts = [0, 7, 7, 8, 30, 40]
     for number, (first, last) in enumerate(pairwise(cuts)):
         write_tar(tmp_path / "set" / f"train-{number:04d}.tar", samples(picture, first, last))
@@ -151,7 +153,7 @@ def test_any_rows_across_shards(shards: Path):
     ],
 )
 def test_splits_by_folder_and_by_word(tmp_path: Path, picture: Picture, names: tuple[str, str]):
-    source = tmp_path / "test"  # the source's own name says nothing
+    source = tmp_path / "test"  # the source's own name contains no split
     write_tar(source / names[0], samples(picture, 0, 20))
     write_tar(source / names[1], samples(picture, 20, 25))
     splits, *_ = open_source(str(source))
@@ -165,13 +167,13 @@ def test_splits_by_folder_and_by_word(tmp_path: Path, picture: Picture, names: t
     ]
 
 
-def test_tars_without_a_split_are_all_for_training(tmp_path: Path, picture: Picture):
-    for number, name in enumerate(("bus", "car", "train")):  # a class may be called so
+def test_tars_without_a_split_are_training_images(tmp_path: Path, picture: Picture):
+    for number, name in enumerate(("bus", "car", "train")):  # a class may have this name
         write_tar(tmp_path / "set" / f"{name}.tar", samples(picture, 10 * number, 10 * number + 10))
     assert counts(tmp_path / "set") == [24, 3, 3]
     write_tar(
         tmp_path / "set" / "val.tar", samples(picture, 0, 4)
-    )  # now it is a split, and others are left aside
+    )  # now it is a split, and others are left out
     assert counts(tmp_path / "set") == [9, 4, 1]
     assert counts(tmp_path / "set", train_split="bus") == [9, 4, 1]
 
@@ -196,7 +198,7 @@ def test_classes_are_sorted_as_numbers_if_all_are(tmp_path: Path, picture: Pictu
         ]
 
 
-def test_no_class_is_minus_one(tmp_path: Path, picture: Picture):
+def test_no_class_has_the_number_minus_one(tmp_path: Path, picture: Picture):
     members = [
         *samples(picture, 0, 6, "ab"),
         ("6.png", picture(6)),
@@ -307,9 +309,9 @@ def test_a_sample_without_its_image_is_a_bad_image(tmp_path: Path, picture: Pict
         open_source(str(tmp_path / "set"))
 
 
-def test_what_is_a_sample(tmp_path: Path, picture: Picture):
-    """Neighbours in one folder whose names agree up to the first dot; a name that comes again
-    begins another."""
+def test_which_members_form_a_sample(tmp_path: Path, picture: Picture):
+    """Consecutive members in one folder whose names agree up to the first dot; a repeated name
+    starts a new sample."""
     members = [
         ("a/1.png", picture(0)),
         ("a/1.cls", b"x"),
@@ -356,9 +358,9 @@ def test_long_names(tmp_path: Path, picture: Picture):
         ]
 
 
-def test_a_tar_that_is_cut_off(tmp_path: Path, picture: Picture):
-    """Wherever it is: within a header, within an image, or between two members, where `tarfile`
-    sees nothing amiss."""
+def test_a_truncated_tar_is_refused(tmp_path: Path, picture: Picture):
+    """Truncated anywhere: within a header, within an image, or between two members, which `tarfile`
+    does not notice."""
     content = write_tar(tmp_path / "whole.tar", samples(picture, 0, 10)).read_bytes()
     with tarfile.open(tmp_path / "whole.tar") as tar:
         last = tar.getmembers()[-1]
@@ -369,7 +371,7 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, picture: Picture):
         with pytest.raises(InputError, match="cut off") as caught:
             open_source(str(cut))
         assert "\n" not in str(caught.value)
-    for header in (last.offset, end):  # garbage where a header, or the end, should be
+    for header in (last.offset, end):  # garbage in the position of a header or of the end mark
         cut.write_bytes(content[:header] + b"\xff" * 512 + content[header + 512 :])
         with pytest.raises(InputError, match=f"cut off or damaged after {header} bytes"):
             open_source(str(cut))
@@ -379,7 +381,7 @@ def test_a_tar_that_is_cut_off(tmp_path: Path, picture: Picture):
 
 @pytest.mark.parametrize("sizes", [(1, 2), (20, 40), (3, 0, 4), (0, 5), (7, 8, 9)])
 def test_joined_tars_are_read_to_the_end(tmp_path: Path, picture: Picture, sizes: tuple[int, ...]):
-    """`cat a.tar b.tar`: behind the first end mark another tar begins."""
+    """`cat a.tar b.tar`: another tar starts after the first end mark."""
     joined, parts, first = b"", [], 0
     for number, size in enumerate(sizes):
         part = write_tar(tmp_path / f"{number}.tar", samples(picture, first, first + size))
@@ -401,7 +403,7 @@ def test_joined_tars_are_read_to_the_end(tmp_path: Path, picture: Picture, sizes
 
 
 @pytest.mark.parametrize("tail", [b"\n", b"x" * 512, b"\0" * 300 + b"x"])
-def test_what_follows_a_tar_and_is_none_is_refused(tmp_path: Path, picture: Picture, tail: bytes):
+def test_trailing_data_that_is_not_a_tar_is_refused(tmp_path: Path, picture: Picture, tail: bytes):
     file = write_tar(tmp_path / "a.tar", samples(picture, 0, 10))
     size = file.stat().st_size
     file.write_bytes(file.read_bytes() + tail)
@@ -445,7 +447,7 @@ def test_members_that_are_not_used_are_counted(tmp_path: Path, picture: Picture)
         "tar members that are links or devices ending in .txt": (1, "a.tar: 9.txt"),
     }
     assert source.left_out.possible_images == 2, (
-        "the one without an ending, and the link to an image"
+        "the one without a suffix, and the link to an image"
     )
 
 
@@ -457,8 +459,8 @@ def test_a_compressed_tar(tmp_path: Path, picture: Picture, compression: str):
     assert "\n" not in str(caught.value)
 
 
-def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
-    """10,000 headers of `tarfile` take 15 MB, and 13 million of ImageNet's would take 20 GB."""
+def test_headers_are_not_kept_in_memory(tmp_path: Path, picture: Picture):
+    """10,000 headers of `tarfile` take 15 MB, and the 13 million of ImageNet would take 20 GB."""
     image = picture(0)
     members = (
         (f"{number:04d}.{ending}", image if ending == "png" else b"a")
@@ -467,10 +469,10 @@ def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
     )
     file = write_tar(tmp_path / "a.tar", members)
     small = write_tar(tmp_path / "small.tar", samples(picture, 0, 10))
-    program = (  # a process of its own, in which no thread of another test takes memory too
+    program = (  # a process of its own, in which no thread of another test allocates memory
         "import sys, tracemalloc, numpy as np\n"
         "from igpt.data.sources.catalogue import open_source\n"
-        "open_source(sys.argv[1])\n"  # what is imported is not counted
+        "open_source(sys.argv[1])\n"  # imports are not counted
         "tracemalloc.start()\n"
         "splits, *_ = open_source(sys.argv[2])\n"
         "((image, label),) = splits['train'].reader.read(np.array([4999]))\n"
@@ -483,10 +485,10 @@ def test_no_list_of_headers_is_kept(tmp_path: Path, picture: Picture):
     assert (name, label) == ("4999.png", "0")
     assert (
         int(peak) < 5_000_000
-    )  # 0.2 MB, and 2 MB where Python's table of interned strings doubles meanwhile
+    )  # 0.2 MB, or 2 MB if Python's table of interned strings doubles meanwhile
 
 
-def test_tars_without_classes_name_what_they_have(tmp_path: Path, picture: Picture):
+def test_tars_without_classes_name_their_fields(tmp_path: Path, picture: Picture):
     members = []
     for number in range(10):
         members += [

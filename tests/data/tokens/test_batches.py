@@ -19,13 +19,13 @@ CPU = torch.device("cpu")
 
 
 def split_of(count: int, side: int = SIDE) -> TokenSplit:
-    """Images whose tokens are all different, and whose labels are their rows."""
+    """Return images whose tokens are all different, and whose labels are their rows."""
     tokens = np.arange(count * side**2, dtype=np.uint16).reshape(count, side**2)
     return TokenSplit("train", [tokens], [np.arange(count, dtype=np.int32)])
 
 
 @pytest.mark.parametrize(("count", "size"), [(12, 4), (12, 5), (7, 7), (3, 8), (10, 1)])
-def test_epochs_are_permutations_laid_end_to_end(count: int, size: int):
+def test_epochs_are_consecutive_permutations(count: int, size: int):
     steps = 3 * count
     rows = np.concatenate([batch_rows(0, step, size, count) for step in range(steps)])
     epochs = rows[: len(rows) // count * count].reshape(-1, count)
@@ -35,10 +35,10 @@ def test_epochs_are_permutations_laid_end_to_end(count: int, size: int):
     if count >= 7:
         assert (
             len(np.unique(epochs, axis=0)) > len(epochs) * 0.9
-        )  # every epoch has an order of its own
+        )  # every epoch has a different order
 
 
-def test_a_batch_is_the_same_whatever_came_before():
+def test_a_batch_does_not_depend_on_earlier_ones():
     in_order = {step: batch_rows(5, step, 6, 20) for step in range(40)}
     for step in (39, 0, 17, 3, 38, 16):
         np.testing.assert_array_equal(batch_rows(5, step, 6, 20), in_order[step])
@@ -59,7 +59,7 @@ def test_a_batch_straddles_epochs():
 def test_seeds_differ():
     orders = {tuple(batch_rows(seed, 0, 50, 50)) for seed in range(20)}
     assert len(orders) == 20
-    # One image, so that it is not the order that differs
+    # One image, so that the order cannot differ
     first, second = (
         Batches(split_of(1), SIDE, 16, seed=seed, shift=2).tokens(0) for seed in (0, 1)
     )
@@ -67,13 +67,13 @@ def test_seeds_differ():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 64, 65, 1000, 100_003])
-def test_an_epoch_holds_every_row_once(count: int):
+def test_an_epoch_contains_every_row_once(count: int):
     for seed in (0, 2**63 - 1):
         rows = batch_rows(seed, 1, count, count)
         assert np.bincount(rows, minlength=count).tolist() == [1] * count
     if count >= 64:
         assert (rows == np.arange(count)).sum() < 10, (
-            "rows that stay in their place: one is expected"
+            "rows that keep their position: one is expected"
         )
 
 
@@ -88,20 +88,20 @@ def test_the_order_is_the_same_on_every_machine():
 
 
 def excess(counts: NDArray[np.int64]) -> float:
-    """Chi-squared of counts that should be alike: standard deviations above its mean."""
+    """Return chi-squared of counts that should be equal: standard deviations above its mean."""
     degrees = len(counts) - 1
     expected = counts.sum() / len(counts)
     return float((((counts - expected) ** 2 / expected).sum() - degrees) / (2 * degrees) ** 0.5)
 
 
 @pytest.mark.parametrize("count", [2, 3, 7, 16, 100])
-def test_over_epochs_every_row_comes_first_as_often(count: int):
+def test_over_epochs_every_row_is_equally_often_first(count: int):
     epochs = batch_rows(0, 0, 4000 * count, count).reshape(4000, count)
     for place in (0, 1, count - 1):
         assert abs(excess(np.bincount(epochs[:, place], minlength=count))) < 4
     steps = (epochs[:, 1] - epochs[:, 0]) % count
     assert count == 2 or abs(excess(np.bincount(steps, minlength=count)[1:])) < 4, (
-        "neighbours know of each other"
+        "successive epochs are not independent"
     )
 
 
@@ -131,7 +131,7 @@ def test_tokens_and_labels_belong_together():
         np.testing.assert_array_equal(tokens, batches.split.rows(labels))
         assert tokens.dtype == labels.dtype == torch.int64
     augmented = Batches(split_of(20), SIDE, 6, flip=True, shift=1)
-    # Variations move tokens within their image only
+    # Augmentation moves tokens only within their image
     assert (augmented.tokens(0) // SIDE**2 == augmented.labels(0)[:, None]).all()
 
 
@@ -141,7 +141,7 @@ GPU = pytest.param(
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-def test_held_and_mapped_batches_are_the_same(device: str, tmp_path: Path):
+def test_batches_in_memory_and_memory_mapped_are_the_same(device: str, tmp_path: Path):
     """Tokens up to 65535, which are negative in int16."""
     generator = np.random.default_rng(0)
     shards = []
@@ -177,7 +177,7 @@ def test_held_and_mapped_batches_are_the_same(device: str, tmp_path: Path):
 def slow_variants(
     image: NDArray[np.uint16], side: int, flip: bool, shift: int
 ) -> dict[bytes, tuple[bool, int, int]]:
-    """All variants of an image: mirrored or not, reflect-padded and cropped, one pixel at a
+    """Return all variants of an image: mirrored or not, reflect-padded and cropped, one pixel at a
     time."""
 
     def reflected(place: int) -> int:
@@ -203,7 +203,7 @@ def slow_variants(
 @pytest.mark.parametrize(("flip", "shift"), [(True, 0), (False, 1), (True, 2), (False, 4)])
 def test_augmentation_on_the_token_grid(flip: bool, shift: int):
     """Each image becomes one of the variants made pixel by pixel, each equally often."""
-    side = 2 * shift + 3  # in smaller ones some variants coincide
+    side = 2 * shift + 3  # in smaller images some variants coincide
     image = np.arange(side**2, dtype=np.uint16) + 100
     variants = slow_variants(image, side, flip, shift)
     assert len(variants) == (1 + flip) * (2 * shift + 1) ** 2
@@ -264,7 +264,7 @@ def test_augmentation_changes_from_epoch_to_epoch():
     assert len(seen) == 10
 
 
-def test_what_makes_no_batches():
+def test_settings_without_batches_are_refused():
     empty = TokenSplit("train", [], [])
     with pytest.raises(InputError, match="the split 'train' is empty"):
         Batches(empty, SIDE, 4)
@@ -286,12 +286,12 @@ def test_the_next_batch_is_made_while_this_one_is_used():
 
     with Prefetch(make, CPU) as prefetched:
         assert prefetched(3)[0].item() == 3
-        assert next_is_made.wait(10), "nobody has asked for batch 4 yet"
+        assert next_is_made.wait(10), "batch 4 was not requested yet"
         assert [prefetched(step)[0].item() for step in (4, 5, 9, 0, 1)] == [4, 5, 9, 0, 1]
     assert made[:8] == [3, 4, 5, 6, 9, 10, 0, 1], "batches in order are made once"
 
 
-def test_an_error_reaches_who_asks_for_that_batch():
+def test_an_error_is_raised_when_its_batch_is_requested():
     def make(step: int) -> tuple[torch.Tensor]:
         if step == 2:
             raise InputError("a shard is gone")

@@ -107,17 +107,17 @@ def test_rows_of_several_shards_in_any_order(tmp_path: Path):
 
 
 @pytest.mark.parametrize("wanted", [[13], [0, 100], [-14]])
-def test_rows_that_are_not_there(folder: Path, wanted: list[int]):
+def test_rows_out_of_range(folder: Path, wanted: list[int]):
     with pytest.raises(IndexError):
         TokenDataset(folder)["train"].rows(wanted)
 
 
-def test_tokens_are_mapped_and_not_read(folder: Path):
+def test_tokens_are_memory_mapped(folder: Path):
     split = TokenDataset(folder)["train"]
     before = split.rows([8]).copy()
     file = folder / "train-00003.tokens.npy"
     content = bytearray(file.read_bytes())
-    content[-2] ^= 1  # the last token of row 8, changed under the open split
+    content[-2] ^= 1  # the last token of row 8, changed while the split is open
     with file.open("r+b") as opened:
         opened.write(content)
     assert (split.rows([8]) != before).tolist() == [[False] * 15 + [True]]
@@ -126,7 +126,7 @@ def test_tokens_are_mapped_and_not_read(folder: Path):
     assert split.rows([8]).any()
 
 
-def test_rows_far_apart_in_a_shard(tmp_path: Path):
+def test_distant_rows_of_a_shard(tmp_path: Path):
     tokens = np.random.default_rng(0).integers(
         0, 2**16, (3000, 1000), dtype=np.uint16
     )  # rows end within pages
@@ -149,7 +149,7 @@ def test_rows_far_apart_in_a_shard(tmp_path: Path):
 @pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="the kernel's list of mappings is Linux's"
 )
-def test_nothing_stays_mapped_or_open(folder: Path):
+def test_no_file_stays_mapped_or_open(folder: Path):
     split = TokenDataset(folder)["train"]
     before = len(list(Path("/proc/self/fd").iterdir()))
     split.rows([12, 0, 5])
@@ -194,7 +194,7 @@ def test_a_shard_that_changes_after_opening(folder: Path):
     assert split.rows([0, 12]).shape == (2, 16)
 
 
-def test_labels_that_are_needed(folder: Path):
+def test_required_labels(folder: Path):
     dataset = TokenDataset(folder)
     dataset["train"].require_labels("a probe")
     partly = TokenSplit("train", [np.zeros((3, 4), np.uint16)], [np.array([0, -1, -1], np.int32)])
@@ -204,7 +204,7 @@ def test_labels_that_are_needed(folder: Path):
         partly.require_labels("a probe")
 
 
-def test_splits_laid_end_to_end(folder: Path):
+def test_concatenated_splits(folder: Path):
     dataset = TokenDataset(folder)
     train, validation = dataset["train"], dataset["validation"]
     both = TokenSplit.joined("both", [train, validation])
@@ -236,7 +236,7 @@ def of_classes(name: str, *labels: int) -> TokenSplit:
         ),
     ],
 )
-def test_classes_that_a_classifier_needs(
+def test_classes_required_by_a_classifier(
     classes: int, train: list[int], test: list[int], said: str | None
 ):
     splits = {"train": of_classes("train", *train), "test": of_classes("test", *test)}
@@ -247,7 +247,7 @@ def test_classes_that_a_classifier_needs(
         require_classes(splits, classes, "a test")
 
 
-def test_a_split_that_is_not_there(folder: Path):
+def test_a_missing_split(folder: Path):
     dataset = TokenDataset(folder)
     with pytest.raises(InputError, match="has no split 'trian'; did you mean 'train'"):
         dataset["trian"]
@@ -255,7 +255,7 @@ def test_a_split_that_is_not_there(folder: Path):
     assert "trian" not in dataset
 
 
-def test_a_cut_off_shard(folder: Path):
+def test_a_truncated_shard(folder: Path):
     file = folder / "train-00002.tokens.npy"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-10])
@@ -301,7 +301,7 @@ def test_a_later_version(folder: Path, version: object):
         TokenDataset(folder)
 
 
-def test_what_is_no_data_set(tmp_path: Path):
+def test_paths_that_are_not_data_sets(tmp_path: Path):
     with pytest.raises(InputError, match=r"no token data set at .*: dataset\.json is missing"):
         TokenDataset(tmp_path / "nowhere")
     (tmp_path / "dataset.json").write_text(
@@ -314,7 +314,7 @@ def test_what_is_no_data_set(tmp_path: Path):
         TokenDataset(tmp_path)
 
 
-def test_a_folder_without_its_manifest_is_no_data_set(folder: Path):
+def test_a_folder_without_its_manifest_is_refused(folder: Path):
     (folder / "dataset.json").unlink()
     with pytest.raises(InputError, match=r"dataset\.json is missing"):
         TokenDataset(folder)
@@ -450,7 +450,7 @@ def test_a_missing_key_is_named(folder: Path, key: str):
         TokenDataset(folder)
 
 
-def test_unknown_keys_of_a_later_minor_version_pass(folder: Path):
+def test_unknown_keys_of_a_later_minor_version_are_accepted(folder: Path):
     changed(folder, "note", [1])
     changed(folder, "made.left_out", {"files": {".txt": 3}})
     changed(folder, "splits.train.note", "x")
@@ -460,7 +460,7 @@ def test_unknown_keys_of_a_later_minor_version_pass(folder: Path):
 
 
 @pytest.mark.parametrize("resolution", [3, 5, 65535])
-def test_a_resolution_that_is_not_that_of_the_shards(folder: Path, resolution: int):
+def test_a_resolution_that_differs_from_the_shards(folder: Path, resolution: int):
     changed(folder, "resolution", resolution)
     with pytest.raises(
         InputError,
@@ -471,7 +471,7 @@ def test_a_resolution_that_is_not_that_of_the_shards(folder: Path, resolution: i
         TokenDataset(folder)
 
 
-def test_no_class_may_have_the_name_of_another(tmp_path: Path):
+def test_duplicate_class_names_are_refused(tmp_path: Path):
     with pytest.raises(
         InputError, match=r"class_names = \['a', 'a'\]: 'a' is there more than once"
     ):
@@ -497,7 +497,7 @@ def replaced(
 
 @pytest.mark.parametrize(
     "token", [50, 65535]
-)  # 50 colours: the token 50 begins a sequence in the model
+)  # 50 colours: in the model, token 50 is the start of a sequence
 def test_tokens_beyond_the_palette_are_refused_wherever_they_are_read(folder: Path, token: int):
     tokens = np.zeros((3, 16), np.uint16)
     tokens[2, 7] = token
@@ -541,7 +541,7 @@ def test_labels_beyond_the_classes_are_refused_wherever_they_are_read(folder: Pa
 
 
 def saved(file: Path, array: NDArray[np.generic]) -> None:
-    """Replace a shard by an array, with its size in the manifest."""
+    """Replace a shard by an array, and set its size in the manifest."""
     np.save(file, array)
     changed(file.parent, "splits.train.shards.2.bytes", {file.name: file.stat().st_size})
 
@@ -583,14 +583,14 @@ def test_a_shard_that_claims_more_than_it_holds(folder: Path, shape: tuple[int, 
 @pytest.mark.parametrize(
     "name", ["dataset.json", "train-00000.tokens.npy", "validation-00000.labels.npy"]
 )
-def test_a_fifo_in_the_place_of_a_file_is_refused_and_not_waited_for(folder: Path, name: str):
+def test_a_fifo_instead_of_a_file_is_refused_without_blocking(folder: Path, name: str):
     (folder / name).unlink()
     os.mkfifo(folder / name)
     with pytest.raises(InputError, match=rf"{name} is a FIFO; a regular file is needed"):
         TokenDataset(folder)
 
 
-def test_a_device_in_the_place_of_a_shard_is_refused(folder: Path):
+def test_a_device_instead_of_a_shard_is_refused(folder: Path):
     (folder / "train-00000.tokens.npy").unlink()
     (folder / "train-00000.tokens.npy").symlink_to("/dev/zero")
     with pytest.raises(
@@ -610,7 +610,7 @@ def test_all_missing_shards_are_counted_and_the_first_are_named(folder: Path):
         TokenDataset(folder)
 
 
-def test_files_that_the_manifest_gives_no_size_of_must_be_there(folder: Path):
+def test_files_without_a_size_in_the_manifest_must_exist(folder: Path):
     changed(folder, "splits.train.shards.2.bytes", {})
     TokenDataset(folder)
     (folder / "train-00002.labels.npy").unlink()
@@ -618,7 +618,7 @@ def test_files_that_the_manifest_gives_no_size_of_must_be_there(folder: Path):
         TokenDataset(folder)
 
 
-def test_what_has_no_checksum_is_not_called_whole(folder: Path):
+def test_files_without_a_checksum_are_not_reported_as_complete(folder: Path):
     changed(folder, "splits.train.shards.2.sha256", {})
     with pytest.raises(
         InputError,
@@ -662,9 +662,7 @@ def test_what_has_no_checksum_is_not_called_whole(folder: Path):
         ),
     ],
 )
-def test_images_that_are_missing_from_what_was_planned(
-    folder: Path, made: object, message: str | None
-):
+def test_missing_images_are_reported(folder: Path, made: object, message: str | None):
     changed(folder, "made", made)
     data = TokenDataset(folder)
     if message is None:
@@ -676,13 +674,13 @@ def test_images_that_are_missing_from_what_was_planned(
 
 @pytest.fixture
 def digits_copy(digits: TokenDataset, tmp_path: Path) -> Path:
-    """A copy of the digits in a palette of 17 colours, in which shards may be changed."""
+    """Return a copy of the digits in a palette of 17 colours, in which shards may be changed."""
     shutil.copytree(digits.path, tmp_path / "digits")
     return tmp_path / "digits"
 
 
 def poked(folder: Path, split: str, kind: str, value: int) -> str:
-    """Puts a value into the first shard of a split, and returns the shard's name."""
+    """Write a value into the first shard of a split, and return the shard's name."""
     file = sorted(folder.glob(f"{split}-*.{kind}.npy"))[0]
     array = np.load(file)
     array.flat[array.size // 2] = value

@@ -18,7 +18,7 @@ Run = Callable[..., object]
 
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
-    """Images of 2 px in a palette of four colours: 5 + 2 + 1, one of them without a label."""
+    """Write images of 2 px in a palette of four colours: 5 + 2 + 1, one of them without a label."""
     folder = tmp_path / "small"
     folder.mkdir()
     tokens = {
@@ -52,7 +52,7 @@ def small(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_found(small: Path):
+def test_the_statistics_of_a_data_set(small: Path):
     steps: list[tuple[int, int]] = []
     found = inspect(TokenDataset(small), lambda *counts: steps.append(counts))
     assert found["splits"] == {
@@ -95,8 +95,9 @@ def test_every_damaged_file_is_named(small: Path):
         ("labels", -2, r"validation-00000\.labels\.npy holds the label -2"),
     ],
 )
-def test_what_cannot_be_is_refused(small: Path, name: str, value: int, message: str):
-    """Right by its checksum and wrong in itself: as another tool might have written it."""
+def test_impossible_values_are_refused(small: Path, name: str, value: int, message: str):
+    """Files with correct checksums and invalid contents, as another tool might have written
+    them."""
     manifest = json.loads((small / "dataset.json").read_text())
     tokens, labels = (
         np.load(small / f"validation-00000.{kind}.npy") for kind in ("tokens", "labels")
@@ -110,7 +111,7 @@ def test_what_cannot_be_is_refused(small: Path, name: str, value: int, message: 
         inspect(TokenDataset(small))
 
 
-def test_the_sheet_shows_each_class_in_its_row(small: Path):
+def test_the_sheet_has_a_row_for_each_class(small: Path):
     picture = np.asarray(sheet(TokenDataset(small)))
     height = 64 + 2
     margin = picture.shape[1] - (3 * height + 2)  # three dogs are the longest row
@@ -120,17 +121,17 @@ def test_the_sheet_shows_each_class_in_its_row(small: Path):
     ]  # the upper left pixel of each picture
     assert row[0, 0].tolist() == [0, 0, 0]
     assert row[1].tolist() == [[255, 0, 0], [0, 255, 0], [255, 0, 0]]
-    assert (picture[: 2 * height, : margin - 8] < 128).any()  # names are written
+    assert (picture[: 2 * height, : margin - 8] < 128).any()  # class names are drawn
 
 
-def test_without_labels_the_sheet_is_a_mixture(tmp_path: Path):
+def test_without_labels_the_sheet_is_a_random_selection(tmp_path: Path):
     data = prepare("digits", tmp_path / "digits", PrepareConfig(size=8, label_column="none"))
     picture = sheet(data)
     assert picture.size == (12 * 66 + 2, 10 * 66 + 2)
     assert inspect(data)["splits"]["train"] == {"images": 1437, "unlabelled": 1437, "per_class": {}}
 
 
-def test_by_command(igpt: Run, small: Path, tmp_path: Path):
+def test_the_command(igpt: Run, small: Path, tmp_path: Path):
     done = igpt("inspect", small)
     assert done.returncode == 0, done.stderr
     for line in (

@@ -17,7 +17,7 @@ Picture = Callable[..., bytes]
 
 @pytest.fixture
 def columns(picture: Picture) -> dict[str, list[Any]]:
-    """Twenty images, whose number is in the other columns."""
+    """Return twenty images, whose number is in the other columns."""
     return {
         "image": [{"bytes": picture(number), "path": None} for number in range(20)],
         "word": [f"kind {number % 3}" for number in range(20)],
@@ -74,7 +74,7 @@ def test_typed_labels_are_found_and_can_be_ignored(
 
 
 def test_fine_and_coarse_labels(write_parquet: Write, columns: dict[str, list[Any]]):
-    """As the Hub has CIFAR-100."""
+    """In the columns of CIFAR-100 on the Hub."""
     fine, coarse = (
         datasets.ClassLabel(names=list("abcde")),
         datasets.ClassLabel(names=["vowel", "consonant"]),
@@ -109,7 +109,7 @@ def splits_of(
     return write_parquet("sets/test.parquet", test, *features[1:]).parent
 
 
-def test_labels_that_disagree_between_splits(write_parquet: Write, columns: dict[str, list[Any]]):
+def test_labels_that_differ_between_splits(write_parquet: Write, columns: dict[str, list[Any]]):
     folder = splits_of(write_parquet, columns, columns | {"word": ["kind 1", "new"] * 10})
     message = refusal(folder, label_column="word")
     assert "labels disagree between splits: test has 1 that train does not have ('new')" in message
@@ -121,7 +121,7 @@ def test_labels_that_disagree_between_splits(write_parquet: Write, columns: dict
     assert labels(splits["test"]) == [1] * 20
 
 
-def test_class_names_that_disagree_between_splits(
+def test_class_names_that_differ_between_splits(
     write_parquet: Write, columns: dict[str, list[Any]]
 ):
     def typed(*names: str) -> datasets.Features:
@@ -143,7 +143,7 @@ def test_class_names_that_disagree_between_splits(
     assert "labels disagree between splits: test numbers the classes differently" in refusal(folder)
 
 
-def test_a_split_that_lacks_a_column(write_parquet: Write, columns: dict[str, list[Any]]):
+def test_a_split_without_the_column(write_parquet: Write, columns: dict[str, list[Any]]):
     folder = splits_of(write_parquet, columns, {"image": columns["image"]})
     assert "split 'test' lacks the columns of the training split (image, word)" in refusal(
         folder, label_column="word"

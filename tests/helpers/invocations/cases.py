@@ -22,7 +22,7 @@ from igpt.cli.parser import Options, flags_of, settings_class
 from ...helpers.invocations.damage import DIGITS, damaged
 from ...helpers.invocations.execution import Arrange, Case
 
-# Valid words of every command, of which the wrong ones are made: positional words first.
+# Valid words of every command, from which the wrong ones are made: positional words first.
 VALID: Mapping[str, str] = {
     "demo": "--data images -o demo --steps 2",
     "reproduce": "--rehearsal --tokens-only --corpus images --labelled images -o reproduction",
@@ -43,10 +43,10 @@ VALID: Mapping[str, str] = {
     "push": "run user/name",
     "import": "openai/model.ckpt-7 -o new",
     "export": "run --onnx new",
-    "app": "classifier --host 300.1.1.1",  # it would serve without an end: there is no such host
+    "app": "classifier --host 300.1.1.1",  # it would serve for ever: there is no such host
 }
 _PREPARE = "-o new --size 8 --colors 4 --workers 1"
-# Which files a command reads. The first one that names a file is tried with more damage than the
+# Files that a command reads. The first command that reads a file is tried with more damage than the
 # others.
 READS: Mapping[str, tuple[str, ...]] = {
     "inspect tokens -o new.png": (
@@ -212,7 +212,7 @@ _LONG_WORK = {
     "demo": "demo",
     "reproduce": "reproduction",
 }  # and their samples, which take long to make
-# A training of as many updates as there are by default, and the whole demonstration.
+# A run with the default number of steps, and the whole demonstration.
 VALID_AND_LONG = (
     "pretrain.yaml: steps removed",
     "pretrain.json: steps removed",
@@ -244,24 +244,24 @@ class Parameter:
 
     @property
     def flag(self) -> str:
-        """As it is written in the command line."""
+        """Return the flag as written on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
     @property
     def is_path(self) -> bool:
-        """Whether a file or folder can be given."""
+        """Return whether a file or folder can be given."""
         return self.kind is Path or self.name in _SOURCES
 
     @property
     def is_output(self) -> bool:
-        """Whether it names what is written."""
+        """Return whether it names an output."""
         return self.name in ("out", "maps", "onnx") or (
             self.name == "features" and self.kind is Path
         )
 
 
 def parameters(options: type[Options]) -> list[Parameter]:
-    """All parameters of a command: the fields of its options, and those of its settings."""
+    """Return all parameters of a command: the fields of its options, and those of its settings."""
     positional = {flag.name for flag in flags_of(options) if not flag.names}
     settings = settings_class(options)
     fields = {**(settings.model_fields if settings else {}), **options.model_fields}
@@ -304,7 +304,7 @@ def _parameter(name: str, annotation: Any, metadata: Iterable[Any], positional: 
 
 
 def all_cases(commands: Mapping[str, Any], samples: Path, most: int) -> list[Case]:
-    """All wrong invocations; those of the commands that take long come last.
+    """Yield all wrong invocations; those of slow commands come last.
 
     Args:
         most: cases of a damaged file and a command, at most.
@@ -342,9 +342,9 @@ def _place(case: Case) -> int:
 
 
 def subset(cases: Sequence[Case], every: int) -> list[Case]:
-    """One of so many cases, and at least one of each command.
+    """Return one of so many cases, and at least one of each command.
 
-    They are chosen by their names: another case more or less does not change the choice.
+    They are chosen by their names: adding or removing a case does not change the choice.
     """
     of_each: dict[str, Case] = {}
     for case in cases:
@@ -371,7 +371,7 @@ def _no_command() -> Iterator[Case]:
 
 
 def needs_of(words: Sequence[str], samples: Path, *files: str) -> tuple[str, ...]:
-    """The samples that words and files name; of a data set in parts, all of them."""
+    """Return the samples that words and files name; for a data set in parts, all of them."""
     names = {
         Path(word).parts[0]
         for word in (*words[1:], *files)
@@ -383,7 +383,7 @@ def needs_of(words: Sequence[str], samples: Path, *files: str) -> tuple[str, ...
 
 
 def with_flag(words: Sequence[str], flag: str, *values: str) -> tuple[str, ...]:
-    """Words with a flag set: its value replaced where it has one already."""
+    """Return the words with a flag set: its value is replaced if it already has one."""
     kept = list(words)
     for spelling in (flag, "-o" if flag == "--out" else flag):
         if spelling in kept:
@@ -396,13 +396,13 @@ def with_flag(words: Sequence[str], flag: str, *values: str) -> tuple[str, ...]:
 
 
 def positional_words(words: Sequence[str]) -> list[int]:
-    """Where the positional words are: those before the first flag."""
+    """Return the indices of the positional words: those before the first flag."""
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     return list(range(1, first))
 
 
 def _wrong_values(parameter: Parameter) -> Iterator[tuple[str, str]]:
-    """(kind, value) of what a flag must not be."""
+    """Yield (kind, value) of values that a flag must refuse."""
     if parameter.kind in (int, float):
         yield "an empty value", ""
         yield "a word for a number", "x"
@@ -485,7 +485,7 @@ def _wrong_flags(valid: Case, known: Sequence[Parameter]) -> Iterator[Case]:
 
 
 def _make(kind: str, name: str, work: Path) -> None:
-    """Make an input or output of some kind at WORK/NAME."""
+    """Make an input or output of a kind at WORK/NAME."""
     path = work / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind.startswith("a folder"):
@@ -596,14 +596,15 @@ def _value_of(words: Sequence[str], parameter: Parameter) -> str:
 
 
 def _inputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(kind, path, what the case has besides) of what cannot be read."""
+    """Yield (kind, path, other fields of the case) of inputs that cannot be read."""
     yield from _odd_paths(_INPUTS, f"odd{ending}")
     for kind, name in _NAMES.items():
         yield kind, name, {"arrange": (partial(_make, "a file of text", "afile"),)}
 
 
 def _outputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """(kind, path, what the case has besides) of what cannot be written to, or perhaps not."""
+    """Yield (kind, path, other fields of the case) of outputs that cannot be written, or may not
+    be."""
     yield from _odd_paths(_OUTPUT_KINDS, f"odd{ending}")
     first = next((base[at] for at in positional_words(base)), "images")
     for kind, name in _OUTPUT_NAMES.items():
@@ -633,7 +634,7 @@ def _odd_paths(kinds: Iterable[str], name: str) -> Iterator[tuple[str, str, dict
 
 @cache
 def _can_make_devices() -> bool:
-    """Whether this process may, which root need not in a container."""
+    """Return whether this process may make devices, which root may not in a container."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             _make("a device", "device", Path(folder))
@@ -701,7 +702,7 @@ _TWO_RANKS: Mapping[str, tuple[str | None, ...]] = {
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many items, evenly over all."""
+    """Return at most so many items, evenly spread."""
     if len(items) <= most:
         return list(items)
     return [items[number * len(items) // most] for number in range(most)]
@@ -711,7 +712,7 @@ def _damaged_files(samples: Path, most: int) -> Iterator[Case]:
     seen: dict[str, int] = {}
     for line, files in READS.items():
         for file in files:
-            if not (samples / file).exists():  # of samples that were left out
+            if not (samples / file).exists():  # of samples that were omitted
                 continue
             seen[file] = seen.get(file, 0) + 1
             number = most if seen[file] == 1 else most // 4
@@ -743,7 +744,8 @@ def _replace(file: str, kind: str, work: Path) -> None:
 
 
 def _sign(file: str, work: Path) -> None:
-    """Let the manifest of a token data set name the size and checksum that a file has now."""
+    """Set the size and checksum of a file in the manifest of a token data set to the current
+    ones."""
     path = work / file
     manifest = json.loads((path.parent / "dataset.json").read_text())
     for split in manifest["splits"].values():
@@ -755,7 +757,7 @@ def _sign(file: str, work: Path) -> None:
 
 
 def _several_files(samples: Path) -> Iterator[Case]:
-    """Files that are right by themselves and wrong together, or many at a time."""
+    """Yield files that are valid individually and inconsistent together, or many at a time."""
     prepare = "prepare images -o new --size 8 --colors 4 --workers 1"
     resume = "pretrain tokens -o stopped --resume"
 
@@ -792,7 +794,7 @@ _CHECKPOINT = "stopped/checkpoints/step-00000002"
 
 
 def remove_sample(name: str, work: Path) -> None:
-    """Remove a sample that a case would have."""
+    """Remove a sample of a case."""
     shutil.rmtree(work / name)
 
 

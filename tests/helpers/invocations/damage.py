@@ -1,6 +1,6 @@
-"""Generic damage to a file: the same for every file of a format, whatever it means.
+"""Generic damage to a file: the same for every file of a format, whatever it contains.
 
-Each function yields (what is wrong, the bytes of the damaged file).
+Each function yields (description of the damage, the bytes of the damaged file).
 """
 
 import copy
@@ -26,7 +26,7 @@ REPLACEMENTS: tuple[Any, ...] = (
 
 
 class _Attack:
-    """Unpickled, it makes a folder: whoever finds that has executed code of a file."""
+    """When unpickled, it makes a folder, which proves that code of a file was executed."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[str]]:
         import os
@@ -35,7 +35,7 @@ class _Attack:
 
 
 def damaged(file: Path) -> Damage:
-    """All damage to a file, by its ending."""
+    """Return all damage to a file, by its suffix."""
     content = file.read_bytes()
     yield from any_file(content)
     special = {
@@ -58,7 +58,7 @@ def damaged(file: Path) -> Damage:
 
 
 def any_file(content: bytes) -> Damage:
-    """What can happen to any file."""
+    """Yield damage that is possible for any file."""
     size = len(content)
     yield "emptied", b""
     for name, kept in (
@@ -81,7 +81,7 @@ def any_file(content: bytes) -> Damage:
 
 
 def nodes(value: Any, path: tuple[Any, ...] = (), depth: int = 5) -> Iterator[tuple[Any, ...]]:
-    """The paths of all values in JSON; of a list, the first and the last item."""
+    """Return the paths of all values in JSON; of a list, the first and the last item."""
     if path:
         yield path
     if depth == 0:
@@ -95,7 +95,7 @@ def nodes(value: Any, path: tuple[Any, ...] = (), depth: int = 5) -> Iterator[tu
 
 
 def changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None]) -> Any:
-    """A copy in which `change(parent, key)` was applied at a path."""
+    """Return a copy in which `change(parent, key)` was applied at a path."""
     copied = copy.deepcopy(value)
     parent = copied
     for key in path[:-1]:
@@ -105,7 +105,7 @@ def changed(value: Any, path: tuple[Any, ...], change: Callable[[Any, Any], None
 
 
 def structures(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every key removed, and every value replaced by values of all types."""
+    """Yield every key removed, and every value replaced by values of all types."""
     for path in nodes(value):
         name = ".".join(map(str, path))
         yield f"{name} removed", changed(value, path, lambda parent, key: parent.pop(key))
@@ -123,19 +123,19 @@ def structures(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def first_key(value: Any) -> str:
-    """A key of a mapping."""
+    """Return a key of a mapping."""
     return next(iter(value), "x")
 
 
 def json_file(content: bytes) -> Damage:
-    """JSON whose text or whose structure is wrong."""
+    """Yield JSON with a damaged text or structure."""
     yield from json_texts(content)
     for name, value in structures(json.loads(content)):
         yield name, json.dumps(value).encode()
 
 
 def json_texts(content: bytes) -> Damage:
-    """JSON that is wrong as a text or at its top."""
+    """Yield JSON with a damaged text or top level."""
     value = json.loads(content)
     key = json.dumps(first_key(value)).encode()
     for top in ([], [value], None, 3, "x", {}, True):
@@ -156,7 +156,7 @@ def json_texts(content: bytes) -> Damage:
 
 
 def yaml_file(content: bytes) -> Damage:
-    """YAML whose text or whose structure is wrong."""
+    """Yield YAML with a damaged text or structure."""
     import yaml
 
     value = yaml.safe_load(content)
@@ -189,7 +189,7 @@ def yaml_file(content: bytes) -> Damage:
 
 
 def alias_bomb(key: str) -> bytes:
-    """YAML of 400 bytes that stands for 10**9 values."""
+    """Return YAML of 400 bytes that stands for 10**9 values."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x, x]"]
     for before, letter in zip("abcdefgh", "bcdefghi", strict=True):
         lines.append(f"{letter}: &{letter} [{', '.join([f'*{before}'] * 10)}]")
@@ -197,7 +197,7 @@ def alias_bomb(key: str) -> bytes:
 
 
 def lines_file(content: bytes) -> Damage:
-    """JSON lines: some of them wrong."""
+    """Yield JSON lines of which some are invalid."""
     lines = content.splitlines()
     for number in sorted({0, len(lines) // 2, len(lines) - 1}):
         for name, value in structures(json.loads(lines[number])):
@@ -231,7 +231,7 @@ def lines_file(content: bytes) -> Damage:
 
 
 def text_file(content: bytes) -> Damage:
-    """A table in text."""
+    """Yield damaged tables in text."""
     lines = content.splitlines()
     yield "only its head", lines[0] + b"\n"
     yield "no head", b"\n".join(lines[1:])
@@ -248,14 +248,14 @@ def text_file(content: bytes) -> Damage:
 
 
 def saved(array: Any, pickled: bool = False) -> bytes:
-    """An array as .npy."""
+    """Return an array as .npy."""
     buffer = io.BytesIO()
     np.save(buffer, array, allow_pickle=pickled)
     return buffer.getvalue()
 
 
 def array_file(content: bytes) -> Damage:
-    """Arrays of another type, shape or content."""
+    """Yield arrays of another type, shape or content."""
     array = np.load(io.BytesIO(content))
     for kind in (
         "float16",
@@ -326,7 +326,7 @@ def _with_head(content: bytes, head: str) -> bytes:
 
 
 def tensors_file(content: bytes) -> Damage:
-    """Safetensors with another head or other values."""
+    """Yield safetensors with another header or other values."""
     length = struct.unpack("<Q", content[:8])[0]
     head, data = json.loads(content[8 : 8 + length]), content[8 + length :]
 
@@ -366,7 +366,7 @@ def tensors_file(content: bytes) -> Damage:
 
 
 def pickle_file(content: bytes) -> Damage:
-    """Pickles of other things."""
+    """Yield pickles of other objects."""
     yield "an attack by pickle", pickle.dumps(_Attack())
     for value in ({}, [], None, 3, {b"data": None, b"labels": None}, {"data": 1}):
         yield f"a pickle of {value}", pickle.dumps(value, protocol=2)
@@ -381,7 +381,7 @@ def pickle_file(content: bytes) -> Damage:
 
 
 def picture_file(content: bytes) -> Damage:
-    """Images that are none, too large, or of a rare mode."""
+    """Yield files that are not images, too large, or of a rare mode."""
     from PIL import Image
 
     def png(side: int) -> bytes:
@@ -419,7 +419,7 @@ def picture_file(content: bytes) -> Damage:
 
 
 def parquet_file(content: bytes) -> Damage:
-    """Parquet with other columns."""
+    """Yield Parquet with other columns."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -499,7 +499,7 @@ def _features(columns: bytes) -> bytes:
 
 
 def tar_file(content: bytes) -> Damage:
-    """Tars with odd members."""
+    """Yield tars with unusual members."""
     from ...helpers.invocations.samples import picture
 
     def made(*members: tuple[str, bytes, bytes | None]) -> bytes:
@@ -549,7 +549,7 @@ def tar_file(content: bytes) -> Damage:
 
 
 def gzip_file(content: bytes) -> Damage:
-    """Compressed streams of other things."""
+    """Yield compressed streams of other contents."""
     import gzip
 
     yield "no tar inside", gzip.compress(b"hello" * 1000)

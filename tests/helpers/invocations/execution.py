@@ -70,13 +70,13 @@ class Case:
 
     @property
     def verb(self) -> str:
-        """The command, or "igpt" where there is no such command."""
+        """Return the command, or "igpt" if there is no such command."""
         return "igpt" if self.kind == "command" else self.words[0]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What an invocation may use.
+    """Limits of an invocation.
 
     Attributes:
         seconds: of processor time; of wall time, fifteen times as many.
@@ -91,7 +91,7 @@ class Limits:
 
 @dataclass
 class Outcome:
-    """How an invocation ended.
+    """The result of an invocation.
 
     Attributes:
         faults: what is wrong with that, of "hang", "memory", "killed", "traceback", "left behind",
@@ -121,7 +121,7 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """The first fault, or "accepted", or "refused"."""
+        """Return the first fault, or "accepted", or "refused"."""
         return self.faults[0] if self.faults else "accepted" if self.exit_code == 0 else "refused"
 
 
@@ -158,7 +158,8 @@ def run_cases(
 def _supervise_and_exit(
     case: Case, samples: Path, home: Path, main: Main, limits: Limits
 ) -> NoReturn:
-    """Supervise a case and end this process, without what the parent's stack would still do."""
+    """Supervise a case and end this process, without running the exit code of the parent's
+    stack."""
     code = 1
     try:
         _end_with_the_parent()
@@ -177,7 +178,7 @@ def _end_with_the_parent() -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder, also one in which permissions were taken away."""
+    """Remove a folder, including one whose permissions were removed."""
     for inner, names, _ in os.walk(folder):
         for name in names:
             with suppress(OSError):
@@ -225,14 +226,14 @@ def _supervise(case: Case, samples: Path, home: Path, main: Main, limits: Limits
 
 
 def _text(path: Path) -> str:
-    if not path.exists():  # it was ended before it came to that
+    if not path.exists():  # it ended before that
         return ""
     with path.open("rb") as file:
         return file.read(1 << 20).decode("utf-8", "replace")
 
 
 def _watch(process: int, limits: Limits) -> tuple[int | None, str | None]:
-    """The wait status of a process, or None and the limit that it went beyond."""
+    """Return the wait status of a process, or None and the limit that it exceeded."""
     begun = last_work = time.monotonic()
     worked = 0.0
     while True:
@@ -254,8 +255,8 @@ def _watch(process: int, limits: Limits) -> tuple[int | None, str | None]:
 
 
 def _used(process: int) -> tuple[int, float]:
-    """Resident bytes of the largest process of a session, and seconds of processor time of all that
-    live."""
+    """Return the resident bytes of the largest process of a session, and seconds of processor time
+    of all its live processes."""
     largest, seconds = 0, 0.0
     for other in _session(process):
         with suppress(OSError, IndexError, ValueError):
@@ -266,7 +267,7 @@ def _used(process: int) -> tuple[int, float]:
 
 
 def _session(process: int) -> list[int]:
-    """The processes of a session: its leader and all below it."""
+    """Return the processes of a session: its leader and all its descendants."""
     found, waiting = [], [process]
     while waiting:
         one = waiting.pop()
@@ -277,8 +278,8 @@ def _session(process: int) -> list[int]:
 
 
 def _kill_group(process: int, limits: Limits) -> bool:
-    """Kill what is left of the session of a process; whether anything but itself did not end
-    soon."""
+    """Kill the remaining processes of a session; return whether any process but the leader did not
+    end soon."""
     with suppress(ChildProcessError):
         if os.waitpid(process, os.WNOHANG)[0] == 0:
             os.kill(process, signal.SIGKILL)
@@ -337,7 +338,7 @@ def _become(case: Case, work: Path, home: Path, main: Main) -> NoReturn:
 
 
 def _forget_exit_handlers() -> None:
-    """Forget what the forked process would do at its exit, but for what modules register when they
+    """Remove the exit handlers of the forked process, except those that modules register when they
     are imported."""
     atexit._clear()
     weakref.finalize._registry.clear()  # type: ignore[attr-defined]
@@ -358,8 +359,8 @@ def _own_streams(closed: Sequence[int]) -> None:
 
 
 def _own_caches(cache: Path) -> None:
-    """Let `datasets` and `tempfile` use folders of the case; they have read the environment
-    already."""
+    """Let `datasets` and `tempfile` use folders of the case; they have already read the
+    environment."""
     import tempfile
 
     import datasets
@@ -369,7 +370,7 @@ def _own_caches(cache: Path) -> None:
 
 
 def _call(case: Case, main: Main) -> int:
-    """What the interpreter does with a program: an exception becomes a traceback and 1; exit
+    """Do what the interpreter does with a program: an exception becomes a traceback and 1; exit
     handlers run."""
     sys.argv = ["igpt", *case.words]
     code: Any = 1
@@ -403,7 +404,7 @@ _NOBODY = 65534
 
 
 def _drop_privileges(home: Path, kind: str) -> None:
-    """Let permissions bind root too; nothing is done for other users, whom they bind anyway."""
+    """Let permissions bind root too; other users are bound by them anyway."""
     if os.geteuid() != 0:
         return
     libc = ctypes.CDLL(None, use_errno=True)
@@ -423,7 +424,7 @@ def _drop_privileges(home: Path, kind: str) -> None:
 
 
 def snapshot(home: Path) -> dict[str, str]:
-    """Every path below the folders of a case, and in the root folder, with what is there."""
+    """Return every path below the folders of a case, and in the root folder, with its state."""
     found = {str(path): "in the root folder" for path in Path("/").iterdir()}
     for top in ("work", "tmp", "home"):
         for folder, folders, files in os.walk(home / top):
@@ -448,7 +449,7 @@ def _state(path: Path) -> str:
 
 
 def differences(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Which paths appeared (+), vanished (-) or changed (~)."""
+    """Return the paths that appeared (+), vanished (-) or changed (~)."""
     made = [f"+ {path}" for path in after if path not in before]
     gone = [f"- {path}" for path in before if path not in after]
     changed = [f"~ {path}" for path in after if path in before and before[path] != after[path]]
@@ -464,8 +465,8 @@ def judge(
     errors: str,
     seconds: float,
 ) -> Outcome:
-    """Compare how an invocation ended with how it should: accepted, or refused in one line with
-    nothing left."""
+    """Compare how an invocation ended with how it should: accepted, or refused in one line without
+    leftovers."""
     lines = [line for line in errors.splitlines() if line.strip()]
     code = os.waitstatus_to_exitcode(status) if status is not None else None
     faults = [stopped] if stopped else []
@@ -499,8 +500,8 @@ def judge(
 
 
 def _is_unfinished_work(left: Iterable[str], errors: str) -> bool:
-    """Whether all that was left is a folder to be continued, OUT.partial, which the message
-    names."""
+    """Return whether only a folder of unfinished work, OUT.partial, was left, and the message names
+    it."""
     tops = {change[2:].partition("/")[0] for change in left}
     return all(top.endswith(".partial") and top in errors for top in tops)
 
@@ -523,7 +524,7 @@ def _printable(text: str) -> str:
 
 
 def _frames(errors: str) -> list[str]:
-    """The last frame in igpt, and the last frame, of the last traceback."""
+    """Return the last frame in igpt, and the last frame, of the last traceback."""
     last = errors.rpartition("Traceback (most recent call last)")[2]
     frames = [line.strip() for line in last.splitlines() if line.strip().startswith('File "')]
     ours = [frame for frame in frames if "/igpt/" in frame]
@@ -531,7 +532,7 @@ def _frames(errors: str) -> list[str]:
 
 
 def _short(frame: str) -> str:
-    """ "data/tokens.py:88 rows" of a frame's line."""
+    """Return "data/tokens.py:88 rows" of a frame's line."""
     file, _, rest = frame.removeprefix('File "').partition('", line ')
     number, _, function = rest.partition(", in ")
     for root in ("/igpt/", "/site-packages/", "/lib/python"):

@@ -131,7 +131,7 @@ def _igpt(words: str) -> None:
 
 
 def picture(number: int, side: int = 12) -> bytes:
-    """A PNG of random colours."""
+    """Return a PNG of random colours."""
     pixels = np.random.default_rng(number).integers(0, 255, (side, side, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")
