@@ -136,9 +136,9 @@ def test_pages_and_links_exist() -> None:
 
 
 def test_pictures_are_those_that_their_program_draws(tmp_path: Path) -> None:
-    drawn = script("pictures")
-    drawn.OUT = tmp_path
-    for draw in drawn.ALL:
+    pictures = script("pictures")
+    pictures.OUT = tmp_path
+    for draw in pictures.ALL:
         draw()
     made = {file.name: file.read_text() for file in tmp_path.iterdir()}
     assert made == {file.name: file.read_text() for file in (DOCS / "pictures").glob("*.svg")}

@@ -94,11 +94,11 @@ def test_the_palette_can_be_read() -> None:
 def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
     summary = speedrun.summarise(results, (0, 1), None)
     assert summary["target"] == pytest.approx(4.0)
-    told = {
+    reported = {
         (one["entry"], one["seed"]): (one["reached"], one["seconds"], one["updates"])
         for one in summary["records"]
     }
-    assert told == {
+    assert reported == {
         ("faithful", 0): (True, 60.0, 30),
         ("faithful", 1): (True, 60.0, 30),
         ("batch", 0): (True, 40.0, 20),

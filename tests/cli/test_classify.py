@@ -64,11 +64,11 @@ def test_the_likeliest_classes_are_printed_and_written(
         first, second = probabilities.argsort(descending=True)[:2].tolist()
         assert answer["file"] == str(path)
         assert [one["class"] for one in answer["classes"]] == [CLASSES[first], CLASSES[second]]
-        told = [one["probability"] for one in answer["classes"]]
-        assert told == pytest.approx(
+        shown = [one["probability"] for one in answer["classes"]]
+        assert shown == pytest.approx(
             [float(probabilities[first]), float(probabilities[second])], abs=1e-6
         )
-        assert line == f"{path}: {CLASSES[first]} {told[0]:.4f}, {CLASSES[second]} {told[1]:.4f}"
+        assert line == f"{path}: {CLASSES[first]} {shown[0]:.4f}, {CLASSES[second]} {shown[1]:.4f}"
 
 
 def test_all_classes_are_printed_if_there_are_fewer_than_requested(

@@ -550,16 +550,16 @@ print(json.dumps([refused([*words, "-o", "closed/x"]) for words in commands]))
 
 def test_outputs_in_a_read_only_folder_are_refused_first() -> None:
     commands = FOLDERS | FILES
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
-        Path(home).chmod(0o755)
-        Path(home, "closed").mkdir(mode=0o555)
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        Path(folder, "closed").mkdir(mode=0o555)
         words = json.dumps(list(commands.values()))
         done = subprocess.run(
-            [sys.executable, "-c", READ_ONLY, words], cwd=home, capture_output=True, text=True
+            [sys.executable, "-c", READ_ONLY, words], cwd=folder, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
         answers = json.loads(done.stdout)
-        assert list(Path(home).rglob("*")) == [Path(home, "closed")]
+        assert list(Path(folder).rglob("*")) == [Path(folder, "closed")]
     for command, (code, said) in zip(commands, answers, strict=True):
         assert code == 2, (command, said)
         assert len(said.strip().splitlines()) == 1, said
@@ -579,9 +579,9 @@ def test_an_existing_folder_needs_no_permission_in_its_parent() -> None:
         "    except ValueError as error: print(error)\n"
         "    else: print('fine')\n"
     )
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
-        Path(home).chmod(0o755)
-        around = Path(home, "around")
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        Path(folder).chmod(0o755)
+        around = Path(folder, "around")
         for name, mode in (("mounted", 0o777), ("mounted/closed", 0o555)):
             (around / name).mkdir(parents=True)
             (around / name).chmod(mode)

@@ -86,16 +86,16 @@ def test_the_demo_without_labels_states_why_there_is_no_probe(
 def test_square_brackets_and_colons_in_names_have_no_effect(
     igpt, photographs: Path, tmp_path: Path
 ) -> None:
-    home = tmp_path / "q[" / "old]" / "run [red] :smile: [x]"
-    source = home / "images [bold]"
+    folder = tmp_path / "q[" / "old]" / "run [red] :smile: [x]"
+    source = folder / "images [bold]"
     shutil.copytree(photographs, source)
-    done = igpt("demo", "--data", source, "-o", home / "run", "--steps", 2)
+    done = igpt("demo", "--data", source, "-o", folder / "run", "--steps", 2)
     assert done.returncode == 0, done.stderr
     assert f"1. Palette and tokens of {source}\n" in done.stdout
-    assert f"The report, with pictures: {home / 'run' / 'report.html'}\n" in done.stdout
+    assert f"The report, with pictures: {folder / 'run' / 'report.html'}\n" in done.stdout
     record = {"format": "igpt-probe", "version": 2, "skipped": "no [/labels] in [x]"}
-    (home / "run" / "probe.json").write_text(json.dumps(record))
-    again = igpt("demo", "--data", source, "-o", home / "run", "--steps", 2)
+    (folder / "run" / "probe.json").write_text(json.dumps(record))
+    again = igpt("demo", "--data", source, "-o", folder / "run", "--steps", 2)
     assert again.returncode == 0, again.stderr
     assert "no probe: no [/labels] in [x]" in again.stdout
 

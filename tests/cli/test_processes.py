@@ -62,10 +62,10 @@ def cyrillic(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cyrillic") / "картинки 🦊"
     generator = np.random.default_rng(0)
     for index in range(40):
-        home = folder / "train" / ("кот" if index % 2 else "犬")
-        home.mkdir(parents=True, exist_ok=True)
+        class_folder = folder / "train" / ("кот" if index % 2 else "犬")
+        class_folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(
-            home / f"{index:02d}.png"
+            class_folder / f"{index:02d}.png"
         )
     return folder
 
@@ -90,9 +90,9 @@ def test_cyrillic_names_on_any_console(
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert TokenDataset(out).class_names == ["кот", "犬"]
-    told = run("inspect", out, environment=environment)
-    assert (told.returncode, told.stderr) == (0, "")
-    assert (r"\u043a\u043e\u0442" if environment is ASCII else "кот") in told.stdout
+    inspected = run("inspect", out, environment=environment)
+    assert (inspected.returncode, inspected.stderr) == (0, "")
+    assert (r"\u043a\u043e\u0442" if environment is ASCII else "кот") in inspected.stdout
 
 
 VERBS = """
@@ -183,18 +183,24 @@ ODD = [
 
 
 def test_unusual_names_of_folders_and_files(igpt: Run, short_run: Path, tmp_path: Path) -> None:
-    home = tmp_path.joinpath(*ODD)
-    home.mkdir(parents=True)
+    folder = tmp_path.joinpath(*ODD)
+    folder.mkdir(parents=True)
     # safetensors reads no file whose path is not UTF-8, so the model is above that folder.
-    (home.parents[1] / "run").symlink_to(short_run)
-    pictures = [home / f"{name.replace('/', '|')}.png" for name in ODD]
+    (folder.parents[1] / "run").symlink_to(short_run)
+    pictures = [folder / f"{name.replace('/', '|')}.png" for name in ODD]
     for picture in pictures:
         Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).save(picture)
     done = run(
-        "complete", home.parents[1] / "run", *pictures, "-o", home / "out.png", "--completions", 1
+        "complete",
+        folder.parents[1] / "run",
+        *pictures,
+        "-o",
+        folder / "out.png",
+        "--completions",
+        1,
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert Image.open(home / "out.png").width > 0
+    assert Image.open(folder / "out.png").width > 0
     for name in ODD:
         refused = igpt("sample", tmp_path / name / "none")
         assert refused.returncode == 2
@@ -442,8 +448,8 @@ def test_a_signal_during_an_import_waits_for_its_end(tmp_path: Path) -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "importing\n"
         process.send_signal(number)
-        told, _ = process.communicate(timeout=SECONDS)
-        assert told.split() == ["imported", expected]
+        output, _ = process.communicate(timeout=SECONDS)
+        assert output.split() == ["imported", expected]
 
 
 def test_a_second_signal_during_an_import_ends_at_once(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ImageGPT:
 
 
 @pytest.fixture
-def home(model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(model: ImageGPT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a folder with a model, released arrays and their palette."""
     monkeypatch.chdir(tmp_path)
     model.save_pretrained("model")
@@ -48,10 +48,10 @@ def read(path: Path) -> dict[str, object]:
     return json.loads(path.read_text())
 
 
-def test_the_test_images_are_scored(igpt: Run, home: Path, model: ImageGPT) -> None:
+def test_the_test_images_are_scored(igpt: Run, folder: Path, model: ImageGPT) -> None:
     done = igpt("score", "model", "imagenet", "--published")
     assert done.returncode == 0, done.stderr
-    result = read(home / "published.json")
+    result = read(folder / "published.json")
     assert (result["format"], result["version"]) == ("igpt-published", 1)
     assert (result["images"], result["split"], result["source"]) == (40, "test", "imagenet")
     with torch.no_grad():
@@ -67,16 +67,16 @@ def test_the_test_images_are_scored(igpt: Run, home: Path, model: ImageGPT) -> N
     assert "published" not in result
     again = igpt("score", "model", "imagenet", "-o", "s.csv")  # the same computation
     assert again.returncode == 0, again.stderr
-    assert read(home / "s.json")["nats_per_pixel"] == result["nats_per_pixel"]
+    assert read(folder / "s.json")["nats_per_pixel"] == result["nats_per_pixel"]
 
 
 def test_arrays_in_another_folder_and_a_subset_of_them(
-    igpt: Run, home: Path, model: ImageGPT
+    igpt: Run, folder: Path, model: ImageGPT
 ) -> None:
-    (home / "down" / "loads").mkdir(parents=True)
+    (folder / "down" / "loads").mkdir(parents=True)
     for name in ("imagenet_teX.npy", "kmeans_centers.npy"):
-        (home / name).rename(home / "down" / "loads" / name)
-    (home / "imagenet_trX.npy").unlink()
+        (folder / name).rename(folder / "down" / "loads" / name)
+    (folder / "imagenet_trX.npy").unlink()
     np.save("down/loads/imagenet_teY.npy", np.eye(5)[np.arange(39) % 5])  # invalid, and not needed
     done = igpt(
         "score",
@@ -91,12 +91,12 @@ def test_arrays_in_another_folder_and_a_subset_of_them(
         "few.json",
     )
     assert done.returncode == 0, done.stderr
-    result = read(home / "few.json")
+    result = read(folder / "few.json")
     assert (result["images"], result["limit"], result["seed"]) == (9, 9, 3)
-    assert not (home / "published.json").exists()
+    assert not (folder / "published.json").exists()
 
 
-def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: ImageGPT) -> None:
+def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, folder: Path, model: ImageGPT) -> None:
     shape = {"resolution": 4, "n_colors": 11, "n_layer": 1, "n_embd": 8, "n_head": 2}
     ImageGPT(ModelConfig.layered(shape, {"objective": "bert"}), model.palette).save_pretrained(
         "bert"
@@ -106,11 +106,11 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
     ImageGPT(
         ModelConfig.layered(shape, {}), Palette.from_centers(np.zeros((11, 3)))
     ).save_pretrained("grey")
-    (home / "alone").mkdir()
+    (folder / "alone").mkdir()
     np.save("alone/imagenet_teX.npy", np.zeros((2, 16), np.int64))
     np.save("alone/cifar10_trX.npy", np.zeros((2, 16), np.int64))
-    (home / "notes.json").write_text("{}")
-    before = sorted(home.rglob("*"))
+    (folder / "notes.json").write_text("{}")
+    before = sorted(folder.rglob("*"))
     for words, message in (
         (("model", "cifar10"), "OpenAI's arrays are missing: there is no cifar10_teX.npy"),
         (
@@ -130,7 +130,7 @@ def test_mistakes_are_one_line_and_leave_nothing(igpt: Run, home: Path, model: I
         done = igpt("score", *words, "--published")
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (words, done.stderr)
         assert message in done.stderr, words
-        assert sorted(home.rglob("*")) == before, words
+        assert sorted(folder.rglob("*")) == before, words
 
 
 @pytest.mark.parametrize(("name", "loss"), SHAPES.items())
@@ -139,9 +139,9 @@ def test_published_losses_are_only_reported_for_the_published_shapes(
 ) -> None:
     keys = ("n_layer", "n_embd", "n_head")
     config = ModelConfig(**{key: preset(name)[key] for key in keys})
-    told = published_loss(config, "arrays/imagenet")
-    assert told is not None
-    assert (told["model"], told["nats_per_pixel"]) == (name, loss)
+    reported = published_loss(config, "arrays/imagenet")
+    assert reported is not None
+    assert (reported["model"], reported["nats_per_pixel"]) == (name, loss)
     for other in ({"resolution": 48}, {"n_colors": 256}, {"n_layer": 12}, {"objective": "bert"}):
         assert published_loss(config.model_copy(update=other), "imagenet") is None
     assert published_loss(config, "arrays/cifar10") is None
@@ -163,9 +163,9 @@ def test_agreement_means_four_digits_or_two_standard_errors(
     loss: float, error: float | None, whole: bool, agrees: bool
 ) -> None:
     published = {"model": "igpt-s", "nats_per_pixel": 2.0895}
-    told = compared({"nats_per_pixel": loss, "standard_error": error}, published, whole=whole)
-    assert (told["agrees"], told["within"]) == (
+    reported = compared({"nats_per_pixel": loss, "standard_error": error}, published, whole=whole)
+    assert (reported["agrees"], reported["within"]) == (
         agrees,
         "four digits" if whole else "two standard errors",
     )
-    assert told["difference"] == pytest.approx(loss - 2.0895)
+    assert reported["difference"] == pytest.approx(loss - 2.0895)

@@ -282,11 +282,11 @@ def test_a_read_only_folder() -> None:
         "    except ValueError as error: print(error)\n"
         "    else: print('fine')\n"
     )
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
-        locked, free = Path(home) / "locked", Path(home) / "free"
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        locked, free = Path(folder) / "locked", Path(folder) / "free"
         locked.mkdir()
         free.mkdir()
-        Path(home).chmod(0o755)
+        Path(folder).chmod(0o755)
         locked.chmod(0o555)
         free.chmod(0o777)
         command = [sys.executable, "-c", program, str(locked / "s.csv"), str(free / "s.csv")]

@@ -152,8 +152,8 @@ def test_images_next_to_class_folders(
     assert source.notes == ([] if labelled else [note])
     done = igpt("prepare", folder, "-o", tmp_path / "t", "--size", 4, "--colors", 4, "--workers", 1)
     assert done.returncode == 0, done.stderr
-    told = f"left out: labels (the images are kept without one): {covers} (first: "
-    assert (told in done.stdout) == labelled
+    message = f"left out: labels (the images are kept without one): {covers} (first: "
+    assert (message in done.stdout) == labelled
     assert (f"warning: {note}\n" in done.stdout) != labelled
     data = TokenDataset(tmp_path / "t")
     assert data.manifest["made"]["warnings"] == source.notes
@@ -336,12 +336,12 @@ def test_a_palette_in_0_to_1_causes_a_warning(tmp_path: Path, igpt: Run, photogr
     Palette.from_centers(centers).save(tmp_path / "p.npy")
     Palette.from_centers(2 * centers - 1).save(tmp_path / "q.npy")
     words = (photographs, "--size", 8, "--palette")
-    told = (
+    message = (
         f"warning: all colours of the palette {tmp_path}/p.npy lie in 0..1, where palettes "
         f"have -1..1"
     )
     for command, out in (("prepare", "tokens"), ("palette", "out.npy")):
-        assert told in igpt(command, *words, tmp_path / "p.npy", "-o", tmp_path / out).stdout
+        assert message in igpt(command, *words, tmp_path / "p.npy", "-o", tmp_path / out).stdout
         assert (
             "warning"
             not in igpt(command, *words, tmp_path / "q.npy", "-o", tmp_path / f"q-{out}").stdout

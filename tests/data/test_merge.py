@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import pytest
 
-from igpt.data import prepare as room
+from igpt.data import prepare as preparation
 from igpt.data.images.palette import Palette
 from igpt.data.merge import merge
 from igpt.data.prepare import PrepareConfig, prepare, prepare_part
@@ -26,7 +26,7 @@ SMALL = PrepareConfig(size=4, colors=8)
 
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
+    monkeypatch.setattr(preparation, "SHARD_IMAGES", (10, 10))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,7 @@ LENIENT = SMALL.model_copy(update={"max_bad": 0.1})
 def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "SHARD_IMAGES", (10, 10))
+        patch.setattr(preparation, "SHARD_IMAGES", (10, 10))
         prepare(pictures, out, LENIENT)
     return contents(out)
 
@@ -201,7 +201,7 @@ def test_folders_that_are_not_parts_are_refused(
 def test_merging_on_the_command_line(
     igpt: Callable[..., object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(room, "SHARD_IMAGES", (1000, 1000))
+    monkeypatch.setattr(preparation, "SHARD_IMAGES", (1000, 1000))
     out = tmp_path / "digits"
     for shard in ("1/2", "2/2"):
         done = igpt("prepare", "digits", "-o", out, "--size", 4, "--shard", shard)

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from igpt.data import prepare as room
+from igpt.data import prepare as preparation
 from igpt.data.images.decode import load, open_image
 from igpt.data.images.palette import Palette
 from igpt.data.images.transform import Transform
@@ -56,8 +56,8 @@ def pictures(tmp_path_factory: pytest.TempPathFactory, picture: Callable[..., by
 @pytest.fixture
 def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Divide the images above into five jobs, and use workers even for so few."""
-    monkeypatch.setattr(room, "SHARD_IMAGES", (10, 10))
-    monkeypatch.setattr(room, "MIN_IMAGES_FOR_WORKERS", 0)
+    monkeypatch.setattr(preparation, "SHARD_IMAGES", (10, 10))
+    monkeypatch.setattr(preparation, "MIN_IMAGES_FOR_WORKERS", 0)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def whole(pictures: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     """Return the files that one uninterrupted process writes for the images, in shards of 10."""
     out = tmp_path_factory.mktemp("whole") / "tokens"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "SHARD_IMAGES", (10, 10))
+        patch.setattr(preparation, "SHARD_IMAGES", (10, 10))
         prepare(pictures, out, SMALL)
     return contents(out)
 
@@ -206,10 +206,10 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import datasets, sklearn.cluster, scipy.spatial
-from igpt.data import prepare as room
+from igpt.data import prepare as preparation
 
-room.SHARD_IMAGES = (10, 10)
-pictures, home = sys.argv[1], Path(sys.argv[2])
+preparation.SHARD_IMAGES = (10, 10)
+pictures, folder = sys.argv[1], Path(sys.argv[2])
 
 def run(out, kill_at):
     # The child's status; without a moment to kill it at, it leaves the number of moments beside
@@ -222,21 +222,21 @@ def run(out, kill_at):
             removed = event in ("os.remove", "os.rmdir") and os.path.lexists(arguments[0])
             named = event == "os.rename" or removed
             if named and str(out) in str(arguments[-2 if event == "os.remove" else 0]) or \\
-                    event == "os.rename" and str(home) in str(arguments[0]):
+                    event == "os.rename" and str(folder) in str(arguments[0]):
                 if seen == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
                 seen += 1
         sys.addaudithook(watch)
-        room.prepare(pictures, out, room.PrepareConfig(size=4, colors=8))
+        preparation.prepare(pictures, out, preparation.PrepareConfig(size=4, colors=8))
         if kill_at is None:
-            (home / "moments").write_text(str(seen))
+            (folder / "moments").write_text(str(seen))
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
-run(home / "uninterrupted", None)
-count = int((home / "moments").read_text())
+run(folder / "uninterrupted", None)
+count = int((folder / "moments").read_text())
 for kill_at in map(int, sys.argv[3:]):
-    out = home / f"killed-{kill_at}"
+    out = folder / f"killed-{kill_at}"
     first = run(out, kill_at % count)
     whole = out.exists()
     second = None if whole else run(out, None)
@@ -287,16 +287,16 @@ ABANDONED = """
 import os, signal, sys
 from multiprocessing import active_children
 from pathlib import Path
-from igpt.data import prepare as room
+from igpt.data import prepare as preparation
 
 def kill(*_):
     print(*(child.pid for child in active_children()), flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
-    room.SHARD_IMAGES, room.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
-    config = room.PrepareConfig(size=4, colors=8)
-    room.prepare(sys.argv[1], Path(sys.argv[2]), config, workers=2, progress=kill)
+    preparation.SHARD_IMAGES, preparation.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
+    config = preparation.PrepareConfig(size=4, colors=8)
+    preparation.prepare(sys.argv[1], Path(sys.argv[2]), config, workers=2, progress=kill)
 """
 
 
@@ -331,20 +331,20 @@ def test_the_workers_of_a_killed_process_end(
 HOLDING = """
 import os, sys
 from pathlib import Path
-from igpt.data import merge as merging, prepare as room
+from igpt.data import merge as merging, prepare as preparation
 
-room.SHARD_IMAGES = (10, 10)
+preparation.SHARD_IMAGES = (10, 10)
 verb, source, out = sys.argv[1], sys.argv[2], Path(sys.argv[3])
 
 def hold(*_):
     print("working", flush=True)
     sys.stdin.readline()
 
-config = room.PrepareConfig(size=4, colors=8)
+config = preparation.PrepareConfig(size=4, colors=8)
 if verb == "prepare":
-    room.prepare(source, out, config, progress=hold)
+    preparation.prepare(source, out, config, progress=hold)
 elif verb == "part":
-    room.prepare_part(source, out, config, (1, 2), progress=hold)
+    preparation.prepare_part(source, out, config, (1, 2), progress=hold)
 else:
     take = merging._link
     merging._link = lambda *words: (hold(), take(*words))
@@ -595,11 +595,12 @@ def test_unfinished_work_of_version_0_1_0_is_resumed(
 SCRIPT = """
 import sys
 from pathlib import Path
-from igpt.data import prepare as room
+from igpt.data import prepare as preparation
 
 print("started", flush=True)
-room.SHARD_IMAGES, room.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
-room.prepare(sys.argv[1], Path(sys.argv[2]), room.PrepareConfig(size=4, colors=8), workers=2)
+preparation.SHARD_IMAGES, preparation.MIN_IMAGES_FOR_WORKERS = (10, 10), 0
+config = preparation.PrepareConfig(size=4, colors=8)
+preparation.prepare(sys.argv[1], Path(sys.argv[2]), config, workers=2)
 print("finished", __name__, "__file__" in globals(), __spec__ and __spec__.name)
 """
 
@@ -712,7 +713,8 @@ def test_extreme_but_harmless_settings_are_accepted(pictures: str, tmp_path: Pat
 def test_shards_of_large_images_contain_fewer_images():
     """Their tokens are in memory together: 256 MiB at most."""
     limits = {
-        size: room._shard_images(PrepareConfig(size=size)) for size in (32, 64, 128, 256, 1024)
+        size: preparation._shard_images(PrepareConfig(size=size))
+        for size in (32, 64, 128, 256, 1024)
     }
     assert limits == {
         32: (1024, 8192),
@@ -727,7 +729,7 @@ def test_a_killed_worker_is_reported(
     pictures: str, tmp_path: Path, small_shards: None, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(
-        room, "SHARD_IMAGES", (1, 1)
+        preparation, "SHARD_IMAGES", (1, 1)
     )  # so many that the other worker cannot finish them meanwhile
 
     def kill(*_: int) -> None:
@@ -1171,9 +1173,9 @@ def test_the_limit_of_images_of_each_split(pictures: str, tmp_path: Path):
         name: min(5, len(whole[name])) for name in whole
     }
     assert few.manifest["made"]["config"]["limit"] == 5
-    drawn = np.sort(np.random.default_rng(0).permutation(len(whole["train"]))[:5])
-    assert few["train"].labels.tolist() == whole["train"].labels[drawn].tolist()
+    subset = np.sort(np.random.default_rng(0).permutation(len(whole["train"]))[:5])
+    assert few["train"].labels.tolist() == whole["train"].labels[subset].tolist()
     again = prepare(
         pictures, tmp_path / "again", PrepareConfig(**given, limit=5, palette=str(whole.path))
     )
-    assert (again["train"].rows(range(5)) == whole["train"].rows(drawn)).all()
+    assert (again["train"].rows(range(5)) == whole["train"].rows(subset)).all()

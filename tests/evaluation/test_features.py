@@ -111,8 +111,8 @@ def test_an_interrupted_computation_leaves_no_features(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        stored(model, digits["test"], tmp_path / "home" / "test", of={}, progress=stops)
-    assert not list((tmp_path / "home").iterdir())
+        stored(model, digits["test"], tmp_path / "features" / "test", of={}, progress=stops)
+    assert not list((tmp_path / "features").iterdir())
 
 
 def test_at_most_two_batches_are_in_memory(
@@ -156,10 +156,10 @@ def test_tokens_of_another_size_are_refused(
 def test_concatenated_and_stacked_features_read_as_one_array(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     np.save(tmp_path / "a.npy", values[:, :2])
-    beside = ConcatenatedColumns([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
-    above = ConcatenatedRows(beside, values[:20])
+    columns = ConcatenatedColumns([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
+    rows = ConcatenatedRows(columns, values[:20])
     whole = np.concatenate([values, values[:20]])
-    assert (beside.shape, above.shape, len(above)) == ((50, 6), (70, 6), 70)
+    assert (columns.shape, rows.shape, len(rows)) == ((50, 6), (70, 6), 70)
     some = np.array([69, 0, 49, 50])
     for rows in (slice(0, 10), slice(45, 60), slice(64, 999), some):
-        np.testing.assert_array_equal(above[rows], whole[rows])
+        np.testing.assert_array_equal(rows[rows], whole[rows])

@@ -290,11 +290,11 @@ def test_bert_is_probed_unmasked_or_by_the_mode_over_masks(
         for path in (tmp_path / "model").iterdir()
         if "mask" in path.name
     }
-    drawn = {
+    sampled = {
         name: np.sort(np.random.default_rng(0).permutation(len(digits[name]))[:150])
         for name in digits
     }
-    labels = {name: digits[name].labels_of(rows) for name, rows in drawn.items()}
+    labels = {name: digits[name].labels_of(rows) for name, rows in sampled.items()}
     both = np.concatenate([features["train-mask-0"], features["validation-mask-0"]])
     scaler = StandardScaler().fit(both)
     rival = LogisticRegression(C=row["regularisation"], tol=1e-6, max_iter=20_000)

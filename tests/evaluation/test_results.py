@@ -322,11 +322,11 @@ def test_every_number_that_a_probe_accepts_can_be_read_back(tmp_path: Path) -> N
 def test_absurd_settings_are_refused_before_any_work_and_leave_nothing(
     igpt: Any, short_run: Path, digits: TokenDataset, tmp_path: Path, words: tuple[object, ...]
 ) -> None:
-    home = tmp_path / "home"
-    for more in ((), ("--features", home / "features")):
-        done = igpt("probe", short_run, digits.path, "-o", home / "p.json", *words, *more)
+    folder = tmp_path / "folder"
+    for more in ((), ("--features", folder / "features")):
+        done = igpt("probe", short_run, digits.path, "-o", folder / "p.json", *words, *more)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-        assert not home.exists(), "nothing is left, and nothing was started"
+        assert not folder.exists(), "nothing is left, and nothing was started"
 
 
 def test_an_error_during_a_probe_keeps_the_files_of_the_previous_one(

@@ -48,16 +48,16 @@ def table(path: Path, rows: Iterable[tuple[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def split_names_become_classes(home: Path) -> None:
+def split_names_become_classes(folder: Path) -> None:
     for i in range(60):
-        put(home / ("train" if i < 40 else "test") / f"{i:02}.png", COLOURS[i % 3])
+        put(folder / ("train" if i < 40 else "test") / f"{i:02}.png", COLOURS[i % 3])
     table(
-        home / "metadata.csv",
+        folder / "metadata.csv",
         [(f"{'train' if i < 40 else 'test'}/{i:02}.png", "abc"[i % 3]) for i in range(60)],
     )
 
 
-def weights_index(home: Path) -> None:
+def weights_index(folder: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
     from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
@@ -71,27 +71,27 @@ def weights_index(home: Path) -> None:
             parameter.data.normal_(0, 0.3)
         return made
 
-    model(1).save_pretrained(home / "stale-and-new", max_shard_size="20KB")
-    model(2).save_pretrained(home / "new", max_shard_size="60KB")
-    for file in (home / "new").iterdir():
-        (home / "stale-and-new" / file.name).write_bytes(file.read_bytes())
-    model(2).save_pretrained(home / "named")
-    tensors = load_file(home / "named" / "model.safetensors")
-    (home / "named" / "model.safetensors").unlink()
+    model(1).save_pretrained(folder / "stale-and-new", max_shard_size="20KB")
+    model(2).save_pretrained(folder / "new", max_shard_size="60KB")
+    for file in (folder / "new").iterdir():
+        (folder / "stale-and-new" / file.name).write_bytes(file.read_bytes())
+    model(2).save_pretrained(folder / "named")
+    tensors = load_file(folder / "named" / "model.safetensors")
+    (folder / "named" / "model.safetensors").unlink()
     keys = sorted(tensors)
     parts = {"first.safetensors": keys[:9], "second.safetensors": keys[9:]}
     for name, part in parts.items():
         save_file(
-            {key: tensors[key] for key in part}, home / "named" / name, metadata={"format": "pt"}
+            {key: tensors[key] for key in part}, folder / "named" / name, metadata={"format": "pt"}
         )
     index = {
         "metadata": {},
         "weight_map": {key: name for name, part in parts.items() for key in part},
     }
-    (home / "named" / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "named" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def joined_tars(home: Path) -> None:
+def joined_tars(folder: Path) -> None:
     for name, numbers in (("1.tar", range(20)), ("2.tar", range(20, 60))):
         label = b"0" if name == "1.tar" else b"1"
         members = [(f"{i:03}.png", encoded(COLOURS[int(label)])) for i in numbers]
@@ -100,97 +100,98 @@ def joined_tars(home: Path) -> None:
             for i, member in zip(numbers, members, strict=True)
             for pair in (member, (f"{i:03}.cls", label))
         ]
-        tar(home / name, members)
-    (home / "data").mkdir()
-    (home / "data" / "all.tar").write_bytes(
-        (home / "1.tar").read_bytes() + (home / "2.tar").read_bytes()
+        tar(folder / name, members)
+    (folder / "data").mkdir()
+    (folder / "data" / "all.tar").write_bytes(
+        (folder / "1.tar").read_bytes() + (folder / "2.tar").read_bytes()
     )
 
 
-def masks(home: Path) -> None:
-    home.mkdir(parents=True)
+def masks(folder: Path) -> None:
+    folder.mkdir(parents=True)
     mask = np.zeros((8, 8, 4), np.uint8)
     mask[2:4, 2:4] = 255
-    Image.fromarray(mask).save(home / "white-on-transparent.png")
+    Image.fromarray(mask).save(folder / "white-on-transparent.png")
     mask[..., 3] = 255
-    Image.fromarray(mask).save(home / "white-on-black.png")
+    Image.fromarray(mask).save(folder / "white-on-black.png")
     mask = np.zeros((8, 8), np.uint8)
     mask[2:4, 2:4] = 1
-    Image.fromarray(mask).save(home / "levels-0-and-1.png")
+    Image.fromarray(mask).save(folder / "levels-0-and-1.png")
     mask = np.zeros((800, 800), np.uint8)
     mask[300:302, 100:700] = 255
-    Image.fromarray(mask).save(home / "thin-line.png")
-    Image.fromarray((np.arange(64).reshape(8, 8) * 4).astype(np.uint8)).save(home / "picture.png")
+    Image.fromarray(mask).save(folder / "thin-line.png")
+    Image.fromarray((np.arange(64).reshape(8, 8) * 4).astype(np.uint8)).save(folder / "picture.png")
 
 
-def files_left_out(home: Path) -> None:
+def files_left_out(folder: Path) -> None:
     heic = b"\0\0\0\x18ftypheic" + bytes(200)
     for i in range(20):
-        put(home / "mixed" / f"{i}.png", COLOURS[0])
+        put(folder / "mixed" / f"{i}.png", COLOURS[0])
     for i in range(30):
-        (home / "mixed" / f"p{i}.heic").write_bytes(heic)
+        (folder / "mixed" / f"p{i}.heic").write_bytes(heic)
     for i in range(10):
-        (home / "mixed" / f"no-ending-{i}").write_bytes(encoded(COLOURS[1]))
-    with zipfile.ZipFile(home / "mixed" / "more.zip", "w") as archive:
+        (folder / "mixed" / f"no-ending-{i}").write_bytes(encoded(COLOURS[1]))
+    with zipfile.ZipFile(folder / "mixed" / "more.zip", "w") as archive:
         for i in range(300):
             archive.writestr(f"b/{i}.png", encoded(COLOURS[2]))
     for i in range(60):
-        put(home / "half-listed" / "train" / f"{i:02}.png", COLOURS[i % 3])
+        put(folder / "half-listed" / "train" / f"{i:02}.png", COLOURS[i % 3])
     table(
-        home / "half-listed" / "train" / "metadata.csv",
+        folder / "half-listed" / "train" / "metadata.csv",
         [(f"{i:02}.png", "abc"[i % 3]) for i in range(30)],
     )
-    (home / "heic-only").mkdir()
+    (folder / "heic-only").mkdir()
     for i in range(30):
-        (home / "heic-only" / f"p{i}.heic").write_bytes(heic)
+        (folder / "heic-only" / f"p{i}.heic").write_bytes(heic)
 
 
-def words_as_classes(home: Path) -> None:
+def words_as_classes(folder: Path) -> None:
     for name, words in (("country", ["US", "DE", "NA"]), ("code", ["01", "1", "2"])):
         for i in range(60):
-            put(home / name / "train" / f"{i:02}.png", COLOURS[i % 3])
+            put(folder / name / "train" / f"{i:02}.png", COLOURS[i % 3])
         table(
-            home / name / "train" / "metadata.csv",
+            folder / name / "train" / "metadata.csv",
             [(f"{i:02}.png", words[i % 3]) for i in range(60)],
         )
 
 
-def classes_by_depth(home: Path) -> None:
+def classes_by_depth(folder: Path) -> None:
     for i in range(60):
         name = "abc"[i % 3]
         put(
-            home / "tiny-imagenet-layout" / "train" / name / "images" / f"{i:02}.png",
+            folder / "tiny-imagenet-layout" / "train" / name / "images" / f"{i:02}.png",
             COLOURS[i % 3],
         )
-        put(home / "cover" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
-        put(home / "thumbnail" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
-    put(home / "cover" / "train" / "cover.png", COLOURS[0])
+        put(folder / "cover" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
+        put(folder / "thumbnail" / "train" / name / f"{i:02}.png", COLOURS[i % 3])
+    put(folder / "cover" / "train" / "cover.png", COLOURS[0])
     put(
-        home / "thumbnail" / "train" / "a" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB.png", COLOURS[0]
+        folder / "thumbnail" / "train" / "a" / "@eaDir" / "00.png" / "SYNOPHOTO_THUMB.png",
+        COLOURS[0],
     )
 
 
-def transparent_grey(home: Path) -> None:
-    home.mkdir(parents=True)
+def transparent_grey(folder: Path) -> None:
+    folder.mkdir(parents=True)
     ramp = np.zeros((8, 8), np.uint16)
     ramp[:, 4:] = 40000
-    Image.fromarray(ramp).save(home / "16-bit-level-0-transparent.png", transparency=0)
+    Image.fromarray(ramp).save(folder / "16-bit-level-0-transparent.png", transparency=0)
     Image.fromarray((ramp >> 8).astype(np.uint8)).save(
-        home / "8-bit-level-0-transparent.png", transparency=0
+        folder / "8-bit-level-0-transparent.png", transparency=0
     )
 
 
-def zip_of_images(home: Path) -> None:
-    home.mkdir(parents=True)
-    with zipfile.ZipFile(home / "data.zip", "w") as archive:
+def zip_of_images(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
         for i in range(60):
             archive.writestr(f"class{i % 2}/{i:02}.png", encoded(COLOURS[i % 2]))
 
 
-def script_without_guard(home: Path) -> None:
+def script_without_guard(folder: Path) -> None:
     for i in range(5000):
-        put(home / "images" / f"{i:04}.png", COLOURS[i % 3])
-    (home / "script.py").write_text(
+        put(folder / "images" / f"{i:04}.png", COLOURS[i % 3])
+    (folder / "script.py").write_text(
         "from pathlib import Path\n"
         "from igpt.data.prepare import PrepareConfig, prepare\n\n"
         'prepare("images", Path("tokens"), PrepareConfig(size=8), workers=2)\n'

@@ -118,9 +118,9 @@ def test_the_name_of_a_registered_objective_is_a_valid_setting(
 
 
 def test_no_other_module_compares_names_of_objectives() -> None:
-    home = Path(objectives.__file__).parents[1]
+    package = Path(objectives.__file__).parents[1]
     names = "|".join(OBJECTIVES)
-    for path in home.rglob("*.py"):
+    for path in package.rglob("*.py"):
         # The reproduction has runs with these names.
         if path != Path(objectives.__file__) and path.parent.name != "reproduction":
             assert not re.search(rf'[!=]= *"({names})"|"({names})" *[!=]=', path.read_text()), path

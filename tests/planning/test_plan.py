@@ -141,7 +141,7 @@ def test_printed_command_line_parses(
     monkeypatch.chdir(tmp_path)
     done = igpt("plan", *words.split(), "-o", "plan.json")
     assert done.returncode == 0, done.stderr
-    told = json.loads((tmp_path / "plan.json").read_text())
+    planned = json.loads((tmp_path / "plan.json").read_text())
     command = shlex.split(done.stdout.splitlines()[-1])
     launch, words_of_igpt = command[: command.index("igpt")], command[command.index("igpt") + 1 :]
     ranks = {
@@ -149,13 +149,15 @@ def test_printed_command_line_parses(
         for word in launch
         if word in ("--nnodes", "--nproc-per-node")
     }
-    assert ranks.get("--nnodes", 1) * ranks.get("--nproc-per-node", 1) == told["settings"]["gpus"]
+    assert (
+        ranks.get("--nnodes", 1) * ranks.get("--nproc-per-node", 1) == planned["settings"]["gpus"]
+    )
     ran = igpt(*words_of_igpt)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
     assert "no token data set at TOKENS" in ran.stderr
-    assert told["fits"]
+    assert planned["fits"]
     for name in ("none", "selective", "full"):
-        parts = told["memory"][name]
+        parts = planned["memory"][name]
         total = sum(value for key, value in parts.items() if key not in ("moment", "total"))
         assert parts["total"] == pytest.approx(total)
 

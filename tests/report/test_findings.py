@@ -73,8 +73,10 @@ def test_a_fine_tuned_model_is_not_described_as_trained_without_labels():
         )
     )
     assert "2 heads" in words
-    told = "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes."  # noqa: RUF001
-    assert told in words
+    description = (
+        "fine-tuned with labels on 1,437 images of 8 × 8 pixels in 17 colours, for 10 classes."  # noqa: RUF001
+    )
+    assert description in words
 
 
 def test_the_loss_is_compared_with_colour_frequencies():

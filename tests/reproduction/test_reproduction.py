@@ -41,8 +41,8 @@ NOTES = "layers: twice as many steps, without a difference\n"
 @pytest.fixture(scope="module")
 def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepare the tokens, delete the images, and run the other steps."""
-    home = tmp_path_factory.mktemp("reproduction")
-    images, out = home / "images", home / "out"
+    folder = tmp_path_factory.mktemp("reproduction")
+    images, out = folder / "images", folder / "out"
     shutil.copytree(photographs, images)
     assert reproduce(out, SMALL, str(images), str(images), tokens_only=True)
     shutil.rmtree(images)

@@ -227,8 +227,8 @@ def test_the_masks_of_a_step_depend_only_on_seed_and_step(
     }
     finetune(FinetuneConfig.layered(base, {"micro_batch_size": 3}), tmp_path / "run")
     for step, masks in enumerate((torch.cat(seen[:3]), torch.cat(seen[3:]))):
-        drawn = sample_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
-        assert np.array_equal(masks.numpy(), drawn), f"step {step}"
+        expected = sample_masks((8, 64), 0.4, np.random.default_rng((5, step, 2)))
+        assert np.array_equal(masks.numpy(), expected), f"step {step}"
 
 
 def test_every_setting_is_used_in_training(

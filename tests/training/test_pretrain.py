@@ -113,9 +113,9 @@ def test_snapshots_are_the_model_at_their_step(
     kept = {path.name: ImageGPT.from_pretrained(path) for path in (run / "snapshots").iterdir()}
     assert sorted(kept) == ["step-00000000", "step-00000005", "step-00000024"]
     torch.manual_seed(0)
-    drawn = ImageGPT(kept["step-00000000"].config, digits.palette).state_dict()
+    initial = ImageGPT(kept["step-00000000"].config, digits.palette).state_dict()
     assert all(
-        torch.equal(drawn[name], tensor)
+        torch.equal(initial[name], tensor)
         for name, tensor in kept["step-00000000"].state_dict().items()
     )
     validated = {line["step"]: line["loss"] for line in lines(run, "validation")}

@@ -202,7 +202,7 @@ def test_kills_in_every_part_change_nothing(
     for part in parts:
         assert len(lines(run / part, "resume")) == 1, "finished trainings were not repeated"
         losses = [
-            [line["loss"] for line in lines(home / part, "train")] for home in (run, searched)
+            [line["loss"] for line in lines(folder / part, "train")] for folder in (run, searched)
         ]
         assert losses[0] == losses[1]
 

@@ -168,7 +168,7 @@ def pixels(picture: Locator) -> NDArray[np.uint8]:
     return np.array(picture.evaluate(READ), np.uint8).reshape(8, 8, 4)
 
 
-def drawn(page: Page, caption: str) -> NDArray[np.uint8]:
+def canvas_of(page: Page, caption: str) -> NDArray[np.uint8]:
     return pixels(page.get_by_role("img", name=caption, exact=True))
 
 
@@ -200,7 +200,7 @@ def test_example_is_loaded(visit: Visit, model: ImageGPT, digits: TokenDataset) 
         digits["test"].rows(np.array([len(digits["test"]) // 8])).astype(np.int64)
     )
     np.testing.assert_array_equal(pixels(canvas(page))[:4, :, :3], decode_images(model, row)[0, :4])
-    assert len(np.unique(drawn(page, "loss of each pixel").reshape(-1, 4), axis=0)) > 4
+    assert len(np.unique(canvas_of(page, "loss of each pixel").reshape(-1, 4), axis=0)) > 4
 
 
 def test_completions_appear_row_by_row_beside_the_original(
@@ -212,7 +212,7 @@ def test_completions_appear_row_by_row_beside_the_original(
     complete(page)
     say(page, "Row 7 of 8 ...")
     for number in range(1, 5):
-        half = drawn(page, f"drawing {number}")
+        half = canvas_of(page, f"drawing {number}")
         np.testing.assert_array_equal(half[..., 3], np.repeat([255, 0], (48, 16)).reshape(8, 8))
     work.go_on.set()
     say(page, "4 drawings, seed 0, in")
@@ -222,8 +222,8 @@ def test_completions_appear_row_by_row_beside_the_original(
     for picture, caption in zip(
         expected, ("original", *(f"drawing {number}" for number in range(1, 5))), strict=True
     ):
-        np.testing.assert_array_equal(drawn(page, caption)[..., :3], picture)
-        assert (drawn(page, caption)[..., 3] == 255).all()
+        np.testing.assert_array_equal(canvas_of(page, caption)[..., :3], picture)
+        assert (canvas_of(page, caption)[..., 3] == 255).all()
 
 
 def test_only_painted_pixels_are_generated(visit: Visit, model: ImageGPT, photo: Path) -> None:
@@ -255,7 +255,7 @@ def test_only_painted_pixels_are_generated(visit: Visit, model: ImageGPT, photo:
     expected = decode_images(model, last.tokens)
     for number in range(4):
         np.testing.assert_array_equal(
-            drawn(page, f"drawing {number + 1}")[..., :3], expected[number]
+            canvas_of(page, f"drawing {number + 1}")[..., :3], expected[number]
         )
     assert (expected != decode_images(model, tokens)).any()
 
@@ -305,8 +305,8 @@ def test_two_visitors_sample_at_once_and_a_third_waits(
     for page, file in zip(pages, (photo, other, photo), strict=True):
         say(page, "4 drawings")
         original = decode_images(model, tokens_of_files(model, [file]))[0]
-        np.testing.assert_array_equal(drawn(page, "original")[..., :3], original)
-        np.testing.assert_array_equal(drawn(page, "drawing 1")[:4, :, :3], original[:4])
+        np.testing.assert_array_equal(canvas_of(page, "original")[..., :3], original)
+        np.testing.assert_array_equal(canvas_of(page, "drawing 1")[:4, :, :3], original[:4])
     assert work.begun == 3  # the work that was stopped while it waited has not started
 
 

@@ -93,11 +93,13 @@ def small(shown: dict[str, Any]) -> NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["picture"].partition(",")[2]))))
 
 
-def drawn(shown: list[dict[str, Any]]) -> NDArray[np.uint8]:
+def images_of(shown: list[dict[str, Any]]) -> NDArray[np.uint8]:
     return np.stack([small(picture) for picture in shown])
 
 
-def all_drawn(model: ImageGPT, tokens: Tensor, known: Tensor, **settings: Any) -> NDArray[np.uint8]:
+def expected_images(
+    model: ImageGPT, tokens: Tensor, known: Tensor, **settings: Any
+) -> NDArray[np.uint8]:
     *_, last = generate(model, tokens, known, **settings)
     return decode_images(model, last.tokens)
 
@@ -129,13 +131,13 @@ def test_completions_keep_rows_and_depend_on_the_seed(
     assert [picture["caption"] for picture in shown] == ["original", "drawing 1", "drawing 2"]
     tokens = tokens_of_files(model, [photo])
     original, rows = decode_images(model, tokens), torch.arange(64) < 24
-    expected = np.concatenate([original, all_drawn(model, tokens.repeat(2, 1), rows, seed=5)])
-    np.testing.assert_array_equal(drawn(shown), expected)
+    expected = np.concatenate([original, expected_images(model, tokens.repeat(2, 1), rows, seed=5)])
+    np.testing.assert_array_equal(images_of(shown), expected)
     np.testing.assert_array_equal(expected[:, :3], original[:, :3].repeat(3, 0))
     assert (expected[1] != expected[2]).any()
     again, words = client.predict(handle_file(photo), 3, None, 1, 1.0, 5, api_name="/complete")
     assert words.startswith("1 drawing, seed 5")
-    np.testing.assert_array_equal(drawn(again), expected[:2])
+    np.testing.assert_array_equal(images_of(again), expected[:2])
 
 
 def test_completions_keep_pixels_that_are_not_hidden(
@@ -145,22 +147,24 @@ def test_completions_keep_pixels_that_are_not_hidden(
     view = {"hidden": "".join("0" if one else "1" for one in known)}
     shown, _ = client.predict(handle_file(photo), 3, view, 2, 1.0, 0, api_name="/complete")
     tokens = tokens_of_files(model, [photo])
-    np.testing.assert_array_equal(drawn(shown)[1:], all_drawn(model, tokens.repeat(2, 1), known))
+    np.testing.assert_array_equal(
+        images_of(shown)[1:], expected_images(model, tokens.repeat(2, 1), known)
+    )
     kept = known.view(8, 8).numpy()
-    np.testing.assert_array_equal(drawn(shown)[1][kept], decode_images(model, tokens)[0][kept])
+    np.testing.assert_array_equal(images_of(shown)[1][kept], decode_images(model, tokens)[0][kept])
 
 
 def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
     shown, _ = client.predict(2, 0.5, 3, api_name="/sample")
     nothing = torch.zeros(2, 64, dtype=torch.long)
-    expected = all_drawn(model, nothing, nothing[0] > 0, temperature=0.5, seed=3)
-    np.testing.assert_array_equal(drawn(shown), expected)
+    expected = expected_images(model, nothing, nothing[0] > 0, temperature=0.5, seed=3)
+    np.testing.assert_array_equal(images_of(shown), expected)
 
 
 def test_keeping_all_rows_returns_the_image(client: Client, model: ImageGPT, photo: Path) -> None:
     shown, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
     np.testing.assert_array_equal(
-        drawn(shown), decode_images(model, tokens_of_files(model, [photo])).repeat(2, 0)
+        images_of(shown), decode_images(model, tokens_of_files(model, [photo])).repeat(2, 0)
     )
 
 
@@ -702,8 +706,8 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
         assert not words
         job = client.submit(handle_file(photo), 5, None, 2, 1.0, 0, api_name="/complete")
         shown, _ = job.result()
-        expected = all_drawn(model, tokens.repeat(2, 1), torch.arange(64) < 40)
-        np.testing.assert_array_equal(drawn(shown)[1:], expected)
+        expected = expected_images(model, tokens.repeat(2, 1), torch.arange(64) < 40)
+        np.testing.assert_array_equal(images_of(shown)[1:], expected)
         assert any(
             re.fullmatch(r"\d+% of the hidden pixels drawn \.\.\.", words)
             for _, words in job.outputs()
@@ -719,8 +723,8 @@ def test_a_classifier_shows_the_class_with_its_probability(photo: Path, tmp_path
     for client in serve(model, tmp_path):
         *_, label = client.predict(handle_file(photo), api_name="/score")
         assert label["label"] == ("cat", "dog", "fox", "hen")[found.classes[0]]
-        told = [entry["confidence"] for entry in label["confidences"]]
-        np.testing.assert_allclose(told, np.sort(found.probabilities[0])[::-1][:3])
+        shown = [entry["confidence"] for entry in label["confidences"]]
+        np.testing.assert_allclose(shown, np.sort(found.probabilities[0])[::-1][:3])
 
 
 def test_the_page_of_a_probed_run_shows_the_class_too(
@@ -743,8 +747,8 @@ def test_the_page_of_a_probed_run_shows_the_class_too(
         model, tokens_of_files(model, [photo])
     )[0]
     assert label["label"] == (digits.class_names or [])[int(expected.argmax())]
-    told = [entry["confidence"] for entry in label["confidences"]]
-    np.testing.assert_allclose(told, expected.sort(descending=True).values[:3].numpy(), atol=1e-6)
+    shown = [entry["confidence"] for entry in label["confidences"]]
+    np.testing.assert_allclose(shown, expected.sort(descending=True).values[:3].numpy(), atol=1e-6)
 
 
 def test_an_address_that_cannot_be_used_is_named(model: ImageGPT) -> None:

@@ -504,11 +504,11 @@ def test_a_missing_palette(tmp_path: Path):
 def fill_cache(cache: Path, name: str, content: dict[str, object]) -> Path:
     """Write a Hub cache that has a model's preprocessor_config.json, in the layout of
     huggingface_hub."""
-    home = cache / f"models--{name.replace('/', '--')}"
-    snapshot = home / "snapshots" / ("0" * 40)
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
     snapshot.mkdir(parents=True)
-    (home / "refs").mkdir()
-    (home / "refs" / "main").write_text("0" * 40)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("0" * 40)
     (snapshot / "preprocessor_config.json").write_text(json.dumps(content))
     return snapshot
 

@@ -63,7 +63,7 @@ def centre(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return within(pixels, ((width - side) // 2, (height - side) // 2, side))
 
 
-def drawn(
+def paper_crops(
     width: int, height: int, size: int, count: int, seed: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int, int]]:
     """Return the paper's crops with the same random numbers: left, top, side, and the scaled
@@ -311,7 +311,9 @@ def test_views_are_averages_of_the_sampled_boxes(width: int, height: int, size: 
     pixels = np.asarray(Image.open(io.BytesIO(data)))
     squares = Transform(size, views=5, full_decode=True)(data, (3, 14))
     assert (squares.dtype, squares.shape) == (np.uint8, (5, size, size, 3))
-    for square, (*box, _) in zip(squares, drawn(width, height, size, 5, (3, 14)), strict=True):
+    for square, (*box, _) in zip(
+        squares, paper_crops(width, height, size, 5, (3, 14)), strict=True
+    ):
         np.testing.assert_array_equal(square, area_average(within(pixels, box), size))
 
 
@@ -319,7 +321,7 @@ def test_views_are_averages_of_the_sampled_boxes(width: int, height: int, size: 
 def test_views_by_other_filters(name: str):
     pixels = noise(100, 120)
     squares = Transform(32, views=3, filter=name)(encoded(pixels), (5,))
-    for square, (*box, _) in zip(squares, drawn(120, 100, 32, 3, (5,)), strict=True):
+    for square, (*box, _) in zip(squares, paper_crops(120, 100, 32, 3, (5,)), strict=True):
         expected = Image.fromarray(within(pixels, box)).resize(
             (32, 32), Image.Resampling[name.upper()]
         )
@@ -336,8 +338,8 @@ def test_the_sizes_and_positions_of_views_follow_the_paper():
     assert abs((400 * 224 / sides).mean() - 320) < 3  # the standard error is 0.8
     assert (lefts.min(), (lefts + sides).max()) == (0, 500)
     assert (tops.min(), (tops + sides).max()) == (0, 400)
-    for first, room in ((lefts, 500 - sides), (tops, 400 - sides)):
-        assert abs((first / room).mean() - 0.5) < 0.02  # the standard error is 0.006
+    for first, range_ in ((lefts, 500 - sides), (tops, 400 - sides)):
+        assert abs((first / range_).mean() - 0.5) < 0.02  # the standard error is 0.006
 
 
 def test_views_are_never_enlarged():
@@ -389,7 +391,7 @@ def test_one_resampling_is_close_to_the_papers_three_steps(
         image = Image.open(file).convert("RGB")
         width, height = image.size
         squares += list(Transform(32, views=3, full_decode=True)(file, (0, row)))
-        for left, top, _, scaled in drawn(width, height, 32, 3, (0, row)):
+        for left, top, _, scaled in paper_crops(width, height, 32, 3, (0, row)):
             factor = scaled / min(width, height)
             large = image.resize((round(width * factor), round(height * factor)), resampling)
             box = (

@@ -114,9 +114,11 @@ def imagenet(request: pytest.FixtureRequest, tmp_path: Path, picture: Callable[.
             datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
         elif request.param == "images":
             for number in numbers:
-                home = tmp_path / "set" / split / ("" if split == "unlabeled" else "ab"[number % 2])
-                home.mkdir(parents=True, exist_ok=True)
-                (home / f"{number}.png").write_bytes(numbered(number))
+                folder = (
+                    tmp_path / "set" / split / ("" if split == "unlabeled" else "ab"[number % 2])
+                )
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / f"{number}.png").write_bytes(numbered(number))
         else:
             (tmp_path / "set").mkdir(exist_ok=True)
             with tarfile.open(tmp_path / "set" / f"{split}-0000.tar", "w") as tar:

@@ -300,13 +300,13 @@ def test_an_unreadable_folder_is_named(picture: Callable[..., bytes]):
         "    try: open_source(source)\n"
         "    except ValueError as error: print(error)\n"
     )
-    with tempfile.TemporaryDirectory() as home:  # pytest's own folders are closed to other users
-        folders = [Path(home) / name for name in ("all", "some/a/closed")]
+    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
+        folders = [Path(folder) / name for name in ("all", "some/a/closed")]
         for folder in folders:
             folder.mkdir(parents=True)
             (folder / "1.png").write_bytes(picture(0))
             folder.chmod(0)
-        Path(home).chmod(0o755)
+        Path(folder).chmod(0o755)
         command = [sys.executable, "-c", program, str(folders[0]), str(folders[1].parents[1])]
         done = subprocess.run(command, capture_output=True, text=True)
     assert re.fullmatch(
@@ -372,23 +372,23 @@ def test_the_order_does_not_depend_on_the_machine(tmp_path: Path, picture: Calla
 def described(write_folder: Write, *files: str) -> Path:
     """Write images, and a `metadata.csv` with the class of each: whether its number is odd."""
     folder = write_folder("described", *files)
-    for home in {(folder / file).parent for file in files}:
+    for parent in {(folder / file).parent for file in files}:
         lines = (
             f"{image.name},{'odd' if int(image.stem) % 2 else 'even'}\n"
-            for image in home.glob("*.png")
+            for image in parent.glob("*.png")
         )
-        (home / "metadata.csv").write_text("file_name,kind\n" + "".join(lines))
+        (parent / "metadata.csv").write_text("file_name,kind\n" + "".join(lines))
     return folder
 
 
-@pytest.mark.parametrize("homes", [[""], ["train/", "val/"]])
-def test_metadata_next_to_the_images(write_folder: Write, homes: list[str]):
+@pytest.mark.parametrize("parents", [[""], ["train/", "val/"]])
+def test_metadata_next_to_the_images(write_folder: Write, parents: list[str]):
     folder = described(
-        write_folder, *(f"{home}{number}.png" for home in homes for number in range(20))
+        write_folder, *(f"{parent}{number}.png" for parent in parents for number in range(20))
     )
     splits, names, *_ = open_source(str(folder), SourceConfig(label_column="kind"))
     assert [len(split) for split in splits.values()] == (
-        [16, 2, 2] if len(homes) == 1 else [18, 20, 2]
+        [16, 2, 2] if len(parents) == 1 else [18, 20, 2]
     )
     assert names == ["even", "odd"]
     for split in splits.values():

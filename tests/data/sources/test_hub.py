@@ -165,9 +165,9 @@ def expected(picture: Picture, rows: range) -> list[list[Any]]:
     ]
 
 
-def stored(home: Path) -> tuple[int, set[str]]:
+def stored(folder: Path) -> tuple[int, set[str]]:
     """Return how many bytes are stored in a cache, and the suffixes of its files."""
-    files = [path for path in home.rglob("*") if path.is_file()]
+    files = [path for path in folder.rglob("*") if path.is_file()]
     return sum(path.stat().st_size for path in files), {path.suffix for path in files}
 
 

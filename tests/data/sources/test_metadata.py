@@ -58,13 +58,13 @@ def test_values_of_csv_are_strings(nine: Path):
     "form", ["bom", "crlf", "quoted", "blank lines", "spaces", "other columns", "dots", "backslash"]
 )
 def test_csv_dialects(write_folder: Write, form: str):
-    home = "sub/" if form == "backslash" else ""
-    folder = write_folder("forms", *(f"{home}{number}.png" for number in range(9)))
+    parent = "sub/" if form == "backslash" else ""
+    folder = write_folder("forms", *(f"{parent}{number}.png" for number in range(9)))
     words = ["a", "b, c", 'd "e"'] * 3
     lines = ["file_name,label"]
     for number, word in enumerate(words):
         quoted = '"' + word.replace('"', '""') + '"'
-        lines.append(f"{home}{number}.png,{quoted}")
+        lines.append(f"{parent}{number}.png,{quoted}")
     if form == "blank lines":
         lines[3:3] = ["", "  ", "\t"]
     if form == "spaces":
@@ -80,7 +80,7 @@ def test_csv_dialects(write_folder: Write, form: str):
     (folder / "metadata.csv").write_bytes(text.encode())
     source = open_source(str(folder))
     assert labelled(source, folder) == {
-        f"{home}{number}.png": word for number, word in enumerate(words)
+        f"{parent}{number}.png": word for number, word in enumerate(words)
     }
     assert counts(source) == (
         {"columns of metadata.csv": (1, "age")} if form == "other columns" else {}
@@ -237,7 +237,9 @@ def test_without_a_column_of_classes_there_are_no_classes(write_folder: Write):
 
 def test_the_nearest_metadata_file_above_an_image_applies(write_folder: Write):
     names = [
-        f"{home}{number}.png" for home in ("", "near/", "near/deep/", "far/") for number in range(3)
+        f"{parent}{number}.png"
+        for parent in ("", "near/", "near/deep/", "far/")
+        for number in range(3)
     ]
     folder = write_folder("nested", *names)
     (folder / "metadata.csv").write_text(
@@ -396,7 +398,7 @@ def test_a_table_without_names_of_images(nine: Path):
 
 
 def test_file_names_that_are_relative_to_another_folder(write_folder: Write):
-    folder = write_folder("home", *(f"sub/deep/{number}.png" for number in range(9)), "top.png")
+    folder = write_folder("relative", *(f"sub/deep/{number}.png" for number in range(9)), "top.png")
     path = folder / "sub" / "metadata.csv"
     path.write_text("file_name,label\n0.png,a\n")
     rule = "file_name is relative to the folder of the metadata file, and"

@@ -230,13 +230,13 @@ def test_augmentation_on_the_token_grid(flip: bool, shift: int):
 def test_images_of_a_batch_are_augmented_independently():
     tokens = np.tile(np.arange(SIDE**2, dtype=np.uint16), (400, 1))
     kinds = slow_variants(tokens[0], SIDE, True, 1)
-    drawn = np.array(
+    sampled = np.array(
         [
             kinds[row.tobytes()]
             for row in augment(tokens, SIDE, np.random.default_rng(0), flip=True, shift=1)
         ]
     )
-    assert np.abs(np.corrcoef(drawn.T.astype(float)) - np.eye(3)).max() < 0.2
+    assert np.abs(np.corrcoef(sampled.T.astype(float)) - np.eye(3)).max() < 0.2
 
 
 def test_no_augmentation_returns_the_tokens():

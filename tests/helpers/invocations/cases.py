@@ -675,9 +675,9 @@ def _environments(valid: Case) -> Iterator[Case]:
                 yield variables("ranks", f"{name}={value}", **{name: value})
         for name, changes in _TWO_RANKS.items():
             for value in changes:
-                told = "unset" if value is None else value
+                text = "unset" if value is None else value
                 odd = {**_SECOND_OF_TWO, name: value}
-                yield variables("ranks", f"two ranks, {name} {told}", **odd)
+                yield variables("ranks", f"two ranks, {name} {text}", **odd)
 
 
 _RANKS = {

@@ -139,31 +139,31 @@ def run_cases(
     while waiting or running:
         while waiting and len(running) < jobs:
             number, case = waiting.pop()
-            home = folder / f"{number:05d}"
+            case_folder = folder / f"{number:05d}"
             sys.stdout.flush()
             sys.stderr.flush()
             process = os.fork()
             if process == 0:
-                _supervise_and_exit(case, samples, home, main, limits)
-            running[process] = case, home
+                _supervise_and_exit(case, samples, case_folder, main, limits)
+            running[process] = case, case_folder
         process, status = os.wait()
         if process in running:
-            case, home = running.pop(process)
+            case, case_folder = running.pop(process)
             if status:
                 raise RuntimeError(f"the case {case.name} could not be run")
-            yield Outcome(**json.loads((home / "outcome.json").read_text()))
-            remove(home)
+            yield Outcome(**json.loads((case_folder / "outcome.json").read_text()))
+            remove(case_folder)
 
 
 def _supervise_and_exit(
-    case: Case, samples: Path, home: Path, main: Main, limits: Limits
+    case: Case, samples: Path, folder: Path, main: Main, limits: Limits
 ) -> NoReturn:
     """Supervise a case and end this process, without running the exit code of the parent's
     stack."""
     code = 1
     try:
         _end_with_the_parent()
-        _supervise(case, samples, home, main, limits)
+        _supervise(case, samples, folder, main, limits)
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -186,10 +186,10 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def make_folder(case: Case, samples: Path, home: Path) -> Path:
-    """Make the folder that a case works in, HOME/work."""
-    work = home / "work"
-    for folder in (work, home / "tmp", home / "home"):
+def make_folder(case: Case, samples: Path, case_folder: Path) -> Path:
+    """Make the folder that a case works in, CASE_FOLDER/work."""
+    work = case_folder / "work"
+    for folder in (work, case_folder / "tmp", case_folder / "home"):
         folder.mkdir(parents=True)
     for name in case.needs:
         source, target = samples / name, work / name
@@ -203,13 +203,13 @@ def make_folder(case: Case, samples: Path, home: Path) -> Path:
     return work
 
 
-def _supervise(case: Case, samples: Path, home: Path, main: Main, limits: Limits) -> None:
-    work = make_folder(case, samples, home)
-    before = snapshot(home)
+def _supervise(case: Case, samples: Path, case_folder: Path, main: Main, limits: Limits) -> None:
+    work = make_folder(case, samples, case_folder)
+    before = snapshot(case_folder)
     begun = time.monotonic()
     process = os.fork()
     if process == 0:
-        _become(case, work, home, main)
+        _become(case, work, case_folder, main)
     code, stopped = _watch(process, limits)
     seconds = time.monotonic() - begun
     orphans = _kill_group(process, limits)
@@ -218,11 +218,11 @@ def _supervise(case: Case, samples: Path, home: Path, main: Main, limits: Limits
         code,
         stopped,
         orphans,
-        differences(before, snapshot(home)),
-        _text(home / "stderr"),
+        differences(before, snapshot(case_folder)),
+        _text(case_folder / "stderr"),
         seconds,
     )
-    (home / "outcome.json").write_text(json.dumps(asdict(outcome)))
+    (case_folder / "outcome.json").write_text(json.dumps(asdict(outcome)))
 
 
 def _text(path: Path) -> str:
@@ -296,19 +296,19 @@ def _kill_group(process: int, limits: Limits) -> bool:
     return True
 
 
-def _become(case: Case, work: Path, home: Path, main: Main) -> NoReturn:
+def _become(case: Case, work: Path, case_folder: Path, main: Main) -> NoReturn:
     """Turn this process into the invocation."""
     _end_with_the_parent()
     os.setsid()
-    output = os.open(home / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    errors = os.open(home / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    output = os.open(case_folder / "stdout", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    errors = os.open(case_folder / "stderr", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(output, 1)
     os.dup2(errors, 2)
-    cache = home / "cache"
+    cache = case_folder / "cache"
     variables = {
-        "TMPDIR": str(home / "tmp"),
-        "HOME": str(home / "home"),
+        "TMPDIR": str(case_folder / "tmp"),
+        "HOME": str(case_folder / "home"),
         "HF_HOME": str(cache),
         "HF_DATASETS_CACHE": str(cache),
         "MPLCONFIGDIR": str(cache),
@@ -326,7 +326,7 @@ def _become(case: Case, work: Path, home: Path, main: Main) -> NoReturn:
     largest = 2 << 30 if case.file_size is None else case.file_size
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     if case.privileges != "all":
-        _drop_privileges(home, case.privileges)
+        _drop_privileges(case_folder, case.privileges)
     for descriptor in case.closed:
         os.close(descriptor)
     if case.program:
@@ -403,7 +403,7 @@ _OVERRIDE, _READ = 1 << 1, 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 _NOBODY = 65534
 
 
-def _drop_privileges(home: Path, kind: str) -> None:
+def _drop_privileges(case_folder: Path, kind: str) -> None:
     """Let permissions bind root too; other users are bound by them anyway."""
     if os.geteuid() != 0:
         return
@@ -413,7 +413,7 @@ def _drop_privileges(home: Path, kind: str) -> None:
     libc.capget(header, sets)
     wanted = sets[0].permitted & ~_OVERRIDE & ~_READ
     if kind == "other":
-        for folder in (home, *(path for path in home.iterdir() if path.is_dir())):
+        for folder in (case_folder, *(path for path in case_folder.iterdir() if path.is_dir())):
             os.chown(folder, _NOBODY, _NOBODY)
         libc.setfsuid(_NOBODY)
         wanted = _READ
@@ -423,14 +423,16 @@ def _drop_privileges(home: Path, kind: str) -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def snapshot(home: Path) -> dict[str, str]:
+def snapshot(case_folder: Path) -> dict[str, str]:
     """Return every path below the folders of a case, and in the root folder, with its state."""
     found = {str(path): "in the root folder" for path in Path("/").iterdir()}
     for top in ("work", "tmp", "home"):
-        for folder, folders, files in os.walk(home / top):
+        for folder, folders, files in os.walk(case_folder / top):
             for name in (*folders, *files):
                 path = Path(folder, name)
-                found[str(path.relative_to(home / top if top == "work" else home))] = _state(path)
+                found[
+                    str(path.relative_to(case_folder / top if top == "work" else case_folder))
+                ] = _state(path)
     return found
 
 
@@ -478,8 +480,8 @@ def judge(
         faults.append("left behind")
     if code is not None and code > 0 and code != 2:
         faults.append("exit code")
-    told = len(lines) == 1 or 2 in case.closed or "traceback" in faults
-    if code is not None and code > 0 and not told:
+    reported = len(lines) == 1 or 2 in case.closed or "traceback" in faults
+    if code is not None and code > 0 and not reported:
         faults.append("lines")
     if orphans and not stopped:
         faults.append("processes")

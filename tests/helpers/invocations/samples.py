@@ -141,10 +141,10 @@ def picture(number: int, side: int = 12) -> bytes:
 def _images() -> None:
     for split, count in (("train", 10), ("test", 4)):
         for kind in ("a", "b"):
-            home = Path("images", split, kind)
-            home.mkdir(parents=True)
+            class_folder = Path("images", split, kind)
+            class_folder.mkdir(parents=True)
             for number in range(count):
-                (home / f"{number}.png").write_bytes(picture(len(kind) + number))
+                (class_folder / f"{number}.png").write_bytes(picture(len(kind) + number))
     Path("metadata").mkdir()
     rows = ["file_name,label"]
     for number in range(12):
