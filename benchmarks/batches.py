@@ -1,9 +1,9 @@
-"""How fast training batches are made, what stays resident, and what making them one ahead gains.
+"""Measure the time and memory of training batches, and the effect of prefetching.
 
-A synthetic token set is read in three ways (held in memory; mapped while rows are read; every shard
-mapped for good), warm and with the page cache emptied before every batch, and a small model is
-trained on it with and without prefetching. Every measurement is a process of its own; the cases
-take turns, and medians are told.
+A synthetic token set is read in three ways (kept in memory; memory-mapped while rows are read;
+every shard memory-mapped permanently), warm and with the page cache emptied before every batch, and
+a small model is trained on it with and without prefetching. Every measurement is a process of its
+own; the cases alternate, and the medians are reported.
 
     OMP_NUM_THREADS=1 python benchmarks/batches.py --gigabytes 4
 """
@@ -47,7 +47,7 @@ class Settings:
 
 
 def write_tokens(folder: Path, settings: Settings) -> int:
-    """Writes the token set: the number of training images."""
+    """Write the token set; return the number of training images."""
     generator = np.random.default_rng(settings.seed)
     tokens = generator.integers(0, COLORS, SHARD_BYTES // 2, dtype=np.uint16).reshape(
         -1, settings.resolution**2
@@ -73,7 +73,7 @@ def write_tokens(folder: Path, settings: Settings) -> int:
 
 
 def forget(files: list[Path]) -> None:
-    """Empties the page cache of some files, as if they had never been read."""
+    """Remove some files from the page cache."""
     for file in files:
         descriptor = os.open(file, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
@@ -85,7 +85,7 @@ def resident_mb() -> float:
 
 
 def read(folder: Path, settings: Settings, way: str, cold: bool) -> dict[str, float]:
-    """Images/s, and MB that opening and reading left resident."""
+    """Return images/s, and the MB that opening and reading left resident."""
     split = TokenDataset(folder)["train"]
     files = sorted(folder.glob("train-*.tokens.npy"))
     for file in [] if cold else files:
@@ -114,12 +114,13 @@ def read(folder: Path, settings: Settings, way: str, cold: bool) -> dict[str, fl
 
 @contextmanager
 def direct(make: Callable[[int], Any], device: object) -> Iterator[Callable[[int], Any]]:
-    """Stands in for `Prefetch`: a batch is made when it is asked for."""
+    """Replace `Prefetch`: make a batch when it is requested."""
     yield make
 
 
 def train(folder: Path, settings: Settings, prefetched: bool) -> dict[str, float]:
-    """Updates/s of a small BERT model with flips and shifts, whose batches take the most work."""
+    """Return steps/s of a small BERT model with flips and shifts, whose batches take the most
+    work."""
     if not prefetched:
         trainer.Prefetch = direct  # type: ignore[misc, assignment]
     shape = {"n_layer": 1, "n_embd": 32, "n_head": 1, "objective": "bert", "flip": True, "shift": 4}
@@ -153,7 +154,7 @@ CASES: dict[str, Any] = {
 
 
 def main(settings: Settings) -> None:
-    """Measures, prints a table and writes JSON."""
+    """Measure, print a table and write JSON."""
     folder = Path(tempfile.mkdtemp(dir=settings.scratch)) / "tokens"
     try:
         images = write_tokens(folder, settings)

@@ -1,5 +1,5 @@
-"""What the benchmarks share: real images, contenders that take turns, tables, and results with how
-they were made."""
+"""Functions for all benchmarks: real images, alternating contenders, tables, and results with the
+way they were made."""
 
 import io
 import os
@@ -25,7 +25,7 @@ RESULTS = Path(__file__).with_name("results")
 
 
 def run(main: Callable[..., None]) -> None:
-    """Runs `main` with the flags of the command line; a user's mistake ends in one line and exit
+    """Run `main` with the flags of the command line; a user's mistake ends in one line and exit
     code 2."""
     try:
         tyro.cli(main)
@@ -35,8 +35,8 @@ def run(main: Callable[..., None]) -> None:
 
 
 def cifar10(folder: Path, split: str, count: int, seed: int) -> NDArray[np.uint8]:
-    """Images of CIFAR-10's "train" or "test" split, drawn by `seed` without repetition: uint8
-    [count, 32, 32, 3].
+    """Return images of CIFAR-10's "train" or "test" split, sampled by `seed` without replacement:
+    uint8 [count, 32, 32, 3].
 
     Raises:
         InputError: the Parquet files are not below `folder`, or hold too few images.
@@ -55,8 +55,8 @@ def cifar10(folder: Path, split: str, count: int, seed: int) -> NDArray[np.uint8
 
 
 def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median wall seconds of each call; contenders take turns, so that all meet the same moods of
-    the machine."""
+    """Return the median wall seconds of each call; contenders alternate, so that variations of the
+    machine's speed affect all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, call in contenders.items():
@@ -67,7 +67,7 @@ def interleaved(contenders: Mapping[str, Callable[[], object]], rounds: int) -> 
 
 
 def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a table, its first column to the left and numbers to the right."""
+    """Print a table, its first column to the left and numbers to the right."""
     cells = [[str(cell) for cell in row] for row in (head, *rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
     print(f"\n{title}\n")
@@ -77,7 +77,7 @@ def show(title: str, head: Sequence[str], rows: Sequence[Sequence[object]]) -> N
 
 
 def record(name: str, result: dict[str, Any]) -> None:
-    """Writes results/NAME.json: the result, and the machine, command and commit that it was made
+    """Write results/NAME.json: the result, and the machine, command and commit that it was made
     with."""
     path = RESULTS / f"{name}.json"
     environment = {**describe(), "omp_num_threads": os.environ.get("OMP_NUM_THREADS")}

@@ -1,7 +1,8 @@
-"""Peak memory of `prepare` for few and for many images: it should not depend on how many there are.
+"""Measure the peak memory of `prepare`, which should not depend on the number of images.
 
-Each case runs in a process of its own, one after the other. "leading" is that process, "worker" the
-largest of those that it started. Files are links to images of CIFAR-10, repeated beyond its 60,000.
+Cases run one after the other, each in its own process. "leading" is that process, "worker" the
+largest of the processes that it starts. Files are links to images of CIFAR-10, repeated beyond its
+60,000.
 """
 
 import json
@@ -16,7 +17,7 @@ from common import CIFAR10, record, run, show
 
 from igpt.errors import InputError
 
-# Not getrusage, which goes on counting from what the parent had when it started the process.
+# Not getrusage, which includes the memory that the parent had when it started the process.
 PREPARE = """
 import json, re, sys
 from multiprocessing import active_children
@@ -38,7 +39,7 @@ if __name__ == "__main__":
 
 
 def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
-    """So many images as one Parquet file each, and as folders of files."""
+    """Write so many images as one Parquet file each, and as folders of files."""
     files = sorted(data.rglob("*.parquet"))
     if not files:
         raise InputError(f"no Parquet files of CIFAR-10 below {data}; give its folder with --data")
@@ -62,7 +63,7 @@ def write_sets(data: Path, home: Path, counts: tuple[int, ...]) -> None:
 
 
 def main(data: Path = CIFAR10, counts: tuple[int, ...] = (1_000, 60_000, 180_000)) -> None:
-    """Prepares images of CIFAR-10 at 32 px and 512 colours.
+    """Prepare images of CIFAR-10 at 32 px and 512 colours.
 
     Args:
         data: folder with CIFAR-10 as Parquet.

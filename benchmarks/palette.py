@@ -1,11 +1,11 @@
-"""Palette.fit against scikit-learn's KMeans and MiniBatchKMeans: seconds, and mean squared errors,
-on CIFAR-10.
+"""Compare Palette.fit with scikit-learn's KMeans and MiniBatchKMeans: seconds, and mean squared
+errors on CIFAR-10.
 
-Goal: not slower than KMeans with its default settings, at an equal or better error. Every seed
-    draws its own images, on
-which the contenders take turns. The error of a pixel is the squared distance to the nearest centre,
-summed over RGB, in 8-bit levels, found by the same exact search for all; held-out pixels are of
-other images. All may use all cores: for one core, run it under `taskset -c 0`.
+Goal: not slower than KMeans with its default settings, at an equal or lower error. Every seed
+samples other images, on which the contenders alternate. The error of a pixel is the squared
+distance to the nearest centre, summed over RGB, in 8-bit levels, found by the same exact search for
+all; held-out pixels are from other images. All may use all cores: for one core, run it under
+`taskset -c 0`.
 """
 
 from pathlib import Path
@@ -50,7 +50,7 @@ def mean_squared_error(model: Any, pixels: NDArray[np.uint8]) -> float:
 
 
 def main(data: Path = CIFAR10, images: int = 977, colors: int = 512, seeds: int = 3) -> None:
-    """Times fits of palettes to CIFAR-10.
+    """Time fits of palettes to CIFAR-10.
 
     Args:
         data: folder with CIFAR-10 as Parquet.

@@ -1,10 +1,9 @@
-"""JPEG photographs to tokens, against Pillow's bare decoding of the same files on the same cores.
+"""Compare `prepare` on JPEG photographs with Pillow's decoding of the same files on the same cores.
 
-Goal: at most 1.25 times the decoding alone. On one core, files are opened and decoded by Pillow, or
-    opened and turned
-into tokens of a 512-colour palette. On all cores, `prepare` of a folder of links to the files, with
-all that it does, takes turns with a pool of processes that only decode. What reduced-size decoding
-costs is measured too.
+Goal: at most 1.25 times the time of decoding alone. On one core, files are either opened and
+decoded by Pillow, or opened and converted to tokens of a 512-colour palette. On all cores,
+`prepare` of a folder of links to the files alternates with a pool of processes that only decode.
+The error of reduced-size decoding is measured too.
 """
 
 import os
@@ -48,7 +47,8 @@ def decode_on_all_cores(paths: list[Path]) -> None:
 
 
 def fidelity(files: list[Path], size: int, palette: Palette) -> dict[str, float]:
-    """What reduced-size decoding changes in the squares (8-bit levels), and in their tokens."""
+    """Return the effect of reduced-size decoding on the squares (8-bit levels), and on their
+    tokens."""
     transforms = Transform(size), Transform(size, full_decode=True)
     reduced, full = (
         np.concatenate([transform(file) for file in files]) for transform in transforms
@@ -68,7 +68,7 @@ def fidelity(files: list[Path], size: int, palette: Palette) -> dict[str, float]
 def main(
     data: Path = PHOTOGRAPHS, rounds: int = 7, links: int = 600, whole_rounds: int = 3
 ) -> None:
-    """Times one core, then all.
+    """Time one core, then all.
 
     Args:
         data: folder with photographs (*.JPEG) at any depth.

@@ -1,14 +1,12 @@
 """Compare the memory estimates of `igpt plan` with measurements of real training steps.
 
-pretended   exact: tensors without contents, ranks that do not exist, a GPU's operations one by one;
-    in bf16
-computed    exact, and the peak resident memory (VmHWM) of a fresh process that does nothing else,
-on this CPU
+pretended   exact, in bf16: tensors without contents, simulated ranks, a GPU's operations one by one
+computed    exact, and the peak resident memory (VmHWM) of a fresh process, on this CPU
 ranks       exact: two processes with DDP
-compiled    what a block keeps for its backward pass, when it is compiled for this CPU
-gpu         the allocator's own count, eager and compiled, where there is a GPU
+compiled    what a block keeps for its backward pass when it is compiled for this CPU
+gpu         the allocator's own count, eager and compiled, if there is a GPU
 
-Tensors are counted exactly by `tests/training/live_tensors.py`. Each case has a process of its own.
+Tensors are counted exactly by `tests/helpers/live_tensors.py`. Each case has a process of its own.
 """
 
 import os
@@ -183,7 +181,7 @@ def row(
 
 
 def main(only: tuple[str, ...] = METHODS) -> None:
-    """Compares predicted and measured memory.
+    """Compare predicted and measured memory.
 
     Args:
         only: kinds of measurement; results are written when all are made.
@@ -197,7 +195,7 @@ def main(only: tuple[str, ...] = METHODS) -> None:
                     row("pretended", shape, one, ranks, alone(pretended, shape, one, ranks))
                 )
     if "computed" in only:
-        # Where a CPU cannot multiply bf16, an update in it takes minutes.
+        # If a CPU cannot multiply bf16, a step in it takes minutes.
         fast = (
             ("fp32", "bf16")
             if resolve_precision("auto", torch.device("cpu")) == "bf16"
@@ -254,16 +252,16 @@ def main(only: tuple[str, ...] = METHODS) -> None:
         ]
         for made in rows
     ]
-    show("Peak memory of an update, GiB", [*head, "predicted", "measured", "error"], cells)
+    show("Peak memory of a step, GiB", [*head, "predicted", "measured", "error"], cells)
     lines = [[kind, *(f"{value:.2f}" for value in kept[kind].values())] for kind in kept]
     show(
-        "What a block keeps, bytes a place and unit of width in bf16",
+        "What a block keeps, bytes per position and unit of width in bf16",
         ["checkpointing", "predicted", "compiled"],
         lines,
     )
     if set(only) == set(METHODS):
         result = {
-            "n": "one run a case: tensors are counted, not sampled",
+            "n": "one run per case: tensors are counted, not sampled",
             "unit": "bytes",
             "rows": rows,
             "kept": kept,

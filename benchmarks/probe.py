@@ -1,14 +1,13 @@
-"""The probe's L-BFGS against scikit-learn's LogisticRegression: seconds, losses and accuracies on
-CIFAR-10.
+"""Compare the probe's L-BFGS with scikit-learn's LogisticRegression: seconds, losses and
+accuracies on CIFAR-10.
 
-Goal: ten times as fast for 24 layers of 512 features of 50,000 images, on the same cores. Layers
-    are stood in for by
-features of random convolutions, a seed each: as correlated as a network's (their covariance has a
-    condition number of
-some 40,000), and read well enough that the optimum is no trivial one. Both get the same
-standardised features, and fit all strengths; scikit-learn warm-starts each from the one before. It
-has its default tolerance, which stops it further from the optimum than ours, as the losses show.
-Layers that both fit are fitted in turns.
+Goal: ten times as fast for 24 layers of 512 features of 50,000 images, on the same cores. The
+features of a layer are replaced by those of random convolutions, with one seed per layer: as
+correlated as those of a network (the condition number of their covariance is about 40,000), and
+accurate enough that the optimum is not trivial. Both get the same standardized features, and fit
+all strengths; scikit-learn starts each from the solution of the previous one. It has its default
+tolerance, which stops it further from the optimum than ours, as the losses show. For layers that
+both fit, they alternate.
 """
 
 import time
@@ -33,7 +32,7 @@ TEST = 10_000
 
 
 def random_features(images: NDArray[np.uint8], width: int, seed: int) -> NDArray[np.float32]:
-    """Means over the quadrants of width / 4 random 6x6 filters, rectified: [N, width]."""
+    """Return means over the quadrants of width / 4 random 6x6 filters, rectified: [N, width]."""
     filters = torch.randn(width // 4, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
     filters -= filters.mean((1, 2, 3), keepdim=True)
     filters /= filters.square().sum((1, 2, 3), keepdim=True).sqrt()
@@ -47,7 +46,7 @@ def random_features(images: NDArray[np.uint8], width: int, seed: int) -> NDArray
 
 
 def labels_of(folder: Path, split: str, count: int, seed: int) -> NDArray[np.int64]:
-    """The labels of what `cifar10` draws."""
+    """Return the labels of the images that `cifar10` samples."""
     column = (
         pq.read_table(sorted(folder.rglob(f"{split}-*.parquet")), columns=["label"])
         .column("label")
@@ -61,7 +60,7 @@ def labels_of(folder: Path, split: str, count: int, seed: int) -> NDArray[np.int
 def objective(
     x: NDArray[np.float32], y: NDArray[np.int64], coef: Any, intercept: Any, strength: float
 ) -> float:
-    """Mean cross-entropy and penalty, in float64."""
+    """Return mean cross-entropy and penalty, in float64."""
     logits = (
         torch.from_numpy(x).double() @ torch.as_tensor(coef).double().t()
         + torch.as_tensor(intercept).double()
@@ -77,7 +76,7 @@ def main(
     layers: int = 24,
     rival_layers: int = 3,
 ) -> None:
-    """Times probes of many layers.
+    """Time probes of many layers.
 
     Args:
         data: folder with CIFAR-10 as Parquet.
@@ -94,7 +93,7 @@ def main(
         mean, scale = x.mean(0), x.std(0)
         x, x_test = (x - mean) / scale, (x_test - mean) / scale
         if not layer:
-            fit_lbfgs(x[:5000], y[:5000], STRENGTHS)  # so that nothing is timed but the fit
+            fit_lbfgs(x[:5000], y[:5000], STRENGTHS)  # so that only the fit is timed
         start = time.perf_counter()
         ours = fit_lbfgs(x, y, STRENGTHS)
         result: dict[str, Any] = {
@@ -154,7 +153,7 @@ def main(
     show(
         f"{layers} layers, {images:,} images, {width} features, {len(STRENGTHS)} strengths: "
         f"{ratio:.1f} times",
-        ["", "seconds a layer (median)", f"{layers} layers", "most iterations"],
+        ["", "seconds per layer (median)", f"{layers} layers", "most iterations"],
         rows,
     )
     settings = {

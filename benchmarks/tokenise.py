@@ -1,11 +1,10 @@
-"""Palette.transform against transformers' ImageGPT image processor: images/s and equal tokens,
+"""Compare Palette.transform with transformers' ImageGPT image processor: images/s and tokens on
 CIFAR-10 at 32 px.
 
 Goal: at least 100 times its images/s, with equal tokens for the same pixels. The processor gets the
-    centres as it reads
-them from a model's folder (float64) and as float32, which is faster; 32 images a call, and one a
-call, its fastest. Our side runs on one thread, in one call and one image a call. Where tokens
-differ, exact distances say who is right.
+centres as it reads them from a model's folder (float64) and as float32, which is faster, with 32
+images per call and with one per call, which is its fastest. Our side runs on one thread, in one
+call and with one image per call. For tokens that differ, exact distances decide which is correct.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ from transformers import ImageGPTImageProcessor
 from igpt.data.images.palette import Palette
 
 Tokens = NDArray[np.integer[Any]]
-OURS, OURS_SINGLY = "igpt, all in one call", "igpt, 1 image a call"
+OURS, OURS_SINGLY = "igpt, all in one call", "igpt, 1 image per call"
 
 
 def tokens_of(processor: Any, pixels: NDArray[np.uint8], batch: int) -> Tokens:
@@ -35,8 +34,8 @@ def tokens_of(processor: Any, pixels: NDArray[np.uint8], batch: int) -> Tokens:
 
 
 def differences(palette: Palette, pixels: NDArray[np.uint8], theirs: Tokens) -> dict[str, float]:
-    """How many tokens differ, and by exact squared distances (8-bit levels) who is nearer there and
-    by how much."""
+    """Return how many tokens differ, and by exact squared distances (8-bit levels) which one is
+    nearer and by how much."""
     ours = palette.transform(pixels)
     places = ours != theirs
     centers = (palette.centers_.astype(float) + 1) * 127.5
@@ -55,7 +54,7 @@ def differences(palette: Palette, pixels: NDArray[np.uint8], theirs: Tokens) -> 
 def main(
     data: Path = CIFAR10, images: int = 2000, timed: int = 200, colors: int = 512, rounds: int = 5
 ) -> None:
-    """Tokenises images of CIFAR-10.
+    """Convert images of CIFAR-10 to tokens.
 
     Args:
         data: folder with CIFAR-10 as Parquet.
@@ -85,7 +84,7 @@ def main(
     }
     for name, one in processors.items():
         for batch in (1, 32):
-            label = f"transformers, {name}, {batch} image{'s' * (batch > 1)} a call"
+            label = f"transformers, {name}, {batch} image{'s' * (batch > 1)} per call"
             contenders[label] = lambda one=one, batch=batch: tokens_of(one, pixels[:timed], batch)
     seconds = interleaved(contenders, rounds)
     rates = {
@@ -94,7 +93,8 @@ def main(
     }
     rows, results = [], {}
     for name, rate in rates.items():
-        # The table costs as much as so many images by the contender, less what they cost by ours.
+        # The table costs as much as this number of images by the contender, less their cost by
+        # ours.
         break_even = (
             None if name in (OURS, OURS_SINGLY) else table_seconds / (1 / rate - 1 / rates[OURS])
         )
@@ -117,7 +117,7 @@ def main(
         ["", "images/s", "ours x", "break-even images"],
         rows,
     )
-    print(f"\nour table is built once a palette, in {table_seconds:.2f} s")
+    print(f"\nour table is built once per palette, in {table_seconds:.2f} s")
     for name, found in compared.items():
         print(
             f"tokens that differ, {name}: "

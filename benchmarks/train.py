@@ -1,16 +1,17 @@
 """Compare training tokens/s of igpt, transformers' ImageGPT, a plain loop, and matrix products.
 
 Contenders start from the same weights and train on the same random tokens with the same AdamW; they
-take turns, round by round, in one process. Each round also measures the fastest matrix products at
-the model's own shapes: a share of this "ceiling" is the model's FLOP/s (products only; causal
-attention counts half) over it. transformers' dropout is 0, and it is fed [sos, x1 .. x(n-1)], so
-that all learn all n places. Rates are per token, since slow contenders get smaller batches (equal
-within a precision), and sooner fewer turns: both stand in the JSON. A GPU's contenders are made
-    anew for every turn, so that each has the memory to itself.
+alternate, round by round, in one process. Each round also measures the fastest matrix products with
+the model's own shapes, the "ceiling"; a model's share of it is its FLOP/s (products only; causal
+attention counts half) divided by the ceiling. The dropout of transformers is 0, and its input is
+[sos, x1 .. x(n-1)], so that all models are trained on all n positions. Rates are per token, because
+slow contenders get smaller batches (equal within a precision) and may have fewer rounds; the JSON
+contains both. On a GPU, contenders are created again for every round, so that each has all the
+memory.
 
     python benchmarks/train.py
-    python benchmarks/train.py --shapes igpt-l --contenders igpt-bf16-compiled plain-bf16-compiled
-    --result train-l
+    python benchmarks/train.py --shapes igpt-l --contenders igpt-bf16-compiled \\
+        plain-bf16-compiled --result train-l
 """
 
 import re
@@ -50,7 +51,7 @@ SHAPES = {
     "igpt-s": Shape(ModelConfig(n_layer=24, n_embd=512, n_head=8), 4, 128),
     "igpt-l": Shape(ModelConfig(n_layer=48, n_embd=1536, n_head=16), 1, 128),
 }
-EXPECTED_SHARE = 0.25  # of the ceiling: batches are chosen by it
+EXPECTED_SHARE = 0.25  # of the ceiling, from which batch sizes are chosen
 
 
 def compare(
@@ -83,7 +84,7 @@ def compare(
                 batch //= 2
             micro = settings.micro_batch_size or max(1, int(room / activation_bytes(config, entry)))
             if not settings.micro_batch_size and micro < batch:
-                micro = 1 << (micro.bit_length() - 1)  # so that micro-batches come out equal
+                micro = 1 << (micro.bit_length() - 1)  # so that micro-batches have equal sizes
             job = Job(
                 directory,
                 config,
@@ -225,7 +226,7 @@ def table(name: str, result: dict[str, Any]) -> None:
 
 
 def choose(settings: Settings, bench: Bench) -> tuple[list[str], list[str]]:
-    """The shapes and the contenders.
+    """Return the shapes and the contenders.
 
     Raises:
         InputError: one is not known.
@@ -240,7 +241,7 @@ def choose(settings: Settings, bench: Bench) -> tuple[list[str], list[str]]:
         return shapes, names
     left_out = set()
     if not names:
-        # On a GPU eager fp32 of ours is nobody's choice; a plain loop that is compiled is nanoGPT's
+        # On a GPU nobody uses our eager fp32; a compiled plain loop is nanoGPT's
         # on a GPU.
         left_out = {"plain-fp32-compiled", "igpt-fp32" if bench.gpu else "plain-bf16-compiled"}
         ceilings = {name: bench.ceiling(SHAPES["small"].config, 512, name) for name in TYPES}
@@ -257,7 +258,7 @@ def transformers_version() -> str | None:
 
 
 def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
-    """Compares training speeds, prints tables and writes JSON."""
+    """Compare training speeds, print tables and write JSON."""
     set_allocator(settings)
     start = time.monotonic()
     with distributed_world(settings.device) as world:

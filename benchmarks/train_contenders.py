@@ -1,8 +1,8 @@
 """The contenders of train.py: igpt's engine, transformers' ImageGPT, and a plain loop.
 
-All start from one model directory and learn all n places of an image from the places before, by
-AdamW with the same settings, gradients clipped to norm 1. B batch, n places, D width, H heads, K
-head width, V colours, L layers.
+All start from one model directory and predict all n positions of an image from the previous ones,
+with AdamW, the same settings, and gradients clipped to norm 1. B batch, n positions, D width, H
+heads, K head width, V colours, L layers.
 """
 
 from collections.abc import Callable
@@ -42,9 +42,9 @@ class Job:
 class Made:
     """A contender, ready to train."""
 
-    update: Callable[[Tensor], Tensor]  # tokens [B, n] -> mean loss before the update, nats/pixel
+    update: Callable[[Tensor], Tensor]  # tokens [B, n] -> mean loss before the step, nats/pixel
     parameters: int
-    zero_biases: int = 0  # which the model has beside them
+    zero_biases: int = 0  # which the model has in addition
 
 
 class PlainAttention(nn.Module):
@@ -89,7 +89,7 @@ class PlainBlock(nn.Module):
 
 
 class PlainModel(nn.Module):
-    """The transformer as one writes it first: inputs [B, n] -> logits [B, n, V]."""
+    """The textbook transformer: inputs [B, n] -> logits [B, n, V]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def transformers(job: Job, world: World, compiled: bool) -> Made:
     biases = [parameter for name, parameter in model.named_parameters() if name.endswith(".bias")]
     assert not any(bias.any() for bias in biases), "the biases are zero at the start"
     dropouts = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
-    assert not any(dropouts), "nothing is dropped"
+    assert not any(dropouts), "there is no dropout"
     loop = PlainLoop(
         model, lambda inputs: model(input_ids=inputs, use_cache=False).logits, job, world.device
     )
@@ -213,7 +213,7 @@ ENTRIES = _entries()
 
 
 def activation_bytes(config: ModelConfig, entry: Entry) -> float:
-    """A rough upper bound of what an image leaves for the backward pass."""
+    """Return a rough upper bound of what an image leaves for the backward pass."""
     tensors = 24 * config.n_pixels * config.n_embd * config.n_layer
     logits = 4 * config.n_pixels * config.n_colors
     scores = (

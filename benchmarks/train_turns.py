@@ -1,6 +1,6 @@
-"""Measurements of train.py: turns of contenders, peak rate of matrix products, peak memory.
+"""Measurements of train.py: rounds of contenders, peak rate of matrix products, peak memory.
 
-D width, n places.
+D width, n positions.
 """
 
 import gc
@@ -42,14 +42,14 @@ class Settings:
             a GPU.
         contenders: by name (`--contenders all` names all); without it those that make sense on the
             machine.
-        rounds: turns of each, or fewer where time does not suffice.
-        minutes: for everything, roughly; without it 13 on a CPU, 9 on a GPU.
+        rounds: rounds of each, or fewer if time is short.
+        minutes: roughly, for everything; without it 13 on a CPU, 9 on a GPU.
         layers: of the model, to try things out.
-        batch_size: of all; without it the shape's, or less where an update would take too long.
+        batch_size: of all; without it the shape's, or less if a step would take too long.
         micro_batch_size: of all; without it what should fit.
         activation_checkpointing: igpt's.
-        keep_freed: tells glibc to keep freed memory, for all contenders.
-        memory: also measures the peak memory of each, in a process of its own (on a GPU it is
+        keep_freed: let glibc keep freed memory, for all contenders.
+        memory: also measure the peak memory of each, in a process of its own (on a GPU it is
             always printed).
         result: name of the file in results/; without it "train" or "train-GPU".
     """
@@ -70,34 +70,34 @@ class Settings:
 
 @dataclass
 class Contender:
-    """One that trains, and what was found of it."""
+    """A model that trains, and its measurements."""
 
     name: str
     job: Job
     made: Made | None = None
-    updates: int = 1  # of a turn
-    last: float = 0.0  # seconds that the last turn took
-    spent: float = 0.0  # seconds of the turns after the first
+    updates: int = 1  # of a round
+    last: float = 0.0  # seconds of the last round
+    spent: float = 0.0  # seconds of the rounds after the first
     first_counts: bool = (
-        False  # the very first update, too slow to be done twice, is what was timed
+        False  # the first step is the measurement, because it is too slow to be repeated
     )
     rates: dict[int, float] = field(default_factory=dict)  # tokens/s, by round
     found: dict[str, Any] = field(default_factory=dict)
     skipped: str | None = None
 
     def due(self, allowed: float) -> bool:
-        """Return whether another turn fits into the time limit."""
+        """Return whether another round fits into the time limit."""
         return not self.skipped and not self.first_counts and self.spent + self.last <= allowed
 
 
 class Bench:
-    """Measures on one device."""
+    """Measure on one device."""
 
     def __init__(self, world: World) -> None:
         self.world, self.gpu = world, world.device.type == "cuda"
 
     def seconds(self, call: Callable[[], object], times: int = 1) -> float:
-        """Wall seconds of a call, device included; the mean of so many in a row."""
+        """Return the mean wall seconds of consecutive calls, device included."""
         self.wait()
         start = time.perf_counter()
         for _ in range(times):
@@ -167,7 +167,8 @@ class Bench:
                         lambda update=update: update(tokens), contender.updates
                     )
                     contender.rates[number] = tokens.numel() / contender.last
-            except Exception as error:  # whoever cannot run here is left out, and the rest goes on
+            # a contender that cannot run here is skipped, and the others continue
+            except Exception as error:
                 full = (
                     isinstance(error, torch.OutOfMemoryError) and contender.job.micro_batch_size > 1
                 )
@@ -178,7 +179,7 @@ class Bench:
                 continue
             self.release(
                 [contender], forget=not keep
-            )  # here the error's frames, and what they held, are gone
+            )  # here the error's frames, and their objects, are gone
             if full:
                 contender.job = replace(
                     contender.job, micro_batch_size=contender.job.micro_batch_size // 2
@@ -204,7 +205,7 @@ class Bench:
         losses: list[Tensor] = []
         took = self.seconds(lambda: losses.append(made.update(tokens)))
         off = float(losses[0]) - reference
-        if "loss_off" not in contender.found:  # afterwards it comes out the same
+        if "loss_off" not in contender.found:  # later it has the same result
             parameters = count_parameters(contender.job.config)
             same = made.parameters == parameters and abs(off) <= TOLERANCE[entry.precision]
             work = {
@@ -228,7 +229,7 @@ class Bench:
         elif entry.compiled or took < budget / 10:
             for _ in range(
                 2 if entry.compiled else 1
-            ):  # the second still compiles, or faults memory in
+            ):  # the second still compiles, or has page faults
                 took = self.seconds(lambda: made.update(tokens))
         contender.updates = max(1, round(TURN_SECONDS / took))
         contender.made = made
@@ -249,12 +250,13 @@ class Bench:
         return _kilobytes("/proc/meminfo", "MemAvailable") * 1024
 
     def references(self, config: ModelConfig, directory: Path, tokens: Tensor) -> list[float]:
-        """Writes the model that all start from; its loss on each image, nats/pixel, in fp32."""
+        """Write the model that all start from; return its loss on each image, nats/pixel, in
+        fp32."""
         torch.manual_seed(0)
         model = ImageGPT(config)
         nn.init.normal_(
             model.lm_head.weight, std=0.02
-        )  # with zeros the loss would say nothing of the rest
+        )  # with zeros the loss would not depend on the rest
         model.save_pretrained(directory)
         model.to(self.world.device).eval()
         losses = []
@@ -282,7 +284,7 @@ def _peak_growth(name: str, job: Job, settings: Settings) -> int:
         before = _kilobytes("/proc/self/status", "VmRSS")
         made = ENTRIES[name].make(job, world)
         shape = (job.batch_size, job.config.n_pixels)
-        for _ in range(2):  # AdamW's moments come with the first
+        for _ in range(2):  # AdamW's moments are allocated in the first
             made.update(torch.randint(job.config.n_colors, shape))
     return (_kilobytes("/proc/self/status", "VmHWM") - before) * 1024
 

@@ -1,8 +1,8 @@
 """Measure the cost of spinning threads: alone, and next to two busy processes.
 
-OpenMP's threads spin while they wait. Where another process has their core, each of the many waits
-of a step then lasts until the scheduler takes turns, milliseconds later. Each run is a process of
-its own; the settings take turns.
+OpenMP's threads spin while they wait. If another process uses their core, each of the many waits of
+a step takes until the scheduler switches, milliseconds later. Each run is a process of its own; the
+settings alternate.
 """
 
 import json
@@ -56,7 +56,7 @@ BUSY = "while True: pass"
 
 
 def step_seconds(shape: tuple[int, ...], setting: dict[str, str], seconds: float) -> float:
-    """The median time of a step in a process of its own."""
+    """Return the median time of a step in a process of its own."""
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))
     }
@@ -68,7 +68,7 @@ def step_seconds(shape: tuple[int, ...], setting: dict[str, str], seconds: float
 
 
 def main(rounds: int = 3, seconds: float = 2.0, shapes: tuple[str, ...] = tuple(SHAPES)) -> None:
-    """Times training steps in fp32 with several ways of waiting.
+    """Time training steps in fp32 with several ways of waiting.
 
     Args:
         rounds: processes for each setting, in turns.

@@ -1,11 +1,10 @@
-"""Wrong invocations of every command: how many are refused in one line, and what the others do.
+"""Try wrong invocations of every command: count those refused in one line, and print the others.
 
 Goal: no traceback, no hang, nothing left behind. A refusal is exit code 2, one line on stderr, and
-    a folder that is as
-it was before. What exits with 0 is printed as "accepted", for a person to judge. Cases are
-generated from the commands, their flags and the kinds of files that they read
-(`tests/helpers/invocations`), run in forked processes that work in a folder of their own, and a
-small sample of them as real programs too. Nothing reaches the network.
+an unchanged folder. Cases that exit with 0 are printed as "accepted", for a person to judge. Cases
+are generated from the commands, their flags and the kinds of files that they read
+(`tests/helpers/invocations`), and run in forked processes, each in its own folder; a small sample
+also runs as real programs. There is no access to the network.
 """
 
 import gc
@@ -22,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Before anything reads them. The proxy is a closed port of this machine.
+# Set before any import that reads them. The proxy is a closed port of this machine.
 _CLOSED = "http://127.0.0.1:9"
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -41,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 def import_everything() -> None:
-    """Import what any command needs, so that a fork does not; no threads are started."""
+    """Import everything that any command needs, so that a fork does not; no threads are started."""
     import torch
 
     import igpt
@@ -64,7 +63,7 @@ def igpt(words: list[str]) -> int:
 
 
 def threads() -> list[str]:
-    """The names of this process's threads that a fork would lose."""
+    """Return the names of this process's threads that a fork would lose."""
     names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     return [name for name in names if name != "jemalloc_bg_thd"][1:]
 
@@ -74,7 +73,7 @@ COLUMNS = ("cases", "refused", "accepted", "faulty", *FAULTS)
 
 
 def summary(outcomes: Sequence[Any], key: str) -> dict[str, dict[str, int]]:
-    """How many outcomes of each value of a key ended how; a faulty one may have several faults."""
+    """Count the outcomes of each value of a key; a faulty one may have several faults."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for one in outcomes:
         counts[getattr(one, key)].update(
@@ -104,7 +103,7 @@ def main(
     folder: Path | None = None,
     out: Path | None = None,
 ) -> None:
-    """Tries wrong invocations of every command.
+    """Try wrong invocations of every command.
 
     Args:
         every: take one of so many cases only, always the same.
@@ -133,13 +132,13 @@ def main(
     import_everything()
     home = Path(
         tempfile.mkdtemp(dir=folder, prefix="wrong-")
-    )  # no object that removes it when a fork ends
+    )  # not an object that removes it when a fork ends
     try:
         make_samples(home / "samples", long_work=not quick)
         if left := threads():
             raise SystemExit(f"threads run already, which a fork would lose: {', '.join(left)}")
         gc.collect()
-        gc.freeze()  # so that a collection in a fork does not copy all memory
+        gc.freeze()  # so that a garbage collection in a fork does not copy all memory
         made = time.monotonic()
         cases = all_cases(COMMANDS, home / "samples", most)
         generated = len(cases)
@@ -153,7 +152,7 @@ def main(
             replace(case, name=f"{case.name} (as a program)", program=True)
             for case in spread(plain, programs)
         ]
-        print(f"left out, as they are valid and would take long: {', '.join(VALID_AND_LONG)}")
+        print(f"omitted, because they are valid and would take long: {', '.join(VALID_AND_LONG)}")
         print(
             f"{len(cases)} of {generated} cases; samples made in {made - began:.0f} s", flush=True
         )

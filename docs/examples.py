@@ -1,10 +1,9 @@
-"""Runs every example of the manual anew, and writes what came out back into its page: `python
-docs/examples.py`.
+"""Run every example of the manual, and write its output into its page: `python docs/examples.py`.
 
-An example is a block marked `console`: lines that begin with "$ " are commands, those below are
-what they print. All run in one empty folder, in the order of the navigation, so that a page uses
-what those before it have made. Blocks marked `bash` are commands that need a GPU or the network;
-they are not run. Pictures of the runs that pages show are copied.
+An example is a block marked `console`: lines that begin with "$ " are commands, and the lines below
+are their output. All run in one empty folder, in the order of the navigation, so that a page can
+use files made by earlier pages. Blocks marked `bash` are commands that need a GPU or the network;
+they are not run. Pictures that the pages show are copied from the runs.
 """
 
 import os
@@ -32,11 +31,11 @@ WIDEST = 1100  # pixels of a picture
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads mkdocs.yml, whatever tags it has."""
+    """Read mkdocs.yml, accepting any tags."""
 
 
 def pages() -> list[Path]:
-    """The pages of the navigation, in order."""
+    """Return the pages of the navigation, in order."""
     _Loader.add_multi_constructor("", lambda loader, suffix, node: None)
     found: list[Path] = []
 
@@ -53,8 +52,8 @@ def pages() -> list[Path]:
 
 
 def commands(block: str) -> list[str]:
-    """The commands of a block; one goes on in the next line after a backslash, or while a quotation
-    is open."""
+    """Return the commands of a block; one continues on the next line after a backslash, or in an
+    open quotation."""
     found: list[str] = []
     goes_on = False
     for line in block.splitlines():
@@ -69,7 +68,7 @@ def commands(block: str) -> list[str]:
 
 
 def output(command: str, folder: Path) -> str:
-    """What a command prints, in a terminal of 120 columns without colours."""
+    """Return what a command prints, in a terminal of 120 columns without colours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
@@ -89,18 +88,18 @@ def output(command: str, folder: Path) -> str:
 
 
 def main() -> None:
-    with tempfile.TemporaryDirectory() as home:
-        folder = Path(home)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         for page in pages():
             if not page.exists():
                 continue
 
             def run(block: re.Match[str]) -> str:
-                told = []
+                lines = []
                 for command in commands(block[1]):
                     print(f"$ {command}", flush=True)
-                    told += [f"$ {command}", *filter(None, [output(command, folder)])]
-                return "\n".join(["```console", *told, "```"])
+                    lines += [f"$ {command}", *filter(None, [output(command, folder)])]
+                return "\n".join(["```console", *lines, "```"])
 
             text = page.read_text()
             made = BLOCK.sub(run, text)

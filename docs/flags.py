@@ -1,4 +1,4 @@
-"""A hook of MkDocs: tables of the commands' flags and of settings.
+"""A hook of MkDocs that writes tables of the commands' flags and of settings.
 
 The comment `<!-- flags: pretrain -->` in a page is replaced by a table of a command's flags, and
 `<!-- settings: module:Class -->` by a table of the fields of a settings class. A command without a
@@ -17,7 +17,7 @@ from igpt.cli.parser import Flag, flags_of
 
 _log = logging.getLogger("mkdocs.hooks.flags")
 _MARK = re.compile(r"<!-- (flags|settings): (\S+) -->")
-_FOREIGN = re.compile(r"<(?!a\b)[^<>]*\b(?:src|href)=\"(?:https?:)?//[^<>]*>")  # links are fine
+_FOREIGN = re.compile(r"<(?!a\b)[^<>]*\b(?:src|href)=\"(?:https?:)?//[^<>]*>")  # links are allowed
 _shown: set[str] = set()
 
 
@@ -62,12 +62,12 @@ def _cell(words: str) -> str:
 
 
 def on_config(config: Any) -> None:
-    """Called by MkDocs before a build."""
+    """Forget the tables of the last build; called by MkDocs before a build."""
     _shown.clear()
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Called by MkDocs with every page: replaces the comments by tables."""
+    """Replace the comments of a page by tables; called by MkDocs with every page."""
 
     def put(asked: re.Match[str]) -> str:
         kind, name = asked.groups()
@@ -75,7 +75,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return settings_table(name)
         if name not in COMMANDS:
             _log.warning(
-                "%s asks for the flags of %r, which is no command", page.file.src_uri, name
+                "%s requests the flags of %r, which is not a command", page.file.src_uri, name
             )
             return ""
         _shown.add(name)
@@ -85,14 +85,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 
 def on_post_page(output: str, page: Any, **_: Any) -> str:
-    """Called by MkDocs with every page as it will be written."""
+    """Check a page for resources of other hosts; called by MkDocs with every finished page."""
     for loaded in _FOREIGN.findall(output):
         _log.warning("%s loads from another host: %s", page.file.src_uri, loaded)
     return output
 
 
 def on_post_build(**_: Any) -> None:
-    """Called by MkDocs at the end."""
+    """Warn of commands without a table; called by MkDocs at the end."""
     for command in COMMANDS:
         if command not in _shown:
             _log.warning("no page has the flags of %s: <!-- flags: %s -->", command, command)

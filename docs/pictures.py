@@ -1,7 +1,8 @@
-"""Draws the pictures of the concepts page, as SVG: `python docs/pictures.py`. The same every time.
+"""Draw the pictures of the concepts page as SVG: `python docs/pictures.py`. The output is
+deterministic.
 
-All that is shown is made here or comes from the bundled digits. Lines and letters have a grey that
-can be read on white and on black; there is no background.
+All contents are made here or come from the bundled digits. Lines and letters have a grey that is
+readable on white and on black; there is no background.
 """
 
 from pathlib import Path
@@ -18,7 +19,7 @@ Grid = NDArray[np.uint8]
 
 
 class Drawing:
-    """An SVG in the making."""
+    """An SVG that is being drawn."""
 
     def __init__(self, width: float, height: float, title: str) -> None:
         self.parts = [
@@ -68,7 +69,7 @@ class Drawing:
     def path(
         self, points: list[tuple[float, float]], *, color: str = GREY, arrow: bool = True
     ) -> None:
-        """A line through some points, with an arrow at its end."""
+        """Draw a line through some points, with an arrow at its end."""
         line = "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
         if arrow:
             (x0, y0), (x, y) = points[-2:]
@@ -82,8 +83,8 @@ class Drawing:
     def pixels(
         self, x: float, y: float, side: float, grid: Grid, shown: NDArray[np.bool_] | None = None
     ) -> None:
-        """An image [H, W, 3] of pixels with this side; those that are not shown have a dot in their
-        place."""
+        """Draw an image [H, W, 3] of pixels with this side; pixels that are not shown are replaced
+        by a dot."""
         height, width = grid.shape[:2]
         colors: dict[str, str] = {}
         dots = ""
@@ -106,7 +107,7 @@ class Drawing:
 
 
 def digit(number: int) -> tuple[NDArray[np.int64], Grid]:
-    """Levels 0..16 and grey pixels of one of the digits."""
+    """Return levels 0..16 and grey pixels of one of the digits."""
     levels = load_digits().images[number].astype(np.int64)
     return levels, np.repeat((levels * 255 / 16).round().astype(np.uint8)[..., None], 3, axis=2)
 
@@ -290,7 +291,7 @@ def finetuning() -> None:
 def drawing() -> None:
     _, image = digit(2)
     positions = np.arange(64).reshape(8, 8)
-    # Made up: an order of a BERT model's confidence.
+    # A made-up order of a BERT model's confidence.
     order = np.random.default_rng(2).permutation(64).reshape(8, 8)
     made = Drawing(600, 330, "Completion: in raster order, or the most confident positions first")
     for y, title, when in (
@@ -314,7 +315,7 @@ def drawing() -> None:
 
 
 def architecture() -> None:
-    """The packages: each imports only from packages above it."""
+    """Draw the packages: each imports only from packages above it."""
     made = Drawing(640, 560, "The packages of igpt; a package imports only from those above it")
     layers = (
         ("errors, files, locks, config, statistics, hub, ...", "shared by all packages"),
