@@ -1,1 +1,1 @@
-"""What a model has learned: features, probes, likelihood."""
+"""Evaluation of trained models: features, probes, likelihoods."""

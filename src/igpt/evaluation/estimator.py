@@ -1,4 +1,4 @@
-"""A model's features as a transformer of scikit-learn.
+"""A model's features as a scikit-learn transformer.
 
 N images, n pixels, D width, L layers, R resolution.
 """
@@ -27,9 +27,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     """Transform images into the features of one layer, averaged over positions: float32 [N, D].
 
     Images are uint8 [N, H, W, 3], grey ones [N, H, W], or a list of PIL images, paths or arrays of
-    any sizes; their centre squares are brought to the model's resolution and palette. Nothing is
-    learned from them: `fit` reads the model. Features are not scaled; a `StandardScaler` behind
-        them is what `igpt probe` has.
+    any sizes; their centre squares are brought to the model's resolution and palette. `fit`
+    only reads the model. Features are not scaled; `igpt probe` applies the equivalent of a
+    `StandardScaler` to them.
 
     Args:
         model: a run, a model directory or a Hub id.
@@ -85,10 +85,10 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         return self
 
     def transform(self, X: Any) -> NDArray[np.float32]:  # noqa: N803
-        """The features of images, float32 [N, D].
+        """Return the features of images, float32 [N, D].
 
         Raises:
-            InputError: what is no image; its place is named.
+            InputError: an item is not an image; its index is named.
             NotFittedError: `fit` was not called.
         """
         check_is_fitted(self)
@@ -111,28 +111,28 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             [],
         )
         assert palette is not None
-        for place, image in enumerate(images):
+        for index, image in enumerate(images):
             try:
                 tokens.append(palette.transform(transform(image)).reshape(-1))
             except InputError as error:
-                raise InputError(f"image {place}: {error}") from None
+                raise InputError(f"image {index}: {error}") from None
         if not tokens:
             raise InputError("there are no images here")
         return np.stack(tokens)
 
     @property
     def _n_features_out(self) -> int:
-        return int(self.n_features_out_)  # what scikit-learn names them by
+        return int(self.n_features_out_)  # scikit-learn's names for them
 
     def __getstate__(self) -> dict[str, Any]:
-        # Fitted on a GPU, it is used on machines without one too.
+        # A model that was fitted on a GPU is also used on machines without one.
         state: dict[str, Any] = super().__getstate__()
         return state | {"model_": deepcopy(state["model_"]).cpu()} if "model_" in state else state
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
         tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
-        tags.transformer_tags.preserves_dtype = []  # float32 always
+        tags.transformer_tags.preserves_dtype = []  # always float32
         return tags
 
 

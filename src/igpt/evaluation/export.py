@@ -1,4 +1,4 @@
-"""Features of one layer in a file that other programs read: NumPy's `.npz` or Parquet.
+"""Write features of one layer to a file for other programs: NumPy's `.npz` or Parquet.
 
 N images, B of them at a time, D width, L layers.
 """
@@ -21,7 +21,7 @@ from igpt.files import atomic_file
 FORMAT, VERSION = "igpt-exported-features", 1
 Batches = Iterable[NDArray[np.float32]]  # [B, D], in the order of the images
 _AT_ONCE = 4096  # names
-_GROUPED = 16  # batches in a row group of Parquet
+_GROUPED = 16  # batches per row group of Parquet
 
 
 def best_layer(run: Path) -> int | None:
@@ -36,7 +36,7 @@ def best_layer(run: Path) -> int | None:
 
 
 def require_layer(layer: int, last: int) -> None:
-    """Refuse a layer that is not one of 0 .. L, whose last is L.
+    """Refuse a layer that is not one of 0 .. L.
 
     Raises:
         InputError: there is no such layer.
@@ -46,10 +46,10 @@ def require_layer(layer: int, last: int) -> None:
 
 
 def require_features_file(path: Path) -> None:
-    """Refuse to write features as anything but `.npz` or Parquet.
+    """Refuse to write features to a file that is neither `.npz` nor Parquet.
 
     Raises:
-        InputError: the name ends otherwise.
+        InputError: the name has another suffix.
     """
     if path.suffix not in (".npz", ".parquet"):
         raise InputError(f"features are written as .npz or .parquet, not as {path.name}")
@@ -58,7 +58,7 @@ def require_features_file(path: Path) -> None:
 def write_features(
     path: Path, images: ImageSet, batches: Batches, metadata: Mapping[str, Any]
 ) -> None:
-    """Write the features of all images, atomically, batch by batch as they come.
+    """Write the features of all images, atomically, batch by batch.
 
     `.npz` has `features` float32 [N, D], `labels` int32 [N] (-1 without one), `names` [N],
     `class_names`, `layer`, and `metadata`, the text of a JSON object. Parquet has the columns
@@ -66,7 +66,7 @@ def write_features(
     metadata in its schema's, under `igpt`.
 
     Args:
-        metadata: of the features, with their `layer` and `width` among it.
+        metadata: of the features, including `layer` and `width`.
 
     Raises:
         InputError: features that are not finite.
@@ -110,7 +110,8 @@ def _store(
     kind: np.dtype[Any],
     parts: Iterable[NDArray[Any]],
 ) -> None:
-    """An array of a `.npz` from consecutive parts: `numpy.savez` would need all of it."""
+    """Write an array of a `.npz` from consecutive parts; `numpy.savez` would need all of it in
+    memory."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         header = {
             "descr": np.lib.format.dtype_to_descr(kind),

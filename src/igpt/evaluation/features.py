@@ -1,6 +1,6 @@
-"""Features for probes: normalised activations of all layers, averaged over positions.
+"""Features for probes: normalized activations of all layers, averaged over positions.
 
-They are written to disk as they come, a file a layer, so that memory does not grow with the number
+They are written to disk batch by batch, one file per layer, so memory does not depend on the number
 of images. N images, B of them at a time, n positions, L layers, D width.
 """
 
@@ -34,10 +34,10 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 @dataclass(frozen=True)
 class Masking:
-    """Masks as in the training of a BERT model (paper, section 4.6), by seed.
+    """Masks as in the training of a BERT model (paper, section 4.6), sampled by seed.
 
     Attributes:
-        draw: number of the mask of each image.
+        draw: index of the mask of each image.
     """
 
     draw: int = 0
@@ -58,11 +58,11 @@ def pooled(
 ) -> Iterator[NDArray[np.float32]]:
     """Yield the mean-pooled features of all layers (paper, section 2.3): batches [L + 1, B, D].
 
-    Entry l is the normalised input of block l's attention, the last one the final norm's output.
-    `precision` is that of the products; norms, residuals and means are fp32 always.
+    Entry l is the normalized input of block l's attention, the last one the final norm's output.
+    `precision` is that of the products; norms, residuals and means are always fp32.
 
     Args:
-        masking: masks of a BERT model; None masks nothing.
+        masking: masks of a BERT model; None for no masks.
         last: the layer after which to stop; None: L.
     """
     model.eval()
@@ -97,7 +97,7 @@ def stored(
     precision: Precision = "fp32",
     progress: Progress | None = None,
 ) -> list[NDArray[np.float32]]:
-    """Return the features of all layers, mapped from files: L + 1 arrays [N, D].
+    """Return the features of all layers, memory-mapped from files: L + 1 arrays [N, D].
 
     Files that are missing are written first.
 
@@ -166,7 +166,7 @@ def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
     remedy = f"remove {path.parent}, and its features are made again"
     try:
         array: NDArray[np.float32] = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # of a damaged header, NumPy raises errors of many kinds
+    except Exception as error:  # for a damaged header, NumPy raises many kinds of errors
         raise InputError(
             f"{path} is missing, cut off or damaged ({error!r:.200}); {remedy}"
         ) from None
@@ -179,7 +179,7 @@ def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Pixels:
-    """The colours of images as features, in [-1, 1], decoded as they are read: [N, 3 n]."""
+    """The colours of images as features in [-1, 1], decoded when they are read: [N, 3 n]."""
 
     split: TokenSplit
     palette: Palette
@@ -199,21 +199,21 @@ class Pixels:
 
 
 class Rows(Protocol):
-    """Features [N, D] of which some rows are read at a time: an array, or a part of one."""
+    """Features [N, D] of which some rows are read at a time: an array, or a view of one."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, D)."""
+        """The shape (N, D)."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: Any, /) -> NDArray[np.float32]:
-        """A slice of the rows, or those with some numbers."""
+        """Return a slice of the rows, or the rows with some indices."""
 
 
 @dataclass(frozen=True)
 class ConcatenatedColumns:
-    """Several features of the same images, side by side: [N, D_1 + D_2 + ...]."""
+    """Several features of the same images, concatenated: [N, D_1 + D_2 + ...]."""
 
     parts: Sequence[Rows]
 
@@ -254,7 +254,7 @@ class ConcatenatedRows:
 
 
 def require_match(model: ImageGPT, data: TokenDataset) -> None:
-    """Refuse tokens that a model was not made for.
+    """Refuse tokens of another resolution or palette than the model's.
 
     Raises:
         InputError: the resolutions or the palettes differ; both are named.

@@ -103,14 +103,14 @@ def require_table(path: Path) -> None:
     """Raise if scores cannot be written to a file of this name.
 
     Raises:
-        InputError: the ending is neither .csv nor .jsonl.
+        InputError: the suffix is neither .csv nor .jsonl.
     """
     if path.suffix not in (".csv", ".jsonl"):
         raise InputError(f"scores are written to a .csv or .jsonl file, not to {path.name}")
 
 
 def write_scores(path: Path, images: ImageSet, losses: NDArray[np.float64]) -> None:
-    """Write one line per image, atomically, as CSV or JSON lines by the file's ending.
+    """Write one line per image, atomically, as CSV or JSON lines, chosen by the suffix.
 
     Fields are the row in the split (`index`), the name (`image`), `nats_per_pixel`, and where the
     source has classes the number (`label`) and name (`class`) of the image's, empty or null of an

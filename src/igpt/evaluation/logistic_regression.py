@@ -19,24 +19,25 @@ from igpt.data.tokens.batches import batch_rows
 from igpt.errors import InputError
 from igpt.evaluation.features import Rows
 
-_ROWS = 4096  # at a time
-_HISTORY = 10  # pairs that L-BFGS remembers
-# features at most whose covariance is diagonalised: beyond, that takes longer than it saves
+_ROWS = 4096  # rows per block
+_HISTORY = 10  # pairs in L-BFGS's memory
+# above this number of features, diagonalizing their covariance takes longer than it saves
 _ROTATED = 4096
-_SUFFICIENT, _NOISE = 1e-4, 1e-7  # least share of the expected decrease; rounding of a loss
-_SGD_CONVERGED = 1e-2  # of the gradient's norm at the start
+# smallest share of the expected decrease; rounding error of a loss
+_SUFFICIENT, _NOISE = 1e-4, 1e-7
+_SGD_CONVERGED = 1e-2  # relative to the gradient's norm at the start
 
 
 @dataclass(frozen=True)
 class Classifiers:
-    """S linear classifiers on standardised features: softmax(coef (x - mean) / scale + intercept).
+    """S linear classifiers on standardized features: softmax(coef (x - mean) / scale + intercept).
 
     Attributes:
         mean, scale: of the features they were fitted to, [D].
         coef, intercept: [S, C, D] and [S, C], as in scikit-learn's LogisticRegression with one row
             a class.
-        loss: what each minimises, a mean over rows, [S].
-        converged: whether the gradient has come below the tolerance.
+        loss: the minimized loss of each, a mean over rows, [S].
+        converged: whether the gradient is below the tolerance.
         iterations: of the solver.
     """
 
@@ -49,7 +50,7 @@ class Classifiers:
     iterations: list[int]
 
     def only(self, setting: int) -> "Classifiers":
-        """One of them."""
+        """Return the classifier with one index."""
         some = slice(setting, setting + 1)
         return replace(
             self,
@@ -61,7 +62,7 @@ class Classifiers:
         )
 
     def predict(self, features: Rows) -> NDArray[np.int64]:
-        """The likeliest class of every row, by each classifier: [N, D] -> [S, N].
+        """Return the likeliest class of every row, by each classifier: [N, D] -> [S, N].
 
         Raises:
             InputError: features that are not finite.
@@ -88,20 +89,19 @@ def fit_lbfgs(
     tolerance: float = 1e-5,
     max_iterations: int = 1000,
 ) -> Classifiers:
-    """The optimum of L2-regularised logistic regression for every strength.
+    """Return the optimum of L2-regularized logistic regression for every strength.
 
-    What is minimised is scikit-learn's objective with a mean over rows, for standardised features:
-    cross-entropy +
-    |coef|^2 / (2 C N), the intercept free. For two classes this too is scikit-learn's, whose one
-    row of coefficients is the difference of the two here.
+    The objective is scikit-learn's with a mean over rows, for standardized features:
+    cross-entropy + |coef|^2 / (2 C N), without a penalty on the intercept. For two classes it is
+    scikit-learn's too, whose single row of coefficients is the difference of the two rows here.
 
-    The features are rotated to their principal axes, which leaves the penalty as it is, and scaled
-    there by the curvature of the loss at the start, so that L-BFGS needs some tens of iterations
-    where it needs hundreds without.
+    The features are rotated to their principal axes, which does not change the penalty, and scaled
+    along them by the curvature of the loss at the start. L-BFGS then needs tens of iterations
+    instead of hundreds.
 
     Args:
         labels: 0 .. C - 1, [N].
-        strengths: scikit-learn's C, inverse strengths of the regularisation.
+        strengths: scikit-learn's C, inverse strengths of the regularization.
         device: where to compute (default: the CPU).
         tolerance: of the gradient's norm in the scaled coordinates, relative to a loss below 1.
 
@@ -117,7 +117,8 @@ def fit_lbfgs(
         [(2 if classes == 2 else 1) / (strength * count) for strength in strengths]
     )
     penalty = penalty.double().to(target_device)[:, None, None]  # [S, 1, 1]
-    # At the start all classes are alike, and the curvature along each axis is its variance over C.
+    # At the start all classes are equally likely, and the curvature along each axis is its variance
+    # over C.
     steps = (variances / classes + penalty[:, 0]).rsqrt()[:, :, None]  # [S, D, 1]
     free = classes**0.5
 
@@ -145,7 +146,7 @@ def _lbfgs(
     tolerance: float,
     max_iterations: int,
 ) -> tuple[Tensor, Tensor, list[bool], list[int]]:
-    """Minimise S smooth convex functions at once; return points, values, convergence, steps.
+    """Minimize S smooth convex functions at once; return points, values, convergence, steps.
 
     Args:
         evaluate: values [A] and gradients of the functions numbered [A], at a point for each.
@@ -183,7 +184,7 @@ def _lbfgs(
         along = dot(moved, turned)
         sound = (
             along > 0
-        )  # rounding may deny it close to the optimum, and those that rest have not moved
+        )  # rounding may violate it close to the optimum, and inactive functions have not moved
         pairs.append((moved, turned, torch.where(sound, 1 / along, 0.0)))
         curvature = torch.where(sound, along / dot(turned, turned), curvature)
         del pairs[:-_HISTORY]
@@ -249,7 +250,7 @@ def _cross_entropy(
             .scatter_add_(2, right, log_shares.new_full(right.shape, -1.0))
             .flatten(1)
         )
-        slope += residual.t() @ block  # the other way round, a narrow product takes twice the time
+        slope += residual.t() @ block  # in the other order, a narrow product takes twice the time
         tilt += residual.sum(0, dtype=torch.float64)
     slope = slope.view(settings, classes, width).transpose(1, 2)
     return loss / len(rows), slope / len(rows), tilt.view(settings, classes) / len(rows)
@@ -273,12 +274,12 @@ def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
             "features of the training images are not finite; the model's weights are broken"
         )
     deviation = square.sqrt()
-    constant = deviation <= 1e-6 * mean.abs()  # what rounding leaves
+    constant = deviation <= 1e-6 * mean.abs()  # rounding error
     return mean.float(), torch.where(constant, 1.0, deviation).float()
 
 
 def _rotated(features: Rows, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return standardised features on their principal axes [N, D], the axes, the variances."""
+    """Return standardized features on their principal axes [N, D], the axes, the variances."""
     count, width = features.shape
     if width > _ROTATED:
         rows = torch.cat([(block - mean) / scale for block in _read(features, mean.device)])
@@ -316,8 +317,9 @@ def fit_sgd(
 ) -> Classifiers:
     """Fit by SGD with momentum 0.9 and a cosine schedule, for every learning rate.
 
-    No more than some thousand rows are held. Features are standardised and divided by sqrt(D), so
-    that an image's have a norm of about 1; nothing is regularised but by the end of the steps.
+    At most some thousand rows are in memory. Features are standardized and divided by sqrt(D), so
+    that those of an image have a norm of about 1. There is no regularization except for the limited
+    number of steps.
 
     Raises:
         InputError: features that are not finite.

@@ -42,7 +42,7 @@ Progress = Callable[[str, int, int], None]  # (what, done, in all)
 Strength = Annotated[float, Field(ge=1e-12, le=1e12)]
 Rate = Annotated[float, Field(ge=1e-12, le=1e4)]
 Count = Annotated[int, Field(ge=1, le=2**53)]
-_MOST = 64  # values of a setting that names several: memory grows with them
+_MOST = 64  # values of a setting with several: memory is proportional to their number
 
 
 class ProbeConfig(Config):
@@ -109,7 +109,7 @@ class ProbeConfig(Config):
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a split as a probe sees them.
+    """The images of a split, as a probe uses them.
 
     Attributes:
         features: of every layer, under every mask: m lists of L + 1 arrays [N, D].
@@ -122,7 +122,7 @@ class Images:
     rows: NDArray[np.int64]
 
     def of(self, layers: Sequence[int]) -> "Images":
-        """The same with the features of some layers only, side by side."""
+        """Return the images with the features of some layers only, concatenated."""
         chosen = [
             [ConcatenatedColumns([draw[layer] for layer in layers])] for draw in self.features
         ]
@@ -172,18 +172,20 @@ def probe(
     limits = dict.fromkeys(SPLITS, config.limit) | (
         {"test": config.test_images} if config.test_images else {}
     )
-    drawn = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
+    sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
     require_classes(
-        {name: split for name, (split, _) in drawn.items()}, len(data.class_names or ()), "a probe"
+        {name: split for name, (split, _) in sampled.items()},
+        len(data.class_names or ()),
+        "a probe",
     )
-    if config.labels_per_class:  # too many are refused before the work
-        subset_per_class(drawn["train"][0].labels, max(config.labels_per_class), (config.seed,))
+    if config.labels_per_class:  # invalid settings are refused before the work
+        subset_per_class(sampled["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
     if features.exists() and not features.is_dir():
         raise InputError(f"{features} is a file; name a folder for the features")
     with exclusive_folder(features):
-        return _probe(model, data, config, features, layers, drawn, limits, progress)
+        return _probe(model, data, config, features, layers, sampled, limits, progress)
 
 
 def _probe(
@@ -192,19 +194,19 @@ def _probe(
     config: ProbeConfig,
     features: Path,
     layers: Sequence[int],
-    drawn: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
+    sampled: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
     limits: Mapping[str, int | None],
     progress: Progress | None,
 ) -> tuple[dict[str, Any], ProbeClassifier]:
-    """Probe images that have been drawn; everything has been checked."""
+    """Probe sampled images; everything has been checked."""
     say = progress or (lambda what, done, total: None)
-    known = np.unique(drawn["train"][0].labels)
+    known = np.unique(sampled["train"][0].labels)
     checksum = sha256_of(data.path / MANIFEST)
     of = {
         name: {"tokens_sha256": checksum, "drawn": limit and [limit, config.seed], "split": name}
         for name, limit in limits.items()
     }
-    found = _images(model, drawn, known, config, features / "model", of, partial(say, "features"))
+    found = _images(model, sampled, known, config, features / "model", of, partial(say, "features"))
     device = model.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
@@ -231,7 +233,7 @@ def _probe(
         positions = model.config.n_pixels
         pixels = {
             name: replace(found[name], features=[[Pixels(split, data.palette, positions)]])
-            for name, (split, _) in drawn.items()
+            for name, (split, _) in sampled.items()
         }
         compared["raw_pixels"], _ = fit(pixels)
         if config.labels_per_class:
@@ -241,9 +243,9 @@ def _probe(
             ]
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
-        place = features / f"untrained-{config.seed}"
+        folder = features / f"untrained-{config.seed}"
         theirs = _images(
-            untrained, drawn, known, config, place, of, partial(say, "untrained: features")
+            untrained, sampled, known, config, folder, of, partial(say, "untrained: features")
         )
         compared["untrained"], _ = _probe_layers(
             fit, theirs, layers, partial(say, "untrained: probes")
@@ -272,14 +274,14 @@ def write_probe(path: Path, result: Mapping[str, Any], readout: ProbeClassifier)
     """
     with atomic_file(path.with_suffix(".safetensors")) as classifier:
         classifier.write_bytes(readout.to_bytes())
-        sync(classifier)  # a full disk is noticed before anything is replaced
+        sync(classifier)  # a full disk is detected before anything is replaced
         write_json(path, {**result, "classifier": readout.fingerprint})
 
 
 def subset_images(
     split: TokenSplit, limit: int | None, seed: int
 ) -> tuple[TokenSplit, NDArray[np.int64]]:
-    """At most `limit` images of a split, and their rows."""
+    """Return at most `limit` images of a split, and their rows."""
     rows = np.arange(len(split))
     if limit is None or limit >= len(split):
         return split, rows
@@ -289,7 +291,7 @@ def subset_images(
 
 def _images(
     model: ImageGPT,
-    drawn: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
+    sampled: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
     known: NDArray[np.int32],
     config: ProbeConfig,
     folder: Path,
@@ -298,18 +300,18 @@ def _images(
 ) -> dict[str, Images]:
     """Return the features of all splits; with masks, `config.masks` per test image."""
     found, before = {}, 0
-    draws = {name: 1 if name == "train" else max(1, config.masks) for name in drawn}
-    total = sum(len(split) * draws[name] for name, (split, _) in drawn.items())
-    for name, (split, rows) in drawn.items():
+    draws = {name: 1 if name == "train" else max(1, config.masks) for name in sampled}
+    total = sum(len(split) * draws[name] for name, (split, _) in sampled.items())
+    for name, (split, rows) in sampled.items():
         features = []
         for draw in range(draws[name]):
             masking = Masking(draw, seed=config.seed) if config.masks else None
-            place = folder / (f"{name}-mask-{draw}" if masking else name)
+            target = folder / (f"{name}-mask-{draw}" if masking else name)
             features.append(
                 stored(
                     model,
                     split,
-                    place,
+                    target,
                     of=of[name],
                     masking=masking,
                     precision=config.precision,
@@ -347,7 +349,7 @@ def _probe_layers(
 def fit_and_test(
     found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device
 ) -> tuple[dict[str, Any], Classifiers]:
-    """Fit on the training images, chooses the setting by validation, fits it on both.
+    """Fit on the training images, select the setting by validation, and fit it on both.
 
     Returns:
         a row of `probe.json`, and the classifier that was tested.
@@ -364,13 +366,13 @@ def fit_and_test(
     fitted = solve(train.features[0][0], train.labels, settings, device=device)
     right = _right(fitted, validation, config.seed).sum(axis=1)
     best = int(right.argmax())
-    final, place, converged = fitted, best, fitted.converged[best]
+    final, index, converged = fitted, best, fitted.converged[best]
     if config.fold_back:
         both = ConcatenatedRows(train.features[0][0], validation.features[0][0])
         labels = np.concatenate([train.labels, validation.labels])
-        final, place = solve(both, labels, settings[best : best + 1], device=device), 0
+        final, index = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
-    answers, count = _right(final, test, config.seed)[place], len(test.labels)
+    answers, count = _right(final, test, config.seed)[index], len(test.labels)
     hits = int(answers.sum())
     row = {
         "validation_accuracy": int(right[best]) / len(validation.labels),
@@ -381,7 +383,7 @@ def fit_and_test(
         "converged": converged,
         "iterations": fitted.iterations[best],
     }
-    return row, final.only(place)
+    return row, final.only(index)
 
 
 def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:

@@ -1,4 +1,5 @@
-"""The test losses that OpenAI published with its models, compared with measured ones."""
+"""The test losses that OpenAI published with its models, and their comparison with measured
+ones."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +19,10 @@ _IMAGENET = {
 
 
 def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
-    """What was published for a model of this shape on released arrays, or None.
+    """Return the loss published for a model of this shape on released arrays, or None.
 
     Args:
-        name: what the arrays' names begin with, as "downloads/imagenet".
+        name: prefix of the arrays' names, such as "downloads/imagenet".
     """
     shape = (config.n_layer, config.n_embd, config.n_head)
     fits = (config.resolution, config.n_colors, config.trained_as.has_likelihood) == (32, 512, True)
@@ -34,10 +35,10 @@ def published_loss(config: ModelConfig, name: str) -> dict[str, Any] | None:
 def compared(
     found: Mapping[str, Any], published: Mapping[str, Any], *, whole: bool
 ) -> dict[str, Any]:
-    """A published loss next to a measured one: their difference, and whether they agree.
+    """Compare a measured loss with a published one: their difference, and whether they agree.
 
-    All test images must give the published four digits; some of them, a mean within two of its
-    standard errors.
+    All test images must give the published four digits; a part of them, a mean within two standard
+    errors.
 
     Args:
         found: see `summary`.

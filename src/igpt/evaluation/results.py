@@ -21,7 +21,7 @@ SCORE, SCORE_VERSION = "igpt-score", 1
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[
     float, Field(ge=-1e100, le=1e100)
-]  # beyond, sums and squares of a figure's axes overflow
+]  # larger values overflow in sums and squares of a figure's axes
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Positive = Annotated[int, Field(ge=1, le=2**53)]
 Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
@@ -29,7 +29,7 @@ Answers = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
 
 
 class Accuracy(Stored):
-    """A classifier of a probe: how often it is right, and its setting."""
+    """A classifier of a probe: its accuracies, and its setting."""
 
     validation_accuracy: Share
     test_accuracy: Share
@@ -47,7 +47,7 @@ class OfLayer(Accuracy):
 
 
 class Layers(Stored):
-    """The classifiers of several layers, and which layer is the best by validation."""
+    """The classifiers of several layers, and the best layer by validation accuracy."""
 
     layers: Annotated[list[OfLayer], Field(min_length=1)]
     best_layer: Count
@@ -61,13 +61,13 @@ class Layers(Stored):
 
 
 class Concatenated(Accuracy):
-    """The classifier of several layers side by side."""
+    """The classifier of several concatenated layers."""
 
     layers: Annotated[list[Count], Field(min_length=2)]
 
 
 class FewLabels(Stored):
-    """Accuracies over draws of few labels."""
+    """Accuracies over subsets of few labels."""
 
     per_class: Positive
     test_accuracies: Annotated[list[Share], Field(min_length=2)]
@@ -77,13 +77,13 @@ class FewLabels(Stored):
 
 
 class RawPixels(Accuracy):
-    """The classifier of the pixels."""
+    """The classifier of the raw pixels."""
 
     few_labels: list[FewLabels] | None = None
 
 
 class Baselines(Stored):
-    """What the layers are compared with."""
+    """The baselines of the layers."""
 
     raw_pixels: RawPixels | None = None
     untrained: Layers | None = None
@@ -141,7 +141,7 @@ class Modal(Stored):
 
 
 class Before(Stored):
-    """A classifier before it was trained on validation images too."""
+    """A classifier before training on validation images."""
 
     test_accuracy: Share
     test_interval_95: Interval | None = None
@@ -178,7 +178,8 @@ class Score(Stored):
 
 
 def read_probe(path: Path) -> dict[str, Any]:
-    """Return what a `probe.json` holds; of images that could not be probed, "skipped" says why.
+    """Return the content of a `probe.json`; if the images could not be probed, "skipped" is the
+    reason.
 
     Raises:
         InputError: there is no such file, it is of another version, or a key is missing or wrong.
@@ -195,7 +196,7 @@ def read_probe(path: Path) -> dict[str, Any]:
 
 
 def read_test(path: Path) -> dict[str, Any]:
-    """Return what a `test.json` holds.
+    """Return the content of a `test.json`.
 
     Raises:
         InputError: there is no such file, it is of another version, or a key is missing or wrong.
@@ -208,7 +209,7 @@ def read_test(path: Path) -> dict[str, Any]:
 
 
 def read_score(path: Path) -> dict[str, Any]:
-    """Return what a `score.json` holds.
+    """Return the content of a `score.json`.
 
     Raises:
         InputError: there is no such file, it is of another version, or a key is missing or wrong.

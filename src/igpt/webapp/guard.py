@@ -20,13 +20,13 @@ _MARGIN = 1 << 20  # bytes of a request around the file that it uploads
 class Guard:
     """ASGI middleware around the page's program.
 
-    - A request must address the machine by a name that `names_of` has: a page of another site could
-    otherwise have its
-      own name resolve to this machine, and read everything here with a visitor's browser.
-    - A request has a stated length. One larger than a file may be, or more uploads at once than the
-    folder of uploads
-      may take, are refused. One whose body does not arrive in time is ended.
-    - Whatever goes wrong in the program is one line on the console, and an error as the answer.
+    - A request must address the machine by a name of `names_of`. Otherwise the name of another site
+      could resolve to this machine (DNS rebinding), and its page could read everything here with a
+      visitor's browser.
+    - A request must state its length. Requests larger than a file may be, and more simultaneous
+      uploads than the folder of uploads may hold, are refused. A request whose body does not arrive
+      in time is closed.
+    - An error in the program is one line on the console, and an error as the answer.
 
     Args:
         program: the ASGI application.
@@ -127,7 +127,7 @@ class Guard:
                 return
             if (
                 type(error).__name__ == "ClientDisconnect"
-            ):  # Starlette's: nobody is left to be answered
+            ):  # Starlette's: the client has disconnected
                 return
             reason = " ".join(str(error).split())[:200]
             asked = f"{scope.get('method', scope['type'])} {scope['path']}"[:200]
@@ -212,7 +212,7 @@ def delete_unused(folder: Path, most: int, seconds: float) -> None:
     for path in folder.rglob("*"):
         try:
             status = path.lstat()
-        except FileNotFoundError:  # deleted meanwhile
+        except FileNotFoundError:  # deleted by another request
             continue
         if not path.is_dir():
             found.append((status.st_mtime, status.st_size, path))
@@ -225,8 +225,8 @@ def delete_unused(folder: Path, most: int, seconds: float) -> None:
 
 
 def mark_used(path: Path) -> None:
-    """Put off the deletion of a file."""
+    """Postpone the deletion of a file."""
     try:
         os.utime(path)
-    except FileNotFoundError:  # whoever opens it says so
+    except FileNotFoundError:  # the code that opens it raises an error
         return

@@ -1,6 +1,6 @@
 """Handlers of the web page: the model's view of an image, losses, classes, samples.
 
-B drawings, n places, R resolution.
+B drawings, n positions, R resolution.
 """
 
 import math
@@ -46,7 +46,7 @@ _FORMATS = (
     "TIFF",
     "AVIF",
     "PPM",
-)  # MPO: JPEG of two-lens cameras
+)  # MPO: JPEG of cameras with two lenses
 _MOST_PIXELS = 50_000_000
 _TOO_MANY = "the 50 million that the page reads; make it smaller first"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
@@ -92,7 +92,7 @@ def require_moderate(encoded: bytes) -> None:
         )
     tags = getattr(
         opened, "tag_v2", {}
-    )  # TIFF's decoder takes memory for a whole tile, however small the image is
+    )  # TIFF's decoder allocates a whole tile, however small the image is
     _require_few(opened.size)
     _require_few((int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0))))
 
@@ -120,14 +120,14 @@ def _webp_sides(encoded: bytes) -> tuple[int, int]:
 
 
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
-    """The model's view of an image, tokens [1, n], no pixel of it hidden."""
+    """Return the model's view of an image, tokens [1, n], with no hidden pixels."""
     return {
         "picture": encode(Image.fromarray(decode_images(model, tokens)[0])),
         "hidden": "0" * tokens.shape[1],
     }
 
 
-def known_places(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
+def known_positions(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
     """Return the pixels to keep, bool [n]: those not hidden, or the first rows.
 
     Args:
@@ -190,7 +190,7 @@ def drawings(
     Raises:
         InputError: a setting is out of its range.
     """
-    if seed is None:  # an emptied field
+    if seed is None:  # an empty field
         raise InputError("give a seed, a whole number from 0")
     count, seed = _whole("drawings", count, 1, MOST_DRAWINGS), _whole("seed", seed, 0, LARGEST_SEED)
     if (
@@ -223,7 +223,7 @@ def drawings(
 
 
 def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
-    """Pictures with captions; places that are not settled are clear."""
+    """Return pictures with captions; positions that are not generated yet are transparent."""
     clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
     colors = decode_images(model, tokens.where(settled, 0))
     images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
@@ -240,7 +240,7 @@ def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]
 
 @torch.inference_mode()
 def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
-    """The losses of an image, tokens [1, n], as a picture and in words."""
+    """Return the losses of an image, tokens [1, n], as a picture and as text."""
     from matplotlib import colormaps
 
     tokens = tokens.to(model.device)
@@ -262,7 +262,7 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
 
 
 def classifier_of(model: ImageGPT, run: Path | None) -> ProbeClassifier | None:
-    """Return the classifier that a run's probe has left, unless the model is a classifier itself.
+    """Return the classifier of a run's probe, unless the model is a classifier itself.
 
     Raises:
         InputError: it is damaged, or of another model or probe.
@@ -306,7 +306,7 @@ def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
     data = TokenDataset(Path(tokens))
     try:
         require_match(model, data)
-    except InputError:  # they were made again since, for another model
+    except InputError:  # they were prepared again since, for another model
         return []
     if not len(data["test"]):
         return []

@@ -34,7 +34,7 @@ from igpt.webapp.handlers import (
     classes,
     classifier_of,
     drawings,
-    known_places,
+    known_positions,
     read,
     score,
     view,
@@ -45,15 +45,13 @@ if TYPE_CHECKING:
     import gradio as gr
 
 _UPLOAD = 20  # MB at most
-_WAITING = 8  # requests at most in the queue; who comes then is told so
-_AT_ONCE = 2  # drawings at once; further ones wait, and see their place in the queue
-_TURN = "Waiting for a turn ..."  # until the first words of the work
-_UPLOADS = (
-    200  # MB of all uploads; those that were not used for the longest time are deleted beyond it
-)
+_WAITING = 8  # requests at most in the queue; further ones get a message
+_AT_ONCE = 2  # samplings at once; further ones wait, and show their position in the queue
+_TURN = "Waiting for a turn ..."  # until the first message of the work
+_UPLOADS = 200  # MB of all uploads; beyond it, the least recently used are deleted
 _ARRIVAL = 60  # seconds in which the body of a request has to arrive
-_UNUSED = 15 * 60  # seconds after which an upload that nobody uses is deleted from the disk
-_CLEANING = 60  # seconds between two looks for them
+_UNUSED = 15 * 60  # seconds after which an unused upload is deleted from the disk
+_CLEANING = 60  # seconds between two checks for them
 _MB = 1 << 20
 
 
@@ -75,7 +73,7 @@ def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
 
     palette_of(model)
     story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
-    _upload_folder()  # Gradio looks it up when the parts of a page are made
+    _upload_folder()  # Gradio reads it when the components of a page are created
     page = _page(title="igpt", analytics_enabled=False, delete_cache=(_CLEANING, _UNUSED))
     with page:
         if story is None:
@@ -124,7 +122,7 @@ def _page(**settings: Any) -> "gr.Blocks":
 
 
 def _workbench(model: ImageGPT, run: Path | None) -> None:
-    """The image on the left, what the model draws on the right."""
+    """Add the image on the left and the model's output on the right."""
     import gradio as gr
 
     config, scored = model.config, model.config.trained_as.has_likelihood
@@ -143,7 +141,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
         def nothing(said: str) -> list[Any]:
             return [None, said, *[[]] * scored, *[None] * classified]
 
-        yield from _told(answers(), nothing)
+        yield from _with_errors(answers(), nothing)
 
     def completions(file: str | None, rows: int, seen: Any, *settings: Any) -> Iterator[list[Any]]:
         def answers() -> Iterator[list[Any]]:
@@ -151,15 +149,15 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
                 raise InputError("choose an image first")
             tokens = read(model, file)
             yield from drawings(
-                model, tokens, known_places(model, rows, seen), *settings, original=True
+                model, tokens, known_positions(model, rows, seen), *settings, original=True
             )
 
-        yield from _told(answers(), lambda said: [gr.skip(), said])
+        yield from _with_errors(answers(), lambda said: [gr.skip(), said])
 
     def samples(*settings: Any) -> Iterator[list[Any]]:
         nothing = torch.zeros(1, config.n_pixels, dtype=torch.long)
         answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
-        yield from _told(answers, lambda said: [gr.skip(), said])
+        yield from _with_errors(answers, lambda said: [gr.skip(), said])
 
     plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
     still = {**plain, "js_on_load": None}
@@ -241,7 +239,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
 
 
 def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
-    """Test images to take instead of a file, if the run's tokens are at hand."""
+    """Add test images to select instead of a file, if the run's tokens exist."""
     import gradio as gr
 
     folder = tempfile.TemporaryDirectory(prefix="igpt-")
@@ -272,27 +270,28 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
     import gradio as gr
     from starlette.middleware import Middleware
 
-    try:  # Gradio would call every reason a lack of free ports
+    try:  # Gradio would report every reason as a lack of free ports
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as probe:
-            port = probe.getsockname()[1]  # of 0, any free one
+            port = probe.getsockname()[1]  # any free port
     except (
         OSError,
         OverflowError,
         TypeError,
         ValueError,
-    ) as error:  # the last two: no name of a host
+    ) as error:  # the last two: not a host name
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             raise InputError(
                 f"port {port} of {host} is in use; choose another with --port"
             ) from None
         raise InputError(f"the page cannot be served at {host}, port {port}: {error}") from None
-    # Gradio asks its own server whether it is up; no proxy may stand between them.
+    # Gradio sends a request to its own server to check that it is up; it must not go through a
+    # proxy.
     direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "localhost")
     os.environ["no_proxy"] = ",".join(filter(None, direct))
     look = gr.themes.Default(
         primary_hue="blue", font=("system-ui", "sans-serif")
-    )  # no font from elsewhere
+    )  # no font from another host
     off = {
         "share": False,
         "ssr_mode": False,
@@ -311,7 +310,7 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
         "prevent_thread_lock": True,
         "quiet": True,
     }
-    # Images are refused by their size anyway, in words.
+    # Larger images are refused with a message anyway.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     names, any_number = names_of(host)
     guard = Middleware(
@@ -349,8 +348,10 @@ def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> Non
         page.close(verbose=False)
 
 
-def _told(answers: Iterator[Any], on_page: Callable[[str], list[Any]]) -> Iterator[list[Any]]:
-    """Yield answers; show a user error in their place and in a note, escaped for HTML."""
+def _with_errors(
+    answers: Iterator[Any], on_page: Callable[[str], list[Any]]
+) -> Iterator[list[Any]]:
+    """Yield answers; show a user error instead of them and in a notification, escaped for HTML."""
     import gradio as gr
 
     try:
