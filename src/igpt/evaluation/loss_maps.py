@@ -5,7 +5,7 @@ B images, n pixels of an image, R resolution.
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,18 +20,12 @@ from igpt.model.transformer import ImageGPT
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_COLUMNS = 8
-_DPI = 200
-_SIDE = 230  # dots that a picture of a map gets, about: a whole number a pixel
-_GAP, _SEAM, _TITLE, _EDGE, _BAR, _SCALE = (
-    14,
-    6,
-    44,
-    24,
-    28,
-    150,
-)  # dots; the last two: the colour bar, and with words
-_MOST = 200  # maps of a picture: matplotlib draws 65,536 dots in a direction
+_COLUMNS, _DPI = 8, 200
+_SIDE = 230  # approximate dots of an image, a whole number per pixel
+# Dots: between pairs, above a pair for its title, around the figure, and of the colour bar without
+# and with its labels.
+_GAP, _TITLE, _EDGE, _BAR, _SCALE = 14, 44, 24, 28, 150
+_MOST = 200  # maps in a picture: matplotlib draws 65,536 dots in a direction
 _INK, _MUTED = "#1f2328", "#59636e"
 
 
@@ -60,44 +54,39 @@ def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Fig
 
     Each pair is headed by its mean. Colours reach to the loss that one pixel in 200 exceeds.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
+    from mpl_toolkits.axes_grid1 import ImageGrid
 
     count, side = len(originals), originals.shape[1]
-    cell = side * max(1, round(_SIDE / side))
+    dots = max(1, round(_SIDE / side))  # of a pixel
     columns = min(count, _COLUMNS)
-    bands = math.ceil(count / columns)
-    pair = 2 * cell + _SEAM
-    band = _TITLE + pair + _GAP
-    width, height = 2 * _EDGE + columns * (cell + _GAP) + _SCALE, bands * band + 2 * _EDGE - _GAP
+    rows = math.ceil(count / columns)
+    seam = 6 / dots  # between an image and its map, in pixels
+    grid_width = columns * (side * dots + _GAP) + _BAR
+    grid_height = rows * ((2 * side + seam) * dots + _GAP + _TITLE) - _GAP - _TITLE
+    width, height = grid_width + _SCALE + 2 * _EDGE - _BAR, grid_height + _TITLE + 2 * _EDGE
     figure = Figure(figsize=(width / _DPI, height / _DPI), facecolor="white")
-    highest = float(np.quantile(losses, 0.995))
-    scale = ScalarMappable(Normalize(0, highest), "magma")
-
-    def axes(left: float, top: float, wide: float, high: float) -> Any:
-        return figure.add_axes(
-            (left / width, 1 - (top + high) / height, wide / width, high / height)
-        )
-
-    for index in range(count):
-        left = _EDGE + index % columns * (cell + _GAP)
-        top = _EDGE + index // columns * band + _TITLE
-        upper, lower = axes(left, top, cell, cell), axes(left, top + cell + _SEAM, cell, cell)
-        upper.imshow(originals[index], interpolation="nearest")
-        lower.imshow(
-            losses[index].reshape(side, side),
-            norm=scale.norm,
-            cmap=scale.cmap,
-            interpolation="nearest",
-        )
-        upper.set_title(f"{losses[index].mean():.3f} nats/pixel", fontsize=7.5, color=_INK, pad=3)
-        upper.set_axis_off()
-        lower.set_axis_off()
-    bar_axes = axes(width - _SCALE - _EDGE + _GAP, _EDGE + _TITLE, _BAR, pair)
-    bar = figure.colorbar(
-        scale, cax=bar_axes, extend="max" if losses.max() > highest else "neither"
+    grid = ImageGrid(
+        figure,
+        (_EDGE / width, _EDGE / height, grid_width / width, grid_height / height),
+        (rows, columns),
+        axes_pad=(_GAP / _DPI, (_GAP + _TITLE) / _DPI),
+        cbar_mode="single",
+        cbar_pad=_GAP / _DPI,
+        cbar_size=_BAR / _DPI,
     )
+    highest = float(np.quantile(losses, 0.995))
+    for axes in grid:
+        axes.set_axis_off()
+    for axes, original, nats in zip(grid, originals, losses, strict=False):
+        axes.imshow(original, extent=(0, side, side + seam, 2 * side + seam))
+        image = axes.imshow(
+            nats.reshape(side, side), "magma", vmin=0, vmax=highest, extent=(0, side, 0, side)
+        )
+        axes.set(xlim=(0, side), ylim=(0, 2 * side + seam))
+        axes.set_title(f"{nats.mean():.3f} nats/pixel", fontsize=7.5, color=_INK, pad=3)
+    extend = "max" if losses.max() > highest else "neither"
+    bar = figure.colorbar(image, cax=grid.cbar_axes[0], extend=extend, extendfrac=0.05 / rows)
     bar.set_label("loss of a pixel, nats", fontsize=7.5, color=_INK)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7, colors=_MUTED, length=2)
