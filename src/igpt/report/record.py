@@ -178,16 +178,13 @@ class Run:
     def shape(self) -> dict[str, Any]:
         """The model's shape and objective, by ModelConfig's names, as far as recorded."""
         found: dict[str, Any] = {"objective": DEFAULT_OBJECTIVE}
-        places = self.start.get("places")
-        if isinstance(places, int) and places > 0:
-            found["resolution"] = math.isqrt(places)
+        if positions := self.start.get("places"):
+            found["resolution"] = math.isqrt(positions)
         if self.palette is not None:
             found["n_colors"] = len(self.palette)
-        layers = (self.start, self.saved, self.saved.get("igpt"), self.config)
-        for values in layers:
-            if isinstance(values, dict):
-                names = ("resolution", "n_colors", "n_layer", "n_embd", "n_head", "objective")
-                found.update({name: values[name] for name in names if values.get(name) is not None})
+        for values in (self.start, self.saved, self.saved.get("igpt") or {}, self.config):
+            names = _Shape.model_fields
+            found.update({name: values[name] for name in names if values.get(name) is not None})
         return found
 
     @property
@@ -209,6 +206,13 @@ class Run:
             InputError: the manifest's entry is malformed.
         """
         return left_out_of(self._made, str(Path(str(self.config.get("tokens"))) / MANIFEST))
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """The number of images of each split of the token data set, as far as recorded."""
+        splits = self.manifest.get("splits") or {}
+        counts = {name: split.get("count") for name, split in splits.items()}
+        return {name: count for name, count in counts.items() if count is not None}
 
     @property
     def warnings(self) -> list[str]:

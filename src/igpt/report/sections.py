@@ -4,7 +4,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,15 +34,7 @@ if TYPE_CHECKING:
 
 _MOST_PIXELS = 1 << 27
 # Exceptions of Pillow for damaged files; SyntaxError for broken PNG chunks.
-_PILLOWS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+_PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
 
 def template(name: str) -> "Template":
@@ -110,41 +102,40 @@ def key_tables(run: Run) -> list[Table]:
     tables = []
     best, known, probe = best_validation(run.metrics), baselines(run.metrics), run.probe
     if best is not None or known:
-        rows = [("This model", math.nan if best is None else best[1])]
+        cells = [("This model", *_loss_cells(best and best[1]))]
         for name, words in (
             ("unigram", "Colour frequencies alone"),
             ("uniform", "Uniform distribution over colours"),
         ):
-            rows += [(words, known[name])] if name in known else []
-        cells = [
-            (name, "not yet", "not yet")
-            if math.isnan(loss)
-            else (name, f"{loss:.3f}", f"{loss / math.log(2):.3f}")
-            for name, loss in rows
-        ]
-        per = run.unit.removeprefix("nats/")
-        tables.append(
-            Table(f"Validation loss per {per} (lower is better)", ("", "nats", "bits"), cells)
-        )
+            cells += [(words, *_loss_cells(known[name]))] if name in known else []
+        caption = f"Validation loss per {run.unit.removeprefix('nats/')} (lower is better)"
+        tables.append(Table(caption, ("", "nats", "bits"), cells))
     if probe is not None and "skipped" not in probe:
         count, compared = probe["images"]["test"], probe.get("baselines") or {}
-        reached = [(f"This model, layer {probe['best_layer']}", best_row(probe)["test_accuracy"])]
-        if compared.get("untrained"):
-            other = compared["untrained"]
-            reached.append(
-                (
-                    f"Untrained network, layer {other['best_layer']}",
-                    best_row(other)["test_accuracy"],
-                )
-            )
-        if compared.get("raw_pixels"):
-            reached.append(("Raw pixels", compared["raw_pixels"]["test_accuracy"]))
-        cells = [
-            (name, percent(p), f"± {100 * standard_error(p, count):.1f}") for name, p in reached
-        ]
+        tested = [(f"This model, layer {probe['best_layer']}", best_row(probe))]
+        if other := compared.get("untrained"):
+            tested.append((f"Untrained network, layer {other['best_layer']}", best_row(other)))
+        if pixels := compared.get("raw_pixels"):
+            tested.append(("Raw pixels", pixels))
+        cells = []
+        for name, row in tested:
+            accuracy = row["test_accuracy"]
+            error = 100 * standard_error(accuracy, count)
+            cells.append((name, percent(accuracy), f"± {error:.1f}"))
         caption = f"Linear probe, accuracy on {plural(count, 'test image')} (higher is better)"
         tables.append(Table(caption, ("", "accuracy", "std. error"), cells))
     return tables
+
+
+def _loss_cells(loss: float | None) -> tuple[str, str]:
+    if loss is None:
+        return "not yet", "not yet"
+    return f"{loss:.3f}", f"{loss / math.log(2):.3f}"
+
+
+def _validation_images(run: Run) -> str:
+    count = run.start.get("validation_images")
+    return "the validation images" if count is None else plural(count, "validation image")
 
 
 def loss_section(run: Run) -> Section:
@@ -152,73 +143,43 @@ def loss_section(run: Run) -> Section:
     title, name = "Loss during training", "loss"
     train, validation = history(run.metrics, "train"), history(run.metrics, "validation")
     if not train and not validation:
-        return Section(
-            title,
-            name,
-            absent="No loss is recorded yet; `igpt pretrain` records it during training.",
-        )
+        absent = "No loss is recorded yet; `igpt pretrain` records it during training."
+        return Section(title, name, absent=absent)
     kind = " (class loss, plus the weighted generative loss if it is used)" if run.finetuned else ""
     caption = (
         f"Loss in {run.unit}{kind}. Training: {plural(len(train), 'point')}, each the mean over "
-        "the batches since "
-        "the previous point."
+        "the batches since the previous point."
     )
     if validation:
-        images = run.start.get("validation_images")
-        among = (
-            plural(images, "validation image")
-            if isinstance(images, int)
-            else "the validation images"
-        )
         caption += (
-            f" Validation: {plural(len(validation), 'point')}, on {among}; the ring marks the "
-            "lowest."
+            f" Validation: {plural(len(validation), 'point')}, on {_validation_images(run)}; the "
+            "ring marks the lowest."
         )
     if baselines(run.metrics):
         caption += (
             " Grey lines: baselines without a network (uniform distribution over colours; colour "
             "frequencies)."
         )
-    alt, best = (
-        f"Line chart of the loss in {run.unit} by training step",
-        best_validation(run.metrics),
-    )
-    alt += (
-        "."
-        if best is None
-        else f"; the lowest validation loss is {best[1]:.3f} at step {best[0]:,}."
-    )
-
+    alt = f"Line chart of the loss in {run.unit} by training step"
+    if best := best_validation(run.metrics):
+        alt += f"; the lowest validation loss is {best[1]:.3f} at step {best[0]:,}"
     plot = partial(figures.loss_curve, run.metrics, unit=run.unit)
-    return Section(title, name, chart=chart(plot, alt), caption=caption)
+    return Section(title, name, chart=chart(plot, f"{alt}."), caption=caption)
 
 
 def accuracy_section(run: Run) -> Section:
     """Return the section on a classifier's validation accuracy during fine-tuning."""
     title, name = "Accuracy during fine-tuning", "accuracy"
-    validation, images = (
-        history(run.metrics, "validation", "error"),
-        run.start.get("validation_images"),
-    )
+    validation = history(run.metrics, "validation", "error")
     if not validation:
-        trained = history(run.metrics, "validation", "error_on_trained")
-        why = "Not validated yet; `igpt finetune` validates during training."
-        return Section(
-            title,
-            name,
-            absent="No held-out accuracy: the validation images were used for training."
-            if trained
-            else why,
-        )
-    among = (
-        plural(images, "validation image") if isinstance(images, int) else "the validation images"
-    )
-    caption = f"Accuracy on {among}, {plural(len(validation), 'point')}; the ring marks the best."
-    alt = (
-        "Line chart of validation accuracy by training step; the last is "
-        f"{percent(1 - validation[-1]['error'])}."
-    )
-
+        absent = "Not validated yet; `igpt finetune` validates during training."
+        if history(run.metrics, "validation", "error_on_trained"):
+            absent = "No held-out accuracy: the validation images were used for training."
+        return Section(title, name, absent=absent)
+    points = plural(len(validation), "point")
+    caption = f"Accuracy on {_validation_images(run)}, {points}; the ring marks the best."
+    last = percent(1 - validation[-1]["error"])
+    alt = f"Line chart of validation accuracy by training step; the last is {last}."
     plot = partial(figures.accuracy_curve, run.metrics)
     return Section(title, name, chart=chart(plot, alt), caption=caption)
 
@@ -235,8 +196,7 @@ def probe_section(run: Run) -> Section:
     layers, count = probe["layers"], probe["images"]
     lead = (
         "Each point is a linear classifier trained on the features of one layer, averaged over all "
-        "positions. "
-        "The layer is selected by validation accuracy; its test accuracy is the result."
+        "positions. The layer is selected by validation accuracy; its test accuracy is the result."
     )
     source = f" of {probe['source']}" if probe.get("source") else ""
     failed = [str(layer["layer"]) for layer in layers if layer.get("converged") is False]
@@ -244,36 +204,28 @@ def probe_section(run: Run) -> Section:
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
     chosen = "learning rate of SGD" if setting == "learning_rate" else "regularisation strength"
     folded = " fitted again to both," if (probe.get("config") or {}).get("fold_back") else ""
+    classes = plural(probe["classes"], "class", "classes")
     caption = (
-        "Accuracy of logistic regression over the "
-        f"{plural(probe['classes'], 'class', 'classes')}{source}: fitted to "
+        f"Accuracy of logistic regression over the {classes}{source}: fitted to "
         f"{plural(count['train'], 'image')}, {chosen} and layer (ring) selected on "
         f"{number(count['validation'])},{folded} tested on {number(count['test'])}. Band: one "
-        "standard error of the "
-        f"test accuracy. Layer 0 is the input of the first block, layer {layers[-1]['layer']} the "
-        f"final norm.{caution}"
-        f"{_other_protocols(probe)}"
+        "standard error of the test accuracy. Layer 0 is the input of the first block, layer "
+        f"{layers[-1]['layer']} the final norm.{caution}{_other_protocols(probe)}"
     )
     alt = "Line chart of linear probe accuracy by layer: " + ", ".join(
         f"layer {layer['layer']} {percent(layer['test_accuracy'])}" for layer in layers
     )
-    rows = []
-    for layer in layers:
-        strength = layer.get(setting)
-        accuracies = (percent(layer["validation_accuracy"]), percent(layer["test_accuracy"]))
-        rows.append(
-            (
-                str(layer["layer"]),
-                *accuracies,
-                "not recorded" if strength is None else f"{strength:g}",
-            )
+    rows = [
+        (
+            str(layer["layer"]),
+            percent(layer["validation_accuracy"]),
+            percent(layer["test_accuracy"]),
+            "not recorded" if layer.get(setting) is None else f"{layer[setting]:g}",
         )
-    table = Table(
-        "Numbers of the figure",
-        ("layer", "validation", "test", setting.replace("_", " ")),
-        rows,
-    )
-
+        for layer in layers
+    ]
+    head = ("layer", "validation", "test", setting.replace("_", " "))
+    table = Table("Numbers of the figure", head, rows)
     plot = partial(figures.probe_by_layer, probe)
     return Section(title, name, lead, chart(plot, alt + "."), caption=caption, table=table)
 
@@ -283,37 +235,30 @@ def _other_protocols(probe: dict[str, Any]) -> str:
     text = ""
     if together := probe.get("concatenated"):
         layers = ", ".join(map(str, together["layers"]))
-        text += (
-            f" Layers {layers} concatenated: test accuracy {percent(together['test_accuracy'])}."
-        )
+        accuracy = percent(together["test_accuracy"])
+        text += f" Layers {layers} concatenated: test accuracy {accuracy}."
     for few in probe.get("few_labels") or ():
         layer = "" if few.get("layer") is None else f", layer {few['layer']}"
         text += (
             f" {plural(few['per_class'], 'label')} per class{layer}: test accuracy "
-            f"{percent(few['mean'])}, standard "
-            f"deviation {100 * few['standard_deviation']:.1f} points over "
-            f"{len(few['test_accuracies'])} label subsets."
+            f"{percent(few['mean'])}, standard deviation {100 * few['standard_deviation']:.1f} "
+            f"points over {len(few['test_accuracies'])} label subsets."
         )
     return text
 
 
 def completions_section(run: Run) -> Section:
     """Return the section on completions."""
-    title, name, path = "Completions", "completions", run.path / "completions.png"
+    path = run.path / "completions.png"
     if not path.exists():
-        return Section(
-            title,
-            name,
-            absent="No image has been completed; `igpt complete` writes completions.png.",
-        )
-    uri, size, counts, how = _grid(path, run)
-    kept, resolution = how.get("keep_rows"), run.shape.get("resolution")
-    rows = (
-        f"the upper {kept} of {resolution} pixel rows"
-        if resolution
-        else f"the upper {kept} pixel rows"
-    )
-    given = "its visible part" if kept is None else f"its visible part ({rows})"
+        absent = "No image has been completed; `igpt complete` writes completions.png."
+        return Section("Completions", "completions", absent=absent)
+    picture, how = read_picture(path), read_sampling(path)
+    counts = _images_per_row(picture, run)
+    given = "its visible part"
+    if (kept := how.get("keep_rows")) is not None:
+        of = f" of {run.shape['resolution']}" if run.shape.get("resolution") else ""
+        given += f" (the upper {kept}{of} pixel rows)"
     each = f"{plural(len(counts), 'image')}, one per row" if counts else "One image per row"
     completions = (
         plural(max(counts) - 2, "completion") if counts and max(counts) > 2 else "completions"
@@ -323,33 +268,35 @@ def completions_section(run: Run) -> Section:
         f"model{describe_sampling(how)}."
     )
     alt = f"Grid of pictures. {each}: original, visible part, {completions}."
-    return Section(
-        title,
-        name,
-        picture=Picture(uri, *size, alt),
-        caption=caption,
-        code=str(how.get("command") or ""),
-    )
+    return _grid_section("Completions", path, picture, alt, caption, how)
 
 
 def samples_section(run: Run) -> Section:
     """Return the section on samples."""
-    title, name, path = "Samples", "samples", run.path / "samples.png"
+    path = run.path / "samples.png"
     if not path.exists():
-        return Section(
-            title, name, absent="No image has been sampled; `igpt sample` writes samples.png."
-        )
-    uri, size, counts, how = _grid(path, run)
+        absent = "No image has been sampled; `igpt sample` writes samples.png."
+        return Section("Samples", "samples", absent=absent)
+    picture, how = read_picture(path), read_sampling(path)
+    counts = _images_per_row(picture, run)
     many = plural(sum(counts), "image") if counts else "Images"
     caption = f"{many} sampled from the model unconditionally{describe_sampling(how)}."
     alt = f"Grid of pictures: {many.lower()} sampled from the model."
-    return Section(
-        title,
-        name,
-        picture=Picture(uri, *size, alt),
-        caption=caption,
-        code=str(how.get("command") or ""),
-    )
+    return _grid_section("Samples", path, picture, alt, caption, how)
+
+
+def _images_per_row(picture: Image.Image, run: Run) -> list[int] | None:
+    """Return the number of images in each row of a grid, if known."""
+    resolution = run.shape.get("resolution")
+    return grid_counts(picture, resolution) if resolution else None
+
+
+def _grid_section(
+    title: str, path: Path, picture: Image.Image, alt: str, caption: str, how: Mapping[str, Any]
+) -> Section:
+    shown = Picture(figures.data_uri(path.read_bytes(), "image/png"), *picture.size, alt)
+    code = str(how.get("command") or "")
+    return Section(title, path.stem, picture=shown, caption=caption, code=code)
 
 
 def palette_section(run: Run) -> Section:
@@ -372,34 +319,23 @@ def fact_tables(run: Run) -> list[Table]:
     if not run.manifest:
         rows.append(("dataset.json", "missing; `igpt prepare` writes it"))
     rows.append(("source", run.source))
-    for name, split in (run.manifest.get("splits") or {}).items():
-        if split.get("count") is not None:
-            rows.append((name, plural(split["count"], "image")))
-    names = run.manifest.get("class_names") or []
-    if names:
+    rows += [(name, plural(count, "image")) for name, count in run.split_sizes.items()]
+    if names := run.manifest.get("class_names"):
         more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-        rows.append(
-            (plural(len(names), "class", "classes"), ", ".join(map(str, names[:20])) + more)
-        )
+        rows.append((plural(len(names), "class", "classes"), ", ".join(names[:20]) + more))
     if run.left_out:
         rows.append(("left out", run.left_out.text()))
     rows += [("warning", warning) for warning in run.warnings]
-    settings = [
-        (key, "none" if value is None else str(value)) for key, value in flat(run.config).items()
-    ]
-    machine = [
-        (key, "none" if value is None else str(value))
-        for key, value in flat(run.environment).items()
-    ]
+    machine = _settings(run.environment) or [("environment.json", "not in the run directory")]
     return [
         Table("Data", (), rows),
-        Table("Configuration", (), settings),
-        Table(
-            "Machine and software",
-            (),
-            machine or [("environment.json", "not in the run directory")],
-        ),
+        Table("Configuration", (), _settings(run.config)),
+        Table("Machine and software", (), machine),
     ]
+
+
+def _settings(values: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(key, "none" if value is None else str(value)) for key, value in flat(values).items()]
 
 
 def chart(plot: "Callable[..., Figure]", alt: str) -> Chart:
@@ -417,19 +353,6 @@ def chart(plot: "Callable[..., Figure]", alt: str) -> Chart:
     )
 
 
-def _grid(path: Path, run: Run) -> tuple[str, tuple[int, int], list[int] | None, dict[str, Any]]:
-    """Return a grid's URI, size, pictures in each row (if known) and settings of sampling."""
-    resolution = run.shape.get("resolution")
-    picture = read_picture(path)
-    counts = grid_counts(picture, resolution) if resolution else None
-    return (
-        figures.data_uri(path.read_bytes(), "image/png"),
-        picture.size,
-        counts,
-        read_sampling(path),
-    )
-
-
 def read_picture(path: Path) -> Image.Image:
     """Return a PNG picture.
 
@@ -439,17 +362,11 @@ def read_picture(path: Path) -> Image.Image:
     require_regular(path)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", Image.DecompressionBombWarning
-            )  # the size is checked below
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # see `_MOST_PIXELS`
             picture = Image.open(path, formats=["PNG"])
-        too_large = picture.width * picture.height > _MOST_PIXELS
-        if not too_large:
+        if picture.width * picture.height <= _MOST_PIXELS:
             picture.load()
-    except _PILLOWS as error:
+            return picture
+    except (*_PILLOWS, Image.DecompressionBombError) as error:
         raise InputError(f"{path} is not a readable PNG picture ({error}); make it again") from None
-    if too_large:
-        raise InputError(
-            f"{path} has {picture.width} x {picture.height} pixels, too many for a page"
-        )
-    return picture
+    raise InputError(f"{path} has {picture.width} x {picture.height} pixels, too many for a page")
