@@ -7,7 +7,7 @@ results, the use and the limits of the model. Its metadata contains the results 
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from igpt.report.findings import (
     plural,
     short_source,
 )
-from igpt.report.record import Run, best_validation, optional_json, read_run
+from igpt.report.record import Run, best_validation, read_run, read_sampling
 from igpt.report.sections import Table, key_tables, template
 
 if TYPE_CHECKING:
@@ -104,11 +104,9 @@ def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
 def doubts(run: Path, name: str) -> list[str]:
     """Return possible problems of an existing card: its age, or another name in it."""
     path = run / CARD
-    newer = [
-        file
-        for file in _SOURCES
-        if (run / file).exists() and (run / file).stat().st_mtime > path.stat().st_mtime
-    ]
+    written = path.stat().st_mtime
+    sources = [run / file for file in _SOURCES]
+    newer = [file.name for file in sources if file.exists() and file.stat().st_mtime > written]
     found = [f"is older than {', '.join(newer)}"] if newer else []
     return found if name in _text(path) else [*found, f"does not name {name}"]
 
@@ -127,12 +125,9 @@ def _with_model(path: Path) -> Run:
             f"{path} contains no model yet; igpt pretrain writes one at its first validation"
         )
     for key in ("n_embd", "n_head"):
-        value = run.saved.get(key)
-        if type(value) is not int or value < 1:
-            raise InputError(
-                f"{path / 'model' / 'config.json'} has {key} = {value!r:.40}; a positive number is "
-                "needed"
-            )
+        if not run.saved.get(key):
+            config = path / "model" / "config.json"
+            raise InputError(f"{config} has {key} = {run.saved.get(key)}; it must be positive")
     return run
 
 
@@ -142,46 +137,34 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
 
     objective, classes = run.objective, _classes(run)
     head_width = run.saved["n_embd"] // run.saved["n_head"]
-    task = (
-        "unconditional-image-generation" if objective.has_likelihood else "image-feature-extraction"
-    )
-    task = "image-classification" if classes else task
-    try:
-        probed = run.probe if run.probe and "skipped" not in run.probe else None
-        findings = [describe_classifier(run) if run.finetuned else describe_loss(run)]
-        findings += [describe_probe(probed)] if probed else []
-        tables = _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else [])
-        results = _results(run, probed)
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:  # the other files are checked
-        raise InputError(
-            f"{run.path / 'probe.json'} is not a complete probe ({error}); run igpt probe again"
-        ) from None
+    if classes:
+        task = "image-classification"
+    elif objective.has_likelihood:
+        task = "unconditional-image-generation"
+    else:
+        task = "image-feature-extraction"
+    probed = run.probe if run.probe and "skipped" not in run.probe else None
+    findings = [describe_classifier(run) if run.finetuned else describe_loss(run)]
+    findings += [describe_probe(probed)] if probed else []
+    trained = "fine-tuned" if run.finetuned else "trained"
     metadata = ModelCardData(
         license=license,
         library_name="igpt",
         pipeline_tag=task,
         tags=["imagegpt", "image-gpt", objective.name],
         model_name=name,
-        eval_results=results or None,
+        eval_results=_results(run, probed) or None,
     )
     return {
         "metadata": metadata.to_yaml().strip(),
-        "title": _plain(
-            f"Image GPT {'fine-tuned' if run.finetuned else 'trained'} on "
-            f"{short_source(run.source)}"
-        ),
+        "title": _plain(f"Image GPT {trained} on {short_source(run.source)}"),
         "description": describe_model(run),
         "findings": [sentence for sentence in findings if sentence],
         "state": describe_state(run),
         "pictures": _pictures(run),
         "data": _data(run),
         "training": _training(run),
-        "tables": tables,
+        "tables": _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else []),
         "score": _score(run),
         "name": name,
         "objective": objective,
@@ -217,10 +200,9 @@ def _results(run: Run, probed: Mapping[str, Any] | None) -> list["EvalResult"]:
         )
 
     found, source, accuracy = [], short_source(run.source), ("accuracy", "test accuracy")
-    tested = (run.test or {}).get("test_accuracy")
-    if isinstance(tested, int | float):
+    if run.test:
         task = ("image-classification", "Image classification")
-        found.append(result(task, source, "test", accuracy, tested))
+        found.append(result(task, source, "test", accuracy, run.test["test_accuracy"]))
     if probed:
         best = best_row(probed)
         task = ("image-classification", f"Linear probe of layer {best['layer']}")
@@ -247,64 +229,41 @@ def _score_source(run: Run, score: Mapping[str, Any]) -> str:
 def _classes(run: Run) -> list[str]:
     if run.saved.get("architectures") != ["ImageGPTForImageClassification"]:
         return []
-    return [
-        str(name)
-        for _, name in sorted(run.saved.get("id2label", {}).items(), key=lambda item: int(item[0]))
-    ]
+    labels = run.saved.get("id2label") or {}
+    return [labels[number] for number in sorted(labels, key=int)]
 
 
 def _data(run: Run) -> list[tuple[str, str]]:
     """Return names and values of the training data."""
     rows = [("source", _code(short_source(run.source)))]
-    splits = run.manifest.get("splits") or {}
-    counts = {
-        split: found.get("count") for split, found in splits.items() if isinstance(found, dict)
+    counts = run.split_sizes or {
+        split: run.start[f"{split}_images"]
+        for split in ("train", "validation")
+        if run.start.get(f"{split}_images") is not None
     }
-    counts = counts or {
-        "train": run.start.get("train_images"),
-        "validation": run.start.get("validation_images"),
-    }
-    rows += [
-        (f"{split} images", number(count))
-        for split, count in counts.items()
-        if isinstance(count, int)
-    ]
+    rows += [(f"{split} images", number(count)) for split, count in counts.items()]
     resolution = run.shape["resolution"]
     rows.append(("resolution", f"{resolution} \N{MULTIPLICATION SIGN} {resolution} pixels"))
     if run.palette is not None:
-        rows.append(
-            ("palette", f"{len(run.palette)} colours, fingerprint `{run.palette.fingerprint[:12]}`")
-        )
-    error = (run.manifest.get("made") or {}).get("palette_error")
-    if isinstance(error, dict) and isinstance(error.get("mse"), int | float):
-        exact, psnr = error.get("psnr_db") is None, f"{error.get('psnr_db') or 0:.1f} dB PSNR"
-        rows.append(
-            (
-                "quantisation error",
-                "none" if exact else f"{error['mse']:.1f} (mean squared, per channel), {psnr}",
-            )
-        )
+        fingerprint = run.palette.fingerprint[:12]
+        rows.append(("palette", f"{len(run.palette)} colours, fingerprint `{fingerprint}`"))
+    error = (run.manifest.get("made") or {}).get("palette_error") or {}
+    if error.get("mse") is not None:
+        size = "none"
+        if (psnr := error.get("psnr_db")) is not None:
+            size = f"{error['mse']:.1f} (mean squared, per channel), {psnr:.1f} dB PSNR"
+        rows.append(("quantisation error", size))
     if run.left_out:
         # Counts only: the recorded first name may be a local path.
-        rows.append(
-            ("left out", "; ".join(f"{_plain(kind)}: {count}" for kind, count in _counts(run)))
-        )
+        kinds = run.left_out.entries.items()
+        left_out = "; ".join(f"{_plain(kind)}: {number(entry.count)}" for kind, entry in kinds)
+        rows.append(("left out", left_out))
     rows += [("warning", _plain(_without_folders(warning, run))) for warning in run.warnings]
-    classes = _classes(run)
-    if classes:
+    if classes := _classes(run):
         more = f", and {len(classes) - _MAX_CLASSES} more" if len(classes) > _MAX_CLASSES else ""
-        rows.append(
-            (
-                plural(len(classes), "class", "classes"),
-                ", ".join(map(_code, classes[:_MAX_CLASSES])) + more,
-            )
-        )
+        names = ", ".join(map(_code, classes[:_MAX_CLASSES])) + more
+        rows.append((plural(len(classes), "class", "classes"), names))
     return rows
-
-
-def _counts(run: Run) -> list[tuple[str, str]]:
-    """Return kinds and counts of what the data set left out."""
-    return [(kind, number(entry.count)) for kind, entry in run.left_out.entries.items()]
 
 
 def _without_folders(text: str, run: Run) -> str:
@@ -323,14 +282,9 @@ def _training(run: Run) -> list[tuple[str, str]]:
         for key, words in _SETTINGS.items()
         if config.get(key) not in (None, 0, False) or (key == "seed" and key in config)
     ]
-    machine = environment.get("gpu") or environment.get("processor")
-    ranks = next(
-        (record["ranks"] for record in run.metrics if isinstance(record.get("ranks"), int)), 1
-    )
-    if machine:
-        rows.append(
-            ("machine", f"{_code(machine)}" + (f", {ranks} processes" if ranks > 1 else ""))
-        )
+    if machine := environment.get("gpu") or environment.get("processor"):
+        ranks = next((record["ranks"] for record in run.metrics if record.get("ranks")), 1)
+        rows.append(("machine", _code(machine) + (f", {ranks} processes" if ranks > 1 else "")))
     versions = [
         f"{name} {environment[name]}" for name in ("igpt", "torch") if environment.get(name)
     ]
@@ -356,8 +310,8 @@ _SETTINGS = {
 
 def _accuracies(run: Run) -> list[Table]:
     """Return a classifier's accuracy on the test images."""
-    test = run.test or {}
-    if not isinstance(test.get("test_accuracy"), int | float):
+    test = run.test
+    if test is None:
         return []
     found = {"This classifier": (test["test_accuracy"], test.get("test_interval_95"))}
     if modal := test.get("modal"):
@@ -365,10 +319,8 @@ def _accuracies(run: Run) -> list[Table]:
         found[words] = (modal["accuracy"], modal.get("interval_95"))
     if folded := test.get("fold_back"):
         before = folded["before"]
-        found["Before training on the validation images too"] = (
-            before["test_accuracy"],
-            before.get("test_interval_95"),
-        )
+        words = "Before training on the validation images too"
+        found[words] = (before["test_accuracy"], before.get("test_interval_95"))
     rows = [
         (words, percent(share), " to ".join(map(percent, interval or ())))
         for words, (share, interval) in found.items()
@@ -381,31 +333,19 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
     """Return the accuracy of the linear probe of every layer."""
 
     def row(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
-        interval = " to ".join(map(percent, found.get("test_interval_95") or ()))
-        return (
-            label,
-            percent(found["validation_accuracy"]),
-            percent(found["test_accuracy"]),
-            interval,
-        )
+        accuracies = percent(found["validation_accuracy"]), percent(found["test_accuracy"])
+        return label, *accuracies, " to ".join(map(percent, found.get("test_interval_95") or ()))
 
-    rows = [
-        row(f"{layer['layer']}{' (best)' if layer['layer'] == probe['best_layer'] else ''}", layer)
-        for layer in probe["layers"]
-    ]
-    if "concatenated" in probe:
-        together = probe["concatenated"]
+    rows = []
+    for layer in probe["layers"]:
+        best = " (best)" if layer["layer"] == probe["best_layer"] else ""
+        rows.append(row(f"{layer['layer']}{best}", layer))
+    if together := probe.get("concatenated"):
         rows.append(row(f"{', '.join(map(str, together['layers']))} concatenated", together))
     for few in probe.get("few_labels") or ():
+        label = f"{few['layer']}, {plural(few['per_class'], 'label')} per class"
         spread = f"\N{PLUS-MINUS SIGN} {100 * few['standard_deviation']:.1f} (standard deviation)"
-        rows.append(
-            (
-                f"{few['layer']}, {plural(few['per_class'], 'label')} per class",
-                "",
-                percent(few["mean"]),
-                spread,
-            )
-        )
+        rows.append((label, "", percent(few["mean"]), spread))
     caption = (
         "Accuracy of a linear probe of every layer (0: input of the first block; the last: final "
         "norm)"
@@ -436,17 +376,13 @@ def _pictures(run: Run) -> list[dict[str, str]]:
         path = run.path / file
         if not path.exists():
             continue
-        how = optional_json(path.with_suffix(".json")) or {}
+        how = read_sampling(path)
         settings = describe_sampling(how)
-        if file.startswith("samples"):
-            caption = f"Unconditional samples of the model{settings}."
-        else:
-            kept = how.get("keep_rows")
-            rows = (
-                ""
-                if kept is None
-                else f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
-            )
+        caption = f"Unconditional samples of the model{settings}."
+        if file.startswith("completions"):
+            rows = ""
+            if (kept := how.get("keep_rows")) is not None:
+                rows = f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
             caption = (
                 f"Left to right: the original, its visible part{rows}, and completions by the "
                 f"model{settings}."
@@ -457,12 +393,8 @@ def _pictures(run: Run) -> list[dict[str, str]]:
 
 def _code(value: Any) -> str:
     """Return a value as Markdown code, so that it is shown as it is."""
-    listed = (
-        ", ".join(map(str, value))
-        if isinstance(value, Iterable) and not isinstance(value, str)
-        else str(value)
-    )
-    return "`" + " ".join(listed.replace("`", "'").split()) + "`"
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def _plain(text: str) -> str:

@@ -298,7 +298,7 @@ def read_sampling(picture: Path) -> dict[str, Any]:
     return optional_json(picture.with_suffix(".json"), _Sampling) or {}
 
 
-def optional_json(path: Path, schema: type[Stored] | None = None) -> dict[str, Any] | None:
+def optional_json(path: Path, schema: type[Stored]) -> dict[str, Any] | None:
     """Return the JSON object in `path`, or None if there is no such file.
 
     Raises:
