@@ -36,8 +36,7 @@ def plot_comparison(
         _lines(axes, plot, look, width)
     else:
         _groups(axes, plot, look, width)
-    axes.set_xlabel(plot["x"], color=look.ink)
-    axes.set_ylabel(plot["y"], color=look.ink)
+    axes.set(xlabel=plot["x"], ylabel=plot["y"])
     return figure
 
 

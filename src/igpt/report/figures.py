@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upright
-_HEIGHT, _LEFT, _TOP, _BOTTOM = 3.3, 0.62, 0.12, 0.52  # inches
+# Inches; the labels of lines are on the right.
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.62, 1.15, 0.12, 0.52
 FONT = 9.5  # points
 
 
@@ -87,21 +88,13 @@ def loss_curve(
         # A path with every step of a long run would make the page large: rasterize it. Axes and
         # text remain vector graphics.
         many = len(train) > 3000
-        style = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
+        style: dict[str, Any] = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
         _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
         labels.append((_last(losses), "training", look.other))
     if validation:
         marker = "o" if len(validation) <= 60 else ""
-        _, losses = _line(
-            axes,
-            validation,
-            "loss",
-            "validation",
-            look.main,
-            linewidth=2,
-            marker=marker,
-            markersize=3.5,
-        )
+        style = {"linewidth": 2, "marker": marker, "markersize": 3.5}
+        _, losses = _line(axes, validation, "loss", "validation", look.main, **style)
         labels.append((_last(losses), "validation", look.main))
     best = best_validation(metrics)
     if best is not None:
@@ -113,8 +106,7 @@ def loss_curve(
     axes.set_ylim(low - 0.16 * (high - low), high + 0.05 * (high - low))
     if best is not None:
         _note(axes, *best, f"best {best[1]:.3f}, step {best[0]:,}", look, above=False)
-    axes.set_xlabel("training step", color=look.ink)
-    axes.set_ylabel(f"loss, {unit}", color=look.ink)
+    axes.set(xlabel="training step", ylabel=f"loss, {unit}")
     label_ends(axes, labels, width)
     return figure
 
@@ -124,9 +116,9 @@ def accuracy_curve(
 ) -> "Figure":
     """Plot a classifier's validation accuracy by step, in percent; a ring marks the best."""
     figure, axes = canvas(look, width)
-    records = history(metrics, "validation", "error")
     shown = [
-        {"step": record["step"], "accuracy": 100 * (1 - record["error"])} for record in records
+        {"step": record["step"], "accuracy": 100 * (1 - record["error"])}
+        for record in history(metrics, "validation", "error")
     ]
     _, values = _line(
         axes, shown, "accuracy", "validation", look.main, linewidth=2, marker="o", markersize=3.5
@@ -139,8 +131,7 @@ def accuracy_curve(
         top = 100 * (1 - best[1])
         ring(axes, best[0], top, look)
         _note(axes, best[0], top, f"best {top:.1f} %, step {best[0]:,}", look, above=True)
-    axes.set_xlabel("training step", color=look.ink)
-    axes.set_ylabel("validation accuracy, %", color=look.ink)
+    axes.set(xlabel="training step", ylabel="validation accuracy, %")
     label_ends(axes, [(_last(values), "validation", look.main)], width)
     return figure
 
@@ -159,20 +150,14 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     layers, count = probe["layers"], probe["images"]["test"]
     known = probe.get("baselines") or {}
     labels: list[tuple[float, str, str]] = []
-    if known.get("raw_pixels"):
-        value = 100 * known["raw_pixels"]["test_accuracy"]
+    if pixels := known.get("raw_pixels"):
+        value = 100 * pixels["test_accuracy"]
         axes.axhline(value, color=look.muted, linewidth=1.2, linestyle="--", label="raw pixels")
         labels.append((value, f"raw pixels {value:.1f}", look.muted))
-    if known.get("untrained"):
-        _, values = _line(
-            axes,
-            known["untrained"]["layers"],
-            "test_accuracy",
-            "untrained",
-            look.other,
-            linestyle="-.",
-            linewidth=1.4,
-        )
+    if untrained := known.get("untrained"):
+        style = {"linestyle": "-.", "linewidth": 1.4}
+        rows = untrained["layers"]
+        _, values = _line(axes, rows, "test_accuracy", "untrained", look.other, **style)
         labels.append((values[-1], "untrained\nnetwork", look.other))
     _, values = _line(
         axes, layers, "validation_accuracy", "validation", look.main, linestyle=":", linewidth=1.4
@@ -187,19 +172,18 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
         steps, values - error, values + error, color=look.main, alpha=0.14, linewidth=0
     )
     chosen = best_row(probe)
-    ring(axes, chosen["layer"], 100 * chosen["test_accuracy"], look)
+    layer, accuracy = chosen["layer"], 100 * chosen["test_accuracy"]
+    ring(axes, layer, accuracy, look)
     low, high = span(
         [*(line.get_ydata() for line in axes.get_lines()), values - error, values + error]
     )
     axes.set_ylim(low - 0.12 * (high - low), high + 0.12 * (high - low))
     axes.set_xlim(min(steps), max(steps) if len(steps) > 1 else min(steps) + 1)
-    text = f"layer {chosen['layer']}: {100 * chosen['test_accuracy']:.1f} %"
-    neighbours = values[abs(steps - chosen["layer"]) == 1]
+    neighbours = values[abs(steps - layer) == 1]
     # Keep the label away from the line.
-    above = not len(neighbours) or 100 * chosen["test_accuracy"] >= neighbours.mean()
-    _note(axes, chosen["layer"], 100 * chosen["test_accuracy"], text, look, above=above)
-    axes.set_xlabel("layer", color=look.ink)
-    axes.set_ylabel("accuracy, %", color=look.ink)
+    above = not len(neighbours) or accuracy >= neighbours.mean()
+    _note(axes, layer, accuracy, f"layer {layer}: {accuracy:.1f} %", look, above=above)
+    axes.set(xlabel="layer", ylabel="accuracy, %")
     label_ends(axes, labels, width)
     return figure
 
@@ -244,14 +228,8 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     figure = Figure(figsize=(width, _HEIGHT))
-    right = 1.15  # inches, for the labels
-    box = (
-        _LEFT / width,
-        _BOTTOM / _HEIGHT,
-        1 - (_LEFT + right) / width,
-        1 - (_BOTTOM + _TOP) / _HEIGHT,
-    )
-    axes = figure.add_axes(box, facecolor="none")
+    figure.subplots_adjust(_LEFT / width, _BOTTOM / _HEIGHT, 1 - _RIGHT / width, 1 - _TOP / _HEIGHT)
+    axes = figure.add_subplot(facecolor="none")
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(look.muted)
@@ -264,8 +242,8 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     )
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.xaxis.label.set_fontsize(FONT)
-    axes.yaxis.label.set_fontsize(FONT)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set(fontsize=FONT, color=look.ink)
     return figure, axes
 
 
@@ -284,21 +262,17 @@ def _line(
 
 def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None) -> None:
     """Mark the best point with a ring."""
-    style: dict[str, Any] = {
-        "marker": "o",
-        "markersize": 11,
-        "markerfacecolor": "none",
-        "markeredgewidth": 1.6,
-    }
     axes.plot(
-        [x],
-        [y],
-        linestyle="none",
+        x,
+        y,
+        "o",
         color=color or look.main,
         label="best",
+        markersize=11,
+        markerfacecolor="none",
+        markeredgewidth=1.6,
         clip_on=False,
         zorder=4,
-        **style,
     )
 
 
@@ -340,13 +314,10 @@ def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float)
     """Label lines at their right ends; move labels apart where they would overlap."""
     low, high = axes.get_ylim()
     points = 72 * (_HEIGHT - _TOP - _BOTTOM)
-    wanted = sorted(
-        ((value - low) / (high - low) * points, text, color) for value, text, color in labels
-    )
-    wanted = [entry for entry in wanted if math.isfinite(entry[0])]
-    heights = [1.18 * FONT * (1 + text.count("\n")) for _, text, _ in wanted]
-    middles = spread([middle for middle, _, _ in wanted], heights)
-    for middle, (_, text, color) in zip(middles, wanted, strict=True):
+    labels = sorted(label for label in labels if math.isfinite(label[0]))
+    heights = [1.18 * FONT * (1 + text.count("\n")) for _, text, _ in labels]
+    middles = spread([(value - low) / (high - low) * points for value, *_ in labels], heights)
+    for middle, (_, text, color) in zip(middles, labels, strict=True):
         axes.annotate(
             text,
             (1, middle / points),
@@ -361,16 +332,16 @@ def label_ends(axes: "Axes", labels: list[tuple[float, str, str]], width: float)
 
 
 def spread(middles: Sequence[float], heights: Sequence[float]) -> list[float]:
-    """Move intervals, sorted by their middles, apart until none overlap, as little as possible."""
-    moved = list(middles)
-    for _ in range(200):
-        overlaps = False
-        for i, j in pairwise(range(len(moved))):
-            overlap = (heights[i] + heights[j]) / 2 - (moved[j] - moved[i])
-            if overlap > 1e-3:
-                moved[i] -= overlap / 2
-                moved[j] += overlap / 2
-                overlaps = True
-        if not overlaps:
-            break
+    """Move intervals, sorted by their middles, apart until none overlap, as little as possible.
+
+    After subtracting the minimum distances, the middles must not decrease. Isotonic regression
+    finds the nearest such values by least squares.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    if not len(middles):
+        return []
+    distances = [(first + second) / 2 for first, second in pairwise(heights)]
+    offsets = np.cumsum([0.0, *distances])
+    moved: list[float] = (isotonic_regression(middles - offsets) + offsets).tolist()
     return moved
