@@ -15,6 +15,7 @@ from igpt.report.findings import duration, number, plural
 from igpt.report.sections import Picture, Section, Table, chart, read_picture, template
 
 FIGURES = "figures"
+_GAP = 12  # pixels between pictures
 _HELD = {
     "yes": "reproduced",
     "in part": "partly reproduced",
@@ -54,18 +55,17 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
         "details": [_models(evidence), _machine(evidence), _steps(evidence)],
         "trained_by": f"igpt {evidence['environment']['igpt']}",
     }
-    with atomic_file(folder / "report.html") as temporary:
-        temporary.write_text(
-            template("page.html.j2").render(page), encoding="utf-8", errors="backslashreplace"
-        )
     with atomic_folder(folder / FIGURES) as temporary:
         for asked in evidence["questions"]:
             for name, content in _figure_files(asked, folder).items():
                 (temporary / name).write_bytes(content)
-    with atomic_file(folder / "report.md") as temporary:
-        temporary.write_text(
-            _markdown(page, evidence, folder), encoding="utf-8", errors="backslashreplace"
-        )
+    texts = {
+        "report.html": template("page.html.j2").render(page),
+        "report.md": _markdown(page),
+    }
+    for name, text in texts.items():
+        with atomic_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     return folder / "report.html"
 
 
@@ -73,29 +73,27 @@ def _description(evidence: Mapping[str, Any]) -> str:
     models = evidence["models"]
     if not models:
         return "Nothing has been trained yet."
-    smallest, largest = (
-        f"{extreme(model['parameters'] for model in models) / 1e6:.2g} M" for extreme in (min, max)
-    )
+    smallest, largest = _extremes(models)
     side = round(models[0]["places"] ** 0.5)
-    rehearsal = (
-        " This is a rehearsal with runs of toy length: its numbers mean nothing."
-        if evidence["rehearsal"]
-        else ""
-    )
-    images, size = (
-        number(models[0]["train_images"]),
-        f"{side} \N{MULTIPLICATION SIGN} {side} pixels",
-    )
+    rehearsal = ""
+    if evidence["rehearsal"]:
+        rehearsal = " This is a rehearsal with runs of toy length: its numbers mean nothing."
     return (
-        f"Transformers of {smallest} to {largest} parameters, pretrained without labels on "
-        f"{images} images of "
-        f"{_short(evidence['corpus'])} at {size}, and evaluated on "
-        f"{_short(evidence['labelled'])}.{rehearsal}"
+        f"Transformers of {_millions(smallest)} to {_millions(largest)} parameters, pretrained "
+        f"without labels on {number(models[0]['train_images'])} images of "
+        f"{_short(evidence['corpus'])} at {side} \N{MULTIPLICATION SIGN} {side} pixels, and "
+        f"evaluated on {_short(evidence['labelled'])}.{rehearsal}"
     )
 
 
-def _largest(models: list[dict[str, Any]]) -> dict[str, Any]:
-    return max(models, key=lambda model: int(model["parameters"]))
+def _extremes(models: list[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the smallest and the largest model."""
+    ordered = sorted(models, key=lambda model: int(model["parameters"]))
+    return ordered[0], ordered[-1]
+
+
+def _millions(model: Mapping[str, Any]) -> str:
+    return f"{model['parameters'] / 1e6:.2g} M"
 
 
 def _short(source: str) -> str:
@@ -103,18 +101,15 @@ def _short(source: str) -> str:
 
 
 def _cost(evidence: Mapping[str, Any]) -> str:
-    seconds, side_by_side = (
-        [step["seconds"] for step in evidence["steps"].values()],
-        evidence["side_by_side"] or 1,
-    )
+    seconds = [step["seconds"] for step in evidence["steps"].values()]
+    side_by_side = evidence["side_by_side"] or 1
     machines = list(dict.fromkeys(map(_where, evidence["machines"])))
+    where = f" on {machines[0]}" if machines else ""
     elsewhere = f", and on {' and '.join(machines[1:])}" if machines[1:] else ""
     return (
         f"{plural(len(seconds), 'step')} took {duration(sum(seconds))} in total, {side_by_side} "
-        "side by side "
-        f"(at least {duration(sum(seconds) / side_by_side)} of wall "
-        f"time){f' on {machines[0]}' if machines else ''}"
-        f"{elsewhere}."
+        f"side by side (at least {duration(sum(seconds) / side_by_side)} of wall time)"
+        f"{where}{elsewhere}."
     )
 
 
@@ -132,27 +127,21 @@ def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
     models = evidence["models"]
     here = dict.fromkeys(_PAPER, "not yet")
     if models:
-        largest, small = _largest(models), min(models, key=lambda model: int(model["parameters"]))
+        small, largest = _extremes(models)
         rotary = evidence["recipe"].get("positions") == "rotary"
+        muon = evidence["recipe"].get("optimizer") == "muon"
         sides = sorted({round(model["places"] ** 0.5) for model in models})
         here = {
             "pretraining images": number(largest["train_images"]),
             "images seen per model": number(max(model["images_seen"] for model in models)),
-            "parameters": (
-                f"{small['parameters'] / 1e6:.2g} M to {largest['parameters'] / 1e6:.2g} M"
-            ),
+            "parameters": f"{_millions(small)} to {_millions(largest)}",
             "FLOPs of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
             "positions": "2-D RoPE" if rotary else _PAPER["positions"],
-            "optimiser": "Muon"
-            if evidence["recipe"].get("optimizer") == "muon"
-            else "AdamW without weight decay",
+            "optimiser": "Muon" if muon else "AdamW without weight decay",
         }
-    return Table(
-        "Data and compute",
-        ("", "paper", "here"),
-        [(name, _PAPER[name], here[name]) for name in _PAPER],
-    )
+    rows = [(name, _PAPER[name], here[name]) for name in _PAPER]
+    return Table("Data and compute", ("", "paper", "here"), rows)
 
 
 def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
@@ -161,27 +150,17 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
     if asked.get("tried"):
         lead += f" Tried: {asked['tried']}"
     if asked["held"] == "not yet":
-        return [
-            Section(
-                title,
-                name,
-                absent=f"{asked['verdict']} Run the same `igpt reproduce` command to continue.",
-            )
-        ]
-    table = Table(
-        "Numbers of the figure",
-        tuple(asked["table"]["head"]),
-        [tuple(row) for row in asked["table"]["rows"]],
-    )
+        absent = f"{asked['verdict']} Run the same `igpt reproduce` command to continue."
+        return [Section(title, name, absent=absent)]
+    rows = [tuple(row) for row in asked["table"]["rows"]]
+    table = Table("Numbers of the figure", tuple(asked["table"]["head"]), rows)
     if asked["plot"]["kind"] != "pictures":
         plot = partial(comparison.plot_comparison, asked["plot"])
-        bars = " Bands and bars: 95 % intervals." + (
-            " Ring: best layer by validation accuracy." if name == "layers" else ""
-        )
+        caption = f"{asked['how']} Bands and bars: 95 % intervals."
+        if name == "layers":
+            caption += " Ring: best layer by validation accuracy."
         alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
-        return [
-            Section(title, name, lead, chart(plot, alt), caption=asked["how"] + bars, table=table)
-        ]
+        return [Section(title, name, lead, chart(plot, alt), caption=caption, table=table)]
     samples, completions = (
         _stacked(folder, kind, asked["plot"]["steps"]) for kind in ("samples", "completions")
     )
@@ -212,19 +191,19 @@ def _picture(image: Image.Image, alt: str) -> Picture:
 
 def _stacked(folder: Path, kind: str, steps: list[int]) -> Image.Image:
     """Join the pictures of all steps: samples below each other, completions side by side."""
-    found = [
-        read_picture(folder / "pictures" / f"{kind}-{step}.png").convert("RGB") for step in steps
-    ]
-    gap = 0 if kind == "samples" else 12
-    across = kind == "completions"
-    width = (
-        sum(one.width + gap for one in found) - gap if across else max(one.width for one in found)
-    )
-    height = max(one.height for one in found) if across else sum(one.height for one in found)
-    sheet, at = Image.new("RGBA", (width, height)), 0
+    folder = folder / "pictures"
+    found = [read_picture(folder / f"{kind}-{step}.png").convert("RGB") for step in steps]
+    if kind == "samples":
+        size = max(one.width for one in found), sum(one.height for one in found)
+    else:
+        size = sum(one.width + _GAP for one in found) - _GAP, max(one.height for one in found)
+    sheet, left, top = Image.new("RGBA", size), 0, 0
     for one in found:
-        sheet.paste(one, (at, 0) if across else (0, at))
-        at += one.width + gap if across else one.height
+        sheet.paste(one, (left, top))
+        if kind == "samples":
+            top += one.height
+        else:
+            left += one.width + _GAP
     return _of_few_colors(sheet)
 
 
@@ -244,11 +223,8 @@ def _figure_files(asked: Mapping[str, Any], folder: Path) -> dict[str, bytes]:
     if asked["held"] == "not yet":
         return {}
     if asked["plot"]["kind"] != "pictures":
-        return {
-            f"{asked['name']}.svg": figures.svg(
-                comparison.plot_comparison(asked["plot"]), transparent=False
-            )
-        }
+        figure = comparison.plot_comparison(asked["plot"])
+        return {f"{asked['name']}.svg": figures.svg(figure, transparent=False)}
     found = {}
     for kind in ("samples", "completions"):
         buffer = io.BytesIO()
@@ -262,17 +238,13 @@ def _models(evidence: Mapping[str, Any]) -> Table:
     for model in evidence["models"]:
         layers, width, heads = model["shape"]
         side = round(model["places"] ** 0.5)
-        rows.append(
-            (
-                model["name"],
-                f"{layers} layers, width {width}, {plural(heads, 'head')}, "
-                f"{number(model['parameters'])} parameters, "
-                f"{side} px; {number(model['images_seen'])} images in "
-                f"{duration(model['seconds'])}; validation "
-                f"loss {model['validation_loss']:.3f} (colour frequencies "
-                f"{model['unigram_loss']:.3f})",
-            )
+        text = (
+            f"{layers} layers, width {width}, {plural(heads, 'head')}, "
+            f"{number(model['parameters'])} parameters, {side} px; {number(model['images_seen'])} "
+            f"images in {duration(model['seconds'])}; validation loss "
+            f"{model['validation_loss']:.3f} (colour frequencies {model['unigram_loss']:.3f})"
         )
+        rows.append((model["name"], text))
     return Table("Pretrained models", (), rows)
 
 
@@ -288,12 +260,11 @@ def _machine(evidence: Mapping[str, Any]) -> Table:
 
 
 def _steps(evidence: Mapping[str, Any]) -> Table:
-    return Table(
-        "Steps", (), [(name, duration(step["seconds"])) for name, step in evidence["steps"].items()]
-    )
+    rows = [(name, duration(step["seconds"])) for name, step in evidence["steps"].items()]
+    return Table("Steps", (), rows)
 
 
-def _markdown(page: Mapping[str, Any], evidence: Mapping[str, Any], folder: Path) -> str:
+def _markdown(page: Mapping[str, Any]) -> str:
     lines = [f"# {page['title']}", "", page["description"], "", page["state"], ""]
     for table in page["tables"]:
         lines += _markdown_table(table)
