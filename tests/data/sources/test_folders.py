@@ -300,13 +300,15 @@ def test_an_unreadable_folder_is_named(picture: Callable[..., bytes]):
         "    try: open_source(source)\n"
         "    except ValueError as error: print(error)\n"
     )
-    with tempfile.TemporaryDirectory() as folder:  # pytest's own folders are closed to other users
-        folders = [Path(folder) / name for name in ("all", "some/a/closed")]
+    with (
+        tempfile.TemporaryDirectory() as temporary
+    ):  # pytest's own folders are closed to other users
+        folders = [Path(temporary) / name for name in ("all", "some/a/closed")]
         for folder in folders:
             folder.mkdir(parents=True)
             (folder / "1.png").write_bytes(picture(0))
             folder.chmod(0)
-        Path(folder).chmod(0o755)
+        Path(temporary).chmod(0o755)
         command = [sys.executable, "-c", program, str(folders[0]), str(folders[1].parents[1])]
         done = subprocess.run(command, capture_output=True, text=True)
     assert re.fullmatch(

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,11 +71,11 @@ def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) 
         for file in [file for file in files if FILE_NAME not in columns[file]]:
             left_out.add(f"metadata files without a column {FILE_NAME}", file)
             del columns[file]
-    homes = _homes(folder, columns)
+    parents = _parents(folder, columns)
     for file, found in columns.items():
         if FILE_NAME not in found:
             raise _no_file_name(folder / file, found)
-    column = _label_column(folder, list(columns), columns, label)
+    column = _label_column(folder, columns, label)
     # Unused columns in their order, by the name of the file.
     unused: dict[str, dict[str, None]] = {}
     for file, names_of_columns in columns.items():
@@ -87,18 +88,17 @@ def describe(folder: Path, names: Any, files: Sequence[str], label: str | None) 
     position = pa.nulls(len(names), pa.int64())
     owned = pc.is_valid(position)
     values, rows = [], 0
-    for home in sorted(homes, key=lambda home: (-home.count("/"), home)):
-        file = homes[home]
+    for parent in sorted(parents, key=lambda parent: (-parent.count("/"), parent)):
+        file = parents[parent]
         described, words, repeated = _read(
             folder / file, column if column in columns[file] else None
         )
         if repeated:
-            left_out.add(
-                f"further rows of {PurePosixPath(file).name}", repeated[0], count=len(repeated)
-            )
-        inside = pc.starts_with(names, home)
+            rows_of = f"further rows of {PurePosixPath(file).name}"
+            left_out.add(rows_of, repeated[0], count=len(repeated))
+        inside = pc.starts_with(names, parent)
         own = pc.and_(inside, pc.invert(owned))
-        relative = pc.utf8_slice_codeunits(names, len(home))
+        relative = pc.utf8_slice_codeunits(names, len(parent))
         _require_there(folder, file, described, pc.filter(relative, inside), names)
         row = pc.index_in(relative, value_set=described)
         position = pc.if_else(own, pc.add(row.cast(pa.int64()), rows), position)
@@ -141,17 +141,17 @@ def read_annotations(path: Path) -> dict[str, str]:
     return found
 
 
-def _homes(folder: Path, files: Iterable[str]) -> dict[str, str]:
+def _parents(folder: Path, files: Iterable[str]) -> dict[str, str]:
     """Return the metadata file of each folder with one; folders end with a slash or are empty."""
-    homes: dict[str, str] = {}
+    parents: dict[str, str] = {}
     for file in files:
-        home = file[: file.rfind("/") + 1]
-        if home in homes:
+        parent = file[: file.rfind("/") + 1]
+        other = parents.setdefault(parent, file)
+        if other != file:
             raise InputError(
-                f"{folder / home} has two metadata files, {homes[home]} and {file}; keep one"
+                f"{folder / parent} has two metadata files, {other} and {file}; keep one"
             )
-        homes[home] = file
-    return homes
+    return parents
 
 
 def _further_columns(columns: Mapping[str, Sequence[str]]) -> list[str]:
@@ -161,22 +161,20 @@ def _further_columns(columns: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _label_column(
-    folder: Path, files: Sequence[str], columns: dict[str, list[str]], label: str | None
+    folder: Path, columns: Mapping[str, Sequence[str]], label: str | None
 ) -> str | None:
     known = _further_columns(columns)
     if label == "none":
         return None
     if label is not None:
         if label not in known:
-            raise InputError(
-                f"{folder / files[0]} has no column {label!r}; {suggest(label, [*known, 'none'])}"
-            )
+            first, near = folder / next(iter(columns)), suggest(label, [*known, "none"])
+            raise InputError(f"{first} has no column {label!r}; {near}")
         return label
     if LABEL in known:
         return LABEL
-    named = {
-        name for file in files if file.endswith(".parquet") for name in _class_names(folder / file)
-    }
+    parquet = [folder / file for file in columns if file.endswith(".parquet")]
+    named = {name for path in parquet for name in _class_names(path)}
     return named.pop() if len(named) == 1 else None
 
 
@@ -259,28 +257,19 @@ def _read(path: Path, column: str | None) -> tuple[Any, Any, list[str]]:
 
     kind = pa.large_string()
     names, words = [pa.array([], kind)], [pa.array([], kind)]
-    chunk: list[tuple[str, str | None]] = []
-
-    def flush() -> None:
-        names.append(pa.array([name for name, _ in chunk], kind))
-        words.append(pa.array([word for _, word in chunk], kind))
-        chunk.clear()
-
+    pairs = _pairs(path, column)
     try:
-        for pair in _pairs(path, column):
-            chunk.append(pair)
-            if len(chunk) == _CHUNK:
-                flush()
-        flush()
+        while chunk := list(islice(pairs, _CHUNK)):
+            names.append(pa.array([name for name, _ in chunk], kind))
+            words.append(pa.array([word for _, word in chunk], kind))
     except UnicodeEncodeError as error:
         raise InputError(f"{path} holds {error.object!r}, which is not UTF-8") from None
     described, classes = pa.concat_arrays(names), pa.concat_arrays(words)
     if len(pc.unique(described)) == len(described):
         return described, classes, []
     seen, kept, repeated = dict[str, str | None](), list[int](), list[str]()
-    for row, (name, word) in enumerate(
-        zip(described.to_pylist(), classes.to_pylist(), strict=True)
-    ):
+    rows = zip(described.to_pylist(), classes.to_pylist(), strict=True)
+    for row, (name, word) in enumerate(rows):
         if name not in seen:
             seen[name] = word
             kept.append(row)
@@ -354,9 +343,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
                 if not cells or (len(cells) == 1 and not cells[0].strip()):
                     continue
                 if header is None:
-                    header = [cell.strip() for cell in cells]
-                    yield reader.line_num, header
-                    continue
+                    header = cells = [cell.strip() for cell in cells]
                 if len(cells) != len(header):
                     advice = "; put cells with commas into quotation marks"
                     raise InputError(
@@ -401,13 +388,10 @@ def _json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _parquet_rows(path: Path, column: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number, from 1, and two columns of each row."""
-    number = 0
     columns = [FILE_NAME, *([column] if column else [])]
     with opened_parquet(str(path)) as parquet:
-        for batch in parquet.iter_batches(_CHUNK, columns=columns, use_threads=False):
-            for row in batch.to_pylist():
-                number += 1
-                yield number, row
+        batches = parquet.iter_batches(_CHUNK, columns=columns, use_threads=False)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def _class_names(path: Path) -> dict[str, list[str]]:

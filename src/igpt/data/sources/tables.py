@@ -1,7 +1,8 @@
 """Tables of images: Parquet and Arrow files, folders written by `datasets`, and the Hub."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,11 +61,9 @@ class ParquetTable:
     features: Mapping[str, Any]
 
     @classmethod
-    def open(cls, files: Iterable[str], features: Mapping[str, Any] | None) -> "ParquetTable":
+    def open(cls, files: Sequence[str], features: Mapping[str, Any] | None) -> "ParquetTable":
         """Read the footers of the files, which hold the number of rows and the columns."""
         from datasets import Features
-
-        files = tuple(files)
 
         def footer(file: str) -> tuple[int, Any]:
             with opened_parquet(file) as parquet:
@@ -80,7 +79,7 @@ class ParquetTable:
                     f"{file} has other columns than {files[0]}, or other class names: "
                     f"{', '.join(found)}"
                 )
-        return cls(files, tuple(count for count, _ in footers), features or columns[0])
+        return cls(tuple(files), tuple(count for count, _ in footers), features or columns[0])
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -138,16 +137,16 @@ def open_tables(
         notes.append(
             f"no labels: {source} has the columns {listed(unused)}; --label-column names one"
         )
-    readers: dict[str, Reader] = {
-        split: table.rows(image, column) for split, table in tables.items()
-    }
+    readers: dict[str, Reader] = {}
+    for split, table in tables.items():
+        readers[split] = table.rows(image, column)
     return Opened(readers, names, left_out, notes)
 
 
 def _class_names(tables: Mapping[str, Table], label: str | None, source: str) -> list[str] | None:
     if label is None:
         return None
-    names = getattr(tables["train"].features[label], "names", None)
+    names: list[str] | None = getattr(tables["train"].features[label], "names", None)
     if names is None:
         words = {}
         for split, table in tables.items():
@@ -189,9 +188,7 @@ def _image_column(features: Mapping[str, Any], wanted: str | None, source: str) 
         return wanted
     images = [name for name, feature in features.items() if _is_image(feature)]
     if len(images) != 1:
-        problem = (
-            "no image column" if not images else f"several image columns ({', '.join(images)})"
-        )
+        problem = f"several image columns ({', '.join(images)})" if images else "no image column"
         raise InputError(
             f"{source} has {problem}; name one with --image-column from: {', '.join(features)}"
         )
@@ -245,12 +242,8 @@ def load_file(path: Path) -> dict[str, Table]:
     if path.suffix == ".parquet":
         return {"train": _open_parquet([str(path)], None)}
     datasets.disable_progress_bars()
-    try:
+    with _all_errors(f"{path} is not readable as Arrow"):
         return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
-    except InputError:
-        raise
-    except Exception as error:  # `datasets`, Arrow and file systems raise errors of many types.
-        raise InputError(f"{path} is not readable as Arrow: {_reason(error)}") from None
 
 
 def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
@@ -273,7 +266,7 @@ def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
     for file in files:
         require_regular(path / file)
     datasets.disable_progress_bars()
-    try:
+    with _all_errors(f"cannot load {str(path)!r}: its files are not readable as images"):
         builder = datasets.load_dataset_builder(str(path.resolve()))
         used = [str(file) for of_split in builder.config.data_files.values() for file in of_split]
         others = [file for file in used if Path(file).suffix not in (".parquet", ".arrow")]
@@ -284,12 +277,6 @@ def load_folder(path: Path, files: Sequence[str]) -> dict[str, Table]:
                 f"({wrong.name}); move the {Path(files[0]).suffix} files to another folder"
             )
         tables = _build(builder)
-    except InputError:
-        raise
-    except Exception as error:  # `datasets`, Arrow and file systems raise errors of many types.
-        raise InputError(
-            f"cannot load {str(path)!r}: its files are not readable as images ({_reason(error)})"
-        ) from None
     _require_all(path, files, used)
     return tables
 
@@ -349,12 +336,8 @@ def _load_saved(folder: Path) -> Table:
                 "set again"
             )
         require_regular(folder / name)
-    try:
+    with _all_errors(f"{folder} is not readable as a saved data set"):
         return ArrowTable(datasets.Dataset.load_from_disk(str(folder)))
-    except Exception as error:  # `datasets` checks little of what it reads.
-        raise InputError(
-            f"{folder} is not readable as a saved data set: {_reason(error)}"
-        ) from None
 
 
 def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
@@ -364,18 +347,41 @@ def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
         InputError: it cannot be loaded, or streaming was requested and it is not in Parquet.
     """
     import datasets
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     datasets.disable_progress_bars()
+    offline = datasets.config.HF_HUB_OFFLINE
+    # Ask the Hub once: without a network, `load_dataset` retries for half a minute with warnings.
     try:
-        return _load_from_hub(name, config, stream=stream)
+        if not offline:
+            HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except HfHubHTTPError:
+        pass  # The Hub has answered; `load_dataset` reports its answer.
+    except Exception:  # Networks fail in many ways; the cache may have the data set.
+        datasets.config.HF_HUB_OFFLINE = True
+    source = f"{name}:{config}" if config else name
+    try:
+        with _all_errors(
+            f"cannot load {source!r}: there is no such folder, and no such data set can be reached "
+            "on the Hub, or its files are not readable as images"
+        ):
+            if stream:
+                return _build(datasets.load_dataset_builder(name, config or None), local=False)
+            return _arrow(datasets.load_dataset(name, config or None))
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+@contextmanager
+def _all_errors(problem: str) -> Iterator[None]:
+    """Raise an `InputError` for errors of `datasets`, Arrow and networks, which have any type."""
+    try:
+        yield
     except InputError:
         raise
-    except Exception as error:  # `datasets`, the Hub's client and networks raise many types.
-        source = f"{name}:{config}" if config else name
-        raise InputError(
-            f"cannot load {source!r}: there is no such folder, and no such data set can be reached "
-            f"on the Hub, or its files are not readable as images ({_reason(error)})"
-        ) from None
+    except Exception as error:
+        raise InputError(f"{problem} ({_reason(error)})") from None
 
 
 def _reason(error: Exception) -> str:
@@ -393,15 +399,9 @@ def _arrow(loaded: Mapping[str, Any]) -> dict[str, Table]:
     return {str(split): ArrowTable(table) for split, table in loaded.items()}
 
 
-def _open_parquet(files: Iterable[str], features: Mapping[str, Any] | None) -> ParquetTable:
-    try:
+def _open_parquet(files: Sequence[str], features: Mapping[str, Any] | None) -> ParquetTable:
+    with _all_errors(f"{files[0]} is not readable as Parquet of `datasets`"):
         return ParquetTable.open(files, features)
-    except InputError:
-        raise
-    except Exception as error:  # The file's description of its columns may hold anything.
-        raise InputError(
-            f"{next(iter(files))} is not readable as Parquet of `datasets`: {_reason(error)}"
-        ) from None
 
 
 def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
@@ -436,25 +436,3 @@ def _require_all(folder: Path, present: Sequence[str], used: Sequence[str]) -> N
             f"have no split in their names ({left} is the first), and others do; name all in the "
             "same way, or give one file"
         )
-
-
-def _load_from_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
-    import datasets
-    from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
-
-    offline = datasets.config.HF_HUB_OFFLINE
-    # Ask the Hub once: without a network, `load_dataset` retries for half a minute with warnings.
-    try:
-        if not offline:
-            HfApi().dataset_info(name, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:
-        pass  # The Hub has answered; `load_dataset` reports its answer.
-    except Exception:  # Networks fail in many ways; the cache may have the data set.
-        datasets.config.HF_HUB_OFFLINE = True
-    try:
-        if stream:
-            return _build(datasets.load_dataset_builder(name, config or None), local=False)
-        return _arrow(datasets.load_dataset(name, config or None))
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
