@@ -10,11 +10,10 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator
 
 from igpt.data.sources.readers import digest
 from igpt.data.sources.unpacking import CacheIndex, Mapped, cached, folder_in, unpack, unpickle
@@ -124,12 +123,6 @@ _STL10 = _Layout(
 )
 
 
-def _file_and_count(part: list[str | int]) -> list[str | int]:
-    if [type(value) for value in part] != [str, int]:
-        raise ValueError("the name of a file and its number of images are needed")
-    return part
-
-
 class _LabelIndex(CacheIndex):
     """Index of the labels of tokens: the class names by column."""
 
@@ -137,9 +130,9 @@ class _LabelIndex(CacheIndex):
 
 
 class _ImageIndex(_LabelIndex):
-    """Index of images: the files of each split, and the number of images in each."""
+    """Index of images: the files of each split, in order, and the number of images in each."""
 
-    parts: dict[str, list[Annotated[list[str | int], AfterValidator(_file_and_count)]]]
+    parts: dict[str, dict[str, int]]
 
 
 _LAYOUTS = _CIFAR10, _CIFAR100, _STL10
@@ -199,22 +192,18 @@ def _find(path: Path) -> tuple[_Layout, Path] | None:
         # is reported later.
         if sum((path / name).is_file() for name in layout.files) >= 2:
             return layout, path
-    inner = [
-        (layout, path / layout.folder) for layout in _LAYOUTS if (path / layout.folder).is_dir()
-    ]
+    inner = [(layout, path / layout.folder) for layout in _LAYOUTS]
+    inner = [(layout, folder) for layout, folder in inner if folder.is_dir()]
     if len(inner) > 1:
-        raise InputError(
-            "there are several data sets; give one: "
-            + ", ".join(str(folder) for _, folder in inner)
-        )
+        folders = ", ".join(str(folder) for _, folder in inner)
+        raise InputError(f"there are several data sets; give one: {folders}")
     return inner[0] if inner else None
 
 
 def _column(columns: tuple[str, ...], wanted: str | None) -> str | None:
     if wanted is not None and wanted not in (*columns, "none"):
-        raise InputError(
-            f"no label column {wanted!r}; choose from: {', '.join([*columns, 'none'])}"
-        )
+        choices = ", ".join([*columns, "none"])
+        raise InputError(f"no label column {wanted!r}; choose from: {choices}")
     return None if wanted == "none" else wanted or next(iter(columns), None)
 
 
@@ -243,12 +232,11 @@ def _open_images(layout: _Layout, path: Path, label_column: str | None) -> _Open
     folder = cache / layout.folder if packed else path.absolute()
     splits: dict[str, ArrayRows | TokenRows] = {}
     for split, held in index["parts"].items():
-        parts = tuple((name, count) for name, count in held)
-        data = (
-            Mapped(folder / parts[0][0], (parts[0][1], *_STL10_SHAPE))
-            if raw
-            else Mapped(cache / f"{split}.npy")
-        )
+        parts = tuple(held.items())
+        data = Mapped(cache / f"{split}.npy")
+        if raw:
+            file, count = parts[0]
+            data = Mapped(folder / file, (count, *_STL10_SHAPE))
         splits[split] = ArrayRows(data, _labels(cache, split, column), parts, transposed=raw)
     return splits, index["classes"][column] if column else None
 
@@ -270,7 +258,7 @@ def _store_cifar(layout: _Layout, folder: Path, cache: Path) -> dict[str, Any]:
         column: [name.decode(errors="replace") for name in names]
         for column, names in zip(layout.columns, named, strict=True)
     }
-    parts: dict[str, list[tuple[str, int]]] = {split: [] for split in layout.splits}
+    parts: dict[str, dict[str, int]] = {split: {} for split in layout.splits}
     for split, files in layout.splits.items():
         arrays: dict[str, list[NDArray[Any]]] = {}
         for file in files:
@@ -287,7 +275,7 @@ def _store_cifar(layout: _Layout, folder: Path, cache: Path) -> dict[str, Any]:
             for (column, names), values in zip(classes.items(), labels, strict=True):
                 numbers = _class_numbers(values, len(images), len(names), file)
                 arrays.setdefault(f"{split}.{column}", []).append(numbers)
-            parts[split].append((file, len(images)))
+            parts[split][file] = len(images)
         for name, pieces in arrays.items():
             np.save(cache / f"{name}.npy", np.concatenate(pieces))
     return {"classes": classes, "parts": parts}
@@ -303,7 +291,7 @@ def _store_stl10(folder: Path, cache: Path) -> dict[str, Any]:
             raise InputError(
                 f"{file} is cut off: {size} bytes, not a whole number of images of {each} bytes"
             )
-        parts[split] = [(file, size // each)]
+        parts[split] = {file: size // each}
         for label_file in label_files:
             values = np.fromfile(folder / label_file, np.uint8)
             numbers = _class_numbers(values, size // each, len(classes), label_file, first=1)
@@ -312,22 +300,18 @@ def _store_stl10(folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def _open_tokens(prefix: Path, label_column: str | None) -> _Opened:
-    tokens = {
-        split: Mapped(Path(f"{prefix}_{short}X.npy").absolute())
-        for split, short in _TOKEN_FILES.items()
-    }
-    tokens = {split: data for split, data in tokens.items() if data.path.is_file()}
-    label_files = {split: Path(f"{prefix}_{_TOKEN_FILES[split]}Y.npy") for split in tokens}
-    label_files = {split: file for split, file in label_files.items() if file.is_file()}
+    tokens, label_files = dict[str, Mapped](), dict[str, Path]()
+    for split, short in _TOKEN_FILES.items():
+        file, label_file = Path(f"{prefix}_{short}X.npy"), Path(f"{prefix}_{short}Y.npy")
+        if file.is_file():
+            tokens[split] = Mapped(file.absolute())
+            if label_file.is_file():
+                label_files[split] = label_file
     column = _column(("label",) if label_files else (), label_column)
     for data in tokens.values():
         kind, shape = data.array.dtype, data.array.shape
-        if (
-            kind.kind not in "iu"
-            or len(shape) != 2
-            or 0 in shape
-            or math.isqrt(shape[1]) ** 2 != shape[1]
-        ):
+        is_square = len(shape) == 2 and math.isqrt(shape[1]) ** 2 == shape[1]
+        if kind.kind not in "iu" or 0 in shape or not is_square:
             raise InputError(
                 f"{data.path.name} is {kind} {list(shape)}; tokens are integers [N, n], n a square "
                 "number"
@@ -351,10 +335,11 @@ def _open_tokens(prefix: Path, label_column: str | None) -> _Opened:
         cache, index = cached(files, fill, _LabelIndex)
         labels = {split: _labels(cache, split, column) for split in tokens}
         class_names = index["classes"][column]
-    parts = {split: ((data.path.name, len(data.array)),) for split, data in tokens.items()}
-    return {
-        split: TokenRows(data, labels.get(split), parts[split]) for split, data in tokens.items()
-    }, class_names
+    splits: dict[str, ArrayRows | TokenRows] = {}
+    for split, data in tokens.items():
+        parts = ((data.path.name, len(data.array)),)
+        splits[split] = TokenRows(data, labels.get(split), parts)
+    return splits, class_names
 
 
 def _plain_labels(labels: NDArray[Any], images: int, file: str) -> NDArray[np.int32]:
