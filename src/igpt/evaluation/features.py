@@ -126,39 +126,29 @@ def stored(
         raise InputError(f"{folder} holds something else than features; name another folder")
     if (folder / MANIFEST).exists():
         found = read_json(folder / MANIFEST, "features")
-        same = {
-            key for key in what.keys() & found.keys() if _as_json(found[key]) == _as_json(what[key])
-        }
-        other = sorted({*what, *found} - same)
-        if other:
+        # As JSON, True and 1 differ, and 0.15 is 0.15.
+        ours, theirs = (
+            {(key, json.dumps(one[key], sort_keys=True)) for key in one} for one in (what, found)
+        )
+        if other := sorted({key for key, _ in ours ^ theirs}):
             raise InputError(
                 f"{folder} holds features of another model or of other images "
-                f"({', '.join(other)[:200]} in "
-                f"{MANIFEST} differ); name another folder"
+                f"({', '.join(other)[:200]} in {MANIFEST} differ); name another folder"
             )
     else:
-        header = {
-            "descr": "<f4",
-            "fortran_order": False,
-            "shape": (len(split), model.config.n_embd),
-        }
+        shape = (len(split), model.config.n_embd)
+        header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+        batches = pooled(model, split, masking=masking, precision=precision, progress=progress)
         with atomic_folder(folder) as temporary:
             with ExitStack() as stack:
                 opened = [stack.enter_context((temporary / name).open("wb")) for name in files]
                 for file in opened:
                     np.lib.format.write_array_header_1_0(file, header)
-                for batch in pooled(
-                    model, split, masking=masking, precision=precision, progress=progress
-                ):
+                for batch in batches:
                     for file, layer in zip(opened, batch.astype("<f4"), strict=True):
                         file.write(layer.tobytes())
             write_json(temporary / MANIFEST, what)
     return [_mapped(folder / name, (len(split), model.config.n_embd)) for name in files]
-
-
-def _as_json(value: Any) -> str:
-    """Return the text of a value, in which True and 1 differ, and 0.15 is 0.15."""
-    return json.dumps(value, sort_keys=True)
 
 
 def _mapped(path: Path, shape: tuple[int, int]) -> NDArray[np.float32]:
@@ -262,8 +252,7 @@ def require_match(model: ImageGPT, data: TokenDataset) -> None:
     if data.resolution != model.config.resolution:
         raise InputError(
             f"the model sees {model.config.resolution} px, {data.path} has {data.resolution} px; "
-            "prepare the images "
-            f"with --size {model.config.resolution}"
+            f"prepare the images with --size {model.config.resolution}"
         )
     if model.palette is None:
         raise InputError("the model's directory holds no palette; add its preprocessor_config.json")

@@ -123,13 +123,12 @@ class Images:
 
     def of(self, layers: Sequence[int]) -> "Images":
         """Return the images with the features of some layers only, concatenated."""
+        if len(layers) == 1:
+            return replace(self, features=[[draw[layers[0]]] for draw in self.features])
         chosen = [
             [ConcatenatedColumns([draw[layer] for layer in layers])] for draw in self.features
         ]
-        return replace(
-            self,
-            features=chosen if len(layers) > 1 else [[draw[layers[0]]] for draw in self.features],
-        )
+        return replace(self, features=chosen)
 
 
 def probe(
@@ -169,15 +168,11 @@ def probe(
         raise InputError("name each layer once, and two or more to concatenate")
     if config.masks:
         model.config.trained_as.require("masked", "masking at test time")
-    limits = dict.fromkeys(SPLITS, config.limit) | (
-        {"test": config.test_images} if config.test_images else {}
-    )
+    limits: dict[str, int | None] = dict.fromkeys(SPLITS, config.limit)
+    limits["test"] = config.test_images or config.limit
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
-    require_classes(
-        {name: split for name, (split, _) in sampled.items()},
-        len(data.class_names or ()),
-        "a probe",
-    )
+    splits = {name: split for name, (split, _) in sampled.items()}
+    require_classes(splits, len(data.class_names or ()), "a probe")
     if config.labels_per_class:  # invalid settings are refused before the work
         subset_per_class(sampled["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
@@ -210,21 +205,17 @@ def _probe(
     device = model.device
     fit = partial(fit_and_test, config=config, device=device)
     result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
-    readout = ProbeClassifier.of(
-        best, result["best_layer"], tuple((data.class_names or [])[number] for number in known)
-    )
+    class_names = tuple((data.class_names or [])[number] for number in known)
+    readout = ProbeClassifier.of(best, result["best_layer"], class_names)
     if config.concatenate:
         say("concatenated layers", 0, 1)
         row, _ = fit({name: images.of(config.concatenate) for name, images in found.items()})
         result["concatenated"] = {"layers": list(config.concatenate), **row}
     if config.labels_per_class:
-        chosen = {name: images.of([result["best_layer"]]) for name, images in found.items()}
+        layer = result["best_layer"]
+        chosen = {name: images.of([layer]) for name, images in found.items()}
         result["few_labels"] = [
-            {
-                "per_class": count,
-                "layer": result["best_layer"],
-                **few_labels(chosen, count, config, device),
-            }
+            {"per_class": count, "layer": layer, **few_labels(chosen, count, config, device)}
             for count in config.labels_per_class
         ]
     compared: dict[str, Any] = {}
@@ -355,13 +346,10 @@ def fit_and_test(
         a row of `probe.json`, and the classifier that was tested.
     """
     train, validation, test = (found[name] for name in SPLITS)
-    name, settings = (
-        ("regularisation", config.strengths)
-        if config.solver == "lbfgs"
-        else ("learning_rate", config.learning_rates)
-    )
+    name, settings = "regularisation", config.strengths
     solve: Callable[..., Classifiers] = fit_lbfgs
     if config.solver == "sgd":
+        name, settings = "learning_rate", config.learning_rates
         solve = partial(fit_sgd, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
     fitted = solve(train.features[0][0], train.labels, settings, device=device)
     right = _right(fitted, validation, config.seed).sum(axis=1)
@@ -392,9 +380,8 @@ def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bo
     answers = predicted[0]
     if len(predicted) > 1:
         classes = np.arange(classifiers.coef.shape[1])
-        votes = (
-            (each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1)
-        )  # S of [N, C]
+        # S of [N, C]
+        votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
     right: NDArray[np.bool_] = answers == images.labels
     return right

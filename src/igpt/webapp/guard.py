@@ -120,20 +120,16 @@ class Guard:
                 await self.program(scope, received, watched)
         except Exception as error:
             if limit.expired():
-                if not begun:
-                    await _answer(scope, send, 408, "the request did not arrive in time")
-                elif not ended:
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                status, answer = 408, "the request did not arrive in time"
+            elif type(error).__name__ == "ClientDisconnect":  # Starlette's
                 return
-            if (
-                type(error).__name__ == "ClientDisconnect"
-            ):  # Starlette's: the client has disconnected
-                return
-            reason = " ".join(str(error).split())[:200]
-            asked = f"{scope.get('method', scope['type'])} {scope['path']}"[:200]
-            print(f"igpt app: {asked!r}: {type(error).__name__}: {reason}", file=sys.stderr)
+            else:
+                status, answer = 400, "this page cannot answer such a request"
+                reason = " ".join(str(error).split())[:200]
+                asked = f"{scope.get('method', scope['type'])} {scope['path']}"[:200]
+                print(f"igpt app: {asked!r}: {type(error).__name__}: {reason}", file=sys.stderr)
             if not begun:
-                await _answer(scope, send, 400, "this page cannot answer such a request")
+                await _answer(scope, send, status, answer)
             elif not ended:
                 await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -194,11 +190,8 @@ def _is_number(name: str) -> bool:
 def _length(headers: list[tuple[bytes, str]]) -> int | None:
     """Return the length that a request states; None if it states none."""
     lengths = [value for name, value in headers if name == b"content-length"]
-    if (
-        any(name == b"transfer-encoding" for name, _ in headers)
-        or len(lengths) != 1
-        or not lengths[0].isdecimal()
-    ):
+    in_chunks = any(name == b"transfer-encoding" for name, _ in headers)
+    if in_chunks or len(lengths) != 1 or not lengths[0].isdecimal():
         return None
     return int(lengths[0]) if len(lengths[0]) < 20 else sys.maxsize
 

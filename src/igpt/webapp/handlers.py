@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -36,17 +35,8 @@ from igpt.webapp.guard import mark_used
 
 Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
 GONE = "the image was deleted because it was not used for a while; choose it again"
-_FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "WEBP",
-    "GIF",
-    "BMP",
-    "TIFF",
-    "AVIF",
-    "PPM",
-)  # MPO: JPEG of cameras with two lenses
+# MPO: JPEG of cameras with two lenses
+_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
 _MOST_PIXELS = 50_000_000
 _TOO_MANY = "the 50 million that the page reads; make it smaller first"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
@@ -90,10 +80,9 @@ def require_moderate(encoded: bytes) -> None:
         raise InputError(
             f"{opened.format} is not read here; choose a file in one of {', '.join(_FORMATS)}"
         )
-    tags = getattr(
-        opened, "tag_v2", {}
-    )  # TIFF's decoder allocates a whole tile, however small the image is
     _require_few(opened.size)
+    # TIFF's decoder allocates a whole tile, however small the image is.
+    tags = getattr(opened, "tag_v2", {})
     _require_few((int(tags.get(_TILE_WIDTH, 0)), int(tags.get(_TILE_LENGTH, 0))))
 
 
@@ -107,16 +96,15 @@ def _webp_sides(encoded: bytes) -> tuple[int, int]:
     """Return the width and height of a WebP image without decoding it; 0 for other files."""
     if encoded[:4] != b"RIFF" or encoded[8:12] != b"WEBP" or len(encoded) < 30:
         return 0, 0
+
+    def number(first: int, last: int) -> int:
+        return int.from_bytes(encoded[first:last], "little")
+
     if encoded[12:16] == b"VP8X":
-        return 1 + int.from_bytes(encoded[24:27], "little"), 1 + int.from_bytes(
-            encoded[27:30], "little"
-        )
+        return 1 + number(24, 27), 1 + number(27, 30)
     if encoded[12:16] == b"VP8L":
-        bits = int.from_bytes(encoded[21:25], "little")
-        return 1 + bits % 2**14, 1 + (bits >> 14) % 2**14
-    return int.from_bytes(encoded[26:28], "little") % 2**14, int.from_bytes(
-        encoded[28:30], "little"
-    ) % 2**14
+        return 1 + number(21, 25) % 2**14, 1 + (number(21, 25) >> 14) % 2**14
+    return number(26, 28) % 2**14, number(28, 30) % 2**14
 
 
 def view(model: ImageGPT, tokens: Tensor) -> Shown:
@@ -137,34 +125,26 @@ def known_positions(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
     Raises:
         InputError: one of the two is something else.
     """
-    n = model.config.n_pixels
+    n, side = model.config.n_pixels, model.config.resolution
     if not seen:
-        return (
-            torch.arange(n)
-            < _whole("rows", rows, 0, model.config.resolution) * model.config.resolution
-        )
+        return torch.arange(n) < side * int(_number("rows", rows, 0, side, whole=True))
     hidden = seen.get("hidden") if isinstance(seen, dict) else None
     if not isinstance(hidden, str) or len(hidden) != n or set(hidden) - {"0", "1"}:
         raise InputError(f"hidden pixels are given by {n} characters, 1 for hidden and 0 for kept")
     return torch.tensor([one == "0" for one in hidden])
 
 
-def _whole(name: str, value: Any, low: int, high: int) -> int:
-    """Return a whole number.
+def _number(name: str, value: Any, low: int, high: int, *, whole: bool = False) -> float:
+    """Return a number.
 
     Raises:
         InputError: `value` is something else, or out of range.
     """
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not low <= value <= high
-        or value % 1
-    ):
-        raise InputError(
-            f"{name}: a whole number from {low} to {high} is needed, not {reprlib.repr(value)}"
-        )
-    return int(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high or (whole and value % 1):
+        kind, shown = "whole number" if whole else "number", reprlib.repr(value)
+        raise InputError(f"{name}: a {kind} from {low} to {high} is needed, not {shown}")
+    return value  # type: ignore[no-any-return]
 
 
 def drawings(
@@ -192,18 +172,12 @@ def drawings(
     """
     if seed is None:  # an empty field
         raise InputError("give a seed, a whole number from 0")
-    count, seed = _whole("drawings", count, 1, MOST_DRAWINGS), _whole("seed", seed, 0, LARGEST_SEED)
-    if (
-        isinstance(temperature, bool)
-        or not isinstance(temperature, int | float)
-        or not 0 <= temperature <= HOTTEST
-    ):
-        shown = reprlib.repr(temperature)
-        raise InputError(f"temperature: a number from 0 to {HOTTEST} is needed, not {shown}")
+    count = int(_number("drawings", count, 1, MOST_DRAWINGS, whole=True))
+    seed = int(_number("seed", seed, 0, LARGEST_SEED, whole=True))
+    temperature = _number("temperature", temperature, 0, HOTTEST)
     start, side, n = time.monotonic(), model.config.resolution, len(known)
-    first = (
-        _shown(model, tokens, torch.ones(1, n, dtype=torch.bool), ["original"]) if original else []
-    )
+    everything = torch.ones(1, n, dtype=torch.bool)
+    first = _shown(model, tokens, everything, ["original"]) if original else []
     captions = [f"drawing {number + 1}" for number in range(count)]
     batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
     yield [first + _shown(model, batch, settled, captions), "Starting ..."]
@@ -227,14 +201,13 @@ def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]
     clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
     colors = decode_images(model, tokens.where(settled, 0))
     images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
+    pictures = [
+        encode(Image.fromarray(image if image[..., 3].min() == 0 else image[..., :3]))
+        for image in images
+    ]
     return [
-        {
-            "caption": caption,
-            "picture": encode(
-                Image.fromarray(image if image[..., 3].min() == 0 else image[..., :3])
-            ),
-        }
-        for caption, image in zip(captions, images, strict=True)
+        {"caption": caption, "picture": picture}
+        for caption, picture in zip(captions, pictures, strict=True)
     ]
 
 
@@ -246,18 +219,14 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
     tokens = tokens.to(model.device)
     losses = pixel_losses(model(tokens), tokens)[0].double().cpu().numpy()  # [n]
     result, blind = summary(losses.mean(keepdims=True)), math.log(model.config.n_colors)
-    shares = (
-        (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)
-    )  # of a palette of one colour: 0
-    colors: NDArray[np.uint8] = (
-        (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
-    )
+    # A palette of one colour has losses of 0.
+    shares = (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)
+    colors = (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
     return [{"caption": "loss of each pixel", "picture": encode(Image.fromarray(colors))}], (
         f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} "
-        "bits/pixel) on average. Pixels "
-        f"that the model foresaw are dark blue (0 nats); yellow ones cost {blind:.2f} nats or "
-        "more, as much as a blind "
-        f"guess among {model.config.n_colors} colours."
+        "bits/pixel) on average. Pixels that the model foresaw are dark blue (0 nats); yellow ones "
+        f"cost {blind:.2f} nats or more, as much as a blind guess among {model.config.n_colors} "
+        "colours."
     )
 
 
@@ -282,15 +251,11 @@ def classes(
 ) -> dict[str, float]:
     """Return the probability of every class for an image, tokens [1, n]."""
     if classifier:
-        return dict(
-            zip(
-                classifier.class_names,
-                classifier.probabilities(model, tokens)[0].tolist(),
-                strict=True,
-            )
-        )
-    found = predict(model, tokens.numpy().astype(np.uint16), np.zeros(1, np.int64))
-    return dict(zip(model.config.class_names or (), found.probabilities[0].tolist(), strict=True))
+        names, found = classifier.class_names, classifier.probabilities(model, tokens)[0].tolist()
+    else:
+        predicted = predict(model, tokens.numpy().astype(np.uint16), np.zeros(1, np.int64))
+        names, found = model.config.class_names or (), predicted.probabilities[0].tolist()
+    return dict(zip(names, found, strict=True))
 
 
 def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
@@ -311,10 +276,8 @@ def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
     if not len(data["test"]):
         return []
     files = []
-    chosen: Any = decode_images(
-        model, tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"])))
-    )
-    for number, picture in enumerate(chosen):
-        files.append(folder / f"example-{number + 1}.png")
+    rows = tokens_of_split(data["test"], min(_EXAMPLES, len(data["test"])))
+    for number, picture in enumerate(decode_images(model, rows), 1):
+        files.append(folder / f"example-{number}.png")
         Image.fromarray(picture).save(files[-1])
     return files

@@ -166,8 +166,7 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
         f"# Completing images\n{millions:.1f} million parameters, trained to predict "
         f"{config.trained_as.predicts}, in images of {config.resolution} by "
         f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle "
-        "square is brought to "
-        "that size, and the model draws the pixels that you hide."
+        "square is brought to that size, and the model draws the pixels that you hide."
     )
     with gr.Row():
         with gr.Column(min_width=300):
@@ -274,42 +273,19 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         with socket.create_server((host, port), family=family) as probe:
             port = probe.getsockname()[1]  # any free port
-    except (
-        OSError,
-        OverflowError,
-        TypeError,
-        ValueError,
-    ) as error:  # the last two: not a host name
+    # The last two: not a host name.
+    except (OSError, OverflowError, TypeError, ValueError) as error:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            raise InputError(
-                f"port {port} of {host} is in use; choose another with --port"
-            ) from None
-        raise InputError(f"the page cannot be served at {host}, port {port}: {error}") from None
+            problem = f"port {port} of {host} is in use; choose another with --port"
+        else:
+            problem = f"the page cannot be served at {host}, port {port}: {error}"
+        raise InputError(problem) from None
     # Gradio sends a request to its own server to check that it is up; it must not go through a
     # proxy.
     direct = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), host, "localhost")
     os.environ["no_proxy"] = ",".join(filter(None, direct))
-    look = gr.themes.Default(
-        primary_hue="blue", font=("system-ui", "sans-serif")
-    )  # no font from another host
-    off = {
-        "share": False,
-        "ssr_mode": False,
-        "run_history": False,
-        "mcp_server": False,
-        "enable_monitoring": False,
-    }
-    options: dict[str, Any] = {
-        **off,
-        "footer_links": ["api"],
-        "max_file_size": f"{_UPLOAD}mb",
-        "css": markup.STYLE,
-    }
-    options |= {
-        "theme": look.set(block_info_text_color="*neutral_500"),
-        "prevent_thread_lock": True,
-        "quiet": True,
-    }
+    # No font from another host.
+    theme = gr.themes.Default(primary_hue="blue", font=("system-ui", "sans-serif"))
     # Larger images are refused with a message anyway.
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     names, any_number = names_of(host)
@@ -323,8 +299,22 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
         seconds=_UNUSED,
         arrival=_ARRIVAL,
     )
-    options["app_kwargs"] = {"middleware": [guard]}
-    page.launch(server_name=f"[{host}]" if ":" in host else host, server_port=port, **options)
+    page.launch(
+        server_name=f"[{host}]" if ":" in host else host,
+        server_port=port,
+        share=False,
+        ssr_mode=False,
+        run_history=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        footer_links=["api"],
+        max_file_size=f"{_UPLOAD}mb",
+        css=markup.STYLE,
+        theme=theme.set(block_info_text_color="*neutral_500"),
+        prevent_thread_lock=True,
+        quiet=True,
+        app_kwargs={"middleware": [guard]},
+    )
     return page
 
 
