@@ -157,9 +157,9 @@ def test_concatenated_and_stacked_features_read_as_one_array(tmp_path: Path) -> 
     values = np.random.default_rng(0).normal(size=(50, 6)).astype(np.float32)
     np.save(tmp_path / "a.npy", values[:, :2])
     columns = ConcatenatedColumns([np.load(tmp_path / "a.npy", mmap_mode="r"), values[:, 2:]])
-    rows = ConcatenatedRows(columns, values[:20])
+    stacked = ConcatenatedRows(columns, values[:20])
     whole = np.concatenate([values, values[:20]])
-    assert (columns.shape, rows.shape, len(rows)) == ((50, 6), (70, 6), 70)
+    assert (columns.shape, stacked.shape, len(stacked)) == ((50, 6), (70, 6), 70)
     some = np.array([69, 0, 49, 50])
     for rows in (slice(0, 10), slice(45, 60), slice(64, 999), some):
-        np.testing.assert_array_equal(rows[rows], whole[rows])
+        np.testing.assert_array_equal(stacked[rows], whole[rows])
