@@ -99,8 +99,7 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
         folders = " and ".join(sorted({str(file.parent) for file in files.values()}))
         raise InputError(
             f"nothing was uploaded to {name}: {_in_words(error, name)}; the same command tries "
-            "anew, and the files can "
-            f"be uploaded by hand too: {', '.join(files)} of {folders}"
+            f"anew, and the files can be uploaded by hand too: {', '.join(files)} of {folders}"
         ) from None
     return f"{constants.ENDPOINT}/{name}"
 

@@ -29,8 +29,7 @@ class PaletteOptions(Options):
     out: Path | None = Field(
         None,
         description="file to write (.npy, in OpenAI's format), palette.npy by default; its error "
-        "is "
-        "written to a .json file and example images to a .png file of the same name",
+        "is written to a .json file and example images to a .png file of the same name",
     )
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
 
@@ -203,8 +202,7 @@ class Inspect(Options):
     out: Path | None = Field(
         None,
         description="PNG to write, with all figures in a .json file of the same name; TOKENS.png "
-        "by "
-        "default",
+        "by default",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -235,8 +233,8 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
     made, splits = found["made"], found["splits"]
     yield (
         f"{found['path']}: {found['resolution']} px, {found['colors']} colours "
-        f"({found['fingerprint'][:12]}), "
-        f"{found['bytes'] / 1e6:.1f} MB in {found['shards']} shards, all intact"
+        f"({found['fingerprint'][:12]}), {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
+        "shards, all intact"
     )
     usual = PrepareConfig().model_dump(mode="json")
     settings = [

@@ -19,8 +19,7 @@ class Demo(Options):
     out: Path | None = Field(
         None,
         description="run directory, runs/demo or runs/demo-NAME by default; results that it "
-        "already "
-        "holds are kept",
+        "already holds are kept",
     )
     steps: int | None = Field(
         None, description="steps of pretraining; a small number gives a quick look"

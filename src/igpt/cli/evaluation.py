@@ -35,8 +35,7 @@ class Probe(Options):
     out: Path | None = Field(
         None,
         description="JSON to write, with the classifier in a .safetensors file of the same name; "
-        "by "
-        "default probe.json in the run, or in the current folder for a model without a run",
+        "by default probe.json in the run, or in the current folder for a model without a run",
     )
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
     features: Path | None = Field(
@@ -84,16 +83,15 @@ class Probe(Options):
         low, high = best["test_interval_95"]
         print(
             f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on "
-            f"{images} "
-            f"images (95 % interval {low:.1%} to {high:.1%})"
+            f"{images} images (95 % interval {low:.1%} to {high:.1%})"
         )
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:
     state = "" if row["converged"] else " (not converged)"
     return (
-        f"validation accuracy {row['validation_accuracy']:.1%}, "
-        f"test accuracy {row['test_accuracy']:.1%}{state}"
+        f"validation accuracy {row['validation_accuracy']:.1%}, test accuracy "
+        f"{row['test_accuracy']:.1%}{state}"
     )
 
 
@@ -225,8 +223,8 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         _print_left_out(others, target)
     _print_left_out(images, target)
     print(
-        f"{target}: summary{f'; {out}: every image' if out else ''}"
-        f"{f'; {maps}: losses of the pixels' if maps else ''}"
+        f"{target}: "
+        f"summary{f'; {out}: every image' if out else ''}{f'; {maps}: losses of the pixels' if maps else ''}"
     )
 
 
@@ -282,8 +280,7 @@ def _comparison(found: Mapping[str, Any] | None, name: str) -> str:
     verdict = "agrees" if found["agrees"] else "does not agree"
     return (
         f"published for {found['model']}: {found['nats_per_pixel']:.4f} nats/pixel; this loss "
-        f"{verdict} within "
-        f"{found['within']} (difference {found['difference']:+.4f})"
+        f"{verdict} within {found['within']} (difference {found['difference']:+.4f})"
     )
 
 
@@ -422,8 +419,7 @@ def _likelihood(result: Mapping[str, Any]) -> str:
         words = f"the palette's mean squared error on {palette['measured_on']} is {error}"
     return (
         f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} "
-        "bits/pixel, over "
-        f"{result['images']} {split}images of {result['source']}; {words}"
+        f"bits/pixel, over {result['images']} {split}images of {result['source']}; {words}"
     )
 
 

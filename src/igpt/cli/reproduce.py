@@ -27,8 +27,7 @@ class Reproduce(Options):
     corpus: str = Field(
         "zh-plus/tiny-imagenet",
         description="unlabelled images for pretraining, any source of igpt prepare; if it has "
-        "labels, "
-        "they are probed too",
+        "labels, they are probed too",
     )
     labelled: str = Field("uoft-cs/cifar10", description="labelled images for evaluation")
     minutes: float | None = Field(

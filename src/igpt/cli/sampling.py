@@ -62,8 +62,7 @@ class Sample(_Sampling):
     out: Path | None = Field(
         None,
         description="PNG to write; by default samples.png in the run, or in the current folder for "
-        "a "
-        "model without a run",
+        "a model without a run",
     )
     count: int = Field(16, description="number of images")
 
@@ -101,8 +100,7 @@ class Complete(_Sampling):
     mask: Path | None = Field(
         None,
         description="image whose bright pixels are generated and whose dark or transparent ones "
-        "are "
-        "kept, instead of --keep-rows",
+        "are kept, instead of --keep-rows",
     )
     completions: int = Field(4, description="completions per image")
     out: Path | None = Field(

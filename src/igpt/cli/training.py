@@ -128,12 +128,10 @@ class Finetune(Options):
             )
         low, high = result["test_interval_95"]
         announce(
-            f"{out}/model: test accuracy {result['test_accuracy']:.1%} "
-            f"(95 % interval {low:.1%} to {high:.1%}) on {result['test_images']} images; learning "
-            "rate "
+            f"{out}/model: test accuracy {result['test_accuracy']:.1%} (95 % interval {low:.1%} to "
+            f"{high:.1%}) on {result['test_images']} images; learning rate "
             f"{result['learning_rate']:g} and step {result['best_step']} were selected by "
-            "validation "
-            f"accuracy {result['validation_accuracy']:.1%}"
+            f"validation accuracy {result['validation_accuracy']:.1%}"
         )
         if "modal" in result:
             modal = result["modal"]
@@ -145,6 +143,5 @@ class Finetune(Options):
             before = result["fold_back"]["before"]["test_accuracy"]
             announce(
                 "this model was also trained on the validation images; the one selected by them "
-                "has "
-                f"test accuracy {before:.1%}"
+                f"has test accuracy {before:.1%}"
             )

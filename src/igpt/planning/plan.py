@@ -230,14 +230,12 @@ class Plan:
         settings, training = self.settings, self.training
         config, kind, name = settings.model, settings.kind, settings.gpu.upper()
         yield (
-            f"{preset} at {config.resolution} px: "
-            f"{count_parameters(config) / 1e6:,.1f} M parameters, "
-            f"{training_flops(config) / 1e9:,.0f} GFLOP per image"
+            f"{preset} at {config.resolution} px: {count_parameters(config) / 1e6:,.1f} M "
+            f"parameters, {training_flops(config) / 1e9:,.0f} GFLOP per image"
         )
         yield (
-            f"{settings.gpus} x {name}, batches of {settings.batch_size}: "
-            f"{settings.rows} images per GPU, "
-            f"{training.micro_batch_size or settings.rows} at a time, "
+            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images "
+            f"per GPU, {training.micro_batch_size or settings.rows} at a time, "
             + (
                 f"weights sharded over {training.shard}"
                 if training.shard > 1
@@ -255,8 +253,8 @@ class Plan:
         yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
         yield f"* selected activation checkpointing; the peak is at: {self.memory[chosen].moment}"
         yield (
-            f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; "
-            "the rest is for context, NCCL and fragmentation"
+            f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; the rest is for context, NCCL "
+            "and fragmentation"
         )
         yield ""
         took = f"{_number(self.gpu_hours)} GPU-hours, {_number(self.days)} days"

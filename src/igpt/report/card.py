@@ -364,8 +364,8 @@ def _score(run: Run) -> str:
     split = "" if found.get("split") == "all" else f"{found.get('split')} "
     source = _code(short_source(_score_source(run, found)))
     return (
-        f"{plural(found['images'], f'{split}image')} of {source}: "
-        f"{found['nats_per_pixel']:.4f} nats/pixel{spread}."
+        f"{plural(found['images'], f'{split}image')} of {source}: {found['nats_per_pixel']:.4f} "
+        f"nats/pixel{spread}."
     )
 
 

@@ -119,8 +119,8 @@ def describe_classifier(run: Run) -> str:
         if folded:
             text += (
                 " The classifier was then trained again, on the validation images too, for the "
-                "same number of "
-                f"epochs; test accuracy before that: {percent(folded['before']['test_accuracy'])}."
+                "same number of epochs; test accuracy before that: "
+                f"{percent(folded['before']['test_accuracy'])}."
             )
         if modal:
             text += (
@@ -142,9 +142,8 @@ def describe_probe(probe: dict[str, Any]) -> str:
     ours = best["test_accuracy"]
     text = (
         f"Linear probe: best layer {best['layer']} of {probe['layers'][-1]['layer']} by validation "
-        "accuracy, "
-        f"test accuracy {percent(ours)} on {plural(count, 'image')} "
-        f"(standard error {100 * standard_error(ours, count):.1f} points)."
+        f"accuracy, test accuracy {percent(ours)} on {plural(count, 'image')} (standard error "
+        f"{100 * standard_error(ours, count):.1f} points)."
     )
     compared = []
     if known.get("raw_pixels"):
@@ -179,8 +178,8 @@ def compare(ours: float, theirs: float, count: int, what: str) -> str:
         )
     return (
         f"The difference from {what} ({percent(theirs)}), {signed(points)} points, is within two "
-        "standard "
-        f"errors ({2 * error:.1f}): not significantly {'better' if points >= 0 else 'worse'}."
+        f"standard errors ({2 * error:.1f}): not significantly "
+        f"{'better' if points >= 0 else 'worse'}."
     )
 
 

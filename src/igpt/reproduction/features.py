@@ -36,8 +36,7 @@ def by_layer(results: Results) -> Answer:
         found.append(_peak(shares, peak))
         sentences.append(
             f"{size}: best layer {numbers[peak]} of {numbers[-1]}, {100 * shares[peak].value:.1f} "
-            "%, "
-            f"{points(shares[peak], shares[-1])} relative to the last layer"
+            f"%, {points(shares[peak], shares[-1])} relative to the last layer"
         )
         rows += [
             [
@@ -60,19 +59,16 @@ def by_layer(results: Results) -> Answer:
     total = len(found)
     verdict = (
         f"{found.count('yes')} of {total} models have a single peak at an inner layer, above the "
-        "last "
-        f"layer by more than the interval; {found.count('no')} of {total} clearly do not; the "
-        "result is "
-        f"inconclusive for {found.count('undecided')} of {total}. {'; '.join(sentences)}."
+        f"last layer by more than the interval; {found.count('no')} of {total} clearly do not; the "
+        f"result is inconclusive for {found.count('undecided')} of {total}. {'; '.join(sentences)}."
     )
     plot = {"kind": "lines", "x": "layer", "y": "probe accuracy, %", "series": lines}
     how = (
         "One pretraining run per size (seed 0). Logistic regression on features averaged over "
-        "positions: "
-        "the layer and the regularisation strength are selected on validation images, then the "
-        f"classifier is fitted to training and validation images, {', '.join(fitted)} in all (a "
-        "subset, "
-        "seed 0). Intervals: 95 %, Wilson's over test images; paired for differences."
+        "positions: the layer and the regularisation strength are selected on validation images, "
+        f"then the classifier is fitted to training and validation images, {', '.join(fitted)} in "
+        "all (a subset, seed 0). Intervals: 95 %, Wilson's over test images; paired for "
+        "differences."
     )
     table = {"head": ["", "test accuracy, % (95 %)", "n"], "rows": rows}
     return Answer(overall(found), verdict, plot, table, how)
@@ -140,12 +136,9 @@ def loss_and_probe(results: Results) -> Answer:
         )
     verdict = (
         f"A lower loss clearly gives better features in {better.count('yes')} of {len(better)} "
-        "sizes and "
-        f"clearly does not in {better.count('no')}; at equal loss, the larger model is clearly "
-        "better in "
-        f"{ahead.count('yes')} of {len(ahead)} pairs of sizes and clearly worse in "
-        f"{ahead.count('no')}. "
-        f"{'; '.join(sentences)}."
+        f"sizes and clearly does not in {better.count('no')}; at equal loss, the larger model is "
+        f"clearly better in {ahead.count('yes')} of {len(ahead)} pairs of sizes and clearly worse "
+        f"in {ahead.count('no')}. {'; '.join(sentences)}."
     )
     plot = {
         "kind": "lines",
@@ -156,10 +149,9 @@ def loss_and_probe(results: Results) -> Answer:
     }
     how = (
         "One run per size (seed 0), all on the same batches; the snapshots are from one cosine "
-        "schedule. "
-        "Every snapshot is probed on the same images, at its best layer by validation accuracy. "
-        "The "
-        "accuracy of the smaller model is interpolated linearly in the loss between its snapshots."
+        "schedule. Every snapshot is probed on the same images, at its best layer by validation "
+        "accuracy. The accuracy of the smaller model is interpolated linearly in the loss between "
+        "its snapshots."
     )
     table = {"head": ["", "validation loss", "test accuracy, % (95 %)", "n"], "rows": rows}
     return Answer(overall([*better, *ahead]), verdict, plot, table, how)
@@ -208,8 +200,8 @@ def resolution(results: Results) -> Answer:
     first, last = shares[0], shares[-1]
     held: Verdict = "yes" if clearly(last, first) else "no" if clearly(first, last) else "undecided"
     verdict = (
-        f"{sides[-1]} px minus {sides[0]} px: {points(last, first)}"
-        f"{', within the interval' if held == 'undecided' else ''}. "
+        f"{sides[-1]} px minus {sides[0]} px: "
+        f"{points(last, first)}{', within the interval' if held == 'undecided' else ''}. "
         + ", ".join(
             f"{side} px {100 * share.value:.1f} %"
             for side, share in zip(sides, shares, strict=True)
@@ -226,10 +218,8 @@ def resolution(results: Results) -> Answer:
     }
     how = (
         f"The {results.scale.resolution_size} size, {results.scale.resolution_steps:,} steps on "
-        "the same images "
-        "at every resolution, with the same palette; one run each (seed 0), probed on the same "
-        "test "
-        "images. Losses at different resolutions cannot be compared."
+        "the same images at every resolution, with the same palette; one run each (seed 0), probed "
+        "on the same test images. Losses at different resolutions cannot be compared."
     )
     table = {"head": ["resolution", "test accuracy, % (95 %)", "n"], "rows": rows}
     return Answer(held, verdict, plot, table, how)

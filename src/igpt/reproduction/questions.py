@@ -53,8 +53,7 @@ QUESTIONS = (
         "layers",
         "Which layer has the best features?",
         "Probe accuracy by layer has a single peak, at a middle layer; the last layer is 2.4 "
-        "points lower on "
-        "CIFAR-10.",
+        "points lower on CIFAR-10.",
         by_layer,
     ),
     Question(
@@ -67,16 +66,14 @@ QUESTIONS = (
         "bert",
         "Is BERT worse under the probe, and does it catch up with fine-tuning?",
         "BERT's probe accuracy is more than 1 point lower on CIFAR-10 and 6 on ImageNet; after "
-        "fine-tuning "
-        "it is level (98.6 and 99.0 %).",
+        "fine-tuning it is level (98.6 and 99.0 %).",
         bert,
     ),
     Question(
         "finetuning",
         "Is fine-tuning better than probing, training from scratch and raw pixels?",
         "Yes: CIFAR-10 96.3 % with the probe, 99.0 % fine-tuned; a probe reaches 73.2, 87.6 and "
-        "94.3 % with "
-        "4, 25 and 400 labels per class.",
+        "94.3 % with 4, 25 and 400 labels per class.",
         finetuning,
     ),
     Question(

@@ -64,12 +64,10 @@ def bert(results: Results) -> Answer:
     inputs = f"{masks} masked versions (modal prediction)" if masks else "complete images"
     how = (
         f"The {results.scale.main} size, the same number of steps on the same batches for both, "
-        "one run each "
-        "(seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation accuracy; "
-        "BERT's input: "
-        f"{inputs}. Fine-tuning: the same number of steps and the same learning rates for both, "
-        "selected "
-        "by validation accuracy; BERT is tested on complete images."
+        "one run each (seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation "
+        f"accuracy; BERT's input: {inputs}. Fine-tuning: the same number of steps and the same "
+        "learning rates for both, selected by validation accuracy; BERT is tested on complete "
+        "images."
     )
     table = {"head": ["objective", "protocol", "test accuracy, % (95 %)", "n"], "rows": rows}
     return Answer(held, verdict, plot, table, how)
@@ -109,8 +107,7 @@ def finetuning(results: Results) -> Answer:
     )
     verdict = (
         f"Fine-tuning is clearly better in {wins} of {comparisons} comparisons and clearly worse "
-        f"in {losses}. "
-        f"{'; '.join(sentences)}."
+        f"in {losses}. {'; '.join(sentences)}."
     )
     rows = [
         [kind, labels, share.cell, share.n]
@@ -140,17 +137,12 @@ def finetuning(results: Results) -> Answer:
     how = (
         f"The {scale.main} size. All labels: fine-tuning and training from scratch process at most "
         f"{images:,} images ({rate}); the step{' and the rate are' if rates else ' is'} selected "
-        "by "
-        f"validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few "
-        "labels: one "
-        f"training per label subset, on {few_images} images; means over subsets, with intervals "
-        "over "
-        "subsets (Student's) and test images (Wilson's) combined in quadrature. The layer and the "
-        "regularisation strength of the probe are those selected with all labels. Fine-tuning uses "
-        "the "
-        "joint loss; training from scratch starts from the initial weights of pretraining and uses "
-        "the "
-        "class loss alone."
+        f"by validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few "
+        f"labels: one training per label subset, on {few_images} images; means over subsets, with "
+        "intervals over subsets (Student's) and test images (Wilson's) combined in quadrature. The "
+        "layer and the regularisation strength of the probe are those selected with all labels. "
+        "Fine-tuning uses the joint loss; training from scratch starts from the initial weights of "
+        "pretraining and uses the class loss alone."
     )
     table = {"head": ["", "labels", "test accuracy, % (95 %)", "n"], "rows": rows}
     return Answer(held, verdict, plot, table, how)

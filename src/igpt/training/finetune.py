@@ -204,8 +204,8 @@ def _mask_probability(config: FinetuneConfig, pretrained: ModelConfig) -> float:
         return MASKED if config.mask_probability is None else config.mask_probability
     if config.mask_probability:
         raise InputError(
-            "--mask-probability is for BERT models; "
-            f"this one is {pretrained.objective}, and nothing is masked"
+            f"--mask-probability is for BERT models; this one is {pretrained.objective}, and "
+            "nothing is masked"
         )
     return 0.0
 
