@@ -222,10 +222,12 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         )
         _print_left_out(others, target)
     _print_left_out(images, target)
-    print(
-        f"{target}: "
-        f"summary{f'; {out}: every image' if out else ''}{f'; {maps}: losses of the pixels' if maps else ''}"
-    )
+    written = [f"{target}: summary"]
+    if out:
+        written.append(f"{out}: every image")
+    if maps:
+        written.append(f"{maps}: losses of the pixels")
+    print("; ".join(written))
 
 
 def _compare_published(options: Score, given: dict[str, Any]) -> None:

@@ -105,12 +105,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             raise InputError(f"a list or an array of images is needed, not {type(images).__name__}")
         if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
             _require_pixels(images)
-        transform, palette, tokens = (
-            Transform(self.model_.config.resolution),
-            self.model_.palette,
-            [],
-        )
+        transform, palette = Transform(self.model_.config.resolution), self.model_.palette
         assert palette is not None
+        tokens = []
         for index, image in enumerate(images):
             try:
                 tokens.append(palette.transform(transform(image)).reshape(-1))

@@ -160,10 +160,8 @@ def _lbfgs(
     value, gradient = evaluate(point, torch.arange(len(start), device=start.device))
     curvature = torch.ones_like(dot(start, start))
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []
-    iterations, stuck = (
-        torch.zeros(len(start), dtype=torch.int64),
-        torch.zeros_like(value, dtype=torch.bool),
-    )
+    iterations = torch.zeros(len(start), dtype=torch.int64)
+    stuck = torch.zeros_like(value, dtype=torch.bool)
     for _ in range(max_iterations):
         live = (gradient.flatten(1).norm(dim=1) > tolerance * value.clamp(max=1)) & ~stuck
         if not live.any():
@@ -235,11 +233,8 @@ def _cross_entropy(
     settings, width, classes = weights.shape
     flat = weights.permute(1, 0, 2).reshape(width, -1).to(rows.dtype)
     shift = intercepts.reshape(-1).to(rows.dtype)
-    loss, slope, tilt = (
-        torch.zeros_like(weights[:, 0, 0]),
-        weights.new_zeros(len(shift), width),
-        weights.new_zeros(len(shift)),
-    )
+    loss = torch.zeros_like(weights[:, 0, 0])
+    slope, tilt = weights.new_zeros(len(shift), width), weights.new_zeros(len(shift))
     for first in range(0, len(rows), _ROWS):
         block, chosen = rows[first : first + _ROWS], targets[first : first + _ROWS]
         log_shares = torch.addmm(shift, block, flat).view(-1, settings, classes).log_softmax(dim=2)
@@ -262,9 +257,7 @@ def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
     Raises:
         InputError: features that are not finite.
     """
-    mean, square = (
-        torch.zeros(features.shape[1], dtype=torch.float64, device=device) for _ in range(2)
-    )
+    mean, square = torch.zeros(2, features.shape[1], dtype=torch.float64, device=device)
     for rows in _read(features, device):
         mean += rows.sum(0, dtype=torch.float64) / len(features)
     for rows in _read(features, device):

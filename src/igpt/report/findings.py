@@ -44,27 +44,20 @@ def describe_state(run: Run) -> str:
         elif record["kind"] == "end":
             ended = record
     steps = [record["step"] for record in run.metrics if isinstance(record.get("step"), int)]
-    last, planned, size = (
-        steps[-1] if steps else 0,
-        run.config.get("steps"),
-        run.config.get("batch_size"),
-    )
+    last = steps[-1] if steps else 0
+    planned, size = run.config.get("steps"), run.config.get("batch_size")
     if ended is not None:
-        batch = f" of {plural(size, 'image')}" if isinstance(size, int) else ""
+        text = f"Finished: {plural(last, 'step')}"
+        if size is not None:
+            text += f" of {plural(size, 'image')}"
         seconds = ended.get("seconds")
-        took = (
-            f" in {duration(seconds)}"
-            if isinstance(seconds, int | float) and math.isfinite(seconds)
-            else ""
-        )
-        early = (
-            f", stopped early (at most {number(planned)})"
-            if isinstance(planned, int) and last < planned
-            else ""
-        )
-        text = f"Finished: {plural(last, 'step')}{batch}{took}{early}."
+        if seconds is not None and math.isfinite(seconds):
+            text += f" in {duration(seconds)}"
+        if planned is not None and last < planned:
+            text += f", stopped early (at most {number(planned)})"
+        text += "."
     else:
-        of = f" of {number(planned)}" if isinstance(planned, int) else ""
+        of = "" if planned is None else f" of {number(planned)}"
         text = (
             f"Not finished: the last record is of step {number(last)}{of}; the results below are "
             "from that time."
@@ -97,19 +90,16 @@ def describe_loss(run: Run) -> str:
 
 def describe_classifier(run: Run) -> str:
     """Describe a classifier's accuracy: on test images, or before the end on validation images."""
-    best, test = best_validation(run.metrics, "error"), run.test or {}
-    count = test.get("test_images")
-    if isinstance(test.get("test_accuracy"), int | float) and isinstance(count, int):
-        accuracy = test["test_accuracy"]
+    best, test = best_validation(run.metrics, "error"), run.test
+    if test is not None:
+        accuracy, count = test["test_accuracy"], test["test_images"]
         text = (
             f"Test accuracy {percent(accuracy)} on {plural(count, 'image')} (standard error "
             f"{100 * standard_error(accuracy, count):.1f} points)"
         )
-        text += (
-            "."
-            if best is None
-            else f"; step {number(best[0])} was selected by validation accuracy."
-        )
+        if best is not None:
+            text += f"; step {number(best[0])} was selected by validation accuracy"
+        text += "."
         rates, folded, modal = test.get("rates") or (), test.get("fold_back"), test.get("modal")
         if len(rates) > 1 and test.get("learning_rate") is not None:
             text += (
