@@ -42,7 +42,7 @@ def _share_cores() -> None:
 def _leave_ascii() -> None:
     """Restart Python in UTF-8 mode if file names are ASCII; it would mangle other names.
 
-    Python does so by itself in the C locale, unless it was told not to.
+    Python does so by itself in the C locale, unless it is configured not to.
     """
     if sys.getfilesystemencoding() == "ascii" and "utf8" not in sys._xoptions and sys.executable:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])

@@ -98,8 +98,8 @@ def upload(name: str, files: Mapping[str, Path], *, private: bool = False, messa
     except Exception as error:
         folders = " and ".join(sorted({str(file.parent) for file in files.values()}))
         raise InputError(
-            f"nothing was uploaded to {name}: {_in_words(error, name)}; the same command tries "
-            f"anew, and the files can be uploaded by hand too: {', '.join(files)} of {folders}"
+            f"nothing was uploaded to {name}: {_in_words(error, name)}; repeat the command, "
+            f"or upload the files by hand: {', '.join(files)} of {folders}"
         ) from None
     return f"{constants.ENDPOINT}/{name}"
 

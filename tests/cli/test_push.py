@@ -122,7 +122,7 @@ def test_mistakes_are_one_line_and_nothing_is_uploaded(
     with socket.create_server(("127.0.0.1", 0)) as server:
         nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
     by_hand = (
-        "the files can be uploaded by hand too: config.json, model.safetensors, "
+        "or upload the files by hand: config.json, model.safetensors, "
         "preprocessor_config.json, README.md"
     )
     for words, more, message in (
@@ -162,8 +162,7 @@ def test_an_upload_that_fails_commits_nothing(hub: Hub, run: Path, push: Push) -
     done = push(run, "someone/digits")
     assert done.returncode == 2
     assert (
-        "nothing was uploaded to someone/digits: it answers 400; the same command tries anew"
-        in done.stderr
+        "nothing was uploaded to someone/digits: it answers 400; repeat the command" in done.stderr
     )
     assert hub.models["someone/digits"] == {".gitattributes": b""}
     assert hub.commits == []
