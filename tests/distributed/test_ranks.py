@@ -1,8 +1,8 @@
 """Several ranks train like one process, and other numbers of ranks resume their checkpoints.
 
-Tolerances are some ten times the largest differences measured over 8 steps: 1.3e-7 in the loss
-    and of the gradient's
-norm in fp32; 4e-6 with Muon, which orthogonalizes in bf16; 6e-4 (and 2e-3 of the norm) in bf16.
+Tolerances are some ten times the largest differences measured over 8 steps: 1.3e-7 in the loss and
+of the gradient's norm in fp32; 4e-6 with Muon, which orthogonalizes in bf16; 6e-4 (and 2e-3 of the
+norm) in bf16.
 """
 
 import json

@@ -620,9 +620,9 @@ def _outputs(ending: str, base: Sequence[str]) -> Iterator[tuple[str, str, dict[
         return
     for kind, other in _OUTPUT_ENDINGS.items():
         yield kind, ending if other is None else f"new{other}", {}
-    beside = f"new{'.json' if ending != '.json' else '.png'}"
+    neighbour = f"new{'.json' if ending != '.json' else '.png'}"
     for kind in ("a FIFO", "a folder of text"):
-        yield f"{kind} beside it", f"new{ending}", {"arrange": (partial(_make, kind, beside),)}
+        yield f"{kind} next to it", f"new{ending}", {"arrange": (partial(_make, kind, neighbour),)}
 
 
 def _odd_paths(kinds: Iterable[str], name: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
