@@ -212,8 +212,7 @@ preparation.SHARD_IMAGES = (10, 10)
 pictures, folder = sys.argv[1], Path(sys.argv[2])
 
 def run(out, kill_at):
-    # Return the child's status; without a moment to kill it, it writes the number of moments next to
-    # `out`.
+    # Return the child's status; without a moment to kill it, it writes the number of moments.
     child = os.fork()
     if child == 0:
         seen = 0
