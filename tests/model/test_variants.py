@@ -20,8 +20,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, forward_flops
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
-from igpt.model.variants import apply_rope_2d
-from igpt.sampling.decoder import Decoder
+from igpt.model.variants import apply_rope_2d, rope_table
 from igpt.sampling.sampler import complete, sample
 from igpt.training.pretrain import PretrainConfig
 
@@ -135,9 +134,8 @@ def test_against_a_plain_computation(variant: dict[str, Any], objective: str) ->
 def test_rotary_products_depend_only_on_the_offset() -> None:
     generator = torch.Generator().manual_seed(3)
     q, k = torch.randn(2, 8, dtype=torch.float64, generator=generator)
-    positions = torch.arange(49)
-    rotated_k = apply_rope_2d(k.expand(49, 8), positions, 7)
-    scores = apply_rope_2d(q.expand(49, 8), positions, 7) @ rotated_k.T
+    table = rope_table(torch.arange(49), 8, 7)
+    scores = apply_rope_2d(q.expand(49, 8), table) @ apply_rope_2d(k.expand(49, 8), table).T
     grid = scores.reshape(7, 7, 7, 7)  # row, column of the query; of the key
     found = {}
     for at in np.ndindex(7, 7, 7, 7):
@@ -161,22 +159,6 @@ def test_a_pixel_changes_the_logits_of_every_later_position_and_no_other(
     after = torch.ones(25, 25, dtype=torch.bool).triu(1)
     assert (seen[~after] == 0).all()
     assert (seen[after] > 1e-9).all()
-
-
-@pytest.mark.parametrize("prefix", [0, 1, 12])
-@all_variants
-def test_cached_logits_equal_the_full_forward_at_every_position(
-    variant: dict[str, Any], prefix: int
-) -> None:
-    model = random_model(variant)
-    tokens = random_tokens(model, 3)
-    sequence = torch.cat([torch.full((3, 1), 11), tokens], 1)
-    found: list[Tensor] = []
-    decoder = Decoder(model, 3)
-    decoder.prefill(sequence[:, :prefix])
-    for _ in range(prefix, 25):
-        decoder.advance(sequence, lambda position, logits: found.append(logits))
-    torch.testing.assert_close(torch.stack(found, 1), model(tokens)[:, prefix:], rtol=0, atol=1e-12)
 
 
 @all_variants

@@ -1,78 +1,14 @@
 """Generation against the full forward pass, and its settings."""
 
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 
 from igpt.errors import InputError
-from igpt.model.config import ModelConfig
 from igpt.model.cost import cache_bytes
-from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.decoder import Decoder
-from igpt.sampling.sampler import choose, complete, generate, sample
+from igpt.sampling.sampler import complete, generate, sample
 
-
-def random_model(objective: str = "autoregressive", bias: bool = False) -> ImageGPT:
-    torch.manual_seed(0)
-    shape = {"resolution": 6, "n_colors": 11, "n_layer": 3, "n_embd": 24, "n_head": 3, "bias": bias}
-    model = ImageGPT(ModelConfig.layered(shape, {"objective": objective})).double().eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-def logits_by_steps(
-    model: ImageGPT, tokens: torch.Tensor, prefix: int, precision: Precision
-) -> torch.Tensor:
-    """Return the decoder's logits at the positions from `prefix` on, [B, n - prefix, V]."""
-    sequence = torch.cat([torch.full((len(tokens), 1), model.config.n_colors), tokens], 1)
-    said = []
-    decoder = Decoder(model, len(tokens), precision)
-    decoder.prefill(sequence[:, :prefix])
-    for _ in range(prefix, tokens.shape[1]):
-        decoder.advance(sequence, lambda position, logits: said.append(logits))
-    return torch.stack(said, 1)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("prefix", [0, 1, 17, 35])
-def test_cached_logits_equal_the_full_forward_at_every_position(prefix: int, bias: bool) -> None:
-    model = random_model(bias=bias)
-    tokens = torch.randint(0, 11, (3, 36))
-    found = logits_by_steps(model, tokens, prefix, "fp32")
-    torch.testing.assert_close(found, model(tokens)[:, prefix:], rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("batch", [1, 5])
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-5), ("bf16", 0.03)])
-def test_cached_logits_are_as_near_as_the_precision_allows(
-    precision: Precision, tolerance: float, batch: int
-) -> None:
-    """In the packed layout of the processor; the tolerance is relative to the largest logit."""
-    model = random_model().float().requires_grad_(False)
-    tokens = torch.randint(0, 11, (batch, 36))
-    expected = model(tokens)
-    found = logits_by_steps(model, tokens, 9, precision)
-    assert found.dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
-    torch.testing.assert_close(
-        found.float(), expected[:, 9:], rtol=0, atol=tolerance * expected.abs().max().item()
-    )
-
-
-def test_captured_steps_read_more_of_the_cache_than_is_filled() -> None:
-    """As on a GPU: a wider span with a mask gives the same logits but for rounding."""
-    model = random_model()
-    tokens = torch.randint(0, 11, (2, 36))
-    decoder = Decoder(model, 2)
-    decoder.prefill(torch.cat([torch.full((2, 1), 11), tokens[:, :8]], 1))
-    with torch.inference_mode():
-        for part in (part for cache in decoder.caches for part in cache):
-            part[:, :, 10:] = 100.0  # what no step may see
-    torch.testing.assert_close(
-        decoder.logits(tokens[:, 8], 36), model(tokens)[:, 9], rtol=0, atol=1e-12
-    )
+from .models import random_model
 
 
 def test_samples_depend_on_seed_and_number_alone() -> None:
@@ -86,11 +22,15 @@ def test_samples_depend_on_seed_and_number_alone() -> None:
 
 @pytest.mark.parametrize("by", ["row", "pixel"])
 def test_images_are_yielded_step_by_step(by: str) -> None:
+    """After every pass, or after passes that complete a row of all images."""
     model, originals = random_model(), torch.randint(0, 11, (2, 36))
-    steps = list(generate(model, originals, torch.arange(36) < 15, by=by, seed=1))
-    assert [int(step.known[0].sum()) for step in steps] == (
-        [18, 24, 30, 36] if by == "row" else list(range(16, 37))
-    )
+    steps = list(generate(model, originals, torch.arange(36) < 15, by=by, seed=1, window=1))
+    assert [step.known.sum(1).tolist() for step in steps] == [
+        [known] * 2 for known in ([18, 24, 30, 36] if by == "row" else range(16, 37))
+    ]
+    steps = list(generate(model, originals, torch.arange(36) < 15, by=by, seed=1, window=4))
+    assert 2 <= len(steps) <= (4 if by == "row" else 21)
+    assert steps[-1].known.all()
     for step in steps:  # what is known stays
         assert torch.equal(step.tokens[step.known], steps[-1].tokens[step.known])
     assert torch.equal(steps[-1].tokens, complete(model, originals, torch.arange(36) < 15, seed=1))
@@ -137,40 +77,6 @@ def test_many_images_are_generated_in_several_batches(
     assert reported == sorted(reported)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize(
-    "settings", [{}, {"temperature": 0.0}, {"top_k": 3}, {"top_p": 0.7}], ids=str
-)
-def test_captured_steps_give_the_samples_of_the_cpu(settings: dict[str, float]) -> None:
-    torch.manual_seed(0)
-    shape = {
-        "resolution": 14,
-        "n_colors": 11,
-        "n_layer": 3,
-        "n_embd": 24,
-        "n_head": 3,
-    }  # 196 positions: four captures
-    model = ImageGPT(ModelConfig.layered(shape)).double()
-    originals, known = torch.randint(0, 11, (3, 196)), torch.arange(196) < 20
-    expected = complete(model, originals, known, precision="fp32", **settings)
-    model.cuda()
-    assert torch.equal(
-        complete(model, originals, known, precision="fp32", **settings).cpu(), expected
-    )
-    with ThreadPoolExecutor(2) as pool:
-        jobs = [
-            pool.submit(complete, model, originals, known, precision="fp32", **settings)
-            for _ in range(2)
-        ]
-        assert all(torch.equal(job.result().cpu(), expected) for job in jobs)
-
-
-def test_top_k_takes_no_more_of_equal_colours() -> None:
-    logits = torch.zeros(1000, 5)
-    uniform = torch.linspace(0, 1, 1001, dtype=torch.float64)[:-1]
-    assert len(choose(logits, uniform, 1.0, 2, None).unique()) == 2
-
-
 def test_weights_that_break_later_are_refused() -> None:
     model = random_model()
     torch.nn.init.constant_(model.wpe.weight[30], torch.nan)
@@ -198,26 +104,6 @@ def test_same_seed_same_images_and_another_seed_others() -> None:
     model, nothing = random_model(), torch.empty(4, 0, dtype=torch.long)
     assert torch.equal(sample(model, nothing, seed=5), sample(model, nothing, seed=5))
     assert not torch.equal(sample(model, nothing, seed=5), sample(model, nothing, seed=6))
-
-
-def test_samples_follow_the_distribution() -> None:
-    logits = torch.log(torch.tensor([0.5, 0.3, 0.15, 0.05])).expand(40_000, 4)
-    uniform = torch.rand(40_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-    def shares(**settings: float) -> torch.Tensor:
-        chosen = {"temperature": 1.0, "top_k": None, "top_p": None, **settings}
-        return torch.bincount(choose(logits, uniform, **chosen), minlength=4) / len(logits)
-
-    torch.testing.assert_close(shares(), torch.tensor([0.5, 0.3, 0.15, 0.05]), rtol=0, atol=0.01)
-    torch.testing.assert_close(
-        shares(top_k=2), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.01
-    )
-    torch.testing.assert_close(
-        shares(top_p=0.6), torch.tensor([0.625, 0.375, 0, 0]), rtol=0, atol=0.01
-    )
-    torch.testing.assert_close(shares(top_p=0.2), torch.tensor([1.0, 0, 0, 0]), rtol=0, atol=0)
-    cold = torch.tensor([0.25, 0.09, 0.0225, 0.0025])
-    torch.testing.assert_close(shares(temperature=0.5), cold / cold.sum(), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize("objective", ["autoregressive", "bert"])
@@ -261,6 +147,8 @@ def test_one_greedy_round_is_one_forward_pass() -> None:
         ({"top_p": 1.5}, "top-p"),
         ({"rounds": 0}, "round"),
         ({"seed": -1}, "seed"),
+        ({"window": 0}, "at least 1 pixel"),
+        ({"precision": "int4"}, "auto, fp32, bf16 or int8"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, float], said: str) -> None:
@@ -279,3 +167,21 @@ def test_objectives_and_sizes_must_fit() -> None:
         complete(
             random_model(), torch.zeros(1, 16, dtype=torch.long), torch.ones(16, dtype=torch.bool)
         )
+
+
+def test_int8_is_for_autoregressive_models() -> None:
+    with pytest.raises(InputError, match="int8 is for models that sample pixel by pixel"):
+        complete(random_model("bert"), torch.zeros(1, 36, dtype=torch.long), 2, precision="int8")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="int8 is refused on a GPU")
+def test_int8_is_for_a_cpu() -> None:
+    with pytest.raises(InputError, match="int8 is for a CPU"):
+        complete(random_model().cuda(), torch.zeros(1, 36, dtype=torch.long), 2, precision="int8")
+
+
+def test_int8_samples_whole_images() -> None:
+    model, nothing = random_model().float(), torch.empty(3, 0, dtype=torch.long)
+    sampled = sample(model, nothing, precision="int8")
+    assert torch.equal(sampled, sample(model, nothing, precision="int8", window=1))
+    assert len(sampled.unique()) > 5

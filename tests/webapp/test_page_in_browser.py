@@ -51,7 +51,8 @@ class Work:
     def __call__(self, *inputs: Any, **settings: Any) -> Iterator[Any]:
         self.begun += 1
         try:
-            for row, state in enumerate(generate(*inputs, **settings)):
+            # With one pixel per pass, all images are in the same row.
+            for row, state in enumerate(generate(*inputs, **settings, window=1)):
                 yield state
                 while self.endless:
                     self.closed.wait(0.02)

@@ -25,7 +25,7 @@ from igpt.progress import progress_bar
 from igpt.report.page import write_report
 from igpt.report.record import baselines, best_validation, read_metrics, read_run
 from igpt.sampling.grids import save_completions, save_samples
-from igpt.sampling.sampler import SamplingSettings
+from igpt.sampling.jobs import SamplingSettings
 from igpt.training.presets import preset
 from igpt.training.pretrain import PretrainConfig, pretrain
 

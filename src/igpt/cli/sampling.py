@@ -14,7 +14,7 @@ from igpt.progress import progress_bar
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from igpt.sampling.sampler import SamplingSettings
+    from igpt.sampling.jobs import SamplingSettings
 
 
 class _Sampling(Options):
@@ -29,8 +29,15 @@ class _Sampling(Options):
         None, description="only the most likely colours whose probabilities add up to this value"
     )
     seed: int = Field(0, description="the same seed gives the same images")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="of matrix products; auto selects bf16 if the processor supports it"
+    precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
+        "auto",
+        description="of matrix products; auto selects bf16 if the processor supports it; int8 is "
+        "fastest on a CPU and less exact",
+    )
+    window: int | None = Field(
+        None,
+        description="pixels of each image computed at once; samples do not depend on it, except "
+        "for rounding; chosen automatically by default",
     )
 
     def sampling_settings(self) -> "SamplingSettings":
@@ -39,7 +46,7 @@ class _Sampling(Options):
         Raises:
             InputError: a setting is out of range.
         """
-        from igpt.sampling.sampler import SamplingSettings, require_sampling_settings
+        from igpt.sampling.jobs import SamplingSettings, require_sampling_settings
 
         settings = SamplingSettings(
             temperature=self.temperature,
@@ -47,6 +54,7 @@ class _Sampling(Options):
             top_p=self.top_p,
             seed=self.seed,
             precision=self.precision,
+            window=self.window,
         )
         require_sampling_settings(**settings)
         return settings

@@ -117,7 +117,7 @@ class Autoregressive(Objective):
     predicts = "every pixel from those before it"
     causal = True
     has_likelihood = True
-    sampler = "igpt.sampling.sampler:generate_in_order"
+    sampler = "igpt.sampling.raster:generate_in_order"
 
     def embed(self, model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Return the embeddings of the start token and of all tokens except the last."""
@@ -141,7 +141,7 @@ class Bert(Objective):
     unit = "nats/masked pixel"
     causal = False
     masked = True
-    sampler = "igpt.sampling.sampler:generate_in_rounds"
+    sampler = "igpt.sampling.rounds:generate_in_rounds"
 
     def embed(self, model: Model, tokens: Tensor, mask: Tensor | None) -> Tensor:
         """Return the embeddings of the tokens, and zeros for masked ones."""

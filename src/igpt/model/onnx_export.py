@@ -30,7 +30,7 @@ from igpt.files import atomic_folder, write_json
 from igpt.model.norm import NORM_EPS
 from igpt.model.objectives import Autoregressive, Bert
 from igpt.model.transformer import SLOPE, Block, ImageGPT
-from igpt.model.variants import apply_rope_2d
+from igpt.model.variants import rope_table
 
 if TYPE_CHECKING:
     import onnx
@@ -545,9 +545,8 @@ def _projections(block: Block) -> tuple[Tensor, Tensor | None]:
 def _rotations(graph: _Graph, model: ImageGPT) -> tuple[str, str]:
     """Return the cosines and sines of RoPE, each [n, K/2], in the order of `_projections`."""
     config = model.config
-    n, width = config.n_pixels, config.n_embd // config.n_head
-    unit = torch.zeros(n, 2, 2, width // 4)  # [n, axis, part of a pair, pair]
-    unit[:, :, 0] = 1  # a rotation turns (1, 0) into (cos, sin)
-    turned = apply_rope_2d(unit.flatten(1), torch.arange(n), config.resolution).view(unit.shape)
-    cos, sin = turned.transpose(1, 2).flatten(2).unbind(1)
+    table = rope_table(
+        torch.arange(config.n_pixels), config.n_embd // config.n_head, config.resolution
+    )
+    cos, sin = table.float().flatten(2).unbind(1)
     return graph.weight("rope.cos", cos), graph.weight("rope.sin", sin)

@@ -18,9 +18,8 @@ from igpt.model import cpu
 from igpt.model.config import ModelConfig
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm
-from igpt.model.variants import apply_rope_2d
+from igpt.model.variants import apply_rope_2d, rope_table
 
-LayerCache = tuple[Tensor, Tensor]  # keys and values, each [B, H, n, K]
 SLOPE = 1.702  # of the sigmoid in the activation
 
 
@@ -41,51 +40,38 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         if config.value_residual and layer > 0:
-            self.mix = nn.Parameter(
-                torch.empty(2)
-            )  # weights of this layer's and the first's values
+            self.mix = nn.Parameter(torch.empty(2))  # weights of this layer's and the first's v
 
-    def forward(
-        self, x: Tensor, first: Tensor | None, cache: LayerCache | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, first: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T, D], and the first layer's values for the next layer.
 
         Args:
             first: see `apply_variants`.
-            cache: its first T positions receive the keys and values.
         """
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # [B, T, 3, H, K]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, T, K] each
         q, k, v, first = self.apply_variants(q, k, v, first)
-        if cache is not None:
-            cache[0][:, :, : x.shape[1]] = k
-            cache[1][:, :, : x.shape[1]] = v
         y = attention(q, k, v, self.causal).transpose(1, 2).flatten(2)  # [B, T, D]
         return self.c_proj(y), first
 
     def apply_variants(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor | None,
-        positions: Tensor | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, first: Tensor | None, rope: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Apply RoPE and value residual, if the model has them; [B, H, T, K] each.
 
         Args:
             first: the first layer's values. None in the first layer, and without value residual.
-            positions: of the T entries; 0 .. T-1 by default.
+            rope: `rope_table` of the T positions; of 0 .. T-1 by default.
 
         Returns:
             queries, keys, values, and the first layer's values.
         """
         config = self.config
         if config.positions == "rotary":
-            if positions is None:
+            if rope is None:
                 positions = torch.arange(q.shape[-2], device=q.device)
-            q = apply_rope_2d(q, positions, config.resolution)
-            k = apply_rope_2d(k, positions, config.resolution)
+                rope = rope_table(positions, q.shape[-1], config.resolution)
+            q, k = apply_rope_2d(q, rope), apply_rope_2d(k, rope)
         if config.value_residual:  # Zhou et al. 2024, arXiv 2410.17897
             if first is None:
                 return q, k, v, v
@@ -119,11 +105,9 @@ class Block(nn.Module):
         self.ln_2 = RMSNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, first: Tensor | None = None, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, first: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """[B, T, D] -> [B, T, D], and the first layer's values (see `Attention.apply_variants`)."""
-        attended, first = self.attn(self.ln_1(x), first, cache)
+        attended, first = self.attn(self.ln_1(x), first)
         x = x + attended
         del attended  # frees its memory before the MLP
         return x + self.mlp(self.ln_2(x)), first
@@ -227,13 +211,7 @@ class ImageGPT(nn.Module):
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the input of the first block: tokens [B, T] -> [B, T, D]."""
-        return self._add_positions(self.config.trained_as.embed(self, tokens, mask))
-
-    def embed_inputs(self, inputs: Tensor) -> Tensor:
-        """Return embeddings of the start token (V) and of pixels: [B, T] -> [B, T, D]."""
-        return self._add_positions(self.wte(inputs))
-
-    def _add_positions(self, x: Tensor) -> Tensor:
+        x = self.config.trained_as.embed(self, tokens, mask)
         return x + self.wpe.weight[: x.shape[1]] if self.config.positions == "learned" else x
 
     def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -58,20 +58,31 @@ class Variants(Config):
         return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
 
 
-def apply_rope_2d(x: Tensor, positions: Tensor, resolution: int) -> Tensor:
-    """Apply rotary position embeddings of a grid: [..., T, K] at `positions` [T] -> [..., T, K].
+def rope_table(positions: Tensor, head_width: int, resolution: int) -> Tensor:
+    """Return cosines and sines of `apply_rope_2d` in float64: [T] -> [T, 2 (cos, sin), 2, K/4].
 
-    K must be divisible by 4. The first half of K is rotated by the row of a position, the second
-    half by its column. Each half is K/4 pairs of numbers; pair p is rotated by the angle (row or
-    column) / 100^(4p/K). The product of a query and a key then depends only on their offset (arXiv
-    2104.09864; two axes: arXiv 2403.13298).
+    The first half of K is rotated by the row of a position, the second half by its column. Each
+    half is K/4 pairs of numbers; pair p is rotated by the angle (row or column) / 100^(4p/K).
     """
-    quarter = x.shape[-1] // 4
-    frequencies = _BASE ** (-torch.arange(quarter, dtype=torch.float64, device=x.device) / quarter)
+    quarter = head_width // 4
+    frequencies = _BASE ** (
+        -torch.arange(quarter, dtype=torch.float64, device=positions.device) / quarter
+    )
     axes = torch.stack([positions // resolution, positions % resolution], dim=-1)  # [T, 2]
     angles = axes[..., None] * frequencies  # [T, 2, K/4]
-    kind = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angles.cos().to(kind), angles.sin().to(kind)
-    one, other = x.reshape(*x.shape[:-1], 2, 2, quarter).unbind(-2)  # [..., T, 2, K/4]
+    return torch.stack([angles.cos(), angles.sin()], dim=-3)
+
+
+def apply_rope_2d(x: Tensor, table: Tensor) -> Tensor:
+    """Apply rotary position embeddings of a grid: [..., T, K] -> [..., T, K].
+
+    The product of a query and a key then depends only on the offset of their positions (arXiv
+    2104.09864; two axes: arXiv 2403.13298).
+
+    Args:
+        table: `rope_table` of the T positions, [..., T, 2, 2, K/4].
+    """
+    cos, sin = table.to(torch.promote_types(x.dtype, torch.float32)).unbind(-3)  # [T, 2, K/4]
+    one, other = x.reshape(*x.shape[:-1], 2, 2, -1).unbind(-2)  # [..., T, 2, K/4]
     rotated = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-2)
     return rotated.flatten(-3).to(x.dtype)

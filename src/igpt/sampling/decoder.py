@@ -1,197 +1,135 @@
-"""Step-by-step decoding of an autoregressive model with a cache of keys and values.
+"""Decoding of an autoregressive model with a cache of keys and values.
 
-B batch, T positions, n pixels of an image, D width, H heads, K head width, V colours.
+B images, T positions of a pass, n pixels of an image, D width, H heads, K head width, V colours.
 """
-
-import threading
-from collections.abc import Callable
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from igpt.errors import InputError
 from igpt.model.norm import NORM_EPS
-from igpt.model.precision import TYPES, Precision, autocast
-from igpt.model.transformer import SLOPE, Block, ImageGPT, LayerCache
+from igpt.model.precision import TYPES, multiplies_bf16
+from igpt.model.transformer import SLOPE, Block, ImageGPT
+from igpt.model.variants import rope_table
+from igpt.sampling.jobs import SamplingPrecision
+from igpt.sampling.products import Product, product
 
-_BUCKET = 64  # positions by which the cache that a captured step reads grows
-_CAPTURE = threading.Lock()
-Writer = Callable[[Tensor, Tensor], None]  # (position [1], logits [B, V]): writes the next token
-
-
-class _Product:
-    """x W' + b with fixed weights, in the layout that is fastest for a few rows."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, kind: torch.dtype, rows: int) -> None:
-        self.weight, self.kind = weight.to(kind), kind
-        self.bias = None if bias is None else bias.to(kind)
-        # Weights in oneDNN's blocked layout are read at the speed of memory; plain products of a
-        # few rows are slower on some processors.
-        self.packed = weight.device.type == "cpu" and kind in _packable()
-        if self.packed:
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), rows)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[B, in] -> [B, out]."""
-        x = x.to(self.kind)
-        if not self.packed:
-            return F.linear(x, self.weight, self.bias)
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-        return y
+_PREFILL_ROWS = 2**14  # positions of all images at a time, which bounds the memory of the MLP
 
 
-class _Step:
+class _Layer:
     """The matrix products of a block, with the norms' gains and activation's slope folded in."""
 
-    def __init__(self, block: Block, kind: torch.dtype, rows: int) -> None:
-        def product(layer: nn.Linear, before: Tensor | float = 1.0, after: float = 1.0) -> _Product:
+    def __init__(self, block: Block, precision: SamplingPrecision) -> None:
+        def folded(layer: nn.Linear, before: Tensor | float = 1.0, after: float = 1.0) -> Product:
             bias = None if layer.bias is None else layer.bias * after
-            return _Product(layer.weight * before * after, bias, kind, rows)
+            return product(layer.weight * before * after, bias, precision)
 
         self.apply_variants = block.attn.apply_variants
-        self.qkv = product(block.attn.c_attn, block.ln_1.weight)
-        self.out = product(block.attn.c_proj)
-        self.inner = product(block.mlp.c_fc, block.ln_2.weight, SLOPE)
-        self.outer = product(block.mlp.c_proj, 1 / SLOPE)
-
-    def mlp(self, x: Tensor) -> Tensor:
-        """Apply the MLP to normalized x: [B, D] -> [B, D]."""
-        return self.outer(F.silu(self.inner(x)))
+        self.qkv = folded(block.attn.c_attn, block.ln_1.weight)
+        self.out = folded(block.attn.c_proj)
+        self.inner = folded(block.mlp.c_fc, block.ln_2.weight, SLOPE)
+        self.outer = folded(block.mlp.c_proj, 1 / SLOPE)
 
 
 class Decoder:
-    """Compute the logits of one position after the other.
+    """Compute the logits of several positions of every image per pass.
 
-    `prefill` takes the positions that are known; each `advance` takes one more. On a GPU, steps are
-    captured as CUDA graphs, so that a step needs nothing from the host. A decoder holds a second
-    copy of the blocks' weights.
+    A pass writes the keys and values of its positions into the cache, over those of an earlier
+    pass if there are any. A decoder holds a second copy of the blocks' weights.
 
     Raises:
         InputError: the model's attention is not causal.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: ImageGPT, batch: int, precision: Precision = "fp32") -> None:
-        model.config.trained_as.require("causal", "sampling pixel by pixel")
-        config, weight, device = model.config, model.wte.weight, model.device
-        kind = TYPES["bf16"] if precision == "bf16" else weight.dtype
-        shape = (batch, config.n_head, config.n_pixels, config.n_embd // config.n_head)
-        self.model, self.precision = model, precision
-        self.caches: list[LayerCache] = [
-            (weight.new_zeros(shape, dtype=kind), weight.new_zeros(shape, dtype=kind))
-            for _ in range(config.n_layer)
-        ]
-        blocks = [block for block in model.h if isinstance(block, Block)]
-        self.steps = [_Step(block, kind, batch) for block in blocks]
-        self.head = _Product(model.lm_head.weight * model.ln_f.weight, None, kind, batch)
-        self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next step
-        self.filled = 0  # the same number on the host
-        self.finite = torch.ones((), dtype=torch.bool, device=device)  # whether all logits were
-        self.warm = False
-        self.captured: dict[int, torch.cuda.CUDAGraph] = {}  # by the positions that a step reads
+    def __init__(self, model: ImageGPT, batch: int, precision: SamplingPrecision = "fp32") -> None:
+        config, weight = model.config, model.wte.weight
+        config.trained_as.require("causal", "sampling pixel by pixel")
+        self.model, self.config, self.batch = model, config, batch
+        # With int8, attention at half the precision costs less than the rounding of weights.
+        halved = precision == "bf16" or (precision == "int8" and multiplies_bf16("cpu"))
+        self.kind = TYPES["bf16"] if halved else weight.dtype
+        # Keys and values; the positions of a head are next to each other, as attention reads them.
+        shape = (batch, 2, config.n_head, config.n_pixels, config.n_embd // config.n_head)
+        self.caches = [weight.new_zeros(shape, dtype=self.kind) for _ in range(config.n_layer)]
+        self.layers = [_Layer(block, precision) for block in model.h if isinstance(block, Block)]
+        # The logits decide, so that the last product is not in int8.
+        head = "fp32" if precision == "int8" else precision
+        self.head = product(model.lm_head.weight * model.ln_f.weight, None, head)
+        heads = torch.arange(batch * 2 * config.n_head, device=weight.device)
+        self.first_rows = (heads * config.n_pixels).view(shape[:3])[..., None]  # [B, 2, H, 1]
+        self.rope: Tensor | None = None  # [n, 2, 2, K/4]
+        if config.positions == "rotary":
+            positions = torch.arange(config.n_pixels, device=weight.device)
+            self.rope = rope_table(positions, config.n_embd // config.n_head, config.resolution)
 
     @torch.inference_mode()
     def prefill(self, inputs: Tensor) -> None:
-        """Fill the empty cache with inputs [B, T]: the start token and T - 1 pixels, or nothing."""
-        assert self.filled == 0, "only an empty cache is filled"
-        self.filled = inputs.shape[1]
-        self.position.fill_(self.filled)
-        if self.filled:
-            with autocast(self.precision, inputs.device):
-                x, first = self.model.embed_inputs(inputs), None
-                for block, cache in zip(self.model.h, self.caches, strict=True):
-                    x, first = block(x, first, cache)
+        """Write the keys and values of the first positions: inputs [B, T].
+
+        Images with the same inputs share the computation.
+        """
+        if inputs.shape[1] == 0:
+            return
+        unique, images = torch.unique(inputs, dim=0, return_inverse=True)
+        size = max(1, _PREFILL_ROWS // len(unique))
+        for part in torch.split(torch.arange(inputs.shape[1], device=inputs.device), size):
+            self._pass(unique[:, part], part.expand(len(unique), -1), int(part[-1]) + 1)
+        # Every image with a number below len(unique) is overwritten from a copy.
+        for cache in self.caches:
+            filled = cache[:, :, :, : inputs.shape[1]]
+            filled.copy_(filled[: len(unique)].clone()[images])
 
     @torch.inference_mode()
-    def logits(self, inputs: Tensor, span: int) -> Tensor:
-        """Return the logits at the next position, [B, V].
+    def logits(self, inputs: Tensor, positions: Tensor, span: int) -> Tensor:
+        """Return the logits of the pixels at some positions, [B, T, V].
 
         Args:
-            inputs: tokens that enter there, [B].
-            span: positions of the cache that are read.
+            inputs: tokens that enter there, [B, T]; at position 0 the start token, at position i
+                pixel i - 1.
+            positions: [B, T]; those before must be in the cache.
+            span: number of positions of the cache that are read, above all positions.
         """
-        batch, width, heads = len(inputs), self.model.config.n_embd, self.model.config.n_head
-        x, first = self.model.wte(inputs), None  # [B, D]
-        if self.model.config.positions == "learned":
-            x = x + self.model.wpe.weight.index_select(0, self.position)
+        x = self._pass(inputs, positions, span)
+        return self.head(_norm(x)).view(inputs.shape[0], inputs.shape[1], -1)
+
+    def _pass(self, inputs: Tensor, positions: Tensor, span: int) -> Tensor:
+        """Return the last block's output, [B T, D]; B may be below the decoder's batch."""
+        (batch, length), config = inputs.shape, self.config
+        x: Tensor = self.model.wte(inputs)  # [B, T, D]
+        if config.positions == "learned":
+            x = x + self.model.wpe(positions)
+        x, first = x.flatten(0, 1), None
+        rope = None if self.rope is None else self.rope[positions][:, None]
         mask = None
-        if span != self.filled + 1 or x.device.type != "cpu":
-            mask = (torch.arange(span, device=x.device) <= self.position)[None, None, None]
-        for step, (keys, values) in zip(self.steps, self.caches, strict=True):
-            q, k, v = step.qkv(_norm(x)).view(batch, 3, heads, 1, -1).unbind(1)  # [B, H, 1, K]
-            q, k, v, first = step.apply_variants(q, k, v, first, self.position)
-            keys.index_copy_(2, self.position, k)
-            values.index_copy_(2, self.position, v)
-            read = F.scaled_dot_product_attention(
-                q, keys[:, :, :span], values[:, :, :span], attn_mask=mask
-            )
-            x = x + step.out(read.reshape(batch, width))
-            x = x + step.mlp(_norm(x))
-        return self.head(_norm(x))
+        if batch * length > 1 or x.device.type != "cpu":
+            mask = self._mask(positions, span)
+        rows = (self.first_rows[:batch] + positions[:, None, None]).flatten()
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            qkv = layer.qkv(_norm(x)).to(self.kind)  # [B T, 3 D]
+            qkv = qkv.view(batch, length, 3, config.n_head, -1).transpose(1, 3)  # [B, H, 3, T, K]
+            q, written = qkv[:, :, 0], qkv[:, :, 1:].transpose(1, 2)  # [B, 2, H, T, K]
+            if not config.faithful:
+                k, v = written.unbind(1)
+                q, k, v, first = layer.apply_variants(q, k, v, first, rope)
+                written = torch.stack([k, v], 1)
+            cache.view(-1, cache.shape[-1]).index_copy_(0, rows, written.flatten(0, 3))
+            keys, values = cache[:batch, :, :, :span].unbind(1)  # [B, H, span, K] each
+            read = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask)
+            x = x + layer.out(read.transpose(1, 2).reshape(batch * length, -1))
+            x = x + layer.outer(F.silu(layer.inner(_norm(x))))
+        return x
 
-    @torch.inference_mode()
-    def advance(self, sequence: Tensor, write: Writer) -> None:
-        """Read the next token of a sequence and have `write` write the one after it.
-
-        The sequence [B, n + 1] is the start token, then pixels. On a GPU, both arguments must be
-        the same in all calls.
-        """
-        assert self.filled < self.model.config.n_pixels, "the images are complete"
-
-        def step(span: int) -> None:
-            logits = self.logits(sequence.index_select(1, self.position)[:, 0], span)
-            self.finite &= logits.isfinite().all()
-            write(self.position, logits)
-            self.position += 1
-
-        if sequence.device.type == "cpu":
-            step(self.filled + 1)
-        else:
-            span = -(-(self.filled + 1) // _BUCKET) * _BUCKET
-            span = min(span, self.model.config.n_pixels)
-            if not self.warm:  # the first step is not captured: it warms up the kernels
-                step(span)
-                self.warm = True
-            else:
-                if span not in self.captured:
-                    self._capture(step, span)
-                self.captured[span].replay()
-        self.filled += 1
-
-    def _capture(self, step: Callable[[int], None], span: int) -> None:
-        """Capture a step as a CUDA graph.
-
-        Graphs run one after the other and leave nothing in their memory pool, so that they share
-        one. Another thread may sample meanwhile, but only one may capture.
-        """
-        pool = next(iter(self.captured.values())).pool() if self.captured else None
-        graph = torch.cuda.CUDAGraph()
-        with _CAPTURE, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            step(span)
-        self.captured[span] = graph
-
-
-def require_finite(finite: Tensor) -> None:
-    """Check that logits are finite.
-
-    Raises:
-        InputError: some contain NaN or infinity.
-    """
-    if not finite.all():
-        raise InputError("the logits are not finite; the model's weights are broken")
+    def _mask(self, positions: Tensor, span: int) -> Tensor:
+        """Return 0 where a position may attend and -infinity elsewhere, [B, 1, T, span]."""
+        seen = torch.arange(span, device=positions.device) <= positions[..., None]
+        mask = torch.zeros(seen.shape, dtype=self.kind, device=positions.device)
+        mask.masked_fill_(~seen, -torch.inf)
+        return mask[:, None]
 
 
 def _norm(x: Tensor) -> Tensor:
     """Return the RMS norm of x, without a gain."""
-    return F.rms_norm(x, x.shape[-1:], None, NORM_EPS)
-
-
-@cache
-def _packable() -> set[torch.dtype]:
-    """Return the types whose weights oneDNN packs on this processor."""
-    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        return set()
-    halves = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
-    return {torch.float32, *halves}
+    # F.rms_norm takes several times as long for a few rows on a CPU.
+    return x * x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()

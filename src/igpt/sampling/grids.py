@@ -18,9 +18,9 @@ from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import file_to_write, read_json, write_json
 from igpt.model.images import decode_images, palette_of
-from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.sampler import ProgressCallback, SamplingSettings, complete, sample
+from igpt.sampling.jobs import SamplingSettings, resolve_sampling_precision
+from igpt.sampling.sampler import ProgressCallback, complete, sample
 
 COLUMNS = 8
 UNKNOWN = 224  # grey level of pixels that were not kept
@@ -147,7 +147,8 @@ def _cell_size(model: ImageGPT) -> int:
 
 
 def _with_precision(model: ImageGPT, settings: SamplingSettings) -> SamplingSettings:
-    precision = resolve_precision(settings.get("precision", "auto"), model.device)
+    causal = model.config.trained_as.causal
+    precision = resolve_sampling_precision(settings.get("precision", "auto"), model.device, causal)
     return {**settings, "precision": precision}
 
 

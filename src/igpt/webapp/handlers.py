@@ -183,7 +183,7 @@ def drawings(
     yield [first + _shown(model, batch, settled, captions), "Starting ..."]
     for state in generate(model, batch, known, temperature=temperature, seed=seed):
         batch, settled = state.tokens.cpu(), state.known.cpu()
-        whole = settled[0].view(side, side).all(dim=1)
+        whole = settled.all(dim=0).view(side, side).all(dim=1)
         if whole.all():
             continue
         if model.config.trained_as.causal:

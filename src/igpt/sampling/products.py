@@ -1,0 +1,80 @@
+"""Products with fixed weights, for few rows at a time.
+
+M rows, I input and O output features.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from igpt.errors import InputError
+from igpt.model.precision import TYPES
+from igpt.sampling.jobs import SamplingPrecision
+
+Product = Callable[[Tensor], Tensor]  # [M, I] -> [M, O]
+_ROWS = 8  # for which oneDNN lays out weights; best for 1 to 64 rows (docs/LOG.md)
+_LARGEST = 127  # of 8 bits with a sign, used symmetrically
+
+
+def product(weight: Tensor, bias: Tensor | None, precision: SamplingPrecision) -> Product:
+    """Return the function x W' + b: weight [O, I], bias [O].
+
+    Raises:
+        InputError: int8 where oneDNN has no such product.
+    """
+    if precision == "int8":
+        return _int8(weight, bias)
+    kind = TYPES["bf16"] if precision == "bf16" else weight.dtype
+    weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
+    if weight.device.type != "cpu" or kind not in _packable():
+        return lambda x: F.linear(x.to(kind), weight, bias)
+    # Weights in oneDNN's blocked layout are read at the speed of memory; plain products of a few
+    # rows are slower on some processors.
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    return lambda x: multiply(x.to(kind), packed, bias, "none", [], "")
+
+
+def _int8(weight: Tensor, bias: Tensor | None) -> Product:
+    """Return a product of integers: one scale per output feature, and one per row of x.
+
+    Sums of integers are exact, so that a row's result does not depend on the other rows.
+    """
+    scale = _scale(weight)  # [O, 1]
+    whole = (weight / scale).round().to(torch.int8)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
+    except (AttributeError, RuntimeError):
+        raise InputError(
+            "the precision int8 needs a build of PyTorch with oneDNN; use bf16 or fp32"
+        ) from None
+    multiply = torch.ops.onednn.qlinear_pointwise
+    scales, zeros = scale[:, 0].float(), torch.zeros(len(scale), dtype=torch.int32)
+
+    def int8(x: Tensor) -> Tensor:
+        row_scale = _scale(x)  # [M, 1]
+        rounded = (x / row_scale).round_().to(torch.int8)
+        y: Tensor = multiply(
+            rounded, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        y = y.to(x.dtype).mul_(row_scale)
+        return y if bias is None else y.add_(bias)
+
+    return int8
+
+
+def _scale(x: Tensor) -> Tensor:
+    """Return the size of a step of 8 bits for every row: [M, I] -> [M, 1]."""
+    return x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(_LARGEST)
+
+
+@cache
+def _packable() -> set[torch.dtype]:
+    """Return the types whose weights oneDNN packs on this processor."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return set()
+    halves = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()
+    return {torch.float32, *halves}

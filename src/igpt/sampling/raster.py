@@ -1,0 +1,167 @@
+"""Sampling in raster order, several pixels per pass.
+
+A pixel is a function of the pixels before it and of its noise (colors.py). A pass takes a window of
+pixels of every image: the first one unknown, the others guessed. It computes the colour that the
+model samples at each of them if the guesses before it are right. The colours up to the first wrong
+guess, and the one in place of it, are final: they are those of a pass per pixel. The next window
+starts after them. Its guesses are the other colours that this pass sampled (Jacobi iteration: Song
+et al. 2020, arXiv 2002.03629; Wiggers and Hoogeboom 2020, arXiv 2002.09928).
+
+B images, T pixels of a window, n pixels of an image, V colours.
+"""
+
+import math
+import threading
+from collections.abc import Iterator
+
+import torch
+
+from igpt.model.cost import cache_bytes, count_parameters
+from igpt.model.transformer import ImageGPT
+from igpt.sampling.colors import gumbel_noise
+from igpt.sampling.decoder import Decoder
+from igpt.sampling.jobs import Job, PartialImages, require_finite
+
+_SIZES = (1, 2, 4, 8, 16, 32)  # of windows
+# Rows whose products take as long as reading the weights: on a CPU by precision, and on a GPU.
+_BALANCE = {"fp32": 24, "bf16": 64, "int8": 64}
+_BALANCE_GPU = 512
+_BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
+_BUCKET = 64  # positions by which the cache that a captured pass reads grows
+_CAPTURE = threading.Lock()
+
+
+@torch.inference_mode()
+def generate_in_order(model: ImageGPT, job: Job) -> Iterator[PartialImages]:
+    """Generate unknown pixels in raster order, each from all pixels before it.
+
+    Known pixels after it have no influence on it.
+    """
+    if job.known.all():
+        yield PartialImages(job.tokens, job.known)
+        return
+    windows = _Windows(model, job)
+    shown = min(windows.starts) // job.stride
+    while min(windows.starts) < windows.end:
+        windows.advance()
+        reached = min(windows.starts) // job.stride
+        if reached > shown or min(windows.starts) == windows.end:
+            shown = reached
+            require_finite(windows.finite)
+            yield PartialImages(windows.sequence[:, 1:].clone(), windows.known.clone())
+
+
+class _Windows:
+    """A batch of images with a window each, which moves on at its own speed.
+
+    Attributes:
+        sequence: the start token and n pixels, [B, n + 1]; unknown pixels contain guesses.
+        known: bool [B, n]; all pixels before a window are known.
+        start: the first pixel of every window, [B].
+        starts: the same numbers on the host.
+        end: number of the last unknown pixel of all images, plus 1.
+        finite: whether all logits were finite.
+    """
+
+    def __init__(self, model: ImageGPT, job: Job) -> None:
+        batch, _ = job.tokens.shape
+        config = model.config
+        unknown = torch.nonzero(~job.known.all(0))[:, 0].tolist()  # in at least one image
+        first, self.end = unknown[0], unknown[-1] + 1
+        start_token = job.tokens.new_full((batch, 1), config.n_colors)
+        self.job, self.n_colors = job, config.n_colors
+        self.sequence = torch.cat([start_token, job.tokens.where(job.known, 0)], dim=1)
+        self.known = job.known.clone()
+        self.starts = [first] * batch
+        self.start = torch.tensor(self.starts, device=model.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=model.device)
+        self.decoder = Decoder(model, batch, job.precision)
+        self.decoder.prefill(self.sequence[:, :first])
+        # Recent guesses, and those that were right. The first estimate is one half.
+        self.checked, self.right = 2.0, 1.0
+        weights = _BYTES[job.precision] * count_parameters(config)
+        self.cache_cost: float = batch * cache_bytes(config, self.decoder.kind.itemsize) / weights
+        on_cpu = model.device.type == "cpu"
+        self.row_cost: float = batch / (_BALANCE[job.precision] if on_cpu else _BALANCE_GPU)
+        self.warm: set[int] = set()  # sizes of which a pass has run
+        self.captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and span
+
+    def advance(self) -> None:
+        """Run a pass: determine at least one more pixel of every unfinished image."""
+        size = min(self.job.window or self._best_size(), self.end - min(self.starts))
+        span = min(max(self.starts) + size, self.end)
+        if self.start.device.type == "cpu":
+            self._pass(size, span)
+        else:
+            self._pass_on_gpu(size, min(-(-span // _BUCKET) * _BUCKET, self.known.shape[1]))
+        before, self.starts = self.starts, self.start.tolist()
+        for old, new in zip(before, self.starts, strict=True):
+            if old < self.end:
+                accepted = min(new - old, size) - 1
+                self.right = 0.95 * self.right + accepted
+                self.checked = 0.95 * self.checked + accepted + (accepted < size - 1)
+
+    def _best_size(self) -> int:
+        """Return the size of window that should determine most pixels per second.
+
+        Its cost is estimated in units of reading the weights once. The number of pixels follows
+        from the share of guesses that were right recently.
+        """
+        share = self.right / self.checked  # of guesses that were right
+        fixed: float = 1 + self.cache_cost * min(self.starts) / self.known.shape[1]
+
+        def speed(size: int) -> float:
+            pixels = sum(math.pow(share, right) for right in range(size))
+            return pixels / (fixed + self.row_cost * size)
+
+        return max(_SIZES, key=speed)
+
+    def _pass(self, size: int, span: int) -> None:
+        """Sample the pixels of all windows, and move the windows to the first ones that may change.
+
+        Args:
+            size: pixels of a window.
+            span: positions of the cache to read; above all pixels of the windows.
+        """
+        sequence, known, keys = self.sequence, self.known, self.job.keys
+        offsets = torch.arange(size, device=sequence.device)
+        # Near the end, a window also has known pixels before its start.
+        first = self.start.clamp(max=self.end - size)[:, None]
+        pixels = first + offsets  # [B, T]
+        # The input at a position is the pixel before it, and its output is the pixel itself.
+        logits = self.decoder.logits(sequence.gather(1, pixels), pixels, span)
+        self.finite &= logits.isfinite().all()
+        sampled = self.job.choose(logits, gumbel_noise(keys, pixels, self.n_colors))
+        guessed = sequence.gather(1, pixels + 1)
+        colors = torch.where(known.gather(1, pixels), guessed, sampled)
+        sequence.scatter_(1, pixels + 1, colors)
+        right = (colors == guessed)[:, :-1].cumprod(1).sum(1)  # guesses before the first wrong one
+        self.start.copy_(first[:, 0] + right + 1)
+        known |= torch.arange(known.shape[1], device=known.device) < self.start[:, None]
+        # The pixels after the window have not been sampled yet. They are guessed from the logits of
+        # the window's last pixel, with their own noise.
+        after = first + size + offsets
+        noise = gumbel_noise(keys, after, self.n_colors)
+        guess = self.job.choose(logits[:, -1:], noise)
+        after = after.clamp(max=known.shape[1] - 1)
+        kept = known.gather(1, after) | (first + size + offsets >= self.end)
+        sequence.scatter_(1, after + 1, torch.where(kept, sequence.gather(1, after + 1), guess))
+
+    def _pass_on_gpu(self, size: int, span: int) -> None:
+        """Run a pass as a CUDA graph, so that it does not wait for the host.
+
+        The first pass of each size is not captured: it loads the kernels. Graphs run one after the
+        other and leave nothing in their memory pool, so that they share one. Another thread may
+        sample meanwhile, but only one may capture.
+        """
+        if size not in self.warm:
+            self._pass(size, span)
+            self.warm.add(size)
+            return
+        if (size, span) not in self.captured:
+            pool = next(iter(self.captured.values())).pool() if self.captured else None
+            graph = torch.cuda.CUDAGraph()
+            with _CAPTURE, torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                self._pass(size, span)
+            self.captured[size, span] = graph
+        self.captured[size, span].replay()
