@@ -1,184 +1,203 @@
-"""Generation speed of iGPT-S at 32 px, next to transformers' `generate` and a full pass per pixel.
+"""Generation of whole images by a trained model, next to transformers and ONNX Runtime.
 
-    python benchmarks/generate.py                      # CPU: batches 1 and 16, all 1,024 tokens
-    python benchmarks/generate.py --batches 1 64 256   # GPU
+    python benchmarks/generate.py --model runs/photos                     # CPU: batches 1 and 16
+    python benchmarks/generate.py --model runs/photos --batches 1 64 256  # GPU
+    python benchmarks/generate.py --model igpt-s --pixels 128 --rounds 1  # random weights
 
-Weights are random, which changes no speed. Contenders take turns. The bound is the bytes that a
-step must read (weights and the cache so far) over the rate at which this machine reads memory,
-measured here. A full pass costs the same at every pixel (the released code runs all n of them), so
-that only a few are timed. transformers' cost per token is the mean over all its tokens, or with
---most over the first tokens of both.
+All contenders have the same weights and alternate; results are medians. Samples of igpt need fewer
+passes when guesses are right, so that its speed depends on the model and the images: random weights
+say nothing about it (see passes.py for the cost of a pass). transformers and ONNX Runtime compute
+one pixel of every image per step. transformers' model has no position for the last pixel, because
+its start token takes one.
 """
 
 import os
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import common
 import torch
-from transformers import ImageGPTConfig, ImageGPTForCausalImageModeling
+from onnx_contender import OnnxContender
+from transformers import ImageGPTForCausalImageModeling
 
+from igpt.errors import InputError
 from igpt.model.config import ModelConfig
-from igpt.model.cost import cache_bytes, count_parameters
-from igpt.model.precision import resolve_precision
+from igpt.model.precision import TYPES, multiplies_bf16
 from igpt.model.transformer import ImageGPT
+from igpt.sampling.decoder import Decoder
 from igpt.sampling.sampler import complete
-from igpt.training.presets import preset
+from igpt.training.presets import MODELS, preset
 
 
-def read_rate(device: torch.device) -> float:
-    """Return the bytes/s at which memory is read: the best of ten sums over 1 GiB."""
-    block = torch.ones(2**28, device=device)
-    seconds = []
-    for _ in range(10):
-        _wait(device)
-        started = time.perf_counter()
-        block.sum()
-        _wait(device)
-        seconds.append(time.perf_counter() - started)
-    return block.numel() * 4 / min(seconds)
+def load(model: str, device: torch.device) -> tuple[ImageGPT, dict[str, Any]]:
+    """Return a model and the same model of transformers in every precision that is timed.
+
+    Args:
+        model: run or model directory, or a preset, which gets random weights.
+
+    Raises:
+        InputError: transformers cannot compute the model.
+    """
+    if model in MODELS:
+        torch.manual_seed(0)
+        settings = {k: v for k, v in preset(model).items() if k in ModelConfig.model_fields}
+        ours = ImageGPT(ModelConfig.layered(settings))
+        torch.nn.init.normal_(ours.lm_head.weight, std=0.2)
+    else:
+        folder = Path(model) / "model"
+        ours = ImageGPT.from_pretrained(folder if folder.is_dir() else Path(model))
+    if not ours.config.faithful:
+        raise InputError(f"{model} is a variant, which transformers cannot compute")
+    kinds = ("fp32", "bf16") if multiplies_bf16(device.type) else ("fp32",)
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(Path(folder) / "model")
+        theirs = {
+            kind: ImageGPTForCausalImageModeling.from_pretrained(
+                Path(folder) / "model", dtype=TYPES[kind]
+            )
+            for kind in kinds
+        }
+    theirs = {kind: other.to(device).eval() for kind, other in theirs.items()}
+    return ours.to(device).eval(), theirs
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """Return a list that grows by one with every pass of a decoder."""
+    passes: list[int] = []
+    logits = Decoder.logits
+
+    def count(self: Decoder, *given: Any) -> torch.Tensor:
+        passes.append(1)
+        return logits(self, *given)
+
+    Decoder.logits = count  # type: ignore[method-assign]
+    yield passes
+    Decoder.logits = logits  # type: ignore[method-assign]
 
 
-def step_bytes(config: ModelConfig, batch: int, tokens: int, number: int) -> float:
-    """Return the mean bytes that a step reads: weights without embeddings, and half the cache."""
-    read = count_parameters(config) - (config.n_colors + 1 + config.n_pixels) * config.n_embd
-    return number * read + batch * cache_bytes(config, number) * tokens / config.n_pixels / 2
+def contenders_of(
+    ours: ImageGPT,
+    theirs: dict[str, Any],
+    onnx: dict[str, OnnxContender],
+    kinds: list[str],
+    batch: int,
+    n: int,
+    full_passes: int,
+) -> dict[str, Callable[[], None]]:
+    """Return functions that generate the first n pixels of a batch of images."""
+    config, device = ours.config, ours.device
+    start = torch.full((batch, 1), config.n_colors, device=device)
+    empty = torch.zeros(batch, config.n_pixels, dtype=torch.long, device=device)
+    unknown = torch.arange(config.n_pixels, device=device) < n
+    seeds = iter(range(10_000))
+
+    def generated(kind: str, window: int | None = None) -> Callable[[], None]:
+        def run() -> None:
+            complete(ours, empty, ~unknown, seed=next(seeds), precision=kind, window=window)
+            synchronize(device)
+
+        return run
+
+    def by_transformers(kind: str) -> Callable[[], None]:
+        length = {"max_new_tokens": n - 1, "min_new_tokens": n - 1}
+
+        def run() -> None:
+            theirs[kind].generate(
+                start, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **length
+            )
+            synchronize(device)
+
+        return run
+
+    @torch.inference_mode()
+    def full(images: torch.Tensor = empty) -> None:
+        for _ in range(full_passes):
+            theirs["fp32"](images, use_cache=False)
+        synchronize(device)
+
+    contenders = {f"igpt {kind}": generated(kind) for kind in kinds}
+    contenders["igpt fp32, a pixel per pass"] = generated("fp32", 1)
+    contenders |= {f"transformers {kind}": by_transformers(kind) for kind in theirs}
+    for kind, contender in onnx.items():
+        contenders[f"ONNX Runtime {kind}"] = partial(contender.generate, batch, n)
+    contenders["full passes"] = full
+    return contenders
 
 
 def main(
-    model: str = "igpt-s",
+    model: str,
     batches: tuple[int, ...] = (1, 16),
     rounds: int = 3,
-    most: int | None = None,
+    pixels: int | None = None,
+    full_passes: int = 1,
     result: str = "generate",
 ) -> None:
-    """Measure tokens/s.
+    """Measure seconds per image.
 
     Args:
-        model: preset.
+        model: run or model directory, or a preset.
         batches: images at a time.
-        rounds: number of turns; results are medians.
-        most: generate only this many tokens.
+        rounds: number of turns.
+        pixels: generate only the first ones.
+        full_passes: number of passes over all pixels to time, as of a decoder without a cache.
         result: name of the JSON.
     """
-    settings = {
-        key: value for key, value in preset(model).items() if key in ModelConfig.model_fields
-    }
-    config = ModelConfig.layered(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    ours = ImageGPT(config)
-    torch.nn.init.normal_(ours.lm_head.weight, std=0.2)
-    ours = ours.to(device).eval()
-    theirs = {}
-    shape = {"n_embd": config.n_embd, "n_layer": config.n_layer, "n_head": config.n_head}
-    for name, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        hub = ImageGPTConfig(vocab_size=config.n_colors + 1, n_positions=config.n_pixels, **shape)
-        theirs[name] = ImageGPTForCausalImageModeling(hub).to(device, kind).eval()
-    rate = read_rate(device)
-    precision = resolve_precision("auto", device)
-    # Emulated bf16 would take an hour here: it is timed on a few tokens.
-    tokens = min(most or config.n_pixels, config.n_pixels)
-    # Their model has no position for the last pixel, because the start token takes one.
-    theirs_tokens = min(tokens, config.n_pixels - 1)
+    ours, theirs = load(model, device)
+    config, on_cpu = ours.config, device.type == "cpu"
+    n = min(pixels or config.n_pixels, config.n_pixels)
+    kinds = ["fp32", *(["bf16"] if multiplies_bf16(device.type) else []), *["int8"] * on_cpu]
+    onnx = {kind: OnnxContender(ours, kind) for kind in ("fp32", "int8")} if on_cpu else {}
     rows: list[dict[str, Any]] = []
     for batch in batches:
-        start = torch.full((batch, 1), config.n_colors, device=device)
-        empty = torch.zeros(batch, config.n_pixels, dtype=torch.long, device=device)
-
-        def ours_generates(kind: str, many: int = tokens, images: torch.Tensor = empty) -> None:
-            positions = torch.arange(config.n_pixels, device=device)
-            complete(ours, images, positions >= many, precision=kind)
-
-        def generate(kind: str, many: int = theirs_tokens, first: torch.Tensor = start) -> None:
-            length = {"max_new_tokens": many, "min_new_tokens": many}
-            theirs[kind].generate(
-                first, do_sample=True, top_k=0, pad_token_id=0, eos_token_id=None, **length
-            )
-
-        @torch.inference_mode()
-        def full(images: torch.Tensor = empty) -> None:
-            theirs["fp32"](images, use_cache=False)
-
-        def timed(call: Callable[[], None]) -> Callable[[], None]:
-            def run() -> None:
-                call()
-                _wait(device)
-
-            return run
-
-        contenders = {"ours fp32": timed(lambda: ours_generates("fp32"))}
-        if precision == "bf16":
-            contenders["ours bf16"] = timed(lambda: ours_generates("bf16"))
-            contenders["transformers bf16"] = timed(lambda: generate("bf16"))
-        contenders["transformers fp32"] = timed(lambda: generate("fp32"))
-        contenders["full pass"] = timed(full)
-        ours_generates(precision, 8)
+        contenders = contenders_of(ours, theirs, onnx, kinds, batch, n, full_passes)
         seconds = common.interleaved(contenders, rounds)
-        if precision == "fp32":
-            seconds["transformers bf16"] = common.interleaved(
-                {"": timed(lambda: generate("bf16", 16))}, 1
-            )[""]
-        partly_timed = {
-            "full pass": 1,
-            "transformers bf16": theirs_tokens if precision == "bf16" else 16,
+        seconds = {
+            name: value / batch * (n / (n - 1) if name.startswith("transformers") else 1)
+            for name, value in seconds.items()
         }
-        best = f"ours {precision}"
-        speeds = {}
-        timed_tokens = {
-            name: partly_timed.get(name, tokens if name.startswith("ours") else theirs_tokens)
-            for name in seconds
-        }
+        seconds["full passes"] *= n / full_passes
+        per_pass = {}
+        for kind in kinds:
+            with counted() as passes:
+                contenders[f"igpt {kind}"]()
+            per_pass[f"igpt {kind}"] = n / len(passes)
         for name, value in seconds.items():
-            speeds[name] = batch * timed_tokens[name] / value
-        rival = max(value for name, value in speeds.items() if name.startswith("transformers"))
-        number = 2 if precision == "bf16" else 4
-        bound = batch * rate / step_bytes(config, batch, tokens, number)
-        for name, speed in speeds.items():
-            share = bound if name == best else None
             rows.append(
                 {
                     "batch": batch,
                     "contender": name,
-                    "tokens_per_second": speed,
-                    "tokens_timed": timed_tokens[name],
-                    "seconds": seconds[name],
-                    "best_over_this": speeds[best] / speed,
-                    "share_of_bound": speed / share if share else None,
+                    "seconds_per_image": value,
+                    "pixels_per_second": n / value,
+                    "pixels_per_pass": per_pass.get(name),
                 }
+                | {f"{kind}_over_this": value / seconds[f"igpt {kind}"] for kind in kinds}
             )
-        print(
-            f"batch {batch}: {speeds[best] / rival:.2f} times the better of transformers",
-            flush=True,
-        )
     common.show(
-        f"{model} at {config.resolution} px, {tokens} tokens, tokens/s; "
-        f"memory is read at {rate / 1e9:.1f} GB/s",
-        ["batch, contender", "tokens/s", "ours / this", "of the bound"],
+        f"{model}, {config.resolution} px, {n} pixels; ratios: this contender's time over igpt's",
+        ["batch, contender", "s/image", "pixels/pass", *(f"over {kind}" for kind in kinds)],
         [
             [
                 f"{row['batch']}, {row['contender']}",
-                f"{row['tokens_per_second']:.1f}",
-                f"{row['best_over_this']:.2f}",
-                f"{row['share_of_bound']:.0%}" if row["share_of_bound"] else "",
+                f"{row['seconds_per_image']:.2f}",
+                f"{row['pixels_per_pass']:.2f}" if row["pixels_per_pass"] else "",
+                *(f"{row[f'{kind}_over_this']:.2f}" for kind in kinds),
             ]
             for row in rows
         ],
     )
-    settings_used = {
-        "model": model,
-        "tokens": tokens,
-        "rounds": rounds,
-        "bytes_per_second": rate,
-        "threads": os.cpu_count(),
-    }
-    common.record(result, {**settings_used, "precision": precision, "rows": rows})
+    used = {"model": model, "shape": config.model_dump(), "pixels": n, "rounds": rounds}
+    common.record(result, {**used, "threads": os.cpu_count(), "rows": rows})
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

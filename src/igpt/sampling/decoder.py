@@ -3,6 +3,8 @@
 B images, T positions of a pass, n pixels of an image, D width, H heads, K head width, V colours.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,10 +27,11 @@ class _Layer:
             bias = None if layer.bias is None else layer.bias * after
             return product(layer.weight * before * after, bias, precision)
 
+        size = math.sqrt(block.ln_1.weight.numel())  # see `_norm`
         self.apply_variants = block.attn.apply_variants
-        self.qkv = folded(block.attn.c_attn, block.ln_1.weight)
+        self.qkv = folded(block.attn.c_attn, size * block.ln_1.weight)
         self.out = folded(block.attn.c_proj)
-        self.inner = folded(block.mlp.c_fc, block.ln_2.weight, SLOPE)
+        self.inner = folded(block.mlp.c_fc, size * block.ln_2.weight, SLOPE)
         self.outer = folded(block.mlp.c_proj, 1 / SLOPE)
 
 
@@ -47,6 +50,7 @@ class Decoder:
         config, weight = model.config, model.wte.weight
         config.trained_as.require("causal", "sampling pixel by pixel")
         self.model, self.config, self.batch = model, config, batch
+        self.varied = not config.faithful
         # With int8, attention at half the precision costs less than the rounding of weights.
         halved = precision == "bf16" or (precision == "int8" and multiplies_bf16("cpu"))
         self.kind = TYPES["bf16"] if halved else weight.dtype
@@ -56,7 +60,9 @@ class Decoder:
         self.layers = [_Layer(block, precision) for block in model.h if isinstance(block, Block)]
         # The logits decide, so that the last product is not in int8.
         head = "fp32" if precision == "int8" else precision
-        self.head = product(model.lm_head.weight * model.ln_f.weight, None, head)
+        self.head = product(
+            model.lm_head.weight * model.ln_f.weight * math.sqrt(config.n_embd), None, head
+        )
         heads = torch.arange(batch * 2 * config.n_head, device=weight.device)
         self.first_rows = (heads * config.n_pixels).view(shape[:3])[..., None]  # [B, 2, H, 1]
         self.rope: Tensor | None = None  # [n, 2, 2, K/4]
@@ -110,7 +116,7 @@ class Decoder:
             qkv = layer.qkv(_norm(x)).to(self.kind)  # [B T, 3 D]
             qkv = qkv.view(batch, length, 3, config.n_head, -1).transpose(1, 3)  # [B, H, 3, T, K]
             q, written = qkv[:, :, 0], qkv[:, :, 1:].transpose(1, 2)  # [B, 2, H, T, K]
-            if not config.faithful:
+            if self.varied:
                 k, v = written.unbind(1)
                 q, k, v, first = layer.apply_variants(q, k, v, first, rope)
                 written = torch.stack([k, v], 1)
@@ -130,6 +136,8 @@ class Decoder:
 
 
 def _norm(x: Tensor) -> Tensor:
-    """Return the RMS norm of x, without a gain."""
-    # F.rms_norm takes several times as long for a few rows on a CPU.
-    return x * x.square().mean(-1, keepdim=True).add_(NORM_EPS).rsqrt_()
+    """Return x divided by its length, [M, D]: its RMS norm without a gain, over sqrt(D).
+
+    F.rms_norm takes several times as long for a few rows on a CPU.
+    """
+    return x * x.square().sum(-1, keepdim=True).add_(x.shape[-1] * NORM_EPS).rsqrt_()

@@ -11,11 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from igpt.errors import InputError
-from igpt.model.precision import TYPES
 from igpt.sampling.jobs import SamplingPrecision
 
 Product = Callable[[Tensor], Tensor]  # [M, I] -> [M, O]
-_ROWS = 8  # for which oneDNN lays out weights; best for 1 to 64 rows (docs/LOG.md)
+# Measured on CPUs with AVX-512 and AMX (docs/LOG.md).
+_ROWS = 8  # for which oneDNN lays out weights; good for 1 to 64 rows
+_LARGE = (
+    2**18
+)  # weights of a matrix in fp32 from which oneDNN's products are faster than plain ones
+_FEWEST = 4  # rows that oneDNN multiplies in int8 without a delay
 _LARGEST = 127  # of 8 bits with a sign, used symmetrically
 
 
@@ -27,15 +31,18 @@ def product(weight: Tensor, bias: Tensor | None, precision: SamplingPrecision) -
     """
     if precision == "int8":
         return _int8(weight, bias)
-    kind = TYPES["bf16"] if precision == "bf16" else weight.dtype
+    kind = torch.bfloat16 if precision == "bf16" else weight.dtype
     weight, bias = weight.to(kind), None if bias is None else bias.to(kind)
-    if weight.device.type != "cpu" or kind not in _packable():
+    if weight.device.type != "cpu":
         return lambda x: F.linear(x.to(kind), weight, bias)
-    # Weights in oneDNN's blocked layout are read at the speed of memory; plain products of a few
-    # rows are slower on some processors.
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
-    multiply = torch.ops.mkldnn._linear_pointwise
-    return lambda x: multiply(x.to(kind), packed, bias, "none", [], "")
+    if kind in _packable() and (kind == torch.bfloat16 or weight.numel() >= _LARGE):
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _ROWS)
+        multiply = torch.ops.mkldnn._linear_pointwise
+        return lambda x: multiply(x.to(kind), packed, bias, "none", [], "")
+    transposed = weight.t().contiguous()  # faster for a few rows
+    if bias is None:
+        return lambda x: torch.mm(x.to(kind), transposed)
+    return lambda x: torch.addmm(bias, x.to(kind), transposed)
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Product:
@@ -55,12 +62,15 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Product:
     scales, zeros = scale[:, 0].float(), torch.zeros(len(scale), dtype=torch.int32)
 
     def int8(x: Tensor) -> Tensor:
+        rows = len(x)
+        if rows < _FEWEST:
+            x = F.pad(x, (0, 0, 0, _FEWEST - rows))
         row_scale = _scale(x)  # [M, 1]
         rounded = (x / row_scale).round_().to(torch.int8)
         y: Tensor = multiply(
             rounded, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
-        y = y.to(x.dtype).mul_(row_scale)
+        y = y.to(x.dtype).mul_(row_scale)[:rows]
         return y if bias is None else y.add_(bias)
 
     return int8
@@ -73,7 +83,7 @@ def _scale(x: Tensor) -> Tensor:
 
 @cache
 def _packable() -> set[torch.dtype]:
-    """Return the types whose weights oneDNN packs on this processor."""
+    """Return the types whose weights oneDNN lays out in blocks on this processor."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return set()
     halves = {torch.bfloat16} if torch.ops.mkldnn._is_mkldnn_bf16_supported() else set()

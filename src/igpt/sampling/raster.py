@@ -24,7 +24,7 @@ from igpt.sampling.jobs import Job, PartialImages, require_finite
 
 _SIZES = (1, 2, 4, 8, 16, 32)  # of windows
 # Rows whose products take as long as reading the weights: on a CPU by precision, and on a GPU.
-_BALANCE = {"fp32": 24, "bf16": 64, "int8": 64}
+_BALANCE = {"fp32": 20, "bf16": 48, "int8": 36}
 _BALANCE_GPU = 512
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 _BUCKET = 64  # positions by which the cache that a captured pass reads grows
