@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upright
 # Inches; the labels of lines are on the right.
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.62, 1.15, 0.12, 0.52
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.62, 1.4, 0.12, 0.52
 FONT = 9.5  # points
 
 

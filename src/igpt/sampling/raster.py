@@ -22,10 +22,11 @@ from igpt.sampling.colors import gumbel_noise
 from igpt.sampling.decoder import Decoder
 from igpt.sampling.jobs import Job, PartialImages, require_finite
 
-_SIZES = (1, 2, 4, 8, 16, 32)  # of windows
+_SIZES = (2, 4, 8, 16, 32, 64)  # of windows
 # Rows whose products take as long as reading the weights: on a CPU by precision, and on a GPU.
 _BALANCE = {"fp32": 20, "bf16": 48, "int8": 36}
 _BALANCE_GPU = 512
+_MEMORY = 0.95  # weight of earlier windows in averages, per pass
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 _BUCKET = 64  # positions by which the cache that a captured pass reads grows
 _CAPTURE = threading.Lock()
@@ -77,8 +78,8 @@ class _Windows:
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)
         self.decoder = Decoder(model, batch, job.precision)
         self.decoder.prefill(self.sequence[:, :first])
-        # Recent guesses, and those that were right. The first estimate is one half.
-        self.checked, self.right = 2.0, 1.0
+        # Recent windows: their number, and the sums of their sizes and of the pixels accepted.
+        self.windows, self.sizes, self.accepted = 1.0, 16.0, 3.0
         weights = _BYTES[job.precision] * count_parameters(config)
         self.cache_cost: float = batch * cache_bytes(config, self.decoder.kind.itemsize) / weights
         on_cpu = model.device.type == "cpu"
@@ -95,24 +96,26 @@ class _Windows:
         else:
             self._pass_on_gpu(size, min(-(-span // _BUCKET) * _BUCKET, self.known.shape[1]))
         before, self.starts = self.starts, self.start.tolist()
-        for old, new in zip(before, self.starts, strict=True):
-            if old < self.end:
-                accepted = min(new - old, size) - 1
-                self.right = 0.95 * self.right + accepted
-                self.checked = 0.95 * self.checked + accepted + (accepted < size - 1)
+        if size > 1:
+            moved = [
+                new - old for old, new in zip(before, self.starts, strict=True) if old < self.end
+            ]
+            self.windows = _MEMORY * self.windows + len(moved)
+            self.sizes = _MEMORY * self.sizes + len(moved) * size
+            self.accepted = _MEMORY * self.accepted + sum(moved)
 
     def _best_size(self) -> int:
         """Return the size of window that should determine most pixels per second.
 
-        Its cost is estimated in units of reading the weights once. The number of pixels follows
-        from the share of guesses that were right recently.
+        The pixels that a window of T determines grow as a power of T: a pixel is sampled in more
+        passes before it is first in its window, so that larger windows have better guesses. The
+        cost of a pass is estimated in units of reading the weights once.
         """
-        share = self.right / self.checked  # of guesses that were right
+        power = math.log(self.accepted / self.windows) / math.log(self.sizes / self.windows)
         fixed: float = 1 + self.cache_cost * min(self.starts) / self.known.shape[1]
 
         def speed(size: int) -> float:
-            pixels = sum(math.pow(share, right) for right in range(size))
-            return pixels / (fixed + self.row_cost * size)
+            return math.pow(size, power) / (fixed + self.row_cost * size)
 
         return max(_SIZES, key=speed)
 
