@@ -49,6 +49,30 @@ def lean_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     return _LeanNorm.apply(x, gain, eps)  # type: ignore[no-any-return, no-untyped-call]
 
 
+class _LeanRotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return rotate(gradient, cos, -sin), None, None
+
+
+def lean_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `rotate(x, cos, sin)`; the backward pass rotates the gradient back."""
+    return _LeanRotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs of numbers: [..., T, K], cos and sin [T, K]; see `apply_rope_2d`."""
+    swapped = x.reshape(*x.shape[:-1], 2, 2, -1).flip(-2).flatten(-3)
+    return torch.addcmul(x * cos, swapped, sin)
+
+
 def prefers_plain_attention(q: Tensor) -> bool:
     """Return whether to avoid the fused kernel, whose backward pass is slow in short bf16."""
     on_cpu = q.device.type == "cpu" and q.requires_grad
@@ -59,9 +83,11 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
     """Return softmax(q k' / sqrt(K)) v by plain matrix products, each [B, H, T, K]."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # [B, H, T, T]
     if causal:
-        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-        scores = scores.masked_fill(future, -torch.inf)
-    weighted: Tensor = scores.softmax(-1).to(v.dtype) @ v
+        # Adding takes a tenth of the time of `masked_fill`, and has no backward pass.
+        future = torch.full(scores.shape[-2:], -torch.inf, dtype=scores.dtype, device=q.device)
+        scores = scores.add_(future.triu_(1))
+    with torch.autocast(q.device.type, enabled=False):  # which would copy the scores to float32
+        weighted: Tensor = scores.softmax(-1) @ v
     return weighted
 
 

@@ -548,5 +548,6 @@ def _rotations(graph: _Graph, model: ImageGPT) -> tuple[str, str]:
     table = rope_table(
         torch.arange(config.n_pixels), config.n_embd // config.n_head, config.resolution
     )
-    cos, sin = table.float().flatten(2).unbind(1)
+    # [n, 2, K] -> [n, 2, axes, of a pair, K/4]; the sines of second numbers are positive.
+    cos, sin = table.float().unflatten(-1, (2, 2, -1))[:, :, :, 1].flatten(2).unbind(1)  # type: ignore[no-untyped-call]
     return graph.weight("rope.cos", cos), graph.weight("rope.sin", sin)

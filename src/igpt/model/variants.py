@@ -12,6 +12,7 @@ from torch import Tensor
 
 from igpt.config import Config
 from igpt.errors import InputError
+from igpt.model import cpu
 
 Positions = Literal["learned", "rotary"]
 _REMOVED = {"qk_norm": False, "activation": "quick_gelu"}  # variants of earlier versions, off
@@ -59,10 +60,11 @@ class Variants(Config):
 
 
 def rope_table(positions: Tensor, head_width: int, resolution: int) -> Tensor:
-    """Return cosines and sines of `apply_rope_2d` in float64: [T] -> [T, 2 (cos, sin), 2, K/4].
+    """Return cosines and signed sines of `apply_rope_2d`, float64: [T] -> [T, 2, K].
 
     The first half of K is rotated by the row of a position, the second half by its column. Each
-    half is K/4 pairs of numbers; pair p is rotated by the angle (row or column) / 100^(4p/K).
+    half is K/4 pairs of numbers, all first ones and then all second ones; pair p is rotated by the
+    angle (row or column) / 100^(4p/K). Sines of first numbers are negative.
     """
     quarter = head_width // 4
     frequencies = _BASE ** (
@@ -70,7 +72,9 @@ def rope_table(positions: Tensor, head_width: int, resolution: int) -> Tensor:
     )
     axes = torch.stack([positions // resolution, positions % resolution], dim=-1)  # [T, 2]
     angles = axes[..., None] * frequencies  # [T, 2, K/4]
-    return torch.stack([angles.cos(), angles.sin()], dim=-3)
+    cos, sin = angles.cos(), angles.sin()
+    both = torch.stack([torch.stack([cos, cos], -2), torch.stack([-sin, sin], -2)], dim=-4)
+    return both.flatten(-3)  # [T, 2 (cos, sin), 2 (axes), 2 (of a pair), K/4] -> [T, 2, K]
 
 
 def apply_rope_2d(x: Tensor, table: Tensor) -> Tensor:
@@ -80,9 +84,7 @@ def apply_rope_2d(x: Tensor, table: Tensor) -> Tensor:
     2104.09864; two axes: arXiv 2403.13298).
 
     Args:
-        table: `rope_table` of the T positions, [..., T, 2, 2, K/4].
+        table: `rope_table` of the T positions, [..., T, 2, K].
     """
-    cos, sin = table.to(torch.promote_types(x.dtype, torch.float32)).unbind(-3)  # [T, 2, K/4]
-    one, other = x.reshape(*x.shape[:-1], 2, 2, -1).unbind(-2)  # [..., T, 2, K/4]
-    rotated = torch.stack([one * cos - other * sin, one * sin + other * cos], dim=-2)
-    return rotated.flatten(-3).to(x.dtype)
+    cos, sin = table.to(x.dtype).unbind(-2)
+    return (cpu.lean_rotation if cpu.trains_on_cpu(x) else cpu.rotate)(x, cos, sin)

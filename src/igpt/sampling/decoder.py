@@ -65,7 +65,7 @@ class Decoder:
         )
         heads = torch.arange(batch * 2 * config.n_head, device=weight.device)
         self.first_rows = (heads * config.n_pixels).view(shape[:3])[..., None]  # [B, 2, H, 1]
-        self.rope: Tensor | None = None  # [n, 2, 2, K/4]
+        self.rope: Tensor | None = None  # [n, 2, K]
         if config.positions == "rotary":
             positions = torch.arange(config.n_pixels, device=weight.device)
             self.rope = rope_table(positions, config.n_embd // config.n_head, config.resolution)
