@@ -10,7 +10,7 @@ from igpt.evaluation.results import best_row, read_probe, read_test
 
 README = Path(__file__).parent.parent / "README.md"
 ABSENT = (
-    "cannot load|arrays are missing|no (token data set|model directory|run "
+    "could be loaded|arrays are missing|no (token data set|model directory|run "
     "directory|checkpoint|parts)"
 )
 

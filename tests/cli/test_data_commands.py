@@ -85,7 +85,7 @@ def test_files_that_are_not_palettes_are_refused(igpt: Run, photographs: Path, t
             "no palette at",
         ),
         (("palette", photographs, "-o", tmp_path / "p.npy", "--colors", 1), "colors = 1"),
-        (("prepare", photographs, "-o", photographs / "t"), "would lie among the images of"),
+        (("prepare", photographs, "-o", photographs / "t"), "t is inside "),
         (("prepare", photographs, "-o", "."), "'.' cannot be the output"),
         (("prepare", photographs, "-o", ".", "--shard", "1/2"), "'.' cannot be the output"),
         (("prepare", "--merge", "-o", tmp_path / "t", "--shard", "1/2"), "give one of them"),

@@ -106,7 +106,7 @@ def test_a_probe_without_baselines_is_shown(igpt, tmp_path: Path) -> None:
     assert igpt("probe", run, run / "tokens", "--limit", 150, "--no-baselines").returncode == 0
     done = igpt("demo", "-o", run, "--steps", 2)
     assert done.returncode == 0, done.stderr
-    assert "chosen on validation" in done.stdout
+    assert "(selected by validation accuracy)" in done.stdout
     assert "raw pixels" not in done.stdout.partition("Results")[2]
     for name, content in (("probe.json", "[]"), ("metrics.jsonl", ""), ("config.yaml", "- a")):
         whole = (run / name).read_bytes()

@@ -320,9 +320,8 @@ def test_deeply_nested_levels_cause_a_warning(tmp_path: Path, igpt: Run):
     words = ("prepare", folder, "--size", 8, "--colors", 8, "--workers", 1)
     done = igpt(*words, "-o", tmp_path / "dark")
     warning = (
-        "16-bit images without a level above 12 bits: 10, the highest level is 4095 of 65535, so "
-        "they become nearly "
-        "black; multiply 12-bit levels by 16 before you save them as 16-bit ones"
+        "all 16-bit images (10) use only 12 bits (highest level 4095), so they become nearly "
+        "black; multiply 12-bit levels by 16 before you save them as 16-bit images"
     )
     assert done.stdout.splitlines()[1:] == [f"warning: {warning}"]
     assert TokenDataset(tmp_path / "dark").manifest["made"]["warnings"] == [warning]

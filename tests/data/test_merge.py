@@ -194,7 +194,7 @@ def test_the_path_of_the_palette_does_not_matter(pictures: str, tmp_path: Path):
 def test_folders_that_are_not_parts_are_refused(
     pictures: str, tmp_path: Path, part: tuple[int, int]
 ):
-    with pytest.raises(InputError, match=f"are 1/n to n/n, not {part[0]}/{part[1]}"):
+    with pytest.raises(InputError, match=f"needs 1 <= i <= n <= 65536, not {part[0]}/{part[1]}"):
         prepare_part(pictures, tmp_path / "tokens", LENIENT, part)
 
 
@@ -219,7 +219,10 @@ def test_merging_on_the_command_line(
             ["prepare", "digits", "-o", tmp_path / "a", "--shard", "1"],
             "--shard takes i/n, such as 1/4",
         ),
-        (["prepare", "digits", "-o", tmp_path / "a", "--shard", "3/2"], "are 1/n to n/n, not 3/2"),
+        (
+            ["prepare", "digits", "-o", tmp_path / "a", "--shard", "3/2"],
+            "needs 1 <= i <= n <= 65536, not 3/2",
+        ),
     ):
         done = igpt(*words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1)
@@ -376,7 +379,7 @@ def test_a_fifo_instead_of_a_shard_is_refused_without_blocking(tmp_path: Path, p
 
 
 def test_an_absurd_number_of_parts_is_refused(pictures: str, tmp_path: Path):
-    with pytest.raises(InputError, match="n is at most 65536"):
+    with pytest.raises(InputError, match="<= n <= 65536"):
         prepare_part(pictures, tmp_path / "tokens", LENIENT, (1, 10**30))
     (tmp_path / f"tokens.1-of-{10**30}").mkdir()
     with pytest.raises(InputError, match="at most 65536 can be joined; remove it"):

@@ -349,9 +349,9 @@ def test_data_sets_that_cannot_be_probed_are_refused(
             "of the (validation|test) images have no training image|every class; there are 2 for "
             "10",
         ),
-        ({"layers": (3,)}, {}, "there is no layer 3: the model's are 0 to 2"),
+        ({"layers": (3,)}, {}, "there is no layer 3; the layers are 0 to 2, and layer 2 is"),
         ({"concatenate": (0, -1)}, {}, "there is no layer -1"),
-        ({"concatenate": (1,)}, {}, "two or more to concatenate"),
+        ({"concatenate": (1,)}, {}, "--concatenate needs at least two"),
         ({"masks": 2}, {}, "masking at test time needs a model trained as 'bert'"),
     ]
     for settings, labels, message in refused:

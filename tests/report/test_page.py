@@ -200,7 +200,7 @@ def test_the_numbers_are_shown(whole):
         "Raw pixels 95.1 % ± 1.6",
         "not significantly better",
         "16.1 points above the best layer of an untrained network",
-        "fitted to 1,437 images",
+        "fitted to 1,437 training images",
         "did not converge at layer 2",
         "4 images, one per row",
         "the upper 4 of 8 pixel rows",
@@ -257,7 +257,8 @@ def test_before_the_first_validation_the_model_has_no_loss_to_compare(bare):
     lines = (bare / "metrics.jsonl").read_text().splitlines()
     (bare / "metrics.jsonl").write_text("\n".join(lines[:2]) + "\n")
     assert (
-        "This model not yet not yet Colour frequencies alone 2.080" in read(write_report(bare)).text
+        "This model not measured yet not measured yet Colour frequencies alone 2.080"
+        in read(write_report(bare)).text
     )
 
 
@@ -298,7 +299,8 @@ def test_every_protocol_of_a_probe_is_described(whole):
     )
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
-    assert "selected on 180, fitted again to both, tested on 180" in text
+    again = "With the selected strength or rate, it is fitted again to the images of both splits."
+    assert f"on 180 validation images. {again} The test accuracy is measured on 180" in text
     assert "Layers 0, 1 concatenated: test accuracy 91.2 %." in text
     assert (
         "4 labels per class, layer 1: test accuracy 73.2 %, standard deviation 1.5 points over 5 "
@@ -307,7 +309,8 @@ def test_every_protocol_of_a_probe_is_described(whole):
     layers = [{**row, "learning_rate": 3.0} for row in record["layers"]]
     (whole / "probe.json").write_text(json.dumps({**record, "config": {}, "layers": layers}))
     text = read(write_report(whole)).text
-    assert "learning rate of SGD and layer (ring) selected on 180, tested on 180" in text
+    assert "The learning rate of SGD and the layer (ring) are selected by the accuracy on" in text
+    assert "on 180 validation images. The test accuracy is measured on 180" in text
 
 
 def test_a_probe_without_baselines(whole):

@@ -37,7 +37,9 @@ COMMANDS = {
     ),
     "report": Command("igpt.cli.sharing:Report", "write one page with all results of a run"),
     "card": Command("igpt.cli.sharing:Card", "write the model card of a run"),
-    "push": Command("igpt.cli.sharing:Push", "upload a model with its card and images to the Hub"),
+    "push": Command(
+        "igpt.cli.sharing:Push", "upload a model, its card, and its sample and completion grids"
+    ),
     "import": Command(
         "igpt.cli.sharing:Import", "convert an OpenAI checkpoint to a model directory"
     ),

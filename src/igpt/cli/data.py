@@ -59,11 +59,11 @@ class PaletteOptions(Options):
         )
         allowance.require(source, left_out)
         chosen = given_palette(source, train, settings)
-        settled = settle_palette(source, train, settings, chosen)
-        result, quality, picture = settled.palette, settled.quality, settled.picture
-        if settled.bad:
-            allowance.require_decoded(settled.bad, settled.read)
-            left_out.add(BAD, settled.bad[0], count=len(settled.bad), possible_images=True)
+        fitted = settle_palette(source, train, settings, chosen)
+        result, quality, picture = fitted.palette, fitted.quality, fitted.picture
+        if fitted.bad:
+            allowance.require_decoded(fitted.bad, fitted.read)
+            left_out.add(BAD, fitted.bad[0], count=len(fitted.bad), possible_images=True)
         warnings = palette_notes(chosen, train, settings)
         result.save(out)
         report = {
@@ -201,7 +201,7 @@ class Inspect(Options):
     tokens: Path = argument("token data set")
     out: Path | None = Field(
         None,
-        description="PNG to write, with all figures in a .json file of the same name; TOKENS.png "
+        description="PNG to write, with all numbers in a .json file of the same name; TOKENS.png "
         "by default",
     )
 
@@ -223,7 +223,7 @@ class Inspect(Options):
         write_json(target.with_suffix(".json"), found)
         for line in _description(found):
             print(line)
-        print(f"{target}: a sheet of training images; {target.with_suffix('.json')}: all figures")
+        print(f"{target}: a sheet of training images; {target.with_suffix('.json')}: all numbers")
 
 
 def _description(found: Mapping[str, Any]) -> Iterator[str]:
@@ -233,14 +233,14 @@ def _description(found: Mapping[str, Any]) -> Iterator[str]:
     made, splits = found["made"], found["splits"]
     yield (
         f"{found['path']}: {found['resolution']} px, {found['colors']} colours "
-        f"({found['fingerprint'][:12]}), {found['bytes'] / 1e6:.1f} MB in {found['shards']} "
-        "shards, all intact"
+        f"(palette fingerprint {found['fingerprint'][:12]}), {found['bytes'] / 1e6:.1f} MB in "
+        f"{found['shards']} shards, all intact"
     )
     usual = PrepareConfig().model_dump(mode="json")
     settings = [
         f"{key} {value}" for key, value in made["config"].items() if value != usual.get(key)
     ]
-    yield f"made from {found['source']}{' with ' if settings else ''}{', '.join(settings)}"
+    yield f"source: {found['source']}{'; settings: ' if settings else ''}{', '.join(settings)}"
     yield f"palette: {_fidelity(made['palette_error'])}; {_usage(found['color_share'])}"
     for name, split in splits.items():
         unlabelled = (

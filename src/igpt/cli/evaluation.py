@@ -63,10 +63,10 @@ class Probe(Options):
         with exclusive(target):
             loaded, data = load_model(path), TokenDataset(self.tokens)
             with progress_bar() as show, passing_folder(target) as passing:
-                result, readout = run(
+                result, classifier = run(
                     loaded, data, settings, self.features or passing, progress=show
                 )
-            write_probe(target, {"model": str(path), **result}, readout)
+            write_probe(target, {"model": str(path), **result}, classifier)
         best, images = best_row(result), result["images"]["test"]
         for row in result["layers"]:
             mark = "  <- best validation accuracy" if row is best else ""
@@ -130,7 +130,8 @@ class Score(Options):
         "JSON file, published.json by default",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of matrix products; bf16 is faster if the processor supports it"
+        "fp32",
+        description="precision of matrix products; bf16 is faster if the processor supports it",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -304,7 +305,8 @@ class Features(Options):
         "final norm; the best layer in the probe.json of the run by default",
     )
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="of matrix products; bf16 is faster if the processor supports it"
+        "fp32",
+        description="precision of matrix products; bf16 is faster if the processor supports it",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -412,13 +414,15 @@ def _likelihood(result: Mapping[str, Any]) -> str:
     )
     split = "" if result["split"] == "all" else f"{result['split']} "
     palette = result["palette_error"]
+    is_measured = palette is not None and palette["measured_on"] == "these images"
+    images = "these images" if is_measured else "the training images"
     if palette is None:
         words = "the error of the palette is unknown"
     elif palette["psnr_db"] is None:
-        words = f"the palette is exact on {palette['measured_on']}"
+        words = f"the palette represents {images} without error"
     else:
         error = f"{palette['mse']:.1f} per channel, {palette['psnr_db']:.1f} dB PSNR"
-        words = f"the palette's mean squared error on {palette['measured_on']} is {error}"
+        words = f"the palette's mean squared error on {images} is {error}"
     return (
         f"{result['nats_per_pixel']:.4f} nats/pixel{spread}, {result['bits_per_pixel']:.4f} "
         f"bits/pixel, over {result['images']} {split}images of {result['source']}; {words}"

@@ -165,13 +165,13 @@ def _probe(model: ImageGPT, data: TokenDataset, run: Path, precision: Precision)
     with exclusive(path):
         try:
             with progress_bar() as show, passing_folder(path) as features:
-                result, readout = probe(model, data, config, features, progress=show)
+                result, classifier = probe(model, data, config, features, progress=show)
         except InputError as error:
             write_json(
                 path, {**about, "format": PROBE, "version": PROBE_VERSION, "skipped": str(error)}
             )
         else:
-            write_probe(path, {**about, **result}, readout)
+            write_probe(path, {**about, **result}, classifier)
 
 
 def _table(run: Path) -> Table:
@@ -184,7 +184,7 @@ def _table(run: Path) -> Table:
     table.add_row("validation loss, nats/pixel: pretrained model", loss, style="bold")
     for name, words in (
         ("unigram", "colour frequencies alone (unigram)"),
-        ("uniform", "any colour alike (uniform)"),
+        ("uniform", "uniform distribution over colours"),
     ):
         if name in known:
             table.add_row(f"  {words}", f"{known[name]:.3f}")
@@ -196,7 +196,8 @@ def _table(run: Path) -> Table:
     chosen = best_row(result)
     table.add_row(f"probe accuracy on {result['images']['test']} test images", "")
     for row in result["layers"]:
-        label = f"  layer {row['layer']}{' (chosen on validation)' if row is chosen else ''}"
+        reason = " (selected by validation accuracy)" if row is chosen else ""
+        label = f"  layer {row['layer']}{reason}"
         table.add_row(label, f"{row['test_accuracy']:.1%}", style="bold" if row is chosen else "")
     compared = result.get("baselines") or {}
     if compared.get("untrained"):

@@ -38,8 +38,8 @@ class Reproduce(Options):
     jobs: int | None = Field(None, description="steps that run at the same time, 2 by default")
     tokens_only: bool = Field(
         False,
-        description="prepare the tokens and stop; the same command then does the rest, also on a "
-        "machine without the images",
+        description="prepare the tokens and stop; run it again without this flag for the rest, "
+        "also on a machine without the images",
     )
     rehearsal: bool = Field(False, description="all steps, shortened: a test that everything runs")
 

@@ -35,7 +35,9 @@ class Card(Options):
     run: Path = argument("run directory")
     name: str = argument("USER/NAME of the model on the Hub")
     license: str | None = Field(
-        None, description="its identifier on the Hub, such as apache-2.0; none by default"
+        None,
+        description="license of the model, by its identifier on the Hub, such as apache-2.0; none "
+        "by default",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -46,7 +48,7 @@ class Card(Options):
 
 
 class Push(Options):
-    """Upload the model of a run, its card and its images to the Hub."""
+    """Upload the model of a run, its card, and its sample and completion grids to the Hub."""
 
     settings = "igpt.report.card"
     example = "igpt push runs/photos me/pixels --private"

@@ -16,7 +16,9 @@ class PlanOptions(Options):
     settings = "igpt.planning.plan:PlanConfig"
     example = "igpt plan igpt-l --gpus 8 --gpu H100"
 
-    preset: str = argument("igpt-s, -m, -l, -l-48, -xl, or another preset of igpt pretrain --model")
+    preset: str = argument(
+        "igpt-s, igpt-m, igpt-l, igpt-l-48, igpt-xl, or another preset of igpt pretrain --model"
+    )
     out: Path | None = Field(None, description="JSON to write")
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -48,8 +50,8 @@ class Pretrain(Options):
     out: Path = Field(description="run directory to write, or to continue with --resume")
     model: str | None = Field(
         None,
-        description="preset of model and training: igpt-s, -m, -l, -l-48, -xl, gpu-hour; for CPUs "
-        "tiny, digits, photos, modern",
+        description="preset of model and training: igpt-s, igpt-m, igpt-l, igpt-l-48, igpt-xl, "
+        "gpu-hour; for CPUs: tiny, digits, photos, modern",
     )
     config: Path | None = Field(
         None, description="settings in YAML or JSON; they override the preset, flags override both"

@@ -62,7 +62,7 @@ PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
 # Images of a shard, at least and at most. Within these limits, a source is cut into 32 shards, for
 # as many processes.
 SHARD_IMAGES = (1024, 8192)
-# Bytes of tokens of a shard, at most; from 129 px on, this is the lower limit.
+# Bytes of tokens of a shard, at most. From 129 px on, this limit is smaller than SHARD_IMAGES[1].
 SHARD_BYTES = 2**28
 # Below this number of images, starting workers costs more than they gain.
 MIN_IMAGES_FOR_WORKERS = 4096
@@ -269,7 +269,7 @@ def prepare_part(
 ) -> Path:
     """Prepare one of n parts of a token data set, for machines that share only the source.
 
-    Joined parts (`igpt.data.merge.merge`) are identical to the byte to what `prepare` writes.
+    Joined parts (`igpt.data.merge.merge`) are byte for byte identical to what `prepare` writes.
 
     Args:
         source, config, workers, progress: see `prepare`; the same for all parts.
@@ -284,9 +284,7 @@ def prepare_part(
     """
     require_new(out, source)
     if not 1 <= part[0] <= part[1] <= MOST_PARTS:
-        raise InputError(
-            f"the parts of n are 1/n to n/n, not {part[0]}/{part[1]}; n is at most {MOST_PARTS}"
-        )
+        raise InputError(f"--shard i/n needs 1 <= i <= n <= {MOST_PARTS}, not {part[0]}/{part[1]}")
     out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
     require_new(out)
     with exclusive(out):
@@ -361,7 +359,7 @@ def _make_shards(
         "left_out": opened.left_out.to_json(),
         "warnings": [*opened.notes, *palette_notes(given, splits["train"], config)],
     }
-    plan, palette = _settle_plan(folder, wanted, splits["train"], config, given)
+    plan, palette = _plan_and_palette(folder, wanted, splits["train"], config, given)
 
     # Jobs are listed again whenever they are needed: together their rows would fill the memory.
     def jobs() -> Iterator[_Job]:
@@ -444,7 +442,7 @@ def require_new(out: Path, source: str | None = None) -> None:
         raise InputError(f"{out} exists already; remove it or choose another -o")
     require_folder_name(out)
     if source and Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
-        raise InputError(f"{out} would lie among the images of {source}; choose another -o")
+        raise InputError(f"{out} is inside {source}; choose another -o")
 
 
 def _shard_images(config: PrepareConfig) -> tuple[int, int]:
@@ -470,24 +468,24 @@ def _jobs(
                 for split, rows in indices.items()
             }
             rows = np.concatenate(list(parts.values()))
-            owners = np.repeat(
+            split_of_row = np.repeat(
                 np.array(list(parts), np.uint8), [len(part) for part in parts.values()]
             )
             order = np.argsort(rows)
-            yield _Job(reader, number, rows[order], owners[order])
+            yield _Job(reader, number, rows[order], split_of_row[order])
 
 
-def _settle_plan(
+def _plan_and_palette(
     folder: Path, plan: dict[str, Any], train: Split, config: PrepareConfig, given: Palette | None
 ) -> tuple[dict[str, Any], Palette]:
     """Return the plan and the palette: those of interrupted work, or new ones."""
     if folder.exists():
         return _resumed_plan(folder, plan), Palette.load(folder / PLAN)
-    settled = settle_palette(plan["source"], train, config, given)
-    palette, picture = settled.palette, settled.picture
+    fitted = settle_palette(plan["source"], train, config, given)
+    palette, picture = fitted.palette, fitted.picture
     plan = {
         **plan,
-        "palette_error": settled.quality,
+        "palette_error": fitted.quality,
         "palette": {"centers": palette.centers_.tolist()},
     }
     with atomic_folder(folder) as temporary:
@@ -578,8 +576,8 @@ def warnings_of(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> list[
     if found and highest <= _TWELVE_BITS:
         images = sum(levels["images"] for levels in found)
         warnings.append(
-            f"16-bit images without a level above 12 bits: {images}, the highest level is "
-            f"{highest} of 65535, so they become nearly black; multiply 12-bit levels by 16 "
-            "before you save them as 16-bit ones"
+            f"all 16-bit images ({images}) use only 12 bits (highest level {highest}), so they "
+            "become nearly black; multiply 12-bit levels by 16 before you save them as 16-bit "
+            "images"
         )
     return warnings

@@ -91,7 +91,7 @@ class ProbeConfig(Config):
         None, description="maximum number of images per split, a random subset"
     )
     test_images: Count | None = Field(
-        None, description="maximum number of test images, instead of --limit"
+        None, description="maximum number of test images; overrides --limit for the test split"
     )
     baselines: bool = Field(
         True, description="also probe raw pixels and an untrained model of the same shape"
@@ -103,7 +103,8 @@ class ProbeConfig(Config):
         0,
         ge=0,
         lt=2**63,
-        description="of all draws: images, masks, the untrained model, sgd's batches",
+        description="seed of all random choices: images, masks, the untrained model, batches of "
+        "sgd",
     )
 
 
@@ -124,9 +125,9 @@ class Images:
     def of(self, layers: Sequence[int]) -> "Images":
         """Return the images with the features of some layers only, concatenated."""
         if len(layers) == 1:
-            return replace(self, features=[[draw[layers[0]]] for draw in self.features])
+            return replace(self, features=[[masked[layers[0]]] for masked in self.features])
         chosen = [
-            [ConcatenatedColumns([draw[layer] for layer in layers])] for draw in self.features
+            [ConcatenatedColumns([masked[layer] for layer in layers])] for masked in self.features
         ]
         return replace(self, features=chosen)
 
@@ -159,13 +160,15 @@ def probe(
     for layer in (*layers, *config.concatenate):
         if not 0 <= layer <= depth:
             raise InputError(
-                f"there is no layer {layer}: the model's are 0 to {depth}, the last the final "
-                "norm's output"
+                f"there is no layer {layer}; the layers are 0 to {depth}, and layer {depth} is the "
+                "output of the final norm"
             )
     if len(config.concatenate) == 1 or any(
         len(set(named)) < len(named) for named in (layers, config.concatenate)
     ):
-        raise InputError("name each layer once, and two or more to concatenate")
+        raise InputError(
+            "--layers and --concatenate must not repeat a layer; --concatenate needs at least two"
+        )
     if config.masks:
         model.config.trained_as.require("masked", "masking at test time")
     limits: dict[str, int | None] = dict.fromkeys(SPLITS, config.limit)
@@ -173,7 +176,7 @@ def probe(
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
     splits = {name: split for name, (split, _) in sampled.items()}
     require_classes(splits, len(data.class_names or ()), "a probe")
-    if config.labels_per_class:  # invalid settings are refused before the work
+    if config.labels_per_class:  # raise for invalid settings before the work
         subset_per_class(sampled["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
@@ -194,36 +197,38 @@ def _probe(
     progress: Progress | None,
 ) -> tuple[dict[str, Any], ProbeClassifier]:
     """Probe sampled images; everything has been checked."""
-    say = progress or (lambda what, done, total: None)
+    report = progress or (lambda what, done, total: None)
     known = np.unique(sampled["train"][0].labels)
     checksum = sha256_of(data.path / MANIFEST)
-    of = {
+    descriptions = {
         name: {"tokens_sha256": checksum, "drawn": limit and [limit, config.seed], "split": name}
         for name, limit in limits.items()
     }
-    found = _images(model, sampled, known, config, features / "model", of, partial(say, "features"))
+    images = _images(
+        model, sampled, known, config, features / "model", descriptions, partial(report, "features")
+    )
     device = model.device
     fit = partial(fit_and_test, config=config, device=device)
-    result, best = _probe_layers(fit, found, layers, partial(say, "probes"))
+    result, best = _probe_layers(fit, images, layers, partial(report, "probes"))
     class_names = tuple((data.class_names or [])[number] for number in known)
-    readout = ProbeClassifier.of(best, result["best_layer"], class_names)
+    classifier = ProbeClassifier.of(best, result["best_layer"], class_names)
     if config.concatenate:
-        say("concatenated layers", 0, 1)
-        row, _ = fit({name: images.of(config.concatenate) for name, images in found.items()})
+        report("concatenated layers", 0, 1)
+        row, _ = fit({name: split.of(config.concatenate) for name, split in images.items()})
         result["concatenated"] = {"layers": list(config.concatenate), **row}
     if config.labels_per_class:
         layer = result["best_layer"]
-        chosen = {name: images.of([layer]) for name, images in found.items()}
+        chosen = {name: split.of([layer]) for name, split in images.items()}
         result["few_labels"] = [
             {"per_class": count, "layer": layer, **few_labels(chosen, count, config, device)}
             for count in config.labels_per_class
         ]
     compared: dict[str, Any] = {}
     if config.baselines:
-        say("raw pixels", 0, 1)
+        report("raw pixels", 0, 1)
         positions = model.config.n_pixels
         pixels = {
-            name: replace(found[name], features=[[Pixels(split, data.palette, positions)]])
+            name: replace(images[name], features=[[Pixels(split, data.palette, positions)]])
             for name, (split, _) in sampled.items()
         }
         compared["raw_pixels"], _ = fit(pixels)
@@ -235,13 +240,19 @@ def _probe(
         torch.manual_seed(config.seed)
         untrained = ImageGPT(model.config, model.palette).to(device)
         folder = features / f"untrained-{config.seed}"
-        theirs = _images(
-            untrained, sampled, known, config, folder, of, partial(say, "untrained: features")
+        untrained_images = _images(
+            untrained,
+            sampled,
+            known,
+            config,
+            folder,
+            descriptions,
+            partial(report, "untrained: features"),
         )
         compared["untrained"], _ = _probe_layers(
-            fit, theirs, layers, partial(say, "untrained: probes")
+            fit, untrained_images, layers, partial(report, "untrained: probes")
         )
-    whole = {
+    content = {
         "format": PROBE,
         "version": PROBE_VERSION,
         "tokens": str(data.path),
@@ -249,24 +260,24 @@ def _probe(
         "config": config.model_dump(mode="json"),
         "seed": config.seed,
         "classes": len(known),
-        "images": {name: len(images.labels) for name, images in found.items()},
+        "images": {name: len(split.labels) for name, split in images.items()},
         **result,
         "baselines": compared,
         "environment": describe(),
     }
-    return whole, readout
+    return content, classifier
 
 
-def write_probe(path: Path, result: Mapping[str, Any], readout: ProbeClassifier) -> None:
-    """Write a `probe.json`, and its classifier next to it.
+def write_probe(path: Path, result: Mapping[str, Any], classifier: ProbeClassifier) -> None:
+    """Write a `probe.json`, and its classifier to a `.safetensors` file of the same name.
 
-    The former holds the latter's fingerprint and is replaced first, so that a kill between the two
-    is noticed by `ProbeClassifier.of_probe`.
+    `probe.json` stores the fingerprint of the classifier and is replaced first; if the process is
+    killed before the classifier is replaced, `ProbeClassifier.of_probe` finds that they differ.
     """
-    with atomic_file(path.with_suffix(".safetensors")) as classifier:
-        classifier.write_bytes(readout.to_bytes())
-        sync(classifier)  # a full disk is detected before anything is replaced
-        write_json(path, {**result, "classifier": readout.fingerprint})
+    with atomic_file(path.with_suffix(".safetensors")) as temporary:
+        temporary.write_bytes(classifier.to_bytes())
+        sync(temporary)  # a full disk is detected before anything is replaced
+        write_json(path, {**result, "classifier": classifier.fingerprint})
 
 
 def subset_images(
@@ -286,32 +297,32 @@ def _images(
     known: NDArray[np.int32],
     config: ProbeConfig,
     folder: Path,
-    of: Mapping[str, Mapping[str, Any]],
+    descriptions: Mapping[str, Mapping[str, Any]],
     progress: Callable[[int, int], None],
 ) -> dict[str, Images]:
     """Return the features of all splits; with masks, `config.masks` per test image."""
-    found, before = {}, 0
-    draws = {name: 1 if name == "train" else max(1, config.masks) for name in sampled}
-    total = sum(len(split) * draws[name] for name, (split, _) in sampled.items())
+    images, before = {}, 0
+    masks = {name: 1 if name == "train" else max(1, config.masks) for name in sampled}
+    total = sum(len(split) * masks[name] for name, (split, _) in sampled.items())
     for name, (split, rows) in sampled.items():
         features = []
-        for draw in range(draws[name]):
-            masking = Masking(draw, seed=config.seed) if config.masks else None
-            target = folder / (f"{name}-mask-{draw}" if masking else name)
+        for mask in range(masks[name]):
+            masking = Masking(mask, seed=config.seed) if config.masks else None
+            target = folder / (f"{name}-mask-{mask}" if masking else name)
             features.append(
                 stored(
                     model,
                     split,
                     target,
-                    of=of[name],
+                    of=descriptions[name],
                     masking=masking,
                     precision=config.precision,
                     progress=partial(_progress_after, progress, before, total),
                 )
             )
             before += len(split)
-        found[name] = Images(features, np.searchsorted(known, split.labels), rows)
-    return found
+        images[name] = Images(features, np.searchsorted(known, split.labels), rows)
+    return images
 
 
 def _progress_after(
@@ -322,14 +333,14 @@ def _progress_after(
 
 def _probe_layers(
     fit: Callable[[Mapping[str, Images]], tuple[dict[str, Any], Classifiers]],
-    found: Mapping[str, Images],
+    images: Mapping[str, Images],
     layers: Sequence[int],
     progress: Callable[[int, int], None],
 ) -> tuple[dict[str, Any], Classifiers]:
     """Return a row per layer, the index of the best by validation accuracy, its classifier."""
     rows, fitted = [], []
     for number, layer in enumerate(layers):
-        row, classifier = fit({name: images.of([layer]) for name, images in found.items()})
+        row, classifier = fit({name: split.of([layer]) for name, split in images.items()})
         rows.append({"layer": layer, **row})
         fitted.append(classifier)
         progress(number + 1, len(layers))
@@ -338,32 +349,34 @@ def _probe_layers(
 
 
 def fit_and_test(
-    found: Mapping[str, Images], *, config: ProbeConfig, device: torch.device
+    images: Mapping[str, Images], *, config: ProbeConfig, device: torch.device
 ) -> tuple[dict[str, Any], Classifiers]:
-    """Fit on the training images, select the setting by validation, and fit it on both.
+    """Fit on training images, and select the setting by validation accuracy; test the classifier.
+
+    With `fold_back`, the classifier is first refit on training and validation images.
 
     Returns:
         a row of `probe.json`, and the classifier that was tested.
     """
-    train, validation, test = (found[name] for name in SPLITS)
+    train, validation, test = (images[name] for name in SPLITS)
     name, settings = "regularisation", config.strengths
     solve: Callable[..., Classifiers] = fit_lbfgs
     if config.solver == "sgd":
         name, settings = "learning_rate", config.learning_rates
         solve = partial(fit_sgd, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
     fitted = solve(train.features[0][0], train.labels, settings, device=device)
-    right = _right(fitted, validation, config.seed).sum(axis=1)
-    best = int(right.argmax())
+    correct = _predicted_correctly(fitted, validation, config.seed).sum(axis=1)
+    best = int(correct.argmax())
     final, index, converged = fitted, best, fitted.converged[best]
     if config.fold_back:
         both = ConcatenatedRows(train.features[0][0], validation.features[0][0])
         labels = np.concatenate([train.labels, validation.labels])
         final, index = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
-    answers, count = _right(final, test, config.seed)[index], len(test.labels)
+    answers, count = _predicted_correctly(final, test, config.seed)[index], len(test.labels)
     hits = int(answers.sum())
     row = {
-        "validation_accuracy": int(right[best]) / len(validation.labels),
+        "validation_accuracy": int(correct[best]) / len(validation.labels),
         "test_accuracy": hits / count,
         "test_interval_95": list(interval_of_share(hits, count)),
         "test_right": packed(answers),
@@ -374,21 +387,23 @@ def fit_and_test(
     return row, final.only(index)
 
 
-def _right(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
+def _predicted_correctly(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
     """Return which images each classifier predicts correctly, [S, N], over all masks."""
-    predicted = np.stack([classifiers.predict(draw[0]) for draw in images.features])  # [m, S, N]
+    predicted = np.stack(
+        [classifiers.predict(masked[0]) for masked in images.features]
+    )  # [m, S, N]
     answers = predicted[0]
     if len(predicted) > 1:
         classes = np.arange(classifiers.coef.shape[1])
         # S of [N, C]
         votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
-    right: NDArray[np.bool_] = answers == images.labels
-    return right
+    correct: NDArray[np.bool_] = answers == images.labels
+    return correct
 
 
 def few_labels(
-    found: Mapping[str, Images], per_class: int, config: ProbeConfig, device: torch.device
+    images: Mapping[str, Images], per_class: int, config: ProbeConfig, device: torch.device
 ) -> dict[str, Any]:
     """Return the accuracy with few labels per class: mean and deviation over subsets.
 
@@ -397,19 +412,19 @@ def few_labels(
     Raises:
         InputError: a class has fewer training images.
     """
-    train, test = found["train"], found["test"]
-    right: dict[str, list[NDArray[np.int64]]] = {"validation": [], "test": []}
+    train, test = images["train"], images["test"]
+    correct: dict[str, list[NDArray[np.int64]]] = {"validation": [], "test": []}
     converged = []
     for subset in range(config.subsets):
         rows = subset_per_class(train.labels, per_class, (config.seed, per_class, subset))
         fitted = fit_lbfgs(
             train.features[0][0][rows], train.labels[rows], config.strengths, device=device
         )
-        for name, counts in right.items():
-            counts.append(_right(fitted, found[name], config.seed).sum(axis=1))
+        for name, counts in correct.items():
+            counts.append(_predicted_correctly(fitted, images[name], config.seed).sum(axis=1))
         converged.append(fitted.converged)
-    best = int(np.sum(right["validation"], axis=0).argmax())
-    accuracies = np.array([counts[best] for counts in right["test"]]) / len(test.labels)
+    best = int(np.sum(correct["validation"], axis=0).argmax())
+    accuracies = np.array([counts[best] for counts in correct["test"]]) / len(test.labels)
     return {
         "regularisation": config.strengths[best],
         "converged": all(each[best] for each in converged),

@@ -75,14 +75,14 @@ class PlanConfig(ShapeConfig):
 
     resolution: int = Field(32, ge=1, le=MOST, description="image side in pixels")
     n_colors: int = Field(512, ge=1, le=MOST, description="palette size")
-    optimizer: OptimizerName = Field("adamw", description="see `igpt pretrain`")
+    optimizer: OptimizerName = Field("adamw", description="optimizer: see `igpt pretrain`")
     batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all GPUs")
     steps: int = Field(1_000_000, ge=1, le=MOST, description="optimizer steps")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="of matrix products")
+    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of matrix products")
     gpus: int = Field(1, ge=1, le=MOST, description="number of GPUs")
     gpu: str = Field("H100", description=f"kind of GPU: {', '.join(KINDS)}")
     gpu_memory: float | None = Field(
-        None, gt=0, le=1e9, description="GiB per GPU; default: that of the kind"
+        None, gt=0, le=1e9, description="memory per GPU in GiB; default: that of the kind"
     )
     gpu_tflops: float | None = Field(
         None, gt=0, le=1e9, description="peak TFLOP/s; default: that of the kind"
@@ -245,13 +245,14 @@ class Plan:
         chosen = training.activation_checkpointing
         columns = self.memory.values()
         yield ""
-        yield _row("GiB per GPU", [f"{'* ' * (name == chosen)}{name}" for name in self.memory])
+        yield "GiB per GPU, for each kind of activation checkpointing"
+        yield _row("", [f"{name} (selected)" if name == chosen else name for name in self.memory])
         for part in self.memory[chosen].parts:
             yield _row(
                 part.replace("_", " "), [f"{memory.parts[part] / _GIB:.2f}" for memory in columns]
             )
         yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
-        yield f"* selected activation checkpointing; the peak is at: {self.memory[chosen].moment}"
+        yield f"peak of the selected column at: {self.memory[chosen].moment}"
         yield (
             f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; the rest is for context, NCCL "
             "and fragmentation"
@@ -263,7 +264,7 @@ class Plan:
 
 
 def _row(name: str, cells: list[str]) -> str:
-    return f"{name:15}" + "".join(f"{cell:>13}" for cell in cells)
+    return f"{name:15}" + "".join(f"{cell:>22}" for cell in cells)
 
 
 def _number(value: float) -> str:

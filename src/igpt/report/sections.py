@@ -17,7 +17,7 @@ from igpt.errors import InputError
 from igpt.evaluation.results import best_row
 from igpt.files import require_regular
 from igpt.report import figures
-from igpt.report.findings import describe_sampling, number, percent, plural
+from igpt.report.findings import describe_sampling, percent, plural
 from igpt.report.record import (
     Run,
     baselines,
@@ -54,7 +54,7 @@ def template(name: str) -> "Template":
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `head` may be empty, and the first cell of a row is its head."""
+    """A table; `head` may be empty; the first cell of a row is the heading of that row."""
 
     caption: str
     head: tuple[str, ...]
@@ -63,7 +63,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """One figure in four versions, of which the browser takes the one for its width and colours."""
+    """A figure in four versions; the browser shows the one for its width and colour scheme."""
 
     light: str
     dark: str
@@ -84,7 +84,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Section:
-    """A section: chart or picture with a caption and `code`, or the reason why it is `absent`."""
+    """A section of the page: a chart or a picture with a caption.
+
+    Attributes:
+        name: the identifier of the section in HTML.
+        code: shown after the caption in a fixed-width font: a command or a fingerprint.
+        absent: if there is nothing to show, the reason.
+    """
 
     title: str
     name: str
@@ -129,7 +135,7 @@ def key_tables(run: Run) -> list[Table]:
 
 def _loss_cells(loss: float | None) -> tuple[str, str]:
     if loss is None:
-        return "not yet", "not yet"
+        return "not measured yet", "not measured yet"
     return f"{loss:.3f}", f"{loss / math.log(2):.3f}"
 
 
@@ -203,13 +209,18 @@ def probe_section(run: Run) -> Section:
     caution = f" The fit did not converge at layer {', '.join(failed)}." if failed else ""
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
     chosen = "learning rate of SGD" if setting == "learning_rate" else "regularisation strength"
-    folded = " fitted again to both," if (probe.get("config") or {}).get("fold_back") else ""
+    folded = (
+        " With the selected strength or rate, it is fitted again to the images of both splits."
+        if (probe.get("config") or {}).get("fold_back")
+        else ""
+    )
     classes = plural(probe["classes"], "class", "classes")
     caption = (
-        f"Accuracy of logistic regression over the {classes}{source}: fitted to "
-        f"{plural(count['train'], 'image')}, {chosen} and layer (ring) selected on "
-        f"{number(count['validation'])},{folded} tested on {number(count['test'])}. Band: one "
-        "standard error of the test accuracy. Layer 0 is the input of the first block, layer "
+        f"Accuracy of logistic regression over the {classes}{source}. The classifier of a layer is "
+        f"fitted to {plural(count['train'], 'training image')}. The {chosen} and the layer (ring) "
+        f"are selected by the accuracy on {plural(count['validation'], 'validation image')}."
+        f"{folded} The test accuracy is measured on {plural(count['test'], 'image')}; the band is "
+        "one standard error of it. Layer 0 is the input of the first block, layer "
         f"{layers[-1]['layer']} the final norm.{caution}{_other_protocols(probe)}"
     )
     alt = "Line chart of linear probe accuracy by layer: " + ", ".join(
@@ -357,7 +368,7 @@ def read_picture(path: Path) -> Image.Image:
     """Return a PNG picture.
 
     Raises:
-        InputError: it is no readable PNG, or has more pixels than a page can show.
+        InputError: it is not a readable PNG, or has more pixels than a page can show.
     """
     require_regular(path)
     try:

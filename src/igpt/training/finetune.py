@@ -59,7 +59,10 @@ class FinetuneConfig(TrainConfig):
     model: Path = Field(description="pretrained model directory")
     tokens: Path = Field(description="token data set with labels")
     generation_weight: float = Field(
-        1.0, ge=0, le=1e6, description="weight of the generative loss, next to the class loss"
+        1.0,
+        ge=0,
+        le=1e6,
+        description="weight of the generative loss, in addition to the class loss",
     )
     mask_probability: float | None = Field(
         None,
@@ -85,14 +88,20 @@ class FinetuneConfig(TrainConfig):
         None,
         ge=1,
         le=MOST,
-        description="train on a random subset with this many images per class, the first one that "
-        "`igpt probe` uses",
+        description="train on a random subset with this many images per class, the same subset as "
+        "the first subset of `igpt probe`",
     )
     validation_images: int | None = Field(
-        None, ge=1, le=MOST, description="maximum number, spread evenly over the split"
+        None,
+        ge=1,
+        le=MOST,
+        description="maximum number of validation images, spread evenly over the split",
     )
     test_images: int | None = Field(
-        None, ge=1, le=MOST, description="maximum number, spread evenly over the split"
+        None,
+        ge=1,
+        le=MOST,
+        description="maximum number of test images, spread evenly over the split",
     )
     fold_back: bool = Field(
         False,

@@ -54,7 +54,10 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
         description="shift images at random by up to this many pixels, with reflected borders",
     )
     validation_images: int = Field(
-        4096, ge=1, le=MOST, description="maximum number, spread evenly over the split"
+        4096,
+        ge=1,
+        le=MOST,
+        description="maximum number of validation images, spread evenly over the split",
     )
 
 

@@ -63,7 +63,7 @@ class TrainConfig(Config):
         "not finite",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="of matrix products; auto: bf16 if the processor supports it"
+        "auto", description="precision of matrix products; auto: bf16 if the processor supports it"
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: a GPU if there is one"
@@ -72,8 +72,8 @@ class TrainConfig(Config):
         1,
         ge=1,
         le=MOST,
-        description="ranks that share one copy of weights and optimizer state; 1: DDP, all: FSDP, "
-        "else HSDP",
+        description="ranks that share one copy of weights and optimizer state; 1: DDP; the "
+        "number of ranks: FSDP; a divisor of it: HSDP",
     )
     activation_checkpointing: Recomputation = Field(
         "none",
@@ -87,7 +87,7 @@ class TrainConfig(Config):
         0,
         ge=0,
         lt=2**63,
-        description="of initial weights, order of images, augmentation and masks",
+        description="seed of initial weights, order of images, augmentation and masks",
     )
     log_every: int = Field(50, ge=1, le=MOST, description="steps between lines of metrics.jsonl")
     validate_every: int = Field(
@@ -95,7 +95,7 @@ class TrainConfig(Config):
     )
     checkpoint_every: int = Field(1000, ge=1, le=MOST, description="steps between checkpoints")
     keep_checkpoints: int = Field(
-        2, ge=1, le=MOST, description="newest checkpoints to keep, next to the best one"
+        2, ge=1, le=MOST, description="newest checkpoints to keep, in addition to the best one"
     )
     snapshots: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (),

@@ -48,7 +48,7 @@ class Validation:
 
 
 class Trainer:
-    """Train a model and writes RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
+    """Train a model and write RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
 
     Args:
         batches: returns the whole batch of a step, as tensors whose rows are images; a pure
@@ -118,7 +118,8 @@ class Trainer:
             seconds=state.seconds,
             skipped=state.skipped,
         )
-        # A stop requested after the last step must also prevent a following run.
+        # A stop requested after the last step must also stop the caller, which may train once
+        # more with the next learning rate.
         if number := self.world.all_reduce_max(self._stop.number):
             raise Interrupted(number, f"stopped at the end of training, after {state.step} steps")
         return state
@@ -287,7 +288,7 @@ class Trainer:
 
     def _diverge(self, reason: str) -> None:
         """Raise `Diverged`, naming the newest checkpoint before the first skipped step."""
-        # A checkpoint at the step before it has the weights that gave the non-finite loss.
+        # A checkpoint at step `first_bad - 1` has weights whose loss or gradient is not finite.
         first_bad = self.state.first_skipped or self.state.step + 1
         self.checkpoints.finish()
         good = [
@@ -302,9 +303,12 @@ class Trainer:
         )
 
     def _describe_unsaved(self) -> str:
-        newest = next(iter(checkpoints(self.checkpoints.folder)), "none was written yet")
-        seconds = self.config.stop_seconds
-        return f"not saved within {seconds:g} seconds; the newest checkpoint: {newest}"
+        newest = next(iter(checkpoints(self.checkpoints.folder)), None)
+        if newest is None:
+            kept = "no checkpoint has been written yet"
+        else:
+            kept = f"the newest checkpoint: {newest}"
+        return f"not saved within {self.config.stop_seconds:g} seconds; {kept}"
 
 
 class _Throughput:

@@ -264,7 +264,7 @@ def test_a_source_without_a_training_split(write_parquet: Write):
 def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, stream: bool):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(
-        InputError, match="there is no such folder, and no such data set can be reached on the Hub"
+        InputError, match="is neither a folder nor a data set that could be loaded from the Hub"
     ) as caught:
         open_source(source, SourceConfig(stream=stream))
     assert "\n" not in str(caught.value)
@@ -298,4 +298,4 @@ def test_a_network_without_answers_is_given_up_soon():
             check=True,
         )
         assert 1 <= connections(server) <= 2
-    assert "can be reached on the Hub" in done.stdout
+    assert "could be loaded from the Hub" in done.stdout

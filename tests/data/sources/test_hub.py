@@ -258,9 +258,9 @@ def test_data_sets_that_cannot_be_streamed(hub: Hub, started: Callable[..., Any]
         )
     assert hub.sent(".csv") == hub.sent(".png") == 0
     assert nothing.startswith(
-        "refused: cannot load 'someone/nothing': there is no such folder, and no such data set can "
-        "be reached on"
+        "refused: 'someone/nothing' is neither a folder nor a data set that could be loaded from "
+        "the Hub ("
     )
-    assert re.match("refused: cannot load 'someone/configured:many': .*'many' not found", config)
+    assert re.match("refused: 'someone/configured:many' is neither .*'many' not found", config)
     assert split == "refused: someone/pictures has no split 'unlabelled'; did you mean 'unlabeled'?"
     assert not any("\n" in message for message in (words, folders, nothing, config, split))

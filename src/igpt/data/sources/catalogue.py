@@ -43,7 +43,7 @@ class ColumnConfig(Config):
     """Columns and tolerances for reading a source."""
 
     image_column: str | None = Field(
-        None, description="column of images; found by type when there is one"
+        None, description="column of images; default: the only column with the image type"
     )
     label_column: str | None = Field(
         None, description="column of classes; found by type; 'none' ignores labels"
@@ -69,13 +69,13 @@ class SourceConfig(ColumnConfig):
     )
     validation_split: str | None = Field(None, description="the source's split to validate on")
     test_split: str | None = Field(
-        None, description="the source's split to test on; validation for ImageNet"
+        None, description="the source's split to test on; for ImageNet, give validation"
     )
     held_out: float = Field(
         0.1, gt=0, lt=0.5, description="share split off for a missing validation or test split"
     )
     seed: int = Field(
-        0, ge=0, lt=2**63, description="of the palette, of the splits and of random crops"
+        0, ge=0, lt=2**63, description="seed of the palette, of the splits and of random crops"
     )
 
 

@@ -363,8 +363,7 @@ def load_hub(name: str, config: str, *, stream: bool) -> dict[str, Table]:
     source = f"{name}:{config}" if config else name
     try:
         with _all_errors(
-            f"cannot load {source!r}: there is no such folder, and no such data set can be reached "
-            "on the Hub, or its files are not readable as images"
+            f"{source!r} is neither a folder nor a data set that could be loaded from the Hub"
         ):
             if stream:
                 return _build(datasets.load_dataset_builder(name, config or None), local=False)
