@@ -37,7 +37,7 @@ def test_the_demo_of_digits(igpt, tmp_path: Path) -> None:
         "uniform",
         "raw pixels",
         "untrained",
-        "chosen on",
+        "selected by validation",
         "report",
     ):
         assert words in done.stdout, words
