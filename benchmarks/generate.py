@@ -11,7 +11,6 @@ one pixel of every image per step. transformers' model has no position for the l
 its start token takes one.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,8 +75,10 @@ def counted() -> Iterator[list[int]]:
         return logits(self, *given)
 
     Decoder.logits = count  # type: ignore[method-assign]
-    yield passes
-    Decoder.logits = logits  # type: ignore[method-assign]
+    try:
+        yield passes
+    finally:
+        Decoder.logits = logits  # type: ignore[method-assign]
 
 
 def contenders_of(
@@ -192,7 +193,7 @@ def main(
         ],
     )
     used = {"model": model, "shape": config.model_dump(), "pixels": n, "rounds": rounds}
-    common.record(result, {**used, "threads": os.cpu_count(), "rows": rows})
+    common.record(result, {**used, "threads": torch.get_num_threads(), "rows": rows})
 
 
 def synchronize(device: torch.device) -> None:

@@ -8,7 +8,6 @@ precision, and pixels that differ from those in fp32 are counted at the first di
 and over whole images.
 """
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,17 @@ from igpt.model.objectives import pixel_losses
 from igpt.model.precision import multiplies_bf16
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.decoder import Decoder
-from igpt.sampling.products import _ROWS, product
+from igpt.sampling.products import product
 from igpt.sampling.sampler import complete
 
 _LAYERS = 24
+_ROWS = 8  # for which oneDNN lays out weights, as in products.py
 
 
 def kernels(inputs: int, outputs: int) -> dict[str, Callable[[torch.Tensor], object]]:
     """Return functions that multiply with the weights of 24 layers."""
     weights = [0.02 * torch.randn(outputs, inputs) for _ in range(_LAYERS)]
-    ours: dict[str, list[Any]] = {
+    contenders: dict[str, list[Any]] = {
         f"igpt {kind}": [product(weight, None, kind) for weight in weights]
         for kind in ("fp32", *(["bf16"] if multiplies_bf16("cpu") else []), "int8")
     }
@@ -54,7 +54,7 @@ def kernels(inputs: int, outputs: int) -> dict[str, Callable[[torch.Tensor], obj
         )
         for weight, scale in zip(weights, scales, strict=True)
     ]
-    ours |= {
+    contenders |= {
         "F.linear fp32": [lambda x, w=weight: F.linear(x, w) for weight in weights],
         "mm, transposed fp32": [lambda x, w=weight: torch.mm(x, w) for weight in turned],
         "oneDNN, packed fp32": [
@@ -70,7 +70,7 @@ def kernels(inputs: int, outputs: int) -> dict[str, Callable[[torch.Tensor], obj
     }
     return {
         name: lambda x, products=products: [one(x) for one in products]
-        for name, products in ours.items()
+        for name, products in contenders.items()
     }
 
 
@@ -137,9 +137,9 @@ def main(
     split = TokenDataset(tokens)["test"]
     data = torch.from_numpy(split.rows(np.arange(max(images, completions))).astype(np.int64))
     kinds = ("fp32", *(["bf16"] if multiplies_bf16("cpu") else []), "int8")
-    size = 32
     nats = {
-        kind: float(np.mean([losses(loaded, part, kind) for part in data[:images].split(size)]))
+        kind: sum(len(part) * losses(loaded, part, kind) for part in data[:images].split(32))
+        / images
         for kind in kinds
     }
     n = loaded.config.n_pixels
@@ -181,7 +181,7 @@ def main(
             "images": images,
             "completions": completions,
             "rounds": rounds,
-            "threads": os.cpu_count(),
+            "threads": torch.get_num_threads(),
             "times": times,
             "nats_per_pixel": nats,
             "differing": differing,

@@ -8,7 +8,6 @@ Runtime compute one pixel per step. Weights are random, which changes no speed. 
 alternate; results are medians.
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -79,7 +78,7 @@ def main(
         [[f"{row['batch']}, {row['contender']}", f"{row['milliseconds']:.1f}"] for row in rows],
     )
     common.record(
-        result, {"model": model, "rounds": rounds, "threads": os.cpu_count(), "rows": rows}
+        result, {"model": model, "rounds": rounds, "threads": torch.get_num_threads(), "rows": rows}
     )
 
 

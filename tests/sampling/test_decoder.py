@@ -84,6 +84,15 @@ def test_every_image_is_at_its_own_position() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
+def test_one_position_of_one_image_may_read_a_wider_span() -> None:
+    model, tokens = random_model(), torch.randint(0, 11, (1, 36))
+    sequence = torch.cat([torch.full((1, 1), 11), tokens], 1)
+    decoder = Decoder(model, 1)
+    decoder.prefill(sequence[:, :9])
+    found = decoder.logits(sequence[:, 9:10], torch.tensor([[9]]), 36)
+    torch.testing.assert_close(found, model(tokens)[:, 9:10], rtol=0, atol=1e-12)
+
+
 def test_int8_logits_of_an_image_do_not_depend_on_the_others() -> None:
     model = random_model().float()
     tokens = torch.randint(0, 11, (4, 36))

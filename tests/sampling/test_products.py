@@ -1,5 +1,10 @@
 """Products for few rows against plain ones."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -26,6 +31,45 @@ def test_int8_products_are_exact_for_rounded_factors(rows: int, biased: bool) ->
     assert error.mean() < 0.01 * x.norm(dim=1).mean() * weight.norm(dim=1).mean()
 
 
+def test_inputs_in_bf16_are_not_rounded_further() -> None:
+    x, multiply = torch.randn(9, 48).bfloat16(), product(torch.randn(30, 48), None, "int8")
+    assert torch.equal(multiply(x), multiply(x.float()))
+
+
+_LARGEST_SUMS = """
+import torch
+from igpt.sampling import products
+if {seven_bits}:
+    products._sums_in_32_bits = lambda: False
+limit = 63 if {seven_bits} else 127
+generator = torch.Generator().manual_seed(0)
+for rows in (1, 4, 20):
+    weight = torch.randint(-limit, limit + 1, (64, 512), generator=generator)
+    weight[:, 0] = weight[0] = limit  # the largest sums, and scales of 1
+    x = torch.randint(-127, 128, (rows, 512), generator=generator)
+    x[:, 0] = x[0] = 127
+    found = products.product(weight.float(), None, "int8")(x.float())
+    expected = x.double() @ weight.double().t()
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max(), rows
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="of Intel")
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX2_VNNI", "AVX512_CORE_VNNI", "ALL"])
+def test_int8_on_other_processors(instructions: str) -> None:
+    """oneDNN is limited to some instructions; its slow reference kernel must not be used."""
+    if not torch.cpu.get_capabilities().get("avx512_vnni"):
+        pytest.skip("this processor has fewer instructions")
+    code = _LARGEST_SUMS.format(seven_bits=instructions == "AVX2")
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "matmul" in done.stdout
+    assert "ref_int8" not in done.stdout
+
+
 def test_rows_of_zeros_stay_zeros() -> None:
     found = product(torch.randn(30, 48), None, "int8")(torch.zeros(3, 48))
     assert torch.equal(found, torch.zeros(3, 30))
@@ -37,10 +81,11 @@ def test_int8_products_of_a_row_do_not_depend_on_the_others() -> None:
     assert torch.equal(multiply(x)[7:8], multiply(x[7:8]))
 
 
-def test_a_build_without_int8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["qlinear_prepack", "qlinear_pointwise"])
+def test_a_build_without_int8_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*given: object) -> None:
         raise RuntimeError("not implemented")
 
-    monkeypatch.setattr(torch.ops.onednn, "qlinear_prepack", missing)
+    monkeypatch.setattr(torch.ops.onednn, name, missing)
     with pytest.raises(InputError, match="int8 needs a build of PyTorch with oneDNN"):
         product(torch.ones(2, 2), None, "int8")

@@ -31,13 +31,13 @@ class _Sampling(Options):
     seed: int = Field(0, description="the same seed gives the same images")
     precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
         "auto",
-        description="of matrix products; auto selects bf16 if the processor supports it; int8 is "
-        "fastest on a CPU and less exact",
+        description="precision of matrix products; auto selects bf16 if the processor supports it; "
+        "int8 rounds weights and inputs to 8 bits: faster on CPUs with VNNI or AMX, less exact",
     )
     window: int | None = Field(
         None,
-        description="pixels of each image computed at once; samples do not depend on it, except "
-        "for rounding; chosen automatically by default",
+        description="pixels of each image computed in one pass; in fp32 the samples do not depend "
+        "on it; chosen automatically by default",
     )
 
     def sampling_settings(self) -> "SamplingSettings":

@@ -86,5 +86,7 @@ def apply_rope_2d(x: Tensor, table: Tensor) -> Tensor:
     Args:
         table: `rope_table` of the T positions, [..., T, 2, K].
     """
-    cos, sin = table.to(x.dtype).unbind(-2)
-    return (cpu.lean_rotation if cpu.trains_on_cpu(x) else cpu.rotate)(x, cos, sin)
+    if cpu.trains_on_cpu(x):
+        return cpu.lean_rotation(x, *table.to(x.dtype).unbind(-2))
+    kind = torch.promote_types(x.dtype, torch.float32)
+    return cpu.rotate(x.to(kind), *table.to(kind).unbind(-2)).to(x.dtype)

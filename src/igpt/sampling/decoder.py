@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from igpt.model.norm import NORM_EPS
-from igpt.model.precision import TYPES, multiplies_bf16
 from igpt.model.transformer import SLOPE, Block, ImageGPT
 from igpt.model.variants import rope_table
-from igpt.sampling.jobs import SamplingPrecision
+from igpt.sampling.jobs import SamplingPrecision, cache_type
 from igpt.sampling.products import Product, product
 
 _PREFILL_ROWS = 2**14  # positions of all images at a time, which bounds the memory of the MLP
@@ -39,7 +38,7 @@ class Decoder:
     """Compute the logits of several positions of every image per pass.
 
     A pass writes the keys and values of its positions into the cache, over those of an earlier
-    pass if there are any. A decoder holds a second copy of the blocks' weights.
+    pass if there are any. A decoder has a second copy of the weights.
 
     Raises:
         InputError: the model's attention is not causal.
@@ -51,9 +50,7 @@ class Decoder:
         config.trained_as.require("causal", "sampling pixel by pixel")
         self.model, self.config, self.batch = model, config, batch
         self.varied = not config.faithful
-        # With int8, attention at half the precision costs less than the rounding of weights.
-        halved = precision == "bf16" or (precision == "int8" and multiplies_bf16("cpu"))
-        self.kind = TYPES["bf16"] if halved else weight.dtype
+        self.kind = cache_type(precision, weight.dtype)
         # Keys and values; the positions of a head are next to each other, as attention reads them.
         shape = (batch, 2, config.n_head, config.n_pixels, config.n_embd // config.n_head)
         self.caches = [weight.new_zeros(shape, dtype=self.kind) for _ in range(config.n_layer)]
@@ -109,7 +106,7 @@ class Decoder:
         x, first = x.flatten(0, 1), None
         rope = None if self.rope is None else self.rope[positions][:, None]
         mask = None
-        if batch * length > 1 or x.device.type != "cpu":
+        if x.device.type != "cpu" or batch * length > 1 or int(positions) + 1 < span:
             mask = self._mask(positions, span)
         rows = (self.first_rows[:batch] + positions[:, None, None]).flatten()
         for layer, cache in zip(self.layers, self.caches, strict=True):

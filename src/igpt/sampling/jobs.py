@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from igpt.errors import InputError
-from igpt.model.precision import Precision, resolve_precision
+from igpt.model.precision import Precision, multiplies_bf16, resolve_precision
 
 SamplingPrecision = Precision | Literal["int8"]
 
@@ -27,7 +27,8 @@ class SamplingSettings(TypedDict, total=False):
         seed: image b is sampled by (seed, b), independently of other images; 0 by default.
         rounds: number of steps (BERT models only); 16 by default.
         window: pixels that a pass computes in every image (autoregressive models only); by default
-            chosen from what was accepted so far. Samples do not depend on it, except for rounding.
+            chosen from the cost of a pass and the pixels accepted so far. Samples do not depend on
+            it, except for rounding.
         precision: of matrix products and of the cache; by default "auto", which takes bf16 where
             the processor has instructions for it. "int8" stores the weights of blocks in 8 bits
             (autoregressive models on a CPU only).
@@ -99,6 +100,16 @@ def resolve_sampling_precision(
     return precision
 
 
+def cache_type(precision: SamplingPrecision, weights: torch.dtype) -> torch.dtype:
+    """Return the type of keys and values.
+
+    With int8 it is bf16 where the processor has instructions for it: the rounding of weights and
+    inputs to 8 bits weighs more.
+    """
+    halved = precision == "bf16" or (precision == "int8" and multiplies_bf16("cpu"))
+    return torch.bfloat16 if halved else weights
+
+
 class PartialImages(NamedTuple):
     """Images some of whose pixels are known.
 
@@ -123,7 +134,7 @@ class Job:
         precision: of matrix products.
         rounds: number of steps of a sampler that works in rounds.
         window: pixels of each image that a sampler in raster order computes at a time, or None.
-        stride: pixels between two results of a sampler that works in raster order.
+        stride: a sampler in raster order yields when all images have this many further pixels.
     """
 
     tokens: Tensor

@@ -16,11 +16,11 @@ from igpt.sampling.jobs import SamplingPrecision
 Product = Callable[[Tensor], Tensor]  # [M, I] -> [M, O]
 # Measured on CPUs with AVX-512 and AMX (docs/LOG.md).
 _ROWS = 8  # for which oneDNN lays out weights; good for 1 to 64 rows
-_LARGE = (
-    2**18
-)  # weights of a matrix in fp32 from which oneDNN's products are faster than plain ones
 _FEWEST = 4  # rows that oneDNN multiplies in int8 without a delay
-_LARGEST = 127  # of 8 bits with a sign, used symmetrically
+# From this number of weights on, oneDNN's products in fp32 are faster than plain ones.
+_LARGE = 2**18
+# Instructions that add products of 8-bit integers in 32 bits (names of `get_capabilities`).
+_DOT_PRODUCTS = ("avx512_vnni", "avx_vnni", "amx_int8", "i8mm", "dotprod")
 
 
 def product(weight: Tensor, bias: Tensor | None, precision: SamplingPrecision) -> Product:
@@ -46,39 +46,52 @@ def product(weight: Tensor, bias: Tensor | None, precision: SamplingPrecision) -
 
 
 def _int8(weight: Tensor, bias: Tensor | None) -> Product:
-    """Return a product of integers: one scale per output feature, and one per row of x.
+    """Return a product of 8-bit integers: one scale per output feature, and one per row of x.
 
     Sums of integers are exact, so that a row's result does not depend on the other rows.
     """
-    scale = _scale(weight)  # [O, 1]
-    whole = (weight / scale).round().to(torch.int8)
-    try:
-        packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
-    except (AttributeError, RuntimeError):
-        raise InputError(
-            "the precision int8 needs a build of PyTorch with oneDNN; use bf16 or fp32"
-        ) from None
-    multiply = torch.ops.onednn.qlinear_pointwise
+    limit = 127 if _sums_in_32_bits() else 63
+    scale = _scale(weight, limit)  # [O, 1]
     scales, zeros = scale[:, 0].float(), torch.zeros(len(scale), dtype=torch.int32)
+    multiply = torch.ops.onednn.qlinear_pointwise
 
     def int8(x: Tensor) -> Tensor:
-        rows = len(x)
+        rows, x = len(x), x.to(torch.promote_types(x.dtype, torch.float32))
         if rows < _FEWEST:
             x = F.pad(x, (0, 0, 0, _FEWEST - rows))
-        row_scale = _scale(x)  # [M, 1]
-        rounded = (x / row_scale).round_().to(torch.int8)
+        row_scale = _scale(x, 127)  # [M, 1]
+        # Without a sign and with a zero point of 128: the form that has kernels on all processors.
+        whole = (x / row_scale).round_().add_(128).to(torch.uint8)
         y: Tensor = multiply(
-            rounded, 1.0, 0, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+            whole, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         y = y.to(x.dtype).mul_(row_scale)[:rows]
         return y if bias is None else y.add_(bias)
 
+    try:
+        whole = (weight / scale).round().to(torch.int8)
+        packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
+        int8(weight.new_zeros(1, weight.shape[1]))
+    except (AttributeError, RuntimeError):
+        raise InputError(
+            "the precision int8 needs a build of PyTorch with oneDNN; use bf16 or fp32"
+        ) from None
     return int8
 
 
-def _scale(x: Tensor) -> Tensor:
-    """Return the size of a step of 8 bits for every row: [M, I] -> [M, 1]."""
-    return x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(_LARGEST)
+def _scale(x: Tensor, limit: int) -> Tensor:
+    """Return the scale with which the largest number of every row is `limit`: [M, I] -> [M, 1]."""
+    return x.abs().amax(-1, keepdim=True).clamp_(min=1e-30).div_(limit)
+
+
+@cache
+def _sums_in_32_bits() -> bool:
+    """Return whether the processor adds products of 8-bit integers in 32 bits.
+
+    Others add two products in 16 bits, which overflow unless the weights have 7 bits.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in _DOT_PRODUCTS)
 
 
 @cache

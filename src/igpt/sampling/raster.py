@@ -22,11 +22,12 @@ from igpt.sampling.colors import gumbel_noise
 from igpt.sampling.decoder import Decoder
 from igpt.sampling.jobs import Job, PartialImages, require_finite
 
-_SIZES = (2, 4, 8, 16, 32, 64)  # of windows
+_SIZES = (1, 2, 4, 8, 16, 32, 64)  # of windows
+_MOST_ROWS = 2**14  # of all windows, which bounds the memory of a pass
 # Rows whose products take as long as reading the weights: on a CPU by precision, and on a GPU.
-_BALANCE = {"fp32": 20, "bf16": 48, "int8": 36}
-_BALANCE_GPU = 512
-_MEMORY = 0.95  # weight of earlier windows in averages, per pass
+_FREE_ROWS = {"fp32": 20, "bf16": 48, "int8": 36}
+_FREE_ROWS_GPU = 512
+_DECAY = 0.95  # weight of earlier windows in averages, per pass
 _BYTES = {"fp32": 4, "bf16": 2, "int8": 1}  # of a weight
 _BUCKET = 64  # positions by which the cache that a captured pass reads grows
 _CAPTURE = threading.Lock()
@@ -61,7 +62,11 @@ class _Windows:
         start: the first pixel of every window, [B].
         starts: the same numbers on the host.
         end: number of the last unknown pixel of all images, plus 1.
-        finite: whether all logits were finite.
+        finite: whether all logits were finite, those after wrong guesses included.
+        cache_cost: of reading the whole cache once, in units of reading the weights once.
+        row_cost: of a pixel in every window, in the same units.
+        warm: sizes of windows for which a pass has run.
+        captured: CUDA graphs by size and span.
     """
 
     def __init__(self, model: ImageGPT, job: Job) -> None:
@@ -79,17 +84,20 @@ class _Windows:
         self.decoder = Decoder(model, batch, job.precision)
         self.decoder.prefill(self.sequence[:, :first])
         # Recent windows: their number, and the sums of their sizes and of the pixels accepted.
-        self.windows, self.sizes, self.accepted = 1.0, 16.0, 3.0
+        self.recent_windows, self.recent_pixels, self.recent_accepted = 1.0, 16.0, 3.0
         weights = _BYTES[job.precision] * count_parameters(config)
         self.cache_cost: float = batch * cache_bytes(config, self.decoder.kind.itemsize) / weights
         on_cpu = model.device.type == "cpu"
-        self.row_cost: float = batch / (_BALANCE[job.precision] if on_cpu else _BALANCE_GPU)
-        self.warm: set[int] = set()  # sizes of which a pass has run
-        self.captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}  # by size and span
+        self.row_cost: float = batch / (_FREE_ROWS[job.precision] if on_cpu else _FREE_ROWS_GPU)
+        self.warm: set[int] = set()
+        self.captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def advance(self) -> None:
         """Run a pass: determine at least one more pixel of every unfinished image."""
-        size = min(self.job.window or self._best_size(), self.end - min(self.starts))
+        size = min(self.job.window or self._best_size(), max(1, _MOST_ROWS // len(self.starts)))
+        # Near the end, a size that has been used before: every new one needs new kernels.
+        left = self.end - min(self.starts)
+        size = min(size, next((one for one in _SIZES if one >= left), size), self.end)
         span = min(max(self.starts) + size, self.end)
         if self.start.device.type == "cpu":
             self._pass(size, span)
@@ -100,9 +108,9 @@ class _Windows:
             moved = [
                 new - old for old, new in zip(before, self.starts, strict=True) if old < self.end
             ]
-            self.windows = _MEMORY * self.windows + len(moved)
-            self.sizes = _MEMORY * self.sizes + len(moved) * size
-            self.accepted = _MEMORY * self.accepted + sum(moved)
+            self.recent_windows = _DECAY * self.recent_windows + len(moved)
+            self.recent_pixels = _DECAY * self.recent_pixels + len(moved) * size
+            self.recent_accepted = _DECAY * self.recent_accepted + sum(moved)
 
     def _best_size(self) -> int:
         """Return the size of window that should determine most pixels per second.
@@ -111,7 +119,9 @@ class _Windows:
         passes before it is first in its window, so that larger windows have better guesses. The
         cost of a pass is estimated in units of reading the weights once.
         """
-        power = math.log(self.accepted / self.windows) / math.log(self.sizes / self.windows)
+        power = math.log(self.recent_accepted / self.recent_windows) / math.log(
+            self.recent_pixels / self.recent_windows
+        )
         fixed: float = 1 + self.cache_cost * min(self.starts) / self.known.shape[1]
 
         def speed(size: int) -> float:
@@ -128,7 +138,7 @@ class _Windows:
         """
         sequence, known, keys = self.sequence, self.known, self.job.keys
         offsets = torch.arange(size, device=sequence.device)
-        # Near the end, a window also has known pixels before its start.
+        # Near the end, a window also contains known pixels before its start.
         first = self.start.clamp(max=self.end - size)[:, None]
         pixels = first + offsets  # [B, T]
         # The input at a position is the pixel before it, and its output is the pixel itself.
@@ -143,12 +153,10 @@ class _Windows:
         known |= torch.arange(known.shape[1], device=known.device) < self.start[:, None]
         # The pixels after the window have not been sampled yet. They are guessed from the logits of
         # the window's last pixel, with their own noise.
-        after = first + size + offsets
-        noise = gumbel_noise(keys, after, self.n_colors)
-        guess = self.job.choose(logits[:, -1:], noise)
-        after = after.clamp(max=known.shape[1] - 1)
-        kept = known.gather(1, after) | (first + size + offsets >= self.end)
-        sequence.scatter_(1, after + 1, torch.where(kept, sequence.gather(1, after + 1), guess))
+        after = (first + size + offsets).clamp(max=self.end - 1)
+        guess = self.job.choose(logits[:, -1:], gumbel_noise(keys, after, self.n_colors))
+        old = sequence.gather(1, after + 1)
+        sequence.scatter_(1, after + 1, torch.where(known.gather(1, after), old, guess))
 
     def _pass_on_gpu(self, size: int, span: int) -> None:
         """Run a pass as a CUDA graph, so that it does not wait for the host.

@@ -2,7 +2,7 @@
 
 Autoregressive models generate in raster order, BERT models in rounds.
 
-    for step in generate(model, tokens, known):  # yields after every row
+    for step in generate(model, tokens, known):  # yields after further rows
         ...
     images = complete(model, tokens, keep=16)  # or all at once
 
@@ -26,6 +26,7 @@ from igpt.sampling.jobs import (
     PartialImages,
     SamplingPrecision,
     SamplingSettings,
+    cache_type,
     require_sampling_settings,
     resolve_sampling_precision,
 )
@@ -51,7 +52,8 @@ def generate(
     Args:
         tokens: [B, n]; values at unknown pixels have no influence.
         known: bool [n] or [B, n]; these pixels are kept.
-        by: yield after every row or every pixel (autoregressive models only).
+        by: yield after passes that complete a further row, or pixel, of all images (autoregressive
+            models only); some images may be further.
         first: number of the first image.
         settings: see `SamplingSettings`.
 
@@ -148,8 +150,8 @@ def _batch_size(model: ImageGPT, precision: SamplingPrecision | Literal["auto"])
     largest = inference_batch_size(config)
     if not config.trained_as.causal:
         return largest
-    bf16 = resolve_sampling_precision(precision, device, causal=True) == "bf16"
-    number = 2 if bf16 else model.wte.weight.element_size()
+    used = resolve_sampling_precision(precision, device, causal=True)
+    number = cache_type(used, model.wte.weight.dtype).itemsize
     memory = _CACHE
     if device.type == "cuda":  # memory that PyTorch holds without using it is free too
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
