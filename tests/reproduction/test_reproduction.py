@@ -5,7 +5,10 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,11 @@ from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Results
 from igpt.reproduction.questions import QUESTIONS
 from igpt.reproduction.reproduce import gather, reproduce
-from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records
+from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records, run_steps
 from igpt.reproduction.scale import Scale, scale
 from igpt.reproduction.steps import steps
 
-from ..helpers import malformed
+from ..helpers import malformed, preloaded
 
 SMALL = replace(
     scale("cpu", rehearsal=True),
@@ -39,16 +42,35 @@ NOTES = "layers: twice as many steps, without a difference\n"
 
 
 @pytest.fixture(scope="module")
-def folder(photographs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """Yield the words before those of a command; see preloaded.py."""
+    address = tmp_path_factory.mktemp("igpt") / "socket"
+    server = subprocess.Popen([sys.executable, preloaded.__file__, "serve", str(address)])
+    while not address.exists():
+        assert server.poll() is None
+        time.sleep(0.01)
+    yield [sys.executable, preloaded.__file__, "run", str(address)]
+    server.terminate()
+    server.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(
+    photographs: Path, program: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
     """Prepare the tokens, delete the images, and run the other steps."""
     folder = tmp_path_factory.mktemp("reproduction")
+    patch = pytest.MonkeyPatch()
+    run = partial(run_steps, program=program)
+    patch.setattr("igpt.reproduction.reproduce.run_steps", run)
     images, out = folder / "images", folder / "out"
     shutil.copytree(photographs, images)
     assert reproduce(out, SMALL, str(images), str(images), tokens_only=True)
     shutil.rmtree(images)
     (out / "notes.yaml").write_text(NOTES)
     assert reproduce(out, SMALL, str(images), str(images), jobs=2)
-    return out
+    yield out
+    patch.undo()
 
 
 def test_every_step_is_done_once(folder: Path) -> None:
