@@ -18,7 +18,9 @@ from igpt.training.pretrain import PretrainConfig, pretrain
 from ..helpers.runs import Command, assert_same_run, has_logged, losses
 
 MOMENTS: dict[str, Callable[[Path], bool]] = {
-    "as soon as it works there": lambda run: (run / ".lock").exists(),
+    "as soon as it works there": lambda run: (
+        (run / ".lock").exists() and (run / ".lock").stat().st_size > 0
+    ),
     "when its settings are written": lambda run: (run / "config.yaml").exists(),
     "after its first update": lambda run: has_logged(run, 1),
     "after its first checkpoint": lambda run: bool(checkpoints(run / "checkpoints")),
