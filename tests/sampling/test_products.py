@@ -1,7 +1,6 @@
 """Products for few rows against plain ones."""
 
 import os
-import platform
 import subprocess
 import sys
 
@@ -9,23 +8,39 @@ import pytest
 import torch
 
 from igpt.errors import InputError
+from igpt.sampling import products
 from igpt.sampling.products import product
+
+# Instructions to which oneDNN can be limited, and the processors that have them.
+INSTRUCTIONS = {
+    "AVX2": "avx2",
+    "AVX2_VNNI": "avx_vnni",
+    "AVX512_CORE_VNNI": "avx512_vnni",
+    "AVX512_CORE_AMX": "amx_int8",
+}
+CAPABILITIES = torch.cpu.get_capabilities()
 
 
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("biased", [False, True])
-def test_int8_products_are_exact_for_rounded_factors(rows: int, biased: bool) -> None:
+@pytest.mark.parametrize("largest", [63, 127])
+def test_int8_products_are_exact_for_rounded_factors(
+    largest: int, rows: int, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if largest == 127 and not products._sums_in_32_bits():
+        pytest.skip("weights of 8 bits overflow on this processor")
+    monkeypatch.setattr(products, "_sums_in_32_bits", lambda: largest == 127)
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(rows, 48, generator=generator), torch.randn(30, 48, generator=generator)
     x[0] *= 1e-3  # every row has its own scale
     bias = torch.randn(30, generator=generator) if biased else None
     found = product(weight, bias, "int8")(x)
 
-    def rounded(factor: torch.Tensor) -> torch.Tensor:
-        scale = factor.double().abs().amax(1, keepdim=True) / 127
+    def rounded(factor: torch.Tensor, largest: int) -> torch.Tensor:
+        scale = factor.double().abs().amax(1, keepdim=True) / largest
         return (factor / scale).round() * scale
 
-    expected = rounded(x) @ rounded(weight).T + (0 if bias is None else bias)
+    expected = rounded(x, 127) @ rounded(weight, largest).T + (0 if bias is None else bias)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     error = (found - torch.nn.functional.linear(x, weight, bias)).abs()
     assert error.mean() < 0.01 * x.norm(dim=1).mean() * weight.norm(dim=1).mean()
@@ -54,12 +69,11 @@ for rows in (1, 4, 20):
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="of Intel")
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX2_VNNI", "AVX512_CORE_VNNI", "ALL"])
+@pytest.mark.parametrize("instructions", INSTRUCTIONS)
 def test_int8_on_other_processors(instructions: str) -> None:
     """oneDNN is limited to some instructions; its slow reference kernel must not be used."""
-    if not torch.cpu.get_capabilities().get("avx512_vnni"):
-        pytest.skip("this processor has fewer instructions")
+    if not CAPABILITIES.get(INSTRUCTIONS[instructions]):
+        pytest.skip(f"this processor has no {INSTRUCTIONS[instructions]}")
     code = _LARGEST_SUMS.format(seven_bits=instructions == "AVX2")
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}
     done = subprocess.run(

@@ -6,6 +6,7 @@ import torch
 from igpt.errors import InputError
 from igpt.model.cost import cache_bytes
 from igpt.model.transformer import ImageGPT
+from igpt.sampling.jobs import resolve_sampling_precision
 from igpt.sampling.sampler import complete, generate, sample
 
 from .models import random_model
@@ -174,10 +175,9 @@ def test_int8_is_for_autoregressive_models() -> None:
         complete(random_model("bert"), torch.zeros(1, 36, dtype=torch.long), 2, precision="int8")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="int8 is refused on a GPU")
 def test_int8_is_for_a_cpu() -> None:
     with pytest.raises(InputError, match="int8 is for a CPU"):
-        complete(random_model().cuda(), torch.zeros(1, 36, dtype=torch.long), 2, precision="int8")
+        resolve_sampling_precision("int8", torch.device("cuda"), causal=True)
 
 
 def test_int8_samples_whole_images() -> None:

@@ -50,10 +50,8 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Product:
 
     Sums of integers are exact, so that a row's result does not depend on the other rows.
     """
-    limit = 127 if _sums_in_32_bits() else 63
-    scale = _scale(weight, limit)  # [O, 1]
+    scale = _scale(weight, 127 if _sums_in_32_bits() else 63)  # [O, 1]
     scales, zeros = scale[:, 0].float(), torch.zeros(len(scale), dtype=torch.int32)
-    multiply = torch.ops.onednn.qlinear_pointwise
 
     def int8(x: Tensor) -> Tensor:
         rows, x = len(x), x.to(torch.promote_types(x.dtype, torch.float32))
@@ -62,16 +60,17 @@ def _int8(weight: Tensor, bias: Tensor | None) -> Product:
         row_scale = _scale(x, 127)  # [M, 1]
         # Without a sign and with a zero point of 128: the form that has kernels on all processors.
         whole = (x / row_scale).round_().add_(128).to(torch.uint8)
-        y: Tensor = multiply(
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
             whole, 1.0, 128, packed, scales, zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         y = y.to(x.dtype).mul_(row_scale)[:rows]
         return y if bias is None else y.add_(bias)
 
     try:
-        whole = (weight / scale).round().to(torch.int8)
-        packed = torch.ops.onednn.qlinear_prepack(whole, [_ROWS, weight.shape[1]])
-        int8(weight.new_zeros(1, weight.shape[1]))
+        packed = torch.ops.onednn.qlinear_prepack(
+            (weight / scale).round().to(torch.int8), [_ROWS, weight.shape[1]]
+        )
+        int8(weight.new_zeros(1, weight.shape[1]))  # fails now, if at all, not in the first pass
     except (AttributeError, RuntimeError):
         raise InputError(
             "the precision int8 needs a build of PyTorch with oneDNN; use bf16 or fp32"
