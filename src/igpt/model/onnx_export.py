@@ -545,9 +545,8 @@ def _projections(block: Block) -> tuple[Tensor, Tensor | None]:
 def _rotations(graph: _Graph, model: ImageGPT) -> tuple[str, str]:
     """Return the cosines and sines of RoPE, each [n, K/2], in the order of `_projections`."""
     config = model.config
-    table = rope_table(
-        torch.arange(config.n_pixels), config.n_embd // config.n_head, config.resolution
-    )
-    # [n, 2, K] -> [n, 2, axes, of a pair, K/4]; the sines of second numbers are positive.
-    cos, sin = table.float().unflatten(-1, (2, 2, -1))[:, :, :, 1].flatten(2).unbind(1)  # type: ignore[no-untyped-call]
+    n, width = config.n_pixels, config.n_embd // config.n_head
+    table = rope_table(torch.arange(n), width, config.resolution).float()  # [n, 2, K]
+    # [n, 2, axes, of a pair, K/4]: the sines of second numbers are positive.
+    cos, sin = table.view(n, 2, 2, 2, width // 4)[:, :, :, 1].flatten(2).unbind(1)
     return graph.weight("rope.cos", cos), graph.weight("rope.sin", sin)
