@@ -58,6 +58,8 @@ def test_an_int8_step_is_written_without_warnings(
     done = igpt("export", short_run, "--onnx", tmp_path / "onnx", "--int8")
     assert done.returncode == 0, done.stderr
     assert "step-int8.onnx:" in done.stdout
+    files = list((tmp_path / "onnx").iterdir())
+    assert len({file.stat().st_mode for file in files}) == 1, "all are readable to the same users"
     assert not done.stderr
     assert not caplog.records
 

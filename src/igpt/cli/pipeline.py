@@ -147,8 +147,8 @@ def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) ->
             f"   left out: {left_out.text()}{left_out.advice()}", markup=False, soft_wrap=True
         )
     console.print(
-        f"   {data.resolution} px, {len(data.palette)} colours, {data.resolution**2} pixels an "
-        "image"
+        f"   {data.resolution} px, {len(data.palette)} colours, {data.resolution**2} pixels "
+        "per image"
     )
     return data
 

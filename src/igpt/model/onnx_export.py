@@ -14,6 +14,7 @@ classes.
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +120,8 @@ def quantize_step(folder: Path) -> Path:
         )
     finally:
         logging.disable(logging.NOTSET)
+    # onnx makes the file of the weights readable to its owner alone.
+    shutil.copymode(folder / STEP, folder / f"{INT8}.data")
     return target
 
 
