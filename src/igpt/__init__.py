@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from igpt.model.config import ModelConfig
     from igpt.model.transformer import ImageGPT
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDataset", "__version__"]
 
 _HOMES = {

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from igpt import __version__
 from igpt.files import Stored, read_json
 
 RunKind = Literal["pretrain", "finetune"]
@@ -49,7 +50,7 @@ def run_kind(environment: Mapping[str, Any], settings: Mapping[str, Any]) -> Run
     """Return the kind of a run.
 
     environment.json records it. In runs of igpt 0.1.0, which did not record it, only fine-tuning
-    has     the setting `generation_weight`.
+    has the setting `generation_weight`.
     """
     old: RunKind = "finetune" if "generation_weight" in settings else "pretrain"
     return environment.get("kind") or old
@@ -60,7 +61,7 @@ def describe() -> dict[str, Any]:
     import torch
 
     return {
-        "igpt": version("igpt"),
+        "igpt": __version__,
         "commit": _commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

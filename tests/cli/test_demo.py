@@ -70,19 +70,6 @@ def test_the_demo_of_photographs(igpt, photographs: Path, tmp_path: Path) -> Non
     assert "is a run of" in other.stderr
 
 
-def test_the_demo_without_labels_states_why_there_is_no_probe(
-    igpt, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    plain = tmp_path / "plain"
-    plain.mkdir()
-    for number, file in enumerate(sorted(photographs.rglob("*.png"))):
-        (plain / f"{number}.png").write_bytes(file.read_bytes())
-    done = igpt("demo", "--data", plain, "-o", tmp_path / "run", "--steps", 2)
-    assert done.returncode == 0, done.stderr
-    assert "no probe: a probe needs labels" in done.stdout
-    assert "needs labels" in (tmp_path / "run" / "report.html").read_text()
-
-
 def test_square_brackets_and_colons_in_names_have_no_effect(
     igpt, photographs: Path, tmp_path: Path
 ) -> None:
