@@ -1,8 +1,10 @@
 """The command line: a user's mistake is one line and exit code 2; each command does what its help
 describes."""
 
+import contextlib
 import json
 import os
+import pty
 import shutil
 import socket
 import subprocess
@@ -15,10 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.cli import COMMANDS
+from igpt.cli import COMMANDS, main
 from igpt.cli.parser import Options, parse, settings_class
 from igpt.cli.run import Command, require_writable, run_command
 from igpt.config import Config, read_settings
+from igpt.console import close_streams, open_streams
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
@@ -33,51 +36,51 @@ def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
         assert words in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["prepair"], "no command 'prepair'; did you mean 'prepare'?"),
-        (
-            ["prepare", "digits", "--sise", "8", "-o", "x"],
-            "unknown flag --sise (see igpt prepare --help); did you mean --size?",
-        ),
-        (["prepare", "digits"], "--out"),
-        (["evaluate", "m", "n"], "this command is now: igpt score MODEL NAME --published"),
-        (["score", "m", "n", "--published", "--maps", "x.png"], "cannot be combined with --maps"),
-        (["score", "m", "n", "--published", "--split", "x"], "cannot be combined with --split"),
-        (["pretrain", "t", "-o", "x", "--steps", "1.5"], "'1.5' is not a whole number"),
-        (["plan", "tiny", "extra"], "unexpected argument 'extra'"),
-        (["prepare", "digits", "-o", "x", "--size", "many"], "--size"),
-        (
-            ["prepare", "digits", "-o", "x", "--size", "1"],
-            "size = 1: Input should be greater than or equal to 2",
-        ),
-        (["prepare", "digits", "-o", "x", "--filter", "sinc"], "--filter"),
-        (["prepare", "no/such/folder", "-o", "x"], "no/such/folder"),
-        (["prepare", "./nothing", "-o", "x"], "no folder or file ./nothing"),
-        (
-            ["pretrain", "t", "-o", "x", "--model", "igpt-x"],
-            "no preset 'igpt-x'; did you mean 'igpt-xl'?",
-        ),
-        (["pretrain", "t", "-o", "x"], "name a model: --model PRESET"),
-        (
-            ["pretrain", "t", "-o", "x", "--model", "tiny"],
-            "no token data set at t: dataset.json is missing",
-        ),
-        (
-            ["pretrain", "t", "-o", "x", "--model", "tiny", "--device", "cuda"],
-            "there is no GPU here",
-        ),
-        (
-            ["pretrain", "t", "-o", "x", "--config", "none.yaml"],
-            "no settings file at .: none.yaml is missing",
-        ),
-        (["probe", "./model", "t"], "no model directory model"),
-        (["sample", "/none"], "no model directory /none"),
-        (["report", "none"], "none"),
-        (["import", "none/model.ckpt", "-o", "x"], "model.ckpt"),
-    ],
-)
+MISTAKES = [
+    (["prepair"], "no command 'prepair'; did you mean 'prepare'?"),
+    (
+        ["prepare", "digits", "--sise", "8", "-o", "x"],
+        "unknown flag --sise (see igpt prepare --help); did you mean --size?",
+    ),
+    (["prepare", "digits"], "--out"),
+    (["evaluate", "m", "n"], "this command is now: igpt score MODEL NAME --published"),
+    (["score", "m", "n", "--published", "--maps", "x.png"], "cannot be combined with --maps"),
+    (["score", "m", "n", "--published", "--split", "x"], "cannot be combined with --split"),
+    (["pretrain", "t", "-o", "x", "--steps", "1.5"], "'1.5' is not a whole number"),
+    (["plan", "tiny", "extra"], "unexpected argument 'extra'"),
+    (["prepare", "digits", "-o", "x", "--size", "many"], "--size"),
+    (
+        ["prepare", "digits", "-o", "x", "--size", "1"],
+        "size = 1: Input should be greater than or equal to 2",
+    ),
+    (["prepare", "digits", "-o", "x", "--filter", "sinc"], "--filter"),
+    (["prepare", "no/such/folder", "-o", "x"], "no/such/folder"),
+    (["prepare", "./nothing", "-o", "x"], "no folder or file ./nothing"),
+    (
+        ["pretrain", "t", "-o", "x", "--model", "igpt-x"],
+        "no preset 'igpt-x'; did you mean 'igpt-xl'?",
+    ),
+    (["pretrain", "t", "-o", "x"], "name a model: --model PRESET"),
+    (
+        ["pretrain", "t", "-o", "x", "--model", "tiny"],
+        "no token data set at t: dataset.json is missing",
+    ),
+    (
+        ["pretrain", "t", "-o", "x", "--model", "tiny", "--device", "cuda"],
+        "there is no GPU here",
+    ),
+    (
+        ["pretrain", "t", "-o", "x", "--config", "none.yaml"],
+        "no settings file at .: none.yaml is missing",
+    ),
+    (["probe", "./model", "t"], "no model directory model"),
+    (["sample", "/none"], "no model directory /none"),
+    (["report", "none"], "none"),
+    (["import", "none/model.ckpt", "-o", "x"], "model.ckpt"),
+]
+
+
+@pytest.mark.parametrize(("words", "said"), MISTAKES)
 def test_mistakes_are_one_line(
     igpt, words: list[str], said: str, tmp_path: Path, monkeypatch
 ) -> None:
@@ -89,6 +92,33 @@ def test_mistakes_are_one_line(
             said = "no token data set"
     assert_refused(igpt(*words), said)
     assert list(tmp_path.iterdir()) == [], "something was left behind"
+
+
+@pytest.mark.parametrize("variables", [{}, {"NO_COLOR": "1"}, {"FORCE_COLOR": "1"}], ids=str)
+def test_mistakes_are_one_plain_line_on_a_terminal(
+    igpt, variables: dict[str, str], tmp_path: Path
+) -> None:
+    several = [words for words, _ in MISTAKES if "cuda" not in words]
+    several += [["sample"], ["pretrain", "t", "--lerning-rate", "3", "-o", "x"]]
+    process, terminal = pty.fork()
+    if process == 0:  # a forked process has imported everything already
+        code = 1
+        with contextlib.suppress(BaseException):
+            os.chdir(tmp_path)
+            os.environ |= {"TERM": "xterm-256color", **variables}
+            open_streams()
+            code = 0 if all(main(words) == 2 for words in several) else 1
+            close_streams()
+        os._exit(code)
+    said = b""
+    with contextlib.suppress(OSError), os.fdopen(terminal, "rb", 0) as file:  # EIO at the end
+        while part := file.read(4096):
+            said += part
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0, said
+    lines = said.decode().split("\r\n")
+    assert len(lines) == len(several) + 1, said
+    assert all(line.isprintable() for line in lines), said
+    assert "did you mean --learning-rate?" in lines[-2]
 
 
 def test_unknown_key_in_a_settings_file(igpt, digits: TokenDataset, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_all_images_of_a_source_without_splits(write_folder: Write, palette: Pal
     assert found.palette_error["mse"] == pytest.approx(expected["mse"], rel=1e-12)
     assert found.palette_error["psnr_db"] == pytest.approx(expected["psnr_db"], rel=1e-12)
     assert found.tokens.labels.tolist() == [-1] * 4
-    assert steps == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert steps == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_the_test_split_is_the_default_and_others_can_be_named(

@@ -59,7 +59,8 @@ class PaletteOptions(Options):
         )
         allowance.require(source, left_out)
         chosen = given_palette(source, train, settings)
-        fitted = settle_palette(source, train, settings, chosen)
+        with progress_bar() as show:
+            fitted = settle_palette(source, train, settings, chosen, show)
         result, quality, picture = fitted.palette, fitted.quality, fitted.picture
         if fitted.bad:
             allowance.require_decoded(fitted.bad, fitted.read)
@@ -158,6 +159,7 @@ class Prepare(Options):
                     _part(shard),
                     workers=count,
                     progress=partial(show, "tokenising"),
+                    phase=show,
                 )
                 print(
                     f"{part}: part {shard}; when all parts are there, merge them: igpt prepare "
@@ -171,7 +173,12 @@ class Prepare(Options):
                 return
             else:
                 result = run(
-                    source, out, settings, workers=count, progress=partial(show, "tokenising")
+                    source,
+                    out,
+                    settings,
+                    workers=count,
+                    progress=partial(show, "tokenising"),
+                    phase=show,
                 )
         made = result.manifest["made"]
         counts = ", ".join(f"{len(result[split])} {split}" for split in result)

@@ -138,6 +138,7 @@ def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) ->
                 config,
                 workers=os.cpu_count() or 1,
                 progress=partial(show, "tokenising"),
+                phase=show,
             )
     data = TokenDataset(path)
     _require_source(data, source)

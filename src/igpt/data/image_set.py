@@ -159,6 +159,8 @@ def tokenized_image_set(
     rows, labels, names = list[int](), list[int](), list[str]()
     first = 0
     squared_error: int | None = None
+    if progress:
+        progress(0, len(wanted))
     for reader in opened.readers:
         inside = wanted[(wanted >= first) & (wanted < first + len(reader))] - first
         for image in tokenizer.read(reader, inside, tally, first_row=first):

@@ -1,5 +1,7 @@
 """The palette of a source, given or fitted to some of its images, with its error and a preview."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ _FIT_PIXELS = 2_000_000
 _ERROR_PIXELS = 250_000
 _NEIGHBOURS = 8  # neighbouring images that are read together
 _SHOWN = 12  # images in the preview
+PhaseProgress = Callable[[str, int, int], None]
 
 
 class PaletteConfig(SourceConfig):
@@ -94,9 +97,17 @@ class SettledPalette(NamedTuple):
 
 
 def settle_palette(
-    source: str, train: Split, config: PaletteConfig, given: Palette | None
+    source: str,
+    train: Split,
+    config: PaletteConfig,
+    given: Palette | None,
+    progress: PhaseProgress | None = None,
 ) -> SettledPalette:
     """Return the given palette, or one fitted to some of the training images.
+
+    Args:
+        progress: called with the name of the phase, the number of images or iterations done, and
+            their number.
 
     Raises:
         InputError: no training image decodes, or ready tokens have another resolution.
@@ -116,9 +127,10 @@ def settle_palette(
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
     positions = positions[positions < len(train)]
     transform, squares, bad = transform_of(config), [], list[str]()
-    for row, (image, _) in zip(
-        train.indices[positions].tolist(), train.read(positions), strict=False
-    ):
+    rows = train.indices[positions].tolist()
+    for done, (row, (image, _)) in enumerate(zip(rows, train.read(positions), strict=False)):
+        if progress and done % _NEIGHBOURS == 0:
+            progress("palette: reading images", done, len(rows))
         try:
             squares.append(transform(image))
         except InputError as error:
@@ -126,7 +138,8 @@ def settle_palette(
     if not squares:
         raise InputError(f"no training image of {source} decodes; the first: {bad[0]}")
     pixels = np.concatenate(squares)
-    palette = given or Palette(config.colors, seed=config.seed).fit(pixels)
+    fitting = progress and partial(progress, "palette: fitting colours")
+    palette = given or Palette(config.colors, seed=config.seed).fit(pixels, progress=fitting)
     shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
     picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
     return SettledPalette(

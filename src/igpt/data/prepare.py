@@ -25,6 +25,7 @@ from igpt.data.images.palette import Palette, StoredPalette
 from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut, listed
 from igpt.data.palette_fit import (
     PaletteConfig,
+    PhaseProgress,
     given_palette,
     palette_notes,
     settle_palette,
@@ -231,6 +232,7 @@ def prepare(
     *,
     workers: int = 1,
     progress: Progress | None = None,
+    phase: PhaseProgress | None = None,
 ) -> TokenDataset:
     """Turn a source of images into a token data set.
 
@@ -240,7 +242,9 @@ def prepare(
         source: see `open_source`.
         out: the folder to create; it must not exist.
         workers: number of processes that decode and tokenise.
-        progress: called with (images done, images in all).
+        progress: called with (images done, images in all) while images are tokenised.
+        phase: called with (title, done, in all) while a palette is made, and when tokenising
+            begins.
 
     Raises:
         InputError: the source or `out` cannot be used, too many images do not decode, or another
@@ -248,7 +252,7 @@ def prepare(
     """
     require_new(out, source)
     with exclusive(out):
-        folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress)
+        folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress, phase)
         write_dataset(folder, plan, list(records.values()))
         # The plan is removed last: if the process is killed at any point, either the same call can
         # finish the work or `out` is complete.
@@ -266,13 +270,14 @@ def prepare_part(
     *,
     workers: int = 1,
     progress: Progress | None = None,
+    phase: PhaseProgress | None = None,
 ) -> Path:
     """Prepare one of n parts of a token data set, for machines that share only the source.
 
     Joined parts (`igpt.data.merge.merge`) are byte for byte identical to what `prepare` writes.
 
     Args:
-        source, config, workers, progress: see `prepare`; the same for all parts.
+        source, config, workers, progress, phase: see `prepare`; the same for all parts.
         out: the data set; the part is written next to it.
         part: (i, n), the i-th of n, from 1.
 
@@ -288,7 +293,7 @@ def prepare_part(
     out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
     require_new(out)
     with exclusive(out):
-        folder, _, records = _make_shards(source, out, config, part, workers, progress)
+        folder, _, records = _make_shards(source, out, config, part, workers, progress, phase)
         write_json(folder / RECORDS, {"records": records})
         _clear(folder)
         folder.rename(out)
@@ -307,6 +312,7 @@ def _make_shards(
     part: tuple[int, int],
     workers: int,
     progress: Progress | None,
+    phase: PhaseProgress | None,
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
     """Write all shards of a part; return their folder, the plan, and the ordered records."""
     require_new(out)
@@ -359,7 +365,7 @@ def _make_shards(
         "left_out": opened.left_out.to_json(),
         "warnings": [*opened.notes, *palette_notes(given, splits["train"], config)],
     }
-    plan, palette = _plan_and_palette(folder, wanted, splits["train"], config, given)
+    plan, palette = _plan_and_palette(folder, wanted, splits["train"], config, given, phase)
 
     # Jobs are listed again whenever they are needed: together their rows would fill the memory.
     def jobs() -> Iterator[_Job]:
@@ -380,6 +386,8 @@ def _make_shards(
     )
     work = _Work(readers, tokenizer, folder)
     allowance.require_decoded(skipped, total)
+    if phase:
+        phase("tokenising", done, total)
     with running(work, workers if total >= MIN_IMAGES_FOR_WORKERS else 1) as run:
         for result in run(job for job in jobs() if job.record not in finished):
             skipped += result["skipped"]
@@ -476,12 +484,17 @@ def _jobs(
 
 
 def _plan_and_palette(
-    folder: Path, plan: dict[str, Any], train: Split, config: PrepareConfig, given: Palette | None
+    folder: Path,
+    plan: dict[str, Any],
+    train: Split,
+    config: PrepareConfig,
+    given: Palette | None,
+    phase: PhaseProgress | None,
 ) -> tuple[dict[str, Any], Palette]:
     """Return the plan and the palette: those of interrupted work, or new ones."""
     if folder.exists():
         return _resumed_plan(folder, plan), Palette.load(folder / PLAN)
-    fitted = settle_palette(plan["source"], train, config, given)
+    fitted = settle_palette(plan["source"], train, config, given, phase)
     palette, picture = fitted.palette, fitted.picture
     plan = {
         **plan,

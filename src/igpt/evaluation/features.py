@@ -71,6 +71,8 @@ def pooled(
     if device.type == "cpu":
         keep_freed_memory()
     size = batch_size or inference_batch_size(model.config)
+    if progress:
+        progress(0, len(split))
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)

@@ -65,6 +65,8 @@ def score(
     if model.device.type == "cpu":
         keep_freed_memory()
     size = batch_size or inference_batch_size(model.config)
+    if progress:
+        progress(0, len(split))
     for first in range(0, len(split), size):
         rows = np.arange(first, min(first + size, len(split)))
         losses[rows] = losses_of(model, split.rows(rows), precision=precision).mean(axis=1)

@@ -219,10 +219,11 @@ def _probe(
     if config.labels_per_class:
         layer = result["best_layer"]
         chosen = {name: split.of([layer]) for name, split in images.items()}
-        result["few_labels"] = [
-            {"per_class": count, "layer": layer, **few_labels(chosen, count, config, device)}
-            for count in config.labels_per_class
-        ]
+        result["few_labels"] = []
+        for number, count in enumerate(config.labels_per_class):
+            report("few labels", number, len(config.labels_per_class))
+            row = few_labels(chosen, count, config, device)
+            result["few_labels"].append({"per_class": count, "layer": layer, **row})
     compared: dict[str, Any] = {}
     if config.baselines:
         report("raw pixels", 0, 1)
@@ -339,6 +340,7 @@ def _probe_layers(
 ) -> tuple[dict[str, Any], Classifiers]:
     """Return a row per layer, the index of the best by validation accuracy, its classifier."""
     rows, fitted = [], []
+    progress(0, len(layers))
     for number, layer in enumerate(layers):
         row, classifier = fit({name: split.of([layer]) for name, split in images.items()})
         rows.append({"layer": layer, **row})

@@ -8,6 +8,7 @@ the input [start, x1 .. x(n-1)]. Its attention is always causal, so that it cann
 classifiers. N images, B of them at a time, n pixels, C classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,6 +103,7 @@ def predict(
     masks: int = 0,
     probability: float = MASKED,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Predictions:
     """Predict the classes of images, tokens [N, n].
 
@@ -111,6 +113,7 @@ def predict(
         masks: number of masks per image; 0 masks nothing. With masks (BERT models), the prediction
             is the most frequent one (paper, section 4.6); ties are resolved at random.
         probability: of a pixel to be masked.
+        progress: called with (images done, images in all).
 
     Raises:
         InputError: the model has no class head or broken weights, or its objective has no masks.
@@ -132,6 +135,8 @@ def predict(
     votes = np.zeros((len(rows), len(model.config.class_names)), np.int64)
     size = inference_batch_size(model.config)
     for first in range(0, len(rows), size):
+        if progress:
+            progress(first, len(rows))
         some = slice(first, first + size)
         images = torch.from_numpy(tokens[some].astype(np.int64)).to(device)
         for number in range(passes):

@@ -3,6 +3,8 @@
 B images of a batch, n pixels. A mask probability of 0 masks nothing.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,22 +90,33 @@ def errors(model: ImageGPT, tokens: Tensor, labels: Tensor) -> Summed:
 
 
 def accuracies(
-    path: Path, test: TokenSplit, world: World, mask_probability: float, seed: int
+    path: Path,
+    test: TokenSplit,
+    world: World,
+    mask_probability: float,
+    seed: int,
+    progress: Callable[[str, int, int], None],
 ) -> dict[str, Any]:
-    """Return the test accuracy; with masks, also of the modal prediction (paper, section 4.6)."""
+    """Return the test accuracy; with masks, also of the modal prediction (paper, section 4.6).
+
+    Args:
+        progress: called with a title, the number of images done, and their number.
+    """
     model = ImageGPT.from_pretrained(path).to(world.device)
     rows = np.array_split(np.arange(len(test)), world.size)[world.rank]
 
-    def right(**masking: Any) -> NDArray[np.bool_]:
+    def right(title: str, **masking: Any) -> NDArray[np.bool_]:
         answers = torch.zeros(len(test), dtype=torch.int32, device=world.device)
-        hits = predict(model, test.rows(rows), rows, **masking).classes == test.labels_of(rows)
+        shown = partial(progress, title)
+        found = predict(model, test.rows(rows), rows, **masking, progress=shown)
+        hits = found.classes == test.labels_of(rows)
         answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
         return world.all_reduce_sum(answers).cpu().numpy().astype(bool)
 
-    whole = right()
+    whole = right("testing")
     result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}
     result["test_right"] = packed(whole)
     if mask_probability:
         masking = {"masks": _MODAL_MASKS, "probability": mask_probability, "seed": seed}
-        result["modal"] = {**masking, **accuracy_of(right(**masking))}
+        result["modal"] = {**masking, **accuracy_of(right("testing with masks", **masking))}
     return result

@@ -29,7 +29,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.directory import weights_sha256
 from igpt.model.transformer import ImageGPT
-from igpt.progress import print_line
+from igpt.progress import print_line, progress_bar
 from igpt.training.checkpoints import TrainingState
 from igpt.training.classification import (
     accuracies,
@@ -386,13 +386,15 @@ class _Finetuning:
 
     def _test(self, folder: Path) -> dict[str, Any]:
         config = self.config
-        return accuracies(
-            folder / "model",
-            self.splits["test"],
-            self.world,
-            config.mask_probability or 0.0,
-            config.seed,
-        )
+        with progress_bar(quiet=not self.world.is_main) as show:
+            return accuracies(
+                folder / "model",
+                self.splits["test"],
+                self.world,
+                config.mask_probability or 0.0,
+                config.seed,
+                show,
+            )
 
     def _write_start(self, shape: ModelConfig, train_images: int, metrics: Metrics) -> None:
         metrics.write(

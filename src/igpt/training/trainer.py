@@ -262,11 +262,13 @@ class Trainer:
         validation, state, world = self.validation, self.state, self.world
         total = torch.zeros((), dtype=torch.float64, device=world.device)
         size = self.engine.evaluation_batch_size()
+        bar.part("validating", 0, validation.images)
         for first in range(0, validation.images, size):
             if world.all_reduce_max(self._stop.number):
                 return
             batch = validation.batch(first, min(first + size, validation.images))
             total += self.engine.evaluate(validation.loss, batch)
+            bar.part("validating", min(first + size, validation.images), validation.images)
         value = float(total) / validation.images
         if not math.isfinite(value):
             self._diverge(f"the validation {validation.name} is {value} after {state.step} steps")

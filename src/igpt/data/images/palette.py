@@ -7,6 +7,7 @@ Shapes: k colours, ... any leading dimensions.
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -21,6 +22,7 @@ from igpt.files import Stored, atomic_file, expanded, read_json, require_schema
 from igpt.hub import download
 
 Floats = NDArray[np.float64]
+Progress = Callable[[int, int], None]
 
 MAX_COLORS = 65536  # tokens are uint16
 _CELL = 8  # edge of the colour cells in which candidates are searched
@@ -83,8 +85,13 @@ class Palette:
         self.n_colors, self.max_iter, self.seed = n_colors, max_iter, seed
         self._table: NDArray[np.uint16] | None = None
 
-    def fit(self, pixels: ArrayLike) -> Self:
-        """Fit the palette to uint8 RGB pixels [..., 3]: k-means on weighted distinct colours."""
+    def fit(self, pixels: ArrayLike, *, progress: Progress | None = None) -> Self:
+        """Fit the palette to uint8 RGB pixels [..., 3]: k-means on weighted distinct colours.
+
+        Args:
+            progress: called with the number of iterations over all colours so far, and the
+                largest possible number.
+        """
         rows = _as_pixels(pixels).reshape(-1, 3)
         if rows.size == 0:
             raise InputError("a palette needs at least one pixel to be fitted to")
@@ -95,7 +102,7 @@ class Palette:
             centers, self.inertia_ = _unpack(unique), 0.0
         else:
             centers, self.inertia_ = _k_means(
-                unique, counts, self.n_colors, self.max_iter, self.seed
+                unique, counts, self.n_colors, self.max_iter, self.seed, progress
             )
         centers = centers[np.argsort(centers @ (0.299, 0.587, 0.114), kind="stable")]
         return self._set_centers(centers / 127.5 - 1)
@@ -284,7 +291,12 @@ def _unpack(packed: NDArray[np.int64]) -> Floats:
 
 
 def _k_means(
-    packed: NDArray[np.int64], weights: NDArray[Any], k: int, max_iter: int, seed: int
+    packed: NDArray[np.int64],
+    weights: NDArray[Any],
+    k: int,
+    max_iter: int,
+    seed: int,
+    progress: Progress | None,
 ) -> tuple[Floats, float]:
     """Return the k-means centres [k, 3] of weighted colours, and the mean squared distance.
 
@@ -308,7 +320,7 @@ def _k_means(
         )
     if len(coarse) < len(colors):
         centers = _lloyd(coarse, coarse_weights, centers, max_iter)
-    centers = _lloyd(colors, weights, centers, max_iter)
+    centers = _lloyd(colors, weights, centers, max_iter, progress)
     return centers, float((weights * _assign(centers, colors)[0] ** 2).sum() / weights.sum())
 
 
@@ -323,7 +335,13 @@ def _means(
     return sums / np.where(weight == 0, 1, weight)[:, None], weight
 
 
-def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int) -> Floats:
+def _lloyd(
+    colors: Floats,
+    weights: NDArray[Any],
+    centers: Floats,
+    max_iter: int,
+    progress: Progress | None = None,
+) -> Floats:
     """Return the best means of Lloyd's iterations with momentum, 20 as good as 100 plain ones.
 
     If the error grows, the last step was too long: the iterations continue from the means, without
@@ -331,7 +349,9 @@ def _lloyd(colors: Floats, weights: NDArray[Any], centers: Floats, max_iter: int
     """
     best = before = centers
     least = last = np.inf
-    for _ in range(max_iter):
+    for iteration in range(max_iter):
+        if progress:
+            progress(iteration, max_iter)
         distance, nearest = _assign(centers, colors)
         losses = weights * distance**2
         error = losses.sum()
