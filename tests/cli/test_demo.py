@@ -68,6 +68,15 @@ def test_the_demo_of_photographs(igpt, photographs: Path, tmp_path: Path) -> Non
     other = igpt("demo", "-o", tmp_path / "run")
     assert other.returncode == 2
     assert "is a run of" in other.stderr
+    more = tmp_path / "more"
+    shutil.copytree(photographs, more)
+    manifest = json.loads((tmp_path / "run" / "tokens" / "dataset.json").read_text())
+    manifest["source"] = str(more)
+    (tmp_path / "run" / "tokens" / "dataset.json").write_text(json.dumps(manifest))
+    shutil.copy(more / "train" / "down" / "00.png", more / "train" / "down" / "100.png")
+    other = igpt("demo", "--data", more, "-o", tmp_path / "run", "--steps", 3)
+    assert other.returncode == 2
+    assert f"is a run of 48 images, and {more} has 49 now; choose another -o" in other.stderr
 
 
 def test_square_brackets_and_colons_in_names_have_no_effect(

@@ -19,6 +19,7 @@ from sklearn.metrics import roc_auc_score
 from igpt.data.images.transform import load_square
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.evaluation.likelihood import losses_of, score
+from igpt.evaluation.results import score_files
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 
@@ -84,7 +85,7 @@ def test_every_image_and_a_summary(
     }
     assert (result["precision"], result["source"]) == ("fp32", str(digits.path))
     assert result["environment"].keys() >= {"command", "igpt", "torch", "commit"}
-    assert not (run / "score.json").exists()
+    assert not (run / "score-digits.json").exists()
 
 
 def test_two_runs_agree_exactly(igpt: Run, run: Path, tmp_path: Path, photographs: Path) -> None:
@@ -128,15 +129,30 @@ def test_the_summary_is_written_to_the_run_or_the_current_folder(
     igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert igpt("score", run, digits.path, "--limit", 3).returncode == 0
-    assert read(run / "score.json")["images"] == 3
+    assert read(run / "score-digits.json")["images"] == 3
     assert igpt("score", run, digits.path, "--limit", 4).returncode == 0
-    assert read(run / "score.json")["images"] == 4, "it may be overwritten"
+    assert read(run / "score-digits.json")["images"] == 4, "it may be overwritten"
     shutil.copytree(run / "model", tmp_path / "bare")
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     assert igpt("score", tmp_path / "bare", digits.path, "--limit", 3).returncode == 0
-    assert [path.name for path in here.iterdir()] == ["score.json"]
+    assert [path.name for path in here.iterdir()] == ["score-digits.json"]
+
+
+def test_the_results_of_several_sources_are_kept(
+    igpt: Run, run: Path, digits: TokenDataset, photographs: Path, tmp_path: Path
+) -> None:
+    for words in ([digits.path], [digits.path, "--split", "validation"], [f"{photographs}/train"]):
+        assert igpt("score", run, *words, "--limit", 3).returncode == 0
+    names = ["score-digits-validation.json", "score-digits.json", "score-train.json"]
+    assert [path.name for path in score_files(run)] == names
+    before = [path.read_bytes() for path in score_files(run)]
+    shutil.copytree(photographs / "train", tmp_path / "train")
+    done = igpt("score", run, tmp_path / "train")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"has the result of {photographs}/train; choose another -o for" in done.stderr
+    assert [path.read_bytes() for path in score_files(run)] == before
 
 
 def test_maps_are_drawn_and_reported(
@@ -144,7 +160,7 @@ def test_maps_are_drawn_and_reported(
 ) -> None:
     done = igpt("score", run, digits.path, "--maps", tmp_path / "maps.png", "--count", 3)
     assert done.returncode == 0, done.stderr
-    assert read(run / "score.json")["maps"] == {
+    assert read(run / "score-digits.json")["maps"] == {
         "file": str(tmp_path / "maps.png"),
         "rows": [0, 60, 120],
     }
@@ -162,7 +178,7 @@ def test_two_sources_are_compared(
 ) -> None:
     done = igpt("score", run, digits.path, "--against", photographs)
     assert done.returncode == 0, done.stderr
-    others = read(run / "score.json")["against"]
+    others = read(run / "score-digits.json")["against"]
     told = others["told_apart"]
     assert (others["images"], others["split"], others["source"]) == (48, "all", str(photographs))
     assert igpt("score", run, photographs, "-o", run / "other.csv").returncode == 0
@@ -181,9 +197,9 @@ def test_two_sources_are_compared(
     assert done.returncode == 0, done.stderr
     backwards = igpt("score", run, photographs, "--label-column", "none", "--against", digits.path)
     assert backwards.returncode == 0, backwards.stderr
-    assert read(run / "score.json")["against"]["told_apart"]["auroc"] == pytest.approx(
-        1 - told["auroc"], abs=1e-9
-    )
+    assert read(next(run.glob("score-photographs*.json")))["against"]["told_apart"][
+        "auroc"
+    ] == pytest.approx(1 - told["auroc"], abs=1e-9)
 
 
 def test_bad_images_are_reported(igpt: Run, run: Path, photographs: Path, tmp_path: Path) -> None:
@@ -194,7 +210,7 @@ def test_bad_images_are_reported(igpt: Run, run: Path, photographs: Path, tmp_pa
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "images that do not decode: 1, where --max-bad 0.01 allows 0" in done.stderr
     assert "04.png" in done.stderr
-    assert not (run / "score.json").exists()
+    assert not list(run.glob("*.json"))
     done = igpt("score", run, folder, "--max-bad", 0.1, "-o", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
     assert f"left out: images that do not decode: 1 (first: {folder / '04.png'}: " in done.stdout

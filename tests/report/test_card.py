@@ -139,7 +139,7 @@ def test_a_card_has_the_numbers_of_the_files(whole: Path, digits: TokenDataset) 
         row for row in rows if row[0] == "0, 2 concatenated"
     )
     assert any(row[0].endswith(", 4 labels per class") for row in rows)
-    score = json.loads((whole / "score.json").read_text())
+    score = json.loads((whole / "score-digits.json").read_text())
     assert f"30 test images of `digits`: {score['nats_per_pixel']:.4f} nats/pixel \u00b1 " in card
     assert "![Samples](samples.png)" in card
     assert "![Completions](completions.png)" in card
@@ -154,7 +154,7 @@ def test_a_card_has_the_numbers_of_the_files(whole: Path, digits: TokenDataset) 
 def test_the_hub_reads_the_results(whole: Path, classifier: Path) -> None:
     """huggingface_hub's own loader finds every recorded result in the card's model-index."""
     probe = json.loads((whole / "probe.json").read_text())
-    score = json.loads((whole / "score.json").read_text())
+    score = json.loads((whole / "score-digits.json").read_text())
     test = json.loads((classifier / "test.json").read_text())
     best = next(row for row in probe["layers"] if row["layer"] == probe["best_layer"])
     records = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
@@ -395,6 +395,37 @@ def test_a_card_replaces_only_cards_and_needs_a_model(
     assert not (run / "README.md").exists()
     done = igpt("card", run, NAME)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
+def test_an_edited_card_is_kept(igpt: Run, short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    card = write_card(run, NAME)
+    first = card.read_text()
+    assert write_card(run, "someone/else").read_text() != first, "it was not edited"
+    unsigned = first.rpartition("\n<!--")[0]
+    for edited in (first.replace("## Limits", "## My limits"), f"{first}More.\n", unsigned):
+        card.write_text(edited)
+        done = igpt("card", run, NAME)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "README.md was edited" in done.stderr
+        assert card.read_text() == edited
+
+
+def test_the_likelihoods_of_all_scored_images_are_in_the_card(
+    short_run: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    for name, loss in (("digits", 1.5), ("photos", 2.25)):
+        score = {"format": "igpt-score", "version": 1, "images": 7, "nats_per_pixel": loss}
+        score |= {"split": "all", "source": f"/home/me/{name}"}
+        (run / f"score-{name}.json").write_text(json.dumps(score))
+    card = write_card(run, NAME).read_text()
+    assert "7 images of `digits`: 1.5000 nats/pixel" in card
+    assert "7 images of `photos`: 2.2500 nats/pixel" in card
+    found = [one.metric_value for one in ModelCard.load(run / "README.md").data.eval_results]
+    assert found[-2:] == [1.5, 2.25]
 
 
 def test_warnings_about_an_old_card_or_another_name(short_run: Path, tmp_path: Path) -> None:

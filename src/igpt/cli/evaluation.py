@@ -48,7 +48,8 @@ class Probe(Options):
         from igpt.evaluation.probe import ProbeConfig, write_probe
         from igpt.evaluation.probe import probe as run
         from igpt.evaluation.probe_classifier import require_replaceable
-        from igpt.evaluation.results import PROBE, best_row
+        from igpt.evaluation.results import PROBE, best_row, require_same_source
+        from igpt.files import read_json
 
         path, home = model_and_run(self.model)
         settings = ProbeConfig.layered(file_settings(self.config), given, where="the settings")
@@ -62,6 +63,9 @@ class Probe(Options):
         require_replaceable(target.with_suffix(".safetensors"))
         with exclusive(target):
             loaded, data = load_model(path), TokenDataset(self.tokens)
+            if target.exists():
+                known = read_json(target, "probe").get("source")
+                require_same_source(target, known, data.manifest["source"])
             with progress_bar() as show, passing_folder(target) as passing:
                 result, classifier = run(
                     loaded, data, settings, self.features or passing, progress=show
@@ -110,8 +114,8 @@ class Score(Options):
     out: Path | None = Field(
         None,
         description=".csv or .jsonl to write, one line per image, with the summary in a .json file "
-        "of the same name; by default only the summary is written, to score.json in the run, or in "
-        "the current folder for a model without a run",
+        "of the same name; by default only the summary is written, to score-NAME.json in the run, "
+        "with the name of SOURCE, or in the current folder for a model without a run",
     )
     maps: Path | None = Field(
         None, description="PNG to write: images above the losses of their pixels"
@@ -153,7 +157,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     )
     from igpt.evaluation.likelihood import score as run
     from igpt.evaluation.loss_maps import draw_maps, require_maps
-    from igpt.evaluation.results import SCORE, SCORE_VERSION
+    from igpt.evaluation.results import SCORE, SCORE_VERSION, score_file
     from igpt.files import sha256_of, write_json
     from igpt.model.images import spread_evenly
 
@@ -161,7 +165,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     source, precision = options.source, options.precision
     settings = ImageSetConfig.layered(given, where="the settings")
     path, home = model_and_run(options.model)
-    target = out.with_suffix(".json") if out else home / "score.json"
+    target = out.with_suffix(".json") if out else score_file(home, source, settings.split)
     if out:
         require_table(out)
         require_writable(out)

@@ -11,7 +11,7 @@ from rich.text import Text
 from igpt.cli.run import load_model, passing_folder
 from igpt.data.left_out import left_out_of
 from igpt.data.prepare import PrepareConfig, prepare
-from igpt.data.sources.catalogue import DIGITS
+from igpt.data.sources.catalogue import DIGITS, open_source
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.evaluation.probe import ProbeConfig, probe, write_probe
@@ -67,7 +67,9 @@ def _run_pipeline(source: str, run: Path, steps: int | None) -> None:
         _require_same(config, recorded, recipe)
     data = _tokens(source, run / "tokens", _DIGITS if digits else _PHOTOS, console)
     console.print(f"[bold]2. Pretrain[/] on {len(data['train'])} images, without their labels")
-    if not _finished(run):
+    if _finished(run):
+        console.print("   finished earlier; its result is shown")
+    else:
         given = {"tokens": data.path} | ({} if steps is None else {"steps": steps})
         pretrain(config, run, given=given, resume=recorded.exists())
     model = load_model(run / "model")
@@ -108,6 +110,23 @@ def _require_source(data: TokenDataset, source: str) -> None:
         )
 
 
+def _require_same_images(data: TokenDataset, source: str, config: PrepareConfig) -> None:
+    """Refuse a run of a folder or file in which there are more or fewer images now.
+
+    Raises:
+        InputError: both numbers are named.
+    """
+    known = data.manifest["made"].get("images")
+    if known and os.path.exists(source):  # noqa: PTH110  Path.exists raises for invalid names
+        splits = open_source(source, config).splits
+        found = {name: len(split) for name, split in splits.items()}
+        if found != known:
+            raise InputError(
+                f"{data.path.parent} is a run of {sum(known.values())} images, and {source} has "
+                f"{sum(found.values())} now; choose another -o"
+            )
+
+
 def _require_same(config: PretrainConfig, recorded: Path, recipe: dict[str, object]) -> None:
     """Refuse a run that was trained with other settings than those asked for.
 
@@ -130,7 +149,9 @@ def _require_same(config: PretrainConfig, recorded: Path, recipe: dict[str, obje
 
 def _tokens(source: str, path: Path, config: PrepareConfig, console: Console) -> TokenDataset:
     console.print(Text.assemble(("1. Palette and tokens", "bold"), f" of {source}"), soft_wrap=True)
-    if not path.exists():
+    if path.exists():
+        _require_same_images(TokenDataset(path), source, config)
+    else:
         with progress_bar() as show:
             prepare(
                 source,

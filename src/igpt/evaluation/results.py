@@ -1,9 +1,10 @@
-"""Schemas and readers of result files: probe.json, test.json and score.json.
+"""Schemas and readers of result files: probe.json, test.json and score-NAME.json.
 
 Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, see
 `igpt.statistics.packed`.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from igpt.errors import InputError
-from igpt.files import Stored, read_json, require_schema
+from igpt.files import Stored, read_json, require_schema, resolved
 
 PROBE, PROBE_VERSION = "igpt-probe", 2
 TEST, TEST_VERSION = "igpt-finetune", 1
@@ -168,7 +169,7 @@ class Test(Stored):
 
 
 class Score(Stored):
-    """`score.json`."""
+    """`score-NAME.json`."""
 
     images: Positive
     nats_per_pixel: Number
@@ -209,7 +210,7 @@ def read_test(path: Path) -> dict[str, Any]:
 
 
 def read_score(path: Path) -> dict[str, Any]:
-    """Return the content of a `score.json`.
+    """Return the content of a `score-NAME.json`.
 
     Raises:
         InputError: there is no such file, it is of another version, or a key is missing or wrong.
@@ -218,6 +219,38 @@ def read_score(path: Path) -> dict[str, Any]:
     _require_version(found, path, SCORE, SCORE_VERSION, "igpt score")
     require_schema(found, Score, path)
     return found
+
+
+def score_file(folder: Path, source: str, split: str | None) -> Path:
+    """Return where the likelihood of images is written: score-NAME.json, by the source's name.
+
+    Args:
+        split: if it was asked for.
+
+    Raises:
+        InputError: the file has the result of other images, whose source has the same name.
+    """
+    name = re.sub(r"[^\w.-]+", "-", source.rstrip("/").rpartition("/")[2]).strip("-.") or "images"
+    asked = "" if split in (None, "test") else f"-{split}"
+    path = folder / f"score-{name}{asked}.json"
+    if path.exists():
+        require_same_source(path, read_score(path).get("source"), source)
+    return path
+
+
+def score_files(folder: Path) -> list[Path]:
+    """Return the files with likelihoods in a run directory."""
+    return [path for path in sorted(folder.glob("score*.json")) if path.stem[5:6] in ("", "-")]
+
+
+def require_same_source(path: Path, known: object, source: str) -> None:
+    """Raise if a file has a result of another source, which would be lost.
+
+    Raises:
+        InputError: both sources are named.
+    """
+    if known is not None and resolved(Path(str(known))) != resolved(Path(source)):
+        raise InputError(f"{path} has the result of {known}; choose another -o for {source}")
 
 
 def best_row(result: Mapping[str, Any]) -> dict[str, Any]:

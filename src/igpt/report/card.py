@@ -5,6 +5,7 @@ results, the use and the limits of the model. Its metadata contains the results 
 `model-index`.
 """
 
+import hashlib
 import math
 import re
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpt.errors import InputError
-from igpt.evaluation.results import best_row, read_score
+from igpt.evaluation.results import best_row, read_score, score_files
 from igpt.files import atomic_file, folder_to_read, require_regular
 from igpt.hub import require_name, upload
 from igpt.report.findings import (
@@ -35,14 +36,17 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 _LIBRARY = "library_name: igpt"  # distinguishes a card from other README files
+_SIGNATURE = "\n<!-- SHA-256 of the text above, as igpt wrote it: "
 _PICTURES = ("completions.png", "samples.png")
-_SOURCES = ("metrics.jsonl", "probe.json", "test.json", "score.json", *_PICTURES)
+_SOURCES = ("metrics.jsonl", "probe.json", "test.json", *_PICTURES)
 _MAX_CLASSES = 20  # named in the card
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
-    """Write `run/README.md` and return its path; replace an existing card.
+    """Write `run/README.md` and return its path; replace an existing card that was not edited.
+
+    The card ends with a comment that holds the checksum of its text, by which edits are found.
 
     Args:
         run: a run directory with a model.
@@ -50,7 +54,8 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
         license: its identifier on the Hub, such as apache-2.0; omitted by default.
 
     Raises:
-        InputError: a bad name, no run with a model, a damaged file, or a README.md that is no card.
+        InputError: a bad name, no run with a model, a damaged file, or a README.md that is no card
+            or was edited.
     """
     require_name(name)
     if license is not None and not _LICENSE.fullmatch(license):
@@ -58,12 +63,24 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
             f"{license!r} is not the identifier of a license on the Hub, such as apache-2.0"
         )
     path = run / CARD
-    if path.exists() and _LIBRARY not in _text(path):
-        raise InputError(f"{path} is not a model card written by igpt; move it elsewhere")
+    if path.exists():
+        existing = _text(path)
+        if _LIBRARY not in existing:
+            raise InputError(f"{path} is not a model card written by igpt; move it elsewhere")
+        if existing != _signed(existing.rpartition(_SIGNATURE)[0]):
+            raise InputError(
+                f"{path} was edited, or written by an earlier igpt, and is left as it is; rename "
+                "it to get a new one"
+            )
     card = template("card.md.j2").render(_contents(_with_model(run), name, license))
     with atomic_file(path) as temporary:
-        temporary.write_text(card, encoding="utf-8")
+        temporary.write_text(_signed(card), encoding="utf-8")
     return path
+
+
+def _signed(card: str) -> str:
+    """Return a card with its checksum."""
+    return f"{card}{_SIGNATURE}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
 
 
 def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
@@ -105,7 +122,7 @@ def doubts(run: Path, name: str) -> list[str]:
     """Return possible problems of an existing card: its age, or another name in it."""
     path = run / CARD
     written = path.stat().st_mtime
-    sources = [run / file for file in _SOURCES]
+    sources = [*(run / file for file in _SOURCES), *score_files(run)]
     newer = [file.name for file in sources if file.exists() and file.stat().st_mtime > written]
     found = [f"is older than {', '.join(newer)}"] if newer else []
     return found if name in _text(path) else [*found, f"does not name {name}"]
@@ -165,7 +182,7 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
         "data": _data(run),
         "training": _training(run),
         "tables": _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else []),
-        "score": _score(run),
+        "scores": [_score(run, found) for found in _scores(run)],
         "name": name,
         "objective": objective,
         "variant": run.saved.get("model_type") == "igpt",
@@ -213,8 +230,7 @@ def _results(run: Run, probed: Mapping[str, Any] | None) -> list["EvalResult"]:
     if validation:
         metric = ("loss", f"validation loss ({run.unit})")
         found.append(result(task, source, "validation", metric, validation[1]))
-    if (run.path / "score.json").exists():
-        score = read_score(run.path / "score.json")
+    for score in _scores(run):
         metric = ("loss", "negative log-likelihood (nats/pixel)")
         scored = short_source(_score_source(run, score))
         found.append(result(task, scored, str(score.get("split")), metric, score["nats_per_pixel"]))
@@ -353,12 +369,13 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
     return Table(caption, ("layer", "validation", "test", "95 % interval"), rows)
 
 
-def _score(run: Run) -> str:
-    """Return the result of `igpt score` as a sentence."""
-    path = run.path / "score.json"
-    if not path.exists():
-        return ""
-    found = read_score(path)
+def _scores(run: Run) -> list[dict[str, Any]]:
+    """Return the results of `igpt score`, one for each set of images."""
+    return [read_score(path) for path in score_files(run.path)]
+
+
+def _score(run: Run, found: Mapping[str, Any]) -> str:
+    """Return a result of `igpt score` as a sentence."""
     error = found.get("standard_error")
     spread = "" if error is None else f" \N{PLUS-MINUS SIGN} {error:.4f} (standard error)"
     split = "" if found.get("split") == "all" else f"{found.get('split')} "

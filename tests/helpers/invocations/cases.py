@@ -120,7 +120,7 @@ READS: Mapping[str, tuple[str, ...]] = {
         "run/environment.json",
         "run/metrics.jsonl",
         "run/probe.json",
-        "run/score.json",
+        "run/score-tokens.json",
         "run/samples.json",
         "run/samples.png",
         "run/model/config.json",
@@ -135,7 +135,7 @@ READS: Mapping[str, tuple[str, ...]] = {
     "card classifier user/name": ("classifier/test.json",),
     "push run user/name": ("run/README.md",),
     "features run tokens -o new.npz": ("run/probe.json",),
-    "score run tokens --limit 3": ("run/score.json",),
+    "score run tokens --limit 3": ("run/score-tokens.json",),
     "app run --host 300.1.1.1": ("run/probe.safetensors", "run/metrics.jsonl", "run/probe.json"),
     "probe run tokens -o new.json --limit 60 --strengths 1 --no-baselines --features features": (
         "features/model/test/features.json",
