@@ -58,6 +58,7 @@ MODULES = [
     "model/config",
     "model/directory",
     "model/transformer",
+    "model/match",
     "model/images",
     "model/cost",
     "model/resolution",

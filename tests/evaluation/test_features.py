@@ -20,10 +20,10 @@ from igpt.evaluation.features import (
     ConcatenatedRows,
     Masking,
     pooled,
-    require_match,
     stored,
 )
 from igpt.model.config import ModelConfig
+from igpt.model.match import require_match
 from igpt.model.transformer import ImageGPT
 
 SHAPE = {"resolution": 8, "n_colors": 17, "n_layer": 2, "n_embd": 32, "n_head": 2}
@@ -147,8 +147,16 @@ def test_tokens_of_another_size_are_refused(
     with pytest.raises(InputError, match="the palettes differ: the model has"):
         require_match(model, other)
     wide = prepare(str(photographs), tmp_path / "wider", PrepareConfig(size=16, colors=17))
-    with pytest.raises(InputError, match=r"the model sees 8 px, .* has 16 px"):
-        require_match(model, wide)
+    with pytest.raises(InputError, match=r"the model sees 8 px, .* has 16 px") as both:
+        require_match(model, wide, "runs/mine/model")
+    assert "the palettes differ" in str(both.value)
+    assert str(both.value).endswith(
+        f"prepare tokens for this model: igpt prepare {photographs} --size 8 --colors 17 "
+        f"--palette runs/mine/model -o {tmp_path}/wider-for-mine"
+    )
+    with pytest.raises(InputError, match="--size 16 --colors 17 --palette MODEL") as palettes:
+        require_match(model, wide, any_size=True)
+    assert "the model sees" not in str(palettes.value)
     with pytest.raises(InputError, match="no palette"):
         require_match(ImageGPT(model.config), digits)
 

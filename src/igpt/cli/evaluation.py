@@ -50,6 +50,7 @@ class Probe(Options):
         from igpt.evaluation.probe_classifier import require_replaceable
         from igpt.evaluation.results import PROBE, best_row, require_same_source
         from igpt.files import read_json
+        from igpt.model.match import require_match
 
         path, home = model_and_run(self.model)
         settings = ProbeConfig.layered(file_settings(self.config), given, where="the settings")
@@ -63,6 +64,7 @@ class Probe(Options):
         require_replaceable(target.with_suffix(".safetensors"))
         with exclusive(target):
             loaded, data = load_model(path), TokenDataset(self.tokens)
+            require_match(loaded, data, self.model)
             if target.exists():
                 known = read_json(target, "probe").get("source")
                 require_same_source(target, known, data.manifest["source"])
@@ -182,7 +184,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
         with progress_bar() as show:
-            images = _gathered(loaded, source, settings, show)
+            images = _gathered(loaded, options.model, source, settings, show)
             if maps:
                 shown = spread_evenly(
                     images.tokens, min(8, len(images)) if count is None else count
@@ -199,7 +201,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
                     "stream": False,
                 }
                 other = settings.model_copy(update=columns)  # those given are of the first source
-                others = _gathered(loaded, against, other, show)
+                others = _gathered(loaded, options.model, against, other, show)
                 theirs = run(
                     loaded, others.tokens, precision=precision, progress=partial(show, "scoring")
                 )
@@ -261,7 +263,7 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
         loaded = load_model(path)
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         with progress_bar() as show:
-            images = _gathered(loaded, name, settings, show)
+            images = _gathered(loaded, options.model, name, settings, show)
             found = summary(
                 run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
             )
@@ -346,7 +348,7 @@ class Features(Options):
                 )
             require_layer(layer, last)
             with progress_bar() as show:
-                images = _gathered(loaded, source, settings, show)
+                images = _gathered(loaded, self.model, source, settings, show)
                 made = {
                     "format": FORMAT,
                     "version": VERSION,
@@ -372,15 +374,18 @@ class Features(Options):
 
 
 def _gathered(
-    model: "ImageGPT", source: str, settings: "ImageSetConfig", show: ProgressBar
+    model: "ImageGPT", name: Path, source: str, settings: "ImageSetConfig", show: ProgressBar
 ) -> "ImageSet":
-    """Return the images of a source as tokens of the model."""
+    """Return the images of a source as tokens of the model.
+
+    Args:
+        name: the model's directory, for messages.
+    """
     from igpt.data.image_set import stored_image_set, tokenized_image_set
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.data.tokens.manifest import FORMAT, MANIFEST
-    from igpt.evaluation.features import require_match
     from igpt.files import read_json
-    from igpt.model.images import palette_of
+    from igpt.model.match import palette_of, require_match
 
     path = Path(source).expanduser()
     # A folder of images may have a dataset.json too: StyleGAN's tools write one.
@@ -388,7 +393,7 @@ def _gathered(
         "format"
     ) == FORMAT:
         data = TokenDataset(path)
-        require_match(model, data)
+        require_match(model, data, name)
         return stored_image_set(data, settings)
     progress = partial(show, "tokenising")
     return tokenized_image_set(
@@ -398,7 +403,7 @@ def _gathered(
 
 def _made_with(model: "ImageGPT", settings: "ImageSetConfig", precision: str) -> dict[str, Any]:
     from igpt.environment import describe
-    from igpt.model.images import palette_of
+    from igpt.model.match import palette_of
 
     return {
         "resolution": model.config.resolution,

@@ -120,8 +120,8 @@ class Complete(_Sampling):
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
         from igpt.data.tokens.dataset import TokenDataset
-        from igpt.evaluation.features import require_match
         from igpt.model.images import tokens_of_files, tokens_of_split
+        from igpt.model.match import require_match
         from igpt.sampling.grids import mask_of_file, require_target, save_completions
 
         images, tokens, mask, keep_rows = self.images, self.tokens, self.mask, self.keep_rows
@@ -139,7 +139,7 @@ class Complete(_Sampling):
         loaded = load_model(path)
         if tokens:
             data = TokenDataset(tokens)
-            require_match(loaded, data)
+            require_match(loaded, data, self.model)
             originals = tokens_of_split(data["test"], self.count)
         else:
             originals = tokens_of_files(loaded, images)

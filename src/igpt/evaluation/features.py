@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from igpt.allocator import keep_freed_memory
 from igpt.data.images.palette import Palette
-from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, require_regular, write_json
 from igpt.model.classifier import MASKED
@@ -243,19 +243,3 @@ class ConcatenatedRows:
         found[early] = self.first[wanted[early]]
         found[~early] = self.second[wanted[~early] - len(self.first)]
         return found
-
-
-def require_match(model: ImageGPT, data: TokenDataset) -> None:
-    """Refuse tokens of another resolution or palette than the model's.
-
-    Raises:
-        InputError: the resolutions or the palettes differ; both are named.
-    """
-    if data.resolution != model.config.resolution:
-        raise InputError(
-            f"the model sees {model.config.resolution} px, {data.path} has {data.resolution} px; "
-            f"prepare the images with --size {model.config.resolution}"
-        )
-    if model.palette is None:
-        raise InputError("the model's directory holds no palette; add its preprocessor_config.json")
-    model.palette.require_same(data.palette, "the model", str(data.path))

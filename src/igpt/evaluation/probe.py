@@ -26,7 +26,6 @@ from igpt.evaluation.features import (
     Masking,
     Pixels,
     Rows,
-    require_match,
     stored,
 )
 from igpt.evaluation.logistic_regression import Classifiers, fit_lbfgs, fit_sgd
@@ -35,6 +34,7 @@ from igpt.evaluation.results import PROBE, PROBE_VERSION
 from igpt.files import atomic_file, sha256_of, sync, write_json
 from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
+from igpt.model.match import require_match
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import interval_of_share, packed
 

@@ -8,25 +8,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.images.palette import Palette
 from igpt.data.images.transform import load_square
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import require_regular
+from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 
 _LARGEST_FILE = 2 << 30  # bytes of an image
-
-
-def palette_of(model: ImageGPT) -> Palette:
-    """Return the model's palette.
-
-    Raises:
-        InputError: its directory contains none.
-    """
-    if model.palette is None:
-        raise InputError("the model's directory holds no palette; add its preprocessor_config.json")
-    return model.palette
 
 
 def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:

@@ -17,7 +17,8 @@ from igpt.data.images.masks import hidden_pixels
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import file_to_write, read_json, write_json
-from igpt.model.images import decode_images, palette_of
+from igpt.model.images import decode_images
+from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.jobs import SamplingSettings, resolve_sampling_precision
 from igpt.sampling.sampler import ProgressCallback, complete, sample

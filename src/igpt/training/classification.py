@@ -18,6 +18,7 @@ from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict, with_head
 from igpt.model.directory import weights_sha256
+from igpt.model.match import require_match
 from igpt.model.objectives import Objective, Summed
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
@@ -35,7 +36,7 @@ def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
     """
     model = ImageGPT.from_pretrained(path)
     if model.palette is not None:
-        model.palette.require_same(data.palette, "the model", str(data.path))
+        require_match(model, data, path, any_size=True)
     broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
     if broken:
         raise InputError(

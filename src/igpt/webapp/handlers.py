@@ -22,11 +22,11 @@ from igpt.data.images.transform import Transform
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import MANIFEST
 from igpt.errors import InputError
-from igpt.evaluation.features import require_match
 from igpt.evaluation.likelihood import summary
 from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.model.classifier import predict
-from igpt.model.images import decode_images, palette_of, tokens_of_split
+from igpt.model.images import decode_images, tokens_of_split
+from igpt.model.match import palette_of, require_match
 from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode

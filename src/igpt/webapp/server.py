@@ -20,7 +20,7 @@ from PIL import Image
 
 from igpt.errors import InputError
 from igpt.interrupts import Terminated
-from igpt.model.images import palette_of
+from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
 from igpt.webapp import markup
