@@ -165,6 +165,7 @@ def test_pictures_are_small_files() -> None:
         "extending/source",
         "extending/model",
         "python/index",
+        "python/training",
         "commands/sampling",
         "commands/sharing",
     ],

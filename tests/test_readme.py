@@ -44,8 +44,8 @@ def test_commands_and_python_run_as_written(
     probed = best_row(read_probe(tmp_path / "runs" / "tiny" / "probe.json"))["test_accuracy"]
     tuned = read_test(tmp_path / "runs" / "classes" / "test.json")["test_accuracy"]
     assert min(probed, tuned) > 0.85  # which one is higher depends on rounding
-    (code,) = blocks("python")
-    exec(code, {})
+    for code in blocks("python"):
+        exec(code, {})
 
 
 def test_other_commands_parse(igpt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 # The constant of typing, without importing it: Ctrl-C during an import here shows a traceback.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from igpt.api import Run, complete, finetune, prepare, pretrain, probe, sample, score
     from igpt.data.images.palette import Palette
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.estimator import ImageGPTFeatures
@@ -10,8 +11,24 @@ if TYPE_CHECKING:
     from igpt.model.transformer import ImageGPT
 
 __version__ = "0.2.0"
-__all__ = ["ImageGPT", "ImageGPTFeatures", "ModelConfig", "Palette", "TokenDataset", "__version__"]
+__all__ = [
+    "ImageGPT",
+    "ImageGPTFeatures",
+    "ModelConfig",
+    "Palette",
+    "Run",
+    "TokenDataset",
+    "__version__",
+    "complete",
+    "finetune",
+    "prepare",
+    "pretrain",
+    "probe",
+    "sample",
+    "score",
+]
 
+# Modules of the names that are not in igpt.api.
 _HOMES = {
     "ImageGPT": "igpt.model.transformer",
     "ImageGPTFeatures": "igpt.evaluation.estimator",
@@ -23,8 +40,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     # Imported when first used, so that `igpt --help` does not import torch.
-    if name in _HOMES:
+    if name in __all__:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        return getattr(import_module(_HOMES.get(name, "igpt.api")), name)
     raise AttributeError(f"module 'igpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -3,6 +3,7 @@
 import json
 import reprlib
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +46,11 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InputError(f"{path} must contain settings as 'name: value' lines")
     return values
+
+
+def file_settings(path: str | PathLike[str] | None) -> dict[str, Any]:
+    """Return the settings of a file, see `read_settings`, or none if there is no file."""
+    return read_settings(Path(path)) if path else {}
 
 
 def _once(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -186,7 +186,15 @@ def progress_bar(*, on_stdout: bool = False, quiet: bool = False) -> Iterator[Pr
     from rich.console import Console
 
     output: Any = _Output(sys.stdout) if on_stdout else sys.stderr
-    bar = ProgressBar(Console(file=output, quiet=quiet), transient=not on_stdout)
+    in_notebook = Console(file=output).is_jupyter
+    # Its output claims to be a terminal. Lines are printed as text, not as HTML.
+    console = Console(
+        file=output,
+        quiet=quiet,
+        force_jupyter=False,
+        force_terminal=False if in_notebook else None,
+    )
+    bar = ProgressBar(console, transient=not on_stdout)
     try:
         yield bar
     finally:

@@ -19,13 +19,14 @@ from PIL import Image
 
 from igpt.cli import COMMANDS, main
 from igpt.cli.parser import Options, parse, settings_class
-from igpt.cli.run import Command, require_writable, run_command
+from igpt.cli.run import Command, run_command
 from igpt.config import Config, read_settings
 from igpt.console import close_streams, open_streams
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
+from igpt.outputs import require_writable
 from igpt.training.presets import MODELS
 
 
@@ -602,7 +603,7 @@ def test_an_existing_folder_needs_no_permission_in_its_parent() -> None:
         "import os, sys\n"
         "from pathlib import Path\n"
         "import igpt.files\n"  # before the user changes, who may not be able to read it
-        "from igpt.cli.run import require_writable_folder\n"
+        "from igpt.outputs import require_writable_folder\n"
         "if os.geteuid() == 0: os.setuid(65534)\n"  # root may write everywhere
         "for name in sys.argv[1:]:\n"
         "    try: require_writable_folder(Path(name))\n"

@@ -291,7 +291,7 @@ def test_a_read_only_folder() -> None:
         "import os, sys\n"
         "from pathlib import Path\n"
         "import igpt.files\n"  # before the user changes, who may not be able to read it
-        "from igpt.cli.run import require_writable\n"
+        "from igpt.outputs import require_writable\n"
         "if os.getuid() == 0: os.setuid(65534)\n"  # root may write everywhere
         "for name in sys.argv[1:]:\n"
         "    try: require_writable(Path(name))\n"

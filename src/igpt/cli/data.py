@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from igpt.api import prepare
 from igpt.cli.parser import Options, argument
-from igpt.cli.run import file_settings
+from igpt.config import file_settings
 from igpt.errors import InputError
 from igpt.progress import progress_bar
 
@@ -134,7 +135,6 @@ class Prepare(Options):
             warnings_of,
             with_records,
         )
-        from igpt.data.prepare import prepare as run
         from igpt.files import read_json
 
         source, out, shard = self.source, self.out, self.shard
@@ -146,40 +146,35 @@ class Prepare(Options):
             raise InputError("name a SOURCE of images")
         if source and self.merge:
             raise InputError("--merge takes no SOURCE: it merges the parts of OUT")
-        settings = PrepareConfig.layered(file_settings(self.config), given, where="the settings")
-        count = os.cpu_count() or 1 if self.workers is None else self.workers
-        with progress_bar() as show:
-            if self.merge:
-                result = join(out)
-            elif shard:
+        if shard:
+            settings = PrepareConfig.layered(
+                file_settings(self.config), given, where="the settings"
+            )
+            with progress_bar() as show:
                 part = prepare_part(
                     source,
                     out,
                     settings,
                     _part(shard),
-                    workers=count,
+                    workers=os.cpu_count() or 1 if self.workers is None else self.workers,
                     progress=partial(show, "tokenising"),
                     phase=show,
                 )
-                print(
-                    f"{part}: part {shard}; when all parts are there, merge them: igpt prepare "
-                    f"--merge -o {out}"
-                )
-                plan = read_json(part / PLAN, "part of a token data set")
-                records = list(
-                    read_json(part / RECORDS, "part of a token data set")["records"].values()
-                )
-                print_left_out(with_records(plan, records), warnings_of(plan, records), part)
-                return
-            else:
-                result = run(
-                    source,
-                    out,
-                    settings,
-                    workers=count,
-                    progress=partial(show, "tokenising"),
-                    phase=show,
-                )
+            print(
+                f"{part}: part {shard}; when all parts are there, merge them: igpt prepare "
+                f"--merge -o {out}"
+            )
+            plan = read_json(part / PLAN, "part of a token data set")
+            records = list(
+                read_json(part / RECORDS, "part of a token data set")["records"].values()
+            )
+            print_left_out(with_records(plan, records), warnings_of(plan, records), part)
+            return
+        if self.merge:
+            PrepareConfig.layered(file_settings(self.config), given, where="the settings")
+            result = join(out)
+        else:
+            result = prepare(source, out, config=self.config, workers=self.workers, **given)
         made = result.manifest["made"]
         counts = ", ".join(f"{len(result[split])} {split}" for split in result)
         classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"

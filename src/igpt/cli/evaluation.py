@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from igpt.api import load_model, probe
 from igpt.cli.parser import Options, argument
-from igpt.cli.run import (
-    file_settings,
-    load_model,
-    model_and_run,
-    passing_folder,
-    require_writable,
-)
 from igpt.errors import InputError
 from igpt.locks import exclusive
-from igpt.progress import ProgressBar, progress_bar
+from igpt.model.locate import model_and_run
+from igpt.outputs import require_writable
+from igpt.progress import progress_bar
 
 if TYPE_CHECKING:
     from igpt.data.image_set import ImageSet, ImageSetConfig
@@ -44,35 +40,17 @@ class Probe(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.data.tokens.dataset import TokenDataset
-        from igpt.evaluation.probe import ProbeConfig, write_probe
-        from igpt.evaluation.probe import probe as run
-        from igpt.evaluation.probe_classifier import require_replaceable
-        from igpt.evaluation.results import PROBE, best_row, require_same_source
-        from igpt.files import read_json
-        from igpt.model.match import require_match
+        from igpt.evaluation.results import best_row
 
-        path, home = model_and_run(self.model)
-        settings = ProbeConfig.layered(file_settings(self.config), given, where="the settings")
-        target = self.out or home / "probe.json"
-        if target.suffix != ".json":
-            raise InputError(
-                f"results of a probe are written to a .json file, not to {target.name}"
-            )
-        require_writable(target, PROBE)
-        require_writable(target.with_suffix(".safetensors"))
-        require_replaceable(target.with_suffix(".safetensors"))
-        with exclusive(target):
-            loaded, data = load_model(path), TokenDataset(self.tokens)
-            require_match(loaded, data, self.model)
-            if target.exists():
-                known = read_json(target, "probe").get("source")
-                require_same_source(target, known, data.manifest["source"])
-            with progress_bar() as show, passing_folder(target) as passing:
-                result, classifier = run(
-                    loaded, data, settings, self.features or passing, progress=show
-                )
-            write_probe(target, {"model": str(path), **result}, classifier)
+        target = self.out or model_and_run(self.model)[1] / "probe.json"
+        result = probe(
+            self.model,
+            self.tokens,
+            out=target,
+            features=self.features,
+            config=self.config,
+            **given,
+        )
         best, images = best_row(result), result["images"]["test"]
         for row in result["layers"]:
             mark = "  <- best validation accuracy" if row is best else ""
@@ -150,6 +128,7 @@ class Score(Options):
 
 def _score(options: Score, given: dict[str, Any]) -> None:
     from igpt.data.image_set import ImageSetConfig
+    from igpt.evaluation.gather import gather
     from igpt.evaluation.likelihood import (
         losses_of,
         require_table,
@@ -184,7 +163,9 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
         with progress_bar() as show:
-            images = _gathered(loaded, options.model, source, settings, show)
+            images = gather(
+                loaded, source, settings, partial(show, "tokenising"), name=options.model
+            )
             if maps:
                 shown = spread_evenly(
                     images.tokens, min(8, len(images)) if count is None else count
@@ -201,7 +182,9 @@ def _score(options: Score, given: dict[str, Any]) -> None:
                     "stream": False,
                 }
                 other = settings.model_copy(update=columns)  # those given are of the first source
-                others = _gathered(loaded, options.model, against, other, show)
+                others = gather(
+                    loaded, against, other, partial(show, "tokenising"), name=options.model
+                )
                 theirs = run(
                     loaded, others.tokens, precision=precision, progress=partial(show, "scoring")
                 )
@@ -241,6 +224,7 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
     """Compute the loss on OpenAI's released test arrays and compare it with the published one."""
     from igpt.data.image_set import ImageSetConfig
     from igpt.data.sources.archives import TokenRows, open_archive
+    from igpt.evaluation.gather import gather
     from igpt.evaluation.likelihood import score as run
     from igpt.evaluation.likelihood import summary
     from igpt.evaluation.published import FORMAT, VERSION, compared, published_loss
@@ -263,7 +247,7 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
         loaded = load_model(path)
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         with progress_bar() as show:
-            images = _gathered(loaded, options.model, name, settings, show)
+            images = gather(loaded, name, settings, partial(show, "tokenising"), name=options.model)
             found = summary(
                 run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
             )
@@ -327,6 +311,7 @@ class Features(Options):
             write_features,
         )
         from igpt.evaluation.features import pooled
+        from igpt.evaluation.gather import gather
         from igpt.files import write_json
 
         source, out, layer, precision = self.source, self.out, self.layer, self.precision
@@ -348,7 +333,9 @@ class Features(Options):
                 )
             require_layer(layer, last)
             with progress_bar() as show:
-                images = _gathered(loaded, self.model, source, settings, show)
+                images = gather(
+                    loaded, source, settings, partial(show, "tokenising"), name=self.model
+                )
                 made = {
                     "format": FORMAT,
                     "version": VERSION,
@@ -371,34 +358,6 @@ class Features(Options):
             f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of "
             f"{last}"
         )
-
-
-def _gathered(
-    model: "ImageGPT", name: Path, source: str, settings: "ImageSetConfig", show: ProgressBar
-) -> "ImageSet":
-    """Return the images of a source as tokens of the model.
-
-    Args:
-        name: the model's directory, for messages.
-    """
-    from igpt.data.image_set import stored_image_set, tokenized_image_set
-    from igpt.data.tokens.dataset import TokenDataset
-    from igpt.data.tokens.manifest import FORMAT, MANIFEST
-    from igpt.files import read_json
-    from igpt.model.match import palette_of, require_match
-
-    path = Path(source).expanduser()
-    # A folder of images may have a dataset.json too: StyleGAN's tools write one.
-    if (path / MANIFEST).exists() and read_json(path / MANIFEST, "token data set").get(
-        "format"
-    ) == FORMAT:
-        data = TokenDataset(path)
-        require_match(model, data, name)
-        return stored_image_set(data, settings)
-    progress = partial(show, "tokenising")
-    return tokenized_image_set(
-        source, palette_of(model), model.config.resolution, settings, progress
-    )
 
 
 def _made_with(model: "ImageGPT", settings: "ImageSetConfig", precision: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from igpt.cli.run import load_model, passing_folder
+from igpt.api import load_model
 from igpt.data.left_out import left_out_of
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources.catalogue import DIGITS, open_source
@@ -21,6 +21,7 @@ from igpt.locks import exclusive, exclusive_folder
 from igpt.model.images import tokens_of_split
 from igpt.model.precision import Precision, resolve_precision
 from igpt.model.transformer import ImageGPT
+from igpt.outputs import passing_folder
 from igpt.progress import progress_bar
 from igpt.report.page import write_report
 from igpt.report.record import baselines, best_validation, read_metrics, read_run

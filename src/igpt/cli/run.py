@@ -1,16 +1,13 @@
-"""Shared by all commands: dispatch, exit codes, one-line errors, checks of output paths."""
+"""Shared by all commands: dispatch, exit codes, one-line errors."""
 
-import contextlib
 import os
 import re
 import shlex
-import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from igpt import __version__
 from igpt.errors import InputError, Interrupted, LostRank, suggest
@@ -18,11 +15,6 @@ from igpt.interrupts import Terminated, stop_in_order
 
 if TYPE_CHECKING:
     from igpt.cli.parser import Options
-    from igpt.model.transformer import ImageGPT
-
-# Temporary files, locks and parts have longer names than the output by at most this many bytes.
-_ROOM = 40
-_USUAL_LENGTH = 255  # bytes of a name on most file systems
 
 
 @dataclass(frozen=True)
@@ -39,128 +31,10 @@ class Command:
         return options
 
 
-def file_settings(path: Path | None) -> Mapping[str, Any]:
-    """Return the settings of a file, or none."""
-    from igpt.config import read_settings
-
-    return read_settings(path) if path else {}
-
-
-def model_and_run(path: Path) -> tuple[Path, Path]:
-    """The model directory that a run or model directory means, and where its results belong."""
-    from igpt.files import folder_to_read
-
-    if (folder_to_read(path / "model") / "config.json").exists():
-        return path / "model", path
-    if path.name == "model" and (path.parent / "config.yaml").exists():
-        return path, path.parent
-    return path, Path()
-
-
-def require_writable(path: Path, kind: str | None = None) -> None:
-    """Raise if a file cannot be written, or is JSON of another kind than `kind`.
-
-    Raises:
-        InputError: `path` is no name of a regular file, its folder cannot be written to, or it
-            holds something else.
-    """
-    from igpt.files import file_to_write, read_json
-
-    with _reasons(path):
-        target = file_to_write(path)
-        _require_new_name(path, target)
-        is_there = target.exists()
-    if kind and is_there and read_json(target, kind).get("format") != kind:
-        raise InputError(
-            f"{path} holds something else already ({kind} would be written there); choose another "
-            "-o"
-        )
-
-
-def require_writable_folder(path: Path) -> None:
-    """Raise if a folder cannot be created or written to.
-
-    Raises:
-        InputError: `path` has no name of its own, it is a file, or it cannot be written to; if it
-            has to be made, the folder that it would lie in cannot be written to.
-    """
-    from igpt.files import require_folder_name
-
-    require_folder_name(path)
-    with _reasons(path):
-        target = path.resolve()
-        if target.exists() and not target.is_dir():
-            raise InputError(f"{path} is a file; a folder is to be written there")
-        if target.is_dir():  # what it lies in may be read-only, as it is around a mounted folder
-            _require_permission(path, target)
-        else:
-            _require_new_name(path, target)
-
-
-@contextlib.contextmanager
-def _reasons(path: Path) -> Iterator[None]:
-    """Raise errors of the system about a path (too long, a loop of links) as `InputError`."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"{_short(path)} cannot be written: {reason}") from None
-
-
-def _require_new_name(path: Path, target: Path) -> None:
-    """Raise if `target` cannot be created: permission of its folder, length of its name."""
-    # A link that leads nowhere is there, and no folder can be made in its place.
-    home = next(parent for parent in target.absolute().parents if os.path.lexists(parent))
-    if not home.is_dir():
-        raise InputError(f"{path} cannot be written: {home} is not a folder")
-    _require_permission(path, home)
-    known = os.pathconf(home, "PC_NAME_MAX")
-    longest = (known if known > 0 else _USUAL_LENGTH) - _ROOM  # some file systems name no limit
-    if any(len(os.fsencode(part)) > longest for part in target.absolute().relative_to(home).parts):
-        raise InputError(f"{_short(path)} cannot be written: a name has at most {longest} bytes")
-
-
-def _require_permission(path: Path, folder: Path) -> None:
-    """Refuse the output `path` if nothing can be written in `folder`."""
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"{path} cannot be written: you have no permission to write in {folder}")
-
-
-def _short(path: Path) -> str:
-    text = str(path)
-    return text if len(text) <= 100 else f"{text[:97]}..."
-
-
-@contextlib.contextmanager
-def passing_folder(target: Path) -> Iterator[Path]:
-    """Yield the path of a temporary folder next to a file to be written.
-
-    It is removed at the end, or by the next run if this one is killed.
-    """
-    folder = target.with_name(f".{target.name}.passing")
-    shutil.rmtree(folder, ignore_errors=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def announce(line: str) -> None:
-    """Print a result; with several ranks, only the first one prints."""
+def is_first_rank() -> bool:
+    """Return whether this process prints the results; with several ranks, only the first does."""
     rank = os.environ.get("RANK", "0")
-    if not (rank.isdecimal() and int(rank) > 0):
-        print(line)
-
-
-def load_model(path: Path) -> "ImageGPT":
-    """The model in a model directory, on a GPU if there is one."""
-    import torch
-
-    from igpt.model.transformer import ImageGPT
-
-    return ImageGPT.from_pretrained(path).to("cuda" if torch.cuda.is_available() else "cpu")
+    return not (rank.isdecimal() and int(rank) > 0)
 
 
 def run_command(
@@ -223,6 +97,7 @@ def _dispatch(
 
 def _run(options: "type[Options]", program: str, words: list[str]) -> None:
     from igpt.cli.parser import parse
+    from igpt.outputs import require_writable, require_writable_folder
 
     parsed = parse(options, program, words)
     if parsed is None:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
+from igpt.api import load_model
 from igpt.cli.parser import Options, argument
-from igpt.cli.run import load_model, model_and_run, require_writable
 from igpt.errors import InputError
+from igpt.model.locate import model_and_run
+from igpt.outputs import require_writable
 from igpt.progress import progress_bar
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from igpt.sampling.jobs import SamplingSettings
 
 
@@ -122,7 +122,8 @@ class Complete(_Sampling):
         from igpt.data.tokens.dataset import TokenDataset
         from igpt.model.images import tokens_of_files, tokens_of_split
         from igpt.model.match import require_match
-        from igpt.sampling.grids import mask_of_file, require_target, save_completions
+        from igpt.sampling.grids import require_target, save_completions
+        from igpt.sampling.images import kept_pixels
 
         images, tokens, mask, keep_rows = self.images, self.tokens, self.mask, self.keep_rows
         if bool(images) == bool(tokens):
@@ -143,16 +144,13 @@ class Complete(_Sampling):
             originals = tokens_of_split(data["test"], self.count)
         else:
             originals = tokens_of_files(loaded, images)
-        keep: int | Tensor = loaded.config.resolution // 2 if keep_rows is None else keep_rows
-        kept = f"{keep} rows"
-        if mask:
-            keep = mask_of_file(loaded, mask)
-            left = int(keep.sum())
-            kept = (
-                f"{left} of {len(keep)} pixels, by {mask}"
-                if left
-                else f"nothing: {mask} hides the whole image"
-            )
+        keep = kept_pixels(loaded, keep_rows, mask)
+        if isinstance(keep, int):
+            kept = f"{keep} rows"
+        elif left := int(keep.sum()):
+            kept = f"{left} of {len(keep)} pixels, by {mask}"
+        else:
+            kept = f"nothing: {mask} hides the whole image"
         with progress_bar() as show:
             save_completions(
                 loaded,

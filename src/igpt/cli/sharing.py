@@ -6,9 +6,10 @@ from typing import Any
 from pydantic import Field
 
 from igpt.cli.parser import Options, argument
-from igpt.cli.run import model_and_run, require_writable_folder
 from igpt.errors import InputError
+from igpt.model.locate import model_and_run
 from igpt.model.objectives import DEFAULT_OBJECTIVE, ObjectiveName
+from igpt.outputs import require_writable_folder
 
 
 class Report(Options):

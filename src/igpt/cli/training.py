@@ -1,13 +1,14 @@
 """The commands of training: plan, pretrain, finetune."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
+from igpt.api import Run, finetune, pretrain
 from igpt.cli.parser import Options, argument
-from igpt.cli.run import announce, file_settings, model_and_run
-from igpt.errors import InputError
+from igpt.cli.run import is_first_rank
 
 
 class PlanOptions(Options):
@@ -62,25 +63,19 @@ class Pretrain(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.training.presets import preset
-        from igpt.training.pretrain import PretrainConfig
-        from igpt.training.pretrain import pretrain as run
-
-        tokens, out, model = self.tokens, self.out, self.model
-        named = dict(preset(model)) if model else {}
-        chosen = {**named, **file_settings(self.config), "tokens": tokens, **given}
-        settings = PretrainConfig.layered(chosen, where="the settings")
-        if not (self.resume or model or self.config):
-            raise InputError(
-                "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE"
+        run = pretrain(
+            self.tokens,
+            self.out,
+            model=self.model,
+            config=self.config,
+            resume=self.resume,
+            **given,
+        )
+        if is_first_rank():
+            print(
+                f"{run.path / 'model'}: the best model by validation loss; next: igpt probe "
+                f"{run.path} {self.tokens}; igpt report {run.path}"
             )
-        best = run(
-            settings, out, given={key: getattr(settings, key) for key in chosen}, resume=self.resume
-        )
-        announce(
-            f"{best}: the best model by validation loss; next: igpt probe {out} {tokens}; igpt "
-            f"report {out}"
-        )
 
 
 class Finetune(Options):
@@ -98,52 +93,42 @@ class Finetune(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.training.finetune import FinetuneConfig
-        from igpt.training.finetune import finetune as run
+        run = finetune(
+            self.model, self.tokens, self.out, config=self.config, resume=self.resume, **given
+        )
+        if is_first_rank():
+            print("\n".join(_test_lines(run)))
 
-        tokens, out, asked = self.tokens, self.out, dict(given)
-        if "learning_rates" in asked and ("learning_rate" in asked or not asked["learning_rates"]):
-            raise InputError(
-                "give either one --learning-rate or several --learning-rates to select from"
+
+def _test_lines(run: Run) -> Iterator[str]:
+    """Yield what the command prints about the test of a fine-tuned model."""
+    result = run.test
+    for candidate in result["rates"] if len(result["rates"]) > 1 else ():
+        accuracy = candidate["validation_accuracy"]
+        yield (
+            f"learning rate {candidate['learning_rate']:g}: "
+            + (
+                "diverged"
+                if accuracy is None
+                else f"validation accuracy {accuracy:.1%} at step {candidate['best_step']}"
             )
-        if "learning_rate" in asked:
-            asked["learning_rates"] = ()
-        chosen = {
-            **file_settings(self.config),
-            "model": model_and_run(self.model)[0],
-            "tokens": tokens,
-            **asked,
-        }
-        settings = FinetuneConfig.layered(chosen, where="the settings")
-        result = run(
-            settings, out, given={key: getattr(settings, key) for key in chosen}, resume=self.resume
         )
-        for candidate in result["rates"] if len(result["rates"]) > 1 else ():
-            accuracy = candidate["validation_accuracy"]
-            announce(
-                f"learning rate {candidate['learning_rate']:g}: "
-                + (
-                    "diverged"
-                    if accuracy is None
-                    else f"validation accuracy {accuracy:.1%} at step {candidate['best_step']}"
-                )
-            )
-        low, high = result["test_interval_95"]
-        announce(
-            f"{out}/model: test accuracy {result['test_accuracy']:.1%} (95 % interval {low:.1%} to "
-            f"{high:.1%}) on {result['test_images']} images; learning rate "
-            f"{result['learning_rate']:g} and step {result['best_step']} were selected by "
-            f"validation accuracy {result['validation_accuracy']:.1%}"
+    low, high = result["test_interval_95"]
+    yield (
+        f"{run.path}/model: test accuracy {result['test_accuracy']:.1%} (95 % interval {low:.1%} "
+        f"to {high:.1%}) on {result['test_images']} images; learning rate "
+        f"{result['learning_rate']:g} and step {result['best_step']} were selected by "
+        f"validation accuracy {result['validation_accuracy']:.1%}"
+    )
+    if "modal" in result:
+        modal = result["modal"]
+        yield (
+            f"most frequent prediction over {modal['masks']} masks, as in training: "
+            f"test accuracy {modal['accuracy']:.1%}"
         )
-        if "modal" in result:
-            modal = result["modal"]
-            announce(
-                f"most frequent prediction over {modal['masks']} masks, as in training: "
-                f"test accuracy {modal['accuracy']:.1%}"
-            )
-        if "fold_back" in result:
-            before = result["fold_back"]["before"]["test_accuracy"]
-            announce(
-                "this model was also trained on the validation images; the one selected by them "
-                f"has test accuracy {before:.1%}"
-            )
+    if "fold_back" in result:
+        before = result["fold_back"]["before"]["test_accuracy"]
+        yield (
+            "this model was also trained on the validation images; the one selected by them "
+            f"has test accuracy {before:.1%}"
+        )

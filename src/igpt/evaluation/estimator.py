@@ -3,7 +3,6 @@
 N images, n pixels, D width, L layers, R resolution.
 """
 
-from collections.abc import Iterable
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
@@ -14,11 +13,11 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
-from igpt.data.images.transform import Transform
-from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.evaluation.export import best_layer, require_layer
 from igpt.evaluation.features import pooled
+from igpt.model.images import split_of_images
+from igpt.model.locate import model_and_run
 from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
 
@@ -70,13 +69,12 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
                 f"batch_size is 1 or more and precision fp32 or bf16, not {self.batch_size} and "
                 f"{self.precision!r}"
             )
-        run = Path(self.model)
-        is_run = (run / "model" / "config.json").exists()
-        model = ImageGPT.from_pretrained(run / "model" if is_run else self.model)
+        model = ImageGPT.from_pretrained(self.model)
         if model.palette is None:
             raise InputError(f"{self.model} holds no palette; add its preprocessor_config.json")
         layer = self.layer
-        if layer is None and is_run:
+        path, run = model_and_run(self.model)
+        if layer is None and path == run / "model":
             layer = best_layer(run)
         if layer is None:
             layer = model.config.n_layer // 2
@@ -93,29 +91,11 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         """
         check_is_fitted(self)
         model = self.model_.to("cuda" if torch.cuda.is_available() else "cpu")
-        tokens = self._tokens(X)
-        split = TokenSplit("images", [tokens], [np.full(len(tokens), -1, dtype=np.int32)])
+        split = split_of_images(self.model_, X)
         batches = pooled(
             model, split, precision=self.precision, batch_size=self.batch_size, last=self.layer_
         )
         return np.concatenate([batch[self.layer_] for batch in batches])
-
-    def _tokens(self, images: Iterable[Any]) -> NDArray[np.uint16]:
-        if isinstance(images, str | Path) or not isinstance(images, Iterable):
-            raise InputError(f"a list or an array of images is needed, not {type(images).__name__}")
-        if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
-            _require_pixels(images)
-        transform, palette = Transform(self.model_.config.resolution), self.model_.palette
-        assert palette is not None
-        tokens = []
-        for index, image in enumerate(images):
-            try:
-                tokens.append(palette.transform(transform(image)).reshape(-1))
-            except InputError as error:
-                raise InputError(f"image {index}: {error}") from None
-        if not tokens:
-            raise InputError("there are no images here")
-        return np.stack(tokens)
 
     @property
     def _n_features_out(self) -> int:
@@ -131,16 +111,3 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
         tags.input_tags.two_d_array, tags.input_tags.three_d_array = False, True
         tags.transformer_tags.preserves_dtype = []  # always float32
         return tags
-
-
-def _require_pixels(images: NDArray[Any]) -> None:
-    if images.dtype != np.uint8 or images.ndim not in (3, 4):
-        raise InputError(
-            f"an array of images is uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} "
-            f"{list(images.shape)}"
-        )
-    if images.ndim == 3 and images.shape[-1] in (3, 4):
-        raise InputError(
-            f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, "
-            "3]"
-        )

@@ -35,6 +35,7 @@ from igpt.files import (
 )
 from igpt.hub import download
 from igpt.model.config import VERSION, HubConfig, ModelConfig, Shape
+from igpt.model.locate import model_and_run
 
 _PREPROCESSOR = "preprocessor_config.json"
 _INDEX = ".index.json"
@@ -134,7 +135,7 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
 
 
 def read_directory(name: str | Path, dtype: torch.dtype = torch.float32) -> ModelDirectory:
-    """Read a model directory, or download a model from the Hub and read it.
+    """Read the model directory of a path or of a run, or download a model from the Hub and read it.
 
     Names, shapes and types of the weights are checked against `config.json` before their values are
     loaded.
@@ -188,7 +189,7 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def _locate(name: str | Path) -> Path:
     """Return the folder of a model, downloaded from the Hub if the name is not a path."""
-    path = folder_to_read(expanded(name))
+    path = folder_to_read(model_and_run(expanded(name))[0])
     if path.is_dir():
         return path
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:

@@ -1,14 +1,15 @@
 """Images to tokens of a model and back. B images, n pixels of an image, R resolution."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from igpt.data.images.transform import load_square
+from igpt.data.images.transform import Transform, load_square
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import require_regular
@@ -34,6 +35,52 @@ def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
             )
     squares = np.stack([load_square(file, model.config.resolution) for file in files])
     return torch.from_numpy(palette.transform(squares).reshape(len(files), -1).astype(np.int64))
+
+
+def tokens_of_images(model: ImageGPT, images: Iterable[Any]) -> Tensor:
+    """Return the tokens of images, at the model's resolution and in its palette: [B, n].
+
+    Args:
+        images: an array uint8 [B, H, W, 3], or [B, H, W] of grey images; or PIL images, arrays or
+            paths of any sizes. Of each, the centre square is used.
+
+    Raises:
+        InputError: an item is not an image (its index is named), there is none, or the model has no
+            palette.
+    """
+    if isinstance(images, str | Path) or not isinstance(images, Iterable):
+        raise InputError(f"a list or an array of images is needed, not {type(images).__name__}")
+    if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
+        _require_pixels(images)
+    transform, palette = Transform(model.config.resolution), palette_of(model)
+    tokens = []
+    for index, image in enumerate(images):
+        try:
+            tokens.append(palette.transform(transform(image)).reshape(-1))
+        except InputError as error:
+            raise InputError(f"image {index}: {error}") from None
+    if not tokens:
+        raise InputError("there are no images here")
+    return torch.from_numpy(np.stack(tokens).astype(np.int64))
+
+
+def _require_pixels(images: NDArray[Any]) -> None:
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise InputError(
+            f"an array of images is uint8 [N, H, W, 3] or [N, H, W], not {images.dtype} "
+            f"{list(images.shape)}"
+        )
+    if images.ndim == 3 and images.shape[-1] in (3, 4):
+        raise InputError(
+            f"{list(images.shape)} looks like one coloured image; an array of images is [N, H, W, "
+            "3]"
+        )
+
+
+def split_of_images(model: ImageGPT, images: Iterable[Any]) -> TokenSplit:
+    """Return the tokens of images as a split without labels; see `tokens_of_images`."""
+    tokens = tokens_of_images(model, images).numpy().astype(np.uint16)
+    return TokenSplit("images", [tokens], [np.full(len(tokens), -1, dtype=np.int32)])
 
 
 def tokens_of_split(split: TokenSplit, count: int) -> Tensor:

@@ -4,9 +4,12 @@ Chen et al. 2020, section 2.2, and the released code. B batch, T positions, D wi
 width, V colours, L layers, R resolution; an image is a sequence of n = R^2 pixels in raster order.
 """
 
+from __future__ import annotations
+
+import pkgutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +22,9 @@ from igpt.model.config import ModelConfig
 from igpt.model.directory import ModelDirectory, read_directory, write_directory
 from igpt.model.norm import RMSNorm
 from igpt.model.variants import apply_rope_2d, rope_table
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 SLOPE = 1.702  # of the sigmoid in the activation
 
@@ -242,6 +248,20 @@ class ImageGPT(nn.Module):
             x, first = block(x, first)
         yield self.ln_f(x)
 
+    def sample(self, count: int = 16, **settings: Any) -> list[Image]:
+        """Return generated images as PIL images of R x R pixels.
+
+        Args:
+            settings: see `igpt.sampling.jobs.SamplingSettings`, such as `temperature=0.9`.
+
+        Raises:
+            InputError: see `igpt.sampling.images.sample_images`.
+        """
+        # This module is imported by all samplers, and knows none of them.
+        sampler = pkgutil.resolve_name("igpt.sampling.images:sample_images")
+        images: list[Image] = sampler(self, count, **settings)
+        return images
+
     def save_pretrained(self, path: str | Path, tensors: dict[str, Tensor] | None = None) -> None:
         """Write a model directory (see directory.py), atomically.
 
@@ -257,6 +277,7 @@ class ImageGPT(nn.Module):
         """Read a model directory that igpt or transformers wrote, or download a model from the Hub.
 
         Args:
+            name: run directory, model directory or Hub id.
             dtype: of all parameters, torch.float32 or torch.float64. Stored values must be exact in
                 it.
 

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt.data.images.grid import default_scale, image_grid, require_png, save_png
-from igpt.data.images.masks import hidden_pixels
 from igpt.environment import describe
 from igpt.errors import InputError
 from igpt.files import file_to_write, read_json, write_json
 from igpt.model.images import decode_images
-from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
+from igpt.sampling.images import complete_images, sample_images
 from igpt.sampling.jobs import SamplingSettings, resolve_sampling_precision
-from igpt.sampling.sampler import ProgressCallback, complete, sample
+from igpt.sampling.sampler import ProgressCallback
 
 COLUMNS = 8
 UNKNOWN = 224  # grey level of pixels that were not kept
@@ -62,9 +60,6 @@ def save_samples(
         InputError: as `require_target` and `generate`; or the samples do not fit one image.
     """
     require_target(path)
-    if count < 1:
-        raise InputError(f"at least one sample is needed, not {count}")
-    palette_of(model)
     model.config.trained_as.require("has_likelihood", "sampling whole images")
     fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell_size(model) ** 2))
     if count > max(fit, 1):
@@ -73,11 +68,8 @@ def save_samples(
             f"up to {fit:,} of {model.config.resolution} px do"
         )
     used = _with_precision(model, settings)
-    sampled = sample(model, torch.empty(count, 0, dtype=torch.long), **used, progress=progress)
-    images = decode_images(model, sampled)
-    _write(
-        path, [list(images[first : first + COLUMNS]) for first in range(0, count, COLUMNS)], used
-    )
+    images = [np.asarray(image) for image in sample_images(model, count, **used, progress=progress)]
+    _write(path, [images[first : first + COLUMNS] for first in range(0, count, COLUMNS)], used)
     return path
 
 
@@ -105,8 +97,6 @@ def save_completions(
             not fit one image.
     """
     require_target(path)
-    if completions < 1:
-        raise InputError(f"at least one completion is needed, not {completions}")
     fit = _MOST_PIXELS // (len(originals) * _cell_size(model) ** 2) - 2
     if completions > max(fit, 1):
         raise InputError(
@@ -120,26 +110,16 @@ def save_completions(
     else:
         known = keep.numpy()
         kept_settings = {"kept_pixels": int(known.sum())}
-    if keep == side if isinstance(keep, int) else known.all():
-        raise InputError("all pixels are kept, so that nothing is left to complete")
     used = _with_precision(model, settings)
-    repeated = originals.repeat_interleave(completions, 0)
-    completed = complete(model, repeated, keep, **used, progress=progress)
+    completed = complete_images(model, originals, keep, completions, **used, progress=progress)
     images = decode_images(model, originals)  # [B, R, R, 3]
     kept = np.where(known.reshape(side, side)[..., None], images, np.uint8(UNKNOWN))
-    filled = decode_images(model, completed).reshape(len(images), completions, *images.shape[1:])
-    rows = [[images[index], kept[index], *filled[index]] for index in range(len(images))]
+    rows = [
+        [image, upper, *map(np.asarray, filled)]
+        for image, upper, filled in zip(images, kept, completed, strict=True)
+    ]
     _write(path, rows, {**used, **kept_settings, "completions": completions})
     return path
-
-
-def mask_of_file(model: ImageGPT, path: Path) -> Tensor:
-    """Return the pixels that a mask image keeps, bool [n]; see `hidden_pixels`.
-
-    Raises:
-        InputError: it is not a readable image, or hides nothing.
-    """
-    return torch.from_numpy(~hidden_pixels(path, model.config.resolution).reshape(-1))
 
 
 def _cell_size(model: ImageGPT) -> int:

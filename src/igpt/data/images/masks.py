@@ -4,6 +4,7 @@ Shapes: H, W height and width of a mask, R model resolution.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,12 +12,11 @@ from PIL import Image
 
 from igpt.data.images.decode import load, open_image, orientation
 from igpt.errors import InputError
-from igpt.files import require_regular
 
 Bools = NDArray[np.bool_]
 
 
-def hidden_pixels(path: Path, size: int) -> Bools:
+def hidden_pixels(mask: Any, size: int) -> Bools:
     """Return the pixels that a mask hides at the model resolution, bool [R, R].
 
     In a mask with two levels, the brighter one is painted; in one with more, all pixels brighter
@@ -24,12 +24,15 @@ def hidden_pixels(path: Path, size: int) -> Bools:
     overlaps it. The mask is cropped like an image of its size
     (`igpt.data.images.transform.Transform`).
 
+    Args:
+        mask: an image; see `open_image`.
+
     Raises:
         InputError: it is not a readable image, its levels have no known range, or it hides nothing.
     """
-    require_regular(path)
+    path = mask if isinstance(mask, str | Path) else "the mask"
     try:
-        levels, highest = _levels(load(open_image(path)))
+        levels, highest = _levels(load(open_image(mask)))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     painted = _painted(levels, highest)

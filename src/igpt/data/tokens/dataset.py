@@ -6,6 +6,7 @@ Shapes: N images, n = resolution^2 tokens of an image. `igpt.data.tokens.manifes
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from os import PathLike
 from pathlib import Path
 from typing import Self
 
@@ -51,6 +52,21 @@ class TokenSplit:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    def __getitem__(self, index: int) -> tuple[NDArray[np.int64], int]:
+        """Return the tokens [n] and the label of an image, -1 for none, as PyTorch's loaders do.
+
+        Raises:
+            IndexError: there is no such image.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"there is no image {index}; {self.name!r} has {len(self)}")
+        row = [index % len(self)]
+        return self.rows(row)[0].astype(np.int64), int(self.labels_of(row)[0])
+
+    def __repr__(self) -> str:
+        pixels = self._tokens[0].shape[1] if self._tokens else 0
+        return f"TokenSplit({self.name!r}, {len(self)} images of {pixels} pixels)"
+
     @property
     def nbytes(self) -> int:
         """The size of all tokens in bytes."""
@@ -95,8 +111,10 @@ class TokenSplit:
             )
 
 
-class TokenDataset(Mapping[str, TokenSplit]):
+class TokenDataset(Mapping[str, TokenSplit], PathLike[str]):
     """A token data set folder: `dataset["train"].rows([0, 1])`.
+
+    It is accepted wherever the path of a token data set is.
 
     Opening checks the manifest, the size of every shard and the header of the first of each split.
     It reads no tokens; `verify` reads and checks all. Rows are checked when they are read: tokens
@@ -113,7 +131,7 @@ class TokenDataset(Mapping[str, TokenSplit]):
             shard is missing or cut off.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | PathLike[str]) -> None:
         self.path = Path(path)
         self.manifest = read_json(self.path / MANIFEST, "token data set")
         if self.manifest.get("format") != FORMAT:
@@ -182,6 +200,13 @@ class TokenDataset(Mapping[str, TokenSplit]):
     # Mapping's own expects a KeyError from __getitem__.
     def __contains__(self, split: object) -> bool:
         return split in self.manifest["splits"]
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{len(self[name])} {name}" for name in self)
+        return f"TokenDataset({str(self.path)!r}, {self.resolution} px: {counts})"
 
     def verify(self) -> None:
         """Read every shard and check its checksum, header and count, and the palette's fingerprint.
