@@ -1,7 +1,8 @@
 """A hook of MkDocs that writes tables of the commands' flags and of settings.
 
-The comment `<!-- flags: pretrain -->` in a page is replaced by a table of a command's flags, and
-`<!-- settings: module:Class -->` by a table of the fields of a settings class. A command without a
+The comment `<!-- flags: pretrain -->` in a page is replaced by a table of a command's flags,
+`<!-- settings: module:Class -->` by a table of the fields of a settings class, and
+`<!-- presets: pretrain -->` by the table of presets of `igpt models`. A command without a
 table, a flag without help, a table of an unknown command, and a page that loads anything from
 another host are warnings, so `mkdocs build --strict` fails.
 """
@@ -13,10 +14,11 @@ from importlib import import_module
 from typing import Any
 
 from igpt.cli import COMMANDS
+from igpt.cli.models import PRESET_COLUMNS, preset_rows
 from igpt.cli.parser import Flag, flags_of
 
 _log = logging.getLogger("mkdocs.hooks.flags")
-_MARK = re.compile(r"<!-- (flags|settings): (\S+) -->")
+_MARK = re.compile(r"<!-- (flags|settings|presets): (\S+) -->")
 _FOREIGN = re.compile(r"<(?!a\b)[^<>]*\b(?:src|href)=\"(?:https?:)?//[^<>]*>")  # links are allowed
 _shown: set[str] = set()
 
@@ -57,6 +59,13 @@ def settings_table(path: str) -> str:
     return "\n".join(rows)
 
 
+def presets_table() -> str:
+    """Return a Markdown table of the presets of `igpt pretrain`."""
+    rows = [PRESET_COLUMNS, ("---",) * len(PRESET_COLUMNS)]
+    rows += [(f"`{name}`", *map(_cell, cells)) for name, *cells in preset_rows()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def _cell(words: str) -> str:
     return words.rstrip(".").replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*")
 
@@ -73,6 +82,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         kind, name = asked.groups()
         if kind == "settings":
             return settings_table(name)
+        if kind == "presets":
+            return presets_table()
         if name not in COMMANDS:
             _log.warning(
                 "%s requests the flags of %r, which is not a command", page.file.src_uri, name

@@ -2,8 +2,10 @@
 commands."""
 
 import contextlib
+import importlib.util
 import io
 import os
+import shutil
 import signal
 import subprocess
 import tempfile
@@ -23,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from igpt import builtin_models
 from igpt.cli import main
 from igpt.data.images import palette
 from igpt.data.prepare import PrepareConfig, prepare
@@ -35,7 +38,8 @@ from .helpers.sample_images import ImageSets, write_sample_sets
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
-REAL_SETS = Path(__file__).parents[2] / "shared" / "data"
+PROJECT = Path(__file__).parents[1]
+REAL_SETS = PROJECT.parent / "shared" / "data"
 SHORT = {
     "n_layer": 2,
     "n_embd": 32,
@@ -132,6 +136,37 @@ def short_run(
     done = igpt("pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags)
     assert done.returncode == 0, done.stderr
     return run
+
+
+@pytest.fixture(scope="session")
+def packaged(
+    short_run: Path, digits: TokenDataset, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Package the short run as the built-in model photos-16, in a folder of the tests."""
+    folder = tmp_path_factory.mktemp("packaged")
+    shutil.copytree(short_run, folder / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    program = PROJECT / "experiments" / "photos-16" / "package.py"
+    spec = importlib.util.spec_from_file_location("package_photos_16", program)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
+        patch.setattr(builtin_models, "FOLDER", folder / "builtin")
+        few = ["--limit", "100", "--completions", "2"]
+        module.main([str(folder / "run"), str(digits.path), *few])
+    return folder / "builtin" / builtin_models.DEFAULT_MODEL
+
+
+@pytest.fixture
+def builtin_model(packaged: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use the small packaged model in place of the built-in one; return its folder."""
+    monkeypatch.setattr(builtin_models, "FOLDER", packaged.parent)
+    return packaged
+
+
+@pytest.fixture
+def no_builtin_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behave like a build without a built-in model."""
+    monkeypatch.setattr(builtin_models, "FOLDER", tmp_path / "no-builtin-models")
 
 
 @pytest.fixture(scope="session")

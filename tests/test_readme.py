@@ -10,8 +10,8 @@ from igpt.evaluation.results import best_row, read_probe, read_test
 
 README = Path(__file__).parent.parent / "README.md"
 ABSENT = (
-    "could be loaded|arrays are missing|no (token data set|model directory|run "
-    "directory|checkpoint|parts)"
+    "could be loaded|arrays are missing|no such file|no (token data set|model directory|run "
+    "directory|checkpoint|parts|built-in model)"
 )
 
 

@@ -500,6 +500,7 @@ FOLDERS = {
 FILES = {
     "palette": ["palette", "digits"],
     "inspect": ["inspect", "t"],
+    "models": ["models"],
     "plan": ["plan", "tiny"],
     "classify": ["classify", "m", "a.png"],
     "probe": ["probe", "m", "t"],

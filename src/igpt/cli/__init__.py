@@ -15,6 +15,7 @@ COMMANDS = {
         "igpt.cli.data:PaletteOptions", "fit a palette, or compute the error of a given one"
     ),
     "inspect": Command("igpt.cli.data:Inspect", "verify a token data set and show its contents"),
+    "models": Command("igpt.cli.models:Models", "list the built-in models and the presets"),
     "plan": Command(
         "igpt.cli.training:PlanOptions", "predict memory and time of a pretraining run"
     ),
@@ -43,7 +44,9 @@ COMMANDS = {
     "import": Command(
         "igpt.cli.sharing:Import", "convert an OpenAI checkpoint to a model directory"
     ),
-    "export": Command("igpt.cli.sharing:Export", "write a model for ONNX Runtime"),
+    "export": Command(
+        "igpt.cli.sharing:Export", "write a model for ONNX Runtime, or with weights in bf16"
+    ),
 }
 # Former commands, and how to do the same now.
 RENAMED = {"evaluate": "igpt score MODEL NAME --published"}

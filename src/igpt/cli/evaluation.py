@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from igpt.api import load_model, probe
+from igpt.builtin_models import DEFAULT_MODEL, NAMES, WEIGHTS, find_builtin
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.locks import exclusive
@@ -26,7 +27,7 @@ class Probe(Options):
     settings = "igpt.evaluation.probe:ProbeConfig"
     example = "igpt probe runs/photos tokens/cifar10"
 
-    model: Path = argument("run or model directory")
+    model: Path = argument("run, model directory, name of a built-in model, or Hub id")
     tokens: Path = argument("token data set with labels")
     out: Path | None = Field(
         None,
@@ -85,7 +86,11 @@ class Score(Options):
     settings = "igpt.data.image_set:ImageSetConfig"
     example = "igpt score runs/photos tokens/cifar10 --maps losses.png"
 
-    model: Path = argument("run or model directory of an autoregressive model")
+    model: Path | None = argument(
+        "run or model directory of an autoregressive model, name of a built-in one, or Hub id; "
+        f"{DEFAULT_MODEL} if there is only one argument, which is the SOURCE",
+        default=None,
+    )
     source: str = argument(
         "token data set, or any source of images of igpt prepare; with --published, the path of "
         "OpenAI's arrays: downloads/imagenet for downloads/imagenet_teX.npy, with "
@@ -145,7 +150,8 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     out, maps, count, against = options.out, options.maps, options.count, options.against
     source, precision = options.source, options.precision
     settings = ImageSetConfig.layered(given, where="the settings")
-    path, home = model_and_run(options.model)
+    model = _model_before(options.model, source)
+    path, home = model_and_run(model)
     target = out.with_suffix(".json") if out else score_file(home, source, settings.split)
     if out:
         require_table(out)
@@ -163,9 +169,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
         with progress_bar() as show:
-            images = gather(
-                loaded, source, settings, partial(show, "tokenising"), name=options.model
-            )
+            images = gather(loaded, source, settings, partial(show, "tokenising"), name=model)
             if maps:
                 shown = spread_evenly(
                     images.tokens, min(8, len(images)) if count is None else count
@@ -182,9 +186,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
                     "stream": False,
                 }
                 other = settings.model_copy(update=columns)  # those given are of the first source
-                others = gather(
-                    loaded, against, other, partial(show, "tokenising"), name=options.model
-                )
+                others = gather(loaded, against, other, partial(show, "tokenising"), name=model)
                 theirs = run(
                     loaded, others.tokens, precision=precision, progress=partial(show, "scoring")
                 )
@@ -237,7 +239,8 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
     name, precision = options.source, options.precision
     fixed = {"split": "test", "label_column": "none"}
     settings = ImageSetConfig.layered(given, fixed, where="the settings")
-    path, home = model_and_run(options.model)
+    model = _model_before(options.model, name)
+    path, home = model_and_run(model)
     target = options.out or home / "published.json"
     require_writable(target, FORMAT)
     with exclusive(target):
@@ -247,7 +250,7 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
         loaded = load_model(path)
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
         with progress_bar() as show:
-            images = gather(loaded, name, settings, partial(show, "tokenising"), name=options.model)
+            images = gather(loaded, name, settings, partial(show, "tokenising"), name=model)
             found = summary(
                 run(loaded, images.tokens, precision=precision, progress=partial(show, "scoring"))
             )
@@ -283,7 +286,11 @@ class Features(Options):
     settings = "igpt.data.image_set:ImageSetConfig"
     example = "igpt features runs/photos photos/ -o features.npz"
 
-    model: Path = argument("run or model directory")
+    model: Path | None = argument(
+        "run, model directory, name of a built-in model, or Hub id; "
+        f"{DEFAULT_MODEL} if there is only one argument, which is the SOURCE",
+        default=None,
+    )
     source: str = argument("token data set, or any source of images of igpt prepare")
     out: Path = Field(
         description=".npz or .parquet to write; a .json file of the same name records how it was "
@@ -292,7 +299,7 @@ class Features(Options):
     layer: int | None = Field(
         None,
         description="0 is the normalised input of the first block, the last one the output of the "
-        "final norm; the best layer in the probe.json of the run by default",
+        "final norm; by default the best layer in the probe.json of the run or built-in model",
     )
     precision: Literal["fp32", "bf16"] = Field(
         "fp32",
@@ -320,12 +327,14 @@ class Features(Options):
         require_features_file(out)
         require_writable(out)
         require_writable(target, FORMAT)
-        path, home = model_and_run(self.model)
+        model = _model_before(self.model, source)
+        path, home = model_and_run(model)
         with exclusive(target):
             loaded = load_model(path)
             last = loaded.config.n_layer
-            if layer is None and path == home / "model":
-                layer = best_layer(home)
+            probed = home if path == home / "model" else find_builtin(path)
+            if layer is None and probed:
+                layer = best_layer(probed)
             if layer is None:
                 raise InputError(
                     f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best "
@@ -333,9 +342,7 @@ class Features(Options):
                 )
             require_layer(layer, last)
             with progress_bar() as show:
-                images = gather(
-                    loaded, source, settings, partial(show, "tokenising"), name=self.model
-                )
+                images = gather(loaded, source, settings, partial(show, "tokenising"), name=model)
                 made = {
                     "format": FORMAT,
                     "version": VERSION,
@@ -358,6 +365,23 @@ class Features(Options):
             f"{out}: {len(images)} images, {loaded.config.n_embd} features of layer {layer} of "
             f"{last}"
         )
+
+
+def _model_before(model: Path | None, source: str) -> Path:
+    """Return the model; if only a source was given, the built-in one.
+
+    Raises:
+        InputError: the only argument is a model.
+    """
+    if model is None:
+        _require_no_model(source)
+    return model or Path(DEFAULT_MODEL)
+
+
+def _require_no_model(source: str) -> None:
+    path, _ = model_and_run(source)
+    if source in NAMES or ((path / "config.json").exists() and (path / WEIGHTS).exists()):
+        raise InputError(f"{source} is a model; name the images after it")
 
 
 def _made_with(model: "ImageGPT", settings: "ImageSetConfig", precision: str) -> dict[str, Any]:

@@ -123,7 +123,9 @@ def parse(
         parser.error(f"unexpected argument {reprlib.repr(unused[0])}")
     values = vars(namespace)
     values = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in values.items()
+        if value is not None  # an optional positional argument that was not given
     }
     settings = {flag.name for flag in flags if flag.is_setting}
     own = {key: value for key, value in values.items() if key not in settings}
@@ -139,7 +141,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argparse.ArgumentParser:
-    words = [flag.kind + (" ..." if flag.nargs == "*" else "") for flag in flags if not flag.names]
+    words = [_usage(flag) for flag in flags if not flag.names]
     required = [f"{flag.names[0]} {flag.kind}" for flag in flags if flag.required]
     parser = _Parser(
         program,
@@ -163,6 +165,13 @@ def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argp
     return parser
 
 
+def _usage(flag: Flag) -> str:
+    """Return a positional argument as the usage shows it."""
+    if flag.nargs == "*":
+        return f"[{flag.kind} ...]"
+    return f"[{flag.kind}]" if flag.nargs == "?" else flag.kind
+
+
 def _details(flag: Flag) -> dict[str, Any]:
     """Return the arguments of argparse's `add_argument` that depend on the kind of value."""
     if not flag.kind and not flag.choices:
@@ -170,6 +179,8 @@ def _details(flag: Flag) -> dict[str, Any]:
     details: dict[str, Any] = {"type": flag.convert, "nargs": flag.nargs}
     if flag.names:
         details |= {"dest": flag.name, "required": flag.required}
+    elif flag.nargs == "?":
+        details["default"] = None  # argparse would convert SUPPRESS, which is a text
     return details | ({"metavar": flag.kind} if flag.kind else {"choices": flag.choices})
 
 

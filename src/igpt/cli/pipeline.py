@@ -4,11 +4,15 @@ import os
 from functools import partial
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from igpt.api import load_model
+from igpt.builtin_models import DEFAULT_MODEL, folder_of, has_builtin
+from igpt.data.images.grid import save_png
+from igpt.data.images.photographs import photographs
 from igpt.data.left_out import left_out_of
 from igpt.data.prepare import PrepareConfig, prepare
 from igpt.data.sources.catalogue import DIGITS, open_source
@@ -18,7 +22,7 @@ from igpt.evaluation.probe import ProbeConfig, probe, write_probe
 from igpt.evaluation.results import PROBE, PROBE_VERSION, best_row
 from igpt.files import resolved, write_json
 from igpt.locks import exclusive, exclusive_folder
-from igpt.model.images import tokens_of_split
+from igpt.model.images import tokens_of_files, tokens_of_split
 from igpt.model.precision import Precision, resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.outputs import passing_folder
@@ -36,10 +40,13 @@ _PROBE_IMAGES = 2000  # of each split: seconds instead of minutes
 _COMPLETED, _COMPLETIONS, _SAMPLES = 8, 6, 32
 _SAMPLING: SamplingSettings = {"temperature": 1.0, "top_k": None, "top_p": None, "seed": 0}
 _PICTURES = ("completions.png", "completions.json", "samples.png", "samples.json")
+_PHOTOGRAPH_COMPLETIONS = 4
 
 
 def run_pipeline(source: str, run: Path, steps: int | None = None) -> None:
     """Prepare, pretrain, probe, complete, sample and report; print a table of the results.
+
+    The run of the digits also completes photographs, with a built-in model.
 
     Args:
         source: see `open_source`.
@@ -93,9 +100,37 @@ def _run_pipeline(source: str, run: Path, steps: int | None) -> None:
                 partial(show, "completing"),
             )
             save_samples(model, run / "samples.png", _SAMPLES, _SAMPLING, partial(show, "sampling"))
+    if digits:
+        console.print("[bold]5. Complete photographs[/] with a built-in model")
+        _complete_photographs(run, console)
     page = write_report(run)
     console.print(_table(run))
     console.print(Text(f"The report, with pictures: {page}"), soft_wrap=True)
+
+
+def _complete_photographs(run: Path, console: Console) -> None:
+    """Write `photographs` and their completions, if this build has the model for it."""
+    parts = []
+    for name, pixels in photographs().items():
+        parts.append(run / "photographs" / f"{name}.png")
+        save_png(Image.fromarray(pixels), parts[-1])
+    target = run / "photographs.png"
+    if target.exists() and target.with_suffix(".json").exists():
+        return
+    if not has_builtin(DEFAULT_MODEL):
+        console.print("   left out: this build of igpt has no built-in model")
+        return
+    model = load_model(folder_of(DEFAULT_MODEL))
+    with progress_bar() as show:
+        save_completions(
+            model,
+            tokens_of_files(model, parts),
+            target,
+            model.config.resolution // 2,
+            _PHOTOGRAPH_COMPLETIONS,
+            _SAMPLING,
+            partial(show, "completing"),
+        )
 
 
 def _require_source(data: TokenDataset, source: str) -> None:

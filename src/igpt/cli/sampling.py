@@ -1,12 +1,14 @@
 """The commands that generate images: sample, complete, app."""
 
 from functools import partial
+from mimetypes import guess_type
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from igpt.api import load_model
+from igpt.builtin_models import DEFAULT_MODEL, NAMES
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.model.locate import model_and_run
@@ -66,7 +68,9 @@ class Sample(_Sampling):
     settings = "igpt.sampling.grids"
     example = "igpt sample runs/photos --count 16"
 
-    model: Path = argument("run or model directory")
+    model: Path = argument(
+        "run, model directory, name of a built-in model, or Hub id", default=Path(DEFAULT_MODEL)
+    )
     out: Path | None = Field(
         None,
         description="PNG to write; by default samples.png in the run, or in the current folder for "
@@ -93,9 +97,13 @@ class Complete(_Sampling):
     """Keep the upper rows of images, or the pixels that a mask leaves, and generate the rest."""
 
     settings = "igpt.sampling.grids"
-    example = "igpt complete runs/photos cat.jpg --keep-rows 16"
+    example = "igpt complete cat.jpg; igpt complete runs/photos cat.jpg dog.jpg --keep-rows 16"
 
-    model: Path = argument("run or model directory")
+    model: Path = argument(
+        "run, model directory, name of a built-in model, or Hub id; if the first argument is an "
+        "image file, the built-in model is used",
+        default=Path(DEFAULT_MODEL),
+    )
     images: tuple[Path, ...] = argument("image files", default=())
     tokens: Path | None = Field(
         None,
@@ -125,12 +133,13 @@ class Complete(_Sampling):
         from igpt.sampling.grids import require_target, save_completions
         from igpt.sampling.images import kept_pixels
 
-        images, tokens, mask, keep_rows = self.images, self.tokens, self.mask, self.keep_rows
+        tokens, mask, keep_rows = self.tokens, self.mask, self.keep_rows
+        model, images = self._model_and_images()
         if bool(images) == bool(tokens):
             raise InputError("give image files to complete, or --tokens with a token data set")
         if mask and keep_rows is not None:
             raise InputError("give --keep-rows or --mask, not both")
-        path, home = model_and_run(self.model)
+        path, home = model_and_run(model)
         target = self.out or home / "completions.png"
         settings = self.sampling_settings()
         require_target(target)
@@ -140,7 +149,7 @@ class Complete(_Sampling):
         loaded = load_model(path)
         if tokens:
             data = TokenDataset(tokens)
-            require_match(loaded, data, self.model)
+            require_match(loaded, data, model)
             originals = tokens_of_split(data["test"], self.count)
         else:
             originals = tokens_of_files(loaded, images)
@@ -166,6 +175,19 @@ class Complete(_Sampling):
             f"{self.completions} completions"
         )
 
+    def _model_and_images(self) -> tuple[Path, tuple[Path, ...]]:
+        """Return the model and the images; if the first argument is an image, the built-in model.
+
+        It is an image if it is a file, or if there is no such model and its name is that of an
+        image file.
+        """
+        first = self.model
+        kind = guess_type(first.name)[0] or ""
+        is_image = not first.is_dir() if first.exists() else kind.startswith("image/")
+        if is_image and str(first) not in NAMES:
+            return Path(DEFAULT_MODEL), (first, *self.images)
+        return first, self.images
+
 
 class App(Options):
     """Serve a web page that completes, scores and samples images."""
@@ -173,7 +195,9 @@ class App(Options):
     settings = "igpt.webapp.server"
     example = "igpt app runs/photos"
 
-    model: Path = argument("run or model directory")
+    model: Path = argument(
+        "run, model directory, name of a built-in model, or Hub id", default=Path(DEFAULT_MODEL)
+    )
     host: str = Field("127.0.0.1", description="address to listen on; only this machine by default")
     port: int = Field(7860, description="port to listen on")
 
@@ -183,4 +207,6 @@ class App(Options):
 
         path, home = model_and_run(self.model)
         run = home if path == home / "model" else None
-        serve(load_model(path), self.host, self.port, run)
+        folder = run or path
+        name = folder.resolve().name if folder.is_dir() else str(path)
+        serve(load_model(path), self.host, self.port, run, name)

@@ -34,7 +34,10 @@ class Card(Options):
     example = "igpt card runs/photos me/pixels --license apache-2.0"
 
     run: Path = argument("run directory")
-    name: str = argument("USER/NAME of the model on the Hub")
+    name: str = argument("USER/NAME of the model on the Hub, or the name of a built-in model")
+    terms: str | None = Field(
+        None, description="terms of use of the training images, in one sentence; none by default"
+    )
     license: str | None = Field(
         None,
         description="license of the model, by its identifier on the Hub, such as apache-2.0; none "
@@ -45,7 +48,7 @@ class Card(Options):
         """Run the command."""
         from igpt.report.card import write_card
 
-        print(write_card(self.run, self.name, license=self.license))
+        print(write_card(self.run, self.name, license=self.license, terms=self.terms))
 
 
 class Push(Options):
@@ -109,28 +112,50 @@ class Import(Options):
 
 
 class Export(Options):
-    """Write a model as ONNX files, for programs without PyTorch."""
+    """Write a model as ONNX files, for programs without PyTorch, or with its weights in bf16."""
 
     settings = "igpt.model.onnx_export"
     example = "igpt export runs/photos --onnx photos-onnx"
 
-    model: Path = argument("run or model directory")
-    onnx: Path = Field(description="folder to create")
+    model: Path = argument("run, model directory, name of a built-in model, or Hub id")
+    onnx: Path | None = Field(None, description="folder to create, with ONNX files")
     int8: bool = Field(
-        False, description="also write a step of generation with products of 8-bit integers"
+        False,
+        description="with --onnx, also write a step of generation with products of 8-bit integers",
+    )
+    bf16: Path | None = Field(
+        None,
+        description="model directory to create, with the weights rounded to bf16: half the size",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
+        import torch
+
         from igpt.locks import exclusive
         from igpt.model.onnx_export import export_onnx, require_new_export
         from igpt.model.transformer import ImageGPT
 
-        require_writable_folder(self.onnx)
-        require_new_export(self.onnx)
+        if (self.onnx is None) == (self.bf16 is None):
+            raise InputError("name one folder to create: --onnx DIR or --bf16 DIR")
+        if self.bf16 and self.int8:
+            raise InputError("--int8 belongs to --onnx; bf16 weights have 16 bits")
+        out = self.onnx or self.bf16
+        assert out is not None
+        require_writable_folder(out)
+        if self.onnx:
+            require_new_export(out)
+        elif out.exists():
+            raise InputError(f"{out} exists already; remove it or choose another folder")
         path, _ = model_and_run(self.model)
         loaded = ImageGPT.from_pretrained(path)
-        with exclusive(self.onnx):
-            export_onnx(loaded, self.onnx, int8=self.int8)
-        for file in sorted(self.onnx.iterdir()):
+        with exclusive(out):
+            if self.onnx:
+                export_onnx(loaded, out, int8=self.int8)
+            else:
+                weights = loaded.state_dict().items()
+                loaded.save_pretrained(
+                    out, {name: tensor.to(torch.bfloat16) for name, tensor in weights}
+                )
+        for file in sorted(out.iterdir()):
             print(f"{file}: {file.stat().st_size:,} bytes")

@@ -85,7 +85,7 @@ class Finetune(Options):
     example = "igpt finetune runs/photos tokens/cifar10 -o runs/classes --flip --shift 4"
     out_is_folder = True
 
-    model: Path = argument("run or model directory")
+    model: Path = argument("run, model directory, name of a built-in model, or Hub id")
     tokens: Path = argument("token data set with labels")
     out: Path = Field(description="run directory to write, or to continue with --resume")
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")

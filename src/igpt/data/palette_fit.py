@@ -38,7 +38,8 @@ class PaletteConfig(SourceConfig):
     )
     palette: str | None = Field(
         None,
-        description="use this palette (.npy, token data set, model, Hub id) instead of fitting one",
+        description="use this palette (.npy, token data set, model, built-in name, Hub id) instead "
+        "of fitting one",
     )
     filter: Filter = Field("area", description="filter for reducing images; area averages exactly")
     enlarge: Enlarge = Field(

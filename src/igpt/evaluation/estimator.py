@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
 from sklearn.utils.validation import check_is_fitted
 
+from igpt.builtin_models import find_builtin
 from igpt.errors import InputError
 from igpt.evaluation.export import best_layer, require_layer
 from igpt.evaluation.features import pooled
@@ -31,9 +32,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
     `StandardScaler` to them.
 
     Args:
-        model: a run, a model directory or a Hub id.
+        model: a run, a model directory, the name of a built-in model ("photos-16") or a Hub id.
         layer: 0 is the first block's input, L the final norm's output; None uses the best
-            layer of a run that has a `probe.json`, and the middle one otherwise.
+            layer of a run or built-in model that has a `probe.json`, and the middle one otherwise.
         batch_size: images at a time; None takes as many as have 65,536 positions.
         precision: "fp32", or "bf16" products.
 
@@ -74,8 +75,9 @@ class ImageGPTFeatures(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEs
             raise InputError(f"{self.model} holds no palette; add its preprocessor_config.json")
         layer = self.layer
         path, run = model_and_run(self.model)
-        if layer is None and path == run / "model":
-            layer = best_layer(run)
+        probed = run if path == run / "model" else find_builtin(self.model)
+        if layer is None and probed:
+            layer = best_layer(probed)
         if layer is None:
             layer = model.config.n_layer // 2
         require_layer(layer, model.config.n_layer)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from igpt.builtin_models import find_builtin, nearest_name
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.files import (
@@ -135,7 +136,7 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
 
 
 def read_directory(name: str | Path, dtype: torch.dtype = torch.float32) -> ModelDirectory:
-    """Read the model directory of a path or of a run, or download a model from the Hub and read it.
+    """Read the model directory of a path, of a run or of a built-in model, or one of the Hub.
 
     Names, shapes and types of the weights are checked against `config.json` before their values are
     loaded.
@@ -188,10 +189,14 @@ def weights_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _locate(name: str | Path) -> Path:
-    """Return the folder of a model, downloaded from the Hub if the name is not a path."""
+    """Return the folder of a model: a local or built-in one, or one downloaded from the Hub."""
+    if builtin := find_builtin(name):
+        return builtin
     path = folder_to_read(model_and_run(expanded(name))[0])
     if path.is_dir():
         return path
+    if not path.exists() and (near := nearest_name(name)):
+        raise InputError(f"no model {str(name)!r}; the nearest built-in name is {near!r}")
     if path.exists() or str(name).startswith(("/", ".", "~")) or str(name).count("/") != 1:
         raise InputError(f"no model directory {name}; `igpt pretrain` writes one as RUN/model")
     return _download(str(name))

@@ -274,10 +274,10 @@ class ImageGPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, *, dtype: torch.dtype = torch.float32) -> Self:
-        """Read a model directory that igpt or transformers wrote, or download a model from the Hub.
+        """Read a model directory that igpt or transformers wrote, or a model of the Hub.
 
         Args:
-            name: run directory, model directory or Hub id.
+            name: run directory, model directory, name of a built-in model ("photos-16"), or Hub id.
             dtype: of all parameters, torch.float32 or torch.float64. Stored values must be exact in
                 it.
 

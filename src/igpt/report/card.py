@@ -8,10 +8,12 @@ results, the use and the limits of the model. Its metadata contains the results 
 import hashlib
 import math
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from igpt.builtin_models import NAMES
 from igpt.errors import InputError
 from igpt.evaluation.results import best_row, read_score, score_files
 from igpt.files import atomic_file, folder_to_read, require_regular
@@ -34,6 +36,8 @@ from igpt.report.sections import Table, key_tables, template
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
+    from igpt.config import Config
+
 CARD = "README.md"
 _LIBRARY = "library_name: igpt"  # distinguishes a card from other README files
 _SIGNATURE = "\n<!-- SHA-256 of the text above, as igpt wrote it: "
@@ -43,21 +47,25 @@ _MAX_CLASSES = 20  # named in the card
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
-def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
+def write_card(
+    run: Path, name: str, *, license: str | None = None, terms: str | None = None
+) -> Path:
     """Write `run/README.md` and return its path; replace an existing card that was not edited.
 
     The card ends with a comment that holds the checksum of its text, by which edits are found.
 
     Args:
         run: a run directory with a model.
-        name: USER/NAME, from which the card's examples load the model.
+        name: USER/NAME or the name of a built-in model, from which the card's examples load it.
         license: its identifier on the Hub, such as apache-2.0; omitted by default.
+        terms: terms of use of the training images, in one sentence; omitted by default.
 
     Raises:
         InputError: a bad name, no run with a model, a damaged file, or a README.md that is no card
             or was edited.
     """
-    require_name(name)
+    if name not in NAMES:
+        require_name(name)
     if license is not None and not _LICENSE.fullmatch(license):
         raise InputError(
             f"{license!r} is not the identifier of a license on the Hub, such as apache-2.0"
@@ -72,7 +80,7 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
                 f"{path} was edited, or written by an earlier igpt, and is left as it is; rename "
                 "it to get a new one"
             )
-    card = template("card.md.j2").render(_contents(_with_model(run), name, license))
+    card = template("card.md.j2").render(_contents(_with_model(run), name, license, terms))
     with atomic_file(path) as temporary:
         temporary.write_text(_signed(card), encoding="utf-8")
     return path
@@ -81,6 +89,16 @@ def write_card(run: Path, name: str, *, license: str | None = None) -> Path:
 def _signed(card: str) -> str:
     """Return a card with its checksum."""
     return f"{card}{_SIGNATURE}{hashlib.sha256(card.encode()).hexdigest()} -->\n"
+
+
+def card_results(card: Path) -> list["EvalResult"]:
+    """Return the results in the metadata of a card; none if it does not exist or is damaged."""
+    from huggingface_hub import ModelCard
+
+    try:
+        return ModelCard.load(card).data.eval_results or [] if card.is_file() else []
+    except ValueError:  # including errors of YAML
+        return []
 
 
 def push_to_hub(run: Path, name: str, *, private: bool = False) -> str:
@@ -148,7 +166,7 @@ def _with_model(path: Path) -> Run:
     return run
 
 
-def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
+def _contents(run: Run, name: str, license: str | None, terms: str | None) -> dict[str, Any]:
     """Return the values of the template."""
     from huggingface_hub import ModelCardData
 
@@ -179,7 +197,8 @@ def _contents(run: Run, name: str, license: str | None) -> dict[str, Any]:
         "findings": [sentence for sentence in findings if sentence],
         "state": describe_state(run),
         "pictures": _pictures(run),
-        "data": _data(run),
+        "data": _data(run) + ([("terms of use", _plain(terms))] if terms else []),
+        "commands": _commands(run),
         "training": _training(run),
         "tables": _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else []),
         "scores": [_score(run, found) for found in _scores(run)],
@@ -322,6 +341,40 @@ _SETTINGS = {
     "precision": "precision",
     "seed": "seed",
 }
+
+
+def _commands(run: Run) -> list[str]:
+    """Return the commands that prepared the tokens and trained the model, without folders."""
+    from igpt.data.prepare import PrepareConfig
+    from igpt.training.finetune import FinetuneConfig
+    from igpt.training.pretrain import PretrainConfig
+
+    found = []
+    made = (run.manifest.get("made") or {}).get("config")
+    if made and run.manifest.get("source"):
+        words = ["igpt", "prepare", short_source(str(run.manifest["source"])), "-o", "TOKENS"]
+        found.append(shlex.join([*words, *_flags(PrepareConfig, made)]))
+    settings = FinetuneConfig if run.finetuned else PretrainConfig
+    words = ["finetune", "MODEL", "TOKENS"] if run.finetuned else ["pretrain", "TOKENS"]
+    left_out = {"model", "tokens", "log_every", *settings.changeable}
+    trained = {name: value for name, value in run.config.items() if name not in left_out}
+    return [*found, shlex.join(["igpt", *words, "-o", "RUN", *_flags(settings, trained)])]
+
+
+def _flags(settings: type["Config"], values: Mapping[str, Any]) -> list[str]:
+    """Return the flags of the values that differ from the defaults of the settings."""
+    words = []
+    for name, field in settings.model_fields.items():
+        value, default = values.get(name), field.get_default()
+        if name not in values or value == (list(default) if type(default) is tuple else default):
+            continue
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            several = value if isinstance(value, list) else [value]
+            words += [f"--{flag}", *(short_source(str(one)) for one in several)]
+    return words
 
 
 def _accuracies(run: Run) -> list[Table]:

@@ -24,6 +24,7 @@ from igpt.report.sections import (
     key_tables,
     loss_section,
     palette_section,
+    photographs_section,
     probe_section,
     samples_section,
     template,
@@ -52,6 +53,8 @@ def _contents(run: Run) -> dict[str, Any]:
     sections = [probe_section(run), completions_section(run), samples_section(run)]
     if run.finetuned:  # do not suggest commands that are unusual for classifiers
         sections = [accuracy_section(run), *(section for section in sections if not section.absent)]
+    if (run.path / "photographs.png").exists():
+        sections.append(photographs_section(run))
     findings = [describe_classifier(run) if run.finetuned else describe_loss(run), *probed]
     version = run.environment.get("igpt")
     return {

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from igpt.builtin_models import CARD, find_builtin
 from igpt.config import read_settings
 from igpt.data.images.palette import Palette
 from igpt.data.left_out import LeftOut, left_out_of
@@ -243,6 +244,8 @@ def read_run(path: Path) -> Run:
         InputError: it is no run directory (`config.yaml` or `metrics.jsonl` is missing), or a file
             in it is damaged.
     """
+    if builtin := find_builtin(path, ("config.yaml", "metrics.jsonl")):
+        raise InputError(f"{path} is a built-in model, not a run; its card is {builtin / CARD}")
     tried = sorted(
         (path / "rates").glob("*/metrics.jsonl"), key=lambda metrics: metrics.stat().st_mtime
     )

@@ -5,13 +5,14 @@ import struct
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from igpt.builtin_models import DEFAULT_MODEL
 from igpt.data.images.grid import grid_counts
 from igpt.errors import InputError
 from igpt.evaluation.results import best_row
@@ -280,6 +281,26 @@ def completions_section(run: Run) -> Section:
     )
     alt = f"Grid of pictures. {each}: original, visible part, {completions}."
     return _grid_section("Completions", path, picture, alt, caption, how)
+
+
+def photographs_section(run: Run) -> Section:
+    """Return the section on the photographs that the demo completes with a built-in model."""
+    path, title = run.path / "photographs.png", "Photographs, completed by a built-in model"
+    if not path.exists():
+        absent = "No photograph has been completed; `igpt demo` writes photographs.png."
+        return Section(title, "photographs", absent=absent)
+    picture, how = read_picture(path), read_sampling(path)
+    lead = (
+        f"These were not made by the model of this run, but by {DEFAULT_MODEL}, which is part of "
+        "igpt: `igpt complete PHOTO.jpg` uses it."
+    )
+    caption = (
+        "Parts of scikit-learn's two photographs, one per row. Left to right: the original at the "
+        "model's resolution, its visible part, and completions by the model"
+        f"{describe_sampling(how)}."
+    )
+    alt = "Grid of pictures. One photograph per row: original, visible part, completions."
+    return replace(_grid_section(title, path, picture, alt, caption, how), lead=lead)
 
 
 def samples_section(run: Run) -> Section:

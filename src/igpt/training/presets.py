@@ -110,6 +110,20 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 
+# What each is for, in a few words.
+PURPOSES: Mapping[str, str] = {
+    "igpt-s": "the paper's iGPT-S, 76 M parameters",
+    "igpt-m": "the paper's iGPT-M, 455 M",
+    "igpt-l": "the paper's iGPT-L, 1.4 B",
+    "igpt-l-48": "the paper's iGPT-L at 48 px",
+    "igpt-xl": "the paper's iGPT-XL, 6.8 B",
+    "gpu-hour": "an hour on one H100 (an estimate)",
+    "tiny": "seconds on a CPU",
+    "digits": "a minute or two on two cores at 8 px",
+    "photos": "minutes on two cores at 16 px",
+    "modern": "like photos, with the variants of the speedrun",
+}
+
 
 def preset(name: str) -> Mapping[str, Any]:
     """Return the settings of a preset.

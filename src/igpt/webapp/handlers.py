@@ -18,6 +18,7 @@ from torch import Tensor
 
 from igpt.config import read_settings
 from igpt.data.images.decode import open_image
+from igpt.data.images.photographs import photographs
 from igpt.data.images.transform import Transform
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import MANIFEST
@@ -280,4 +281,13 @@ def write_examples(model: ImageGPT, run: Path, folder: Path) -> list[Path]:
     for number, picture in enumerate(decode_images(model, rows), 1):
         files.append(folder / f"example-{number}.png")
         Image.fromarray(picture).save(files[-1])
+    return files
+
+
+def write_photographs(folder: Path) -> list[Path]:
+    """Write `photographs` as PNG."""
+    files = []
+    for name, pixels in photographs().items():
+        files.append(folder / f"{name}.png")
+        Image.fromarray(pixels).save(files[-1])
     return files

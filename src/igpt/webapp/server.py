@@ -39,6 +39,7 @@ from igpt.webapp.handlers import (
     score,
     view,
     write_examples,
+    write_photographs,
 )
 
 if TYPE_CHECKING:
@@ -53,15 +54,18 @@ _ARRIVAL = 60  # seconds in which the body of a request has to arrive
 _UNUSED = 15 * 60  # seconds after which an unused upload is deleted from the disk
 _CLEANING = 60  # seconds between two checks for them
 _MB = 1 << 20
+_THUMBNAIL = 88  # pixels of an example: twice its size on the page, for sharp screens
 
 
-def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
+def build(model: ImageGPT, run: Path | None = None, name: str = "") -> "gr.Blocks":
     """Return the page, not served yet.
 
     Endpoints: `complete`, `score`, `sample`; with a BERT model `complete` and `view`.
 
     Args:
         run: the model's run directory, which the page describes; its test images are the examples.
+            Without a run, `photographs` are.
+        name: of the model, for the title and the heading.
 
     Raises:
         InputError: the model has no palette, gradio is not installed, or a file of the run is
@@ -74,13 +78,17 @@ def build(model: ImageGPT, run: Path | None = None) -> "gr.Blocks":
     palette_of(model)
     story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
     _upload_folder()  # Gradio reads it when the components of a page are created
-    page = _page(title="igpt", analytics_enabled=False, delete_cache=(_CLEANING, _UNUSED))
+    page = _page(
+        title=f"{name} - igpt" if name else "igpt",
+        analytics_enabled=False,
+        delete_cache=(_CLEANING, _UNUSED),
+    )
     with page:
         if story is None:
-            _workbench(model, run)
+            _workbench(model, run, name)
         else:
             with gr.Tab("Draw"):
-                _workbench(model, run)
+                _workbench(model, run, name)
             with gr.Tab("About this model"):
                 gr.HTML(story, apply_default_css=False)
     page.queue(max_size=_WAITING)
@@ -121,7 +129,7 @@ def _page(**settings: Any) -> "gr.Blocks":
     return Page(**settings)
 
 
-def _workbench(model: ImageGPT, run: Path | None) -> None:
+def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
     """Add the image on the left and the model's output on the right."""
     import gradio as gr
 
@@ -162,8 +170,9 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
     plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
     still = {**plain, "js_on_load": None}
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    named = f" with {html.escape(name, quote=False)}" if name else ""
     gr.Markdown(
-        f"# Completing images\n{millions:.1f} million parameters, trained to predict "
+        f"# Completing images{named}\n{millions:.1f} million parameters, trained to predict "
         f"{config.trained_as.predicts}, in images of {config.resolution} by "
         f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle "
         "square is brought to that size, and the model draws the pixels that you hide."
@@ -238,14 +247,20 @@ def _workbench(model: ImageGPT, run: Path | None) -> None:
 
 
 def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
-    """Add test images to select instead of a file, if the run's tokens exist."""
+    """Add images to select instead of a file.
+
+    They are test images of the run, if its tokens exist; without a run they are photographs.
+    """
     import gradio as gr
 
     folder = tempfile.TemporaryDirectory(prefix="igpt-")
-    paths = [] if run is None else write_examples(model, run, Path(folder.name))
+    if run is None:
+        paths = write_photographs(Path(folder.name))
+    else:
+        paths = write_examples(model, run, Path(folder.name))
     if not paths:
         return
-    shown = [encode(Image.open(path)) for path in paths]
+    shown = [encode(_thumbnail(Image.open(path))) for path in paths]
 
     def choose(event: gr.EventData) -> str:
         index = getattr(event, "index", None)
@@ -259,13 +274,25 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
     examples.select(choose, None, file, show_progress="hidden", api_visibility="private")
 
 
-def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr.Blocks":
+def _thumbnail(picture: Image.Image) -> Image.Image:
+    """Return a picture reduced to `_THUMBNAIL` pixels, or enlarged to about it by whole factors."""
+    factor = max(1, _THUMBNAIL // picture.width)
+    shown = picture.resize(
+        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
+    )
+    shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    return shown
+
+
+def start(
+    model: ImageGPT, host: str, port: int, run: Path | None = None, name: str = ""
+) -> "gr.Blocks":
     """Serve the page at host:port and return it; its `close()` ends it.
 
     Raises:
         InputError: the port is in use, nothing can listen at this address, or see `build`.
     """
-    page = build(model, run)
+    page = build(model, run, name)
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -318,14 +345,14 @@ def start(model: ImageGPT, host: str, port: int, run: Path | None = None) -> "gr
     return page
 
 
-def serve(model: ImageGPT, host: str, port: int, run: Path | None = None) -> None:
+def serve(model: ImageGPT, host: str, port: int, run: Path | None = None, name: str = "") -> None:
     """Serve the page at host:port until Ctrl-C.
 
     Raises:
         InputError: see `start`.
         Terminated: on SIGTERM.
     """
-    page = start(model, host, port, run)
+    page = start(model, host, port, run, name)
     try:
         print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
         while True:

@@ -29,6 +29,7 @@ VALID: Mapping[str, str] = {
     "palette": "images -o new.npy --size 8 --colors 4",
     "prepare": "images -o new --size 8 --colors 4 --workers 1",
     "inspect": "tokens -o new.png",
+    "models": "-o new.json",
     "plan": "tiny -o new.json",
     "pretrain": "tokens -o new --config pretrain.yaml",
     "finetune": "run tokens -o new --config finetune.yaml",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from pydantic import Field
 
+from igpt.builtin_models import find_builtin
 from igpt.data.arrays import map_array
 from igpt.errors import InputError
 from igpt.files import Stored, atomic_file, expanded, read_json, require_schema
@@ -35,6 +36,8 @@ _QUERIED = 2**15
 _BLOCK = 2**15  # pixels looked up at a time: their indices stay in the cache
 _COARSE = 50  # cells per colour that the coarse round of k-means needs
 _MOMENTUM = 0.9
+# With a palette, in the folder of a token data set, a model or a run.
+_FILES = ("dataset.json", "preprocessor_config.json", "model/preprocessor_config.json")
 _TOLERANCE = 1e-4  # relative error: k-means stops when an iteration gains less
 
 _Color = Annotated[list[float], Field(min_length=3, max_length=3)]
@@ -189,19 +192,15 @@ class Palette:
     def load(cls, path: str | Path) -> Self:
         """Read a palette: `.npy` centres, or the JSON file or folder of a data set or model.
 
-        If there is no such file and `path` looks like the id of a Hub model
-        ("openai/imagegpt-small"), the palette is downloaded.
+        If there is no such file, `path` may be the name of a built-in model ("photos-16"), or the
+        id of a Hub model ("openai/imagegpt-small"), whose palette is downloaded.
 
         Raises:
             InputError: there is no palette at `path`, nor on the Hub.
         """
         path = _locate(path)
         if path.is_dir():
-            for name in (
-                "dataset.json",
-                "preprocessor_config.json",
-                "model/preprocessor_config.json",
-            ):
+            for name in _FILES:
                 if (path / name).exists():
                     return cls.load(path / name)
             raise InputError(
@@ -259,7 +258,9 @@ def _centers_in_array(path: Path) -> NDArray[Any]:
 
 
 def _locate(name: str | Path) -> Path:
-    """Return the path of a local palette, or of one downloaded from the Hub."""
+    """Return the path of a local or built-in palette, or of one downloaded from the Hub."""
+    if builtin := find_builtin(name, _FILES):
+        return builtin
     path, given = expanded(name), str(name)
     is_path = (
         given.count("/") != 1
