@@ -10,10 +10,15 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from igpt import builtin_models
+from igpt.data.images.grid import grid_counts
+from igpt.data.images.photographs import photographs
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.files import read_json
+from igpt.model.transformer import ImageGPT
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +31,21 @@ def fewer(monkeypatch: pytest.MonkeyPatch) -> None:
         ("_SAMPLES", 4),
     ):
         monkeypatch.setattr(import_module("igpt.cli.pipeline"), name, number)
+    monkeypatch.setattr(builtin_models, "FOLDER", Path("no-built-in-models"))
+
+
+def test_photographs_are_completed_with_the_built_in_model(
+    igpt, builtin_model: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = igpt("demo", "-o", run, "--steps", 2)
+    assert done.returncode == 0, done.stderr
+    assert "5. Complete photographs with a built-in model\n" in done.stdout
+    assert {file.stem for file in (run / "photographs").iterdir()} == photographs().keys()
+    picture = Image.open(run / "photographs.png")
+    counts = grid_counts(picture, ImageGPT.from_pretrained(builtin_model).config.resolution)
+    assert counts == [6] * 8  # original, visible part, four completions
+    assert "Photographs, completed by a built-in model" in (run / "report.html").read_text()
 
 
 def test_the_demo_of_digits(igpt, tmp_path: Path) -> None:
@@ -41,7 +61,8 @@ def test_the_demo_of_digits(igpt, tmp_path: Path) -> None:
         "report",
     ):
         assert words in done.stdout, words
-    assert (tmp_path / "run" / "report.html").exists()
+    assert "   left out: this build of igpt has no built-in model\n" in done.stdout
+    assert "built-in model" not in (tmp_path / "run" / "report.html").read_text()
     before = (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns
     again = igpt("demo", "-o", tmp_path / "run", "--steps", 3)
     assert again.returncode == 0, again.stderr

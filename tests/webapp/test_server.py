@@ -751,6 +751,21 @@ def test_the_page_of_a_probed_run_shows_the_class_too(
     np.testing.assert_allclose(shown, expected.sort(descending=True).values[:3].numpy(), atol=1e-6)
 
 
+def test_a_model_without_a_run_has_its_name_and_photographs_on_the_page() -> None:
+    page = build(make_model(), name="<me>/photos")
+    try:
+        assert page.title == "<me>/photos - igpt"
+        values = [getattr(block, "value", None) for block in page.blocks.values()]
+        assert any(
+            isinstance(value, str)
+            and value.startswith("# Completing images with &lt;me&gt;/photos")
+            for value in values
+        )
+        assert [8] == [len(value) for value in values if isinstance(value, list) and value]
+    finally:
+        page.close(verbose=False)
+
+
 def test_an_address_that_cannot_be_used_is_named(model: ImageGPT) -> None:
     with socket.create_server((LOOPBACK, 0)) as other:
         port = other.getsockname()[1]
