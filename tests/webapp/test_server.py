@@ -761,7 +761,7 @@ def test_a_model_without_a_run_has_its_name_and_photographs_on_the_page() -> Non
             and value.startswith("# Completing images with &lt;me&gt;/photos")
             for value in values
         )
-        assert [8] == [len(value) for value in values if isinstance(value, list) and value]
+        assert [len(value) for value in values if isinstance(value, list) and value] == [8]
     finally:
         page.close(verbose=False)
 
