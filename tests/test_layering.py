@@ -117,6 +117,7 @@ MODULES = [
     "reproduction/scale",
     "reproduction/steps",
     "reproduction/processes",
+    "reproduction/schedule",
     "reproduction/runner",
     "reproduction/evidence",
     "reproduction/features",

@@ -20,23 +20,29 @@ from igpt.errors import InputError
 from igpt.files import write_json
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Results
-from igpt.reproduction.questions import QUESTIONS
-from igpt.reproduction.reproduce import gather, reproduce
+from igpt.reproduction.questions import questions
+from igpt.reproduction.reproduce import describe_plan, gather, reproduce
 from igpt.reproduction.runner import FORMAT, RECORD, VERSION, read_records, run_steps
-from igpt.reproduction.scale import Scale, scale
+from igpt.reproduction.scale import PARTS, Scale, longer, scale
 from igpt.reproduction.steps import steps
 
 from ..helpers import malformed, preloaded
 
 SMALL = replace(
-    scale("cpu", rehearsal=True),
+    scale("night", rehearsal=True),
     resolutions=(4, 6),
     sizes={"small": (2, 8, 1), "large": (3, 16, 2)},
     main="large",
+    masked_size="small",
+    masked_ratio=2,
+    resolution_size="small",
     steps=2,
     snapshots=(1, 2),
+    doublings=(1, 2),
     few=(1,),
+    own_labels=True,
 )
+QUESTIONS = questions(SMALL)
 NAMES = [asked.name for asked in QUESTIONS]
 NOTES = "layers: twice as many steps, without a difference\n"
 
@@ -102,14 +108,11 @@ def test_the_evidence_is_complete(folder: Path) -> None:
         assert asked["table"]["rows"]
         assert asked["how"]
         assert all(len(row) == len(asked["table"]["head"]) for row in asked["table"]["rows"])
-    assert [model["name"] for model in evidence["models"]] == [
-        "small",
-        "large",
-        "bert",
-        "at-4",
-        "at-6",
-    ]
-    assert evidence["models"][1]["images_seen"] == 16
+    images = {model["name"]: model["images_seen"] for model in evidence["models"]}
+    assert list(images)[:3] == ["small", "large", "bert"]
+    assert images["large"] == 16
+    assert images["bert"] == 32, "twice as many, as the scale says"
+    assert images["as-6"] < images["at-6"] == images["at-4"], "equal compute has fewer images"
     assert [machine["torch"] for machine in evidence["machines"]] == [torch.__version__]
     assert evidence["questions"][0]["tried"] == "twice as many steps, without a difference"
     own = next(
@@ -152,8 +155,8 @@ def test_the_page_is_complete_and_self_contained(folder: Path) -> None:
 
 def test_the_markdown_refers_to_its_figures(folder: Path) -> None:
     text = (folder / "report.md").read_text()
-    found = re.findall(r"!\[[^\]]+\]\((figures/[\w.]+)\)", text)
-    assert len(found) == len(QUESTIONS) + 1
+    found = re.findall(r"!\[[^\]]+\]\((figures/[\w.-]+)\)", text)
+    assert len(found) == len(QUESTIONS) + 1  # samples and completions
     for name in found:
         assert (folder / name).stat().st_size > 100
     tables = [table.splitlines() for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE)]
@@ -197,6 +200,61 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "pictures").symlink_to(folder / "pictures")
     evidence["machines"].append({**evidence["machines"][0], "gpu": "H200"})
     assert ", and on H200 (igpt " in write_page(tmp_path, evidence).read_text()
+
+
+def test_a_clone_without_models_continues(folder: Path, photographs: Path, tmp_path: Path) -> None:
+    """Git keeps the results of finished steps; only what unfinished ones read is made again."""
+    images, clone = folder.parent / "images", tmp_path / "out"
+    shutil.copytree(folder, clone)
+    git = ["git", "-C", str(clone)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "clean", "-fdxq"], check=True)
+    kept = [path for path in clone.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert max(path.stat().st_size for path in kept if path.suffix == ".json") < 100_000
+    assert not list(clone.rglob("*.safetensors"))
+    before = read_records(clone)
+    unfinished = ("probes/long-2", "finetuned/modern-ar-1-1")
+    records = {name: record for name, record in before.items() if name not in unfinished}
+    write_json(clone / RECORD, {"format": FORMAT, "version": VERSION, "steps": records})
+    (clone / "probes" / "long-2.json").unlink()
+    plan = describe_plan(clone, SMALL, str(images), str(images))
+    again = re.findall(r"^  again +(\S+):", plan, flags=re.MULTILINE)
+    assert set(again) == {
+        "tokens/corpus-4",
+        "tokens/labelled-4",
+        "runs/modern-corpus-0",
+        "runs/long",
+    }
+    shutil.copytree(photographs, images)
+    try:
+        assert reproduce(clone, SMALL, str(images), str(images))
+    finally:
+        shutil.rmtree(images)
+    after = read_records(clone)
+    assert {name for name in after if after[name] != records.get(name)} <= {*again, *unfinished}
+    assert not (clone / "runs" / "large" / "model").exists(), "nothing needs it"
+    first, second = (json.loads((one / "evidence.json").read_text()) for one in (folder, clone))
+    assert second["questions"] == first["questions"], "the same numbers"
+
+
+def test_longer_parts_replace_their_results_only(folder: Path, tmp_path: Path) -> None:
+    source = str(folder.parent / "images")
+    chosen = longer(SMALL, ["compute"])
+    plan = {step.name: step.words for step in steps(chosen, source, source)}
+    differ = {
+        name
+        for name, record in read_records(folder).items()
+        if plan[name] != tuple(record["command"])
+    }
+    assert differ == {"runs/long"}
+    assert plan.keys() - read_records(folder).keys() == {"probes/long-4"}
+    with pytest.raises(InputError, match="holds runs/long made by another command"):
+        reproduce(folder, chosen, source, source)
+    for part in PARTS:
+        assert longer(scale("night"), [part]) != scale("night")
+    with pytest.raises(InputError, match="no part 'berd'; did you mean 'bert'"):
+        longer(SMALL, ["berd"])
 
 
 def test_labels_are_checked_before_any_training(folder: Path, tmp_path: Path) -> None:
@@ -274,7 +332,7 @@ def test_missing_steps_are_named(folder: Path, tmp_path: Path) -> None:
     assert "Nothing has been trained yet." in text
 
 
-@pytest.mark.parametrize("name", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["cpu", "night", "gpu"])
 @pytest.mark.parametrize("rehearsal", [False, True])
 def test_the_graph_contains_the_inputs_of_every_step(name: str, rehearsal: bool) -> None:
     chosen: Scale = scale(name, rehearsal=rehearsal)

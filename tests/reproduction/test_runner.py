@@ -142,6 +142,66 @@ def test_a_killed_step_is_reported(tmp_path: Path) -> None:
         go([Step("dies", ("kill", "me"))], tmp_path)
 
 
+def test_what_does_not_fit_into_the_time_left_is_not_started(tmp_path: Path) -> None:
+    """A group starts only if all of it fits; of a group that was started, trainings start, since
+    they resume, and other steps only if they fit."""
+    steps = [
+        Step("long", ("write", "long"), group="first", seconds=100.0),
+        Step("reader", ("write", "reader"), after=("long",), group="first", seconds=100.0),
+        Step("short", ("write", "short"), group="second", seconds=20.0),
+        Step("single", ("write", "single"), seconds=1000.0),
+        Step("unknown", ("write", "unknown")),
+    ]
+    done, said = go(steps, tmp_path, minutes=2)
+    assert not done
+    assert read_records(tmp_path).keys() == {"short", "unknown"}
+    assert "2 of 5 steps are done; run the same command again to resume" in said[-1]
+    assert go(steps, tmp_path, minutes=30)[0], "together 200 s, and alone 1000 s"
+    assert (tmp_path / "short").read_text() == "once\n"
+
+
+def test_the_refusal_names_the_group_and_its_time(tmp_path: Path) -> None:
+    steps = [Step("a", ("write", "a"), group="first", seconds=600.0)]
+    _, said = go(steps, tmp_path, minutes=5)
+    assert "the steps of first take about 10 minutes, and 5 were left" in said[-1]
+
+
+def test_results_of_other_commands_are_replaced_on_request(tmp_path: Path) -> None:
+    """What reads them is repeated too; other tokens are refused in any case."""
+    before = [
+        Step("tokens", ("prepare", "source", "-o", "tokens")),
+        Step("run", ("write", "a"), after=("tokens",)),
+        Step("probe", ("write", "b"), after=("run",)),
+        Step("other", ("write", "c"), after=("tokens",)),
+    ]
+    (tmp_path / "tokens").mkdir()
+    (tmp_path / "tokens" / "dataset.json").touch()
+    assert go(before, tmp_path)[0]
+    after = [before[0], Step("run", ("write", "d"), after=("tokens",)), *before[2:]]
+    assert run_steps(
+        after,
+        tmp_path,
+        read_records(tmp_path),
+        jobs=2,
+        say=print,
+        replace=True,
+        program=PROGRAM,
+    )
+    read = {name: (tmp_path / name).read_text() for name in "abcd"}
+    assert read == {"a": "once\n", "b": "once\nagain\n", "c": "once\n", "d": "once\n"}
+    after[0] = Step("tokens", ("prepare", "another", "-o", "tokens"))
+    with pytest.raises(InputError, match="holds tokens made by another command"):
+        run_steps(
+            after,
+            tmp_path,
+            read_records(tmp_path),
+            jobs=2,
+            say=print,
+            replace=True,
+            program=PROGRAM,
+        )
+
+
 def stopped(steps: list[Step], folder: Path, when: Path) -> str:
     """Run steps until a file exists, then send SIGTERM; return the message of the interruption."""
 

@@ -24,6 +24,13 @@ _HELD = {
     "shown": "shown, not measured",
     "not yet": "not done yet",
 }
+_CONCLUDED = {
+    "yes": "Reproduced",
+    "in part": "Partly reproduced, so not to be relied on without the numbers below",
+    "no": "Not reproduced",
+    "undecided": "Undecided, the differences are within the intervals",
+    "not yet": "Not measured yet",
+}
 # Chen et al. 2020, sections 3 and 4; FLOPs are 6 x parameters x positions x images
 _PAPER = {
     "pretraining images": "1.28 M (ImageNet)",
@@ -79,10 +86,32 @@ def _description(evidence: Mapping[str, Any]) -> str:
     if evidence["rehearsal"]:
         rehearsal = " This is a rehearsal with runs of toy length: its numbers mean nothing."
     return (
+        f"{_conclusions(evidence)}"
         f"Transformers of {_millions(smallest)} to {_millions(largest)} parameters, pretrained "
         f"without labels on {number(models[0]['train_images'])} images of "
         f"{_short(evidence['corpus'])} at {side} \N{MULTIPLICATION SIGN} {side} pixels, and "
         f"evaluated on {_short(evidence['labelled'])}.{rehearsal}"
+    )
+
+
+def _conclusions(evidence: Mapping[str, Any]) -> str:
+    """Return what a reader may conclude, from the verdicts."""
+    if evidence["rehearsal"]:
+        return ""
+    parts = []
+    for held, words in _CONCLUDED.items():
+        found = [
+            asked["finding"]
+            for asked in evidence["questions"]
+            if asked["held"] == held and asked.get("finding")
+        ]
+        if found:
+            parts.append(f"{words}: {'; '.join(found)}.")
+    if not parts:
+        return ""
+    return (
+        f"What may be concluded, for models of this size and images of this resolution only. "
+        f"{' '.join(parts)} "
     )
 
 
@@ -130,6 +159,7 @@ def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
         small, largest = _extremes(models)
         rotary = evidence["recipe"].get("positions") == "rotary"
         muon = evidence["recipe"].get("optimizer") == "muon"
+        second = "; second recipe: {}" if evidence.get("second_recipe") else ""
         sides = sorted({round(model["places"] ** 0.5) for model in models})
         here = {
             "pretraining images": number(largest["train_images"]),
@@ -137,8 +167,9 @@ def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
             "parameters": f"{_millions(small)} to {_millions(largest)}",
             "FLOPs of the largest run": f"{max(model['flops'] for model in models):.1e}",
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
-            "positions": "2-D RoPE" if rotary else _PAPER["positions"],
-            "optimiser": "Muon" if muon else "AdamW without weight decay",
+            "positions": ("2-D RoPE" if rotary else _PAPER["positions"])
+            + second.format("2-D RoPE"),
+            "optimiser": ("Muon" if muon else "AdamW without weight decay") + second.format("Muon"),
         }
     rows = [(name, _PAPER[name], here[name]) for name in _PAPER]
     return Table("Data and compute", ("", "paper", "here"), rows)
@@ -157,7 +188,7 @@ def _sections(asked: Mapping[str, Any], folder: Path) -> list[Section]:
     if asked["plot"]["kind"] != "pictures":
         plot = partial(comparison.plot_comparison, asked["plot"])
         caption = f"{asked['how']} Bands and bars: 95 % intervals."
-        if name == "layers":
+        if name.startswith("layers"):
             caption += " Ring: best layer by validation accuracy."
         alt = f"Figure: {asked['plot']['y']} by {asked['plot']['x'] or 'protocol'}."
         return [Section(title, name, lead, chart(plot, alt), caption=caption, table=table)]

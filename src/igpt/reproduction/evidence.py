@@ -218,27 +218,28 @@ class Results:
         """Return the test accuracy of the layer with the best validation accuracy."""
         return accuracy_of_row(best_row(probe), probe)
 
-    def few(self, name: str) -> tuple[list[Accuracy], list[Accuracy]]:
+    def few(self, name: str, *, pixels: str = "") -> tuple[list[Accuracy], list[Accuracy]]:
         """Return the accuracies with few labels of the best layer and of raw pixels.
 
+        Args:
+            pixels: the probe with those of raw pixels, by default the same one.
+
         Raises:
-            InputError: the probe does not contain them.
+            InputError: a probe does not contain them.
         """
-        probe = self.probe(name)
-        count = probe["images"]["test"]
-        pixels = (probe.get("baselines") or {}).get("raw_pixels") or {}
-        found = [one.get("few_labels") or () for one in (probe, pixels)]
-        for each in found:
-            if [one["per_class"] for one in each] != list(self.scale.few):
-                path = self.folder / "probes" / f"{name}.json"
-                raise InputError(
-                    f"{path}: few_labels are not for {self.scale.few} labels per class; "
-                    "choose another -o"
-                )
-        layer, raw = (
-            [accuracy_of_subsets(one["test_accuracies"], count) for one in each] for each in found
-        )
-        return layer, raw
+        raw = (self.probe(pixels or name).get("baselines") or {}).get("raw_pixels") or {}
+        return self._few(self.probe(name), name), self._few(raw, pixels or name)
+
+    def _few(self, found: Mapping[str, Any], name: str) -> list[Accuracy]:
+        each = found.get("few_labels") or ()
+        if [one["per_class"] for one in each] != list(self.scale.few):
+            path = self.folder / "probes" / f"{name}.json"
+            raise InputError(
+                f"{path}: few_labels are not for {self.scale.few} labels per class; "
+                "choose another -o"
+            )
+        count = self.probe(name)["images"]["test"]
+        return [accuracy_of_subsets(one["test_accuracies"], count) for one in each]
 
     def raw_pixels(self, name: str) -> Accuracy:
         """Return the test accuracy of raw pixels.
@@ -254,21 +255,38 @@ class Results:
             )
         return accuracy_of_row(row, probe)
 
-    def losses(self, run: str) -> dict[int, float]:
+    def untrained(self, name: str) -> Accuracy:
+        """Return the test accuracy of the best layer of an untrained network.
+
+        Raises:
+            InputError: the probe does not contain it.
+        """
+        probe = self.probe(name)
+        found = (probe.get("baselines") or {}).get("untrained")
+        if not found:
+            raise InputError(
+                f"{self.folder / 'probes' / name}.json: untrained is missing; choose another -o"
+            )
+        return accuracy_of_row(best_row(found), probe)
+
+    def losses(self, run: str, snapshots: Sequence[int] | None = None) -> dict[int, float]:
         """Return the validation loss by step.
+
+        Args:
+            snapshots: steps whose losses must be there; those of the scale by default.
 
         Raises:
             InputError: a snapshot has none.
         """
+        if snapshots is None:
+            snapshots = self.scale.snapshots
         self.require(f"runs/{run}")
         path = self.folder / "runs" / run / "metrics.jsonl"
         found = {
             line["step"]: float(line["loss"])
             for line in history(read_metrics(path)[0], "validation")
         }
-        if missing := [
-            step for step in self.scale.snapshots if not math.isfinite(found.get(step, math.nan))
-        ]:
+        if missing := [step for step in snapshots if not math.isfinite(found.get(step, math.nan))]:
             raise InputError(f"{path}: the validation loss of step {missing[0]} is missing")
         return found
 

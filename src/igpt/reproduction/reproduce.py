@@ -2,6 +2,7 @@
 
 import reprlib
 import time
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,15 @@ from igpt.evaluation.probe import subset_images
 from igpt.evaluation.results import Count, Number, Positive
 from igpt.files import Stored, require_schema, write_json
 from igpt.locks import exclusive_folder
+from igpt.report.findings import duration
 from igpt.report.record import read_metrics
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Answer, NotDone, Results
-from igpt.reproduction.questions import QUESTIONS
+from igpt.reproduction.questions import QUESTIONS, questions
 from igpt.reproduction.runner import StepsFailed, read_records, run_steps
 from igpt.reproduction.scale import Scale
-from igpt.reproduction.steps import LABELLED, steps
+from igpt.reproduction.schedule import keep_small_files, seconds_left, to_make_again, wall_seconds
+from igpt.reproduction.steps import LABELLED, Step, runs, steps
 
 FORMAT, VERSION = "igpt-reproduction", 1
 EVIDENCE, NOTES = "evidence.json", "notes.yaml"
@@ -39,6 +42,7 @@ def reproduce(
     minutes: float | None = None,
     jobs: int | None = None,
     tokens_only: bool = False,
+    replace: bool = False,
 ) -> bool:
     """Run the steps that are not done yet, and write the page of the results so far.
 
@@ -46,10 +50,11 @@ def reproduce(
         out: folder of the reproduction.
         scale: see `igpt.reproduction.scale.scale`.
         corpus, labelled: sources of unlabelled and of labelled images; see `open_source`.
-        minutes: time limit; the next call resumes.
+        minutes: time limit; the next call resumes; see `run_steps`.
         jobs: number of steps side by side; by default the scale's.
         tokens_only: only prepare the tokens; the same call without this flag then does the rest,
             and does not need the images.
+        replace: whether results of other lengths are replaced.
 
     Returns:
         True if all steps are done.
@@ -69,10 +74,12 @@ def reproduce(
         _notes(out)  # report a mistake in them before the work
         records = read_records(out)
         planned = steps(scale, corpus, labelled)
-        tokens = [step for step in planned if step.name.startswith("tokens/")]
+        tokens = {step.name for step in planned if step.name.startswith("tokens/")}
         start = partial(
             run_steps,
+            planned,
             folder=out,
+            replace=replace,
             records=records,
             jobs=jobs or scale.jobs,
             say=say,
@@ -82,11 +89,13 @@ def reproduce(
         failed: StepsFailed | None = None
         done = False
         try:
-            done = start(tokens, minutes=minutes)
+            done = start(only=tokens, minutes=minutes)
+            keep_small_files(out)
             if done and not tokens_only:
-                labels = TokenDataset(out / LABELLED.format(scale.resolutions[0]))
-                _require_labels(labels, scale, labelled)
-                done = start(planned, minutes=end and max(0.0, end - time.monotonic()) / 60)
+                path = out / LABELLED.format(scale.resolutions[0])
+                if path.exists():  # otherwise all steps that read it are done
+                    _require_labels(TokenDataset(path), scale, labelled)
+                done = start(minutes=end and max(0.0, end - time.monotonic()) / 60)
         except StepsFailed as failure:
             failed = failure  # raised after the page of all other results is written
         evidence = gather(Results(out, scale, records), corpus, labelled)
@@ -99,17 +108,66 @@ def reproduce(
         return done
 
 
+def describe_plan(
+    out: Path, scale: Scale, corpus: str, labelled: str, *, jobs: int | None = None
+) -> str:
+    """Return the steps as text: those that are done, and estimates of the time of the others.
+
+    Nothing is written.
+
+    Args:
+        out, scale, corpus, labelled, jobs: see `reproduce`.
+    """
+    records, planned = read_records(out), steps(scale, corpus, labelled)
+    done = {name for name, one in records.items() if one["ended"] in ("done", "skipped")}
+    again = to_make_again(planned, done, out)
+    left = {
+        step.name: 0.0
+        if step.name in done - again
+        else seconds_left(step, {} if step.name in again else records, out, 1.0)
+        for step in planned
+    }
+    lines, count = [], jobs or scale.jobs
+    for group in dict.fromkeys(step.group for step in planned):
+        of_group = [step for step in planned if step.group == group]
+        lines.append(f"{group or 'first'}: {_estimate(of_group, left, done - again, count)}")
+        for step in of_group:
+            state = "again" if step.name in again else "done" if step.name in done else "to do"
+            seconds = "" if step.seconds is None else duration(step.seconds)
+            lines.append(f"  {state:5}  {seconds:>12}  {step.name}: igpt {' '.join(step.words)}")
+    lines.append(f"all steps: {_estimate(planned, left, done - again, count)}")
+    if scale.speed is None:
+        lines.append(f"the times of the scale {scale.name} are not estimated")
+    return "\n".join(lines)
+
+
+def _estimate(
+    planned: Sequence[Step], left: Mapping[str, float], done: Collection[str], jobs: int
+) -> str:
+    unfinished = [step for step in planned if step.name not in done]
+    text = f"{len(unfinished)} of {len(planned)} steps to do"
+    if any(step.seconds is None for step in planned):
+        return text
+    wall = wall_seconds(unfinished, left, jobs)
+    return f"{text}, about {duration(wall)}, {jobs} side by side"
+
+
 def gather(results: Results, corpus: str, labelled: str) -> dict[str, Any]:
     """Return the content of evidence.json: the answers and the cost of all steps that are done."""
     scale, records, notes = results.scale, results.records, _notes(results.folder)
-    questions = []
-    for asked in QUESTIONS:
+    answered = []
+    for asked in questions(scale):
         try:
             answer = asked.answer(results)
         except NotDone as missing:
             answer = Answer("not yet", f"The step {missing} is not done yet.", {}, {}, "")
-        about = {"name": asked.name, "asks": asked.asks, "paper": asked.paper}
-        questions.append({**about, **vars(answer), "tried": notes.get(asked.name)})
+        about = {
+            "name": asked.name,
+            "asks": asked.asks,
+            "paper": asked.paper,
+            "finding": asked.finding,
+        }
+        answered.append({**about, **vars(answer), "tried": notes.get(asked.name)})
     machines = [record["machine"] for record in records.values()]
     return {
         "format": FORMAT,
@@ -120,8 +178,9 @@ def gather(results: Results, corpus: str, labelled: str) -> dict[str, Any]:
         "labelled": labelled,
         "colors": scale.colors,
         "recipe": dict(scale.recipe),
-        "complete": all(one["held"] != "not yet" for one in questions),
-        "questions": questions,
+        "second_recipe": dict(scale.second.recipe) if scale.second else None,
+        "complete": all(one["held"] != "not yet" for one in answered),
+        "questions": answered,
         "models": _models(results),
         "steps": {name: {"seconds": record["seconds"]} for name, record in records.items()},
         "side_by_side": max((record["side_by_side"] for record in records.values()), default=None),
@@ -190,26 +249,18 @@ class _Lines(Stored):
 def _models(results: Results) -> list[dict[str, Any]]:
     """Return the pretrained models with their cost."""
     scale, found = results.scale, []
-    names = [*scale.sizes, "bert", *(f"at-{side}" for side in scale.resolutions)]
-    for name in names:
-        if not results.has(f"runs/{name}"):
+    for run in sorted(runs(scale), key=lambda run: _place(run.name, scale)):
+        if not results.has(f"runs/{run.name}"):
             continue
-        path = results.folder / "runs" / name / "metrics.jsonl"
+        path = results.folder / "runs" / run.name / "metrics.jsonl"
         kinds = {line["kind"]: line for line in read_metrics(path)[0]}
         require_schema(kinds, _Lines, path)
         start, end, machine = kinds["start"], kinds["end"], kinds["machine"]
-        size = (
-            scale.main
-            if name == "bert"
-            else scale.resolution_size
-            if name.startswith("at-")
-            else name
-        )
-        images = end["step"] * int(str(scale.recipe["batch-size"]))
+        images = end["step"] * run.number("batch-size")
         found.append(
             {
-                "name": name,
-                "shape": list(scale.sizes[size]),
+                "name": run.name,
+                "shape": list(scale.sizes[run.size]),
                 "places": start["places"],
                 "parameters": start["parameters"],
                 "train_images": start["train_images"],
@@ -221,3 +272,9 @@ def _models(results: Results) -> list[dict[str, Any]]:
             }
         )
     return found
+
+
+def _place(name: str, scale: Scale) -> int:
+    """Return the place of a run in the table: the sizes from the smallest, then the others."""
+    sizes = list(scale.sizes)
+    return sizes.index(name) if name in sizes else len(sizes)

@@ -6,8 +6,10 @@ logs/NAME.log    output of a step
 
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +22,7 @@ from igpt.evaluation.results import Count, Positive
 from igpt.files import Stored, read_json, require_schema, write_json
 from igpt.locks import exclusive_folder
 from igpt.reproduction.processes import IGPT, Process, ProcessPool
+from igpt.reproduction.schedule import pace, seconds_left, to_make_again, wall_seconds
 from igpt.reproduction.steps import Step
 from igpt.training.signals import StopRequest
 
@@ -86,8 +89,10 @@ def run_steps(
     *,
     jobs: int,
     say: Callable[[str], None],
+    only: Collection[str] | None = None,
     minutes: float | None = None,
     sources: Mapping[str, Path] | None = None,
+    replace: bool = False,
     program: Sequence[str] = IGPT,
 ) -> bool:
     """Run the steps that are not done yet; return True if all are done.
@@ -97,8 +102,13 @@ def run_steps(
         records: from `read_records`; updated with every step that ends.
         jobs: number of steps side by side; they share the cores equally.
         say: prints a line of progress.
-        minutes: time limit, after which running steps are stopped; the next call resumes.
+        only: names of the steps to run; all by default.
+        minutes: time limit, after which running steps are stopped; the next call resumes. Steps
+            and groups of steps that are estimated to take longer are not started, except trainings
+            of a group that was started, which resume.
         sources: absolute paths of the sources of `igpt prepare` that are relative paths.
+        replace: whether results of other commands, and of the steps that read them, are removed;
+            other tokens are an error in any case.
         program: the words before those of a step.
 
     Raises:
@@ -106,18 +116,19 @@ def run_steps(
         InputError: the folder holds results of other commands, or another process works in it.
         Interrupted: on Ctrl-C or SIGTERM, after the running steps have been stopped.
     """
-    for step in steps:
-        known = records.get(step.name)
-        if known and known["ended"] != "failed" and tuple(known["command"]) != step.words:
-            raise InputError(
-                f"{folder} holds {step.name} made by another command "
-                f"(igpt {' '.join(known['command'])}); choose another -o"
-            )
+    others = _of_other_commands(steps, records)
+    tokens = {step.name for step in steps if step.words[0] == "prepare"}
+    kept = [name for name in others if not replace or name in tokens]
+    if kept:
+        name = kept[0]
+        raise InputError(
+            f"{folder} holds {name} made by another command "
+            f"(igpt {' '.join(records[name]['command'])}); choose another -o"
+        )
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     about = describe()
     machine = {key: value for key, value in about.items() if key not in ("command", "started")}
     by_name = {step.name: step for step in steps}
-    done = {name for name in by_name if records.get(name, {}).get("ended") in ("done", "skipped")}
     failures: list[str] = []
 
     def record(name: str, ended: str, seconds: float) -> None:
@@ -131,7 +142,7 @@ def run_steps(
             "side_by_side": jobs,
             "machine": machine,
         }
-        write_json(folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": records})
+        _write_records(folder, records)
 
     def settle(process: Process, *, stopping: bool) -> None:
         """Record the end of a step, and print it."""
@@ -153,38 +164,138 @@ def run_steps(
             say(failures[-1])
 
     with exclusive_folder(folder), StopRequest() as stop:
+        for name in others:
+            _remove(records, name, folder)
+        if others:
+            _write_records(folder, records)
+        done = {name for name in by_name if _is_done(records, name)}
         if done and len(done) < len(steps):
             say(f"{len(done)} of {len(steps)} steps are done already")
         for step in steps:
             # A kill may fall between the end of a step and its record.
             if step.name not in done and _is_prepared(step, folder):
                 record(step.name, "done", 0.0)
-        waiting = [step for step in steps if step.name not in done]
+        again = to_make_again(steps, done, folder)
+        done -= again
+        waiting = [
+            step for step in steps if step.name not in done and (only is None or step.name in only)
+        ]
         pool = ProcessPool(folder, jobs, max(1, _cores() // jobs), program)
+        gate = _Gate(steps, records, folder, jobs, str(machine["processor"]))
         try:
             while not stop.number and time.monotonic() < end:
+                running = [process.name for process in pool.running]
                 for step in [one for one in waiting if done.issuperset(one.after)]:
-                    if not pool.is_full:
-                        waiting.remove(step)
-                        pool.start(
-                            step.name, _words(step, folder, sources or {}), _log(step, folder)
-                        )
+                    if pool.is_full or not gate.opens(step, done, running, end - time.monotonic()):
+                        continue
+                    waiting.remove(step)
+                    if step.name in again:
+                        # Its files are replaced: if that is interrupted, it is not done.
+                        del records[step.name]
+                        record(step.name, "stopped", 0.0)
+                    if step.run and not (folder / step.name / "config.yaml").exists():
+                        # The metrics of a run whose model is gone would be taken for a run.
+                        shutil.rmtree(folder / step.name, ignore_errors=True)
+                    pool.start(step.name, _words(step, folder, sources or {}), _log(step, folder))
+                    running.append(step.name)
                 if not pool.running:
-                    break  # all steps are done, or the others depend on failed ones
+                    break  # all steps are done, or nothing else may start
                 for process in pool.wait(min(0.5, end - time.monotonic())):
                     settle(process, stopping=bool(stop.number))
         finally:
             for process in pool.stop():
                 record(process.name, "stopped" if process.exit_code else "done", process.seconds)
-    reached = f"{len(done)} of {len(steps)} steps are done"
+    reached = f"{len(done | again)} of {len(steps)} steps are done"
     if stop.number:
         raise Interrupted(stop.number, reached)
     if failures:
         several = f"{len(failures)} steps failed; " if len(failures) > 1 else ""
         raise StepsFailed(f"{failures[0]} ({several}{reached})")
-    if minutes is not None and len(done) < len(steps):
-        say(f"stopped after {minutes:g} minutes: {reached}; run the same command again to resume")
-    return len(done) == len(steps)
+    if minutes is not None and waiting:
+        reason = f"{gate.refusal}: {reached}" if gate.refusal else reached
+        say(f"stopped after {minutes:g} minutes: {reason}; run the same command again to resume")
+    return done.issuperset(only if only is not None else by_name)
+
+
+@dataclass
+class _Gate:
+    """Decides whether a step may start in the time that is left.
+
+    Attributes:
+        begun: groups of which a step was started in this call.
+        refusal: why a step was not started, or "".
+    """
+
+    steps: Sequence[Step]
+    records: Records
+    folder: Path
+    jobs: int
+    processor: str
+    begun: set[str] = field(default_factory=set)
+    refusal: str = ""
+
+    def opens(self, step: Step, done: Collection[str], running: Sequence[str], left: float) -> bool:
+        """Return whether a step may start.
+
+        Args:
+            done, running: names of steps.
+            left: seconds.
+        """
+        if step.seconds is None or math.isinf(left):
+            return True
+        speed = pace(self.steps, self.records, self.processor)
+        if step.group in self.begun or not step.group:
+            rest = seconds_left(step, self.records, self.folder, speed)
+            if not step.run and rest > left:
+                self.refusal = f"{step.name} takes about {rest / 60:.0f} minutes"
+                return False
+            return True
+        groups = self.begun | {step.group}
+        unfinished = [
+            one
+            for one in self.steps
+            if one.name not in done and (one.group in groups or one.name in running)
+        ]
+        seconds = {
+            one.name: seconds_left(one, self.records, self.folder, speed) for one in unfinished
+        }
+        needed = wall_seconds(unfinished, seconds, self.jobs, running)
+        if needed > left:
+            self.refusal = (
+                f"the steps of {step.group} take about {needed / 60:.0f} minutes, "
+                f"and {left / 60:.0f} were left"
+            )
+            return False
+        self.begun.add(step.group)
+        return True
+
+
+def _is_done(records: Records, name: str) -> bool:
+    return records.get(name, {}).get("ended") in ("done", "skipped")
+
+
+def _of_other_commands(steps: Sequence[Step], records: Records) -> list[str]:
+    """Return the steps that other commands made, and those that read their results."""
+    found: list[str] = []
+    for step in steps:
+        known = records.get(step.name)
+        if known and known["ended"] != "failed":
+            differs = tuple(known["command"]) != step.words
+            if differs or not set(found).isdisjoint(step.after):
+                found.append(step.name)
+    return found
+
+
+def _remove(records: Records, name: str, folder: Path) -> None:
+    """Forget a step, and remove its results."""
+    del records[name]
+    shutil.rmtree(folder / name, ignore_errors=True)
+    for suffix in (".json", ".safetensors", ".png"):
+        (folder / f"{name}{suffix}").unlink(missing_ok=True)
+
+
+def _write_records(folder: Path, records: Records) -> None:
+    write_json(folder / RECORD, {"format": FORMAT, "version": VERSION, "steps": records})
 
 
 def _is_prepared(step: Step, folder: Path) -> bool:

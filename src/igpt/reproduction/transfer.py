@@ -13,12 +13,17 @@ from igpt.reproduction.evidence import (
     points,
     series,
 )
+from igpt.reproduction.scale import Scale
+from igpt.reproduction.steps import compared
 
 
 def bert(results: Results) -> Answer:
     """Answer by the accuracies of both objectives, with the probe and after fine-tuning."""
-    probes = [results.best(results.probe(run)) for run in ("main", "bert")]
-    tuned = [results.finetuned(start, "all") for start in ("ar", "bert")]
+    scale = results.scale
+    size = scale.of_both_objectives
+    ar, probed = ("ar", "main") if size == scale.main else (f"ar-{size}", f"ar-{size}")
+    probes = [results.best(results.probe(run)) for run in (probed, "bert")]
+    tuned = [results.finetuned(start, "all") for start in (ar, "bert")]
     worse, behind = clearly(probes[0], probes[1]), clearly(tuned[0], tuned[1])
     (before, uncertain), (after, unsure) = difference(*probes), difference(*tuned)
     closer = before - after > math.hypot(uncertain, unsure)
@@ -60,10 +65,10 @@ def bert(results: Results) -> Answer:
         "categories": categories,
         "series": lines,
     }
-    masks = results.scale.masks
+    masks = scale.masks
     inputs = f"{masks} masked versions (modal prediction)" if masks else "complete images"
     how = (
-        f"The {results.scale.main} size, the same number of steps on the same batches for both, "
+        f"The {size} size, {_lengths(scale)}, "
         "one run each (seed 0); BERT masks 15 % of the pixels. Probe: best layer by validation "
         f"accuracy; BERT's input: {inputs}. Fine-tuning: the same number of steps and the same "
         "learning rates for both, selected by validation accuracy; BERT is tested on complete "
@@ -73,15 +78,38 @@ def bert(results: Results) -> Answer:
     return Answer(held, verdict, plot, table, how)
 
 
-def finetuning(results: Results) -> Answer:
-    """Compare fine-tuning with the probe, training from scratch and raw pixels."""
-    scale, probe = results.scale, results.probe("main")
-    layer, raw = results.few("main")
+def _lengths(scale: Scale) -> str:
+    """Return the length of pretraining with both objectives, relative to each other."""
+    if scale.masked_ratio == 1:
+        return "the same number of steps on the same batches for both"
+    predicted = 0.15 * scale.masked_ratio
+    return (
+        f"{scale.masked_ratio:g} times as many images for BERT, so {predicted:.2g} times as many "
+        "predicted positions"
+    )
+
+
+def finetuning(results: Results, *, second: bool = False) -> Answer:
+    """Compare fine-tuning with the probe, training from scratch and raw pixels.
+
+    Args:
+        second: whether the second recipe is compared.
+    """
+    scale = results.scale
+    prefix, name, with_all, with_few = "", "main", scale.with_all, scale.with_few
+    every = scale.finetuning
+    if second:
+        assert scale.second
+        prefix, name = f"{scale.second.name}-", compared(scale, second=True)[0].probe
+        every = scale.second.finetuning
+        with_all, with_few = scale.second.with_all, scale.second.with_few
+    probe = results.probe(name)
+    layer, raw = results.few(name, pixels="main")
     labels_of_all: list[str | int] = [*scale.few, "all"]
     found: dict[str, list[Accuracy]] = {
-        "fine-tuned": [results.finetuned("ar", labels) for labels in labels_of_all],
+        "fine-tuned": [results.finetuned(f"{prefix}ar", labels) for labels in labels_of_all],
         "linear probe": [*layer, results.best(probe)],
-        "from scratch": [results.finetuned("scratch", labels) for labels in labels_of_all],
+        "from scratch": [results.finetuned(f"{prefix}scratch", labels) for labels in labels_of_all],
         "raw pixels": [*raw, results.raw_pixels("main")],
     }
     categories = [*(f"{few} per class" for few in scale.few), "all"]
@@ -123,15 +151,18 @@ def finetuning(results: Results) -> Answer:
             series(kind, list(range(len(shares))), shares) for kind, shares in found.items()
         ],
     }
-    flags: dict[str, Any] = {**scale.finetuning, **scale.with_all}
+    flags: dict[str, Any] = {**every, **with_all}
     rates = [f"{rate:g}" for rate in flags.get("learning-rates", ())]
     rate = (
         f"learning rates {' and '.join(rates)}"
         if rates
         else f"learning rate {flags['learning-rate']:g}"
     )
+    from_scratch = () if second else scale.from_scratch.get("learning-rates")
+    if isinstance(from_scratch, tuple) and from_scratch:
+        rate += f", from scratch {' and '.join(f'{one:g}' for one in from_scratch)}"
     images = flags["batch-size"] * flags["steps"]
-    few_flags: dict[str, Any] = {**scale.finetuning, **scale.with_few}
+    few_flags: dict[str, Any] = {**every, **with_few}
     few_images = few_flags["batch-size"] * few_flags["steps"]
     fitted = probe["images"]["train"] + probe["images"]["validation"]
     how = (

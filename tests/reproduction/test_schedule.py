@@ -1,0 +1,64 @@
+"""Which steps are made again, and estimates of time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from igpt.reproduction.schedule import pace, seconds_left, to_make_again, wall_seconds
+from igpt.reproduction.steps import Step
+
+
+def chain(*names: str, seconds: float = 10.0) -> list[Step]:
+    """Return steps that each read the result of the one before."""
+    return [
+        Step(name, (), after=names[at - 1 : at] if at else (), seconds=seconds)
+        for at, name in enumerate(names)
+    ]
+
+
+def test_only_what_unfinished_steps_read_is_made_again(tmp_path: Path) -> None:
+    tokens, run, first, second = chain("tokens", "run", "first", "second")
+    second = Step("second", (), after=("run",))
+    plan = [tokens, run, first, second]
+    assert to_make_again(plan, {"tokens", "run", "first", "second"}, tmp_path) == set()
+    assert to_make_again(plan, {"tokens", "run", "first"}, tmp_path) == {"tokens", "run"}
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "model" / "config.json").touch()
+    assert to_make_again(plan, {"tokens", "run", "first"}, tmp_path) == set()
+
+
+def test_wall_time_of_steps_side_by_side() -> None:
+    steps = [*chain("a", "b"), *chain("c", "d", "e")]
+    seconds = {"a": 10.0, "b": 10.0, "c": 5.0, "d": 5.0, "e": 30.0}
+    assert wall_seconds(steps, seconds, 1) == 60
+    assert wall_seconds(steps, seconds, 2) == 40, "c, d and e one after the other"
+    assert wall_seconds(steps[1:], seconds, 2) == 40, "what is not in the list is finished"
+    both = [*chain("a"), *chain("c")]
+    assert wall_seconds([*both, *chain("e")], seconds, 2) == 35, "e starts after c"
+    assert wall_seconds([*both, *chain("e")], seconds, 2, running=["e"]) == 30, "e runs already"
+
+
+def record(seconds: float, ended: str = "done", processor: str = "fast") -> dict[str, Any]:
+    return {"ended": ended, "seconds": seconds, "machine": {"processor": processor}}
+
+
+def test_the_pace_is_that_of_finished_steps_on_the_same_processor() -> None:
+    steps = chain("a", "b", "c", seconds=400.0)
+    records = {"a": record(500.0), "b": record(300.0), "c": record(9.0, "stopped")}
+    assert pace(steps, records, "fast") == 1.0
+    assert pace(steps, {**records, "b": record(700.0)}, "fast") == 1.5
+    assert pace(steps, records, "slow") == 1.0
+    assert pace(steps, {"a": record(900.0)}, "fast") == 1.0, "400 s are too few"
+
+
+@pytest.mark.parametrize(("begun", "left"), [(False, 200.0), (True, 140.0)])
+def test_a_stopped_training_needs_the_rest_of_its_time(
+    begun: bool, left: float, tmp_path: Path
+) -> None:
+    step = Step("run", (), run=True, seconds=100.0)
+    if begun:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "config.yaml").touch()
+    assert seconds_left(step, {"run": record(60.0, "stopped")}, tmp_path, 2.0) == left
+    assert seconds_left(Step("run", ()), {}, tmp_path, 2.0) == 0
