@@ -326,7 +326,7 @@ def without_labels(results: Results) -> Answer:
         for model in compared(scale, second=second):
             if not model.on_labelled:
                 pretrained[recipe, f"seed {model.seed}"] = results.best(results.probe(model.probe))
-    pretrained[name, "longer"] = results.best(results.probe(f"{LONG}-{scale.doublings[-1]}"))
+    pretrained[name, "longer"] = results.best(results.probe(LONG))
     baselines["raw", "pixels"] = results.raw_pixels("main")
     baselines["untrained", "network"] = results.untrained("main")
     scratch["scratch,", "paper's"] = results.finetuned("scratch", "all")

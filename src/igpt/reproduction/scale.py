@@ -264,15 +264,15 @@ _OFTEN: Flags = {
 }
 _FINETUNING: Flags = {"batch-size": 16, "flip": True, "shift": 2, "log-every": 100}
 _WITH_ALL: Flags = {
-    "steps": 4000,
+    "steps": 2800,  # one pass over 45,000 images
     "learning-rates": (1e-3, 3e-4),
-    "validate-every": 500,
+    "validate-every": 400,
     "checkpoint-every": 250,
     "keep-checkpoints": 1,
     "validation-images": 1000,
 }
 _WITH_FEW: Flags = {
-    "steps": 500,
+    "steps": 400,
     "learning-rate": 1e-3,
     "validate-every": 100,
     "checkpoint-every": 250,
@@ -300,7 +300,7 @@ _NIGHT = Scale(
     steps=9600,
     snapshots=(600, 1200, 2400, 4800, 9600),
     resolution_size="medium",
-    resolution_steps=4800,
+    resolution_steps=3200,
     probe_images=20_000,
     snapshot_images=10_000,
     test_images=10_000,
@@ -330,7 +330,7 @@ _NIGHT = Scale(
     ),
     masked_size="medium",
     masked_ratio=6.67,  # 1 / 0.15: as many predicted positions
-    doublings=(300, 600, 1200, 2400, 4800, 9600, 19_200),
+    doublings=(200, 400, 800, 1600, 3200, 6400, 12_800),
     long={"schedule": "constant", "learning-rate": 5e-3},
     equal_compute=True,
     own_labels=False,  # 200 classes, and no question needs them

@@ -126,7 +126,11 @@ def compared(scale: Scale, *, second: bool = False) -> list[Compared]:
 
 
 def runs(scale: Scale) -> list[Run]:
-    """Return all pretraining runs, those of the same group next to each other."""
+    """Return all pretraining runs.
+
+    Their order is that of their groups: those that decide answers come first, and a long training
+    comes before short ones, which then run next to it.
+    """
     first = scale.resolutions[0]
     grouped = scale.seeds > 1
 
@@ -144,20 +148,23 @@ def runs(scale: Scale) -> list[Run]:
     found.append(Run("bert", scale.of_both_objectives, first, flags, group="objectives"))
     if grouped:
         found += _of_recipe(scale, scale.recipe, compared(scale)[1:])
-    if grouped and scale.second:
-        found += _of_recipe(scale, scale.second.recipe, compared(scale, second=True))
     for side in scale.resolutions:
         flags = _of_steps(scale.recipe, scale.resolution_steps)
         found.append(Run(f"at-{side}", scale.resolution_size, side, flags, group="resolution"))
     for side in scale.resolutions[1:] if scale.equal_compute else ():
         flags = _of_steps(scale.recipe, equal_compute_steps(scale, side))
         found.append(Run(f"as-{side}", scale.resolution_size, side, flags, group="resolution"))
+    seconds = compared(scale, second=True) if grouped and scale.second else []
+    if scale.second:
+        found += _of_recipe(scale, scale.second.recipe, seconds[:1])
     if scale.doublings:
         assert scale.second
         flags = _of_steps(
             {**scale.second.recipe, **scale.long}, scale.doublings[-1], snapshots=scale.doublings
         )
         found.append(Run(LONG, scale.main, first, flags, group="compute"))
+    if scale.second:
+        found += _of_recipe(scale, scale.second.recipe, seconds[1:])
     return found if grouped else [replace(run, group="") for run in found]
 
 
@@ -299,7 +306,9 @@ def _probes(scale: Scale, pretraining: Mapping[str, Run]) -> Iterator[Step]:
                 if model.probe != "main":
                     yield _probe(scale, model.probe, pretraining[model.run], {**layers, **more})
     for step in scale.doublings:
-        yield _probe(scale, f"{LONG}-{step}", pretraining[LONG], layers, step=step)
+        yield _probe(scale, f"{LONG}-{step}", pretraining[LONG], fewer, step=step)
+    if scale.doublings:
+        yield _probe(scale, LONG, pretraining[LONG], layers, step=scale.doublings[-1])
 
 
 def _probe(
