@@ -334,6 +334,84 @@ def test_resolutions_are_compared_image_by_image(made: Made) -> None:
     assert made.answer("resolution")["held"] == "yes"
 
 
+@pytest.fixture
+def night(tmp_path: Path) -> Made:
+    return Made(tmp_path, scale("night", rehearsal=True))
+
+
+@pytest.mark.parametrize(
+    ("at_equal_images", "at_equal_compute", "held"),
+    [(0.4, 0.4, "yes"), (0.4, 0.3, "in part"), (0.3, 0.2, "no"), (0.3, 0.3, "undecided")],
+)
+def test_resolution_at_equal_compute(
+    night: Made, at_equal_images: float, at_equal_compute: float, held: str
+) -> None:
+    sides = sorted(night.scale.resolutions)
+    for side in sides:
+        is_highest = side == sides[-1]
+        night.probe(f"at-{side}", [0.1, at_equal_images if is_highest else 0.3], 1)
+        night.probe(f"as-{side}", [0.1, at_equal_compute if is_highest else 0.3], 1)
+    answer = night.answer("resolution")
+    assert answer["held"] == held
+    images = {row[0]: row[1] for row in answer["table"]["rows"][len(sides) :]}
+    assert int(images[f"{sides[0]} px"]) > int(images[f"{sides[-1]} px"])
+
+
+@pytest.mark.parametrize(("last", "held"), [(0.6, "yes"), (0.5, "undecided"), (0.4, "no")])
+def test_the_last_doubling_of_compute(night: Made, last: float, held: str) -> None:
+    doublings = night.scale.doublings
+    night.run("long", {step: 3.0 - step / 10 for step in doublings})
+    for step in doublings:
+        night.probe(f"long-{step}", [0.1, last if step == doublings[-1] else 0.5], 1)
+    answer = night.answer("compute")
+    assert answer["held"] == held
+    assert [row[:3] for row in answer["table"]["rows"]] == [
+        [str(8 * step), f"{3.0 - step / 10:.3f}", "1 of 1"] for step in doublings
+    ]
+
+
+@pytest.mark.parametrize(
+    ("probed", "scratch", "held"),
+    [(0.5, 0.4, "yes"), (0.5, 0.6, "in part"), (0.2, 0.6, "no"), (0.3, 0.3, "undecided")],
+)
+def test_features_without_labels(night: Made, probed: float, scratch: float, held: str) -> None:
+    raw = {**row(0.3, 2000, "raw"), "validation_accuracy": 0.3}
+    untrained = {"best_layer": 1, "layers": [{**raw, **row(0.3, 2000, "un"), "layer": 1}]}
+    night.probe("main", [0.1, probed], 1, baselines={"raw_pixels": raw, "untrained": untrained})
+    for name in ("corpus-1", "modern-corpus-0", "modern-corpus-1", "long"):
+        night.probe(name, [0.1, 0.9], 1)
+    for name in ("scratch-all", "modern-scratch-all"):
+        night.finetuned(name, scratch)
+    answer = night.answer("without-labels")
+    assert answer["held"] == held, "the paper's recipe decides"
+    assert [len(line["x"]) for line in answer["plot"]["series"]] == [7, 2]
+    assert len(answer["plot"]["categories"]) == len(answer["table"]["rows"]) == 9
+
+
+def test_layers_of_both_images_and_seeds(night: Made) -> None:
+    peaked, level = [0.3, 0.4, 0.5, 0.4], [0.3, 0.4, 0.5, 0.49]
+    for name in ("main", "corpus-1", "labelled-0", "labelled-1"):
+        night.probe(name, level if name == "main" else peaked, 2)
+        night.probe(f"modern-{'corpus-0' if name == 'main' else name}", level, 2)
+    answer = night.answer("layers")
+    assert answer["held"] == "in part"
+    assert answer["verdict"].startswith("3 of 4 models have a single peak at an inner layer")
+    assert [line["name"] for line in answer["plot"]["series"]] == [
+        f"{images}, seed {seed}" for images in ("corpus", "labelled") for seed in (0, 1)
+    ]
+    assert night.answer("layers-second")["held"] == "undecided"
+
+
+def test_bert_is_compared_at_its_own_size(night: Made) -> None:
+    for name, accuracy in (("ar-medium", 0.5), ("bert", 0.4), ("main", 0.1)):
+        night.probe(name, [0.1, accuracy], 1)
+    for name in ("ar-medium-all", "bert-all"):
+        night.finetuned(name, 0.6)
+    answer = night.answer("bert")
+    assert answer["held"] == "yes"
+    assert "6.67 times as many images for BERT, so as many predicted positions" in answer["how"]
+
+
 def test_missing_steps_are_named(made: Made) -> None:
     made.probe(f"{SIZES[0]}-{SCALE.steps}", [0.1, 0.2], 1)
     with pytest.raises(NotDone, match="probes/main"):

@@ -202,6 +202,19 @@ def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
     assert ", and on H200 (igpt " in write_page(tmp_path, evidence).read_text()
 
 
+def test_the_first_paragraph_says_what_may_be_concluded(folder: Path, tmp_path: Path) -> None:
+    evidence = json.loads((folder / "evidence.json").read_text())
+    (tmp_path / "pictures").symlink_to(folder / "pictures")
+    first, second, *others = evidence["questions"]
+    for asked in others:
+        asked["held"] = "undecided" if asked["finding"] else "shown"
+    first["held"], second["held"] = "yes", "no"
+    write_page(tmp_path, {**evidence, "rehearsal": False})
+    paragraph = (tmp_path / "report.md").read_text().split("\n\n")[1]
+    assert f"Reproduced: {first['finding']}. Not reproduced: {second['finding']}." in paragraph
+    assert f"within the intervals: {others[0]['finding']}; " in paragraph
+
+
 def test_a_clone_without_models_continues(folder: Path, photographs: Path, tmp_path: Path) -> None:
     """Git keeps the results of finished steps; only what unfinished ones read is made again."""
     images, clone = folder.parent / "images", tmp_path / "out"

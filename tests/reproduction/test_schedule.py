@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from igpt.reproduction.reproduce import describe_plan
+from igpt.reproduction.scale import scale
 from igpt.reproduction.schedule import pace, seconds_left, to_make_again, wall_seconds
-from igpt.reproduction.steps import Step
+from igpt.reproduction.steps import Step, steps
 
 
 def chain(*names: str, seconds: float = 10.0) -> list[Step]:
@@ -62,3 +64,17 @@ def test_a_stopped_training_needs_the_rest_of_its_time(
         (tmp_path / "run" / "config.yaml").touch()
     assert seconds_left(step, {"run": record(60.0, "stopped")}, tmp_path, 2.0) == left
     assert seconds_left(Step("run", ()), {}, tmp_path, 2.0) == 0
+
+
+def test_a_night_takes_about_ten_hours_and_each_group_fits_into_a_sitting(tmp_path: Path) -> None:
+    plan = steps(scale("night"), "corpus", "labelled")
+    seconds = {step.name: step.seconds or 0.0 for step in plan}
+    assert min(seconds.values()) > 0
+    assert 9 < wall_seconds(plan, seconds, 2) / 3600 < 11
+    for group in {step.group for step in plan}:
+        one = [step for step in plan if step.group == group]
+        assert wall_seconds(one, seconds, 2) / 60 < 155, group
+    text = describe_plan(tmp_path / "none", scale("night"), "corpus", "labelled")
+    assert text.splitlines()[-1].startswith(f"all steps: {len(plan)} of {len(plan)} steps to do")
+    assert all(f"igpt {' '.join(step.words)}" in text for step in plan)
+    assert not (tmp_path / "none").exists()

@@ -164,9 +164,8 @@ def run_steps(
             say(failures[-1])
 
     with exclusive_folder(folder), StopRequest() as stop:
-        for name in others:
+        for name in reversed(others):  # readers first: after a kill, the next call goes on
             _remove(records, name, folder)
-        if others:
             _write_records(folder, records)
         done = {name for name in by_name if _is_done(records, name)}
         if done and len(done) < len(steps):
@@ -177,6 +176,8 @@ def run_steps(
                 record(step.name, "done", 0.0)
         again = to_make_again(steps, done, folder)
         done -= again
+        if again and (only is None or not again.isdisjoint(only)):
+            say(f"made again, since unfinished steps read them: {', '.join(sorted(again))}")
         waiting = [
             step for step in steps if step.name not in done and (only is None or step.name in only)
         ]
@@ -212,8 +213,10 @@ def run_steps(
         several = f"{len(failures)} steps failed; " if len(failures) > 1 else ""
         raise StepsFailed(f"{failures[0]} ({several}{reached})")
     if minutes is not None and waiting:
-        reason = f"{gate.refusal}: {reached}" if gate.refusal else reached
-        say(f"stopped after {minutes:g} minutes: {reason}; run the same command again to resume")
+        reason = f"stopped after {minutes:g} minutes"
+        if time.monotonic() < end:
+            reason = f"nothing else fits into {minutes:g} minutes ({gate.refusal})"
+        say(f"{reason}: {reached}; run the same command again to resume")
     return done.issuperset(only if only is not None else by_name)
 
 
@@ -223,6 +226,8 @@ class _Gate:
 
     Attributes:
         begun: groups of which a step was started in this call.
+        refused: number of finished steps when a group or step was refused, by its name: the answer
+            changes only when another step is finished.
         refusal: why a step was not started, or "".
     """
 
@@ -232,6 +237,7 @@ class _Gate:
     jobs: int
     processor: str
     begun: set[str] = field(default_factory=set)
+    refused: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
 
     def opens(self, step: Step, done: Collection[str], running: Sequence[str], left: float) -> bool:
@@ -243,13 +249,24 @@ class _Gate:
         """
         if step.seconds is None or math.isinf(left):
             return True
+        key = step.name if step.group in self.begun else step.group or step.name
+        if self.refused.get(key) == len(done):
+            return False
+        refusal = self._refusal(step, done, running, left)
+        if refusal:
+            self.refused[key], self.refusal = len(done), refusal
+        return not refusal
+
+    def _refusal(
+        self, step: Step, done: Collection[str], running: Sequence[str], left: float
+    ) -> str:
+        """Return why a step may not start, or ""; note its group as begun if it may."""
         speed = pace(self.steps, self.records, self.processor)
         if step.group in self.begun or not step.group:
             rest = seconds_left(step, self.records, self.folder, speed)
             if not step.run and rest > left:
-                self.refusal = f"{step.name} takes about {rest / 60:.0f} minutes"
-                return False
-            return True
+                return f"{step.name} takes about {rest / 60:.0f} minutes"
+            return ""
         groups = self.begun | {step.group}
         unfinished = [
             one
@@ -261,13 +278,12 @@ class _Gate:
         }
         needed = wall_seconds(unfinished, seconds, self.jobs, running)
         if needed > left:
-            self.refusal = (
+            return (
                 f"the steps of {step.group} take about {needed / 60:.0f} minutes, "
                 f"and {left / 60:.0f} were left"
             )
-            return False
         self.begun.add(step.group)
-        return True
+        return ""
 
 
 def _is_done(records: Records, name: str) -> bool:
@@ -287,11 +303,11 @@ def _of_other_commands(steps: Sequence[Step], records: Records) -> list[str]:
 
 
 def _remove(records: Records, name: str, folder: Path) -> None:
-    """Forget a step, and remove its results."""
-    del records[name]
+    """Remove the results of a step, and forget it."""
     shutil.rmtree(folder / name, ignore_errors=True)
     for suffix in (".json", ".safetensors", ".png"):
         (folder / f"{name}{suffix}").unlink(missing_ok=True)
+    del records[name]
 
 
 def _write_records(folder: Path, records: Records) -> None:

@@ -34,7 +34,7 @@ class Speed:
         images: images per second in training with the first recipe, by size and resolution.
         second: duration of a training step with the second recipe, relative to the first one.
         masked: the same for BERT's objective.
-        forward: duration of computing an image's features (in fp32), relative to training on it.
+        forward: duration of computing an image's features, relative to training on it.
         fit: seconds per image, feature and layer to fit the classifiers of a layer.
         start: seconds to start a command.
         prepare: seconds to prepare an image.
@@ -62,6 +62,7 @@ class Scale:
         recipe: flags of all pretraining.
         steps: length of pretraining; `snapshots`: steps whose models are probed too.
         resolution_size, resolution_steps: size and length of training of the compared resolutions.
+        probing: flags of all probes.
         probe_images: images per split for the probes of the main size and of BERT;
             snapshot_images: for all other probes.
         test_images: test images of all probes.
@@ -118,6 +119,7 @@ class Scale:
     equal_compute: bool = False
     from_scratch: Flags = field(default_factory=dict)
     own_labels: bool = True
+    probing: Flags = field(default_factory=dict)
     speed: Speed | None = None
 
     @property
@@ -247,8 +249,8 @@ _EPYC = Speed(
     },
     second=1.27,
     masked=1.03,
-    forward=0.5,
-    fit=1e-5,
+    forward=0.3,
+    fit=4e-6,
     start=5.0,
     prepare=2e-4,
 )
@@ -333,6 +335,7 @@ _NIGHT = Scale(
     doublings=(200, 400, 800, 1600, 3200, 6400, 12_800),
     long={"schedule": "constant", "learning-rate": 5e-3},
     equal_compute=True,
+    probing={"precision": "bf16"},  # as in training; half of the time of fp32
     own_labels=False,  # 200 classes, and no question needs them
     speed=_EPYC,
 )

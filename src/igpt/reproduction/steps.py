@@ -128,8 +128,8 @@ def compared(scale: Scale, *, second: bool = False) -> list[Compared]:
 def runs(scale: Scale) -> list[Run]:
     """Return all pretraining runs.
 
-    Their order is that of their groups: those that decide answers come first, and a long training
-    comes before short ones, which then run next to it.
+    Their order is that of their groups: long trainings come before short ones, which fill the time
+    until the end.
     """
     first = scale.resolutions[0]
     grouped = scale.seeds > 1
@@ -148,12 +148,6 @@ def runs(scale: Scale) -> list[Run]:
     found.append(Run("bert", scale.of_both_objectives, first, flags, group="objectives"))
     if grouped:
         found += _of_recipe(scale, scale.recipe, compared(scale)[1:])
-    for side in scale.resolutions:
-        flags = _of_steps(scale.recipe, scale.resolution_steps)
-        found.append(Run(f"at-{side}", scale.resolution_size, side, flags, group="resolution"))
-    for side in scale.resolutions[1:] if scale.equal_compute else ():
-        flags = _of_steps(scale.recipe, equal_compute_steps(scale, side))
-        found.append(Run(f"as-{side}", scale.resolution_size, side, flags, group="resolution"))
     seconds = compared(scale, second=True) if grouped and scale.second else []
     if scale.second:
         found += _of_recipe(scale, scale.second.recipe, seconds[:1])
@@ -165,6 +159,12 @@ def runs(scale: Scale) -> list[Run]:
         found.append(Run(LONG, scale.main, first, flags, group="compute"))
     if scale.second:
         found += _of_recipe(scale, scale.second.recipe, seconds[1:])
+    for side in scale.resolutions:
+        flags = _of_steps(scale.recipe, scale.resolution_steps)
+        found.append(Run(f"at-{side}", scale.resolution_size, side, flags, group="resolution"))
+    for side in scale.resolutions[1:] if scale.equal_compute else ():
+        flags = _of_steps(scale.recipe, equal_compute_steps(scale, side))
+        found.append(Run(f"as-{side}", scale.resolution_size, side, flags, group="resolution"))
     return found if grouped else [replace(run, group="") for run in found]
 
 
@@ -205,12 +205,11 @@ def steps(scale: Scale, corpus: str, labelled: str) -> list[Step]:
     """
     first, *others = scale.resolutions
     pretraining = {run.name: run for run in runs(scale)}
-    at_others = [
-        run for run in pretraining.values() if run.group == "resolution" or "-" in run.name
-    ]
+    at_first = [run for run in pretraining.values() if run.side == first]
+    at_others = [run for run in pretraining.values() if run.side != first]
     found = [
         *_tokens(scale, first, corpus, labelled),
-        *(_pretrain(scale, run) for run in pretraining.values() if run not in at_others),
+        *(_pretrain(scale, run) for run in at_first),
         *(step for side in others for step in _tokens(scale, side, corpus, labelled)),
         *(_pretrain(scale, run) for run in at_others),
         *_finetuning(scale, pretraining, long=True),
@@ -281,7 +280,11 @@ def _seconds_per_image(scale: Scale, speed: Speed, run: Run) -> float:
 
 def _probes(scale: Scale, pretraining: Mapping[str, Run]) -> Iterator[Step]:
     side = scale.resolutions[0]
-    many: Flags = {"limit": scale.probe_images, "test-images": scale.test_images}
+    many: Flags = {
+        **scale.probing,
+        "limit": scale.probe_images,
+        "test-images": scale.test_images,
+    }
     layers: Flags = {**many, "no-baselines": True}
     fewer: Flags = {**layers, "limit": scale.snapshot_images}
     few: Flags = {"labels-per-class": scale.few}

@@ -82,10 +82,10 @@ def _lengths(scale: Scale) -> str:
     """Return the length of pretraining with both objectives, relative to each other."""
     if scale.masked_ratio == 1:
         return "the same number of steps on the same batches for both"
-    predicted = 0.15 * scale.masked_ratio
+    predicted = f"{0.15 * scale.masked_ratio:.2g}"
     return (
-        f"{scale.masked_ratio:g} times as many images for BERT, so {predicted:.2g} times as many "
-        "predicted positions"
+        f"{scale.masked_ratio:g} times as many images for BERT, so "
+        f"{'' if predicted == '1' else f'{predicted} times '}as many predicted positions"
     )
 
 
