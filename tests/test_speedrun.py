@@ -1,9 +1,10 @@
-"""The speedrun's entries are valid settings of pretraining, and its table shows its records."""
+"""The race: its trainings are those of igpt, and its table shows its results."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,247 +15,217 @@ import torch
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
-from igpt.evaluation.likelihood import score
-from igpt.model.transformer import ImageGPT
 from igpt.training.metrics import read_metrics
-from igpt.training.pretrain import PretrainConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "speedrun"
 
 
 @pytest.fixture(scope="module")
-def speedrun() -> ModuleType:
-    spec = spec_from_file_location("speedrun", FOLDER / "run.py")
-    module = sys.modules["speedrun"] = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def run() -> ModuleType:
+    sys.path.insert(0, str(FOLDER))
+    try:
+        return import_module("run")
+    finally:
+        sys.path.remove(str(FOLDER))
 
 
-def result(entry: str, seed: int, losses: list[float], rate: float = 2.0) -> dict[str, Any]:
-    """Return a result with a validation every 10 steps of 4 images, each of which takes `rate`
-    seconds."""
-    lines: list[dict[str, Any]] = [{"kind": "start", "step": 0}]
-    for number, loss in enumerate(losses, 1):
-        step = 10 * number
-        lines.append({"kind": "train", "step": step, "loss": 9.0, "seconds": rate * step})
-        lines.append({"kind": "validation", "step": step, "loss": loss})
-    environment = {
-        "processor": "one",
-        "commit": "abc1234",
-        "started": f"2026-01-0{seed + 1}T00:00:00+00:00",
-    }
-    return {
-        "entry": entry,
-        "seed": seed,
-        "settings": {"batch_size": 4},
-        "lines": lines,
-        "environment": environment,
-    }
+@pytest.fixture(scope="module")
+def recipe(run: ModuleType) -> ModuleType:
+    return sys.modules[run.Recipe.__module__]
 
 
-@pytest.fixture
-def results(speedrun: ModuleType) -> list[dict[str, Any]]:
-    made = [
-        result("faithful", 0, [5.0, 4.5, 4.1]),
-        result("faithful", 1, [5.0, 4.5, 3.9]),
-        result("batch", 0, [4.4, 4.0, 3.7]),
-        result("batch", 1, [4.4, 3.9, 3.8], rate=2.5),
-        result("muon", 0, [3.9, 3.8, 3.7]),
-        result("muon", 1, [4.9, 4.8, 4.7]),
-        result("rotary", 0, [4.9, 4.8, 4.7]),
+def write(race: Any, training: Any, losses: list[float], behind: bool = False) -> None:
+    """Write a result with a validation every 1,000 images."""
+    curve = [
+        {"images": 1000 * number, "steps": number, "loss": loss, "seconds": 1.0}
+        for number, loss in enumerate(losses, 1)
     ]
-    return [{**one, **speedrun.measured(one["lines"], 4)} for one in made]
+    recipe = training.recipe.model_dump(mode="json", exclude_defaults=True)
+    result = {"recipe": recipe, "finished": True, "behind": behind, "curve": curve}
+    (race.folder / f"{training.name}.json").write_text(json.dumps(result))
 
 
-def test_all_entries_are_settings_of_pretraining(speedrun: ModuleType, tmp_path: Path) -> None:
-    seen = []
-    for entry in speedrun.ENTRIES:
-        settings = speedrun.settings_of(entry.name)
-        config = PretrainConfig.layered(settings, {"tokens": tmp_path, "seed": 1})
-        assert config.steps % config.validate_every == 0
-        assert config.log_every == config.validate_every
-        assert config.validate_every * config.batch_size == 80
-        assert config.warmup(45_000) < config.steps
-        assert settings not in seen
-        seen.append(settings)
-        assert entry.over in [None, *speedrun.NAMES][: len(seen)], (
-            "the entry that it changes comes before it"
-        )
-        PretrainConfig.layered(speedrun.settings_of(entry.name, 2), {"tokens": tmp_path})
-    assert len(speedrun.NAMES) == len(speedrun.ENTRIES)
-    assert PretrainConfig.layered(seen[0], {"tokens": tmp_path}).faithful
-    with pytest.raises(InputError, match="no entry 'mun'"):
-        speedrun.settings_of("mun")
+def finish(race: Any, entry: Any, losses: dict[int, list[float]]) -> None:
+    """Write the results of an entry: those of its search by the first seed, then the others."""
+    for number, training in enumerate(race.searched(entry)):
+        write(race, training, [loss + number for loss in losses[0]])
+    for training in race.repeated(entry):
+        write(race, training, losses[training.recipe.seed])
 
 
-def test_the_palette_can_be_read() -> None:
-    assert len(Palette.load(FOLDER / "palette.npy")) == 512
+def test_trainings_of_the_baseline_are_those_of_igpt(
+    digits: TokenDataset, tmp_path: Path, igpt: Callable[..., Any]
+) -> None:
+    shape = {"n_layer": 2, "n_embd": 16, "n_head": 2}
+    recipe = {**shape, "images": 160, "validate_every": 80, "validation_images": 20, "seed": 3}
+    recipe |= {"batch": 8, "rate": 1e-2, "precision": "fp32", "warmup": 0.2}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    words = [FOLDER / "train.py", digits.path, tmp_path / "recipe.json", tmp_path / "result.json"]
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["finished"]
+    flags = ["--model", "tiny", "--n-layer", 2, "--n-embd", 16, "--n-head", 2, "--batch-size", 8]
+    flags += ["--steps", 20, "--warmup-steps", 4, "--learning-rate", 1e-2, "--precision", "fp32"]
+    flags += ["--validate-every", 10, "--validation-images", 20, "--seed", 3, "--compile", "no"]
+    other = igpt("pretrain", digits.path, "-o", tmp_path / "run", *flags)
+    assert other.returncode == 0, other.stderr
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    losses = [line["loss"] for line in lines if line["kind"] == "validation"]
+    assert [point["loss"] for point in result["curve"]] == pytest.approx(losses, rel=1e-5)
 
 
-def test_records_and_their_table(speedrun: ModuleType, results: list[dict[str, Any]]) -> None:
-    summary = speedrun.summarise(results, (0, 1), None)
-    assert summary["target"] == pytest.approx(4.0)
-    reported = {
-        (one["entry"], one["seed"]): (one["reached"], one["seconds"], one["updates"])
-        for one in summary["records"]
-    }
-    assert reported == {
-        ("faithful", 0): (True, 60.0, 30),
-        ("faithful", 1): (True, 60.0, 30),
-        ("batch", 0): (True, 40.0, 20),
-        ("batch", 1): (True, 45.0, 18),  # four fifths of the way between two validations
-        ("muon", 0): (True, 20.0, 10),
-        ("muon", 1): (False, None, None),
-        ("rotary", 0): (False, None, None),
-    }
-    lines = speedrun.table(summary["records"], summary["target"]).splitlines()
-    assert lines[0] == "Target: a validation loss of 4.0000 nats/pixel."
+def test_every_recipe_trains_and_no_pixel_sees_itself_or_later_ones(
+    run: ModuleType, recipe: ModuleType
+) -> None:
+    palette = Palette.load(FOLDER / "palette.npy")
+    small = {"n_layer": 2, "n_embd": 16, "n_head": 2, "precision": "fp32"}
+    seen, over = [], {}
+    for entry in run.ENTRIES:
+        change = {**over.get(entry.over, {}), **entry.change}
+        over[entry.name] = change
+        assert change not in seen
+        seen.append(change)
+        made = recipe.Recipe.layered({**change, **small}, where=entry.name)
+        torch.manual_seed(0)
+        model = recipe.RaceModel(made, palette, 4)
+        for name, parameter in model.named_parameters():  # the head and the kernel start at 0
+            if parameter.ndim == 2 and not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.1)
+            assert parameter.any(), name
+        tokens = torch.randint(0, 512, (2, 16))
+        changed = tokens.clone()
+        changed[:, 9] = (tokens[:, 9] + 1) % 512
+        logits, others = model(tokens), model(changed)
+        same = (logits == others).all(dim=2).all(dim=0).tolist()
+        assert same == [place <= 9 for place in range(16)], entry.name
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        model.config.trained_as.loss(model, tokens)[0].backward()
+        for optimizer in recipe.optimizers_of(model):
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 * group.get("scale", 1.0)
+            optimizer.step()
+        moved = [not torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+        assert all(moved), entry.name
+
+
+def test_three_rows_are_those_of_full_attention_on_three_rows(recipe: ModuleType) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 20, 8)
+    found = recipe.attend_to_three_rows(q, k, v, 4)
+    place = torch.arange(20)
+    allowed = (place[:, None] >= place) & (place[:, None] // 4 - place // 4 <= 2)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_schedules(recipe: ModuleType) -> None:
+    constant = recipe.Recipe(images=100, rate=2.0, warmup=0.2, schedule="constant", cooldown=0.5)
+    assert [constant.rate_at(seen, 10) for seen in (0, 10, 20, 60, 80)] == [1, 2, 2, 2, 1]
+    growing = recipe.Recipe(batch=4, batches=((10, 8), (20, 16)))
+    assert [growing.batch_at(seen) for seen in (0, 9, 10, 19, 20, 99)] == [4, 4, 8, 8, 16, 16]
+
+
+def test_a_search_comes_before_its_seeds_and_what_depends_on_it(
+    run: ModuleType, tmp_path: Path
+) -> None:
+    race, (paper, muon, *_) = run.Race(tmp_path), run.ENTRIES
+    assert len(race.searched(paper)) == 9
+    assert race.searched(muon) == []
+    started = set[str]()
+    while (training := race.next(started)) is not None:
+        started.add(training.name)
+    assert started == {training.name for training in race.searched(paper)}
+    finish(race, paper, {0: [3.5, 3.0], 1: [3.6, 3.1], 2: [3.6, 3.2]})
+    assert race.best(paper).values == race.searched(paper)[0].values
+    assert race.target() == pytest.approx(3.1)
+    following = race.next(())
+    assert following.entry == "muon"
+    assert following.recipe.optimizer == "muon"
+    write(race, following, [3.0])
+    path = tmp_path / f"{following.name}.json"
+    path.write_text(path.read_text().replace('"muon"', '"adamw"'))
+    with pytest.raises(InputError, match="was made with other settings"):
+        race.next(())
+
+
+def test_trainings_of_a_search_stop_far_above_the_best(run: ModuleType, tmp_path: Path) -> None:
+    race, paper = run.Race(tmp_path), run.ENTRIES[0]
+    first, second, *_ = race.searched(paper)
+    assert race.limits(first) == {}
+    write(race, first, [4.0, 3.0] + [2.0] * 29)
+    limits = race.limits(second)
+    assert min(limits) == 11_000  # of 30,720
+    assert limits[11_000] == pytest.approx(2.0 + run.BEHIND)
+    write(race, second, [4.0, 3.0], behind=True)
+    assert run.final(race.result(second)) == float("inf")
+
+
+def test_the_table(run: ModuleType, tmp_path: Path) -> None:
+    race, (paper, muon, palette, *_) = run.Race(tmp_path), run.ENTRIES
+    finish(race, paper, {0: [3.5, 3.0], 1: [3.6, 3.1], 2: [3.6, 3.2]})
+    finish(race, muon, {0: [3.5, 2.7], 1: [3.1, 2.6], 2: [3.5, 2.7]})
+    finish(race, palette, {0: [3.5, 2.8]})
+    lines = run.table(race, {"paper": 0.1, "muon": 0.125}).splitlines()
+    assert lines[0] == "Target: 3.1000 nats/pixel."
     head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:])
     found = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
-    assert list(found) == ["faithful", "batch", "muon", "rotary"]
-    time = "seconds (range)"
-    assert [row[time] for row in found.values()] == [
-        "60 (60 to 60)",
-        "42 (40 to 45)",
-        "20 (20 to 20), 1 of 2 not reached",
-        "not reached",
-    ]
-    assert [row["kept"] for row in found.values()] == [
-        "",
-        "yes",
-        "no",
-        "",
-    ]  # `rotary` changes an entry without a result
-    assert found["batch"]["final loss"] == "3.7500 (3.7000 to 3.8000)"
-    assert found["batch"]["images/s"] == "1.8"
-    assert found["batch"]["steps"] == "19"
-    assert (found["batch"]["date"], found["batch"]["commit"]) == ("2026-01-02", "`abc1234`")
+    assert list(found) == ["paper", "muon", "palette"]
+    images = [row["images to the target"] for row in found.values()]
+    assert images == ["2,000", "1,500", "1,571"]
+    assert [row["seconds"] for row in found.values()] == ["200", "188", ""]
+    assert [row["seeds"] for row in found.values()] == ["3", "3", "1"]
+    assert [row["kept"] for row in found.values()] == ["", "yes", "no"]
+    assert found["muon"]["final loss"] == "2.6667 (2.6000 to 2.7000)"
+    slower = run.table(race, {"paper": 0.1, "muon": 0.2}).splitlines()
+    assert next(line for line in slower if "| muon |" in line).endswith("| no |")
+    searches = run.search_table(race).splitlines()
+    assert len(searches) == 2 + 9 + 3
 
 
-def test_a_given_target_and_a_missing_one(
-    speedrun: ModuleType, results: list[dict[str, Any]]
-) -> None:
-    given = speedrun.summarise(results, (0, 1), 4.5)
-    assert [one["updates"] for one in given["records"]] == [20, 20, 10, 10, 10, None, None]
-    unset = speedrun.summarise(results[1:], (0, 1), None)
-    assert unset["target"] is None
-    assert not any(one["reached"] for one in unset["records"])
-    assert "not set yet" in speedrun.table(unset["records"], None)
-
-
-def test_the_table_is_written_between_its_markers(speedrun: ModuleType, tmp_path: Path) -> None:
-    readme = tmp_path / "README.md"
-    text = (FOLDER / "README.md").read_text()
+def test_the_tables_are_written_between_the_marks(run: ModuleType, tmp_path: Path) -> None:
+    readme, text = tmp_path / "README.md", (FOLDER / "README.md").read_text()
     readme.write_text(text)
     for table in ("| one |", "| two |"):
-        speedrun.write_table(table, readme)
-    before, after = text.split(speedrun.MARKS[0])[0], text.split(speedrun.MARKS[1])[1]
-    assert readme.read_text() == f"{before}{speedrun.MARKS[0]}\n| two |\n{speedrun.MARKS[1]}{after}"
+        run.write_tables(table, readme)
+    before, after = text.split(run.MARKS[0])[0], text.split(run.MARKS[1])[1]
+    assert readme.read_text() == f"{before}{run.MARKS[0]}\n| two |\n{run.MARKS[1]}{after}"
 
 
-def test_a_result_of_other_settings_is_not_used(speedrun: ModuleType, tmp_path: Path) -> None:
-    assert speedrun.result_of("muon", 0, tmp_path) is None
-    (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "muon-0.json").write_text('{"settings": {"steps": 3}}')
-    with pytest.raises(InputError, match=r"muon-0\.json was made with other settings"):
-        speedrun.result_of("muon", 0, tmp_path)
-    assert speedrun.done_before(tmp_path, (0, 1)) == []
-    settings = {**speedrun.settings_of("muon"), "seed": 0}
-    (tmp_path / "results" / "muon-0.json").write_text(json.dumps({"settings": settings}))
-    assert speedrun.result_of("muon", 0, tmp_path) == {"settings": settings}
-    assert speedrun.done_before(tmp_path, (0, 1)) == [{"settings": settings}]
+def test_the_recorded_results_are_those_of_the_entries(run: ModuleType) -> None:
+    race = run.Race(run.RESULTS)
+    expected = {one.name for e in run.ENTRIES for one in [*race.searched(e), *race.repeated(e)]}
+    recorded = {path.stem for path in run.RESULTS.glob("*.json")} - {"speeds"}
+    assert recorded <= expected
+    for path in recorded:
+        assert json.loads((run.RESULTS / f"{path}.json").read_text())["finished"], path
+    text = f"{run.table(race, _speeds(run))}\n\n### Searches\n\n{run.search_table(race)}"
+    assert text in (FOLDER / "README.md").read_text()
 
 
-def test_commands_run_in_processes(speedrun: ModuleType, tmp_path: Path) -> None:
-    commands = [
-        ("logs/help", ("inspect", "--help")),
-        ("logs/none", ("inspect", str(tmp_path / "x"))),
-    ]
-    ended = {one.name: one for one in speedrun.run_commands(commands, tmp_path)}
-    speedrun.require_success(ended["logs/help"])
-    with pytest.raises(InputError, match=r"logs/none ended with 2: .*x.*logs/none\.txt"):
-        speedrun.require_success(ended["logs/none"])
-    assert list(speedrun.run_commands(commands, tmp_path, deadline=0.0)) == []
+def _speeds(run: ModuleType) -> dict[str, float]:
+    path = run.RESULTS / "speeds.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
-def test_one_seed_of_two_is_not_a_record(
-    speedrun: ModuleType, results: list[dict[str, Any]]
+def test_a_search_is_carried_out(
+    run: ModuleType, digits: TokenDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    records = speedrun.summarise(
-        [one for one in results if (one["entry"], one["seed"]) != ("batch", 1)], (0, 1), 4.0
-    )
-    assert speedrun.kept("batch", records["records"]) is None
-
-
-def test_a_temporarily_faster_machine_is_not_a_record(
-    speedrun: ModuleType, results: list[dict[str, Any]]
-) -> None:
-    quick = [
-        result("muon", seed, [9.0, 9.0, 9.0, 3.9], rate=0.5) for seed in (0, 1)
-    ]  # 40 steps in 20 seconds
-    some = [*results[:4], *({**one, **speedrun.measured(one["lines"], 4)} for one in quick)]
-    records = speedrun.summarise(some, (0, 1), 4.0)["records"]
-    assert speedrun.kept("batch", records)
-    assert speedrun.kept("muon", records) is False
-
-
-def test_results_of_several_processors_are_not_compared(
-    speedrun: ModuleType, results: list[dict[str, Any]]
-) -> None:
-    results[-1]["environment"] = {**results[-1]["environment"], "processor": "two"}
-    with pytest.raises(InputError, match="several processors cannot be compared: one, two"):
-        speedrun.summarise(results, (0, 1), None)
-
-
-def test_averages_of_snapshots(
-    speedrun: ModuleType, igpt: Callable[..., Any], digits: TokenDataset, tmp_path: Path
-) -> None:
-    flags = [
-        "--model",
-        "tiny",
-        "--n-layer",
-        1,
-        "--n-embd",
-        8,
-        "--steps",
-        4,
-        "--validate-every",
-        2,
-        "--log-every",
-        2,
+    tiny = {"n_layer": 1, "n_embd": 8, "n_head": 1, "images": 32, "validate_every": 16}
+    tiny |= {"validation_images": 8, "precision": "fp32"}
+    entry = run.Entry(run.BASELINE, None, "tiny", tiny, {"rate": (1e-3, 1e-2)})
+    monkeypatch.setattr(run, "ENTRIES", (entry,))
+    monkeypatch.setattr(run, "NAMES", {entry.name: entry})
+    monkeypatch.setattr(run, "SEEDS", (0, 1))
+    race = run.Race(tmp_path / "results")
+    race.folder.mkdir()
+    run.train_all(race, digits.path, tmp_path / "scratch", 1e12)
+    assert sorted(path.stem[:-6] for path in race.folder.iterdir()) == [
+        "paper-rate0.001",
+        "paper-rate0.01",
+        "paper-rate0.01",
     ]
-    flags += [
-        "--validation-images",
-        5,
-        "--precision",
-        "fp32",
-        "--learning-rate",
-        0.1,
-        "--warmup-steps",
-        0,
-    ]
-    done = igpt("pretrain", digits.path, "-o", tmp_path / "run", *flags, "--snapshots", 1, 2, 3, 4)
-    assert done.returncode == 0, done.stderr
-    curve = speedrun.measured(read_metrics(tmp_path / "run" / "metrics.jsonl"), 32)["curve"]
-    assert [point["step"] for point in curve] == [2, 4], (
-        "validations that only belong to a snapshot are excluded"
-    )
-    alone, of_two = (
-        speedrun.averaged(tmp_path / "run", digits["validation"], curve, count) for count in (1, 2)
-    )
-    assert [point["loss"] for point in alone] == pytest.approx(
-        [point["loss"] for point in curve], abs=1e-5
-    )
-    assert [(point["step"], point["seconds"]) for point in of_two] == [
-        (one["step"], one["seconds"]) for one in curve
-    ]
-    model, other = (
-        ImageGPT.from_pretrained(tmp_path / f"run/snapshots/step-0000000{step}") for step in (3, 4)
-    )
-    with torch.no_grad():
-        for mine, its in zip(model.parameters(), other.parameters(), strict=True):
-            mine.lerp_(its, 0.5)
-    assert of_two[1]["loss"] == pytest.approx(
-        score(model, digits["validation"].spread(5)).mean(), abs=1e-5
-    )
-    assert abs(of_two[1]["loss"] - alone[1]["loss"]) > 1e-3
+    assert race.target() is not None
+    speeds = run.measure(race, digits.path, tmp_path / "speeds", rounds=1, steps=1)
+    assert speeds.keys() == {"paper"}
+    assert speeds["paper"] > 0

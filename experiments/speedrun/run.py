@@ -1,555 +1,474 @@
-"""The speedrun: minimize the training time to a fixed validation loss on CIFAR-10.
+"""The race: which recipe trains a small model to a fixed loss with least time and fewest images?
 
-    python experiments/speedrun/run.py --data CIFAR10 --out DIR
+    python experiments/speedrun/run.py --tokens TOKENS            trains, and writes the table
+    python experiments/speedrun/run.py --tokens TOKENS --measure  measures seconds per image
+    python experiments/speedrun/run.py                            writes the table in README.md
 
-Every training is `igpt pretrain` in its own process, with one thread; two run at a time, one per
-core. Finished trainings (DIR/results) are not repeated. Interrupted ones start again from the
-beginning, because their time must include all training.
-The last step writes records.json and the table in README.md, in the folder of this file. Only
-training time counts.
+Every training is `train.py` in its own process, with one thread; two run at a time. Finished ones
+(results/) are not repeated; interrupted ones start again.
 """
 
+import json
 import math
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
 import tyro
-import yaml
 
 from igpt.data.images.palette import Palette
-from igpt.data.tokens.dataset import TokenDataset, TokenSplit
-from igpt.data.tokens.manifest import MANIFEST
-from igpt.environment import describe
-from igpt.errors import InputError, Interrupted, suggest
-from igpt.evaluation.likelihood import score
+from igpt.data.tokens.dataset import TokenDataset
+from igpt.errors import InputError, Interrupted
 from igpt.files import atomic_file, read_json, write_json
-from igpt.model.transformer import ImageGPT
-from igpt.reproduction.processes import Process, ProcessPool
-from igpt.training.metrics import read_metrics
-from igpt.training.pretrain import PretrainConfig
+from igpt.reproduction.processes import ProcessPool
 from igpt.training.signals import StopRequest
 
 HERE = Path(__file__).parent
-AT_A_TIME = 2  # trainings, with one thread each
-MARKS = ("<!-- records -->", "<!-- end of records -->")
+sys.path.insert(0, str(HERE))
+from recipe import Recipe  # noqa: E402
 
-# Settings of all entries: a model that one core trains in minutes, and its validation.
-COMMON: Mapping[str, Any] = {
-    "resolution": 32,
-    "n_layer": 4,
-    "n_embd": 64,
-    "n_head": 2,
-    "device": "cpu",
-    "compile": "no",
-    "precision": "fp32",
-    "validation_images": 64,
-    "keep_checkpoints": 1,
-}
+RESULTS, PALETTE = HERE / "results", HERE / "palette.npy"
+TRAIN = (sys.executable, str(HERE / "train.py"))
+SEEDS = (0, 1, 2)
+AT_A_TIME = 2  # trainings, of one thread each
+BEHIND = 0.15  # nats/pixel above the best of a search at which its other trainings stop
+MARKS = ("<!-- records -->", "<!-- end of records -->")
+BASELINE = "paper"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One way to train.
+    """A recipe: one change to an earlier entry.
 
     Attributes:
-        over: the entry whose settings `change` alters; None for the first.
+        over: the entry that it changes; None for the first.
         what: the change, for the table.
-        average: number of snapshots, the last ones before each validation, whose mean weights are
-            validated.
+        change: settings of `Recipe`.
+        search: values that are tried with seed 0; the best by final loss gets the other seeds.
     """
 
     name: str
     over: str | None
     what: str
-    change: Mapping[str, Any]
-    average: int = 1
+    change: Mapping[str, Any] = field(default_factory=dict)
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
 
-# One change each, with its own length of training; all are validated after every 80 images.
 ENTRIES = (
     Entry(
-        "faithful",
+        BASELINE,
         None,
-        "the paper's recipe: AdamW (0.9, 0.95), cosine to 0 after a warm-up, learned positions",
-        {
-            "batch_size": 8,
-            "steps": 160,
-            "warmup_steps": 16,
-            "learning_rate": 3e-3,
-            "schedule": "cosine",
-            "optimizer": "adamw",
-            "validate_every": 10,
-        },
-    ),
-    Entry(
-        "batch",
-        "faithful",
-        "4 images per step instead of 8",
-        {
-            "batch_size": 4,
-            "steps": 240,
-            "warmup_steps": 24,
-            "learning_rate": 3e-3,
-            "validate_every": 20,
-        },
+        "the paper's recipe: Adam (0.9, 0.95), cosine to 0 after a warm-up, learned positions",
+        {"images": 30_720, "validate_every": 3_072},
+        {"batch": (8, 16, 32), "rate": (1e-3, 3e-3, 1e-2)},
     ),
     Entry(
         "muon",
-        "batch",
-        "Muon, learning rate 5e-3",
-        {"optimizer": "muon", "learning_rate": 5e-3, "steps": 160, "warmup_steps": 16},
+        BASELINE,
+        "Muon for the matrices of the blocks",
+        {"images": 12_288, "validate_every": 1_536, "optimizer": "muon", "batch": 16},
+        {"rate": (3e-3, 5e-3, 1e-2)},
     ),
     Entry(
-        "start_from_palette",
+        "palette",
         "muon",
-        "colour embeddings initialized from the palette's RGB values",
-        {"start_from_palette": True},
+        "colour embeddings from the palette's RGB values",
+        {"from_palette": True},
     ),
+    Entry("rotary", "palette", "2-D RoPE instead of learned positions", {"positions": "rotary"}),
     Entry(
-        "rotary",
-        "start_from_palette",
-        "rotary positions of rows and columns",
-        {"positions": "rotary"},
+        "value_residual", "rotary", "values mixed with the first block's", {"value_residual": True}
     ),
     Entry(
         "shorter",
-        "start_from_palette",
-        "half as many steps",
-        {"steps": 80, "warmup_steps": 8},
-    ),
-    Entry("shorter_rotary", "shorter", "rotary positions once more", {"positions": "rotary"}),
-    Entry(
         "value_residual",
-        "start_from_palette",
-        "values mixed with the first block's",
-        {"value_residual": True},
+        "half as many images",
+        {"images": 6_144},
+        {"rate": (3e-3, 5e-3, 1e-2)},
+    ),
+    Entry("kernel", "shorter", "embeddings and head shared by near colours", {"kernel": 1.0}),
+    Entry(
+        "neighbors",
+        "shorter",
+        "embeddings of the upper, upper left and upper right pixels",
+        {"neighbors": ("up", "up-left", "up-right")},
     ),
     Entry(
-        "rate", "start_from_palette", "learning rate 1e-2 instead of 5e-3", {"learning_rate": 1e-2}
+        "head_from_palette", "shorter", "output matrix from the palette", {"head_from_palette": 1.0}
     ),
     Entry(
-        "rate_residual",
-        "rate",
-        "values mixed with the first block's, once more",
-        {"value_residual": True},
+        "value_embeddings",
+        "shorter",
+        "embeddings in values of two blocks at each end",
+        {"value_embeddings": 2},
+    ),
+    Entry("scalars", "shorter", "learned scalars on the input embedding", {"scalars": True}),
+    Entry("local", "shorter", "every second block attends to three rows", {"local": (0, 2, 4)}),
+    Entry("softcap", "shorter", "logits bounded by 15", {"softcap": 15.0}),
+    Entry("linear", "shorter", "linear schedule", {"schedule": "linear"}),
+    Entry(
+        "constant", "shorter", "constant rate, falling in the second half", {"schedule": "constant"}
     ),
     Entry(
-        "rate_rotary", "rate_residual", "rotary positions, a third time", {"positions": "rotary"}
+        "growing",
+        "shorter",
+        "batches of 8, from a third on 16, in the last third 32",
+        {"batch": 8, "batches": ((2_048, 16), (4_096, 32))},
     ),
+    Entry("flip", "shorter", "mirrored images", {"flip": True}),
+    Entry("momentum", "shorter", "momentum rises over 100 steps", {"momentum_warmup": 100}),
     Entry(
-        "averaged",
-        "rate_residual",
-        "mean weights of the last 3 snapshots, one every 5 steps",
-        {"snapshots": [*range(5, 165, 5)]},
-        3,
+        "decay", "shorter", "cautious weight decay of 0.1", {"weight_decay": 0.1, "cautious": True}
     ),
+    Entry("normalized", "shorter", "Muon with equal rows (NorMuon)", {"normalized": True}),
+    Entry(
+        "head_rate",
+        "shorter",
+        "a third of the learning rate for the output matrix",
+        {"head_rate": 0.3},
+    ),
+    Entry("embedding_rate", "shorter", "a third of it for embeddings", {"embedding_rate": 0.3}),
+    Entry("heads", "shorter", "6 heads of 32 instead of 3 of 64", {"n_head": 6}),
 )
 NAMES = {entry.name: entry for entry in ENTRIES}
+Result = Mapping[str, Any]
 
 
-def settings_of(name: str, steps: int | None = None) -> dict[str, Any]:
-    """Return the settings of an entry, including those of the entries below it.
+@dataclass(frozen=True)
+class Training:
+    """One training of an entry.
 
-    Args:
-        steps: number of steps, for a quick test.
+    Attributes:
+        values: of the settings that the entry searches.
+    """
+
+    entry: str
+    recipe: Recipe
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Name of its files."""
+        searched = [f"{key}{value:g}" for key, value in self.values.items()]
+        return "-".join([self.entry, *searched, f"seed{self.recipe.seed}"])
+
+
+class Race:
+    """The recorded results, and what they decide.
 
     Raises:
-        InputError: unknown entry.
+        InputError: a result was made with other settings than its entry has.
     """
-    if name not in NAMES:
-        raise InputError(f"no entry {name!r}; {suggest(name, NAMES)}")
-    entry = NAMES[name]
-    settings = {**(settings_of(entry.over) if entry.over else COMMON), **entry.change}
-    if steps is not None:
-        settings |= {"steps": steps, "warmup_steps": 1, "validate_every": 1, "validation_images": 2}
-        settings |= {"snapshots": [*range(1, steps + 1)]} if "snapshots" in settings else {}
-    # Log with every validation, to know its time. No checkpoint is needed before the end.
-    return {
-        **settings,
-        "log_every": settings["validate_every"],
-        "checkpoint_every": settings["steps"],
-    }
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
-def _recorded_settings(name: str, seed: int, steps: int | None) -> dict[str, Any]:
-    """Return everything that a result depends on."""
-    average = NAMES[name].average
-    return {**settings_of(name, steps), "seed": seed} | (
-        {"average": average} if average > 1 else {}
-    )
+    def result(self, training: Training) -> Result | None:
+        """Return the result of a training if it has finished."""
+        path = self.folder / f"{training.name}.json"
+        if not path.exists():
+            return None
+        result = read_json(path, "result")
+        if result["recipe"] != training.recipe.model_dump(mode="json", exclude_defaults=True):
+            raise InputError(f"{path} was made with other settings; delete it to train again")
+        return result if result["finished"] else None
 
+    def searched(self, entry: Entry) -> list[Training]:
+        """Return the trainings of an entry's search; none while what it changes is not decided."""
+        base: dict[str, Any] = {}
+        if entry.over is not None:
+            over = self.best(NAMES[entry.over])
+            if over is None:
+                return []
+            base = over.recipe.model_dump(exclude_defaults=True)
+        values = [
+            dict(zip(entry.search, some, strict=True)) for some in product(*entry.search.values())
+        ]
+        recipes = [Recipe.layered(base, entry.change, some, where=entry.name) for some in values]
+        return [Training(entry.name, *both) for both in zip(recipes, values, strict=True)]
 
-def prepare(data: str, palette: Path, out: Path) -> None:
-    """Prepare the token data set `out/tokens` if it does not exist.
+    def best(self, entry: Entry) -> Training | None:
+        """Return the best training of a finished search."""
+        found = [(self.result(one), one) for one in self.searched(entry)]
+        done = [(final(result), one) for result, one in found if result is not None]
+        if not found or len(done) < len(found):
+            return None
+        return min(done, key=lambda both: both[0])[1]
 
-    Raises:
-        InputError: the source cannot be prepared, or the existing tokens have another palette.
-    """
-    tokens = out / "tokens"
-    if not (tokens / MANIFEST).exists():
-        words = ("prepare", data, "-o", str(tokens), "--size", "32", "--palette", str(palette))
-        for process in run_commands([("prepare", words)], out):
-            require_success(process)
-    if TokenDataset(tokens).palette.fingerprint != Palette.load(palette).fingerprint:
-        raise InputError(
-            f"the tokens in {tokens} have another palette than {palette}; choose another --out"
-        )
+    def repeated(self, entry: Entry) -> list[Training]:
+        """Return the trainings of the best settings with all seeds.
 
+        An entry whose first seed ends above that of the entry it changes has lost: it gets no
+        others, unless it is the shorter one.
+        """
+        best = self.best(entry)
+        if best is None:
+            return []
+        seeds: Sequence[int] = SEEDS
+        if entry.over is not None and "images" not in entry.change:
+            over = self.best(NAMES[entry.over])
+            assert over is not None
+            mine, other = self.result(best), self.result(over)
+            assert mine is not None
+            assert other is not None
+            seeds = SEEDS if final(mine) < final(other) else SEEDS[:1]
+        return [
+            Training(entry.name, best.recipe.model_copy(update={"seed": seed}), best.values)
+            for seed in seeds
+        ]
 
-def result_of(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any] | None:
-    """Return the recorded result of a training, or None.
-
-    Raises:
-        InputError: it was made with other settings.
-    """
-    path = out / "results" / f"{name}-{seed}.json"
-    if not path.exists():
+    def next(self, running: Iterable[str]) -> Training | None:
+        """Return a training to start now."""
+        for entry in ENTRIES:
+            for one in [*self.searched(entry), *self.repeated(entry)]:
+                if one.name not in running and self.result(one) is None:
+                    return one
         return None
-    result = read_json(path, "result")
-    if result["settings"] != _recorded_settings(name, seed, steps):
-        raise InputError(f"{path} was made with other settings; delete it, or choose another --out")
-    return result
+
+    def limits(self, training: Training) -> dict[int, float]:
+        """Return the losses above which a training of a search stops, by images seen.
+
+        From a third of the schedule on, they are `BEHIND` above the best of the search.
+        """
+        found = [self.result(one) for one in self.searched(NAMES[training.entry])]
+        points = [point for result in found if result for point in result["curve"]]
+        best: dict[int, float] = {}
+        for point in points:
+            if 3 * point["images"] >= training.recipe.images:
+                best[point["images"]] = min(point["loss"], best.get(point["images"], math.inf))
+        return {images: loss + BEHIND for images, loss in best.items()}
+
+    def seeds(self, entry: Entry) -> list[Result]:
+        """Return the results of an entry's best settings, one per finished seed."""
+        found = [self.result(one) for one in self.repeated(entry)]
+        return [result for result in found if result is not None]
+
+    def target(self) -> float | None:
+        """Return the mean final loss of the baseline; None until all its seeds have finished."""
+        losses = [final(result) for result in self.seeds(NAMES[BASELINE])]
+        return mean(losses) if len(losses) == len(SEEDS) else None
 
 
-def pretrain_command(name: str, seed: int, out: Path, steps: int | None) -> tuple[str, ...]:
-    """Write the settings of a training, remove an interrupted one, and return the command."""
-    run = out / "runs" / f"{name}-{seed}"
-    shutil.rmtree(run, ignore_errors=True)
-    run.parent.mkdir(parents=True, exist_ok=True)
-    recipe = run.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump({**settings_of(name, steps), "seed": seed}, sort_keys=False))
-    return ("pretrain", str(out / "tokens"), "-o", str(run), "--config", str(recipe))
+def final(result: Result) -> float:
+    """Return the last validation loss; infinity if the training stopped before its end."""
+    return math.inf if result["behind"] else float(result["curve"][-1]["loss"])
 
 
-def write_result(name: str, seed: int, out: Path, steps: int | None = None) -> dict[str, Any]:
-    """Write and return the result of a finished training."""
-    run, settings = out / "runs" / f"{name}-{seed}", _recorded_settings(name, seed, steps)
-    result = {
-        "entry": name,
-        "seed": seed,
-        "settings": settings,
-        **measured(read_metrics(run / "metrics.jsonl"), settings["batch_size"]),
-        "environment": {
-            **read_json(run / "environment.json", "run"),
-            "threads": 1,
-            "trainings_at_a_time": AT_A_TIME,
-        },
-    }
-    if (count := NAMES[name].average) > 1:
-        validation = TokenDataset(out / "tokens")["validation"]
-        result["curve"] = averaged(run, validation, result["curve"], count)
-    path = out / "results" / f"{name}-{seed}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    return result
-
-
-def run_commands(
-    commands: Iterable[tuple[str, Sequence[str]]], out: Path, deadline: float = math.inf
-) -> Iterator[Process]:
-    """Run `igpt` commands, `AT_A_TIME` at a time with one thread each; yield each one when it ends.
-
-    Args:
-        commands: the name of each command's log, `out/NAME.txt`, and its words after `igpt`; taken
-            one by one when a process is free.
-        deadline: time (`time.monotonic`) after which no command starts.
-
-    Raises:
-        Interrupted: on Ctrl-C or SIGTERM, after the running commands have been stopped.
-    """
-    waiting = iter(commands)
-    pool = ProcessPool(Path(), AT_A_TIME, threads=1)
-    with StopRequest() as stop:
-        try:
-            while not stop.number:
-                while not pool.is_full and time.monotonic() < deadline:
-                    command = next(waiting, None)
-                    if command is None:
-                        break
-                    name, words = command
-                    pool.start(name, words, out / f"{name}.txt")
-                if not pool.running:
-                    return
-                yield from pool.wait(0.5)
-        finally:
-            pool.stop()
-    raise Interrupted(stop.number, "run the same command again to resume")
-
-
-def require_success(process: Process) -> None:
-    """Raise an InputError with the last line of the log if a command failed."""
-    if process.exit_code:
-        raise InputError(
-            f"{process.name} ended with {process.exit_code}: {process.last_line} ({process.log})"
-        )
-
-
-def averaged(
-    run: Path, validation: TokenSplit, curve: Sequence[Mapping[str, Any]], count: int
-) -> list[dict[str, Any]]:
-    """Return the validations of a run, with mean weights of the last `count` snapshots.
-
-    Computing and validating the mean does not count as training time.
-    """
-    config = PretrainConfig.load(run / "config.yaml")
-    images, kept, found = (
-        validation.spread(config.validation_images),
-        sorted((run / "snapshots").iterdir()),
-        [],
-    )
-    for point in curve:
-        last = [path for path in kept if int(path.name.split("-")[1]) <= point["step"]][-count:]
-        models = [ImageGPT.from_pretrained(path) for path in last]
-        weights = [model.state_dict() for model in models]
-        means = {
-            name: torch.stack([one[name] for one in weights]).mean(dim=0) for name in weights[0]
-        }
-        models[0].load_state_dict(means)
-        found.append({**point, "loss": float(score(models[0], images).mean())})
-    return found
-
-
-def done_before(out: Path, seeds: Sequence[int], steps: int | None = None) -> list[dict[str, Any]]:
-    """Return all recorded results, except those of entries whose settings have changed since."""
-    found = []
-    for name, seed in product(NAMES, seeds):
-        path = out / "results" / f"{name}-{seed}.json"
-        result = read_json(path, "result") if path.exists() else None
-        if result and result["settings"] == _recorded_settings(name, seed, steps):
-            found.append(result)
-    return found
-
-
-def measured(lines: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
-    """Return the validations of a training, with the training time before each, and the speed."""
-    seconds = {line["step"]: line["seconds"] for line in lines if line["kind"] == "train"}
-    curve = [
-        {"step": line["step"], "seconds": seconds[line["step"]], "loss": line["loss"]}
-        for line in lines
-        if line["kind"] == "validation"
-        and line["step"] in seconds  # not those of snapshots between them
-    ]
-    last = curve[-1]
-    return {"curve": curve, "images_per_second": batch_size * last["step"] / last["seconds"]}
-
-
-def target_of(results: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> float | None:
-    """Return the mean of the first entry's final losses; None until all its seeds are done."""
-    final = {
-        result["seed"]: result["curve"][-1]["loss"]
-        for result in results
-        if result["entry"] == ENTRIES[0].name
-    }
-    return mean(final[seed] for seed in seeds) if final.keys() >= set(seeds) else None
-
-
-def crossing(curve: Sequence[Mapping[str, Any]], target: float | None) -> tuple[float, int] | None:
-    """Return seconds and steps until a validation curve reaches the target, interpolated."""
-    before: Mapping[str, Any] | None = None
-    for point in curve:
-        if target is not None and point["loss"] <= target:
+def images_to(result: Result, target: float) -> float:
+    """Return the images until the validation loss reaches a target, interpolated linearly."""
+    before: Mapping[str, float] | None = None
+    for point in result["curve"]:
+        if point["loss"] <= target:
             if before is None:
-                return point["seconds"], point["step"]
+                return float(point["images"])
             part = (before["loss"] - target) / (before["loss"] - point["loss"])
-            seconds, step = (
-                before[key] + part * (point[key] - before[key]) for key in ("seconds", "step")
-            )
-            return seconds, round(step)
+            return float(before["images"] + part * (point["images"] - before["images"]))
         before = point
-    return None
+    return math.inf
 
 
-def record(
-    result: Mapping[str, Any], target: float | None, sets_target: bool = False
-) -> dict[str, Any]:
-    """Return the record of a training: when it reached the target, if it did.
+def needed(race: Race, entry: Entry, target: float) -> list[float]:
+    """Return the images to the target for each seed; the baseline needs all of its own."""
+    results = race.seeds(entry)
+    if entry.name == BASELINE:
+        return [float(result["curve"][-1]["images"]) for result in results]
+    return [images_to(result, target) for result in results]
+
+
+def table(race: Race, speeds: Mapping[str, float]) -> str:
+    """Return the table of entries.
 
     Args:
-        sets_target: its final loss defines the target; its time is that of the complete training.
+        speeds: seconds per image, by entry.
     """
-    curve, environment = result["curve"], result["environment"]
-    at = (curve[-1]["seconds"], curve[-1]["step"]) if sets_target else crossing(curve, target)
-    return {
-        "entry": result["entry"],
-        "seed": result["seed"],
-        "reached": at is not None,
-        "seconds": at and at[0],
-        "updates": at and at[1],
-        "final_loss": curve[-1]["loss"],
-        "images_per_second": result["images_per_second"],
-        "settings": result["settings"],
-        "commit": environment["commit"],
-        "date": environment["started"][:10],
-    }
-
-
-def kept(name: str, records: Sequence[Mapping[str, Any]]) -> bool | None:
-    """Return True if an entry is an improvement: it reaches the target sooner, with no more images.
-
-    Both are medians over the seeds. Images are compared too because the speed of the machine varies
-    by 10 %. A seed that does not reach the target counts as infinitely slow. Return None for the
-    first entry, and if the two entries were trained with different seeds.
-    """
-    over = NAMES[name].over
-    mine, others = ([one for one in records if one["entry"] == which] for which in (name, over))
-    if not mine or {one["seed"] for one in mine} != {one["seed"] for one in others}:
-        return None
-
-    def taken(
-        some: Sequence[Mapping[str, Any]], what: Callable[[Mapping[str, Any]], float]
-    ) -> float:
-        return median(what(one) if one["reached"] else math.inf for one in some)
-
-    def images(one: Mapping[str, Any]) -> float:
-        return float(one["updates"] * one["settings"]["batch_size"])
-
-    sooner = taken(mine, lambda one: one["seconds"]) < taken(others, lambda one: one["seconds"])
-    return sooner and taken(mine, images) <= taken(others, images)
-
-
-def table(records: Sequence[Mapping[str, Any]], target: float | None) -> str:
-    """Return the records as a Markdown table with one row per entry."""
+    target = race.target()
     rows = [
-        "| entry | over | what changed | seconds (range) | steps | final loss | images/s | kept | "
-        "date | commit |",
-        "|---|---|---|---:|---:|---:|---:|---|---|---|",
+        "| entry | over | what changed | searched | final loss | images to the target | seconds | "
+        "images/s | seeds | kept |",
+        "|---|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
+    medians: dict[str, tuple[float, float]] = {}
     for entry in ENTRIES:
-        some = [one for one in records if one["entry"] == entry.name]
-        if not some:
+        results = race.seeds(entry)
+        if not results:
             continue
-        times = sorted(one["seconds"] for one in some if one["reached"])
-        updates = [one["updates"] for one in some if one["reached"]]
-        took = (
-            f"{median(times):.0f} ({times[0]:.0f} to {times[-1]:.0f})" if times else "not reached"
-        )
-        if times and len(times) < len(some):
-            took += f", {len(some) - len(times)} of {len(some)} not reached"
-        losses = sorted(one["final_loss"] for one in some)
+        losses = [final(result) for result in results]
+        loss = f"{mean(losses):.4f}"
+        if len(losses) > 1:
+            loss += f" ({min(losses):.4f} to {max(losses):.4f})"
+        images = "" if target is None else "not reached"
+        seconds, kept, speed = "", "", speeds.get(entry.name)
+        if target is not None:
+            found = needed(race, entry, target)
+            typical = median(found)
+            time_needed = typical * (speed or math.nan)
+            medians[entry.name] = (typical, time_needed)
+            if typical < math.inf:
+                images, seconds = f"{typical:,.0f}", f"{time_needed:.0f}" if speed else ""
+            if entry.over in medians:
+                before = medians[entry.over]
+                lower = typical < before[0] and not time_needed >= before[1]
+                kept = "yes" if lower and len(results) == len(SEEDS) else "no"
+        best = race.best(entry)
+        assert best is not None
+        searched = ", ".join(f"{key} {value:g}" for key, value in best.values.items())
+        rate = f"{1 / speed:.1f}" if speed else ""
         cells = [
             entry.name,
             entry.over or "",
             entry.what,
-            took,
-            f"{median(updates):.0f}" if updates else "",
-            f"{mean(losses):.4f} ({losses[0]:.4f} to {losses[-1]:.4f})",
-            f"{mean(one['images_per_second'] for one in some):.1f}",
-            {True: "yes", False: "no", None: ""}[kept(entry.name, records)],
-            max(one["date"] for one in some),
-            ", ".join(sorted({f"`{one['commit']}`" for one in some})),
+            searched,
+            loss,
+            images,
+            seconds,
+            rate,
+            str(len(results)),
+            kept,
         ]
         rows.append(f"| {' | '.join(cells)} |")
-    aim = "not set yet" if target is None else f"a validation loss of {target:.4f} nats/pixel"
-    return "\n".join([f"Target: {aim}.", "", *rows])
+    said = "not known yet" if target is None else f"{target:.4f} nats/pixel"
+    return "\n".join([f"Target: {said}.", "", *rows])
 
 
-def summarise(
-    results: Sequence[Mapping[str, Any]], seeds: Sequence[int], target: float | None
-) -> dict[str, Any]:
-    """Return all records with their target; by default, the first entry defines it."""
-    processors = sorted({one["environment"]["processor"] for one in results})
-    if len(processors) > 1:
-        raise InputError(
-            f"results of several processors cannot be compared: {', '.join(processors)}; choose "
-            "another --out"
-        )
-    given = target is not None
-    aim = target if given else target_of(results, seeds)
-    first = ENTRIES[0].name
-    return {
-        "target": aim,
-        "target_from": "given"
-        if given
-        else f"mean of the final losses of {first}, seeds {list(seeds)}",
-        "how": (
-            f"at most {AT_A_TIME} trainings at a time, of one thread each; seconds of training "
-            "alone"
-        ),
-        "records": [
-            record(one, aim, one["entry"] == first and not given and aim is not None)
-            for one in results
-        ],
-        "machine": describe(),
-    }
+def search_table(race: Race) -> str:
+    """Return the table of all searches: the final loss with seed 0."""
+    rows = ["| entry | settings | loss |", "|---|---|---:|"]
+    for entry in ENTRIES:
+        for training in race.searched(entry) if entry.search else []:
+            result = race.result(training)
+            if result is None:
+                continue
+            last = result["curve"][-1]
+            loss = f"{last['loss']:.4f}"
+            if result["behind"]:
+                loss += f" after {last['images']:,} images, where it stopped"
+            settings = ", ".join(f"{key} {value:g}" for key, value in training.values.items())
+            rows.append(f"| {entry.name} | {settings} | {loss} |")
+    return "\n".join(rows)
 
 
-def write_table(text: str, readme: Path) -> None:
-    """Write the table between the marks in a file."""
+def write_tables(text: str, readme: Path) -> None:
+    """Write tables between the marks in a file."""
     before, rest = readme.read_text().split(MARKS[0])
     after = rest.split(MARKS[1])[1]
     with atomic_file(readme) as temporary:
         temporary.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
 
 
-def main(
-    data: str,
-    out: Path,
-    palette: Path = HERE / "palette.npy",
-    seeds: tuple[int, ...] = (0, 1, 2),
-    only: tuple[str, ...] = (),
-    target: float | None = None,
-    minutes: float | None = None,
-    steps: int | None = None,
+def train_all(race: Race, tokens: Path, scratch: Path, deadline: float) -> None:
+    """Train what the results so far ask for, `AT_A_TIME` at a time.
+
+    Raises:
+        InputError: a training failed.
+        Interrupted: on Ctrl-C or SIGTERM, after the running trainings have been stopped.
+    """
+    pool, running = ProcessPool(Path(), AT_A_TIME, threads=1, program=TRAIN), set[str]()
+    with StopRequest() as stop:
+        try:
+            while not stop.number:
+                while not pool.is_full and time.monotonic() < deadline:
+                    training = race.next(running)
+                    if training is None:
+                        break
+                    limits = race.limits(training)
+                    start(race, training, tokens, scratch, pool, limits)
+                    running.add(training.name)
+                if not pool.running:
+                    return
+                for process in pool.wait(0.5):
+                    running.discard(process.name)
+                    if process.exit_code:
+                        raise InputError(f"{process.name}: {process.last_line} ({process.log})")
+                    last = read_json(race.folder / f"{process.name}.json", "result")["curve"][-1]
+                    print(
+                        f"{process.name}: {last['loss']:.4f} after {last['images']} images",
+                        flush=True,
+                    )
+        finally:
+            pool.stop()
+    raise Interrupted(stop.number, "run the same command again to continue")
+
+
+def start(
+    race: Race,
+    training: Training,
+    tokens: Path,
+    scratch: Path,
+    pool: ProcessPool,
+    limits: Mapping[int, float],
 ) -> None:
-    """Run the trainings that are not done yet, and write the records.
+    """Start a training.
 
     Args:
-        data: CIFAR-10, as `igpt prepare` takes it.
-        out: folder for tokens, runs and results.
-        palette: palette of all entries.
-        seeds: random seeds of the weights and of the order of images.
-        only: entries to train; by default all. The summary contains all recorded results.
-        target: validation loss to reach; by default the mean final loss of the first entry.
-        minutes: start no training after this time; 0 only writes the summary.
-        steps: test run with this number of steps; the table is printed, and nothing is recorded.
+        limits: see `Race.limits`.
     """
-    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    for name in only:
-        settings_of(name)
-    if steps is not None:
-        out = out / "try"
-    if minutes != 0:
-        prepare(data, palette, out)
-    wanted = {
-        f"runs/{entry.name}-{seed}": (entry.name, seed)
-        for entry, seed in product(ENTRIES, seeds)
-        if not only or entry.name in only
-    }
-    todo = {log: one for log, one in wanted.items() if result_of(*one, out, steps) is None}
-    commands = ((log, pretrain_command(*one, out, steps)) for log, one in list(todo.items()))
-    failures: list[str] = []
-    for process in run_commands(commands, out, deadline):
-        name, seed = todo.pop(process.name)
-        try:
-            require_success(process)
-            last = write_result(name, seed, out, steps)["curve"][-1]
-        except InputError as error:
-            failures.append(str(error))
-            print(error, flush=True)
-            continue
-        print(
-            f"{name}, seed {seed}: loss {last['loss']:.4f} after {last['step']} steps, "
-            f"{last['seconds']:.0f} s",
-            flush=True,
-        )
-    if todo:
-        print(f"not trained, for lack of time: {', '.join(todo)}")
-    summary = summarise(done_before(out, seeds, steps), seeds, target)
-    text = table(summary["records"], summary["target"])
-    print(f"\n{text}")
-    if steps is None:
-        write_json(HERE / "records.json", summary)
-        write_table(text, HERE / "README.md")
-    if failures:
-        raise InputError(f"{len(failures)} trainings failed; the first was {failures[0]}")
+    scratch.mkdir(parents=True, exist_ok=True)
+    recipe = scratch / f"{training.name}.json"
+    recipe.write_text(training.recipe.model_dump_json(exclude_defaults=True))
+    out = race.folder / f"{training.name}.json"
+    words = (str(tokens), str(recipe), str(out), json.dumps(limits))
+    pool.start(training.name, words, scratch / f"{training.name}.txt")
+
+
+def measure(
+    race: Race, tokens: Path, scratch: Path, rounds: int = 3, steps: int = 16
+) -> dict[str, float]:
+    """Return seconds per image of every decided entry: medians of interleaved short trainings."""
+    found: dict[str, list[float]] = {}
+    short = Race(scratch)
+    for _ in range(rounds):
+        for entry in ENTRIES:
+            best = race.best(entry)
+            if best is None:
+                continue
+            size = best.recipe.batch
+            change = {
+                "images": 2 * steps * size,
+                "validate_every": steps * size,
+                "validation_images": 1,
+            }
+            training = Training(f"speed-{entry.name}", best.recipe.model_copy(update=change), {})
+            pool = ProcessPool(Path(), 1, threads=1, program=TRAIN)
+            start(short, training, tokens, scratch, pool, {})
+            while pool.running:
+                list(pool.wait(0.1))
+            first, last = read_json(scratch / f"{training.name}.json", "result")["curve"]
+            spent = last["seconds"] - first["seconds"]  # the first half warms up
+            found.setdefault(entry.name, []).append(spent / (last["images"] - first["images"]))
+    return {name: median(times) for name, times in found.items()}
+
+
+def main(
+    tokens: Path | None = None,
+    scratch: Path = Path("/tmp/igpt-race"),
+    minutes: float = math.inf,
+    measure_speeds: bool = False,
+) -> None:
+    """Train what is missing, or measure speeds; then write the tables in README.md.
+
+    Args:
+        tokens: Tiny ImageNet at 16 px, prepared with palette.npy.
+        scratch: folder for logs.
+        minutes: start no training after this time.
+        measure_speeds: instead, measure the seconds per image of all entries; nothing else may run.
+    """
+    race, speeds = Race(RESULTS), RESULTS / "speeds.json"
+    if tokens is not None:
+        if TokenDataset(tokens).palette.fingerprint != Palette.load(PALETTE).fingerprint:
+            raise InputError(f"{tokens} has another palette; prepare it with --palette {PALETTE}")
+        if measure_speeds:
+            write_json(speeds, measure(race, tokens, scratch))
+        else:
+            train_all(race, tokens, scratch, time.monotonic() + 60 * minutes)
+    known = read_json(speeds, "speeds") if speeds.exists() else {}
+    text = f"{table(race, known)}\n\n### Searches\n\n{search_table(race)}"
+    print(text)
+    write_tables(text, HERE / "README.md")
 
 
 if __name__ == "__main__":
