@@ -195,22 +195,17 @@ def test_the_same_evidence_gives_the_same_page(folder: Path, tmp_path: Path) -> 
     assert {name: (folder / name).read_bytes() for name in before} == before
 
 
-def test_steps_of_two_machines(folder: Path, tmp_path: Path) -> None:
+def test_the_first_paragraphs_conclude_and_name_both_machines(folder: Path, tmp_path: Path) -> None:
     evidence = json.loads((folder / "evidence.json").read_text())
-    (tmp_path / "pictures").symlink_to(folder / "pictures")
     evidence["machines"].append({**evidence["machines"][0], "gpu": "H200"})
-    assert ", and on H200 (igpt " in write_page(tmp_path, evidence).read_text()
-
-
-def test_the_first_paragraph_says_what_may_be_concluded(folder: Path, tmp_path: Path) -> None:
-    evidence = json.loads((folder / "evidence.json").read_text())
     (tmp_path / "pictures").symlink_to(folder / "pictures")
     first, second, *others = evidence["questions"]
     for asked in others:
         asked["held"] = "undecided" if asked["finding"] else "shown"
     first["held"], second["held"] = "yes", "no"
     write_page(tmp_path, {**evidence, "rehearsal": False})
-    paragraph = (tmp_path / "report.md").read_text().split("\n\n")[1]
+    _, paragraph, cost, *_ = (tmp_path / "report.md").read_text().split("\n\n")
+    assert ", and on H200 (igpt " in cost
     assert f"Reproduced: {first['finding']}. Not reproduced: {second['finding']}." in paragraph
     assert f"within the intervals: {others[0]['finding']}; " in paragraph
 

@@ -323,7 +323,7 @@ _NIGHT = Scale(
             "batch-size": 16,
             "warmup-steps": 200,
             "flip": True,
-            "patience": None,
+            "patience": 1000,  # of the preset: 3, which could stop it early
             **_OFTEN,
         },
         finetuning={**_FINETUNING, "optimizer": "muon", "schedule": "cosine", "warmup-steps": 100},

@@ -163,7 +163,10 @@ def runs(scale: Scale) -> list[Run]:
         flags = _of_steps(scale.recipe, scale.resolution_steps)
         found.append(Run(f"at-{side}", scale.resolution_size, side, flags, group="resolution"))
     for side in scale.resolutions[1:] if scale.equal_compute else ():
-        flags = _of_steps(scale.recipe, equal_compute_steps(scale, side))
+        steps = equal_compute_steps(scale, side)
+        share = steps / scale.resolution_steps  # the warm-up is the same share of training
+        warmup = max(1, round(share * int(str(scale.recipe["warmup-steps"]))))
+        flags = _of_steps({**scale.recipe, "warmup-steps": warmup}, steps)
         found.append(Run(f"as-{side}", scale.resolution_size, side, flags, group="resolution"))
     return found if grouped else [replace(run, group="") for run in found]
 
