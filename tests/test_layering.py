@@ -91,6 +91,7 @@ MODULES = [
     "training/metrics",
     "training/run_directory",
     "training/trainer",
+    "training/pretrained",
     "training/pretrain",
     "training/classification",
     "training/finetune",

@@ -127,24 +127,32 @@ def pretrain(
         run: run directory to write, or to continue with `resume`.
         model: preset of model and training, such as "tiny" or "igpt-s".
         config: settings in YAML or JSON; they override the preset.
-        resume: continue an interrupted run from its newest intact checkpoint.
+        resume: continue an interrupted run from its newest intact checkpoint, or a finished one
+            with a larger `steps`.
         settings: fields of `PretrainConfig`, such as `steps=200`; they override both.
+            `from_model` is a model to start from, instead of `model`.
 
     Raises:
         InputError: a setting, the tokens or the run directory cannot be used, or nothing names the
             shape of the model.
         Interrupted: on Ctrl-C or SIGTERM, after saving.
     """
-    from igpt.training.presets import preset
+    from igpt.training.presets import ADAPTING, preset
     from igpt.training.pretrain import PretrainConfig
     from igpt.training.pretrain import pretrain as train
 
-    named = preset(model) if model else {}
+    start = settings.get("from_model")
+    if start and model:
+        raise InputError("--from takes the shape from a model; leave --model out")
+    if start:
+        settings["from_model"] = model_and_run(start)[0]
+    named = ADAPTING if start and not resume else preset(model) if model else {}
     chosen = {**named, **file_settings(config), **settings, "tokens": Path(tokens)}
     found = PretrainConfig.layered(chosen, where="the settings")
-    if not (resume or model or config or "n_layer" in settings):
+    if not (resume or model or config or start or "n_layer" in settings):
         raise InputError(
-            "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...) or --config FILE"
+            "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...), --config FILE, or "
+            "--from MODEL to continue with a pretrained one"
         )
     given = {key: getattr(found, key) for key in chosen}
     train(found, Path(run), given=given, resume=resume)

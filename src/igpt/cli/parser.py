@@ -200,7 +200,10 @@ def _require_known(words: Sequence[str], known: set[str], program: str) -> None:
 def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
     kind, choices, nargs, convert = _kind(field.annotation)
     positional = field.json_schema_extra == _POSITIONAL
+    extra = field.json_schema_extra
     long = f"--{name.replace('_', '-')}"
+    if isinstance(extra, dict) and "flag" in extra:  # a name that is no name of a field
+        long = str(extra["flag"])
     names: tuple[str, ...] = (long,)
     if positional:
         names = ()

@@ -58,7 +58,9 @@ class Pretrain(Options):
         None, description="settings in YAML or JSON; they override the preset, flags override both"
     )
     resume: bool = Field(
-        False, description="continue an interrupted run from its newest intact checkpoint"
+        False,
+        description="continue an interrupted run from its newest intact checkpoint, or a finished "
+        "one with more --steps",
     )
 
     def execute(self, given: dict[str, Any]) -> None:

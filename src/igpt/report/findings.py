@@ -24,6 +24,9 @@ def describe_model(run: Run) -> str:
         f" ({', '.join(size)})" if size else ""
     )
     text += ", fine-tuned with labels" if run.finetuned else ", trained without labels"
+    if start_model := run.config.get("from_model"):
+        path = Path(str(start_model))
+        text += f", starting from {path.parent.name if path.name == 'model' else path.name},"
     if isinstance(start.get("train_images"), int):
         text += f" on {plural(start['train_images'], 'image')}"
     if "resolution" in shape:

@@ -51,6 +51,7 @@ class _Settings(_Shape):
     """The part of `config.yaml` that is shown in sentences."""
 
     tokens: str | None = None
+    from_model: str | None = None
     steps: Count | None = None
     batch_size: Count | None = None
     generation_weight: Number | None = None

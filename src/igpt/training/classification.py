@@ -15,34 +15,16 @@ from torch import Tensor
 
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
-from igpt.errors import InputError
 from igpt.model.classifier import class_logits, predict, with_head
 from igpt.model.directory import weights_sha256
-from igpt.model.match import require_match
 from igpt.model.objectives import Objective, Summed
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import accuracy_of, packed
 from igpt.training.distributed import World
+from igpt.training.pretrained import pretrained_model
 
 _MODAL_MASKS = 5
-
-
-def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
-    """Load the model to fine-tune.
-
-    Raises:
-        InputError: it cannot be read, its weights are not finite, or its palette is not the data's.
-    """
-    model = ImageGPT.from_pretrained(path)
-    if model.palette is not None:
-        require_match(model, data, path, any_size=True)
-    broken = [name for name, tensor in model.state_dict().items() if not tensor.isfinite().all()]
-    if broken:
-        raise InputError(
-            f"the weights in {path} are broken: {broken[0]} is not finite ({len(broken)} such)"
-        )
-    return model
 
 
 def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[ImageGPT, str]:

@@ -35,7 +35,6 @@ from igpt.training.classification import (
     accuracies,
     errors,
     new_classifier,
-    pretrained_model,
     training_batch,
     validation_batch,
 )
@@ -44,6 +43,7 @@ from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.optimizer import Schedule
+from igpt.training.pretrained import pretrained_model
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
 from igpt.training.trainer import Diverged, Trainer, Validation

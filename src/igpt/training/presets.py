@@ -125,6 +125,17 @@ PURPOSES: Mapping[str, str] = {
 }
 
 
+# A pretrained model that is adapted to other images: a tenth of the learning rate, and few steps.
+ADAPTING: Mapping[str, Any] = {
+    "batch_size": 32,
+    "steps": 2000,
+    "warmup_steps": 100,
+    "learning_rate": 3e-4,
+    "validate_every": 200,
+    "checkpoint_every": 200,
+}
+
+
 def preset(name: str) -> Mapping[str, Any]:
     """Return the settings of a preset.
 

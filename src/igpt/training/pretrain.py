@@ -15,13 +15,16 @@ from igpt.environment import RunKind
 from igpt.errors import InputError
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
+from igpt.model.directory import weights_sha256
 from igpt.model.objectives import Objective
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
+from igpt.progress import print_line
 from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
+from igpt.training.pretrained import pretrained_model, without_classes
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trainer import Trainer, Validation
@@ -37,8 +40,15 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
     """A pretraining run; resolution and palette come with the tokens."""
 
     kind: ClassVar[RunKind] = "pretrain"
+    extendable: ClassVar[frozenset[str]] = frozenset({"steps"})
 
     tokens: Path = Field(description="token data set")
+    from_model: Path | None = Field(
+        None,
+        description="run, model directory or Hub id to start from, instead of random weights; its "
+        "shape, objective and palette are used",
+        json_schema_extra={"flag": "--from"},
+    )
     resolution: int | None = Field(
         None, ge=1, le=MOST, description="image side that the tokens must have; presets name one"
     )
@@ -66,9 +76,14 @@ def pretrain(
 ) -> Path:
     """Pretrain a model, or resume an interrupted run; the result does not depend on interruptions.
 
+    With `from_model`, the shape, the objective and the variants are those of that model, whatever
+    the settings; its position embeddings are interpolated if the tokens have another resolution.
+
     Args:
         run: the run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/.
-        given: settings that must equal the recorded ones when resuming (default: the tokens alone).
+        given: settings that must equal the recorded ones when resuming, and those of the model to
+            start from (default: the tokens alone). When resuming, `steps` may be larger than
+            recorded: the learning-rate schedule is then that of the larger number.
         resume: continue `run` with its recorded settings.
 
     Returns:
@@ -81,7 +96,15 @@ def pretrain(
     """
     with open_run(run, config, given, resume) as (config, world):
         data = TokenDataset(config.tokens)
-        shape = _model_config(config, data)
+        _require_resolution(config, data)
+        start, checksum, pretrained_resolution = None, None, None
+        if config.from_model:
+            pretrained = pretrained_model(config.from_model, data)
+            checksum = weights_sha256(pretrained.state_dict())
+            pretrained_resolution = pretrained.config.resolution
+            start = without_classes(pretrained, data)
+            config = _as_model(config, start.config, given or {})
+        shape = start.config if start else _model_config(config, data)
         require_memory(shape, config, world)
         train = Batches(
             data["train"],
@@ -95,11 +118,27 @@ def pretrain(
         checked = _validation_tokens(data["validation"], config)
         objective = shape.trained_as
         torch.manual_seed(config.seed)
-        with torch.device("meta"):  # the engine initializes the weights
-            model = ImageGPT(shape, data.palette, config.start_from_palette)
+        if start:
+            model = start
+        else:
+            with torch.device("meta"):  # the engine initializes the weights
+                model = ImageGPT(shape, data.palette, config.start_from_palette)
         engine = Engine(model, config, world, objective.loss)
-        record_run(run, config, config.tokens, resume=resume, is_main=world.is_main)
+        record_run(
+            run,
+            config,
+            config.tokens,
+            resume=resume,
+            is_main=world.is_main,
+            model_sha256=checksum,
+        )
         world.barrier()
+        is_new = world.is_main and not resume
+        if is_new and pretrained_resolution not in (None, data.resolution):
+            print_line(
+                f"position embeddings: interpolated from {pretrained_resolution} to "
+                f"{data.resolution} px"
+            )
         validation = Validation(
             "loss",
             objective.loss,
@@ -117,13 +156,36 @@ def pretrain(
     return run / "model"
 
 
-def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
+def _require_resolution(config: PretrainConfig, data: TokenDataset) -> None:
     if config.resolution not in (None, data.resolution):
         raise InputError(
             f"{config.tokens} has images of {data.resolution} px, and the model is for "
             f"{config.resolution} px; prepare tokens with --size {config.resolution}, or train "
             f"with --resolution {data.resolution}"
         )
+
+
+def _as_model(config: PretrainConfig, model: ModelConfig, given: dict[str, Any]) -> PretrainConfig:
+    """Return the settings with the shape, objective and variants of the model to start from.
+
+    Raises:
+        InputError: a given setting is another one.
+    """
+    if config.start_from_palette:
+        raise InputError("--start-from-palette is for new models; leave it or --from out")
+    changes = {
+        name: getattr(model, name) for name in (*ShapeConfig.model_fields, *Variants.model_fields)
+    }
+    for name, value in changes.items():
+        if given.get(name, value) != value:
+            raise InputError(
+                f"{config.from_model} has {name} = {value}, not {given[name]}; leave "
+                f"--{name.replace('_', '-')} out"
+            )
+    return config.model_copy(update=changes)
+
+
+def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
     shared = {name: getattr(config, name) for name in ShapeConfig.model_fields}
     return ModelConfig.layered(
         shared,

@@ -36,6 +36,9 @@ class TrainConfig(Config):
         }
     )
 
+    # Settings that may be increased when a run is resumed.
+    extendable: ClassVar[frozenset[str]] = frozenset()
+
     batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all ranks")
     micro_batch_size: int | None = Field(
         None,

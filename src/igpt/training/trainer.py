@@ -140,7 +140,7 @@ class Trainer:
             self.state, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
             self._saved_step = self.state.step
             self.metrics.cut_after(self.state.step, self.state.validated)
-            self.metrics.write("resume", self.state.step)
+            self.metrics.write("resume", self.state.step, steps=self.config.steps)
         if self.state.step == 0:
             self.metrics.cut_after(-1, -1)
             if on_start:
