@@ -24,6 +24,7 @@ class Environment(Stored):
     kind: RunKind | None = None  # igpt 0.1.0 did not record it, see `run_kind`
     tokens_sha256: str | None = None
     model_sha256: str | None = None
+    probe_tokens_sha256: str | None = None
     igpt: str | None = None
     commit: str | None = None
     command: str | None = None

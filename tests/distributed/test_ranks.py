@@ -207,6 +207,34 @@ def test_fine_tuning_gives_the_classifiers_of_one_process(
         assert losses[1] == pytest.approx(losses[0], abs=1.5e-6)
 
 
+@pytest.mark.parametrize(("size", "shard", "objective"), [(2, 1, "bert"), (4, 4, "autoregressive")])
+def test_features_are_measured_as_by_one_process(
+    ranks,
+    alone: dict[str, Path],
+    digits: TokenDataset,
+    settings: dict[str, object],
+    tmp_path: Path,
+    size: int,
+    shard: int,
+    objective: str,
+) -> None:
+    """The losses stay those of the runs without measurements."""
+    runs = [tmp_path / name for name in ("one", "several")]
+    changes = {**settings, "objective": objective, "probe_every": 4}
+    pretrain(PretrainConfig.layered({**changes, "tokens": digits.path}), runs[0])
+    flags = flags_of({**changes, "shard": shard})
+    ranks(size, "pretrain", digits.path, "-o", runs[1], "--model", "tiny", *flags)
+    first, second = (lines(run, "probe") for run in runs)
+    assert [line["step"] for line in first] == [line["step"] for line in second] == [0, 4, 8]
+    for one, other in zip(first, second, strict=True):
+        assert other["layer"] == one["layer"] == 1
+        assert other["effective_rank"] == pytest.approx(one["effective_rank"], rel=1e-4)
+        for key in ("linear_accuracy", "knn_accuracy"):  # rounding changes at most an image or two
+            assert other[key] == pytest.approx(one[key], abs=0.012)
+    for run in runs:
+        assert_same_losses(alone[objective], run)
+
+
 def test_numbers_of_ranks_that_do_not_divide_are_refused() -> None:
     import torch
 

@@ -41,7 +41,7 @@ class Probe(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.evaluation.results import best_row
+        from igpt.evaluation.results import best_row, best_row_by_neighbours
 
         target = self.out or model_and_run(self.model)[1] / "probe.json"
         result = probe(
@@ -70,14 +70,27 @@ class Probe(Options):
             f"{target}: best layer {best['layer']}: test accuracy {best['test_accuracy']:.1%} on "
             f"{images} images (95 % interval {low:.1%} to {high:.1%})"
         )
+        if nearest := best_row_by_neighbours(result):
+            found = nearest["knn"]
+            low, high = found["test_interval_95"]
+            print(
+                f"{found['k']} nearest neighbours: best layer {nearest['layer']}: test accuracy "
+                f"{found['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+            )
 
 
 def _accuracies(row: Mapping[str, Any]) -> str:
     state = "" if row["converged"] else " (not converged)"
-    return (
+    text = (
         f"validation accuracy {row['validation_accuracy']:.1%}, test accuracy "
         f"{row['test_accuracy']:.1%}{state}"
     )
+    if nearest := row.get("knn"):
+        text += (
+            f"; {nearest['k']} nearest neighbours {nearest['validation_accuracy']:.1%}, "
+            f"{nearest['test_accuracy']:.1%}"
+        )
+    return text
 
 
 class Score(Options):

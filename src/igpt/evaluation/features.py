@@ -203,6 +203,12 @@ class Rows(Protocol):
         """Return a slice of the rows, or the rows with some indices."""
 
 
+def read_blocks(features: Rows, device: torch.device, size: int) -> Iterator[torch.Tensor]:
+    """Yield features [N, D] in blocks of `size` rows, as float32 on a device."""
+    for first in range(0, len(features), size):
+        yield torch.from_numpy(np.array(features[first : first + size], np.float32)).to(device)
+
+
 @dataclass(frozen=True)
 class ConcatenatedColumns:
     """Several features of the same images, concatenated: [N, D_1 + D_2 + ...]."""

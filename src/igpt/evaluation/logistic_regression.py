@@ -6,7 +6,7 @@ is what takes the time: every row that is read serves all of them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from igpt.data.tokens.batches import batch_rows
 from igpt.errors import InputError
-from igpt.evaluation.features import Rows
+from igpt.evaluation.features import Rows, read_blocks
 
+STRENGTHS = (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)  # to select from
 _ROWS = 4096  # rows per block
 _HISTORY = 10  # pairs in L-BFGS's memory
 # above this number of features, diagonalizing their covariance takes longer than it saves
@@ -70,7 +71,7 @@ class Classifiers:
         settings, classes, width = self.coef.shape
         weights = self.coef.reshape(-1, width).t()
         found = []
-        for rows in _read(features, self.mean.device):
+        for rows in read_blocks(features, self.mean.device, _ROWS):
             if not bool(rows.isfinite().all()):
                 raise InputError("features are not finite; the model's weights are broken")
             logits = torch.addmm(
@@ -258,9 +259,9 @@ def moments(features: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
         InputError: features that are not finite.
     """
     mean, square = torch.zeros(2, features.shape[1], dtype=torch.float64, device=device)
-    for rows in _read(features, device):
+    for rows in read_blocks(features, device, _ROWS):
         mean += rows.sum(0, dtype=torch.float64) / len(features)
-    for rows in _read(features, device):
+    for rows in read_blocks(features, device, _ROWS):
         square += (rows - mean).square().sum(0) / len(features)
     if not bool(square.isfinite().all()):
         raise InputError(
@@ -275,26 +276,23 @@ def _rotated(features: Rows, mean: Tensor, scale: Tensor) -> tuple[Tensor, Tenso
     """Return standardized features on their principal axes [N, D], the axes, the variances."""
     count, width = features.shape
     if width > _ROTATED:
-        rows = torch.cat([(block - mean) / scale for block in _read(features, mean.device)])
+        rows = torch.cat(
+            [(block - mean) / scale for block in read_blocks(features, mean.device, _ROWS)]
+        )
         return rows, None, torch.ones_like(mean, dtype=torch.float64)
     covariance = torch.zeros(width, width, dtype=torch.float64, device=mean.device)
-    for block in _read(features, mean.device):
+    for block in read_blocks(features, mean.device, _ROWS):
         standard = (block - mean) / scale
         covariance += standard.t() @ standard
     variances, axes = torch.linalg.eigh(covariance / count)
     rows = torch.empty(count, width, device=mean.device)
-    for number, block in enumerate(_read(features, mean.device)):
+    for number, block in enumerate(read_blocks(features, mean.device, _ROWS)):
         torch.mm(
             (block - mean) / scale,
             axes.float(),
             out=rows[number * _ROWS : number * _ROWS + len(block)],
         )
     return rows, axes, variances.clamp(min=0)
-
-
-def _read(features: Rows, device: torch.device) -> Iterator[Tensor]:
-    for first in range(0, len(features), _ROWS):
-        yield torch.from_numpy(np.array(features[first : first + _ROWS], np.float32)).to(device)
 
 
 def fit_sgd(

@@ -28,7 +28,8 @@ from igpt.evaluation.features import (
     Rows,
     stored,
 )
-from igpt.evaluation.logistic_regression import Classifiers, fit_lbfgs, fit_sgd
+from igpt.evaluation.logistic_regression import STRENGTHS, Classifiers, fit_lbfgs, fit_sgd
+from igpt.evaluation.neighbours import classify_by_neighbours, require_neighbours
 from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import PROBE, PROBE_VERSION
 from igpt.files import atomic_file, sha256_of, sync, write_json
@@ -64,7 +65,7 @@ class ProbeConfig(Config):
         "lbfgs", description="sgd if the features do not fit into memory"
     )
     strengths: tuple[Strength, ...] = Field(
-        (1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0),
+        STRENGTHS,
         min_length=1,
         max_length=_MOST,
         description="inverse regularization strengths (scikit-learn's C) to select from (lbfgs)",
@@ -79,6 +80,11 @@ class ProbeConfig(Config):
     batch_size: int = Field(128, ge=1, le=16_384, description="batch size of sgd")
     fold_back: bool = Field(
         True, description="refit with the selected setting on training and validation images"
+    )
+    knn: Count | None = Field(
+        None,
+        description="also classify by this many nearest neighbours, by cosine similarity; 20 is "
+        "usual",
     )
     masks: int = Field(
         0,
@@ -176,7 +182,9 @@ def probe(
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
     splits = {name: split for name, (split, _) in sampled.items()}
     require_classes(splits, len(data.class_names or ()), "a probe")
-    if config.labels_per_class:  # raise for invalid settings before the work
+    if config.knn:  # raise for invalid settings before the work
+        require_neighbours(config.knn, len(sampled["train"][0]), "--knn")
+    if config.labels_per_class:
         subset_per_class(sampled["train"][0].labels, max(config.labels_per_class), (config.seed,))
     if (features / "model" / "config.json").exists():
         raise InputError(f"{features} is a run; name a folder of its own for the features")
@@ -386,17 +394,63 @@ def fit_and_test(
         "converged": converged,
         "iterations": fitted.iterations[best],
     }
+    if config.knn:
+        row["knn"] = _test_neighbours(images, config.knn, config, device)
     return row, final.only(index)
+
+
+def _test_neighbours(
+    images: Mapping[str, Images], k: int, config: ProbeConfig, device: torch.device
+) -> dict[str, Any]:
+    """Return the accuracies of classification by k nearest neighbours.
+
+    Neighbours of validation images are training images; those of test images are, with
+    `fold_back`, also validation images.
+    """
+    train, validation, test = (images[name] for name in SPLITS)
+    classes = int(train.labels.max()) + 1
+
+    def answered(known: Rows, labels: NDArray[np.int64], asked: Images) -> NDArray[np.bool_]:
+        predicted = [
+            classify_by_neighbours(known, labels, masked[0], k, device=device)[None]
+            for masked in asked.features
+        ]
+        correct: NDArray[np.bool_] = _correct(np.stack(predicted), classes, asked, config.seed)[0]
+        return correct
+
+    known, labels = train.features[0][0], train.labels
+    validated = answered(known, labels, validation)
+    if config.fold_back:
+        known = ConcatenatedRows(known, validation.features[0][0])
+        labels = np.concatenate([labels, validation.labels])
+    answers = answered(known, labels, test)
+    hits, count = int(answers.sum()), len(test.labels)
+    return {
+        "k": k,
+        "validation_accuracy": int(validated.sum()) / len(validation.labels),
+        "test_accuracy": hits / count,
+        "test_interval_95": list(interval_of_share(hits, count)),
+        "test_right": packed(answers),
+    }
 
 
 def _predicted_correctly(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
     """Return which images each classifier predicts correctly, [S, N], over all masks."""
-    predicted = np.stack(
-        [classifiers.predict(masked[0]) for masked in images.features]
-    )  # [m, S, N]
+    predicted = np.stack([classifiers.predict(masked[0]) for masked in images.features])
+    return _correct(predicted, classifiers.coef.shape[1], images, seed)
+
+
+def _correct(
+    predicted: NDArray[np.int64], count: int, images: Images, seed: int
+) -> NDArray[np.bool_]:
+    """Return which predictions are correct: under m masks [m, S, N] -> most frequent ones [S, N].
+
+    Args:
+        count: number of classes.
+    """
     answers = predicted[0]
     if len(predicted) > 1:
-        classes = np.arange(classifiers.coef.shape[1])
+        classes = np.arange(count)
         # S of [N, C]
         votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])

@@ -29,6 +29,16 @@ Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
 Answers = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
 
 
+class Neighbours(Stored):
+    """Accuracies of classification by k nearest neighbours."""
+
+    k: Positive
+    validation_accuracy: Share
+    test_accuracy: Share
+    test_interval_95: Interval | None = None
+    test_right: Answers | None = None
+
+
 class Accuracy(Stored):
     """A classifier of a probe: its accuracies, and its setting."""
 
@@ -39,6 +49,7 @@ class Accuracy(Stored):
     regularisation: Number | None = None
     learning_rate: Number | None = None
     converged: bool | None = None
+    knn: Neighbours | None = None  # of the same features
 
 
 class OfLayer(Accuracy):
@@ -261,6 +272,15 @@ def best_row(result: Mapping[str, Any]) -> dict[str, Any]:
     return best
 
 
+def best_row_by_neighbours(result: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the row of the layer with the best k-nearest-neighbour accuracy on validation images.
+
+    None if the probe was made without nearest neighbours.
+    """
+    rows: list[dict[str, Any]] = [row for row in result["layers"] if row.get("knn")]
+    return max(rows, key=lambda row: row["knn"]["validation_accuracy"], default=None)
+
+
 def _require_version(
     found: Mapping[str, Any], path: Path, kind: str, version: int, maker: str
 ) -> None:
@@ -280,6 +300,8 @@ def _tested(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def _require_answers(row: Mapping[str, Any], count: int, path: Path) -> None:
+    if row.get("knn"):
+        _require_answers(row["knn"], count, path)
     answers = row.get("test_right")
     if answers is not None and len(answers) != 2 * -(-count // 8):
         raise InputError(

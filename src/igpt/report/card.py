@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 from igpt.builtin_models import NAMES
 from igpt.errors import InputError
-from igpt.evaluation.results import best_row, read_score, score_files
+from igpt.evaluation.results import (
+    best_row,
+    best_row_by_neighbours,
+    read_score,
+    score_files,
+)
 from igpt.files import atomic_file, folder_to_read, require_regular
 from igpt.hub import require_name, upload
 from igpt.report.findings import (
@@ -399,11 +404,18 @@ def _accuracies(run: Run) -> list[Table]:
 
 
 def _by_layer(probe: Mapping[str, Any]) -> Table:
-    """Return the accuracy of the linear probe of every layer."""
+    """Return the accuracy of the linear probe of every layer, and that by nearest neighbours."""
+    nearest = best_row_by_neighbours(probe)
 
     def row(label: str, found: Mapping[str, Any]) -> tuple[str, ...]:
         accuracies = percent(found["validation_accuracy"]), percent(found["test_accuracy"])
-        return label, *accuracies, " to ".join(map(percent, found.get("test_interval_95") or ()))
+        interval = " to ".join(map(percent, found.get("test_interval_95") or ()))
+        return label, *accuracies, interval, *by_neighbours(found)
+
+    def by_neighbours(found: Mapping[str, Any]) -> tuple[str, ...]:
+        if nearest is None:
+            return ()
+        return (percent(found["knn"]["test_accuracy"]) if found.get("knn") else "",)
 
     rows = []
     for layer in probe["layers"]:
@@ -414,12 +426,15 @@ def _by_layer(probe: Mapping[str, Any]) -> Table:
     for few in probe.get("few_labels") or ():
         label = f"{few['layer']}, {plural(few['per_class'], 'label')} per class"
         spread = f"\N{PLUS-MINUS SIGN} {100 * few['standard_deviation']:.1f} (standard deviation)"
-        rows.append((label, "", percent(few["mean"]), spread))
+        rows.append((label, "", percent(few["mean"]), spread, *by_neighbours({})))
     caption = (
         "Accuracy of a linear probe of every layer (0: input of the first block; the last: final "
         "norm)"
     )
-    return Table(caption, ("layer", "validation", "test", "95 % interval"), rows)
+    head: tuple[str, ...] = ("layer", "validation", "test", "95 % interval")
+    if nearest:
+        head = (*head, f"test, {plural(nearest['knn']['k'], 'nearest neighbour')}")
+    return Table(caption, head, rows)
 
 
 def _scores(run: Run) -> list[dict[str, Any]]:

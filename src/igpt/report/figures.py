@@ -19,7 +19,7 @@ from PIL import Image
 
 from igpt.data.images.palette import Palette
 from igpt.evaluation.results import best_row
-from igpt.report.record import baselines, best_validation, history, standard_error
+from igpt.report.record import baselines, best_validation, history, qualities, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -92,8 +92,7 @@ def loss_curve(
         _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
         labels.append((_last(losses), "training", look.other))
     if validation:
-        marker = "o" if len(validation) <= 60 else ""
-        style = {"linewidth": 2, "marker": marker, "markersize": 3.5}
+        style = {"linewidth": 2, "marker": _marker(validation), "markersize": 3.5}
         _, losses = _line(axes, validation, "loss", "validation", look.main, **style)
         labels.append((_last(losses), "validation", look.main))
     best = best_validation(metrics)
@@ -136,10 +135,57 @@ def accuracy_curve(
     return figure
 
 
+def quality_curve(
+    metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
+    """Plot the accuracies of one layer's features by step, in percent.
+
+    Lines are the linear probe and the nearest neighbours.
+    """
+    figure, axes = canvas(look, width)
+    records = qualities(metrics)
+    shown = [
+        {"step": record["step"], "linear": 100 * record["linear_accuracy"]}
+        | {"knn": 100 * record["knn_accuracy"]}
+        for record in records
+    ]
+    style = {"linewidth": 2, "marker": _marker(shown), "markersize": 3.5}
+    _, linear = _line(axes, shown, "linear", "linear probe", look.main, **style)
+    name, style = f"{records[-1]['k']}-NN", style | {"linewidth": 1.4, "linestyle": "--"}
+    _, nearest = _line(axes, shown, "knn", name, look.other, **style)
+    low, high = span([linear, nearest])
+    axes.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+    axes.set_xlim(0, records[-1]["step"] or 1)
+    axes.set(xlabel="training step", ylabel="validation accuracy, %")
+    labels = [(linear[-1], "linear probe", look.main), (nearest[-1], name, look.other)]
+    label_ends(axes, [(float(value), text, color) for value, text, color in labels], width)
+    return figure
+
+
+def rank_curve(
+    metrics: list[dict[str, Any]], *, look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
+    """Plot the effective rank of one layer's features by step."""
+    figure, axes = canvas(look, width)
+    records = qualities(metrics)
+    style: dict[str, Any] = {"linewidth": 2, "marker": _marker(records), "markersize": 3.5}
+    _, values = _line(axes, records, "effective_rank", "effective rank", look.main, **style)
+    axes.set_ylim(0, 1.08 * float(values.max()) or 1)
+    axes.set_xlim(0, records[-1]["step"] or 1)
+    axes.set(xlabel="training step", ylabel="effective rank")
+    label_ends(axes, [(float(values[-1]), f"{values[-1]:.1f}", look.main)], width)
+    return figure
+
+
+def _marker(records: Sequence[Any]) -> str:
+    return "o" if len(records) <= 60 else ""
+
+
 def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = WIDE) -> "Figure":
     """Plot linear probe accuracy by layer, in percent, with the baselines.
 
-    The baselines are raw pixels and an untrained network. The band is one standard error,
+    The baselines are raw pixels and an untrained network; the test accuracy by nearest neighbours
+    is another line if the probe has it. The band is one standard error,
     sqrt(p (1 - p) / n), around the test accuracy; a ring marks the best layer by validation
     accuracy.
 
@@ -163,6 +209,10 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
         axes, layers, "validation_accuracy", "validation", look.main, linestyle=":", linewidth=1.4
     )
     labels.append((values[-1], "validation", look.main))
+    if near := [{"layer": row["layer"], **row["knn"]} for row in layers if row.get("knn")]:
+        name, style = f"{near[0]['k']}-NN", {"linestyle": "--", "linewidth": 1.4}
+        _, values = _line(axes, near, "test_accuracy", name, look.main, **style)
+        labels.append((values[-1], name, look.main))
     steps, values = _line(
         axes, layers, "test_accuracy", "test", look.main, linewidth=2, marker="o", markersize=4
     )
@@ -251,7 +301,7 @@ def _line(
     axes: "Axes", records: list[dict[str, Any]], key: str, label: str, color: str, **style: Any
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Plot `key` of the records by step or layer; accuracies in percent."""
-    by = "layer" if "layer" in records[0] else "step"
+    by = "step" if "step" in records[0] else "layer"
     x = np.array([record[by] for record in records], dtype=np.float64)
     y = np.array([record[key] for record in records], dtype=np.float64)
     if by == "layer":

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from igpt.evaluation.results import best_row
+from igpt.evaluation.results import best_row, best_row_by_neighbours
 from igpt.report.record import Run, baselines, best_validation, standard_error
 
 
@@ -150,9 +150,15 @@ def describe_probe(probe: dict[str, Any]) -> str:
         )
     for baseline, theirs in compared:
         text += " " + compare(ours, theirs, count, baseline)
-    return (
-        text if compared else text + " It was not compared with raw pixels or an untrained network."
-    )
+    if not compared:
+        text += " It was not compared with raw pixels or an untrained network."
+    if nearest := best_row_by_neighbours(probe):
+        found = nearest["knn"]
+        text += (
+            f" By {plural(found['k'], 'nearest neighbour')}: best layer {nearest['layer']} by "
+            f"validation accuracy, test accuracy {percent(found['test_accuracy'])}."
+        )
+    return text
 
 
 def compare(ours: float, theirs: float, count: int, what: str) -> str:

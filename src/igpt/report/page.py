@@ -26,6 +26,7 @@ from igpt.report.sections import (
     palette_section,
     photographs_section,
     probe_section,
+    quality_sections,
     samples_section,
     template,
 )
@@ -67,7 +68,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "state": describe_state(run),
         "findings": [sentence for sentence in findings if sentence],
         "tables": key_tables(run),
-        "sections": [loss_section(run), *sections, palette_section(run)],
+        "sections": [loss_section(run), *quality_sections(run), *sections, palette_section(run)],
         "details": fact_tables(run),
         "trained_by": "igpt" if version is None else f"igpt {version}",
     }

@@ -20,7 +20,7 @@ from igpt.data.left_out import LeftOut, left_out_of
 from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import RunKind, run_kind
 from igpt.errors import InputError
-from igpt.evaluation.results import Count, Number, read_probe, read_test
+from igpt.evaluation.results import Count, Number, Share, read_probe, read_test
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
 from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 from igpt.training.metrics import readable_metrics
@@ -76,6 +76,11 @@ class _Record(_Shape):
     validation_images: Count | None = None
     classes: Count | None = None
     ranks: Count | None = None
+    layer: Count | None = None
+    linear_accuracy: Share | None = None
+    knn_accuracy: Share | None = None
+    k: Count | None = None
+    effective_rank: Number | None = None
 
 
 class _Environment(Stored):
@@ -349,6 +354,17 @@ def history(metrics: list[dict[str, Any]], kind: str, key: str = "loss") -> list
         elif record["kind"] == kind and isinstance(record.get(key), int | float):
             kept[step] = record
     return [kept[step] for step in sorted(kept)]
+
+
+def qualities(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the complete records of features that were measured during training, by step."""
+    accuracies, counts = ("linear_accuracy", "knn_accuracy"), ("train_images", "validation_images")
+    keys = (*accuracies, *counts, "layer", "k", "effective_rank")
+    return [
+        record
+        for record in history(metrics, "probe", "linear_accuracy")
+        if all(record.get(key) is not None for key in keys)
+    ]
 
 
 def best_validation(metrics: list[dict[str, Any]], key: str = "loss") -> tuple[int, float] | None:

@@ -15,16 +15,17 @@ from PIL import Image
 from igpt.builtin_models import DEFAULT_MODEL
 from igpt.data.images.grid import grid_counts
 from igpt.errors import InputError
-from igpt.evaluation.results import best_row
+from igpt.evaluation.results import best_row, best_row_by_neighbours
 from igpt.files import require_regular
 from igpt.report import figures
-from igpt.report.findings import describe_sampling, percent, plural
+from igpt.report.findings import describe_sampling, number, percent, plural
 from igpt.report.record import (
     Run,
     baselines,
     best_validation,
     flat,
     history,
+    qualities,
     read_sampling,
     standard_error,
 )
@@ -124,14 +125,37 @@ def key_tables(run: Run) -> list[Table]:
             tested.append((f"Untrained network, layer {other['best_layer']}", best_row(other)))
         if pixels := compared.get("raw_pixels"):
             tested.append(("Raw pixels", pixels))
-        cells = []
-        for name, row in tested:
-            accuracy = row["test_accuracy"]
-            error = 100 * standard_error(accuracy, count)
-            cells.append((name, percent(accuracy), f"± {error:.1f}"))
         caption = f"Linear probe, accuracy on {plural(count, 'test image')} (higher is better)"
-        tables.append(Table(caption, ("", "accuracy", "std. error"), cells))
+        tables.append(_accuracy_table(caption, tested, count))
+        near = [(name, row["knn"]) for name, row in _by_neighbours(probe) if row.get("knn")]
+        if near:
+            caption = (
+                f"{plural(near[0][1]['k'], 'nearest neighbour')}, accuracy on "
+                f"{plural(count, 'test image')} (higher is better)"
+            )
+            tables.append(_accuracy_table(caption, near, count))
     return tables
+
+
+def _by_neighbours(probe: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the best layers by k nearest neighbours, and raw pixels, with their names."""
+    compared = probe.get("baselines") or {}
+    found: list[tuple[str, Mapping[str, Any]]] = []
+    for name, layers in (("This model", probe), ("Untrained network", compared.get("untrained"))):
+        if layers and (row := best_row_by_neighbours(layers)):
+            found.append((f"{name}, layer {row['layer']}", row))
+    return [*found, ("Raw pixels", compared.get("raw_pixels") or {})]
+
+
+def _accuracy_table(
+    caption: str, tested: Sequence[tuple[str, Mapping[str, Any]]], count: int
+) -> Table:
+    cells = []
+    for name, row in tested:
+        accuracy = row["test_accuracy"]
+        error = 100 * standard_error(accuracy, count)
+        cells.append((name, percent(accuracy), f"± {error:.1f}"))
+    return Table(caption, ("", "accuracy", "std. error"), cells)
 
 
 def _loss_cells(loss: float | None) -> tuple[str, str]:
@@ -191,6 +215,59 @@ def accuracy_section(run: Run) -> Section:
     return Section(title, name, chart=chart(plot, alt), caption=caption)
 
 
+def quality_sections(run: Run) -> list[Section]:
+    """Return the sections on the features during training; none if they were not measured."""
+    records = qualities(run.metrics)
+    if not records:
+        return []
+    last = records[-1]
+    train = plural(last["train_images"], "training image")
+    caption = (
+        f"Features of layer {last['layer']}, averaged over all positions; "
+        f"{plural(len(records), 'point')}. Linear probe: logistic regression fitted to {train}, "
+        f"with the best of several regularisation strengths. {last['k']}-NN: weighted vote of the "
+        f"{plural(last['k'], 'nearest neighbour')} among them, by cosine similarity. Both are "
+        f"accuracies on {plural(last['validation_images'], 'validation image')}."
+    )
+    alt = (
+        "Line chart of accuracy by training step; the last linear probe has "
+        f"{percent(last['linear_accuracy'])}, {last['k']} nearest neighbours "
+        f"{percent(last['knn_accuracy'])}."
+    )
+    rows = [
+        (
+            number(record["step"]),
+            percent(record["linear_accuracy"]),
+            percent(record["knn_accuracy"]),
+            f"{record['effective_rank']:.1f}",
+        )
+        for record in records
+    ]
+    head = ("step", "linear probe", f"{last['k']}-NN", "effective rank")
+    accuracy = Section(
+        "Features during training",
+        "features",
+        chart=chart(partial(figures.quality_curve, run.metrics), alt),
+        caption=caption,
+        table=Table("Numbers of both figures", head, rows),
+    )
+    rank = Section(
+        "Effective rank during training",
+        "rank",
+        chart=chart(
+            partial(figures.rank_curve, run.metrics),
+            "Line chart of the effective rank by training step; the last is "
+            f"{last['effective_rank']:.1f}.",
+        ),
+        caption=(
+            f"Effective rank (RankMe) of the features of layer {last['layer']} over {train}: the "
+            "exponential of the entropy of their singular values. 1: all features are multiples of "
+            "one vector; the width of the model: they use all directions equally."
+        ),
+    )
+    return [accuracy, rank]
+
+
 def probe_section(run: Run) -> Section:
     """Return the section on linear probe accuracy by layer."""
     title, name, probe = "Linear probe of every layer", "probe", run.probe
@@ -222,12 +299,13 @@ def probe_section(run: Run) -> Section:
         f"are selected by the accuracy on {plural(count['validation'], 'validation image')}."
         f"{folded} The test accuracy is measured on {plural(count['test'], 'image')}; the band is "
         "one standard error of it. Layer 0 is the input of the first block, layer "
-        f"{layers[-1]['layer']} the final norm.{caution}{_other_protocols(probe)}"
+        f"{layers[-1]['layer']} the final norm.{caution}{_neighbours_caption(layers)}"
+        f"{_other_protocols(probe)}"
     )
     alt = "Line chart of linear probe accuracy by layer: " + ", ".join(
         f"layer {layer['layer']} {percent(layer['test_accuracy'])}" for layer in layers
     )
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (
             str(layer["layer"]),
             percent(layer["validation_accuracy"]),
@@ -236,10 +314,33 @@ def probe_section(run: Run) -> Section:
         )
         for layer in layers
     ]
-    head = ("layer", "validation", "test", setting.replace("_", " "))
+    head: tuple[str, ...] = ("layer", "validation", "test", setting.replace("_", " "))
+    if layers[0].get("knn"):
+        k = layers[0]["knn"]["k"]
+        head = (*head, f"{k}-NN validation", f"{k}-NN test")
+        rows = [
+            (*cells, *_neighbours_cells(layer)) for cells, layer in zip(rows, layers, strict=True)
+        ]
     table = Table("Numbers of the figure", head, rows)
     plot = partial(figures.probe_by_layer, probe)
     return Section(title, name, lead, chart(plot, alt + "."), caption=caption, table=table)
+
+
+def _neighbours_cells(row: Mapping[str, Any]) -> tuple[str, str]:
+    found = row.get("knn")
+    if found is None:
+        return "not recorded", "not recorded"
+    return percent(found["validation_accuracy"]), percent(found["test_accuracy"])
+
+
+def _neighbours_caption(layers: Sequence[Mapping[str, Any]]) -> str:
+    found = layers[0].get("knn")
+    if found is None:
+        return ""
+    return (
+        f" {found['k']}-NN: classification by {plural(found['k'], 'nearest neighbour')} by cosine "
+        "similarity of the same features, without training; test accuracy."
+    )
 
 
 def _other_protocols(probe: dict[str, Any]) -> str:

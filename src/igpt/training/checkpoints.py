@@ -99,6 +99,7 @@ class TrainingState:
             not skipped.
         unlogged_loss, unlogged_steps: sum and number of the losses since the last line of
             metrics.jsonl.
+        probed: step of the last probe of the features; -1 before the first one.
     """
 
     step: int = 0
@@ -111,6 +112,7 @@ class TrainingState:
     first_skipped: int | None = None
     unlogged_loss: float = 0.0
     unlogged_steps: int = 0
+    probed: int = -1
 
 
 class _SavedFile(Stored):
@@ -121,7 +123,10 @@ class _SavedFile(Stored):
 
 
 class _State(Stored):
-    """Schema of state.json, with every field of `TrainingState`."""
+    """Schema of state.json, with every field of `TrainingState`.
+
+    Earlier checkpoints of this version lack `probed`.
+    """
 
     version: int
     sha256: str
@@ -135,6 +140,7 @@ class _State(Stored):
     first_skipped: int | None
     unlogged_loss: float
     unlogged_steps: int = Field(ge=0)
+    probed: int = Field(-1, ge=-1)
     files: dict[str, _SavedFile]
 
 
@@ -396,7 +402,8 @@ def _verified(path: Path) -> TrainingState:
     if _METADATA not in found["files"]:
         raise InputError(f"{file} does not list {_METADATA}")
     _verify_content(path, found["files"])
-    return TrainingState(**{item.name: found[item.name] for item in fields(TrainingState)})
+    known = [item.name for item in fields(TrainingState) if item.name in found]
+    return TrainingState(**{name: found[name] for name in known})
 
 
 def _digest(state: dict[str, Any]) -> str:

@@ -4,11 +4,13 @@ The rows of a batch are split among the ranks, and each rank's rows into micro-b
 divided by the number of images in the whole batch, so the result does not depend on the split.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -17,7 +19,7 @@ from igpt.allocator import keep_freed_memory
 from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
 from igpt.model.precision import autocast
-from igpt.model.transformer import ImageGPT
+from igpt.model.transformer import Block, ImageGPT
 from igpt.training.distributed import World
 from igpt.training.optimizer import make_optimizers, step
 from igpt.training.parallelize import LossFunction, gradient_sync, parallelize
@@ -98,6 +100,25 @@ class Engine:
             total += summed * weight
         return self.world.all_reduce_sum(total)
 
+    @torch.no_grad()
+    def features(self, tokens: Tensor, layer: int) -> Tensor:
+        """Return the features of a layer, averaged over positions, for a whole batch.
+
+        Args:
+            tokens: [B, n].
+            layer: 0 .. L - 1; the features are the normalized input of that block's attention.
+
+        Returns:
+            float32 [B, D] on the device of every rank.
+        """
+        world = self.world
+        (((rows,), weight),) = self._micro_batches((tokens,), None)
+        with autocast(self.config.precision, world.device):
+            pooled = self._module(partial(_pooled, layer=layer), rows)[: weight * len(rows)]
+        whole: Tensor = pooled.new_zeros(len(tokens), pooled.shape[1])
+        whole.tensor_split(world.size)[world.rank].copy_(pooled)
+        return world.all_reduce_sum(whole)
+
     def evaluation_batch_size(self) -> int:
         """Return four micro-batches per rank in images: nothing is kept for a backward pass."""
         rows = -(-self.config.batch_size // self.world.size)
@@ -128,3 +149,18 @@ class Engine:
             (tensors, 1) if len(tensors[0]) else (padding, 0)
             for tensors in zip(*parts, strict=True)
         ]
+
+
+def _pooled(model: ImageGPT, tokens: Tensor, layer: int) -> Tensor:
+    """Return the features of a layer like `ImageGPT.features`, but of a sharded model too."""
+    x, first = model.embed(tokens), None
+    for block in model.h[:layer]:
+        x, first = block(x, first)
+    block = model.h[layer]
+    assert isinstance(block, Block)
+    if isinstance(block, FSDPModule):  # its weights are gathered only while the whole block runs
+        block.unshard()
+    pooled = block.ln_1(x).float().mean(dim=1)
+    if isinstance(block, FSDPModule):
+        block.reshard()
+    return pooled  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """metrics.jsonl: what a run reports while it trains, and the only source of its figures.
 
-Every line is a JSON object with "kind" (start, machine, train, validation, resume, end) and "step";
-`Record` has the other keys. A killed process may leave the last line incomplete.
+Every line is a JSON object with "kind" (start, machine, train, validation, probe, resume, end) and
+"step"; `Record` has the other keys. A killed process may leave the last line incomplete.
 """
 
 import json
@@ -53,6 +53,12 @@ class Record(Stored):
     device: str | None = None
     flops_per_image: float | None = None
     matmul_flops_per_second: float | None = None
+    # Of a probe line, see `igpt.evaluation.feature_quality.FeatureQuality`.
+    layer: int | None = None
+    linear_accuracy: float | None = None
+    knn_accuracy: float | None = None
+    k: int | None = None
+    effective_rank: float | None = None
 
     @model_validator(mode="after")
     def _has_required_keys(self) -> Self:
@@ -74,19 +80,20 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
 
-    def cut_after(self, step: int, validated: int) -> None:
+    def cut_after(self, step: int, validated: int, probed: int = -1) -> None:
         """Remove the lines that a killed process wrote after the checkpoint that is resumed.
 
         Args:
             step: step of the checkpoint.
             validated: step of its last validation.
+            probed: step of its last probe; -1 if there is none.
 
         Raises:
             InputError: see `read_metrics`.
         """
         if not self.is_main or not self.path.exists():
             return
-        last = {"validation": validated, "end": -1}
+        last = {"validation": validated, "probe": probed, "end": -1}
         kept = [
             line for line in read_metrics(self.path) if line["step"] <= last.get(line["kind"], step)
         ]

@@ -13,6 +13,7 @@ from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.environment import RunKind
 from igpt.errors import InputError
+from igpt.evaluation.feature_quality import quality_images
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
 from igpt.model.directory import weights_sha256
@@ -27,7 +28,7 @@ from igpt.training.metrics import Metrics
 from igpt.training.pretrained import pretrained_model, without_classes
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import MOST, TrainConfig
-from igpt.training.trainer import Trainer, Validation
+from igpt.training.trainer import Probing, Trainer, Validation
 
 # Pixels from which the frequencies of the colours are estimated: 16,384 images at 32 px, which is
 # also the maximum number of images.
@@ -68,6 +69,18 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
         ge=1,
         le=MOST,
         description="maximum number of validation images, spread evenly over the split",
+    )
+    probe_every: int | None = Field(
+        None,
+        ge=1,
+        le=MOST,
+        description="steps between measurements of the middle layer's features with labelled "
+        "images: linear probe, 20 nearest neighbours, effective rank",
+    )
+    probe_tokens: Path | None = Field(
+        None,
+        description="token data set with labels for --probe-every; by default the tokens that are "
+        "trained on",
     )
 
 
@@ -116,6 +129,7 @@ def pretrain(
             world.device,
         )
         checked = _validation_tokens(data["validation"], config)
+        probing = _probing(config, data, shape, world)
         objective = shape.trained_as
         torch.manual_seed(config.seed)
         if start:
@@ -131,6 +145,7 @@ def pretrain(
             resume=resume,
             is_main=world.is_main,
             model_sha256=checksum,
+            probe_tokens=(config.probe_tokens or config.tokens) if probing else None,
         )
         world.barrier()
         is_new = world.is_main and not resume
@@ -151,6 +166,7 @@ def pretrain(
             validation=validation,
             run=run,
             warmup=config.warmup(len(train.split)),
+            probing=probing,
         )
         trainer.train(resume=resume, on_start=partial(_write_start, shape, data, checked))
     return run / "model"
@@ -220,6 +236,25 @@ def _validation_batch(
     probability, seed = _VALIDATION_MASKS
     mask = objective.mask((last, checked.shape[1]), probability, np.random.default_rng(seed))
     return (tokens,) if mask is None else (tokens, to_device(mask[first:], world.device))
+
+
+def _probing(
+    config: PretrainConfig, data: TokenDataset, shape: ModelConfig, world: World
+) -> Probing | None:
+    """Return how features are measured during training, or None if they are not."""
+    if config.probe_every is None:
+        if config.probe_tokens is not None:
+            raise InputError("--probe-tokens needs --probe-every, the steps between measurements")
+        return None
+    labelled = data if config.probe_tokens is None else TokenDataset(config.probe_tokens)
+    images = quality_images(labelled, data)
+    return Probing(
+        config.probe_every,
+        shape.n_layer // 2,
+        len(images.tokens),
+        lambda first, last: to_device(images.tokens[first:last].astype(np.int64), world.device),
+        partial(images.measure, device=world.device),
+    )
 
 
 def _write_start(

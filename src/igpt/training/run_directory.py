@@ -2,7 +2,8 @@
 
 config.yaml        all settings, resolved: with the same tokens they reproduce the run
 environment.json   kind of the run, versions, machine, command, commit, and checksums of the inputs:
-                   the manifest of the tokens, and the weights of a model to fine-tune
+                   the manifests of the tokens and of the tokens to probe with, and the weights of
+                   a model to fine-tune
 .lock              while a process works in it, see `igpt.locks`
 """
 
@@ -198,6 +199,7 @@ def record_run(
     resume: bool,
     is_main: bool,
     model_sha256: str | None = None,
+    probe_tokens: Path | None = None,
 ) -> None:
     """Write the settings and the environment of a new run, or check the inputs of a resumed one.
 
@@ -206,6 +208,7 @@ def record_run(
 
     Args:
         model_sha256: checksum of the weights that training starts from, if they are not random.
+        probe_tokens: data set by which features are measured during training, if any.
 
     Raises:
         InputError: the tokens or the model have changed.
@@ -213,6 +216,8 @@ def record_run(
     checksums = {"tokens_sha256": sha256_of(tokens / MANIFEST)}
     if model_sha256:
         checksums["model_sha256"] = model_sha256
+    if probe_tokens:
+        checksums["probe_tokens_sha256"] = sha256_of(probe_tokens / MANIFEST)
     if resume:
         recorded = read_environment(run / _ENVIRONMENT)
         if "tokens_sha256" not in recorded:
@@ -220,6 +225,12 @@ def record_run(
         if recorded["tokens_sha256"] != checksums["tokens_sha256"]:
             raise InputError(
                 f"{tokens} is not the data set that {run} was started with, or it has changed since"
+            )
+        probed = checksums.get("probe_tokens_sha256")
+        if recorded.get("probe_tokens_sha256", probed) != probed:
+            raise InputError(
+                f"{probe_tokens} is not the data set that {run} is probed with, or it has changed "
+                "since"
             )
         if recorded.get("model_sha256", model_sha256) != model_sha256:
             raise InputError(

@@ -1,21 +1,25 @@
 """The training loop, independent of the objective, the data set and the validation metric.
 
-Before every step: validate, write a snapshot, and save a checkpoint if they are due; stop if
-training has ended or a stop was requested. Then: one optimizer step, and a line of metrics if due.
+Before every step: validate, probe the features, write a snapshot, and save a checkpoint if they
+are due; stop if training has ended or a stop was requested. Then: one optimizer step, and a line of
+metrics if due.
 """
 
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt.data.tokens.batches import Batch, Prefetch
 from igpt.errors import InputError, Interrupted
+from igpt.evaluation.feature_quality import FeatureQuality
 from igpt.model.cost import training_flops
 from igpt.model.precision import matmul_rate, resolve_precision
 from igpt.progress import ProgressBar, progress_bar
@@ -47,6 +51,25 @@ class Validation:
     batch: Callable[[int, int], Batch]
 
 
+@dataclass(frozen=True)
+class Probing:
+    """Measurement of the features of a layer during training.
+
+    Attributes:
+        every: steps between measurements; the first is before the first step, the last at the end.
+        layer: 0 .. L - 1.
+        images: number of images.
+        batch: `batch(first, last)` returns the tokens of images `first` to `last - 1`.
+        measure: returns the quality of the features of all images, [N, D]; called on the main rank.
+    """
+
+    every: int
+    layer: int
+    images: int
+    batch: Callable[[int, int], Tensor]
+    measure: Callable[[NDArray[np.float32]], FeatureQuality]
+
+
 class Trainer:
     """Train a model and write RUN/model, RUN/checkpoints, RUN/snapshots and RUN/metrics.jsonl.
 
@@ -56,6 +79,7 @@ class Trainer:
         run: run directory, which must exist.
         warmup: steps over which the learning rate rises.
         title: of the progress bar.
+        probing: measurement of the features, if any.
     """
 
     def __init__(
@@ -66,9 +90,10 @@ class Trainer:
         run: Path,
         warmup: int,
         title: str = "pretraining",
+        probing: Probing | None = None,
     ) -> None:
         self.engine, self.config, self.world = engine, engine.config, engine.world
-        self.batches, self.validation = batches, validation
+        self.batches, self.validation, self.probing = batches, validation, probing
         self.run, self.warmup, self.title = run, warmup, title
         self.state = TrainingState()
         self.metrics = Metrics(run / "metrics.jsonl", self.world.is_main)
@@ -139,7 +164,7 @@ class Trainer:
         if self.world.broadcast(resume and bool(checkpoints(self.checkpoints.folder))):
             self.state, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
             self._saved_step = self.state.step
-            self.metrics.cut_after(self.state.step, self.state.validated)
+            self.metrics.cut_after(self.state.step, self.state.validated, self.state.probed)
             self.metrics.write("resume", self.state.step, steps=self.config.steps)
         if self.state.step == 0:
             self.metrics.cut_after(-1, -1)
@@ -158,7 +183,7 @@ class Trainer:
         return notes
 
     def _work_between_steps(self, bar: ProgressBar) -> bool:
-        """Validate, write a snapshot and save if due; return whether training has ended.
+        """Validate, probe, write a snapshot and save if due; return whether training has ended.
 
         Raises:
             Interrupted: any rank was asked to stop; a checkpoint is saved.
@@ -169,14 +194,17 @@ class Trainer:
         validates = is_last or is_snapshot or state.step % config.validate_every == 0
         if validates and state.step > state.validated:
             self._validate(bar)
+        if self._must_probe():
+            self._probe(bar)
         if is_snapshot:
             self._write_model(self.run / "snapshots" / f"step-{state.step:08d}")
         stop = self.world.all_reduce_max(self._stop.number)
         is_exhausted = (
             config.patience is not None and state.validations_without_better >= config.patience
         )
-        # A stop request may have cut the last validation short.
+        # A stop request may have cut the last validation or probe short.
         ended = is_exhausted or (is_last and state.validated == state.step)
+        ended = ended and not self._must_probe()
         saves = state.step % config.checkpoint_every == 0 or ended or stop > 0
         if saves and state.step != self._saved_step:
             self._read_results()
@@ -282,6 +310,39 @@ class Trainer:
         self.metrics.write("validation", state.step, **{validation.name: value, "best": is_best})
         best = " (best so far)" if is_best else ""
         bar.say(f"step {state.step}: validation {validation.name} {value:.4f}{best}")
+
+    def _must_probe(self) -> bool:
+        """Return whether the features are to be measured at this step, and have not been."""
+        state, probing = self.state, self.probing
+        if probing is None or state.probed == state.step:
+            return False
+        return state.step == self.config.steps or state.step % probing.every == 0
+
+    def _probe(self, bar: ProgressBar) -> None:
+        """Measure the quality of the features; return early on a stop request."""
+        self._read_results()
+        probing, state, world = self.probing, self.state, self.world
+        assert probing is not None
+        bar.part("probing", 0, probing.images)
+        size = self.engine.evaluation_batch_size()
+        parts = []
+        for first in range(0, probing.images, size):
+            if world.all_reduce_max(self._stop.number):
+                return
+            last = min(first + size, probing.images)
+            parts.append(self.engine.features(probing.batch(first, last), probing.layer))
+            bar.part("probing", last, probing.images)
+        features = torch.cat(parts)
+        if not bool(features.isfinite().all()):
+            self._diverge(
+                f"features of layer {probing.layer} are not finite after {state.step} steps"
+            )
+        if world.is_main:
+            found = probing.measure(features.cpu().numpy())
+            self.metrics.write("probe", state.step, layer=probing.layer, **asdict(found))
+            bar.say(f"step {state.step}: features of layer {probing.layer}: {found.text()}")
+        world.barrier()  # over gloo, because NCCL would let the other ranks' GPUs spin
+        state.probed = state.step
 
     def _write_model(self, path: Path) -> None:
         weights = self.engine.weights()
