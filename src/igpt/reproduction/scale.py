@@ -1,5 +1,6 @@
 """The scales of a reproduction: an hour or a night on two CPU cores, or one GPU."""
 
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -431,7 +432,10 @@ def _longer(scale: Scale, part: str) -> Scale:
         return replace(scale, resolution_steps=2 * scale.resolution_steps)
     if part == "compute" and scale.doublings:
         return replace(scale, doublings=(*scale.doublings, 2 * scale.doublings[-1]))
-    raise InputError(f"the scale {scale.name} has no part {part!r}; {suggest(part, PARTS)}")
+    parts = [one for one in PARTS if one != "compute" or scale.doublings]
+    raise InputError(
+        f"the scale {scale.name} has no part {reprlib.repr(part)}; {suggest(part, parts)}"
+    )
 
 
 def _twice(flags: Flags) -> Flags:
