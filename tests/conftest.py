@@ -151,8 +151,7 @@ def packaged(
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(builtin_models, "FOLDER", folder / "builtin")
-        few = ["--limit", "100", "--completions", "2"]
-        module.main([str(folder / "run"), str(digits.path), *few])
+        module.main([str(folder / "run"), str(digits.path), "--limit", "100"])
     return folder / "builtin" / builtin_models.DEFAULT_MODEL
 
 

@@ -8,9 +8,7 @@ import json
 import re
 import shutil
 import subprocess
-import tomllib
 from collections.abc import Callable
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -227,14 +225,6 @@ def test_the_models_are_listed(
         (row,) = (line for line in lines if line.startswith(f"{preset['name']} "))
         assert f"{preset['settings']['n_layer']} x {preset['settings']['n_embd']} " in row
         assert f" {preset['settings']['learning_rate']:g} " in row
-
-
-def test_all_files_of_the_built_in_models_are_package_data(packaged: Path) -> None:
-    project = Path(__file__).parents[1] / "pyproject.toml"
-    patterns = tomllib.loads(project.read_text())["tool"]["setuptools"]["package-data"]["igpt"]
-    for file in packaged.iterdir():
-        path = f"builtin/{NAME}/{file.name}"
-        assert any(fnmatch(path, pattern) for pattern in patterns), path
 
 
 @pytest.mark.skipif(not builtin_models.has_builtin(NAME), reason="not in this checkout yet")

@@ -29,6 +29,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import igpt
+from igpt.builtin_models import DEFAULT_MODEL, has_builtin
 from igpt.cli import main
 print(igpt.__file__)
 for words in (
@@ -36,6 +37,8 @@ for words in (
     ["complete", "run", "images/0.png", "--completions", "1"],
 ):
     assert main(words) == 0, words
+if has_builtin(DEFAULT_MODEL):
+    assert main(["complete", "images/0.png", "--completions", "1"]) == 0
 """
 
 

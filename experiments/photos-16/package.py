@@ -40,7 +40,6 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a finished run of igpt pretrain")
     parser.add_argument("tokens", type=Path, help="its token data set")
     parser.add_argument("--limit", default=10_000, help="images of a split to score and to probe")
-    parser.add_argument("--completions", default=8, help="test images to complete")
     options = parser.parse_args(words)
     out = options.run.with_name(options.run.name + "-packaged")
     out.mkdir(exist_ok=True)
@@ -52,24 +51,26 @@ def main(words: list[str] | None = None) -> None:
         raise SystemExit(f"the weights have {size:,} bytes; the package takes {LARGEST:,}")
     if not score_file(out, str(options.tokens), None).exists():
         run("score", out, options.tokens, "--limit", options.limit)
+    folder = out / PHOTOGRAPHS
+    folder.mkdir(exist_ok=True)
+    for name, pixels in photographs().items():
+        Image.fromarray(pixels).save(folder / f"{name}.png")
     if not (out / f"score-{PHOTOGRAPHS}.json").exists():
-        folder = out / PHOTOGRAPHS
-        folder.mkdir(exist_ok=True)
-        for name, pixels in photographs().items():
-            Image.fromarray(pixels).save(folder / f"{name}.png")
         run("score", out, folder)
     if not (out / "probe.json").exists():
         run("probe", out, options.tokens, "--limit", options.limit)
     if not (out / "samples.png").exists():
         run("sample", out, "--count", 32)
     if not (out / "completions.png").exists():
-        run("complete", out, "--tokens", options.tokens, "--count", options.completions)
+        # Not test images: the package must not contain images of ImageNet.
+        run("complete", out, *sorted(folder.iterdir()))
     run("card", out, DEFAULT_MODEL, "--license", "other", "--terms", TERMS)
     target = folder_of(DEFAULT_MODEL)
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(out / "model", target)
     for name in (CARD, "probe.json", *PICTURES):
         shutil.copy(out / name, target)
+    (target / WEIGHTS).chmod(0o644)  # safetensors makes its files private
     for file in sorted(target.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")
 

@@ -1,9 +1,9 @@
 """The commands as functions: `igpt.prepare`, `igpt.pretrain` and so on.
 
 The command line calls the same functions. Settings are keywords with the names of the fields of the
-configuration classes, which are those of the flags. A model is a run directory, a model directory
-or a Hub id; a token data set is its folder. Images are PIL images, arrays uint8 [H, W, 3] or
-[H, W], or paths of files.
+configuration classes, which are those of the flags. A model is a run directory, a model directory,
+the name of a built-in model ("photos-16") or a Hub id; a token data set is its folder. Images are
+PIL images, arrays uint8 [H, W, 3] or [H, W], or paths of files.
 """
 
 import os
