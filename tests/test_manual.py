@@ -18,6 +18,7 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.model.objectives import OBJECTIVES
 from igpt.model.onnx_export import export_onnx
 from igpt.model.transformer import ImageGPT
+from igpt.training.presets import MODELS, PURPOSES
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
@@ -123,6 +124,26 @@ def test_the_tables_contain_every_setting(flags: Any) -> None:
     (several,) = (flag for flag in flags("probe") if "--strengths" in flag.names)
     assert (several.kind, several.nargs) == ("FLOAT", "*")
     assert all(flag.help for command in COMMANDS for flag in flags(command))
+
+
+def test_the_table_of_presets_has_their_settings() -> None:
+    assert "<!-- presets: pretrain -->" in (DOCS / "commands" / "training.md").read_text()
+    table = script("flags").on_page_markdown("<!-- presets: pretrain -->", page=None)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    assert {len(row) for row in rows} == {len(rows[0])}
+    by_name = {row[0].strip("`"): dict(zip(rows[0], row, strict=True)) for row in rows[2:]}
+    assert by_name.keys() == MODELS.keys() == PURPOSES.keys()
+    for name, recipe in MODELS.items():
+        shown = by_name[name]
+        assert shown["shape"] == f"{recipe['n_layer']} x {recipe['n_embd']}"
+        assert shown["px"] == str(recipe.get("resolution", "any"))
+        assert float(shown["rate"]) == recipe["learning_rate"]
+        assert shown["batch"] == str(recipe["batch_size"])
+        assert int(shown["steps"].replace(" k", "000").replace(" M", "000000")) == recipe["steps"]
+        assert (shown["optimizer"], shown["for"]) == (
+            recipe.get("optimizer", "adamw"),
+            PURPOSES[name],
+        )
 
 
 def test_pages_and_links_exist() -> None:

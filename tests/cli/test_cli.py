@@ -100,7 +100,7 @@ def test_mistakes_are_one_plain_line_on_a_terminal(
     igpt, variables: dict[str, str], tmp_path: Path
 ) -> None:
     several = [words for words, _ in MISTAKES if "cuda" not in words]
-    several += [["sample"], ["pretrain", "t", "--lerning-rate", "3", "-o", "x"]]
+    several += [["classify"], ["pretrain", "t", "--lerning-rate", "3", "-o", "x"]]
     process, terminal = pty.fork()
     if process == 0:  # a forked process has imported everything already
         code = 1

@@ -69,7 +69,10 @@ def test_mistakes(igpt: Run, bert: Path, tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "file").write_text("old")
     before = sorted(tmp_path.rglob("*"))
     new = tmp_path / "new"
-    assert_refused(igpt("export", bert), "--onnx")
+    assert_refused(igpt("export", bert), "name one folder to create: --onnx DIR or --bf16 DIR")
+    assert_refused(igpt("export", bert, "--onnx", new, "--bf16", new), "name one folder to create")
+    assert_refused(igpt("export", bert, "--bf16", new, "--int8"), "--int8 belongs to --onnx")
+    assert_refused(igpt("export", bert, "--bf16", tmp_path / "old"), "exists already")
     assert_refused(igpt("export", bert, "--onnx", tmp_path / "old"), "exists already")
     assert_refused(igpt("export", bert, "--onnx", tmp_path / "file"), "is a file")
     assert_refused(igpt("export", bert, "--onnx", tmp_path / "file" / "x"), "cannot be written")

@@ -52,7 +52,7 @@ class Pretrain(Options):
     model: str | None = Field(
         None,
         description="preset of model and training: igpt-s, igpt-m, igpt-l, igpt-l-48, igpt-xl, "
-        "gpu-hour; for CPUs: tiny, digits, photos, modern",
+        "gpu-hour; for CPUs: tiny, digits, photos, modern; igpt models lists them",
     )
     config: Path | None = Field(
         None, description="settings in YAML or JSON; they override the preset, flags override both"
