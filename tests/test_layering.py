@@ -94,6 +94,7 @@ MODULES = [
     "training/presets",
     "training/muon",
     "training/optimizer",
+    "training/trackers",
     "training/settings",
     "training/signals",
     "training/distributed",

@@ -46,6 +46,7 @@ from igpt.training.optimizer import Schedule
 from igpt.training.pretrained import pretrained_model
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import HIGHEST_RATE, MOST, TrainConfig
+from igpt.training.trackers import EXAMPLES
 from igpt.training.trainer import Diverged, Trainer, Validation
 
 FORMAT, VERSION = "igpt-finetune", 1
@@ -379,6 +380,7 @@ class _Finetuning:
             run=folder,
             warmup=config.warmup(len(train)),
             title=f"fine-tuning at {config.learning_rate:g}",
+            examples=validation.rows(range(min(EXAMPLES, len(validation)))) if generates else None,
         )
         return trainer.train(
             resume=True, on_start=partial(self._write_start, model.config, len(train))

@@ -5,7 +5,7 @@ Every line is a JSON object with "kind" (start, machine, train, validation, prob
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -69,16 +69,29 @@ class Record(Stored):
 
 
 class Metrics:
-    """Appends lines to metrics.jsonl, on the main rank only."""
+    """Appends lines to metrics.jsonl, on the main rank only.
+
+    Attributes:
+        listener: is called with every line that is written.
+    """
 
     def __init__(self, path: Path, is_main: bool = True) -> None:
         self.path, self.is_main = path, is_main
+        self.listener: Callable[[Mapping[str, Any]], None] | None = None
 
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Append a line."""
         if self.is_main:
+            line = {"kind": kind, "step": step, **values}
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+                file.write(json.dumps(line) + "\n")
+            if self.listener:
+                self.listener(line)
+
+    def last_steps(self) -> dict[str, int]:
+        """Return the last step of each kind of line; nothing on other ranks than the main one."""
+        lines = read_metrics(self.path) if self.is_main and self.path.exists() else []
+        return {line["kind"]: line["step"] for line in lines}
 
     def cut_after(self, step: int, validated: int, probed: int = -1) -> None:
         """Remove the lines that a killed process wrote after the checkpoint that is resumed.

@@ -28,6 +28,7 @@ from igpt.training.metrics import Metrics
 from igpt.training.pretrained import pretrained_model, without_classes
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import MOST, TrainConfig
+from igpt.training.trackers import EXAMPLES
 from igpt.training.trainer import Probing, Trainer, Validation
 
 # Pixels from which the frequencies of the colours are estimated: 16,384 images at 32 px, which is
@@ -167,6 +168,7 @@ def pretrain(
             run=run,
             warmup=config.warmup(len(train.split)),
             probing=probing,
+            examples=checked[:EXAMPLES],
         )
         trainer.train(resume=resume, on_start=partial(_write_start, shape, data, checked))
     return run / "model"

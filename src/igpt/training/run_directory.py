@@ -24,6 +24,7 @@ from igpt.training.checkpoints import checkpoints
 from igpt.training.distributed import World, distributed_world
 from igpt.training.metrics import read_metrics
 from igpt.training.settings import TrainConfig
+from igpt.training.trackers import require_tracker
 
 _SETTINGS, _ENVIRONMENT, _METRICS = "config.yaml", "environment.json", "metrics.jsonl"
 _RUN_FILES = (_SETTINGS, _METRICS, "checkpoints", "model", "rates", "fold-back", "test.json")
@@ -70,6 +71,7 @@ def open_run(
         if given is None:
             given = config.model_dump(include={"tokens"})
         config = resolve_config(run, config, given, resume)
+        require_tracker(config.track)
         world.barrier()  # no rank may mistake the folder that another one creates for an old run
         # The machines of the ranks may differ.
         precision = world.broadcast(resolve_precision(config.precision, world.device))

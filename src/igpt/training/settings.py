@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from igpt.config import Config
 from igpt.environment import RunKind
 from igpt.training.optimizer import OptimizerName, Schedule
+from igpt.training.trackers import TrackerName
 
 MOST = 10**9  # images or steps; the product of two larger ones would not fit into 64 bits
 HIGHEST_RATE = 1000.0
@@ -33,6 +34,7 @@ class TrainConfig(Config):
             "keep_checkpoints",
             "max_skipped",
             "stop_seconds",
+            "track",
         }
     )
 
@@ -117,6 +119,12 @@ class TrainConfig(Config):
         ge=1,
         le=MOST,
         description="stop after this many validations without improvement",
+    )
+
+    track: TrackerName | None = Field(
+        None,
+        description="also send the lines of metrics.jsonl, and samples and completions at "
+        "validations, to an experiment tracker",
     )
 
     @model_validator(mode="after")

@@ -7,10 +7,11 @@ metrics if due.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,10 +26,11 @@ from igpt.model.precision import matmul_rate, resolve_precision
 from igpt.progress import ProgressBar, progress_bar
 from igpt.training.checkpoints import Checkpoints, TrainingState, checkpoints, step_of
 from igpt.training.engine import Engine
-from igpt.training.metrics import Metrics
+from igpt.training.metrics import Metrics, read_metrics
 from igpt.training.optimizer import learning_rate
 from igpt.training.parallelize import LossFunction
 from igpt.training.signals import StopRequest, exit_if_stuck
+from igpt.training.trackers import Tracker, numbers_of, open_tracker, pictures
 
 
 class Diverged(InputError):  # noqa: N818  like the other classes of errors.py
@@ -80,6 +82,7 @@ class Trainer:
         warmup: steps over which the learning rate rises.
         title: of the progress bar.
         probing: measurement of the features, if any.
+        examples: images whose completions a tracker shows, tokens [B, n].
     """
 
     def __init__(
@@ -91,11 +94,14 @@ class Trainer:
         warmup: int,
         title: str = "pretraining",
         probing: Probing | None = None,
+        examples: NDArray[np.uint16] | None = None,
     ) -> None:
         self.engine, self.config, self.world = engine, engine.config, engine.world
         self.batches, self.validation, self.probing = batches, validation, probing
         self.run, self.warmup, self.title = run, warmup, title
+        self.examples = examples
         self.state = TrainingState()
+        self._tracker: Tracker | None = None  # on the main rank, if one is asked for
         self.metrics = Metrics(run / "metrics.jsonl", self.world.is_main)
         self.checkpoints = Checkpoints(
             run / "checkpoints", self.world, self.config.keep_checkpoints
@@ -105,6 +111,8 @@ class Trainer:
         self._unread: list[Tensor] = []  # results of steps that are still on the device
         self._grad_norm = 0.0  # of the last step that was not skipped
         self._saved_step = 0  # step of the newest checkpoint
+        # Last step of each kind of line that the tracker has from before the run was resumed.
+        self._tracked: dict[str, int] = {}
         precision = resolve_precision(self.config.precision, self.world.device)
         self._flops = training_flops(engine.model.config)  # per image
         self._peak_flops = matmul_rate(precision, self.world.device) * self.world.size
@@ -124,6 +132,7 @@ class Trainer:
         """
         notes = self._begin(resume, on_start)
         with (
+            self._tracking(),
             exit_if_stuck(self.config.stop_seconds, self._describe_unsaved),
             self._stop,
             progress_bar(on_stdout=True, quiet=not self.world.is_main) as bar,
@@ -164,6 +173,8 @@ class Trainer:
         if self.world.broadcast(resume and bool(checkpoints(self.checkpoints.folder))):
             self.state, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
             self._saved_step = self.state.step
+            if self.config.track:
+                self._tracked = self.metrics.last_steps()
             self.metrics.cut_after(self.state.step, self.state.validated, self.state.probed)
             self.metrics.write("resume", self.state.step, steps=self.config.steps)
         if self.state.step == 0:
@@ -181,6 +192,44 @@ class Trainer:
             matmul_flops_per_second=self._peak_flops,
         )
         return notes
+
+    @contextmanager
+    def _tracking(self) -> Iterator[None]:
+        """Send what is written to metrics.jsonl to the tracker that the settings name.
+
+        A tracker that has the run already, from before the run was resumed, gets only later steps:
+        repeated ones have the same numbers. One that is new to the run gets the earlier lines too.
+        """
+        if self.config.track is None or not self.world.is_main:
+            yield
+            return
+        settings = self.config.model_dump(mode="json")
+        tracker, continued = open_tracker(self.config.track, self.run, settings)
+
+        def send(line: Mapping[str, Any]) -> None:
+            values = numbers_of(line)
+            if values and line["step"] > self._tracked.get(line["kind"], -1):
+                tracker.numbers(values, line["step"])
+
+        if not continued:
+            self._tracked = {}
+            for line in read_metrics(self.metrics.path):
+                send(line)
+        self._tracker, self.metrics.listener = tracker, send
+        try:
+            yield
+        finally:
+            self._tracker = self.metrics.listener = None
+            tracker.close()
+
+    def _show_pictures(self) -> None:
+        """Send samples and completions to the tracker; all ranks must call it."""
+        if self.config.track is None or self.examples is None:
+            return
+        weights = self.engine.weights()
+        if self._tracker and self.state.step > self._tracked.get("validation", -1):
+            for name, pixels in pictures(self.engine.model, weights, self.examples):
+                self._tracker.image(name, pixels, self.state.step)
 
     def _work_between_steps(self, bar: ProgressBar) -> bool:
         """Validate, probe, write a snapshot and save if due; return whether training has ended.
@@ -308,6 +357,7 @@ class Trainer:
             state.validations_without_better = 0
             self._write_model(self.run / "model")
         self.metrics.write("validation", state.step, **{validation.name: value, "best": is_best})
+        self._show_pictures()
         best = " (best so far)" if is_best else ""
         bar.say(f"step {state.step}: validation {validation.name} {value:.4f}{best}")
 
