@@ -30,6 +30,9 @@ OTHER_PROGRAMS = {
     "--rdzv-backend",
     "--rdzv-endpoint",
     "--strict",
+    "--logdir",
+    "--project",
+    "--backend-store-uri",
     "--help",
     "--version",
 }
