@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 _LEVEL = 0.95  # of all intervals
 
+# Classes up to which the predictions are counted for every pair of classes.
+MOST_CONFUSED = 100
+
 
 def interval_of_share(right: int, count: int) -> tuple[float, float]:
     """Return Wilson's 95 % confidence interval of a proportion, such as an accuracy.
@@ -39,6 +42,16 @@ def packed(right: NDArray[np.bool_]) -> str:
 def unpacked(text: str, count: int) -> NDArray[np.bool_]:
     """Return the N booleans of `packed`."""
     return np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=count).astype(bool)
+
+
+def confusion(
+    labels: NDArray[np.integer[Any]], predicted: NDArray[np.integer[Any]], classes: int
+) -> list[list[int]]:
+    """Return how often images of each class (row) were predicted as each class (column)."""
+    pairs = labels.astype(np.int64) * classes + predicted
+    counts = np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+    table: list[list[int]] = counts.tolist()
+    return table
 
 
 def paired_difference(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> tuple[float, float]:

@@ -153,6 +153,9 @@ def test_the_command_writes_every_protocol(
     best = max(row["validation_accuracy"] for row in result["layers"])
     assert result["layers"][result["best_layer"]]["validation_accuracy"] == best
     assert result["images"] == {"train": 150, "validation": 150, "test": 150}
+    assert np.sum(result["confusion"]) == 150
+    right = np.trace(result["confusion"]) / 150
+    assert right == result["layers"][result["best_layer"]]["test_accuracy"]
     assert result["layers"][1]["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
     assert result["baselines"]["raw_pixels"]["test_accuracy"] > 0.7
     assert len(result["baselines"]["untrained"]["layers"]) == 3

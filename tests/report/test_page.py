@@ -245,7 +245,7 @@ def test_left_out_images_and_warnings_are_shown(whole, tmp_path):
     }
     path.write_text(json.dumps(manifest))
     text = read(write_report(whole)).text
-    assert "left out further frames of images: 80 (first: train /home/x.tif)" in text
+    assert "left out further frames of images: 80 (first: train x.tif)" in text
     assert "warning nearly black" in text
     manifest["made"]["warnings"] = "nearly black"
     path.write_text(json.dumps(manifest))
@@ -356,6 +356,50 @@ def test_the_page_of_a_fine_tuning_run(bare):
     assert "without labels" not in page.text
     assert "igpt probe" not in page.text
     assert len(page.all("img")) == 2
+
+
+def test_confused_classes_are_shown(whole):
+    counts = np.diag([18] * 10)
+    counts[3, 8], counts[3, 3] = 5, 13
+    record = probe_record(class_names=[f"d{number}" for number in range(10)])
+    (whole / "probe.json").write_text(json.dumps({**record, "confusion": counts.tolist()}))
+    page = read(write_report(whole))
+    assert "Classes confused" in page.text
+    assert "d3 18 72.2 % d8 (5)" in page.text
+    for wrong in (counts[:9], counts[:, :9], [[-1] * 10] * 10):
+        table = np.asarray(wrong).tolist()
+        (whole / "probe.json").write_text(json.dumps({**record, "confusion": table}))
+        with pytest.raises(InputError, match="confusion"):
+            write_report(whole)
+
+
+def test_scores_and_learning_rates_are_tabulated(bare):
+    score = {"format": "igpt-score", "version": 1, "images": 7, "nats_per_pixel": 1.25}
+    score |= {"split": "test", "source": "/home/me/photos", "standard_error": 0.5}
+    (bare / "score-photos.json").write_text(json.dumps(score))
+    rates = [
+        {"learning_rate": 0.1, "validation_accuracy": None, "best_step": 0},
+        {"learning_rate": 0.01, "validation_accuracy": 0.5, "best_step": 8},
+    ]
+    test = {"format": "igpt-finetune", "version": 1, "test_accuracy": 0.5, "test_images": 4}
+    (bare / "test.json").write_text(json.dumps({**test, "rates": rates, "learning_rate": 0.01}))
+    page = read(write_report(bare))
+    assert "photos, test: 7 images 1.2500 \u00b1 0.5000" in page.text
+    assert "0.01 (selected) 50.0 % 8 0.1 diverged" in page.text
+
+
+def test_absolute_paths_are_not_shown(whole, tmp_path):
+    for file, changes in (
+        ("config.yaml", "tokens: /home/me/tokens\nmodel: /home/me/runs/old\n"),
+        (
+            "environment.json",
+            json.dumps({"command": "igpt pretrain /home/me/tokens -o '/home/x/r'"}),
+        ),
+    ):
+        (whole / file).write_text(changes)
+    text = write_report(whole).read_text()
+    assert "/home" not in text
+    assert "igpt pretrain tokens -o" in read(whole / "report.html").text
 
 
 def test_metrics_truncated_at_any_byte_give_a_page(bare):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,10 @@ def test_accuracy_is_above_chance_and_selected_on_validation(
         )
     assert result["test_accuracy"] == pytest.approx((predicted == test.labels).mean())
     assert (unpacked(result["test_right"], len(test)) == (predicted == test.labels)).all()
+    pairs = zip(test.labels.tolist(), predicted.tolist(), strict=True)
+    for (label, answer), count in Counter(pairs).items():
+        assert result["confusion"][label][answer] == count
+    assert np.sum(result["confusion"]) == len(test)
     assert result["test_accuracy"] > 0.3, "ten classes: chance is 0.1"
     errors = {
         line["step"]: line["error"]

@@ -37,7 +37,7 @@ from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
 from igpt.model.match import require_match
 from igpt.model.transformer import ImageGPT
-from igpt.statistics import interval_of_share, packed
+from igpt.statistics import MOST_CONFUSED, confusion, interval_of_share, packed
 
 Progress = Callable[[str, int, int], None]  # (what, done, in all)
 Strength = Annotated[float, Field(ge=1e-12, le=1e12)]
@@ -220,6 +220,11 @@ def _probe(
     result, best = _probe_layers(fit, images, layers, partial(report, "probes"))
     class_names = tuple((data.class_names or [])[number] for number in known)
     classifier = ProbeClassifier.of(best, result["best_layer"], class_names)
+    if len(class_names) <= MOST_CONFUSED:
+        test = images["test"].of([result["best_layer"]])
+        found = _predicted(best, test, config.seed)[0]
+        result["class_names"] = list(class_names)
+        result["confusion"] = confusion(test.labels, found, len(class_names))
     if config.concatenate:
         report("concatenated layers", 0, 1)
         row, _ = fit({name: split.of(config.concatenate) for name, split in images.items()})
@@ -375,7 +380,7 @@ def fit_and_test(
         name, settings = "learning_rate", config.learning_rates
         solve = partial(fit_sgd, steps=config.steps, batch_size=config.batch_size, seed=config.seed)
     fitted = solve(train.features[0][0], train.labels, settings, device=device)
-    correct = _predicted_correctly(fitted, validation, config.seed).sum(axis=1)
+    correct = (_predicted(fitted, validation, config.seed) == validation.labels).sum(axis=1)
     best = int(correct.argmax())
     final, index, converged = fitted, best, fitted.converged[best]
     if config.fold_back:
@@ -383,7 +388,8 @@ def fit_and_test(
         labels = np.concatenate([train.labels, validation.labels])
         final, index = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
-    answers, count = _predicted_correctly(final, test, config.seed)[index], len(test.labels)
+    answers = (_predicted(final, test, config.seed) == test.labels)[index]
+    count = len(test.labels)
     hits = int(answers.sum())
     row = {
         "validation_accuracy": int(correct[best]) / len(validation.labels),
@@ -415,7 +421,8 @@ def _test_neighbours(
             classify_by_neighbours(known, labels, masked[0], k, device=device)[None]
             for masked in asked.features
         ]
-        correct: NDArray[np.bool_] = _correct(np.stack(predicted), classes, asked, config.seed)[0]
+        answers = _most_frequent(np.stack(predicted), classes, asked, config.seed)[0]
+        correct: NDArray[np.bool_] = answers == asked.labels
         return correct
 
     known, labels = train.features[0][0], train.labels
@@ -434,28 +441,27 @@ def _test_neighbours(
     }
 
 
-def _predicted_correctly(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.bool_]:
-    """Return which images each classifier predicts correctly, [S, N], over all masks."""
+def _predicted(classifiers: Classifiers, images: Images, seed: int) -> NDArray[np.int64]:
+    """Return the class that each classifier predicts for each image, [S, N], over all masks."""
     predicted = np.stack([classifiers.predict(masked[0]) for masked in images.features])
-    return _correct(predicted, classifiers.coef.shape[1], images, seed)
+    return _most_frequent(predicted, classifiers.coef.shape[1], images, seed)
 
 
-def _correct(
+def _most_frequent(
     predicted: NDArray[np.int64], count: int, images: Images, seed: int
-) -> NDArray[np.bool_]:
-    """Return which predictions are correct: under m masks [m, S, N] -> most frequent ones [S, N].
+) -> NDArray[np.int64]:
+    """Return the most frequent predictions under m masks: [m, S, N] -> [S, N].
 
     Args:
         count: number of classes.
     """
-    answers = predicted[0]
+    answers: NDArray[np.int64] = predicted[0]
     if len(predicted) > 1:
         classes = np.arange(count)
         # S of [N, C]
         votes = ((each[..., None] == classes).sum(axis=0) for each in predicted.swapaxes(0, 1))
         answers = np.stack([modal(each, images.rows, (seed, len(predicted))) for each in votes])
-    correct: NDArray[np.bool_] = answers == images.labels
-    return correct
+    return answers
 
 
 def few_labels(
@@ -477,7 +483,8 @@ def few_labels(
             train.features[0][0][rows], train.labels[rows], config.strengths, device=device
         )
         for name, counts in correct.items():
-            counts.append(_predicted_correctly(fitted, images[name], config.seed).sum(axis=1))
+            right = _predicted(fitted, images[name], config.seed) == images[name].labels
+            counts.append(right.sum(axis=1))
         converged.append(fitted.converged)
     best = int(np.sum(correct["validation"], axis=0).argmax())
     accuracies = np.array([counts[best] for counts in correct["test"]]) / len(test.labels)

@@ -7,9 +7,9 @@ Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, se
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core.core_schema import ValidationInfo
 
 from igpt.errors import InputError
@@ -109,6 +109,21 @@ class Images(Stored):
     test: Positive
 
 
+class Confused(Stored):
+    """How often test images of each class (row) were predicted as each class (column)."""
+
+    class_names: list[str] | None = None
+    confusion: list[list[Count]] | None = None
+
+    @model_validator(mode="after")
+    def _is_square(self) -> Self:
+        if self.confusion is not None:
+            side = len(self.class_names or ())
+            if {len(self.confusion), *map(len, self.confusion)} != {side}:
+                raise ValueError("the key 'confusion' has a row and a column for each class")
+        return self
+
+
 class ProbeSettings(Stored):
     """Settings of a probe that readers show or compare."""
 
@@ -118,7 +133,7 @@ class ProbeSettings(Stored):
     fold_back: bool | None = None
 
 
-class Probe(Layers):
+class Probe(Layers, Confused):
     """`probe.json`."""
 
     classes: Positive
@@ -165,7 +180,7 @@ class FoldBack(Stored):
     before: Before
 
 
-class Test(Stored):
+class Test(Confused):
     """`test.json` of a fine-tuned classifier."""
 
     test_accuracy: Share

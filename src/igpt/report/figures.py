@@ -238,6 +238,62 @@ def probe_by_layer(probe: dict[str, Any], *, look: Look = LIGHT, width: float = 
     return figure
 
 
+def confusion_matrix(
+    counts: list[list[int]], names: list[str], *, look: Look = LIGHT, width: float = WIDE
+) -> "Figure":
+    """Plot how often each class (row) was predicted as each class (column).
+
+    Colours are shares of the images of a row. Up to 20 classes have names and, on wide figures,
+    numbers in the cells.
+
+    Args:
+        counts: numbers of images, [C][C].
+        names: of the classes.
+    """
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.figure import Figure
+
+    table = np.array(counts, dtype=np.float64)
+    shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    shown = [name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}" for name in names]
+    few = len(names) <= 20
+    margin = 0.35 + (0.085 * max(map(len, shown)) if few else 0.3)  # inches, of the labels
+    side = min(width - margin - 0.1, 5.4)
+    height = side + margin + 0.1
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes(
+        (margin / width, margin / height, side / width, side / height), facecolor="none"
+    )
+    # The background's colour is none, the main colour all images of the class.
+    colors = LinearSegmentedColormap.from_list("shares", [look.paper, look.main])
+    axes.imshow(shares, cmap=colors, vmin=0, vmax=1)
+    size = FONT if width >= WIDE else 7
+    if few:
+        places = range(len(names))
+        turned = 90 if max(map(len, shown)) > 2 else 0
+        axes.set_xticks(places, shown, rotation=turned, fontsize=size, color=look.ink)
+        axes.set_yticks(places, shown, fontsize=size, color=look.ink)
+    if few and (width >= WIDE or len(names) <= 10):
+        for (row, column), count in np.ndenumerate(table):
+            if count:
+                color = look.paper if shares[row, column] > 0.5 else look.ink
+                axes.text(
+                    column,
+                    row,
+                    f"{count:.0f}",
+                    ha="center",
+                    va="center",
+                    fontsize=size,
+                    color=color,
+                )
+    axes.tick_params(length=0, colors=look.ink, labelsize=size)
+    for spine in axes.spines.values():
+        spine.set_color(look.grid)
+    axes.set_xlabel("predicted class", fontsize=FONT, color=look.ink)
+    axes.set_ylabel("class", fontsize=FONT, color=look.ink)
+    return figure
+
+
 def encode(figure: "Figure | Image.Image") -> str:
     """Return a data URI, deterministically: SVG with text for a figure, PNG for a picture."""
     if isinstance(figure, Image.Image):
@@ -327,16 +383,17 @@ def ring(axes: "Axes", x: float, y: float, look: Look, color: str | None = None)
 
 
 def _note(axes: "Axes", x: float, y: float, text: str, look: Look, *, above: bool) -> None:
-    """Label the point with the ring, on a patch of the background, within the axes."""
+    """Label the point with the ring, on a patch of the background, right of the axis's labels."""
     low, high = axes.get_xlim()
-    side = (x - low) / (high - low)
-    align = "left" if side < 0.2 else "right" if side > 0.8 else "center"
+    across = axes.bbox.width * 72 / axes.figure.dpi  # points
+    point, half = (x - low) / (high - low) * across, 0.3 * FONT * len(text)
+    middle = max(min(point, across + 6 - half), half + 2)
     axes.annotate(
         text,
         (x, y),
-        ({"left": -6, "right": 6, "center": 0}[align], 11 if above else -11),
+        (middle - point, 11 if above else -11),
         textcoords="offset points",
-        ha=align,
+        ha="center",
         va="bottom" if above else "top",
         color=look.main,
         fontsize=FONT,

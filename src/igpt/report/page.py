@@ -20,6 +20,7 @@ from igpt.report.record import Run, read_run
 from igpt.report.sections import (
     accuracy_section,
     completions_section,
+    confusion_section,
     fact_tables,
     key_tables,
     loss_section,
@@ -27,7 +28,9 @@ from igpt.report.sections import (
     photographs_section,
     probe_section,
     quality_sections,
+    rate_tables,
     samples_section,
+    score_tables,
     template,
 )
 
@@ -51,9 +54,16 @@ def write_report(run: Path) -> Path:
 def _contents(run: Run) -> dict[str, Any]:
     """Return the values of the template."""
     probed = [] if run.probe is None or "skipped" in run.probe else [describe_probe(run.probe)]
-    sections = [probe_section(run), completions_section(run), samples_section(run)]
+    sections = [
+        probe_section(run),
+        confusion_section(run),
+        completions_section(run),
+        samples_section(run),
+    ]
     if run.finetuned:  # do not suggest commands that are unusual for classifiers
         sections = [accuracy_section(run), *(section for section in sections if not section.absent)]
+    else:  # models without a probe and probes of many classes have no such section
+        sections = [one for one in sections if one.name != "confusion" or not one.absent]
     if (run.path / "photographs.png").exists():
         sections.append(photographs_section(run))
     findings = [describe_classifier(run) if run.finetuned else describe_loss(run), *probed]
@@ -67,7 +77,7 @@ def _contents(run: Run) -> dict[str, Any]:
         "description": describe_model(run),
         "state": describe_state(run),
         "findings": [sentence for sentence in findings if sentence],
-        "tables": key_tables(run),
+        "tables": [*key_tables(run), *score_tables(run), *rate_tables(run)],
         "sections": [loss_section(run), *quality_sections(run), *sections, palette_section(run)],
         "details": fact_tables(run),
         "trained_by": "igpt" if version is None else f"igpt {version}",

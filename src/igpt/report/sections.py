@@ -1,6 +1,7 @@
 """The sections of a run's page: a figure with its caption, or the command that makes it."""
 
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -15,10 +16,15 @@ from PIL import Image
 from igpt.builtin_models import DEFAULT_MODEL
 from igpt.data.images.grid import grid_counts
 from igpt.errors import InputError
-from igpt.evaluation.results import best_row, best_row_by_neighbours
+from igpt.evaluation.results import (
+    best_row,
+    best_row_by_neighbours,
+    read_score,
+    score_files,
+)
 from igpt.files import require_regular
 from igpt.report import figures
-from igpt.report.findings import describe_sampling, number, percent, plural
+from igpt.report.findings import describe_sampling, number, percent, plural, short_source
 from igpt.report.record import (
     Run,
     baselines,
@@ -343,6 +349,70 @@ def _neighbours_caption(layers: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def confusion_section(run: Run) -> Section:
+    """Return the section on the classes that are confused."""
+    title, name = "Classes confused", "confusion"
+    if run.finetuned:
+        found, who = run.test or {}, "the classifier"
+    else:
+        found = run.probe or {}
+        who = f"the linear probe of layer {found.get('best_layer')}"
+    counts, names = found.get("confusion"), found.get("class_names") or []
+    if counts is None:
+        absent = "The predictions of each class are not recorded; `igpt probe` or `igpt finetune` "
+        absent += "records them for up to 100 classes."
+        return Section(title, name, absent=absent)
+    rows = []
+    for index, row in enumerate(counts):
+        total, wrong = sum(row), [0 if other == index else n for other, n in enumerate(row)]
+        worst = max(range(len(row)), key=lambda other: wrong[other])
+        share = percent(row[index] / total) if total else "no images"
+        most = f"{names[worst]} ({wrong[worst]})" if wrong[worst] else ""
+        rows.append((names[index], str(total), share, most))
+    head = ("class", "test images", "accuracy", "most often predicted instead")
+    caption = (
+        f"Test images of each class (rows) by the class that {who} predicts (columns). The "
+        "diagonal has the images that are classified correctly; colours are shares of a row."
+    )
+    alt = "Confusion matrix: " + ", ".join(f"{row[0]} {row[2]}" for row in rows[:20])
+    plot = partial(figures.confusion_matrix, counts, names)
+    table = Table("Accuracy of each class", head, rows)
+    return Section(title, name, chart=chart(plot, f"{alt}."), caption=caption, table=table)
+
+
+def score_tables(run: Run) -> list[Table]:
+    """Return a table of the likelihoods of `igpt score`, if there are any."""
+    rows = []
+    for found in (read_score(path) for path in score_files(run.path)):
+        source = short_source(str(found.get("source") or run.source))
+        split = "" if found.get("split") in (None, "all") else f", {found['split']}"
+        error = found.get("standard_error")
+        rows.append(
+            (
+                f"{source}{split}: {plural(found['images'], 'image')}",
+                f"{found['nats_per_pixel']:.4f}",
+                "" if error is None else f"\N{PLUS-MINUS SIGN} {error:.4f}",
+            )
+        )
+    caption = "Negative log-likelihood, nats/pixel (lower is better)"
+    return [Table(caption, ("", "nats/pixel", "std. error"), rows)] if rows else []
+
+
+def rate_tables(run: Run) -> list[Table]:
+    """Return a table of the learning rates that were tried, if there are several."""
+    rates = (run.test or {}).get("rates") or ()
+    if len(rates) < 2:
+        return []
+    chosen = (run.test or {}).get("learning_rate")
+    rows = []
+    for tried in sorted(rates, key=lambda one: bool(one["learning_rate"] != chosen)):
+        accuracy = tried.get("validation_accuracy")
+        mark = " (selected)" if tried["learning_rate"] == chosen else ""
+        shown = "diverged" if accuracy is None else percent(accuracy)
+        rows.append((f"{tried['learning_rate']:g}{mark}", shown, str(tried.get("best_step", ""))))
+    return [Table("Learning rates tried", ("rate", "validation accuracy", "best step"), rows)]
+
+
 def _other_protocols(probe: dict[str, Any]) -> str:
     """Return the results with concatenated layers and with few labels as sentences."""
     text = ""
@@ -428,7 +498,7 @@ def _grid_section(
     title: str, path: Path, picture: Image.Image, alt: str, caption: str, how: Mapping[str, Any]
 ) -> Section:
     shown = Picture(figures.data_uri(path.read_bytes(), "image/png"), *picture.size, alt)
-    code = str(how.get("command") or "")
+    code = without_folders(str(how.get("command") or ""))
     return Section(title, path.stem, picture=shown, caption=caption, code=code)
 
 
@@ -448,17 +518,17 @@ def palette_section(run: Run) -> Section:
 
 def fact_tables(run: Run) -> list[Table]:
     """Return tables of data, configuration and machine, as recorded."""
-    rows = [("tokens", str(run.config.get("tokens", "not recorded")))]
+    rows = [("tokens", shareable(run.config.get("tokens", "not recorded")))]
     if not run.manifest:
         rows.append(("dataset.json", "missing; `igpt prepare` writes it"))
-    rows.append(("source", run.source))
+    rows.append(("source", shareable(run.source)))
     rows += [(name, plural(count, "image")) for name, count in run.split_sizes.items()]
     if names := run.manifest.get("class_names"):
         more = f", and {len(names) - 20} more" if len(names) > 20 else ""
         rows.append((plural(len(names), "class", "classes"), ", ".join(names[:20]) + more))
     if run.left_out:
-        rows.append(("left out", run.left_out.text()))
-    rows += [("warning", warning) for warning in run.warnings]
+        rows.append(("left out", without_folders(run.left_out.text())))
+    rows += [("warning", without_folders(warning)) for warning in run.warnings]
     machine = _settings(run.environment) or [("environment.json", "not in the run directory")]
     return [
         Table("Data", (), rows),
@@ -468,7 +538,21 @@ def fact_tables(run: Run) -> list[Table]:
 
 
 def _settings(values: dict[str, Any]) -> list[tuple[str, str]]:
-    return [(key, "none" if value is None else str(value)) for key, value in flat(values).items()]
+    return [
+        (key, without_folders(str(value)) if key == "command" else shareable(value))
+        for key, value in flat(values).items()
+    ]
+
+
+def shareable(value: Any) -> str:
+    """Return a value as a page shows it: of an absolute path, only its last part."""
+    text = "none" if value is None else str(value)
+    return Path(text).name if text.startswith(("/", "~/")) and Path(text).name else text
+
+
+def without_folders(text: str) -> str:
+    """Return a command or a sentence with only the last parts of absolute paths."""
+    return re.sub(r"(?<![^\s='\"(])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)/?", r"\1", text)
 
 
 def chart(plot: "Callable[..., Figure]", alt: str) -> Chart:

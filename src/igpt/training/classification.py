@@ -20,7 +20,7 @@ from igpt.model.directory import weights_sha256
 from igpt.model.objectives import Objective, Summed
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
-from igpt.statistics import accuracy_of, packed
+from igpt.statistics import MOST_CONFUSED, accuracy_of, confusion, packed
 from igpt.training.distributed import World
 from igpt.training.pretrained import pretrained_model
 
@@ -88,18 +88,26 @@ def accuracies(
     model = ImageGPT.from_pretrained(path).to(world.device)
     rows = np.array_split(np.arange(len(test)), world.size)[world.rank]
 
-    def right(title: str, **masking: Any) -> NDArray[np.bool_]:
+    def predicted(title: str, **masking: Any) -> NDArray[np.int32]:
         answers = torch.zeros(len(test), dtype=torch.int32, device=world.device)
         shown = partial(progress, title)
         found = predict(model, test.rows(rows), rows, **masking, progress=shown)
-        hits = found.classes == test.labels_of(rows)
-        answers[torch.from_numpy(rows)] = torch.from_numpy(hits).to(answers)
-        return world.all_reduce_sum(answers).cpu().numpy().astype(bool)
+        answers[torch.from_numpy(rows)] = torch.from_numpy(found.classes).to(answers)
+        every: NDArray[np.int32] = world.all_reduce_sum(answers).cpu().numpy()
+        return every
 
-    whole = right("testing")
+    classes, labels = predicted("testing"), test.labels
+    whole = classes == labels
     result: dict[str, Any] = {f"test_{key}": value for key, value in accuracy_of(whole).items()}
     result["test_right"] = packed(whole)
+    names = model.config.class_names or ()
+    if len(names) <= MOST_CONFUSED:
+        result["class_names"] = list(names)
+        result["confusion"] = confusion(labels, classes, len(names))
     if mask_probability:
         masking = {"masks": _MODAL_MASKS, "probability": mask_probability, "seed": seed}
-        result["modal"] = {**masking, **accuracy_of(right("testing with masks", **masking))}
+        result["modal"] = {
+            **masking,
+            **accuracy_of(predicted("testing with masks", **masking) == labels),
+        }
     return result

@@ -284,7 +284,9 @@ class _Finetuning:
         folder = best.folder
         if config.fold_back:
             folder, steps = self._fold_back(best)
-            result |= {**self._test(folder), "fold_back": {"steps": steps, "before": tested}}
+            counted = ("class_names", "confusion")
+            before = {key: value for key, value in tested.items() if key not in counted}
+            result |= {**self._test(folder), "fold_back": {"steps": steps, "before": before}}
         if self.world.is_main:
             if config.in_folders:
                 ImageGPT.from_pretrained(folder / "model").save_pretrained(self.run / "model")
