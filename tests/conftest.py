@@ -151,7 +151,8 @@ def packaged(
     spec.loader.exec_module(module)
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.setattr(builtin_models, "FOLDER", folder / "builtin")
-        module.main([str(folder / "run"), str(digits.path), "--limit", "100"])
+        words = [str(folder / "run"), str(digits.path), str(digits.path)]
+        module.main([*words, "--limit", "100", "--fitted", "100"])
     return folder / "builtin" / builtin_models.DEFAULT_MODEL
 
 

@@ -1,8 +1,8 @@
-"""Write a finished run as the built-in model photos-16: `package.py RUN TOKENS`.
+"""Write a finished run as the built-in model photos-16: `package.py RUN TOKENS LABELLED`.
 
 The weights are stored in bf16. All results of the card are those of the stored weights: the loss of
 the test images and of `igpt.data.images.photographs`, the probe of every layer, samples and
-completions. They are computed in `RUN-packaged`, a run with the records of RUN; what that folder
+completions. The probe is of LABELLED, a token data set with labels. They are computed in `RUN-packaged`, a run with the records of RUN; what that folder
 already holds is not computed again.
 """
 
@@ -39,7 +39,9 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a finished run of igpt pretrain")
     parser.add_argument("tokens", type=Path, help="its token data set")
-    parser.add_argument("--limit", default=10_000, help="images of a split to score and to probe")
+    parser.add_argument("labelled", type=Path, help="a token data set with labels, to probe")
+    parser.add_argument("--limit", default=10_000, help="test images to score")
+    parser.add_argument("--fitted", default=20_000, help="images of a split to fit a probe to")
     options = parser.parse_args(words)
     out = options.run.with_name(options.run.name + "-packaged")
     out.mkdir(exist_ok=True)
@@ -58,7 +60,7 @@ def main(words: list[str] | None = None) -> None:
     if not (out / f"score-{PHOTOGRAPHS}.json").exists():
         run("score", out, folder)
     if not (out / "probe.json").exists():
-        run("probe", out, options.tokens, "--limit", options.limit)
+        run("probe", out, options.labelled, "--limit", options.fitted, "--knn", 20)
     if not (out / "samples.png").exists():
         run("sample", out, "--count", 32)
     if not (out / "completions.png").exists():
