@@ -2,8 +2,8 @@
 
 The weights are stored in bf16. All results of the card are those of the stored weights: the loss of
 the test images and of `igpt.data.images.photographs`, the probe of every layer, samples and
-completions. The probe is of LABELLED, a token data set with labels. They are computed in `RUN-packaged`, a run with the records of RUN; what that folder
-already holds is not computed again.
+completions. The probe is of LABELLED, a token data set with labels. They are computed in
+`RUN-packaged`, a run with the records of RUN; what that folder already holds is not computed again.
 """
 
 import argparse

@@ -238,10 +238,10 @@ def record_run(
             raise InputError(
                 f"the model is not the one that {run} was started with, or it has changed since"
             )
-        before = type(config).load(run / _SETTINGS)
+        before = read_settings(run / _SETTINGS)
         larger = {key: getattr(config, key) for key in config.extendable}
-        if is_main and any(value != getattr(before, key) for key, value in larger.items()):
-            before.model_copy(update=larger).save(run / _SETTINGS)
+        if is_main and any(value != before.get(key) for key, value in larger.items()):
+            type(config).layered(before, larger, where=str(run)).save(run / _SETTINGS)
     elif is_main:
         run.mkdir(parents=True, exist_ok=True)
         if _is_run(run):

@@ -263,7 +263,10 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
     shown = [encode(_thumbnail(Image.open(path))) for path in paths]
 
     def choose(event: gr.EventData) -> str:
-        index = getattr(event, "index", None)
+        try:
+            index = getattr(event, "index", None)
+        except TypeError:  # Gradio looks in the data of the event, which a stranger may leave out
+            index = None
         if type(index) is not int or not 0 <= index < len(paths):
             raise gr.Error(f"there are {len(paths)} examples", print_exception=False)
         return str(Path(folder.name) / paths[index].name)
