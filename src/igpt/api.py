@@ -118,6 +118,7 @@ def pretrain(
     model: str | None = None,
     config: PathName | None = None,
     resume: bool = False,
+    minutes: float | None = None,
     **settings: Any,
 ) -> Run:
     """Train a model on tokens without labels.
@@ -129,13 +130,14 @@ def pretrain(
         config: settings in YAML or JSON; they override the preset.
         resume: continue an interrupted run from its newest intact checkpoint, or a finished one
             with a larger `steps`.
+        minutes: stop after this time with a checkpoint, see `igpt.training.pretrain.pretrain`.
         settings: fields of `PretrainConfig`, such as `steps=200`; they override both.
             `from_model` is a model to start from, instead of `model`.
 
     Raises:
         InputError: a setting, the tokens or the run directory cannot be used, or nothing names the
             shape of the model.
-        Interrupted: on Ctrl-C or SIGTERM, after saving.
+        Interrupted: on Ctrl-C or SIGTERM, or after `minutes`; a checkpoint was saved.
     """
     from igpt.training.presets import ADAPTING, preset
     from igpt.training.pretrain import PretrainConfig
@@ -155,7 +157,7 @@ def pretrain(
             "--from MODEL to continue with a pretrained one"
         )
     given = {key: getattr(found, key) for key in chosen}
-    train(found, Path(run), given=given, resume=resume)
+    train(found, Path(run), given=given, resume=resume, minutes=minutes)
     return Run(Path(run))
 
 

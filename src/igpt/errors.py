@@ -9,7 +9,11 @@ class InputError(ValueError):
 
 
 class Interrupted(Exception):  # noqa: N818  it is no error
-    """A signal stopped long work after its state was saved; has the number of the signal."""
+    """A signal or a time limit stopped long work after its state was saved.
+
+    Attributes:
+        number: of the signal; 0 for a time limit.
+    """
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import shutil
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 from igpt.outputs import require_writable
-from igpt.training.presets import MODELS
+from igpt.training.presets import ADAPTING, MODELS
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
@@ -314,6 +315,26 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
 
     assert main([name, "--help"]) == 0
     assert f"usage: igpt {name}" in capsys.readouterr().out
+
+
+def test_the_help_of_a_preset_has_its_defaults(igpt) -> None:
+    """Every value that the preset sets is shown with its name, and nothing else is."""
+    for words, name, recipe in [
+        (["--model", "modern"], "modern", MODELS["modern"]),
+        (["--model=igpt-m", "-o", "run"], "igpt-m", MODELS["igpt-m"]),
+        (["--from", "model"], "--from", ADAPTING),
+    ]:
+        shown = " ".join(igpt("pretrain", "tokens", *words, "--help").stdout.split())
+        defaults = re.findall(
+            rf"--([a-z][a-z-]*)(?:(?! --[a-z]).)*? \(default of {name}: ([^)]*)\)", shown
+        )
+        assert {flag.removeprefix("no-"): default for flag, default in defaults} == {
+            key.replace("_", "-"): "on" if value is True else str(value)
+            for key, value in recipe.items()
+        }
+    assert "(default of photos: cpu)" in " ".join(igpt("plan", "photos", "--help").stdout.split())
+    assert "default of" not in igpt("pretrain", "--help").stdout
+    assert_refused(igpt("pretrain", "--model", "modrn", "--help"), "did you mean 'modern'?")
 
 
 def test_output_into_a_closed_pipe_is_quiet() -> None:
@@ -694,6 +715,7 @@ TRAIN = ["pretrain", "t", "-o", "x", "--model", "tiny"]
         ["prepare", "digits", "-o", "x", "--shard", f"1/{'9' * 5000}"],
         ["prepare", "digits", "-o", "x", "--shard", "²/3"],
         *(["reproduce", "-o", "x", "--minutes", value] for value in ("nan", "inf", "0", "1e9999")),
+        *([*TRAIN, "--minutes", value] for value in ("nan", "inf", "0", "-1")),
         ["reproduce", "-o", "x", "--jobs", "0"],
         ["score", "m", "s", "--limit", "0"],
         ["plan", ""],

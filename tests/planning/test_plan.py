@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from igpt.environment import memory_limit
 from igpt.errors import InputError
 from igpt.model.cost import training_flops
+from igpt.model.precision import matmul_rate, resolve_precision
 from igpt.planning.plan import KINDS, PlanConfig, layouts, plan
 from igpt.training.memory import peak_memory
 from igpt.training.presets import preset
@@ -87,6 +90,43 @@ def test_the_formula_of_the_time() -> None:
     assert 1.3 < plan(again).gpu_hours / plan(settings).gpu_hours < 4 / 3, (
         "blocks run forward once more"
     )
+
+
+def test_a_plan_for_a_cpu_has_its_measured_rate() -> None:
+    measured = asked("photos", gpu="cpu", resolution=16)
+    device = torch.device("cpu")
+    precision = resolve_precision("auto", device)
+    assert measured.peak == matmul_rate(precision, device)
+    assert measured.kind.memory == memory_limit() / GIB
+    given = measured.model_copy(update={"gpu_tflops": 0.1, "gpu_memory": 8.0})
+    flops = training_flops(given.model) * 16 * 700
+    assert plan(given).gpu_hours == pytest.approx(flops / (0.3 * 0.1e12) / 3600)
+    lines = list(plan(given).lines("photos", {"resolution": 16}))
+    assert f"this CPU, 100 GFLOP/s in {precision} (given); batches of 16: 16 at a time" in lines
+    assert lines[-1] == (
+        "igpt pretrain TOKENS --model photos -o RUN --resolution 16 "
+        f"--precision {precision} --device cpu"
+    )
+    with pytest.raises(InputError, match="--gpu cpu is this machine without a GPU"):
+        plan(given.model_copy(update={"gpus": 2}))
+    large = asked("igpt-xl", gpu="cpu", gpu_tflops=0.1, gpu_memory=8.0)
+    assert plan(large).remedy.startswith("it would with --gpu H200: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("igpt-s", {}, "about 2 d 1 h, 49 GPU-hours"),
+        ("gpu-hour", {}, "about 59 min, without"),
+        ("tiny", {"resolution": 8}, "about 1 s, without"),
+        ("igpt-xl", {"gpus": 4, "shard": 4}, "about 174 days, 16,"),
+    ],
+)
+def test_units_fit_the_numbers(name: str, changes: dict[str, Any], said: str) -> None:
+    lines = list(plan(asked(name, **changes)).lines(name, changes))
+    assert said in lines[-2], lines[-2]
+    rows = dict(line.split(maxsplit=1) for line in lines if line.startswith(("weights", "sum")))
+    assert all(float(words.split()[0]) >= 0.01 for words in rows.values()), rows
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,23 @@ def test_signal_saves_and_names_the_command_to_resume(
     assert_same_run(short_run, run, tmp_path)
 
 
+def test_sittings_of_a_time_limit_give_the_same_run(
+    igpt, digits: TokenDataset, short_run: Path, short_flags: list[str], tmp_path: Path
+) -> None:
+    """The limit is over at once, so a sitting is one step; the last one has no limit."""
+    run = tmp_path / "run"
+    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags]
+    done = igpt(*words, "--minutes", 1e-6)
+    assert (done.returncode, done.stderr) == (0, "")
+    said, _, again = done.stdout.splitlines()[-1].partition("; continue with: igpt ")
+    assert said == "stopped and saved after 1 of 24 steps"
+    done = igpt(*again.split())
+    assert "stopped and saved after 2 of 24 steps" in done.stdout
+    assert checkpoints(run / "checkpoints")[0].name == "step-00000002"
+    assert igpt(*words, "--resume").returncode == 0
+    assert_same_run(short_run, run, tmp_path)
+
+
 def test_bert_and_muon_resume_exactly_too(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:

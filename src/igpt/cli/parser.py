@@ -8,8 +8,8 @@ returned, so that they override presets and files, and defaults do not.
 import argparse
 import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -40,6 +40,20 @@ class Options(Config, ABC):
     example: ClassVar[str]
     out_is_folder: ClassVar[bool] = False
 
+    @classmethod
+    def recipe(cls, words: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+        """Return a name and the settings that a command line has before files and flags.
+
+        The help shows them as defaults. By default there are none.
+
+        Args:
+            words: of the command line.
+
+        Raises:
+            InputError: there is no such preset.
+        """
+        return "", {}
+
     @abstractmethod
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command.
@@ -69,6 +83,7 @@ class Flag:
         default: as the help shows it, "" if there is none.
         required: whether it must be given.
         is_setting: whether it belongs to the settings class.
+        recipe: name of the preset whose default it is, "" for igpt's own.
     """
 
     name: str
@@ -81,6 +96,7 @@ class Flag:
     default: str
     required: bool
     is_setting: bool
+    recipe: str = ""
 
 
 def flags_of(options: type[Options]) -> list[Flag]:
@@ -113,10 +129,13 @@ def parse(
         InputError: an unknown flag (the nearest one is named), a missing or a wrong value.
     """
     flags = flags_of(options)
-    parser = _parser(options, program, flags)
     if {"-h", "--help"} & set(words):
-        parser.print_help()
+        name, recipe = options.recipe(words)
+        flags = [_of_recipe(flag, name, recipe) for flag in flags]
+        note = f"{name} sets the defaults that are marked with its name." if recipe else ""
+        _parser(options, program, flags, note).print_help()
         return None
+    parser = _parser(options, program, flags)
     _require_known(words, {name for flag in flags for name in flag.names}, program)
     namespace, unused = parser.parse_known_intermixed_args(list(words))
     if unused:
@@ -140,13 +159,31 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argparse.ArgumentParser:
+def value_of(words: Sequence[str], flag: str) -> str | None:
+    """Return the value of a flag in a command line that asks for help, or None without one."""
+    for word, following in zip(words, [*words[1:], "-"], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag and (equals or not following.startswith("-")):
+            return value if equals else following
+    return None
+
+
+def _of_recipe(flag: Flag, name: str, recipe: Mapping[str, Any]) -> Flag:
+    """Return a flag with the default of a preset."""
+    if flag.name not in recipe:
+        return flag
+    return replace(flag, default=_shown(recipe[flag.name]) or "off", recipe=name)
+
+
+def _parser(
+    options: type[Options], program: str, flags: Sequence[Flag], note: str = ""
+) -> argparse.ArgumentParser:
     words = [_usage(flag) for flag in flags if not flag.names]
     required = [f"{flag.names[0]} {flag.kind}" for flag in flags if flag.required]
     parser = _Parser(
         program,
         usage=" ".join([program, *words, *required, "[flags]"]),
-        description=options.__doc__,
+        description=f"{options.__doc__} {note}".strip(),
         epilog=f"example: {options.example}",
         allow_abbrev=False,
         add_help=False,
@@ -157,7 +194,8 @@ def _parser(options: type[Options], program: str, flags: Sequence[Flag]) -> argp
     settings = parser.add_argument_group("settings", layers)  # not shown if it stays empty
     for flag in flags:
         group = settings if flag.is_setting else own if flag.names else parser
-        text = f"{flag.help} (default: {flag.default})" if flag.default else flag.help
+        of = f" of {flag.recipe}" if flag.recipe else ""
+        text = f"{flag.help} (default{of}: {flag.default})" if flag.default else flag.help
         # argparse adds the name of a negation itself.
         names = [name for name in flag.names if not name.startswith("--no-")] or [flag.name]
         group.add_argument(*names, help=text.replace("%", "%%"), **_details(flag))

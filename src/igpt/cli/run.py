@@ -42,8 +42,8 @@ def run_command(
 ) -> int:
     """Run one of the commands; return the exit code.
 
-    A user error prints one line and returns 2; Ctrl-C returns 130, SIGTERM 143. A traceback is a
-    bug.
+    A user error prints one line and returns 2; Ctrl-C returns 130, SIGTERM 143, and the end of a
+    time limit, which is no failure, 0. A traceback is a bug.
     """
     name = f"igpt {words[0]}" if words else "igpt"
     try:
@@ -61,6 +61,10 @@ def run_command(
         again = f"continue with: {shlex.join(['igpt', *words, *resume])}"
         if "WORLD_SIZE" in os.environ:  # the launcher's words are not known here
             again = f"continue with the same command{' and --resume' if resume else ''}"
+        if not stop.number:
+            if is_first_rank():
+                print(f"{stop}; {again}")
+            return 0
         return _complain(f"{name}: {stop}; {again}", 128 + stop.number)
     except Terminated:
         return _complain(f"{name}: terminated; what was finished is kept", 143)

@@ -1,14 +1,15 @@
 """The commands of training: plan, pretrain, finetune."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field
 
 from igpt.api import Run, finetune, pretrain
-from igpt.cli.parser import Options, argument
+from igpt.cli.parser import Options, argument, value_of
 from igpt.cli.run import is_first_rank
+from igpt.training.presets import ADAPTING, FOR_CPUS, MODELS, preset
 
 
 class PlanOptions(Options):
@@ -22,22 +23,37 @@ class PlanOptions(Options):
     )
     out: Path | None = Field(None, description="JSON to write")
 
+    @classmethod
+    def recipe(cls, words: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+        """Return the preset that a command line names, and what it sets here."""
+        name = next((word for word in words if word in MODELS), None)
+        return (name, _planned(name)) if name else ("", {})
+
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
         from igpt.files import write_json
         from igpt.planning.plan import PlanConfig
         from igpt.planning.plan import plan as run
-        from igpt.training.presets import preset as named
 
-        recipe = {
-            key: value
-            for key, value in named(self.preset).items()
-            if key in PlanConfig.model_fields
-        }
+        recipe = _planned(self.preset)
+        if "gpus" in given:
+            recipe.pop("gpu", None)
         found = run(PlanConfig.layered(recipe, given, where="the plan"))
         if self.out:
             write_json(self.out, {"preset": self.preset, **found.to_json()})
         print("\n".join(found.lines(self.preset, given)))
+
+
+def _planned(name: str) -> dict[str, Any]:
+    """Return the settings of a plan that a preset determines.
+
+    Raises:
+        InputError: there is no such preset.
+    """
+    from igpt.planning.plan import CPU, PlanConfig
+
+    found = {key: value for key, value in preset(name).items() if key in PlanConfig.model_fields}
+    return found | ({"gpu": CPU} if name in FOR_CPUS else {})
 
 
 class Pretrain(Options):
@@ -62,6 +78,19 @@ class Pretrain(Options):
         description="continue an interrupted run from its newest intact checkpoint, or a finished "
         "one with more --steps",
     )
+    minutes: float | None = Field(
+        None,
+        description="stop with a checkpoint after this time; the same command with --resume "
+        "continues, for the same time again; the learning-rate schedule is that of --steps",
+    )
+
+    @classmethod
+    def recipe(cls, words: Sequence[str]) -> tuple[str, Mapping[str, Any]]:
+        """Return the preset that a command line names, or the recipe of --from."""
+        name = value_of(words, "--model")
+        if name is not None:
+            return name, preset(name)
+        return ("--from", ADAPTING) if value_of(words, "--from") else ("", {})
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
@@ -71,6 +100,7 @@ class Pretrain(Options):
             model=self.model,
             config=self.config,
             resume=self.resume,
+            minutes=self.minutes,
             **given,
         )
         if is_first_rank():

@@ -7,16 +7,24 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Literal, get_args
 
+import torch
 from pydantic import Field
 
+from igpt.environment import memory_limit
 from igpt.errors import InputError, suggest
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import block_flops, count_parameters, training_flops
+from igpt.model.precision import Precision, matmul_rate, resolve_precision
+from igpt.progress import duration
 from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
 from igpt.training.settings import MOST, Recomputation, TrainConfig
 
-_GIB = 2**30
+CPU = "cpu"  # in place of a kind of GPU: the processor of this machine
+# Fractions of the peak FLOP/s that training reaches: of data sheets, and of a measured product on a
+# CPU (0.35 to 0.49 in runs of width 128 or more, 0.12 to 0.25 at width 64).
+_EFFICIENCY, _EFFICIENCY_ON_CPU = 0.4, 0.3
+_MIB, _GIB = 2**20, 2**30
 _BUSY_TOKENS = 4096  # tokens of a micro-batch above which matrix products hardly get faster
 _MAX_SIZES = 64  # divisors to try; batches of some thousand images have fewer
 _GPUS_PER_NODE = 8  # at most
@@ -34,7 +42,7 @@ _OVERRIDING = {
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of GPU, by its datasheet.
+    """A kind of GPU, by its datasheet, or this machine's CPU, by measurement.
 
     Attributes:
         memory: in GiB.
@@ -78,9 +86,17 @@ class PlanConfig(ShapeConfig):
     optimizer: OptimizerName = Field("adamw", description="optimizer: see `igpt pretrain`")
     batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all GPUs")
     steps: int = Field(1_000_000, ge=1, le=MOST, description="optimizer steps")
-    precision: Literal["bf16", "fp32"] = Field("bf16", description="precision of matrix products")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto",
+        description="precision of matrix products; auto: bf16, on a CPU if it has instructions "
+        "for it",
+    )
     gpus: int = Field(1, ge=1, le=MOST, description="number of GPUs")
-    gpu: str = Field("H100", description=f"kind of GPU: {', '.join(KINDS)}")
+    gpu: str = Field(
+        "H100",
+        description=f"kind of GPU: {', '.join(KINDS)}; or {CPU}: this machine without a GPU, whose "
+        "rate of matrix products is measured",
+    )
     gpu_memory: float | None = Field(
         None, gt=0, le=1e9, description="memory per GPU in GiB; default: that of the kind"
     )
@@ -99,9 +115,36 @@ class PlanConfig(ShapeConfig):
     activation_checkpointing: Recomputation | None = Field(
         None, description="what the backward pass recomputes; default: what fits"
     )
-    efficiency: float = Field(
-        0.4, gt=0, le=1, description="fraction of the peak FLOP/s that training reaches"
+    efficiency: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="fraction of the peak FLOP/s that training reaches; default: "
+        f"{_EFFICIENCY} on GPUs, {_EFFICIENCY_ON_CPU} of the measured rate on a CPU",
     )
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether training runs on this machine's CPU."""
+        return self.gpu.lower() == CPU
+
+    @property
+    def reached(self) -> float:
+        """`efficiency`, or its default."""
+        return self.efficiency or (_EFFICIENCY_ON_CPU if self.on_cpu else _EFFICIENCY)
+
+    @property
+    def products(self) -> Precision:
+        """`precision`, with "auto" resolved."""
+        if self.precision == "auto" and not self.on_cpu:
+            return "bf16"
+        return resolve_precision(self.precision, torch.device(CPU))
+
+    @property
+    def peak(self) -> float:
+        """Peak FLOP/s of a device in the precision of the products."""
+        kind = self.kind
+        return 1e12 * (kind.bf16 if self.products == "bf16" else kind.fp32)
 
     @property
     def model(self) -> ModelConfig:
@@ -113,17 +156,20 @@ class PlanConfig(ShapeConfig):
 
     @property
     def kind(self) -> Kind:
-        """Kind of the GPUs, with the overrides of the settings.
+        """Kind of the GPUs, or this machine's CPU, with the overrides of the settings.
 
         Raises:
             InputError: no such kind is known; the nearest is named.
         """
+        tflops = self.gpu_tflops
+        if self.on_cpu:
+            rate = tflops or matmul_rate(self.products, torch.device(CPU)) / 1e12
+            return Kind(self.gpu_memory or _memory_here(), rate, rate)
         name = self.gpu.upper().replace("_", "-")
         if name not in KINDS:
             near = f"{suggest(name, KINDS)} (or give --gpu-memory and --gpu-tflops)"
             raise InputError(f"no GPU {self.gpu!r} is known; {near}")
         known = KINDS[name]
-        tflops = self.gpu_tflops
         return Kind(self.gpu_memory or known.memory, tflops or known.bf16, tflops or known.fp32)
 
     @property
@@ -140,7 +186,7 @@ class PlanConfig(ShapeConfig):
             micro_batch_size=micro_batch_size if micro_batch_size < self.rows else None,
             steps=self.steps,
             optimizer=self.optimizer,
-            precision=self.precision,
+            precision=self.products,
             shard=shard,
             activation_checkpointing=recomputation,
         )
@@ -163,16 +209,18 @@ class Plan:
 
     @property
     def gpu_hours(self) -> float:
-        """GPU-hours of all steps, with the second forward pass of full checkpointing."""
-        config, kind = self.settings.model, self.settings.kind
+        """GPU-hours of all steps, with the second forward pass of full checkpointing.
+
+        On a CPU, hours.
+        """
+        settings, config = self.settings, self.settings.model
         again = (
             config.n_layer
             * block_flops(config)
             * (self.training.activation_checkpointing == "full")
         )
-        flops = (training_flops(config) + again) * self.settings.batch_size * self.settings.steps
-        peak = kind.bf16 if self.settings.precision == "bf16" else kind.fp32
-        return flops / (self.settings.efficiency * peak * 1e12) / 3600
+        flops = (training_flops(config) + again) * settings.batch_size * settings.steps
+        return flops / (settings.reached * settings.peak) / 3600
 
     @property
     def days(self) -> float:
@@ -201,7 +249,8 @@ class Plan:
         )
         launch = f"torchrun {nodes}--nproc-per-node {node} -m igpt" if gpus > 1 else "igpt"
         overriding = {name: value for name, value in given.items() if name in _OVERRIDING}
-        flags = _flags({**overriding, "precision": settings.precision, **self.layout})
+        device = {"device": CPU} if settings.on_cpu else {}
+        flags = _flags({**overriding, "precision": settings.products, **device, **self.layout})
         return f"{launch} pretrain TOKENS --model {preset} -o RUN {flags}"
 
     def to_json(self) -> dict[str, Any]:
@@ -228,38 +277,53 @@ class Plan:
     def lines(self, preset: str, given: Mapping[str, Any]) -> Iterator[str]:
         """Yield the lines of a report, which ends with the command line of the run."""
         settings, training = self.settings, self.training
-        config, kind, name = settings.model, settings.kind, settings.gpu.upper()
+        config, kind, on_cpu = settings.model, settings.kind, settings.on_cpu
         yield (
             f"{preset} at {config.resolution} px: {count_parameters(config) / 1e6:,.1f} M "
-            f"parameters, {training_flops(config) / 1e9:,.0f} GFLOP per image"
+            f"parameters, {_scaled(training_flops(config))}FLOP per image"
         )
-        yield (
-            f"{settings.gpus} x {name}, batches of {settings.batch_size}: {settings.rows} images "
-            f"per GPU, {training.micro_batch_size or settings.rows} at a time, "
-            + (
-                f"weights sharded over {training.shard}"
-                if training.shard > 1
-                else "all weights on each"
+        at_a_time = f"{training.micro_batch_size or settings.rows} at a time"
+        if on_cpu:
+            is_measured = "given" if settings.gpu_tflops else "measured now"
+            yield (
+                f"this CPU, {_scaled(settings.peak)}FLOP/s in {settings.products} ({is_measured}); "
+                f"batches of {settings.batch_size}: {at_a_time}"
             )
-        )
+        else:
+            yield (
+                f"{settings.gpus} x {settings.gpu.upper()}, batches of {settings.batch_size}: "
+                f"{settings.rows} images per GPU, {at_a_time}, "
+                + (
+                    f"weights sharded over {training.shard}"
+                    if training.shard > 1
+                    else "all weights on each"
+                )
+            )
         chosen = training.activation_checkpointing
         columns = self.memory.values()
+        name, unit = ("GiB", _GIB) if self.memory[chosen].total >= _GIB else ("MiB", _MIB)
         yield ""
-        yield "GiB per GPU, for each kind of activation checkpointing"
+        where = "" if on_cpu else " per GPU"
+        yield f"{name}{where}, for each kind of activation checkpointing"
         yield _row("", [f"{name} (selected)" if name == chosen else name for name in self.memory])
         for part in self.memory[chosen].parts:
             yield _row(
-                part.replace("_", " "), [f"{memory.parts[part] / _GIB:.2f}" for memory in columns]
+                part.replace("_", " "), [f"{memory.parts[part] / unit:.2f}" for memory in columns]
             )
-        yield _row("sum", [f"{memory.total / _GIB:.2f}" for memory in columns])
+        yield _row("sum", [f"{memory.total / unit:.2f}" for memory in columns])
         yield f"peak of the selected column at: {self.memory[chosen].moment}"
-        yield (
-            f"{kind.usable:.1f} of {kind.memory:g} GiB are usable; the rest is for context, NCCL "
-            "and fragmentation"
-        )
+        rest = "Python and other programs" if on_cpu else "context, NCCL and fragmentation"
+        yield f"{kind.usable:.1f} of {kind.memory:.4g} GiB are usable; the rest is for {rest}"
         yield ""
-        took = f"{_number(self.gpu_hours)} GPU-hours, {_number(self.days)} days"
-        yield f"{settings.steps:,} steps at {settings.efficiency:.0%} of peak FLOP/s: {took}"
+        peak = "that rate" if on_cpu else "peak FLOP/s"
+        seconds = self.days * 24 * 3600
+        took = f"{self.days:,.0f} days" if self.days >= 100 else duration(max(1.0, seconds))
+        if not on_cpu and self.gpu_hours >= 1:
+            took += f", {_number(self.gpu_hours)} GPU-hours"
+        yield (
+            f"{settings.steps:,} steps at {settings.reached:.0%} of {peak}: about {took}, without "
+            "validations"
+        )
         yield f"this does not fit: {self.remedy}" if self.remedy else self.command(preset, given)
 
 
@@ -268,7 +332,29 @@ def _row(name: str, cells: list[str]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
+
+
+def _scaled(value: float) -> str:
+    """Return a number of FLOP with three digits and the prefix of its unit: 8.82 T, 543 G, 20 M."""
+    scale, prefix = next((one for one in ((1e12, "T"), (1e9, "G")) if value >= one[0]), (1e6, "M"))
+    return (
+        f"{value / scale:,.0f} {prefix}"
+        if value >= 100 * scale
+        else f"{value / scale:.3g} {prefix}"
+    )
+
+
+def _memory_here() -> float:
+    """Return the memory of this machine in GiB.
+
+    Raises:
+        InputError: the system does not tell it.
+    """
+    limit = memory_limit()
+    if limit is None:
+        raise InputError("the memory of this machine is not known; give --gpu-memory")
+    return limit / _GIB
 
 
 def _flags(values: Mapping[str, Any]) -> str:
@@ -291,6 +377,8 @@ def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
         InputError: GPUs, batch size, sharding and micro-batch size are incompatible.
     """
     gpus, rows = settings.gpus, settings.rows
+    if settings.on_cpu and gpus > 1:
+        raise InputError(f"--gpu {CPU} is this machine without a GPU; leave --gpus {gpus} out")
     if gpus > settings.batch_size:
         raise InputError(
             f"{gpus} GPUs for batches of {settings.batch_size} images: at most one GPU per image"
@@ -378,7 +466,7 @@ def _remedy(settings: PlanConfig) -> str:
         update={"shard": None, "micro_batch_size": None, "activation_checkpointing": None}
     )
     tried = [(freed, "with other settings")]
-    gpus = settings.gpus
+    gpus = settings.batch_size if settings.on_cpu else settings.gpus
     while (gpus := 2 * gpus) <= settings.batch_size:
         tried.append((freed.model_copy(update={"gpus": gpus}), f"on {gpus} GPUs"))
     for name in sorted(KINDS, key=lambda name: KINDS[name].memory):

@@ -125,6 +125,8 @@ PURPOSES: Mapping[str, str] = {
 }
 
 
+FOR_CPUS = ("tiny", "digits", "photos", "modern")
+
 # A pretrained model that is adapted to other images: a tenth of the learning rate, and few steps.
 ADAPTING: Mapping[str, Any] = {
     "batch_size": 32,

@@ -1,5 +1,6 @@
 """Pretraining: a new model, trained with an objective on tokens without labels."""
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ from igpt.training.trainer import Probing, Trainer, Validation
 _COUNTED_PIXELS = 2**24
 # Probability and seed: the same for all runs, so that their validation losses can be compared.
 _VALIDATION_MASKS = (0.15, 0)
+_MAX_MINUTES = 1_000_000
 
 
 class PretrainConfig(ShapeConfig, Variants, TrainConfig):
@@ -86,7 +88,12 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
 
 
 def pretrain(
-    config: PretrainConfig, run: Path, *, given: dict[str, Any] | None = None, resume: bool = False
+    config: PretrainConfig,
+    run: Path,
+    *,
+    given: dict[str, Any] | None = None,
+    resume: bool = False,
+    minutes: float | None = None,
 ) -> Path:
     """Pretrain a model, or resume an interrupted run; the result does not depend on interruptions.
 
@@ -99,6 +106,9 @@ def pretrain(
             start from (default: the tokens alone). When resuming, `steps` may be larger than
             recorded: the learning-rate schedule is then that of the larger number.
         resume: continue `run` with its recorded settings.
+        minutes: time of this call, which does not change the learning-rate schedule. When it is
+            over, training stops after the current step, and after a validation that is due; at
+            least one step is done. All ranks stop after the same step.
 
     Returns:
         the directory of the best model by validation loss, RUN/model.
@@ -106,8 +116,11 @@ def pretrain(
     Raises:
         InputError: the settings, the tokens or the directory are invalid; another process works in
             the directory; or the model or a batch does not fit into memory.
-        Interrupted: on Ctrl-C or SIGTERM, after saving.
+        Interrupted: on Ctrl-C or SIGTERM, or after `minutes`; a checkpoint was saved.
     """
+    if minutes is not None and not 0 < minutes <= _MAX_MINUTES:
+        raise InputError(f"--minutes is more than 0 and at most {_MAX_MINUTES:,}, not {minutes:g}")
+    end = None if minutes is None else time.monotonic() + 60 * minutes
     with open_run(run, config, given, resume) as (config, world):
         data = TokenDataset(config.tokens)
         _require_resolution(config, data)
@@ -169,6 +182,7 @@ def pretrain(
             warmup=config.warmup(len(train.split)),
             probing=probing,
             examples=checked[:EXAMPLES],
+            end=end,
         )
         trainer.train(resume=resume, on_start=partial(_write_start, shape, data, checked))
     return run / "model"

@@ -32,6 +32,9 @@ from igpt.training.parallelize import LossFunction
 from igpt.training.signals import StopRequest, exit_if_stuck
 from igpt.training.trackers import Tracker, numbers_of, open_tracker, pictures
 
+# In place of the number of a signal; it is lower than those of Ctrl-C and SIGTERM.
+_TIME_IS_OVER = 1
+
 
 class Diverged(InputError):  # noqa: N818  like the other classes of errors.py
     """Too many losses or gradients were not finite; the message names the last good checkpoint."""
@@ -83,6 +86,7 @@ class Trainer:
         title: of the progress bar.
         probing: measurement of the features, if any.
         examples: images whose completions a tracker shows, tokens [B, n].
+        end: time of `time.monotonic` after which training stops, if any.
     """
 
     def __init__(
@@ -95,11 +99,12 @@ class Trainer:
         title: str = "pretraining",
         probing: Probing | None = None,
         examples: NDArray[np.uint16] | None = None,
+        end: float | None = None,
     ) -> None:
         self.engine, self.config, self.world = engine, engine.config, engine.world
         self.batches, self.validation, self.probing = batches, validation, probing
         self.run, self.warmup, self.title = run, warmup, title
-        self.examples = examples
+        self.examples, self.end = examples, math.inf if end is None else end
         self.state = TrainingState()
         self._tracker: Tracker | None = None  # on the main rank, if one is asked for
         self.metrics = Metrics(run / "metrics.jsonl", self.world.is_main)
@@ -111,6 +116,7 @@ class Trainer:
         self._unread: list[Tensor] = []  # results of steps that are still on the device
         self._grad_norm = 0.0  # of the last step that was not skipped
         self._saved_step = 0  # step of the newest checkpoint
+        self._first_step = 0  # at which this call of `train` began
         # Last step of each kind of line that the tracker has from before the run was resumed.
         self._tracked: dict[str, int] = {}
         precision = resolve_precision(self.config.precision, self.world.device)
@@ -127,7 +133,7 @@ class Trainer:
             on_start: writes the first lines of metrics.jsonl when training starts at step 0.
 
         Raises:
-            Interrupted: on Ctrl-C or SIGTERM, after a checkpoint was saved.
+            Interrupted: on Ctrl-C or SIGTERM, or after `end`; a checkpoint was saved.
             Diverged: too many losses or gradients were not finite.
         """
         notes = self._begin(resume, on_start)
@@ -172,7 +178,7 @@ class Trainer:
         notes: list[str] = []
         if self.world.broadcast(resume and bool(checkpoints(self.checkpoints.folder))):
             self.state, notes = self.checkpoints.load(self.engine.model, self.engine.optimizers)
-            self._saved_step = self.state.step
+            self._saved_step = self._first_step = self.state.step
             if self.config.track:
                 self._tracked = self.metrics.last_steps()
             self.metrics.cut_after(self.state.step, self.state.validated, self.state.probed)
@@ -235,7 +241,7 @@ class Trainer:
         """Validate, probe, write a snapshot and save if due; return whether training has ended.
 
         Raises:
-            Interrupted: any rank was asked to stop; a checkpoint is saved.
+            Interrupted: any rank was asked to stop, or its time is over; a checkpoint is saved.
         """
         state, config = self.state, self.config
         is_last = state.step == config.steps
@@ -247,7 +253,9 @@ class Trainer:
             self._probe(bar)
         if is_snapshot:
             self._write_model(self.run / "snapshots" / f"step-{state.step:08d}")
-        stop = self.world.all_reduce_max(self._stop.number)
+        # At least one step is done, so that repeated calls come to an end.
+        is_late = time.monotonic() >= self.end and state.step > self._first_step
+        stop = self.world.all_reduce_max(self._stop.number or _TIME_IS_OVER * is_late)
         is_exhausted = (
             config.patience is not None and state.validations_without_better >= config.patience
         )
@@ -261,7 +269,10 @@ class Trainer:
             self._saved_step = state.step
         if stop and not ended:
             self.checkpoints.finish()
-            raise Interrupted(stop, f"stopped and saved after {state.step} of {config.steps} steps")
+            raise Interrupted(
+                0 if stop == _TIME_IS_OVER else stop,
+                f"stopped and saved after {state.step} of {config.steps} steps",
+            )
         if ended and not is_last:
             bar.say(f"stopped early: {config.patience} validations without improvement")
         return ended
