@@ -38,7 +38,7 @@ def table(command: str) -> str:
             _log.warning("igpt %s %s has no help", command, flag.name)
         names = ", ".join(f"`{name}`" for name in flag.names)
         values = [flag.kind] if flag.kind else flag.choices
-        several = " ..." if flag.nargs == "*" else ""
+        several = " ..." if flag.nargs in ("*", "+") else ""
         values_text = ", ".join(f"`{value}{several}`" for value in values)
         default = f"`{flag.default}`" if flag.default else ""
         rows.append(

@@ -125,7 +125,7 @@ def test_the_tables_contain_every_setting(flags: Any) -> None:
     (chosen,) = (flag for flag in flags("pretrain") if "--objective" in flag.names)
     assert (chosen.choices, chosen.default) == (("autoregressive", "bert"), "autoregressive")
     (several,) = (flag for flag in flags("probe") if "--strengths" in flag.names)
-    assert (several.kind, several.nargs) == ("FLOAT", "*")
+    assert (several.kind, several.nargs) == ("FLOAT", "+")
     assert all(flag.help for command in COMMANDS for flag in flags(command))
 
 

@@ -71,6 +71,24 @@ def test_the_likeliest_classes_are_printed_and_written(
         assert line == f"{path}: {CLASSES[first]} {shown[0]:.4f}, {CLASSES[second]} {shown[1]:.4f}"
 
 
+def test_a_folder_is_its_images_in_order(
+    igpt, digits: TokenDataset, images: dict[Path, np.ndarray], tmp_path: Path
+) -> None:
+    classifier(tmp_path / "model", digits, "autoregressive")
+    folder = tmp_path / "folder"
+    (folder / "b").mkdir(parents=True)
+    moved = [folder / "a.png", folder / "b" / "c.png", folder / "d.png"]
+    for path, target in zip(images, moved, strict=True):
+        path.rename(target)
+    (folder / "notes.txt").write_text("no image")
+    words = ["classify", tmp_path / "model"]
+    done = igpt(*words, folder, "-o", tmp_path / "said.json")
+    answers = igpt(*words, *moved).stdout
+    assert len(answers.splitlines()) == 3
+    assert done.stdout == f"{answers}left out: files ending in .txt: 1 (first: notes.txt)\n"
+    assert json.loads((tmp_path / "said.json").read_text())["left_out"]["files ending in .txt"]
+
+
 def test_all_classes_are_printed_if_there_are_fewer_than_requested(
     igpt, digits: TokenDataset, images: dict[Path, np.ndarray], tmp_path: Path
 ) -> None:
@@ -114,8 +132,8 @@ def test_mistakes_are_one_line(
         ([short_run, image], "no class head; `igpt finetune` makes a classifier of it"),
         ([model, text], f"{text}: not an image"),
         ([model, tmp_path / "none.png"], "no such file"),
-        ([model, tmp_path], "is a folder"),
-        ([model], "give image files to classify"),
+        ([model, model], "there are no images in the folder"),
+        ([model], "the following arguments are required: IMAGES; see igpt classify --help"),
         ([model, image, "--top", 0], "--top is at least 1, not 0"),
         ([model, image, "--top", "all"], "--top"),
         ([model, image, "--masks", 5], "needs a model trained as 'bert'"),

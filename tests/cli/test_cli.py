@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from igpt.cli import COMMANDS, main
-from igpt.cli.parser import Options, parse, settings_class
+from igpt.cli.parser import Options, flags_of, parse, settings_class
 from igpt.cli.run import Command, run_command
 from igpt.config import Config, read_settings
 from igpt.console import close_streams, open_streams
@@ -264,6 +264,25 @@ def test_completion_keeps_the_upper_rows_of_files(igpt, short_run: Path, tmp_pat
     assert_refused(igpt("complete", short_run, tmp_path / "wide.png", "--keep-rows", 9), "0..8")
 
 
+def test_a_folder_of_images_is_completed(
+    igpt, short_run: Path, builtin_model: Path, photographs: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """Of 24 images, two are shown. The built-in model is used if there is only the folder."""
+    monkeypatch.chdir(tmp_path)
+    folder = photographs / "train" / "down"
+    words = ["--completions", "1", "--keep-rows", "4"]
+    done = igpt("complete", short_run, folder, *words, "--count", 2, "-o", "folder.png")
+    assert done.stdout.startswith("2 of 24 images, spread evenly; --count sets the number\n")
+    files = [folder / "00.png", folder / "24.png"]
+    assert igpt("complete", short_run, *files, *words, "-o", "files.png").returncode == 0
+    assert Path("folder.png").read_bytes() == Path("files.png").read_bytes()
+    assert igpt("complete", folder, *words, "--count", 2).returncode == 0
+    assert json.loads(Path("completions.json").read_text())
+    assert_refused(igpt("complete", short_run, folder, "--count", 0), "--count is at least 1")
+    Path("empty").mkdir()
+    assert_refused(igpt("complete", "empty"), "there are no images in the folder empty")
+
+
 def test_numbers_out_of_range_are_refused(
     igpt, short_run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:
@@ -310,11 +329,27 @@ def test_help_and_version(igpt) -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from igpt.cli import main
-
-    assert main([name, "--help"]) == 0
-    assert f"usage: igpt {name}" in capsys.readouterr().out
+def test_every_command_has_help(name: str, igpt, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It fits 80 columns, no word is broken, and an example is there."""
+    monkeypatch.setenv("COLUMNS", "80")
+    done = igpt(name, "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith(f"usage: igpt {name}")
+    options = COMMANDS[name].load()
+    assert done.stdout.endswith(f"example:\n  {options.example}\n")
+    assert max(map(len, done.stdout.splitlines())) < 80
+    flags = flags_of(options)
+    shown = set(done.stdout.split())
+    for flag in flags:
+        assert set(flag.help.split()[:-1]) <= shown, flag.name
+        assert set(flag.names) <= {word.rstrip(",") for word in shown}, flag.name
+    assert "None" not in shown
+    if options.groups:
+        assert any(f"\n{title}:\n" in done.stdout for title in options.groups)
+        assert "\nsettings:\n" not in done.stdout, "every setting has a group"
+    for flag in flags:
+        assert flag.names or flag.kind in done.stdout.splitlines()[0]
+        assert not flag.required or f" {flag.names[0]} " in done.stdout.splitlines()[0]
 
 
 def test_the_help_of_a_preset_has_its_defaults(igpt) -> None:

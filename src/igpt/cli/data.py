@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from igpt.data.left_out import LeftOut
 
 _CLASSES_SHOWN = 20
+_GROUPS = {
+    "images": ("image_column", "label_column", "stream", "full_decode", "max_bad", "limit"),
+    "splits": ("train_split", "validation_split", "test_split", "held_out", "seed"),
+    "tokens": ("size", "colors", "palette", "filter", "enlarge", "views"),
+}
 
 
 class PaletteOptions(Options):
@@ -25,6 +30,7 @@ class PaletteOptions(Options):
 
     settings = "igpt.data.palette_fit:PaletteConfig"
     example = "igpt palette photos/ --size 32 -o palette.npy"
+    groups = _GROUPS
 
     source: str = argument("images: see igpt prepare")
     out: Path | None = Field(
@@ -108,6 +114,7 @@ class Prepare(Options):
 
     settings = "igpt.data.prepare:PrepareConfig"
     example = "igpt prepare photos/ --size 32 -o tokens/photos"
+    groups = _GROUPS
     out_is_folder = True
 
     source: str = argument(

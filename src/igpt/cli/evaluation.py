@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,12 +20,33 @@ if TYPE_CHECKING:
     from igpt.data.image_set import ImageSet, ImageSetConfig
     from igpt.model.transformer import ImageGPT
 
+_IMAGES = {
+    "images": ("split", "limit", "seed", "image_column", "label_column", "stream", "max_bad"),
+    "hardware": ("precision",),
+}
+
 
 class Probe(Options):
     """Fit a linear classifier to the features of every layer."""
 
     settings = "igpt.evaluation.probe:ProbeConfig"
     example = "igpt probe runs/photos tokens/cifar10"
+    groups: ClassVar = {
+        "data": ("limit", "test_images", "labels_per_class", "subsets", "masks", "seed"),
+        "classifier": (
+            "layers",
+            "concatenate",
+            "solver",
+            "strengths",
+            "learning_rates",
+            "steps",
+            "batch_size",
+            "fold_back",
+            "knn",
+            "baselines",
+        ),
+        "hardware": ("precision",),
+    }
 
     model: Path = argument("run, model directory, name of a built-in model, or Hub id")
     tokens: Path = argument("token data set with labels")
@@ -98,6 +119,7 @@ class Score(Options):
 
     settings = "igpt.data.image_set:ImageSetConfig"
     example = "igpt score runs/photos tokens/cifar10 --maps losses.png"
+    groups = _IMAGES
 
     model: Path | None = argument(
         "run or model directory of an autoregressive model, name of a built-in one, or Hub id; "
@@ -298,6 +320,7 @@ class Features(Options):
 
     settings = "igpt.data.image_set:ImageSetConfig"
     example = "igpt features runs/photos photos/ -o features.npz"
+    groups = _IMAGES
 
     model: Path | None = argument(
         "run, model directory, name of a built-in model, or Hub id; "
@@ -448,7 +471,7 @@ class Classify(Options):
     example = "igpt classify runs/classes cat.jpg dog.png"
 
     model: Path = argument("run or model directory written by igpt finetune")
-    images: tuple[Path, ...] = argument("image files", default=())
+    images: tuple[Path, ...] = argument("image files, or folders of images")
     top: int = Field(3, description="number of classes per image")
     masks: int = Field(
         0,
@@ -465,22 +488,21 @@ class Classify(Options):
         from igpt.environment import describe
         from igpt.files import write_json
         from igpt.model.classifier import FORMAT, VERSION, predict
-        from igpt.model.images import tokens_of_files
+        from igpt.model.images import files_of, tokens_of_files
 
-        images, top, masks, seed, out = (
+        paths, top, masks, seed, out = (
             self.images,
             self.top,
             self.masks,
             self.seed,
             self.out,
         )
-        if not images:
-            raise InputError("give image files to classify")
         if top < 1:
             raise InputError(f"--top is at least 1, not {top}")
         if out:
             require_writable(out, FORMAT)
         path = model_and_run(self.model)[0]
+        images, left_out = files_of(paths)
         loaded = load_model(path)
         tokens = tokens_of_files(loaded, images).numpy().astype(np.uint16)
         # All images have row 0, so that the masks of an image do not depend on the other images.
@@ -503,6 +525,8 @@ class Classify(Options):
                 for one, said in zip(classes, votes, strict=True)
             ]
             print(f"{file}: {', '.join(words)}")
+        if left_out:
+            print(f"left out: {left_out.text()}{left_out.advice()}")
         if out:
             about = {
                 "format": FORMAT,
@@ -510,5 +534,6 @@ class Classify(Options):
                 "model": str(path),
                 "masks": masks,
                 "seed": seed,
+                "left_out": left_out.to_json(),
             }
             write_json(out, {**about, "images": answers, "environment": describe()})

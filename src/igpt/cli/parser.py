@@ -7,6 +7,7 @@ returned, so that they override presets and files, and defaults do not.
 
 import argparse
 import reprlib
+import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,11 +34,14 @@ class Options(Config, ABC):
         settings: "module:Class" of the settings whose fields are flags as well, or only the module
             that does the work. It is imported before Ctrl-C is handled by the command.
         example: shown by --help.
+        groups: headings of the help, and the names of the flags below each, in order. Other flags
+            come first if they are the command's own, and last if they are settings.
         out_is_folder: whether `out` names a folder.
     """
 
     settings: ClassVar[str]
     example: ClassVar[str]
+    groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     out_is_folder: ClassVar[bool] = False
 
     @classmethod
@@ -152,6 +156,24 @@ def parse(
     return options.model_construct(**own), {key: values[key] for key in values if key in settings}
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Keeps words in one piece, and the line breaks of the example."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=26)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        words = " ".join(text.split())
+        return textwrap.wrap(words, width, break_on_hyphens=False, break_long_words=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        lines = text.splitlines()
+        return "\n".join(
+            line if line.startswith(" ") else "\n".join(self._split_lines(line, width))
+            for line in lines
+        )
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise the message instead of printing the usage and exiting."""
@@ -184,29 +206,46 @@ def _parser(
         program,
         usage=" ".join([program, *words, *required, "[flags]"]),
         description=f"{options.__doc__} {note}".strip(),
-        epilog=f"example: {options.example}",
+        epilog=f"example:\n  {options.example}",
+        formatter_class=_Formatter,
         allow_abbrev=False,
         add_help=False,
         argument_default=argparse.SUPPRESS,
     )
-    own = parser.add_argument_group("flags")
-    layers = "They override a --config file." if "config" in options.model_fields else None
-    settings = parser.add_argument_group("settings", layers)  # not shown if it stays empty
+    by_name = {flag.name: flag for flag in flags}
+    order = [name for names in options.groups.values() for name in names if name in by_name]
+    rest = [flag for flag in flags if flag.name not in order]
+    sections = {"flags": [flag for flag in rest if flag.names and not flag.is_setting]}
+    for title, names in options.groups.items():
+        sections[title] = [by_name[name] for name in names if name in by_name]
+    sections["settings"] = [flag for flag in rest if flag.is_setting]
     for flag in flags:
-        group = settings if flag.is_setting else own if flag.names else parser
-        of = f" of {flag.recipe}" if flag.recipe else ""
-        text = f"{flag.help} (default{of}: {flag.default})" if flag.default else flag.help
-        # argparse adds the name of a negation itself.
-        names = [name for name in flag.names if not name.startswith("--no-")] or [flag.name]
-        group.add_argument(*names, help=text.replace("%", "%%"), **_details(flag))
-    own.add_argument("-h", "--help", action="help", help="show this help and exit")
+        if not flag.names:
+            _add(parser, flag)
+    for title, members in sections.items():
+        group = parser.add_argument_group(title)  # not shown if it stays empty
+        for flag in members:
+            _add(group, flag)
+        if title == "flags":
+            group.add_argument("-h", "--help", action="help", help="show this help and exit")
     return parser
+
+
+def _add(group: argparse._ActionsContainer, flag: Flag) -> None:
+    """Add a flag or a positional argument to a group of the help."""
+    of = f" of {flag.recipe}" if flag.recipe else ""
+    notes = ["one or more"] if flag.nargs in ("*", "+") else []
+    notes += [f"default{of}: {flag.default}"] if flag.default else []
+    text = f"{flag.help} ({'; '.join(notes)})" if notes else flag.help
+    # argparse adds the name of a negation itself.
+    names = [name for name in flag.names if not name.startswith("--no-")] or [flag.name]
+    group.add_argument(*names, help=text.replace("%", "%%"), **_details(flag))
 
 
 def _usage(flag: Flag) -> str:
     """Return a positional argument as the usage shows it."""
-    if flag.nargs == "*":
-        return f"[{flag.kind} ...]"
+    if flag.nargs in ("*", "+"):
+        return f"[{flag.kind} ...]" if flag.nargs == "*" else f"{flag.kind} ..."
     return f"[{flag.kind}]" if flag.nargs == "?" else flag.kind
 
 
@@ -251,6 +290,8 @@ def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
         names = ("-o", "--out")
     elif field.annotation is bool and is_setting:
         names = (long, f"--no-{long[2:]}")
+    if nargs == "*" and (names or field.is_required()):
+        nargs = "+"
     return Flag(
         name=name,
         names=names,

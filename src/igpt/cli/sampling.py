@@ -3,7 +3,7 @@
 from functools import partial
 from mimetypes import guess_type
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 class _Sampling(Options):
     """The options of how colours are sampled."""
+
+    groups: ClassVar = {
+        "images": ("tokens", "count", "keep_rows", "mask", "completions"),
+        "sampling": ("temperature", "top_k", "top_p", "seed"),
+        "hardware": ("precision", "window"),
+    }
 
     temperature: float = Field(
         1.0,
@@ -97,19 +103,21 @@ class Complete(_Sampling):
     """Keep the upper rows of images, or the pixels that a mask leaves, and generate the rest."""
 
     settings = "igpt.sampling.grids"
-    example = "igpt complete cat.jpg; igpt complete runs/photos cat.jpg dog.jpg --keep-rows 16"
+    example = "igpt complete runs/photos cat.jpg dog.jpg --keep-rows 16"
 
     model: Path = argument(
         "run, model directory, name of a built-in model, or Hub id; if the first argument is an "
-        "image file, the built-in model is used",
+        "image file or the only one is a folder of images, the built-in model is used",
         default=Path(DEFAULT_MODEL),
     )
-    images: tuple[Path, ...] = argument("image files", default=())
+    images: tuple[Path, ...] = argument("image files, or folders of images", default=())
     tokens: Path | None = Field(
         None,
         description="token data set: complete its test images, spread evenly, instead of files",
     )
-    count: int = Field(8, description="number of test images of --tokens")
+    count: int = Field(
+        8, description="number of test images of --tokens, or of images of folders, spread evenly"
+    )
     keep_rows: int | None = Field(
         None, description="rows to keep, at the model's resolution; the upper half by default"
     )
@@ -128,14 +136,14 @@ class Complete(_Sampling):
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
         from igpt.data.tokens.dataset import TokenDataset
-        from igpt.model.images import tokens_of_files, tokens_of_split
+        from igpt.model.images import files_of, tokens_of_files, tokens_of_split
         from igpt.model.match import require_match
         from igpt.sampling.grids import require_target, save_completions
         from igpt.sampling.images import kept_pixels
 
         tokens, mask, keep_rows = self.tokens, self.mask, self.keep_rows
-        model, images = self._model_and_images()
-        if bool(images) == bool(tokens):
+        model, paths = self._model_and_images()
+        if bool(paths) == bool(tokens):
             raise InputError("give image files to complete, or --tokens with a token data set")
         if mask and keep_rows is not None:
             raise InputError("give --keep-rows or --mask, not both")
@@ -144,6 +152,12 @@ class Complete(_Sampling):
         settings = self.sampling_settings()
         require_target(target)
         require_writable(target)
+        images, left_out = files_of(paths)
+        if self.count < 1:
+            raise InputError(f"--count is at least 1, not {self.count}")
+        if len(images) > self.count and any(path.is_dir() for path in paths):
+            print(f"{self.count} of {len(images)} images, spread evenly; --count sets the number")
+            images = [images[index * len(images) // self.count] for index in range(self.count)]
         if target.resolve() in {file.resolve() for file in (*images, *([mask] if mask else []))}:
             raise InputError(f"{target} is one of the images to read; choose another -o")
         loaded = load_model(path)
@@ -174,16 +188,23 @@ class Complete(_Sampling):
             f"{target}: from left to right, each original, the kept pixels ({kept}), "
             f"{self.completions} completions"
         )
+        if left_out:
+            print(f"left out: {left_out.text()}{left_out.advice()}")
 
     def _model_and_images(self) -> tuple[Path, tuple[Path, ...]]:
         """Return the model and the images; if the first argument is an image, the built-in model.
 
         It is an image if it is a file, or if there is no such model and its name is that of an
-        image file.
+        image file. It is a folder of images if nothing else is to be completed, and it is neither
+        a model nor a run.
         """
         first = self.model
-        kind = guess_type(first.name)[0] or ""
-        is_image = not first.is_dir() if first.exists() else kind.startswith("image/")
+        if first.is_dir():
+            known = (model_and_run(first)[0] / "config.json", first / "config.yaml")
+            is_alone = not self.images and self.tokens is None
+            is_image = is_alone and not any(path.exists() for path in known)
+        else:
+            is_image = first.exists() or (guess_type(first.name)[0] or "").startswith("image/")
         if is_image and str(first) not in NAMES:
             return Path(DEFAULT_MODEL), (first, *self.images)
         return first, self.images

@@ -11,12 +11,77 @@ from igpt.cli.parser import Options, argument, value_of
 from igpt.cli.run import is_first_rank
 from igpt.training.presets import ADAPTING, FOR_CPUS, MODELS, preset
 
+_GROUPS = {
+    "data": (
+        "resolution",
+        "n_colors",
+        "labels_per_class",
+        "validation_images",
+        "test_images",
+        "flip",
+        "shift",
+        "mask_probability",
+        "seed",
+        "fold_back",
+    ),
+    "model": (
+        "from_model",
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "objective",
+        "positions",
+        "value_residual",
+        "start_from_palette",
+    ),
+    "optimizer": (
+        "steps",
+        "batch_size",
+        "optimizer",
+        "learning_rate",
+        "learning_rates",
+        "warmup_steps",
+        "schedule",
+        "betas",
+        "weight_decay",
+        "generation_weight",
+        "grad_clip",
+        "max_skipped",
+        "patience",
+    ),
+    "hardware": (
+        "device",
+        "precision",
+        "gpus",
+        "gpu",
+        "gpu_memory",
+        "gpu_tflops",
+        "efficiency",
+        "micro_batch_size",
+        "shard",
+        "activation_checkpointing",
+        "compile",
+    ),
+    "logging and checkpoints": (
+        "log_every",
+        "validate_every",
+        "probe_every",
+        "probe_tokens",
+        "track",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "snapshots",
+        "stop_seconds",
+    ),
+}
+
 
 class PlanOptions(Options):
     """Predict the memory and time of a pretraining run, and print a command that fits the GPUs."""
 
     settings = "igpt.planning.plan:PlanConfig"
     example = "igpt plan igpt-l --gpus 8 --gpu H100"
+    groups = _GROUPS
 
     preset: str = argument(
         "igpt-s, igpt-m, igpt-l, igpt-l-48, igpt-xl, or another preset of igpt pretrain --model"
@@ -61,6 +126,7 @@ class Pretrain(Options):
 
     settings = "igpt.training.pretrain:PretrainConfig"
     example = "igpt pretrain tokens/photos --model igpt-s -o runs/photos"
+    groups = _GROUPS
     out_is_folder = True
 
     tokens: Path = argument("token data set (igpt prepare)")
@@ -115,6 +181,7 @@ class Finetune(Options):
 
     settings = "igpt.training.finetune:FinetuneConfig"
     example = "igpt finetune runs/photos tokens/cifar10 -o runs/classes --flip --shift 4"
+    groups = _GROUPS
     out_is_folder = True
 
     model: Path = argument("run, model directory, name of a built-in model, or Hub id")

@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt.data.images.transform import Transform, load_square
+from igpt.data.left_out import LeftOut
+from igpt.data.sources.file_kinds import ending_of
+from igpt.data.sources.folders import list_folder
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import require_regular
@@ -17,6 +20,32 @@ from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 
 _LARGEST_FILE = 2 << 30  # bytes of an image
+
+
+def files_of(paths: Sequence[Path]) -> tuple[list[Path], LeftOut]:
+    """Return image files: folders are replaced by the images in them, at any depth, in order.
+
+    The second value has the other files of the folders.
+
+    Raises:
+        InputError: a folder cannot be read or has no images.
+    """
+    files, left_out = list[Path](), LeftOut()
+    for path in paths:
+        if not path.is_dir():
+            files.append(path)
+            continue
+        found = list_folder(path)
+        if not len(found.images):
+            raise InputError(f"there are no images in the folder {path}")
+        files += [path / name for name in found.images.to_pylist()]
+        left_out.update(found.left_out)
+        packed = [name for names in found.packed.values() for name in names]
+        for name in packed:
+            left_out.add(f"files {ending_of(name)}", name, possible_images=True)
+        for name in (*found.metadata, *found.annotations):
+            left_out.add("descriptions of images", name)
+    return files, left_out
 
 
 def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
