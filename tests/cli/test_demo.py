@@ -44,7 +44,7 @@ def test_photographs_are_completed_with_the_built_in_model(
     assert {file.stem for file in (run / "photographs").iterdir()} == photographs().keys()
     picture = Image.open(run / "photographs.png")
     counts = grid_counts(picture, ImageGPT.from_pretrained(builtin_model).config.resolution)
-    assert counts == [6] * 8  # original, visible part, four completions
+    assert counts == [6] * 8  # original, given pixels, four completions
     assert "Photographs, completed by a built-in model" in (run / "report.html").read_text()
 
 

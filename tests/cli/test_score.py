@@ -1,6 +1,7 @@
 """`igpt score` on the command line: every image, the summary, maps, and the comparison of two
 sources."""
 
+import base64
 import csv
 import json
 import shutil
@@ -22,6 +23,8 @@ from igpt.evaluation.likelihood import losses_of, score
 from igpt.evaluation.results import score_files
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
+from igpt.report import record
+from igpt.report.sections import maps_sections
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -160,10 +163,12 @@ def test_maps_are_drawn_and_reported(
 ) -> None:
     done = igpt("score", run, digits.path, "--maps", tmp_path / "maps.png", "--count", 3)
     assert done.returncode == 0, done.stderr
-    assert read(run / "score-digits.json")["maps"] == {
-        "file": str(tmp_path / "maps.png"),
-        "rows": [0, 60, 120],
-    }
+    maps = read(run / "score-digits.json")["maps"]
+    assert (maps["file"], maps["rows"]) == (str(tmp_path / "maps.png"), [0, 60, 120])
+    section, *others = maps_sections(record.Run(run))
+    assert not others
+    shown = base64.b64decode(section.picture.uri.partition(",")[2])
+    assert (shown, section.code) == ((tmp_path / "maps.png").read_bytes(), "maps.png")
     pixels = np.asarray(Image.open(tmp_path / "maps.png").convert("RGB")).astype(int)
     first = digits.palette.inverse_transform(digits["test"].rows([0])).reshape(8, 8, 3)
     tops = np.flatnonzero(

@@ -57,7 +57,8 @@ def test_maps_show_each_pixel_at_its_position(model: ImageGPT, digits: TokenData
     tokens = digits["test"].rows(rows)
     losses, scores = losses_of(model, tokens), score(model, digits["test"])[rows]
     originals = decode_images(model, torch.from_numpy(tokens.astype(np.int64)))
-    figure = loss_maps(originals, losses)
+    names = [f"row {row}" for row in rows[:-1]] + ["folder/with a long name/x$_1.png"]
+    figure = loss_maps(originals, losses, names)
     pairs = [axes for axes in figure.axes if axes.images]
     assert "loss of a pixel, nats" in {axes.get_ylabel() for axes in figure.axes}
     scales = set()
@@ -67,6 +68,10 @@ def test_maps_show_each_pixel_at_its_position(model: ImageGPT, digits: TokenData
         np.testing.assert_array_equal(lower.get_array(), losses[index].reshape(8, 8))
         assert losses[index].mean() == pytest.approx(scores[index], abs=1e-6)
         assert axes.get_title() == f"{losses[index].mean():.3f} nats/pixel"
+        name = (
+            names[index] if index < len(rows) - 1 else "\N{HORIZONTAL ELLIPSIS} long name/x$_1.png"
+        )
+        assert [text.get_text() for text in axes.texts] == [name]
         scales.add(lower.get_clim())
         above, below = upper.get_extent(), lower.get_extent()
         assert above[:2] == below[:2]

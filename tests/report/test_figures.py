@@ -17,6 +17,7 @@ from igpt.report.figures import (
     NARROW,
     WIDE,
     accuracy_curve,
+    confusion_matrix,
     encode,
     loss_curve,
     palette_swatch,
@@ -91,6 +92,15 @@ class TestImageGrid:
         grid = image_grid([[picture(0, side)] * 7, [picture(128, side), picture(1, side)]])
         assert grid_counts(grid, side) == [7, 2]
         assert grid_counts(grid.crop((0, 0, grid.width - 1, grid.height)), side) is None
+
+    def test_headings_are_in_a_line_above_the_images(self):
+        rows = [[picture(0, 8)] * 6] * 2
+        plain, headed = image_grid(rows), image_grid(rows, headings={0: "original", 2: "others"})
+        line = np.asarray(headed)[: headed.height - plain.height]
+        np.testing.assert_array_equal(np.asarray(headed)[len(line) :], np.asarray(plain))
+        written = np.flatnonzero((line != 128).any(axis=(0, 2)))
+        assert set(written // 66) == {0, 2}  # each heading fits above the column where it begins
+        assert grid_counts(headed, 8) == grid_counts(plain, 8) == [6, 6]
 
     @pytest.mark.parametrize(
         "rows",
@@ -186,6 +196,13 @@ class TestProbe:
         assert lines(figure)["best"].get_xydata().tolist() == [[1, 75]]
         assert "layer 1: 75.0 %" in texts(figure)
 
+    def test_the_ring_of_the_first_layer_covers_no_number(self):
+        first = {**PROBE["layers"][0], "validation_accuracy": 1.0, "test_accuracy": 1.0}
+        figure = probe_by_layer({**PROBE, "layers": [first, *PROBE["layers"][1:]], "best_layer": 0})
+        ring = lines(figure)["best"].get_window_extent()
+        numbers = [label.get_window_extent() for label in figure.axes[0].get_yticklabels()]
+        assert max(box.x1 for box in numbers) < ring.x0
+
     def test_the_band_is_one_standard_error(self):
         (band,) = probe_by_layer(PROBE).axes[0].collections
         heights = band.get_paths()[0].vertices[:, 1]
@@ -205,6 +222,19 @@ class TestProbe:
         assert encode(probe_by_layer(only)).startswith("data:image/svg+xml")
 
 
+@pytest.mark.parametrize("width", [WIDE, NARROW])
+@pytest.mark.parametrize("classes", [3, 10, 20])
+def test_long_names_of_classes_do_not_overlap(classes, width):
+    names = [f"Saintpaulia ionantha number {index}" for index in range(classes)]
+    figure = confusion_matrix(np.eye(classes, dtype=int).tolist(), names, width=width)
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()][-1] == str(classes)
+    boxes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(box.x0 > axes.yaxis.label.get_window_extent().x1 for box in boxes)
+    assert all(above.y0 > below.y1 - 1 for above, below in pairwise(boxes))
+    assert axes.get_yticklabels()[0].get_text().startswith("Saintpaulia")
+
+
 class TestSwatch:
     @pytest.mark.parametrize(
         ("count", "columns"), [(1, 1), (17, 17), (32, 32), (33, 32), (512, 32), (5000, 100)]
@@ -213,8 +243,12 @@ class TestSwatch:
         centers = np.random.default_rng(0).uniform(-1, 1, (count, 3))
         palette = Palette.from_centers(centers)
         swatch = np.asarray(palette_swatch(palette))
-        side = swatch.shape[1] // columns
-        cells = swatch[::side, ::side].reshape(-1, 4)
+        labels = swatch[:18].any(axis=2).any(axis=0)
+        left = 42 if count > 32 else 0
+        assert labels[left:].any()
+        assert swatch[18:, :left].any() == (left > 0)
+        side = (swatch.shape[1] - left) // columns
+        cells = swatch[18::side, left::side].reshape(-1, 4)
         assert (cells[:count, :3] == palette.colors).all()
         assert (cells[:count, 3] == 255).all()
         assert (cells[count:, 3] == 0).all()

@@ -267,7 +267,7 @@ def test_nothing_is_stated_about_the_sampling_of_grids_without_a_record(whole):
     (whole / "completions.json").unlink()
     text = read(write_report(whole)).text
     assert "temperature" not in text
-    assert "the original, its visible part, and 3 completions" in text
+    assert "the original, the given pixels, and 3 completions" in text
 
 
 def test_a_grid_of_another_layout_gets_no_count(whole):
@@ -376,6 +376,7 @@ def test_confused_classes_are_shown(whole):
 def test_scores_and_learning_rates_are_tabulated(bare):
     score = {"format": "igpt-score", "version": 1, "images": 7, "nats_per_pixel": 1.25}
     score |= {"split": "test", "source": "/home/me/photos", "standard_error": 0.5}
+    score["maps"] = {"file": "gone/losses.png", "rows": [0, 4], "sha256": "0" * 64}
     (bare / "score-photos.json").write_text(json.dumps(score))
     rates = [
         {"learning_rate": 0.1, "validation_accuracy": None, "best_step": 0},
@@ -386,6 +387,7 @@ def test_scores_and_learning_rates_are_tabulated(bare):
     page = read(write_report(bare))
     assert "photos, test: 7 images 1.2500 \u00b1 0.5000" in page.text
     assert "0.01 (selected) 50.0 % 8 0.1 diverged" in page.text
+    assert "losses.png is no longer where it was written" in page.text
 
 
 def test_absolute_paths_are_not_shown(whole, tmp_path):

@@ -233,8 +233,13 @@ def _score(options: Score, given: dict[str, Any]) -> None:
                 }
         if maps:
             tokens = images.tokens.rows(shown)
-            draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), maps)
-            result["maps"] = {"file": str(maps), "rows": images.rows[shown].tolist()}
+            names = [images.name_of(index) for index in shown.tolist()]
+            draw_maps(loaded, tokens, losses_of(loaded, tokens, precision=precision), names, maps)
+            result["maps"] = {
+                "file": str(maps),
+                "sha256": sha256_of(maps),
+                "rows": images.rows[shown].tolist(),
+            }
         if out:
             write_scores(out, images, losses)
             result["scores_sha256"] = sha256_of(out)

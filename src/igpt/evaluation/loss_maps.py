@@ -4,6 +4,7 @@ B images, n pixels of an image, R resolution.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +23,10 @@ if TYPE_CHECKING:
 
 _COLUMNS, _DPI = 8, 200
 _SIDE = 230  # approximate dots of an image, a whole number per pixel
-# Dots: between pairs, above a pair for its title, around the figure, and of the colour bar without
-# and with its labels.
-_GAP, _TITLE, _EDGE, _BAR, _SCALE = 14, 44, 24, 28, 150
+# Dots: between pairs, above a pair for its loss, below it for its name, around the figure, and of
+# the colour bar without and with its labels.
+_GAP, _TITLE, _NAME, _EDGE, _BAR, _SCALE = 14, 44, 36, 24, 28, 150
+_LONGEST = 20  # letters of a name that fit under an image
 _MOST = 200  # maps in a picture: matplotlib draws 65,536 dots in a direction
 _INK, _MUTED = "#1f2328", "#59636e"
 
@@ -41,18 +43,26 @@ def require_maps(path: Path, count: int) -> None:
 
 
 def draw_maps(
-    model: ImageGPT, tokens: NDArray[np.uint16], losses: NDArray[np.float64], path: Path
+    model: ImageGPT,
+    tokens: NDArray[np.uint16],
+    losses: NDArray[np.float64],
+    names: Sequence[str],
+    path: Path,
 ) -> None:
-    """Write a PNG of images with their loss maps: tokens [B, n], losses [B, n] in nats."""
-    figure = loss_maps(decode_images(model, torch.from_numpy(tokens.astype(np.int64))), losses)
+    """Write a PNG of images with their loss maps: tokens [B, n], losses [B, n] in nats, names."""
+    originals = decode_images(model, torch.from_numpy(tokens.astype(np.int64)))
+    figure = loss_maps(originals, losses, names)
     with atomic_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=_DPI)
 
 
-def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Figure":
+def loss_maps(
+    originals: NDArray[np.uint8], losses: NDArray[np.float64], names: Sequence[str]
+) -> "Figure":
     """Plot images [B, R, R, 3] with maps of the losses of their pixels, [B, n] in nats.
 
-    Each pair is headed by its mean. Colours reach to the loss that one pixel in 200 exceeds.
+    Each pair has its mean loss above it and its name below it; of a long name, the end is shown.
+    Colours reach to the loss that one pixel in 200 exceeds.
     """
     from matplotlib.figure import Figure
     from mpl_toolkits.axes_grid1 import ImageGrid
@@ -63,14 +73,16 @@ def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Fig
     rows = math.ceil(count / columns)
     seam = 6 / dots  # between an image and its map, in pixels
     grid_width = columns * (side * dots + _GAP) + _BAR
-    grid_height = rows * ((2 * side + seam) * dots + _GAP + _TITLE) - _GAP - _TITLE
-    width, height = grid_width + _SCALE + 2 * _EDGE - _BAR, grid_height + _TITLE + 2 * _EDGE
+    between = _GAP + _TITLE + _NAME
+    grid_height = rows * ((2 * side + seam) * dots + between) - between
+    width = grid_width + _SCALE + 2 * _EDGE - _BAR
+    height = grid_height + _TITLE + _NAME + 2 * _EDGE
     figure = Figure(figsize=(width / _DPI, height / _DPI), facecolor="white")
     grid = ImageGrid(
         figure,
-        (_EDGE / width, _EDGE / height, grid_width / width, grid_height / height),
+        (_EDGE / width, (_EDGE + _NAME) / height, grid_width / width, grid_height / height),
         (rows, columns),
-        axes_pad=(_GAP / _DPI, (_GAP + _TITLE) / _DPI),
+        axes_pad=(_GAP / _DPI, between / _DPI),
         cbar_mode="single",
         cbar_pad=_GAP / _DPI,
         cbar_size=_BAR / _DPI,
@@ -78,13 +90,24 @@ def loss_maps(originals: NDArray[np.uint8], losses: NDArray[np.float64]) -> "Fig
     highest = float(np.quantile(losses, 0.995))
     for axes in grid:
         axes.set_axis_off()
-    for axes, original, nats in zip(grid, originals, losses, strict=False):
+    for axes, original, nats, name in zip(grid, originals, losses, names, strict=False):
         axes.imshow(original, extent=(0, side, side + seam, 2 * side + seam))
         image = axes.imshow(
             nats.reshape(side, side), "magma", vmin=0, vmax=highest, extent=(0, side, 0, side)
         )
         axes.set(xlim=(0, side), ylim=(0, 2 * side + seam))
         axes.set_title(f"{nats.mean():.3f} nats/pixel", fontsize=7.5, color=_INK, pad=3)
+        end = name if len(name) <= _LONGEST else f"\N{HORIZONTAL ELLIPSIS}{name[1 - _LONGEST :]}"
+        axes.text(
+            side / 2,
+            -4 / dots,
+            end,
+            ha="center",
+            va="top",
+            fontsize=7,
+            color=_MUTED,
+            parse_math=False,
+        )
     extend = "max" if losses.max() > highest else "neither"
     bar = figure.colorbar(image, cax=grid.cbar_axes[0], extend=extend, extendfrac=0.05 / rows)
     bar.set_label("loss of a pixel, nats", fontsize=7.5, color=_INK)

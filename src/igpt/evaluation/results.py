@@ -194,6 +194,14 @@ class Test(Confused):
     fold_back: FoldBack | None = None
 
 
+class Maps(Stored):
+    """A picture of the losses of pixels: the file, its checksum, and the rows of the images."""
+
+    file: str
+    rows: list[Count]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None  # not of earlier versions
+
+
 class Score(Stored):
     """`score-NAME.json`."""
 
@@ -202,6 +210,7 @@ class Score(Stored):
     standard_error: Number | None = None
     split: str | None = None
     source: str | None = None
+    maps: Maps | None = None
 
 
 def read_probe(path: Path) -> dict[str, Any]:

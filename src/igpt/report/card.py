@@ -469,7 +469,7 @@ def _pictures(run: Run) -> list[dict[str, str]]:
             if (kept := how.get("keep_rows")) is not None:
                 rows = f" (the upper {kept} of {run.shape['resolution']} pixel rows)"
             caption = (
-                f"Left to right: the original, its visible part{rows}, and completions by the "
+                f"Left to right: the original, the given pixels{rows}, and completions by the "
                 f"model{settings}."
             )
         found.append({"file": file, "name": path.stem.capitalize(), "caption": caption})

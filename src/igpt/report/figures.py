@@ -8,6 +8,7 @@ have no background, and colours for light and for dark pages. Lines have labels 
 import base64
 import io
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from igpt.data.images.palette import Palette
 from igpt.evaluation.results import best_row
@@ -27,8 +28,11 @@ if TYPE_CHECKING:
 
 WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upright
 # Inches; the labels of lines are on the right.
-_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.62, 1.4, 0.12, 0.52
+_HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.68, 1.4, 0.12, 0.52
 FONT = 9.5  # points
+_SWATCH_MARGIN = 42, 18  # pixels left of the palette's colours and above them, for labels
+_LONGEST_CLASS = 22  # letters in a line of a class's name
+_LABEL = "#7d858f"  # a grey that can be read on light and on dark pages
 
 
 @dataclass(frozen=True)
@@ -52,13 +56,29 @@ DARK = Look(
 
 
 def palette_swatch(palette: Palette) -> Image.Image:
-    """Return a picture of all colours in the order of their tokens, on transparent ground."""
+    """Return a picture of all colours in the order of their tokens, on transparent ground.
+
+    Every row is labelled with the token of its first colour, and columns with what to add to it.
+    """
     count = len(palette)
     columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
     cells = np.zeros((math.ceil(count / columns) * columns, 4), dtype=np.uint8)
     cells[:count, :3], cells[:count, 3] = palette.colors, 255
     side = min(28, max(2, 576 // columns))
-    return Image.fromarray(cells.reshape(-1, columns, 4).repeat(side, 0).repeat(side, 1))
+    colors = Image.fromarray(cells.reshape(-1, columns, 4).repeat(side, 0).repeat(side, 1))
+    rows = len(cells) // columns
+    left, top = _SWATCH_MARGIN if rows > 1 else (0, _SWATCH_MARGIN[1])
+    picture = Image.new("RGBA", (colors.width + left, colors.height + top))
+    picture.paste(colors, (left, top))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    # Labels keep a distance of a line's height, or of a number's width.
+    for row in range(0, rows if rows > 1 else 0, math.ceil(13 / side)):
+        place = left - 5, top + (row + 0.5) * side
+        draw.text(place, str(row * columns), _LABEL, font, anchor="rm")
+    for column in range(0, columns, next(step for step in (1, 2, 4, 8, 16) if step * side >= 26)):
+        text = f"+{column}" if rows > 1 else str(column)
+        draw.text((left + (column + 0.5) * side, top - 4), text, _LABEL, font, anchor="ms")
+    return picture
 
 
 def loss_curve(
@@ -244,7 +264,7 @@ def confusion_matrix(
     """Plot how often each class (row) was predicted as each class (column).
 
     Colours are shares of the images of a row. Up to 20 classes have names and, on wide figures,
-    numbers in the cells.
+    numbers in the cells. If a name is long, columns are labelled with the numbers of the rows.
 
     Args:
         counts: numbers of images, [C][C].
@@ -255,24 +275,31 @@ def confusion_matrix(
 
     table = np.array(counts, dtype=np.float64)
     shares = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
-    shown = [name if len(name) <= 14 else f"{name[:13]}\N{HORIZONTAL ELLIPSIS}" for name in names]
-    few = len(names) <= 20
-    margin = 0.35 + (0.085 * max(map(len, shown)) if few else 0.3)  # inches, of the labels
-    side = min(width - margin - 0.1, 5.4)
-    height = side + margin + 0.1
+    few, size = len(names) <= 20, FONT if width >= WIDE else min(7, 130 / len(names))
+    has_two_lines = 40 * width / len(names) > 2.5 * size  # room for them in the height of a row
+    short = max(map(len, names)) <= 10
+    rows, columns = names, names
+    if few and not short:
+        wrapped = [_wrapped(name, 2 if has_two_lines else 1) for name in names]
+        rows = [f"{name}  {number}" for number, name in enumerate(wrapped, 1)]
+        columns = [str(number) for number in range(1, len(names) + 1)]
+    widest = max(len(line) for row in rows for line in row.split("\n")) if few else 3
+    letter = 0.6 * size / 72  # inches, of a letter
+    left, below = 0.35 + letter * widest, 0.35 + letter * (max(map(len, columns)) if few else 3)
+    side = min(width - left - 0.1, 5.4)
+    height = side + below + 0.1
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes(
-        (margin / width, margin / height, side / width, side / height), facecolor="none"
+        (left / width, below / height, side / width, side / height), facecolor="none"
     )
     # The background's colour is none, the main colour all images of the class.
     colors = LinearSegmentedColormap.from_list("shares", [look.paper, look.main])
     axes.imshow(shares, cmap=colors, vmin=0, vmax=1)
-    size = FONT if width >= WIDE else 7
     if few:
         places = range(len(names))
-        turned = 90 if max(map(len, shown)) > 2 else 0
-        axes.set_xticks(places, shown, rotation=turned, fontsize=size, color=look.ink)
-        axes.set_yticks(places, shown, fontsize=size, color=look.ink)
+        turned = 90 if max(map(len, columns)) > 2 else 0
+        axes.set_xticks(places, columns, rotation=turned, fontsize=size, color=look.ink)
+        axes.set_yticks(places, rows, fontsize=size, color=look.ink)
     if few and (width >= WIDE or len(names) <= 10):
         for (row, column), count in np.ndenumerate(table):
             if count:
@@ -292,6 +319,14 @@ def confusion_matrix(
     axes.set_xlabel("predicted class", fontsize=FONT, color=look.ink)
     axes.set_ylabel("class", fontsize=FONT, color=look.ink)
     return figure
+
+
+def _wrapped(name: str, lines: int) -> str:
+    """Return the name of a class in at most one or two lines; the rest of a long one is cut off."""
+    dots = "\N{HORIZONTAL ELLIPSIS}"
+    if lines == 1:
+        return name if len(name) <= _LONGEST_CLASS else name[: _LONGEST_CLASS - 1] + dots
+    return "\n".join(textwrap.wrap(name, _LONGEST_CLASS, max_lines=lines, placeholder=dots))
 
 
 def encode(figure: "Figure | Image.Image") -> str:
@@ -341,6 +376,7 @@ def canvas(look: Look, width: float) -> "tuple[Figure, Axes]":
     axes.spines["bottom"].set_color(look.muted)
     axes.tick_params(colors=look.ink, labelsize=FONT, length=0, pad=5)
     axes.tick_params(axis="x", length=3, color=look.muted)
+    axes.tick_params(axis="y", pad=9)  # a ring around the first point covers no number
     axes.grid(axis="y", color=look.grid, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.xaxis.set_major_locator(

@@ -24,6 +24,7 @@ from igpt.report.sections import (
     fact_tables,
     key_tables,
     loss_section,
+    maps_sections,
     palette_section,
     photographs_section,
     probe_section,
@@ -59,6 +60,7 @@ def _contents(run: Run) -> dict[str, Any]:
         confusion_section(run),
         completions_section(run),
         samples_section(run),
+        *maps_sections(run),
     ]
     if run.finetuned:  # do not suggest commands that are unusual for classifiers
         sections = [accuracy_section(run), *(section for section in sections if not section.absent)]

@@ -1,6 +1,7 @@
 """The sections of a run's page: a figure with its caption, or the command that makes it."""
 
 import math
+import os
 import re
 import struct
 import warnings
@@ -22,7 +23,7 @@ from igpt.evaluation.results import (
     read_score,
     score_files,
 )
-from igpt.files import require_regular
+from igpt.files import require_regular, sha256_of
 from igpt.report import figures
 from igpt.report.findings import describe_sampling, number, percent, plural, short_source
 from igpt.report.record import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MOST_PIXELS = 1 << 27
+_PAGE = 912  # CSS pixels of a wide page's column, as its style sheet sets it
 # Exceptions of Pillow for damaged files; SyntaxError for broken PNG chunks.
 _PILLOWS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
@@ -82,12 +84,18 @@ class Chart:
 
 @dataclass(frozen=True)
 class Picture:
-    """A raster picture at its natural size in pixels."""
+    """A raster picture and its size on the page in CSS pixels.
+
+    Attributes:
+        classes: of its figure in the style sheet. "pixels" keeps squares sharp; "wide" is scrolled
+            on a narrow page instead of shrunk, because it contains words.
+    """
 
     uri: str
     width: int
     height: int
     alt: str
+    classes: str = "pixels"
 
 
 @dataclass(frozen=True)
@@ -398,6 +406,48 @@ def score_tables(run: Run) -> list[Table]:
     return [Table(caption, ("", "nats/pixel", "std. error"), rows)] if rows else []
 
 
+def maps_sections(run: Run) -> list[Section]:
+    """Return a section for each picture of pixel losses that `igpt score` wrote, if it is there.
+
+    A picture that was moved is found next to its score file, and one that was changed is not shown.
+    """
+    sections = []
+    for path in score_files(run.path):
+        found = read_score(path)
+        maps = found.get("maps") or {}
+        if maps.get("sha256") is None:
+            continue
+        source = short_source(str(found.get("source") or run.source))
+        title, name = f"Losses of the pixels: {source}", f"maps-{path.stem}"
+        file = Path(maps["file"])
+        picture = next(
+            (
+                place
+                for place in (file, path.parent / file.name)
+                if os.path.isfile(place) and sha256_of(place) == maps["sha256"]  # noqa: PTH113
+            ),
+            None,
+        )
+        if picture is None:
+            absent = f"{file.name} is no longer where it was written; `igpt score --maps` draws it."
+            sections.append(Section(title, name, absent=absent))
+            continue
+        image = read_picture(picture)
+        shown = plural(len(maps["rows"]), "image")
+        caption = (
+            f"{shown} of {number(found['images'])}, above the losses of their pixels in nats: "
+            "bright pixels were hard to predict. The mean loss is above an image, its file or row "
+            "below it."
+        )
+        scale = min(0.5, _PAGE / image.width)
+        uri = figures.data_uri(picture.read_bytes(), "image/png")
+        size = round(image.width * scale), round(image.height * scale)
+        alt = f"{shown} of {source} above maps of the losses of their pixels."
+        drawn = Picture(uri, *size, alt, "wide")
+        sections.append(Section(title, name, picture=drawn, caption=caption, code=file.name))
+    return sections
+
+
 def rate_tables(run: Run) -> list[Table]:
     """Return a table of the learning rates that were tried, if there are several."""
     rates = (run.test or {}).get("rates") or ()
@@ -438,7 +488,7 @@ def completions_section(run: Run) -> Section:
         return Section("Completions", "completions", absent=absent)
     picture, how = read_picture(path), read_sampling(path)
     counts = _images_per_row(picture, run)
-    given = "its visible part"
+    given = "the given pixels"
     if (kept := how.get("keep_rows")) is not None:
         of = f" of {run.shape['resolution']}" if run.shape.get("resolution") else ""
         given += f" (the upper {kept}{of} pixel rows)"
@@ -450,7 +500,7 @@ def completions_section(run: Run) -> Section:
         f"{each}. Left to right: the original, {given}, and {completions} by the "
         f"model{describe_sampling(how)}."
     )
-    alt = f"Grid of pictures. {each}: original, visible part, {completions}."
+    alt = f"Grid of pictures. {each}: original, given pixels, {completions}."
     return _grid_section("Completions", path, picture, alt, caption, how)
 
 
@@ -467,10 +517,10 @@ def photographs_section(run: Run) -> Section:
     )
     caption = (
         "Parts of scikit-learn's two photographs, one per row. Left to right: the original at the "
-        "model's resolution, its visible part, and completions by the model"
+        "model's resolution, the given pixels, and completions by the model"
         f"{describe_sampling(how)}."
     )
-    alt = "Grid of pictures. One photograph per row: original, visible part, completions."
+    alt = "Grid of pictures. One photograph per row: original, given pixels, completions."
     return replace(_grid_section(title, path, picture, alt, caption, how), lead=lead)
 
 
@@ -497,7 +547,8 @@ def _images_per_row(picture: Image.Image, run: Run) -> list[int] | None:
 def _grid_section(
     title: str, path: Path, picture: Image.Image, alt: str, caption: str, how: Mapping[str, Any]
 ) -> Section:
-    shown = Picture(figures.data_uri(path.read_bytes(), "image/png"), *picture.size, alt)
+    classes = "pixels" if path.stem == "samples" else "pixels wide"  # others have headings
+    shown = Picture(figures.data_uri(path.read_bytes(), "image/png"), *picture.size, alt, classes)
     code = without_folders(str(how.get("command") or ""))
     return Section(title, path.stem, picture=shown, caption=caption, code=code)
 
@@ -511,8 +562,14 @@ def palette_section(run: Run) -> Section:
         )
     image = figures.palette_swatch(palette)
     colors = plural(len(palette), "colour")
-    caption = f"The {colors} of the palette, in the order of their tokens. Fingerprint:"
-    picture = Picture(figures.encode(image), *image.size, f"The palette's {colors} as squares.")
+    caption = f"The {colors} of the palette, under their tokens. Fingerprint:"
+    if len(palette) > 32:
+        caption = (
+            f"The {colors} of the palette in the order of their tokens. A token is the sum of the "
+            "numbers left of its row and above its column. Fingerprint:"
+        )
+    alt = f"The palette's {colors} as squares."
+    picture = Picture(figures.encode(image), *image.size, alt, "pixels wide")
     return Section(title, name, picture=picture, caption=caption, code=palette.fingerprint)
 
 

@@ -84,7 +84,7 @@ def save_completions(
 ) -> Path:
     """Complete images and write a PNG grid.
 
-    Each row has an original, its kept pixels, and its completions.
+    Each row has an original, its given pixels, and its completions, under headings.
 
     Args:
         originals: tokens [B, n].
@@ -118,7 +118,9 @@ def save_completions(
         [image, upper, *map(np.asarray, filled)]
         for image, upper, filled in zip(images, kept, completed, strict=True)
     ]
-    _write(path, rows, {**used, **kept_settings, "completions": completions})
+    many = "completions" if completions > 1 else "completion"
+    headings = {0: "original", 1: "given pixels", 2: many}
+    _write(path, rows, {**used, **kept_settings, "completions": completions}, headings)
     return path
 
 
@@ -134,7 +136,10 @@ def _with_precision(model: ImageGPT, settings: SamplingSettings) -> SamplingSett
 
 
 def _write(
-    path: Path, rows: Sequence[Sequence[NDArray[np.uint8]]], settings: Mapping[str, Any]
+    path: Path,
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
+    settings: Mapping[str, Any],
+    headings: Mapping[int, str] | None = None,
 ) -> None:
-    save_png(image_grid(rows), path)
+    save_png(image_grid(rows, headings=headings), path)
     write_json(path.with_suffix(".json"), {**settings, "command": describe()["command"]})

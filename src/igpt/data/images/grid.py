@@ -4,18 +4,19 @@ R resolution.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from igpt.errors import InputError
 from igpt.files import atomic_file
 
 _BACKGROUND = (128, 128, 128)  # distinct from black and white images
 _LEAST_SIDE = 64  # of an image on the screen, in pixels
+_HEADING, _LETTERS = 18, 10  # pixels: the line of headings above a grid, and its letters
 
 
 def default_scale(resolution: int) -> int:
@@ -24,7 +25,11 @@ def default_scale(resolution: int) -> int:
 
 
 def image_grid(
-    rows: Sequence[Sequence[NDArray[np.uint8]]], *, scale: int | None = None, gap: int = 2
+    rows: Sequence[Sequence[NDArray[np.uint8]]],
+    *,
+    scale: int | None = None,
+    gap: int = 2,
+    headings: Mapping[int, str] | None = None,
 ) -> Image.Image:
     """Return a grid of images, uint8 [R, R, 3], on a grey background.
 
@@ -32,6 +37,8 @@ def image_grid(
         rows: images from left to right, row after row; rows may differ in length.
         scale: each pixel becomes a square of this side; None: see `default_scale`.
         gap: pixels between images and around them, not enlarged.
+        headings: by the number of the column at whose left edge they begin; they are in a line of
+            their own above the images.
 
     Raises:
         InputError: there is no image, or the images are not uint8 RGB of one size.
@@ -55,27 +62,36 @@ def image_grid(
         raise InputError(f"a grid has scale >= 1 and gap >= 0, not {scale} and {gap}")
     height, width = shape[0] * scale, shape[1] * scale
     columns = max(len(row) for row in rows)
+    above = _HEADING if headings else 0
     canvas = np.empty(
-        (len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), dtype=np.uint8
+        (above + len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), dtype=np.uint8
     )
     canvas[:] = _BACKGROUND
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
-            top, left = gap + r * (height + gap), gap + c * (width + gap)
+            top, left = above + gap + r * (height + gap), gap + c * (width + gap)
             canvas[top : top + height, left : left + width] = (
                 np.asarray(image).repeat(scale, 0).repeat(scale, 1)
             )
-    return Image.fromarray(canvas)
+    grid = Image.fromarray(canvas)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_LETTERS)
+    for column, text in (headings or {}).items():
+        place = gap + column * (width + gap), (above + gap) // 2
+        draw.text(place, text, fill="black", font=font, anchor="lm")
+    return grid
 
 
 def grid_counts(grid: Image.Image, resolution: int, *, gap: int = 2) -> list[int] | None:
-    """Return the number of images in each row of an `image_grid` of default scale, or None."""
+    """Return the number of images in each row of an `image_grid` of default scale, or None.
+
+    The grid may have headings.
+    """
     side = resolution * default_scale(resolution)
     rows, rest_y = divmod(grid.height - gap, side + gap)
     columns, rest_x = divmod(grid.width - gap, side + gap)
-    if rest_x or rest_y or rows < 1 or columns < 1:
+    if rest_x or rest_y not in (0, _HEADING) or rows < 1 or columns < 1:
         return None
-    pixels = np.asarray(grid.convert("RGB"))[gap:, gap:].reshape(
+    pixels = np.asarray(grid.convert("RGB"))[rest_y + gap :, gap:].reshape(
         rows, side + gap, columns, side + gap, 3
     )
     filled = (pixels[:, :side, :, :side] != _BACKGROUND).any(axis=(1, 3, 4))
