@@ -116,6 +116,7 @@ MODULES = [
     "report/comparison",
     "report/sections",
     "report/page",
+    "report/run_comparison",
     "report/card",
     "report/reproduction",
     "reproduction/scale",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ from igpt.data.images.grid import image_grid
 from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.report.page import write_report
+from igpt.report.run_comparison import write_comparison
 
 PALETTE = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))
 VOID = {"meta", "img", "source", "link", "br", "hr", "input", "base"}
@@ -388,6 +390,49 @@ def test_scores_and_learning_rates_are_tabulated(bare):
     assert "photos, test: 7 images 1.2500 \u00b1 0.5000" in page.text
     assert "0.01 (selected) 50.0 % 8 0.1 diverged" in page.text
     assert "losses.png is no longer where it was written" in page.text
+
+
+def test_runs_are_compared(whole, tmp_path):
+    other = tmp_path / "other" / "first"
+    shutil.copytree(whole, other)
+    config = (whole / "config.yaml").read_text().replace("0.001", "0.004")
+    (other / "config.yaml").write_text(config.replace("patience: null", "patience: 3"))
+    layers = probe_record()["layers"][:2]
+    (other / "probe.json").write_text(json.dumps(probe_record(layers=layers)))
+    page = read(write_comparison([whole, other], tmp_path / "both.html"))
+    for expected in (
+        "setting runs/first other/first learning_rate 0.001 0.004 patience none 3",
+        "lowest validation loss, nats/pixel 1.4320 (step 200) 1.4320 (step 200)",
+        "linear probe, test accuracy 96.1 % \u00b1 1.4, layer 1",
+        "100 1.5500 1.5500 200 1.4320 1.4320",
+        "0 90.0 90.0 1 96.1 96.1 2 93.0 \u2013",
+    ):
+        assert expected in page.text, expected
+    assert "batch_size" not in page.text
+    assert len(page.all("img")) == 2
+    started = json.loads((whole / "metrics.jsonl").read_text().splitlines()[0])
+    lines = [started, {"kind": "validation", "step": 50, "error": 0.25}]
+    (other / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (other / "environment.json").write_text('{"kind": "finetune"}')
+    page = read(write_comparison([whole, other], tmp_path / "both.html"))
+    assert "best validation accuracy \u2013 75.0 % (step 50)" in page.text
+    assert "No loss is recorded yet." in page.text
+
+
+def test_runs_that_cannot_be_compared_are_refused(igpt, bare, tmp_path):
+    again, missing = bare.parent / ".." / "runs" / "first", tmp_path / "missing"
+    out = ("-o", tmp_path / "x.html")
+    for words, said in (
+        ((bare, again, *out), f"{again} is given twice; name different runs to compare them"),
+        ((bare, tmp_path, *out), f"{tmp_path} is no run directory: config.yaml is missing"),
+        ((bare, *[missing] * 4, *out), "a page compares 2 to 4 runs, not 5"),
+        ((bare, missing, "-o", tmp_path / "x.png"), "is written as .html, not as x.png"),
+        ((bare, *out), f"the page of one run is {bare}/report.html"),
+    ):
+        done = igpt("report", *words)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+        assert said in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runs"]
 
 
 def test_absolute_paths_are_not_shown(whole, tmp_path):

@@ -9,22 +9,38 @@ from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.model.locate import model_and_run
 from igpt.model.objectives import DEFAULT_OBJECTIVE, ObjectiveName
-from igpt.outputs import require_writable_folder
+from igpt.outputs import require_writable, require_writable_folder
 
 
 class Report(Options):
-    """Write RUN/report.html: one page with all results of a run."""
+    """Write one page with all results of a run, or one that compares several runs."""
 
     settings = "igpt.report.page"
-    example = "igpt report runs/photos"
+    example = "igpt report runs/photos; igpt report runs/photos runs/longer -o comparison.html"
 
-    run: Path = argument("run directory")
+    run: Path = argument("run directory; its page is RUN/report.html")
+    others: tuple[Path, ...] = argument("runs to compare it with, up to three", default=())
+    out: Path | None = Field(
+        None,
+        description="page of the comparison, comparison.html in the current folder by default",
+    )
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
         from igpt.report.page import write_report
+        from igpt.report.run_comparison import write_comparison
 
-        print(write_report(self.run))
+        if self.others:
+            target = self.out or Path("comparison.html")
+            require_writable(target)
+            print(write_comparison((self.run, *self.others), target))
+        elif self.out:
+            raise InputError(
+                f"-o is for the comparison of several runs; the page of one run is {self.run}/"
+                "report.html"
+            )
+        else:
+            print(write_report(self.run))
 
 
 class Card(Options):

@@ -1,6 +1,6 @@
 """Figures that compare models, from the plot data of an answer: lines, and groups of points.
 
-Every point has its 95 % interval. Series differ in colour, marker and line style.
+Every point has an interval, such as that of 95 %. Series differ in colour, marker and line style.
 """
 
 from collections.abc import Mapping
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MARKERS, _DASHES = "osD^", ("-", "--", "-.", ":")
+MOST_SERIES = len(_MARKERS)
+_MOST_MARKERS = 60  # points of a line; more would hide it
 _GREEN = {LIGHT.paper: "#1a7f37", "other": "#5fd07f"}
 
 
@@ -25,8 +27,9 @@ def plot_comparison(
 
     Args:
         plot: "x", "y": labels of the axes; "series": lists "x", "y", "low", "high", a "name" and
-            optionally a "ring" (index of a point); "categories" of groups; "falling" if x decreases
-            to the right.
+            optionally a "ring" (index of a point) and a "number" (of its colour and marker; by
+            default its place), at most MOST_SERIES; "categories" of groups; "falling" if x
+            decreases to the right.
     """
     figure, axes = canvas(look, width)
     every = [np.array(one[key], float) for one in plot["series"] for key in ("low", "high")]
@@ -57,7 +60,10 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
             MaxNLocator(nbins=8 if width >= WIDE else 4, steps=[1, 2, 2.5, 5, 10])
         )
         axes.xaxis.set_major_formatter("{x:.3g}")
-    for number, (one, color) in enumerate(zip(plot["series"], _colors(look), strict=False)):
+    colors = _colors(look)
+    for place, one in enumerate(plot["series"]):
+        number = one.get("number", place)
+        color = colors[number]
         axes.plot(
             one["x"],
             one["y"],
@@ -66,7 +72,7 @@ def _lines(axes: "Axes", plot: Mapping[str, Any], look: Look, width: float) -> N
             clip_on=False,
             linewidth=1.8,
             linestyle=_DASHES[number],
-            marker=_MARKERS[number],
+            marker=_MARKERS[number] if len(one["x"]) <= _MOST_MARKERS else "",
             markersize=4.5,
         )
         axes.fill_between(one["x"], one["low"], one["high"], color=color, alpha=0.13, linewidth=0)

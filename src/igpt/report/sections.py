@@ -64,11 +64,15 @@ def template(name: str) -> "Template":
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `head` may be empty; the first cell of a row is the heading of that row."""
+    """A table; `head` may be empty; the first cell of a row is the heading of that row.
+
+    `wide` gives it the whole width of the page.
+    """
 
     caption: str
     head: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
