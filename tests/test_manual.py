@@ -7,7 +7,7 @@ import pkgutil
 import re
 import shlex
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -147,6 +147,17 @@ def test_the_table_of_presets_has_their_settings() -> None:
             recipe.get("optimizer", "adamw"),
             PURPOSES[name],
         )
+
+
+def test_the_copy_button_copies_commands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS)  # as MkDocs does
+    hook = script("copying").on_page_content
+    block = '```console\n$ one \\\n  -o x\nits output\n$ python -c "\n1 < 2\n"\n3\n```\n'
+    page = SimpleNamespace(markdown=block, file=SimpleNamespace(src_path="x.md"))
+    shown = '<div class="language-console highlight">'
+    copied = "one \\&#10;  -o x&#10;python -c &quot;&#10;1 &lt; 2&#10;&quot;"
+    assert hook(shown, page) == f'{shown[:-1]} data-copy="{copied}">'
+    assert hook(shown + shown, page) == shown + shown  # with a warning
 
 
 def test_pages_and_links_exist() -> None:
