@@ -170,7 +170,7 @@ def test_a_mask_that_hides_all_or_nothing_is_reported(
     Image.new("L", (8, 8), 255).save(mask)
     done = igpt("complete", short_run, picture, "--mask", mask, "-o", out, "--completions", 1)
     assert done.returncode == 0, done.stderr
-    assert f"the kept pixels (nothing: {mask} hides the whole image)" in done.stdout
+    assert f"the given pixels (nothing: {mask} hides the whole image)" in done.stdout
     assert json.loads(out.with_suffix(".json").read_text())["kept_pixels"] == 0
 
 

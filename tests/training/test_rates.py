@@ -332,7 +332,7 @@ def test_nan_weights_are_never_selected(
         config.model_copy(update={"learning_rates": (1e10, 1e-3)}), tmp_path / "run"
     )  # above the bound
     assert (
-        "learning rate 10000000000.0 diverged: the validation error is nan"
+        "learning rate 10000000000.0 diverged: the validation accuracy is nan"
         in capsys.readouterr().out
     )
     assert result_of(tmp_path / "run")["learning_rate"] == 1e-3

@@ -88,6 +88,11 @@ def of_wandb(run: Path, name: str) -> Tracked:
     return points, len(list((run / "wandb").rglob("*.png")))
 
 
+def test_errors_are_tracked_as_accuracies() -> None:
+    line = {"kind": "validation", "step": 5, "error": 0.25, "best": True}
+    assert trackers.numbers_of(line) == {"validation/accuracy": 0.75}
+
+
 @pytest.mark.parametrize(
     ("track", "read"),
     [

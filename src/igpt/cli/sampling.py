@@ -185,7 +185,7 @@ class Complete(_Sampling):
                 partial(show, "completing"),
             )
         print(
-            f"{target}: from left to right, each original, the kept pixels ({kept}), "
+            f"{target}: from left to right, each original, the given pixels ({kept}), "
             f"{self.completions} completions"
         )
         if left_out:

@@ -235,6 +235,10 @@ class _Tried:
         return {"learning_rate": rate, "validation_accuracy": accuracy, "best_step": self.best_step}
 
 
+def _accuracy_text(error: float) -> str:
+    return f"accuracy {1 - error:.1%}" if math.isfinite(error) else f"accuracy {error}"
+
+
 @dataclass
 class _Finetuning:
     """One or several trainings of the same model, and the test of the best one.
@@ -377,7 +381,11 @@ class _Finetuning:
                 training_batch, self.pretrained.trained_as, batches, masked, config.seed
             ),
             validation=Validation(
-                error, errors, len(validation), partial(validation_batch, validation, world)
+                error,
+                _accuracy_text,
+                errors,
+                len(validation),
+                partial(validation_batch, validation, world),
             ),
             run=folder,
             warmup=config.warmup(len(train)),

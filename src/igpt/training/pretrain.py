@@ -170,6 +170,7 @@ def pretrain(
             )
         validation = Validation(
             "loss",
+            "loss {:.4f}".format,
             objective.loss,
             len(checked),
             partial(_validation_batch, objective, checked, world),

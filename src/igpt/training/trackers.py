@@ -25,6 +25,7 @@ TrackerName = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 TRACK = "track.json"
 PROJECT = "igpt"
 _KINDS = ("train", "validation", "probe")  # of lines whose numbers are tracked
+_ACCURACIES = {"error": "accuracy", "error_on_trained": "accuracy_on_trained"}
 EXAMPLES = 4  # images that are completed
 _SAMPLES, _COMPLETIONS = 8, 3
 
@@ -199,11 +200,16 @@ def open_tracker(
 
 
 def numbers_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numbers of a line of metrics.jsonl that are tracked, as "train/loss" and so on."""
+    """Return the numbers of a line of metrics.jsonl that are tracked, as "train/loss" and so on.
+
+    The error of a classifier is tracked as its accuracy.
+    """
     if line["kind"] not in _KINDS:
         return {}
     return {
-        f"{line['kind']}/{key}": float(value)
+        f"{line['kind']}/{_ACCURACIES.get(key, key)}": 1 - value
+        if key in _ACCURACIES
+        else float(value)
         for key, value in line.items()
         if key not in ("kind", "step")
         and isinstance(value, int | float)
@@ -241,4 +247,4 @@ def pictures(
         [original, *map(np.asarray, filled)]
         for original, filled in zip(decode_images(copy, tokens), completed, strict=True)
     ]
-    yield "completions", np.asarray(image_grid(rows))
+    yield "completions", np.asarray(image_grid(rows, headings={0: "original", 1: "completions"}))

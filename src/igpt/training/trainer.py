@@ -46,11 +46,13 @@ class Validation:
 
     Attributes:
         name: of the loss in metrics.jsonl.
+        text: describes a mean loss to the user, such as "loss 1.5054".
         images: number of images.
         batch: `batch(first, last)` returns the tensors of images `first` to `last - 1`.
     """
 
     name: str
+    text: Callable[[float], str]
     loss: LossFunction
     images: int
     batch: Callable[[int, int], Batch]
@@ -359,7 +361,8 @@ class Trainer:
             bar.part("validating", min(first + size, validation.images), validation.images)
         value = float(total) / validation.images
         if not math.isfinite(value):
-            self._diverge(f"the validation {validation.name} is {value} after {state.step} steps")
+            text = validation.text(value).replace(" ", " is ")
+            self._diverge(f"the validation {text} after {state.step} steps")
         is_best = state.best is None or value < state.best
         state.validated = state.step
         state.validations_without_better += 1
@@ -370,7 +373,7 @@ class Trainer:
         self.metrics.write("validation", state.step, **{validation.name: value, "best": is_best})
         self._show_pictures()
         best = " (best so far)" if is_best else ""
-        bar.say(f"step {state.step}: validation {validation.name} {value:.4f}{best}")
+        bar.say(f"step {state.step}: validation {validation.text(value)}{best}")
 
     def _must_probe(self) -> bool:
         """Return whether the features are to be measured at this step, and have not been."""
