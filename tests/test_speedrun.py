@@ -1,7 +1,6 @@
 """The race: its trainings are those of igpt, and its table shows its results."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -54,16 +53,16 @@ def finish(race: Any, entry: Any, losses: dict[int, list[float]]) -> None:
 
 
 def test_trainings_of_the_baseline_are_those_of_igpt(
-    digits: TokenDataset, tmp_path: Path, igpt: Callable[..., Any]
+    digits: TokenDataset, tmp_path: Path, igpt: Callable[..., Any], recipe: ModuleType
 ) -> None:
     shape = {"n_layer": 2, "n_embd": 16, "n_head": 2}
-    recipe = {**shape, "images": 160, "validate_every": 80, "validation_images": 20, "seed": 3}
-    recipe |= {"batch": 8, "rate": 1e-2, "precision": "fp32", "warmup": 0.2}
-    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    words = [FOLDER / "train.py", digits.path, tmp_path / "recipe.json", tmp_path / "result.json"]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
+    settings = {**shape, "images": 160, "validate_every": 80, "validation_images": 20, "seed": 3}
+    settings |= {"batch": 8, "rate": 1e-2, "precision": "fp32", "warmup": 0.2}
+    sys.path.insert(0, str(FOLDER))
+    train = import_module("train").train
+    made = recipe.Recipe.layered(settings, where="the test")
+    result = train(digits.path, made, tmp_path / "result.json", {})
+    assert json.loads((tmp_path / "result.json").read_text()) == result
     assert result["finished"]
     flags = ["--model", "tiny", "--n-layer", 2, "--n-embd", 16, "--n-head", 2, "--batch-size", 8]
     flags += ["--steps", 20, "--warmup-steps", 4, "--learning-rate", 1e-2, "--precision", "fp32"]
@@ -213,18 +212,15 @@ def test_a_search_is_carried_out(
 ) -> None:
     tiny = {"n_layer": 1, "n_embd": 8, "n_head": 1, "images": 32, "validate_every": 16}
     tiny |= {"validation_images": 8, "precision": "fp32"}
-    entry = run.Entry(run.BASELINE, None, "tiny", tiny, {"rate": (1e-3, 1e-2)})
+    entry = run.Entry(run.BASELINE, None, "tiny", tiny, {"rate": (1e-2,)})
     monkeypatch.setattr(run, "ENTRIES", (entry,))
     monkeypatch.setattr(run, "NAMES", {entry.name: entry})
     monkeypatch.setattr(run, "SEEDS", (0, 1))
     race = run.Race(tmp_path / "results")
     race.folder.mkdir()
     run.train_all(race, digits.path, tmp_path / "scratch", 1e12)
-    assert sorted(path.stem[:-6] for path in race.folder.iterdir()) == [
-        "paper-rate0.001",
-        "paper-rate0.01",
-        "paper-rate0.01",
-    ]
+    found = sorted(path.stem for path in race.folder.iterdir())
+    assert found == ["paper-rate0.01-seed0", "paper-rate0.01-seed1"]
     assert race.target() is not None
     speeds = run.measure(race, digits.path, tmp_path / "speeds", rounds=1, steps=1)
     assert speeds.keys() == {"paper"}
