@@ -25,7 +25,7 @@ LIMITS = Limits(seconds=1, idle=0.5)
 def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what the program records for a few dozen cases, with every command."""
     folder = tmp_path_factory.mktemp("wrong")
-    flags = ["--every", 60, "--most", 8, "--programs", 1, "--jobs", 2, "--quick"]
+    flags = ["--every", 60, "--most", 5, "--programs", 1, "--jobs", 2, "--quick"]
     words = [sys.executable, PROGRAM, *flags, "--folder", folder, "--out", folder / "result.json"]
     done = subprocess.run(
         [str(word) for word in words], capture_output=True, text=True, timeout=300

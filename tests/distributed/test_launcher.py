@@ -71,8 +71,8 @@ def test_ranks_stop_when_torchrun_is_killed_and_can_be_resumed(
     launched, digits: TokenDataset, short_flags: list[str], tmp_path: Path
 ) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    long = ["--steps", 200, "--n-embd", 64, "--n-layer", 4, "--log-every", 2]
-    long += ["--validate-every", 200, "--checkpoint-every", 200]
+    long = ["--steps", 120, "--n-embd", 64, "--n-layer", 4, "--log-every", 2]
+    long += ["--validate-every", 120, "--checkpoint-every", 120]
     words = ["pretrain", digits.path, "--model", "tiny", *short_flags, *long]
     torchrun = launched(*words, "-o", run)
     wait_until(lambda: has_logged(run, 2), torchrun)
@@ -81,7 +81,7 @@ def test_ranks_stop_when_torchrun_is_killed_and_can_be_resumed(
     torchrun.kill()
     torchrun.wait()
     wait_until(lambda: not any(map(is_alive, ranks)), seconds=60)
-    assert not has_logged(run, 200), "it trained to its end"
+    assert not has_logged(run, 120), "it trained to its end"
     assert len(list((run / "checkpoints").glob("step-*"))) == 1, "it saved when it stopped"
     assert not (run / ".lock").exists()
     end_well(Pair(tmp_path / "again", *words).start("-o", run, "--resume"))
