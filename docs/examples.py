@@ -24,6 +24,7 @@ PICTURES = {
     "runs/tiny/completions.png": "completions.png",
     "masked.png": "masked.png",
     "losses.png": "losses.png",
+    "runs/gems/samples.png": "sprites.png",
     "tokens/digits.png": "digits.png",
 }
 SECONDS = 1800
@@ -106,7 +107,8 @@ def main() -> None:
             if made != text:
                 page.write_text(made)
         for source, target in PICTURES.items():
-            picture = Image.open(folder / source).convert("RGB")
+            opened = Image.open(folder / source)
+            picture = opened if opened.mode == "RGBA" else opened.convert("RGB")
             picture.thumbnail((WIDEST, WIDEST))
             picture.quantize(64).save(DOCS / "pictures" / target, optimize=True)
 

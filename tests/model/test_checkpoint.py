@@ -310,7 +310,7 @@ DAMAGES = {
         edit_json("config.json", lambda config: config.pop("model_type")),
         "'imagegpt' is needed",
     ),
-    "later format": (edit_config(igpt={"version": 2}), "format version 2; this igpt reads 1"),
+    "later format": (edit_config(igpt={"version": 3}), "format version 3; this igpt reads 1 and 2"),
     "no format": (
         edit_config(igpt="new"),
         "config.json: igpt = 'new': Input should be a valid dictionary",
@@ -501,7 +501,7 @@ DAMAGES = {
         "the palette has 1 colours, the model 11",
     ),
     "palette out of range": (edit_clusters([[0.0, 0.0, 255.0]] * 11), "lie in [-1, 1]"),
-    "palette ragged": (edit_clusters([[0.0, 0.0], [1.0]]), "are no palette"),
+    "palette ragged": (edit_clusters([[0.0, 0.0], [1.0]]), "clusters.0 = [0.0, 0.0]"),
     "palette in words": (edit_clusters([["red", "green", "blue"]]), "clusters.0.0 = 'red'"),
     "palette of nothing": (edit_clusters([[None, None, None]]), "clusters.0.0 = None"),
     "palette of digits": (edit_clusters([["0", "0", "0"]] * 11), "clusters.0.0 = '0'"),

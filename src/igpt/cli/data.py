@@ -21,7 +21,7 @@ _CLASSES_SHOWN = 20
 _GROUPS = {
     "images": ("image_column", "label_column", "stream", "full_decode", "max_bad", "limit"),
     "splits": ("train_split", "validation_split", "test_split", "held_out", "seed"),
-    "tokens": ("size", "colors", "palette", "filter", "enlarge", "views"),
+    "tokens": ("size", "colors", "transparent", "palette", "filter", "enlarge", "views"),
 }
 
 
@@ -45,6 +45,7 @@ class PaletteOptions(Options):
         from igpt.data.images.grid import save_png
         from igpt.data.left_out import BAD
         from igpt.data.palette_fit import (
+            NONE_TRANSPARENT,
             PaletteConfig,
             given_palette,
             palette_notes,
@@ -73,6 +74,8 @@ class PaletteOptions(Options):
             allowance.require_decoded(fitted.bad, fitted.read)
             left_out.add(BAD, fitted.bad[0], count=len(fitted.bad), possible_images=True)
         warnings = palette_notes(chosen, train, settings)
+        if result.transparent and quality and not quality["share"][-1]:
+            warnings.append(NONE_TRANSPARENT)
         result.save(out)
         report = {
             "source": source,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from igpt.data.images.palette import Palette, psnr_db
+from igpt.data.images.palette import Palette, psnr_db, squared_error
 from igpt.data.images.transform import Transform
 from igpt.data.left_out import BAD, LeftOut, left_out_of
 from igpt.data.sources.archives import TokenRows, token_palette
@@ -152,13 +152,18 @@ def tokenized_image_set(
     wanted = subset_rows(sum(map(len, opened.readers)), config.limit, config.seed)
     classes = len(opened.class_names or ())
     tokenizer = Tokenizer(
-        palette, Transform(resolution), classes, allowance, len(wanted), strict=True
+        palette,
+        Transform(resolution, alpha=palette.transparent),
+        classes,
+        allowance,
+        len(wanted),
+        strict=True,
     )
     tally = Tally(left_out=opened.left_out)
     tokens = np.empty((len(wanted), resolution**2), dtype=np.uint16)
     rows, labels, names = list[int](), list[int](), list[str]()
     first = 0
-    squared_error: int | None = None
+    error, values = 0, 0  # squared, and the number of colour values of opaque pixels
     if progress:
         progress(0, len(wanted))
     for reader in opened.readers:
@@ -169,9 +174,9 @@ def tokenized_image_set(
             labels.append(image.label)
             names.append(image.name)
             if image.pixels is not None:
-                colors = palette.inverse_transform(image.tokens).reshape(image.pixels.shape)
-                error = image.pixels.astype(np.int64) - colors
-                squared_error = (squared_error or 0) + int((error**2).sum())
+                found = image.tokens.reshape(image.pixels.shape[:-1])
+                more = squared_error(palette, image.pixels, found)
+                error, values = error + more[0], values + more[1]
             if progress:
                 progress(len(rows) + len(tally.skipped), len(wanted))
         first += len(reader)
@@ -180,8 +185,8 @@ def tokenized_image_set(
     if tally.skipped:
         tally.left_out.add(BAD, tally.skipped[0], count=len(tally.skipped), possible_images=True)
     palette_error = None
-    if squared_error is not None:
-        mse = squared_error / (3 * resolution**2 * len(rows))
+    if values:
+        mse = error / values
         palette_error = {"mse": mse, "psnr_db": psnr_db(mse), "measured_on": "these images"}
     return ImageSet(
         source=source,

@@ -144,7 +144,8 @@ def _require_alike(one: dict[str, Any], other: dict[str, Any], names: str) -> No
         if key == "config":
             # Neither the path of the palette nor the allowance for bad images changes the result.
             same = {"palette": None, "max_bad": None}
-            a, b = ({"limit": None} | plan[key] | same for plan in (one, other))
+            usual = {"limit": None, "transparent": False}  # later than version 0.1.0
+            a, b = (usual | plan[key] | same for plan in (one, other))
         if a != b:
             name = "the images themselves (their names or sizes)" if key == "fingerprints" else key
             advice = (

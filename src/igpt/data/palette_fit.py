@@ -21,6 +21,10 @@ _FIT_PIXELS = 2_000_000
 _ERROR_PIXELS = 250_000
 _NEIGHBOURS = 8  # neighbouring images that are read together
 _SHOWN = 12  # images in the preview
+NONE_TRANSPARENT = (
+    "no pixel of these images is transparent, so that the transparent entry of the palette is not "
+    "used; --transparent is for images with transparency"
+)
 PhaseProgress = Callable[[str, int, int], None]
 
 
@@ -48,31 +52,47 @@ class PaletteConfig(SourceConfig):
     full_decode: bool = Field(
         False, description="never let the JPEG decoder average pixels (slower, see the manual)"
     )
+    transparent: bool = Field(
+        False,
+        description="reserve the last colour for transparent pixels, instead of compositing them "
+        "over white; a given palette with such a colour needs no flag",
+    )
 
 
-def transform_of(config: PaletteConfig, views: int = 0) -> Transform:
-    """Return the transform from images to squares at the model resolution."""
-    return Transform(config.size, views, config.filter, config.enlarge, config.full_decode)
+def transform_of(config: PaletteConfig, *, alpha: bool, views: int = 0) -> Transform:
+    """Return the transform from images to squares at the model resolution.
+
+    Args:
+        alpha: whether the palette has a transparent entry.
+    """
+    return Transform(config.size, views, config.filter, config.enlarge, config.full_decode, alpha)
 
 
 def given_palette(source: str, train: Split, config: PaletteConfig) -> Palette | None:
     """Return the palette in the settings or next to ready tokens; None if it is to be fitted.
 
     Raises:
-        InputError: there is no such palette, or none for ready tokens.
+        InputError: there is no such palette, none for ready tokens, or one without the transparent
+            entry that is asked for.
     """
     ready = isinstance(train.reader, TokenRows)
     name = config.palette or (token_palette(source) if ready else None)
     if ready and name is None:
         raise InputError(f"{source} holds tokens; name their palette: --palette kmeans_centers.npy")
-    return Palette.load(name) if name else None
+    palette = Palette.load(name) if name else None
+    if palette and config.transparent and not palette.transparent:
+        raise InputError(
+            f"the palette {name} has no transparent entry; leave --transparent out, or leave "
+            "--palette out to fit a new palette"
+        )
+    return palette
 
 
 def palette_notes(given: Palette | None, train: Split, config: PaletteConfig) -> list[str]:
     """Return a warning if a given palette seems to have its colours in 0..1 instead of -1..1."""
     if given is None or isinstance(train.reader, TokenRows):
         return []
-    if given.centers_.min() < 0 or given.centers_.max() > 1:
+    if given.opaque_centers.min() < 0 or given.opaque_centers.max() > 1:
         return []
     return [
         f"all colours of the palette {config.palette} lie in 0..1, where palettes have -1..1: if "
@@ -127,7 +147,8 @@ def settle_palette(
     starts = np.random.default_rng(config.seed).permutation(-(-len(train) // _NEIGHBOURS))[:groups]
     positions = (np.sort(starts)[:, None] * _NEIGHBOURS + np.arange(_NEIGHBOURS)).ravel()
     positions = positions[positions < len(train)]
-    transform, squares, bad = transform_of(config), [], list[str]()
+    transform = transform_of(config, alpha=given.transparent if given else config.transparent)
+    squares, bad = [], list[str]()
     rows = train.indices[positions].tolist()
     for done, (row, (image, _)) in enumerate(zip(rows, train.read(positions), strict=False)):
         if progress and done % _NEIGHBOURS == 0:
@@ -140,7 +161,9 @@ def settle_palette(
         raise InputError(f"no training image of {source} decodes; the first: {bad[0]}")
     pixels = np.concatenate(squares)
     fitting = progress and partial(progress, "palette: fitting colours")
-    palette = given or Palette(config.colors, seed=config.seed).fit(pixels, progress=fitting)
+    palette = given or Palette(config.colors, seed=config.seed, transparent=config.transparent).fit(
+        pixels, progress=fitting
+    )
     shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
     picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
     return SettledPalette(

@@ -24,6 +24,7 @@ from pydantic import AfterValidator, Field
 from igpt.data.images.palette import Palette, StoredPalette
 from igpt.data.left_out import BAD, FRAMES, UNLABELLED, LeftOut, listed
 from igpt.data.palette_fit import (
+    NONE_TRANSPARENT,
     PaletteConfig,
     PhaseProgress,
     given_palette,
@@ -102,6 +103,7 @@ class Record(Stored):
     Attributes:
         unlabelled: images without a label in a source with labels.
         levels_16: images of 16-bit grey levels, and the highest level.
+        transparent_pixels: the number of them; only where the palette has an entry for them.
         further_frames: frames of image files after the first, and the first image with any.
     """
 
@@ -111,6 +113,7 @@ class Record(Stored):
     unlabelled: _Counted | None = None
     levels_16: _Levels | None = None
     further_frames: _Counted | None = None
+    transparent_pixels: Count | None = None
 
 
 class _PlanConfig(Stored):
@@ -193,11 +196,15 @@ class _Work:
         tokens: dict[str, list[NDArray[np.uint16]]] = defaultdict(list)
         labels: dict[str, list[int]] = defaultdict(list)
         levels, tally = list[int](), Tally()
+        transparent = self.tokenizer.palette.transparent_token
+        transparent_pixels = 0
         splits = (SPLITS[split] for split in job.splits)
         reader = self.readers[job.reader]
         for image in self.tokenizer.read(reader, job.rows, tally, splits=splits):
             tokens[image.split].append(image.tokens)
             labels[image.split] += [image.label] * len(image.tokens)
+            if transparent is not None:
+                transparent_pixels += int((image.tokens == transparent).sum())
             if image.highest_level is not None:
                 levels.append(image.highest_level)
         shards = {
@@ -218,6 +225,8 @@ class _Work:
         }
         if levels:
             record["levels_16"] = {"images": len(levels), "highest": max(levels)}
+        if transparent is not None:
+            record["transparent_pixels"] = transparent_pixels
         for key, kind in (("unlabelled", UNLABELLED), ("further_frames", FRAMES)):
             if entry := tally.left_out.entries.get(kind):
                 record[key] = {"count": entry.count, "first": entry.first}
@@ -377,11 +386,11 @@ def _make_shards(
     done = sum(len(job.rows) for job in jobs() if job.record in finished)
     tokenizer = Tokenizer(
         palette,
-        transform_of(config),
+        transform_of(config, alpha=palette.transparent),
         len(class_names or ()),
         allowance,
         total,
-        crops=transform_of(config, config.views),
+        crops=transform_of(config, alpha=palette.transparent, views=config.views),
         seed=config.seed,
     )
     work = _Work(readers, tokenizer, folder)
@@ -499,7 +508,7 @@ def _plan_and_palette(
     plan = {
         **plan,
         "palette_error": fitted.quality,
-        "palette": {"centers": palette.centers_.tolist()},
+        "palette": {"centers": palette.stored_centers.tolist()},
     }
     with atomic_folder(folder) as temporary:
         write_json(temporary / PLAN, plan)
@@ -522,6 +531,7 @@ def _resumed_plan(folder: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     )
     plan["config"] = config | {
         "limit": config.get("limit"),
+        "transparent": config.get("transparent", False),
         "max_bad": wanted["config"]["max_bad"],
     }
     if {key: plan.get(key) for key in wanted} != wanted:
@@ -582,8 +592,14 @@ def with_records(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> Left
 
 
 def warnings_of(plan: Mapping[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    """Return the warnings of the plan, and one if no 16-bit image has a level above 12 bits."""
+    """Return the warnings of the plan and of the records.
+
+    The latter are that no 16-bit image has a level above 12 bits, and that no pixel is transparent.
+    """
     warnings = list(plan.get("warnings", []))
+    transparent = [record.get("transparent_pixels") for record in records]
+    if records and not any(transparent) and None not in transparent:
+        warnings.append(NONE_TRANSPARENT)
     found = [record["levels_16"] for record in records if record.get("levels_16")]
     highest = max((levels["highest"] for levels in found), default=0)
     if found and highest <= _TWELVE_BITS:

@@ -1,6 +1,6 @@
 """The loop that turns images into tokens, for data sets on disk and for images in memory.
 
-Shapes: V views of an image, R resolution, n = R^2 tokens of a view.
+Shapes: V views of an image, R resolution, n = R^2 tokens of a view, C channels: RGB, or RGBA.
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,7 +28,7 @@ class TokenizedImage(NamedTuple):
         split: the split it belongs to.
         label: the number of its class; -1 without one.
         tokens: uint16 [V, n].
-        pixels: uint8 [V, R, R, 3], before the palette; None for ready tokens.
+        pixels: uint8 [V, R, R, C], before the palette; None for ready tokens.
         highest_level: of 16-bit grey levels; None for other images.
     """
 

@@ -20,6 +20,8 @@ from igpt.model.variants import Variants
 
 Shape = tuple[int, ...]
 VERSION = 1  # of the settings under "igpt"
+# With a transparent entry in the palette, so that versions of igpt without it refuse the model.
+VERSION_TRANSPARENT = 2
 _LARGEST = 2**62
 _CLASSIFIER = "ImageGPTForImageClassification"
 _Size = Annotated[int, Field(ge=1, le=2**31 - 1)]

@@ -4,7 +4,8 @@
                                version, objective, settings of a variant). A variant has the
                                model_type "igpt", so that transformers refuses it.
     model.safetensors          transformers' names; Conv1D matrices are transposed, [in, out]
-    preprocessor_config.json   the palette ("clusters") and the resolution
+    preprocessor_config.json   the palette ("clusters", and "transparent_token" where its last entry
+                               stands for transparent pixels) and the resolution
 
 Weights may also be in several files, named by an index, as transformers writes them.
 """
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from igpt.builtin_models import find_builtin, nearest_name
-from igpt.data.images.palette import Palette
+from igpt.data.images.palette import HubPalette, Palette
 from igpt.errors import InputError
 from igpt.files import (
     Stored,
@@ -35,7 +36,7 @@ from igpt.files import (
     require_schema,
 )
 from igpt.hub import download
-from igpt.model.config import VERSION, HubConfig, ModelConfig, Shape
+from igpt.model.config import VERSION, VERSION_TRANSPARENT, HubConfig, ModelConfig, Shape
 from igpt.model.locate import model_and_run
 
 _PREPROCESSOR = "preprocessor_config.json"
@@ -79,10 +80,9 @@ class _Sides(Stored):
     width: int
 
 
-class _Preprocessor(Stored):
+class _Preprocessor(HubPalette):
     """Schema of `preprocessor_config.json`; old versions of transformers have one size."""
 
-    clusters: list[list[float]] | None = None
     size: _Sides | int | None = None
 
 
@@ -114,7 +114,9 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
         )
     resolution = directory.config.resolution
     config = directory.config.to_hub()
-    config["igpt"] = {"version": VERSION, **config["igpt"]}
+    transparent = directory.palette is not None and directory.palette.transparent
+    version = VERSION_TRANSPARENT if transparent else VERSION
+    config["igpt"] = {"version": version, **config["igpt"]}
     preprocessor: dict[str, Any] = {
         "image_processor_type": "ImageGPTImageProcessor",
         "do_resize": True,
@@ -123,7 +125,7 @@ def write_directory(path: Path, directory: ModelDirectory) -> None:
         "do_color_quantize": True,
     }
     if directory.palette is not None:
-        preprocessor["clusters"] = directory.palette.centers_.tolist()
+        preprocessor |= directory.palette.to_hub()
     with atomic_folder(path) as folder:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (folder / _PREPROCESSOR).write_text(json.dumps(preprocessor) + "\n", encoding="utf-8")
@@ -167,6 +169,11 @@ def read_directory(name: str | Path, dtype: torch.dtype = torch.float32) -> Mode
         str(name),
     )
     palette = _read_palette(path / _PREPROCESSOR, config)
+    if palette and palette.transparent != (hub.igpt.version == VERSION_TRANSPARENT):
+        raise InputError(
+            f"{path}: igpt's version in config.json is {hub.igpt.version}, so {_PREPROCESSOR} "
+            f"should have {'no' if palette.transparent else 'a'} transparent_token; was it edited?"
+        )
     tensors = _load(found, named, dtype)
     biases = [name for name in tensors if name.endswith(".bias")]
     if biases and not any(bool(tensors[name].any()) for name in biases):
@@ -234,9 +241,10 @@ def _read_config(file: Path) -> HubConfig:
         )
     settings = values.get("igpt")
     version = settings.get("version", VERSION) if isinstance(settings, dict) else VERSION
-    if version != VERSION:
+    if version not in (VERSION, VERSION_TRANSPARENT):
         raise InputError(
-            f"{file} has model format version {version!r:.40}; this igpt reads {VERSION}"
+            f"{file} has model format version {version!r:.40}; this igpt reads {VERSION} and "
+            f"{VERSION_TRANSPARENT}"
         )
     require_schema(values, HubConfig, file)
     return HubConfig.model_validate(values)
@@ -256,7 +264,7 @@ def _read_palette(file: Path, config: ModelConfig) -> Palette | None:
     if found.clusters is None:
         return None
     try:
-        palette = Palette.from_centers(found.clusters)
+        palette = Palette.from_hub(found.model_dump())
     except InputError as error:
         raise InputError(f"the clusters in {file} are no palette: {error}") from None
     if len(palette) != config.n_colors:

@@ -1,4 +1,7 @@
-"""Images to tokens of a model and back. B images, n pixels of an image, R resolution."""
+"""Images to tokens of a model and back.
+
+B images, n pixels of an image, R resolution, C channels: RGB, or RGBA.
+"""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -62,7 +65,8 @@ def tokens_of_files(model: ImageGPT, files: Sequence[Path]) -> Tensor:
             raise InputError(
                 f"{file} has {size:,} bytes; images of up to {_LARGEST_FILE:,} are read"
             )
-    squares = np.stack([load_square(file, model.config.resolution) for file in files])
+    side, alpha = model.config.resolution, palette.transparent
+    squares = np.stack([load_square(file, side, alpha=alpha) for file in files])
     return torch.from_numpy(palette.transform(squares).reshape(len(files), -1).astype(np.int64))
 
 
@@ -70,7 +74,7 @@ def tokens_of_images(model: ImageGPT, images: Iterable[Any]) -> Tensor:
     """Return the tokens of images, at the model's resolution and in its palette: [B, n].
 
     Args:
-        images: an array uint8 [B, H, W, 3], or [B, H, W] of grey images; or PIL images, arrays or
+        images: an array uint8 [B, H, W, C], or [B, H, W] of grey images; or PIL images, arrays or
             paths of any sizes. Of each, the centre square is used.
 
     Raises:
@@ -81,7 +85,8 @@ def tokens_of_images(model: ImageGPT, images: Iterable[Any]) -> Tensor:
         raise InputError(f"a list or an array of images is needed, not {type(images).__name__}")
     if isinstance(images, np.ndarray) and images.dtype.kind not in "OU":
         _require_pixels(images)
-    transform, palette = Transform(model.config.resolution), palette_of(model)
+    palette = palette_of(model)
+    transform = Transform(model.config.resolution, alpha=palette.transparent)
     tokens = []
     for index, image in enumerate(images):
         try:
@@ -129,6 +134,6 @@ def spread_evenly(split: TokenSplit, count: int) -> NDArray[np.int64]:
 
 
 def decode_images(model: ImageGPT, tokens: Tensor) -> NDArray[np.uint8]:
-    """Return tokens [B, n] as RGB images, uint8 [B, R, R, 3]."""
+    """Return tokens [B, n] as images, uint8 [B, R, R, C]; RGBA with a transparent entry."""
     side = model.config.resolution
     return palette_of(model).inverse_transform(tokens.cpu().numpy().reshape(-1, side, side))

@@ -37,16 +37,19 @@ def require_match(
     if data.resolution != side and not any_size:
         differences.append(f"the model sees {side} px, {data.path} has {data.resolution} px")
     if data.palette.fingerprint != palette.fingerprint:
-        ours, theirs = (
-            f"{one.fingerprint[:12]} ({len(one)} colours)" for one in (palette, data.palette)
+        differences.append(
+            f"the palettes differ: the model has {palette.description}, {data.path} has "
+            f"{data.palette.description}"
         )
-        differences.append(f"the palettes differ: the model has {ours}, {data.path} has {theirs}")
     if differences:
         where = Path(name)
         run = where.parent.name if where.name == "model" else where.name
         out = data.path.with_name(f"{data.path.name}-for-{run}")
         size = data.resolution if any_size else side
-        command = _prepare_command(data, out, size=size, colors=len(palette), palette=str(name))
+        # The given palette decides whether there is a transparent entry.
+        command = _prepare_command(
+            data, out, size=size, colors=len(palette), palette=str(name), transparent=False
+        )
         raise InputError(f"{'; '.join(differences)}; prepare tokens for this model: {command}")
 
 

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from igpt import __version__
+from igpt.data.images.palette import OPAQUE, Palette
 from igpt.errors import InputError
 from igpt.files import atomic_folder, write_json
 from igpt.model.norm import NORM_EPS
@@ -300,7 +301,7 @@ def _metadata(model: ImageGPT) -> dict[str, str]:
     if config.trained_as.causal:
         known["start_token"] = config.n_colors
     if model.palette is not None:
-        known["palette"] = model.palette.colors.tolist()  # 8-bit RGB
+        known["palette"] = model.palette.colors.tolist()  # 8-bit RGB, or RGBA
         known["palette_fingerprint"] = model.palette.fingerprint
     if config.class_names is not None:
         known["class_names"] = config.class_names
@@ -376,8 +377,10 @@ def _features(model: ImageGPT, weights: _Weights) -> "onnx.ModelProto":
     if model.palette is None:
         graph.input("tokens", "int64", ["B", n], "the colours in raster order")
     else:
-        graph.input("pixels", "uint8", ["B", side, side, 3], "RGB images")
-        _nearest_colors(graph, model.palette.centers_, n)
+        transparent = model.palette.transparent
+        channels, kind = (4, "RGBA images") if transparent else (3, "RGB images")
+        graph.input("pixels", "uint8", ["B", side, side, channels], kind)
+        _nearest_colors(graph, model.palette, n)
         graph.output("tokens", "int64", ["B", n], "the nearest colours in raster order")
     graph.output(
         "features",
@@ -414,8 +417,8 @@ def _features(model: ImageGPT, weights: _Weights) -> "onnx.ModelProto":
     return graph.model("igpt_features", _metadata(model))
 
 
-def _nearest_colors(graph: _Graph, centers: NDArray[np.float32], n: int) -> None:
-    """Add the tokens of pixels: uint8 [B, R, R, 3] -> [B, n].
+def _nearest_colors(graph: _Graph, palette: Palette, n: int) -> None:
+    """Add the tokens of pixels: uint8 [B, R, R, C] -> [B, n].
 
     As in `Palette.transform`, a token is the exactly nearest colour; of equally near ones, the
     lowest. Distances are in float64, because float32 is too coarse for this.
@@ -423,16 +426,27 @@ def _nearest_colors(graph: _Graph, centers: NDArray[np.float32], n: int) -> None
     import onnx
 
     kinds = onnx.TensorProto
-    points = (centers.astype(np.float64) + 1) * 127.5
-    pixels = graph.add("Reshape", "pixels", graph.integers(0, n, 3))
+    points = (palette.opaque_centers.astype(np.float64) + 1) * 127.5
+    channels = palette.colors.shape[1]
+    pixels = graph.add("Reshape", "pixels", graph.integers(0, n, channels))
     pixels = graph.add("Cast", pixels, to=kinds.DOUBLE)
+    alpha = ""
+    if palette.transparent:
+        zero, three, four, last = (graph.integers(number) for number in (0, 3, 4, 2))
+        alpha = graph.add("Squeeze", graph.add("Slice", pixels, three, four, last), last)  # [B, n]
+        pixels = graph.add("Slice", pixels, zero, three, last)
     product = graph.add("MatMul", pixels, graph.constant(np.ascontiguousarray(-2 * points.T)))
     # Squared, minus |pixel|^2.
     distance = graph.add("Add", product, graph.constant((points**2).sum(-1)))  # [B, n, V]
     least = graph.add("ReduceMin", distance, graph.integers(-1), keepdims=1)
     least = graph.add("Add", least, graph.constant(np.array(_TIE)))
     nearest = graph.add("Cast", graph.add("LessOrEqual", distance, least), to=kinds.UINT8)
-    graph.add("ArgMax", nearest, into="tokens", axis=-1, keepdims=0)
+    if not palette.transparent:
+        graph.add("ArgMax", nearest, into="tokens", axis=-1, keepdims=0)
+        return
+    colors = graph.add("ArgMax", nearest, axis=-1, keepdims=0)
+    hidden = graph.add("Less", alpha, graph.constant(np.array(float(OPAQUE))))
+    graph.add("Where", hidden, graph.constant(np.array(len(palette) - 1)), colors, into="tokens")
 
 
 def _blocks(model: ImageGPT) -> list[Block]:

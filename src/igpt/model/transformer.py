@@ -209,11 +209,12 @@ class ImageGPT(nn.Module):
                 parameter.fill_(0.5 if path.endswith("attn.mix") else 0.0)
         if name == "wte" and self.from_palette:
             assert self.palette is not None, "embeddings from the palette need a palette"
-            colors = torch.from_numpy(self.palette.centers_).float()  # [V, 3], in -1 .. 1
+            # [V, 3], in -1 .. 1; a transparent entry has no colour, and stays random.
+            colors = torch.from_numpy(self.palette.opaque_centers).float()
             projection = torch.empty(3, width, device="cpu").normal_(std=deviations["wte.weight"])
             # Dividing by the colours' root mean square gives the usual standard deviation.
             size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
-            self.wte.weight[:-1].copy_(colors / size @ projection)
+            self.wte.weight[: len(colors)].copy_(colors / size @ projection)
 
     def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the input of the first block: tokens [B, T] -> [B, T, D]."""

@@ -286,7 +286,8 @@ def _data(run: Run) -> list[tuple[str, str]]:
     rows.append(("resolution", f"{resolution} \N{MULTIPLICATION SIGN} {resolution} pixels"))
     if run.palette is not None:
         fingerprint = run.palette.fingerprint[:12]
-        rows.append(("palette", f"{len(run.palette)} colours, fingerprint `{fingerprint}`"))
+        last = ", the last one transparent" if run.palette.transparent else ""
+        rows.append(("palette", f"{len(run.palette)} colours{last}, fingerprint `{fingerprint}`"))
     error = (run.manifest.get("made") or {}).get("palette_error") or {}
     if error.get("mse") is not None:
         size = "none"

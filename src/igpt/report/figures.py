@@ -63,7 +63,8 @@ def palette_swatch(palette: Palette) -> Image.Image:
     count = len(palette)
     columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
     cells = np.zeros((math.ceil(count / columns) * columns, 4), dtype=np.uint8)
-    cells[:count, :3], cells[:count, 3] = palette.colors, 255
+    cells[:count, 3] = 255
+    cells[:count, : palette.colors.shape[1]] = palette.colors
     side = min(28, max(2, 576 // columns))
     colors = Image.fromarray(cells.reshape(-1, columns, 4).repeat(side, 0).repeat(side, 1))
     rows = len(cells) // columns

@@ -15,7 +15,7 @@ from pydantic import AfterValidator, Field
 
 from igpt.builtin_models import CARD, find_builtin
 from igpt.config import read_settings
-from igpt.data.images.palette import Palette
+from igpt.data.images.palette import HubPalette, Palette
 from igpt.data.left_out import LeftOut, left_out_of
 from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import RunKind, run_kind
@@ -97,12 +97,6 @@ class _Saved(_Shape):
     architectures: list[str] | None = None
     id2label: dict[Numeral, str] | None = None
     igpt: _Shape | None = None
-
-
-class _Preprocessor(Stored):
-    """A model's `preprocessor_config.json`."""
-
-    clusters: list[list[Number]] | None = None
 
 
 class _Split(Stored):
@@ -291,9 +285,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_palette(path: Path) -> Palette | None:
-    clusters = (optional_json(path, _Preprocessor) or {}).get("clusters")
+    values = optional_json(path, HubPalette) or {}
     try:
-        return None if clusters is None else Palette.from_centers(clusters)
+        return None if values.get("clusters") is None else Palette.from_hub(values)
     except InputError as error:
         raise InputError(f"{path}: clusters: {error}") from None
 

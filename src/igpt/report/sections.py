@@ -572,6 +572,8 @@ def palette_section(run: Run) -> Section:
             f"The {colors} of the palette in the order of their tokens. A token is the sum of the "
             "numbers left of its row and above its column. Fingerprint:"
         )
+    if palette.transparent:
+        caption = caption.replace(" Fingerprint:", " The last colour is transparent. Fingerprint:")
     alt = f"The palette's {colors} as squares."
     picture = Picture(figures.encode(image), *image.size, alt, "pixels wide")
     return Section(title, name, picture=picture, caption=caption, code=palette.fingerprint)

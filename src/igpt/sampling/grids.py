@@ -112,8 +112,9 @@ def save_completions(
         kept_settings = {"kept_pixels": int(known.sum())}
     used = _with_precision(model, settings)
     completed = complete_images(model, originals, keep, completions, **used, progress=progress)
-    images = decode_images(model, originals)  # [B, R, R, 3]
-    kept = np.where(known.reshape(side, side)[..., None], images, np.uint8(UNKNOWN))
+    images = decode_images(model, originals)  # [B, R, R, C]
+    unknown = np.array([UNKNOWN, UNKNOWN, UNKNOWN, 255], dtype=np.uint8)[: images.shape[-1]]
+    kept = np.where(known.reshape(side, side)[..., None], images, unknown)
     rows = [
         [image, upper, *map(np.asarray, filled)]
         for image, upper, filled in zip(images, kept, completed, strict=True)

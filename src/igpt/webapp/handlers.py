@@ -31,10 +31,13 @@ from igpt.model.match import palette_of, require_match
 from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
+from igpt.sampling.grids import UNKNOWN
 from igpt.sampling.sampler import generate
 from igpt.webapp.guard import mark_used
 
 Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
+# Hidden pixels are transparent, but of this colour where the images have transparent pixels too.
+UNKNOWN_COLOR = f"#{UNKNOWN:02x}{UNKNOWN:02x}{UNKNOWN:02x}"
 GONE = "the image was deleted because it was not used for a while; choose it again"
 # MPO: JPEG of cameras with two lenses
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -59,8 +62,9 @@ def read(model: ImageGPT, file: str) -> Tensor:
     except FileNotFoundError:
         raise InputError(GONE) from None
     require_moderate(encoded)
-    square = Transform(model.config.resolution)(encoded)
-    return torch.from_numpy(palette_of(model).transform(square).reshape(1, -1).astype(np.int64))
+    palette = palette_of(model)
+    square = Transform(model.config.resolution, alpha=palette.transparent)(encoded)
+    return torch.from_numpy(palette.transform(square).reshape(1, -1).astype(np.int64))
 
 
 def require_moderate(encoded: bytes) -> None:
@@ -113,6 +117,7 @@ def view(model: ImageGPT, tokens: Tensor) -> Shown:
     return {
         "picture": encode(Image.fromarray(decode_images(model, tokens)[0])),
         "hidden": "0" * tokens.shape[1],
+        **({"unknown": UNKNOWN_COLOR} if palette_of(model).transparent else {}),
     }
 
 
@@ -198,10 +203,15 @@ def drawings(
 
 
 def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
-    """Return pictures with captions; positions that are not generated yet are transparent."""
+    """Return pictures with captions; positions that are not generated yet are transparent.
+
+    They are grey where the images have transparent pixels too.
+    """
     clear = ~settled.view(len(tokens), model.config.resolution, -1).numpy()
-    colors = decode_images(model, tokens.where(settled, 0))
-    images = np.concatenate([colors, np.where(clear, 0, 255).astype(np.uint8)[..., None]], axis=-1)
+    decoded = decode_images(model, tokens.where(settled, 0))
+    images = np.full((*decoded.shape[:-1], 4), 255, dtype=np.uint8)
+    images[..., : decoded.shape[-1]] = decoded
+    images[clear] = (*[UNKNOWN] * 3, 255) if palette_of(model).transparent else (*[0] * 3, 0)
     pictures = [
         encode(Image.fromarray(image if image[..., 3].min() == 0 else image[..., :3]))
         for image in images

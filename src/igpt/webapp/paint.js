@@ -5,7 +5,10 @@ const show = () => {
     const side = picture.naturalWidth, pen = canvas().getContext("2d");
     canvas().width = canvas().height = side;
     pen.drawImage(picture, 0, 0);
-    hidden.forEach((one, pixel) => one === "1" && pen.clearRect(pixel % side, Math.floor(pixel / side), 1, 1));
+    const unknown = props.value.unknown;
+    if (unknown) pen.fillStyle = unknown;
+    hidden.forEach((one, pixel) => one === "1"
+        && pen[unknown ? "fillRect" : "clearRect"](pixel % side, Math.floor(pixel / side), 1, 1));
     canvas().hidden = false;
     const count = hidden.filter((one) => one === "1").length;
     element.querySelector("figcaption").textContent =

@@ -409,7 +409,7 @@ def test_a_malformed_palette_of_a_data_set_is_named_with_its_key(
         (np.array([["a", "b", "c"]]), "its centres are not numbers but <U1"),
         (np.zeros((4, 3), complex), "its centres are not numbers but complex128"),
         (np.zeros((0, 3)), r"centres have the shape \[k, 3\], not \[0, 3\]"),
-        (np.zeros((3, 4)), r"centres have the shape \[k, 3\], not \[3, 4\]"),
+        (np.zeros((3, 5)), r"centres have the shape \[k, 3\], not \[3, 5\]"),
         (np.full((4, 3), np.nan), r"lie in \[-1, 1\]"),
         (np.full((4, 3), 1e300), r"lie in \[-1, 1\]"),
         (np.array([[None, 1, 2]]), "not readable as a .npy array"),  # pickled objects
@@ -434,7 +434,7 @@ def claiming(path: Path, shape: tuple[int, ...], size: int) -> None:
 def test_gigabytes_are_refused_without_reading_them(tmp_path: Path):
     claiming(tmp_path / "a.npy", (2**32, 3), 12 * 2**32)
     with pytest.raises(
-        InputError, match=r"a\.npy is not a palette: centres have the shape \[k, 3\]"
+        InputError, match=r"a\.npy is not a palette: palette centres have the shape \[k, 3\]"
     ):
         Palette.load(tmp_path / "a.npy")
 

@@ -294,10 +294,10 @@ def test_an_edited_palette(folder: Path):
             look()
 
 
-@pytest.mark.parametrize("version", [2, "1", None])
+@pytest.mark.parametrize("version", [3, "1", None])
 def test_a_later_version(folder: Path, version: object):
     edit(folder, version=version)
-    with pytest.raises(InputError, match=f"has format version {version}; this igpt reads 1"):
+    with pytest.raises(InputError, match=f"has format version {version}; this igpt reads 1 and 2"):
         TokenDataset(folder)
 
 

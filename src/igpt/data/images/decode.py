@@ -1,4 +1,4 @@
-"""Decode images from cameras, scanners and the web to upright RGB."""
+"""Decode images from cameras, scanners and the web to upright RGB, or RGBA."""
 
 import io
 from collections.abc import Iterator
@@ -27,7 +27,6 @@ _UPRIGHT = {
 
 # Raw modes of PNG whose levels Pillow scales to 8 bits.
 _LEVEL_SCALE = {"L;2": 85, "L;4": 17}
-_WHITE_16 = 65535
 
 
 @cache
@@ -62,7 +61,7 @@ def open_image(image: Any) -> Image.Image:
     """Read the header of an image; `load` decodes it.
 
     Args:
-        image: a path, encoded bytes, a PIL image, an array uint8 [H, W, 3] or [H, W], or the
+        image: a path, encoded bytes, a PIL image, an array uint8 [H, W, 3 or 4] or [H, W], or the
             `{"bytes", "path"}` record of an undecoded `datasets.Image`.
 
     Raises:
@@ -132,6 +131,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         InputError: pixels without a known range (floating point, or integers beyond 16 bits).
     """
+    upright = _upright_8_bit(image)
+    if upright.has_transparency_data:
+        layered = upright.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert(
+            "RGB"
+        )
+    return upright if upright.mode == "RGB" else upright.convert("RGB")
+
+
+def to_rgba(image: Image.Image) -> Image.Image | None:
+    """Convert a decoded image to 8-bit RGBA, upright; None if it has no transparency.
+
+    Colours are not multiplied by their opacity. Otherwise as `to_rgb`.
+
+    Raises:
+        InputError: pixels without a known range (floating point, or integers beyond 16 bits).
+    """
+    if not image.has_transparency_data and not isinstance(image.info.get("transparency"), int):
+        return None
+    upright = _upright_8_bit(image)
+    return upright.convert("RGBA") if upright.has_transparency_data else None
+
+
+def _upright_8_bit(image: Image.Image) -> Image.Image:
+    """Return an upright image of 8 bits per channel, in any mode."""
     turn = orientation(image)
     if turn is not None:
         image = image.transpose(turn)
@@ -139,20 +163,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         levels = np.asarray(image)
         if levels.size and (levels.min() < 0 or levels.max() > 65535):
             raise InputError("integer pixels beyond 16 bits; convert them to 8 or 16 bits first")
+        grey = Image.fromarray(np.round(levels / 257).astype(np.uint8))
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
-            levels = np.where(levels == transparent, _WHITE_16, levels)
-        return Image.fromarray(np.round(levels / 257).astype(np.uint8)).convert("RGB")
+            # Before levels are rounded, which gives its neighbours the same 8-bit level.
+            grey.putalpha(Image.fromarray(np.where(levels == transparent, 0, 255).astype(np.uint8)))
+        return grey
     if image.mode == "F":
         raise InputError(
             "floating-point pixels have no known range; convert them to 8 or 16 bits first"
         )
-    if image.has_transparency_data:
-        layered = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert(
-            "RGB"
-        )
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image
 
 
 def highest_level(image: Image.Image) -> int | None:

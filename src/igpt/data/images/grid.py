@@ -1,6 +1,6 @@
 """Grids of images, and PNG files.
 
-R resolution.
+R resolution, C channels: RGB, or RGBA.
 """
 
 import math
@@ -31,7 +31,7 @@ def image_grid(
     gap: int = 2,
     headings: Mapping[int, str] | None = None,
 ) -> Image.Image:
-    """Return a grid of images, uint8 [R, R, 3], on a grey background.
+    """Return a grid of images, uint8 [R, R, C], on an opaque grey background.
 
     Args:
         rows: images from left to right, row after row; rows may differ in length.
@@ -41,16 +41,17 @@ def image_grid(
             their own above the images.
 
     Raises:
-        InputError: there is no image, or the images are not uint8 RGB of one size.
+        InputError: there is no image, or the images are not uint8 RGB or RGBA of one size.
     """
     images = [np.asarray(image) for row in rows for image in row]
     if not images:
         raise InputError("a grid needs at least one image")
     shape = images[0].shape
     for image in images:
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3 or 0 in image.shape:
+        is_rgb = image.ndim == 3 and image.shape[-1] in (3, 4)
+        if image.dtype != np.uint8 or not is_rgb or 0 in image.shape:
             raise InputError(
-                f"images are uint8 [height, width, 3], not {image.dtype} {list(image.shape)}"
+                f"images are uint8 [height, width, 3 or 4], not {image.dtype} {list(image.shape)}"
             )
         if image.shape != shape:
             raise InputError(
@@ -63,10 +64,9 @@ def image_grid(
     height, width = shape[0] * scale, shape[1] * scale
     columns = max(len(row) for row in rows)
     above = _HEADING if headings else 0
-    canvas = np.empty(
-        (above + len(rows) * (height + gap) + gap, columns * (width + gap) + gap, 3), dtype=np.uint8
-    )
-    canvas[:] = _BACKGROUND
+    sides = (above + len(rows) * (height + gap) + gap, columns * (width + gap) + gap)
+    canvas = np.full((*sides, shape[-1]), 255, dtype=np.uint8)
+    canvas[..., :3] = _BACKGROUND
     for r, row in enumerate(rows):
         for c, image in enumerate(row):
             top, left = above + gap + r * (height + gap), gap + c * (width + gap)

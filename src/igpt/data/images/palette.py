@@ -1,13 +1,14 @@
 """The colour palette: k-means on RGB, exact nearest colours, and back.
 
 Colours live in [-1, 1] per channel, as in OpenAI's `kmeans_centers.npy`; a pixel is uint8 RGB,
-rint(127.5 * (c + 1)).
-Shapes: k colours, ... any leading dimensions.
+rint(127.5 * (c + 1)). The last entry of a palette can stand for transparent pixels; pixels then
+have an alpha channel, and files a fourth column.
+Shapes: k colours, ... any leading dimensions, C channels: RGB, or RGBA.
 """
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -26,6 +27,7 @@ Floats = NDArray[np.float64]
 Progress = Callable[[int, int], None]
 
 MAX_COLORS = 65536  # tokens are uint16
+OPAQUE = 128  # alpha of a pixel that is at least half opaque, out of 255
 _CELL = 8  # edge of the colour cells in which candidates are searched
 _AT_ONCE = 2**20  # distances in memory at a time
 # Squared 8-bit levels: far above the rounding of float64, far below the differences between float32
@@ -41,13 +43,16 @@ _FILES = ("dataset.json", "preprocessor_config.json", "model/preprocessor_config
 _TOLERANCE = 1e-4  # relative error: k-means stops when an iteration gains less
 
 _Color = Annotated[list[float], Field(min_length=3, max_length=3)]
-_Colors = Annotated[list[_Color], Field(min_length=1, max_length=MAX_COLORS)]
+_ColorWithAlpha = Annotated[list[float], Field(min_length=3, max_length=4)]
 
 
 class StoredPalette(Stored):
-    """Schema of the palette in the JSON of a token data set or a plan."""
+    """Schema of the palette in the JSON of a token data set or a plan.
 
-    centers: _Colors
+    Centres have three columns, or four with a transparent entry (see `Palette.stored_centers`).
+    """
+
+    centers: Annotated[list[_ColorWithAlpha], Field(min_length=1, max_length=MAX_COLORS)]
     fingerprint: str | None = None
 
 
@@ -55,8 +60,14 @@ class _OurFile(Stored):
     palette: StoredPalette
 
 
-class _HubFile(Stored):
-    clusters: _Colors
+class HubPalette(Stored):
+    """Schema of the palette in a `preprocessor_config.json`.
+
+    `transparent_token` is not one of transformers' settings, and missing without such an entry.
+    """
+
+    clusters: Annotated[list[_Color], Field(min_length=1, max_length=MAX_COLORS)] | None = None
+    transparent_token: int | None = None
 
 
 class Palette:
@@ -68,9 +79,12 @@ class Palette:
         max_iter: largest number of iterations; fitting stops when an iteration reduces the error by
             less than 0.01 %. For large data it applies to the coarse and to the full round each.
         seed: of k-means++; the same pixels and seed give the same palette.
+        transparent: reserve the last of the colours for transparent pixels.
 
     Attributes:
-        centers_: float32 [k, 3] in [-1, 1], from dark to light (by luma).
+        centers_: float32 [k, 3] in [-1, 1], from dark to light (by luma); white for a transparent
+            entry.
+        transparent: whether there is a transparent entry.
         inertia_: mean over the fitted pixels of the squared distance to their colour, summed over
             RGB, in 8-bit levels.
     """
@@ -78,52 +92,81 @@ class Palette:
     centers_: NDArray[np.float32]
     inertia_: float
 
-    def __init__(self, n_colors: int = 512, *, max_iter: int = 30, seed: int = 0) -> None:
-        if not 1 <= n_colors <= MAX_COLORS:
-            raise InputError(f"a palette has 1 to {MAX_COLORS} colours, not {n_colors}")
+    def __init__(
+        self,
+        n_colors: int = 512,
+        *,
+        max_iter: int = 30,
+        seed: int = 0,
+        transparent: bool = False,
+    ) -> None:
+        if not 1 + transparent <= n_colors <= MAX_COLORS:
+            raise InputError(
+                f"a palette has {1 + transparent} to {MAX_COLORS} colours, not {n_colors}"
+            )
         if max_iter < 1 or seed < 0:
             raise InputError(
                 f"max_iter is at least 1 and seed at least 0, not {max_iter} and {seed}"
             )
         self.n_colors, self.max_iter, self.seed = n_colors, max_iter, seed
+        self.transparent = transparent
         self._table: NDArray[np.uint16] | None = None
 
     def fit(self, pixels: ArrayLike, *, progress: Progress | None = None) -> Self:
-        """Fit the palette to uint8 RGB pixels [..., 3]: k-means on weighted distinct colours.
+        """Fit the palette to uint8 pixels [..., C]: k-means on weighted distinct colours.
+
+        Transparent pixels are ignored.
 
         Args:
             progress: called with the number of iterations over all colours so far, and the
                 largest possible number.
         """
-        rows = _as_pixels(pixels).reshape(-1, 3)
+        array = self._as_pixels(pixels)
+        rows = array.reshape(-1, array.shape[-1])
+        if array.shape[-1] == 4:
+            rows = rows[self.opaque(rows)]
         if rows.size == 0:
-            raise InputError("a palette needs at least one pixel to be fitted to")
+            opaque = "opaque " if self.transparent else ""
+            raise InputError(f"a palette needs at least one {opaque}pixel to be fitted to")
+        count = self.n_colors - self.transparent
         unique, counts = np.unique(
             _pack(rows, np.zeros((len(rows), 8), dtype=np.uint8)), return_counts=True
         )
-        if len(unique) <= self.n_colors:
+        if len(unique) <= count:
             centers, self.inertia_ = _unpack(unique), 0.0
         else:
             centers, self.inertia_ = _k_means(
-                unique, counts, self.n_colors, self.max_iter, self.seed, progress
+                unique, counts, count, self.max_iter, self.seed, progress
             )
         centers = centers[np.argsort(centers @ (0.299, 0.587, 0.114), kind="stable")]
+        if self.transparent:
+            centers = np.concatenate([centers, np.full((1, 3), 255.0)])
         return self._set_centers(centers / 127.5 - 1)
 
     @classmethod
     def from_centers(cls, centers: ArrayLike) -> Self:
-        """Return the palette of given colours, [k, 3] in [-1, 1]."""
+        """Return the palette of given colours, [k, 3] in [-1, 1].
+
+        A fourth column makes the last entry the transparent one; see `stored_centers`.
+        """
         try:
             # Numbers too large for float32 become infinity, which raises an error below.
             with np.errstate(over="ignore"):
                 array = np.asarray(centers, dtype=np.float32)
         except (TypeError, ValueError, OverflowError):
             raise InputError("palette centres are numbers in the shape [k, 3]") from None
-        if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
-            raise InputError(f"palette centres have the shape [k, 3], not {list(array.shape)}")
+        _require_shape(array.shape)
         if not np.isfinite(array).all() or np.abs(array).max() > 1.001:
             raise InputError("palette centres lie in [-1, 1] (8-bit levels / 127.5 - 1)")
-        return cls(len(array))._set_centers(array)
+        transparent = array.shape[1] == 4
+        if transparent and (array[-1, 3] != -1 or (array[:-1, 3] != 1).any()):
+            raise InputError(
+                "the fourth column of palette centres is 1, and -1 for the transparent entry, "
+                "which is the last one"
+            )
+        if transparent and len(array) == 1:
+            raise InputError("a palette with a transparent entry needs another colour")
+        return cls(len(array), transparent=transparent)._set_centers(array[:, :3])
 
     def _set_centers(self, centers: ArrayLike) -> Self:
         self.centers_, self._table = np.ascontiguousarray(centers, dtype="<f4"), None
@@ -139,33 +182,81 @@ class Palette:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the centres (little-endian float32), which identifies the palette."""
-        return hashlib.sha256(self.centers_.tobytes()).hexdigest()
+        """SHA-256 of `stored_centers` (little-endian float32), which identifies the palette."""
+        return hashlib.sha256(self.stored_centers.tobytes()).hexdigest()
+
+    @property
+    def stored_centers(self) -> NDArray[np.float32]:
+        """The centres as files have them: `centers_`, or [k, 4] with a transparent entry.
+
+        The fourth column is 1 for colours and -1 for the transparent entry.
+        """
+        if not self.transparent:
+            return self.centers_
+        opacity = np.ones((len(self), 1), dtype="<f4")
+        opacity[-1] = -1
+        return np.concatenate([self.centers_, opacity], axis=1)
+
+    @property
+    def transparent_token(self) -> int | None:
+        """The token of transparent pixels, k - 1; None if the palette has none."""
+        return len(self) - 1 if self.transparent else None
+
+    @property
+    def opaque_centers(self) -> NDArray[np.float32]:
+        """The centres without the transparent entry; their indices are their tokens."""
+        return self.centers_[: self.transparent_token]
 
     @property
     def table(self) -> NDArray[np.uint16]:
         """The nearest colour of every 8-bit RGB value, uint16 [256^3]; built on first use."""
         if self._table is None:
-            self._table = _nearest_table(self.centers_)
+            self._table = _nearest_table(self.opaque_centers)
         return self._table
 
     def transform(self, pixels: ArrayLike) -> NDArray[np.uint16]:
-        """Return the tokens of uint8 RGB pixels: [..., 3] -> uint16 [...].
+        """Return the tokens of uint8 pixels: [..., 3] -> uint16 [...].
 
         A token is the index of the exactly nearest colour; of equally near ones, the lowest.
+        Palettes with a transparent entry also take RGBA pixels [..., 4]: those less than half
+        opaque become that entry.
         """
-        array = _as_pixels(pixels)
-        rows = array.reshape(-1, 3)
+        array = self._as_pixels(pixels)
+        rows = array.reshape(-1, array.shape[-1])
         tokens = np.empty(len(rows), dtype=np.uint16)
         wide = np.zeros((min(len(rows), _BLOCK), 8), dtype=np.uint8)
         for first in range(0, len(rows), _BLOCK):
             block, out = rows[first : first + _BLOCK], tokens[first : first + _BLOCK]
             # No index is out of range, and "wrap" is the fastest of the three modes.
             np.take(self.table, _pack(block, wide[: len(block)]), out=out, mode="wrap")
+        if array.shape[-1] == 4:
+            tokens[~self.opaque(rows)] = len(self) - 1
         return tokens.reshape(array.shape[:-1])
 
+    def _as_pixels(self, pixels: ArrayLike) -> NDArray[np.uint8]:
+        array = np.asarray(pixels)
+        channels = (3, 4) if self.transparent else (3,)
+        if array.dtype != np.uint8 or array.ndim < 1 or array.shape[-1] not in channels:
+            wanted = (
+                "RGB or RGBA last ([..., 3 or 4])" if self.transparent else "RGB last ([..., 3])"
+            )
+            raise InputError(
+                f"pixels are uint8 with {wanted}, not {array.dtype} {list(array.shape)}"
+            )
+        return array
+
+    @staticmethod
+    def opaque(pixels: NDArray[np.uint8]) -> NDArray[np.bool_]:
+        """Return which pixels [..., C] are at least half opaque: bool [...]."""
+        if pixels.shape[-1] == 3:
+            return np.ones(pixels.shape[:-1], dtype=bool)
+        return pixels[..., 3] >= OPAQUE
+
     def inverse_transform(self, tokens: ArrayLike) -> NDArray[np.uint8]:
-        """Return the RGB values of tokens: [...] -> uint8 [..., 3]."""
+        """Return the RGB values of tokens: [...] -> uint8 [..., 3].
+
+        With a transparent entry, RGBA values [..., 4]: transparent pixels are white with alpha 0.
+        """
         tokens = np.asarray(tokens)
         if tokens.size and (tokens.min() < 0 or tokens.max() >= len(self)):
             raise InputError(
@@ -177,16 +268,42 @@ class Palette:
 
     @property
     def colors(self) -> NDArray[np.uint8]:
-        """The colours as 8-bit RGB, uint8 [k, 3]."""
-        levels: NDArray[np.uint8] = np.clip(np.rint(127.5 * (self.centers_ + 1)), 0, 255).astype(
-            np.uint8
-        )
+        """The colours as 8-bit RGB, or RGBA with a transparent entry: uint8 [k, C]."""
+        levels: NDArray[np.uint8] = np.clip(
+            np.rint(127.5 * (self.stored_centers + 1)), 0, 255
+        ).astype(np.uint8)
         return levels
 
     def save(self, path: str | Path) -> None:
-        """Write the centres as float32 `.npy`, the format of OpenAI's `kmeans_centers.npy`."""
+        """Write `stored_centers` as float32 `.npy`.
+
+        Without a transparent entry, this is the format of OpenAI's `kmeans_centers.npy`.
+        """
         with atomic_file(Path(path)) as temporary, temporary.open("wb") as file:
-            np.save(file, self.centers_)
+            np.save(file, self.stored_centers)
+
+    def to_hub(self) -> dict[str, Any]:
+        """Return the palette as in `preprocessor_config.json`, see `HubPalette`."""
+        token = self.transparent_token
+        named = {} if token is None else {"transparent_token": token}
+        return {"clusters": self.centers_.tolist(), **named}
+
+    @classmethod
+    def from_hub(cls, values: Mapping[str, Any]) -> Self:
+        """Return the palette of a `preprocessor_config.json`, see `HubPalette`.
+
+        Raises:
+            InputError: the clusters are no palette, or another than the last is transparent.
+        """
+        palette, token = cls.from_centers(values["clusters"]), values.get("transparent_token")
+        if token is None:
+            return palette
+        if token != len(palette) - 1 or not token:
+            raise InputError(
+                f"transparent_token is {token}, and only the last of several colours can be "
+                f"transparent, which is {len(palette) - 1}"
+            )
+        return cls(len(palette), transparent=True)._set_centers(palette.centers_)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -206,13 +323,23 @@ class Palette:
             raise InputError(
                 f"no palette in {path}: neither dataset.json nor preprocessor_config.json is there"
             )
-        in_json = path.suffix == ".json"
-        centers, fingerprint = (
-            _centers_in_json(path) if in_json else (_centers_in_array(path), None)
-        )
+        values = read_json(path, "palette") if path.suffix == ".json" else {}
+        fingerprint = None
         try:
-            palette = cls.from_centers(centers)
+            if values.get("clusters") is not None:
+                require_schema(values, HubPalette, path)
+                palette = cls.from_hub(values)
+            elif isinstance(values.get("palette"), dict):
+                require_schema(values, _OurFile, path)
+                palette = cls.from_centers(values["palette"]["centers"])
+                fingerprint = values["palette"].get("fingerprint")
+            elif path.suffix == ".json":
+                raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
+            else:
+                palette = cls.from_centers(_centers_in_array(path))
         except InputError as error:
+            if str(path) in str(error):
+                raise
             raise InputError(f"{path} is not a palette: {error}") from None
         if fingerprint not in (None, palette.fingerprint):
             raise InputError(f"{path}: the palette does not match its fingerprint; was it edited?")
@@ -222,22 +349,23 @@ class Palette:
         """Raise an `InputError` with both names and fingerprints if the palettes differ."""
         if self.fingerprint != other.fingerprint:
             raise InputError(
-                f"the palettes differ: {what} has {self.fingerprint[:12]} ({len(self)} colours), "
-                f"{whose} has {other.fingerprint[:12]} ({len(other)} colours); prepare the images "
-                "with --palette MODEL"
+                f"the palettes differ: {what} has {self.description}, {whose} has "
+                f"{other.description}; prepare the images with --palette MODEL"
             )
 
+    @property
+    def description(self) -> str:
+        """The fingerprint and the number of colours, for messages."""
+        last = ", the last one transparent" if self.transparent else ""
+        return f"{self.fingerprint[:12]} ({len(self)} colours{last})"
 
-def _centers_in_json(path: Path) -> tuple[ArrayLike, str | None]:
-    """Return the centres in a JSON file, and their fingerprint if it has one."""
-    values = read_json(path, "palette")
-    if values.get("clusters") is not None:
-        require_schema(values, _HubFile, path)
-        return values["clusters"], None
-    if isinstance(values.get("palette"), dict):
-        require_schema(values, _OurFile, path)
-        return values["palette"]["centers"], values["palette"].get("fingerprint")
-    raise InputError(f"{path} holds no palette ('clusters' or 'palette')")
+
+def _require_shape(shape: tuple[int, ...]) -> None:
+    if len(shape) != 2 or shape[1] not in (3, 4) or not 1 <= shape[0] <= MAX_COLORS:
+        raise InputError(
+            f"palette centres have the shape [k, 3], not {list(shape)} ([k, 4] with a transparent "
+            "entry)"
+        )
 
 
 def _centers_in_array(path: Path) -> NDArray[Any]:
@@ -251,9 +379,7 @@ def _centers_in_array(path: Path) -> NDArray[Any]:
     # Type and shape come from the header, and are checked before the data are read.
     if array.dtype.kind not in "fiu":
         raise InputError(f"{path} is not a palette: its centres are not numbers but {array.dtype}")
-    if array.ndim != 2 or array.shape[1] != 3 or not 1 <= len(array) <= MAX_COLORS:
-        shape = list(array.shape)
-        raise InputError(f"{path} is not a palette: centres have the shape [k, 3], not {shape}")
+    _require_shape(array.shape)
     return array
 
 
@@ -270,15 +396,6 @@ def _locate(name: str | Path) -> Path:
     if is_path or path.exists():
         return path
     return download(given, "palette", "preprocessor_config.json") / "preprocessor_config.json"
-
-
-def _as_pixels(pixels: ArrayLike) -> NDArray[np.uint8]:
-    array = np.asarray(pixels)
-    if array.dtype != np.uint8 or array.ndim < 1 or array.shape[-1] != 3:
-        raise InputError(
-            f"pixels are uint8 with RGB last ([..., 3]), not {array.dtype} {list(array.shape)}"
-        )
-    return array
 
 
 def _pack(pixels: NDArray[np.uint8], wide: NDArray[np.uint8]) -> NDArray[np.int64]:
@@ -434,13 +551,30 @@ def psnr_db(mse: float) -> float | None:
     return float(10 * np.log10(255**2 / mse)) if mse else None
 
 
+def squared_error(
+    palette: Palette, pixels: NDArray[np.uint8], tokens: NDArray[np.uint16]
+) -> tuple[int, int]:
+    """Return the sum of the squared errors of the colours of pixels, and the number of values.
+
+    Transparent pixels do not count.
+
+    Args:
+        pixels: uint8 [..., C].
+        tokens: of the pixels, [...].
+    """
+    colors = palette.inverse_transform(tokens)[..., :3]
+    error = (pixels[..., :3].astype(np.int64) - colors)[palette.opaque(pixels)]
+    return int((error**2).sum()), error.size
+
+
 def nearest_color_error(palette: Palette, pixels: NDArray[np.uint8]) -> dict[str, Any]:
-    """Return the error of the palette on `pixels` [..., 3].
+    """Return the error of the palette on `pixels` [..., C].
 
     `mse` is the mean squared error per channel in 8-bit levels, `psnr_db` the PSNR in dB (None
-    without error), `share` the share of pixels of each colour.
+    without error), both of opaque pixels; `share` is the share of pixels of each colour.
     """
     tokens = palette.transform(pixels)
-    mse = float(((pixels.astype(np.float64) - palette.inverse_transform(tokens)) ** 2).mean())
+    error, count = squared_error(palette, pixels, tokens)
+    mse = error / max(1, count)
     share = np.bincount(tokens.reshape(-1), minlength=len(palette)) / tokens.size
     return {"mse": mse, "psnr_db": psnr_db(mse), "share": share.round(6).tolist()}

@@ -1,6 +1,6 @@
 """Crop and resize images to the model resolution: the centre square, or the paper's random crops.
 
-Shapes: V views of an image, R model resolution.
+Shapes: V views of an image, R model resolution, C channels: RGB, or RGBA.
 """
 
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from igpt.data.images.decode import (
     open_image,
     orientation,
     to_rgb,
+    to_rgba,
 )
 from igpt.errors import InputError
 
@@ -45,7 +46,7 @@ class Squares(NamedTuple):
     """The squares of an image.
 
     Attributes:
-        pixels: uint8 [V, R, R, 3].
+        pixels: uint8 [V, R, R, C].
         highest_level: of 16-bit grey levels; None for other images.
         further_frames: frames of the file after the first, which are not used.
     """
@@ -73,6 +74,8 @@ class Transform:
         enlarge: for images below the resolution: "pad" adds a mirrored border, the others resize.
         full_decode: always decode JPEGs at full size; otherwise the filter "area" lets their
             decoder average blocks of pixels.
+        alpha: return RGBA instead of compositing transparent pixels over white. Colours are
+            averaged with their opacity as weights, so that invisible ones do not count.
     """
 
     size: int
@@ -80,9 +83,10 @@ class Transform:
     filter: Filter = "area"
     enlarge: Enlarge = "pad"
     full_decode: bool = False
+    alpha: bool = False
 
     def __call__(self, image: Any, seed: tuple[int, ...] = ()) -> NDArray[np.uint8]:
-        """Return the squares of an image, uint8 [V, R, R, 3].
+        """Return the squares of an image, uint8 [V, R, R, C].
 
         V is 1 without `views`, and for images at or below the resolution.
 
@@ -122,11 +126,22 @@ class Transform:
         if min(width, height) == 0:
             raise InputError("the image has no pixels")
         if min(width, height) <= self.size:
-            return self._small(to_rgb(load(opened)))[None]
+            return self._with_alpha(self._small(self._converted(load(opened))))[None]
         boxes = self._boxes(width, height, seed)
         reduction = self._reduction(opened, turn is not None) if reducible else 1
-        rgb = to_rgb(load(opened, reduction))
-        return np.stack([self._square(rgb, box, reduction) for box in boxes])
+        upright = self._converted(load(opened, reduction))
+        squares = np.stack([self._square(upright, box, reduction) for box in boxes])
+        return self._with_alpha(squares)
+
+    def _converted(self, image: Image.Image) -> Image.Image:
+        """Return an upright image; RGBA only if it has transparency, and this is wanted."""
+        return (to_rgba(image) if self.alpha else None) or to_rgb(image)
+
+    def _with_alpha(self, pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return pixels [..., C] with an opaque alpha channel, if one is wanted and missing."""
+        if not self.alpha or pixels.shape[-1] == 4:
+            return pixels
+        return np.concatenate([pixels, np.full_like(pixels[..., :1], 255)], axis=-1)
 
     def _boxes(self, width: int, height: int, seed: tuple[int, ...]) -> list[Box]:
         shorter = min(width, height)
@@ -153,27 +168,30 @@ class Transform:
                 return reduction
         return 1
 
-    def _square(self, rgb: Image.Image, box: Box, reduction: int) -> NDArray[np.uint8]:
+    def _square(self, image: Image.Image, box: Box, reduction: int) -> NDArray[np.uint8]:
         left, top, side = box
         edges = (left, top, left + side, top + side)
         if self.filter != "area":
             # Cropped before it is resized, because interpolation would reach beyond the box.
-            return np.asarray(rgb.crop(edges).resize((self.size, self.size), _PILLOW[self.filter]))
+            # Pillow weights the colours of RGBA with their opacity too.
+            return np.asarray(
+                image.crop(edges).resize((self.size, self.size), _PILLOW[self.filter])
+            )
         factor, rest = divmod(side, self.size)
-        if reduction == 1 and rest == 0 and factor & (factor - 1) == 0:
+        if image.mode == "RGB" and reduction == 1 and rest == 0 and factor & (factor - 1) == 0:
             # The common case: Pillow is fast and rounds correctly.
-            return np.asarray(rgb.reduce(factor, edges))
-        return _area_average(rgb, box, self.size, reduction)
+            return np.asarray(image.reduce(factor, edges))
+        return _area_average(image, box, self.size, reduction)
 
-    def _small(self, rgb: Image.Image) -> NDArray[np.uint8]:
-        side = min(rgb.size)
+    def _small(self, image: Image.Image) -> NDArray[np.uint8]:
+        side = min(image.size)
         if self.enlarge != "pad" and side < self.size:
-            left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
-            square = rgb.crop((left, top, left + side, top + side))
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
             return np.asarray(square.resize((self.size, self.size), _PILLOW[self.enlarge]))
-        width, height = min(rgb.width, self.size), min(rgb.height, self.size)
-        left, top = (rgb.width - width) // 2, (rgb.height - height) // 2
-        pixels = np.asarray(rgb.crop((left, top, left + width, top + height)))
+        width, height = min(image.width, self.size), min(image.height, self.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
         missing = [(self.size - have) for have in (height, width)]
         return np.pad(
             pixels, [*((gap // 2, gap - gap // 2) for gap in missing), (0, 0)], mode="reflect"
@@ -193,27 +211,48 @@ _PILLOW = {
 }
 
 
-def _area_average(rgb: Image.Image, box: Box, size: int, reduction: int) -> NDArray[np.uint8]:
-    """Return the means over the size x size equal cells of a box: uint8 [size, size, 3].
+def _area_average(image: Image.Image, box: Box, size: int, reduction: int) -> NDArray[np.uint8]:
+    """Return the means over the size x size equal cells of a box: uint8 [size, size, C].
 
-    The box is given in pixels of the full-size image; `rgb` is reduced by `reduction` in each
-    direction.
+    The box is given in pixels of the full-size image; `image` is reduced by `reduction` in each
+    direction. Colours of RGBA are weighted with their opacity; those of invisible cells are 0.
     """
     # In integers, so that all machines round alike. Pillow's box filter takes whole pixels only: at
     # a factor of 1.5 it averages two pixels and one alternately.
-    (left, top, side), unit = box, size * reduction
-    wide = np.int32 if 512 * side**2 < 2**31 else np.int64
+    left, top, side = box
     # Cropped first: the conversion to an array takes several times as long as the crop.
     edges = (left // reduction, top // reduction)
     ends = (-(-(left + side) // reduction), -(-(top + side) // reduction))
-    pixels = np.asarray(rgb.crop((*edges, *ends))).reshape(ends[1] - edges[1], -1)
-    down = _interval_sums(pixels, top * size % unit, side, size, unit, wide)
-    across = np.ascontiguousarray(down.reshape(size, -1, 3).transpose(1, 0, 2))
+    pixels = np.asarray(image.crop((*edges, *ends)))
+    if image.mode == "RGB":
+        return _quotients(_area_sums(pixels, box, size, size * reduction), side**2)
+    opacity = pixels[..., 3:].astype(np.int64)
+    weighted = np.concatenate([pixels[..., :3] * opacity, opacity], axis=-1)
+    sums = _area_sums(weighted, box, size, size * reduction)
+    colors, total = sums[..., :3], sums[..., 3:]
+    return np.concatenate(
+        [_quotients(colors, np.maximum(total, 1)), _quotients(total, side**2)], axis=-1
+    )
+
+
+def _quotients(sums: NDArray[Any], divisor: Any) -> NDArray[np.uint8]:
+    """Return sums divided by a divisor, rounded half up."""
+    quotients: NDArray[np.uint8] = ((2 * sums + divisor) // (2 * divisor)).astype(np.uint8)
+    return quotients
+
+
+def _area_sums(pixels: NDArray[Any], box: Box, size: int, unit: int) -> NDArray[Any]:
+    """Return the sums over the cells of a box, [size, size, C], of pixels that enclose it."""
+    (left, top, side), channels = box, pixels.shape[-1]
+    small = pixels.dtype == np.uint8 and 512 * side**2 < 2**31
+    wide = np.int32 if small else np.int64
+    rows = pixels.reshape(len(pixels), -1)
+    down = _interval_sums(rows, top * size % unit, side, size, unit, wide)
+    across = np.ascontiguousarray(down.reshape(size, -1, channels).transpose(1, 0, 2))
     sums = _interval_sums(
         across.reshape(len(across), -1), left * size % unit, side, size, unit, wide
     )
-    averages: NDArray[np.uint8] = ((2 * sums + side**2) // (2 * side**2)).astype(np.uint8)
-    return averages.reshape(size, size, 3).transpose(1, 0, 2)
+    return sums.reshape(size, size, channels).transpose(1, 0, 2)
 
 
 def _interval_sums(
@@ -250,9 +289,14 @@ def _interval_sums(
     return total
 
 
-def load_square(path: str | Path, size: int) -> NDArray[np.uint8]:
-    """Return the centre square of an image file, uint8 [size, size, 3]; errors name the file."""
+def load_square(path: str | Path, size: int, *, alpha: bool = False) -> NDArray[np.uint8]:
+    """Return the centre square of an image file, uint8 [size, size, C]; errors name the file.
+
+    Args:
+        alpha: return RGBA; see `Transform`.
+    """
     try:
-        return Transform(size)(path).reshape(size, size, 3)
+        squares = Transform(size, alpha=alpha)(path)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
+    return squares.reshape(size, size, -1)

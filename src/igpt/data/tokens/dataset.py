@@ -20,6 +20,7 @@ from igpt.data.tokens.manifest import (
     MANIFEST,
     NAMES_SHOWN,
     VERSION,
+    VERSION_TRANSPARENT,
     Manifest,
     Shard,
     require_counts,
@@ -136,10 +137,10 @@ class TokenDataset(Mapping[str, TokenSplit], PathLike[str]):
         self.manifest = read_json(self.path / MANIFEST, "token data set")
         if self.manifest.get("format") != FORMAT:
             raise InputError(f"{self.path} is not a token data set; `igpt prepare` makes one")
-        if self.manifest.get("version") != VERSION:
+        if self.manifest.get("version") not in (VERSION, VERSION_TRANSPARENT):
             raise InputError(
                 f"{self.path} has format version {self.manifest.get('version')}; this igpt reads "
-                f"{VERSION}"
+                f"{VERSION} and {VERSION_TRANSPARENT}"
             )
         require_schema(self.manifest, Manifest, self.path / MANIFEST)
         self.resolution: int = self.manifest["resolution"]

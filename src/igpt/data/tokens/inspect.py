@@ -59,6 +59,7 @@ def inspect(
         "source": data.manifest["source"],
         "resolution": data.resolution,
         "colors": colors,
+        "transparent_token": data.palette.transparent_token,
         "fingerprint": data.palette.fingerprint,
         "shards": len(shards),
         "bytes": sum(size for shard in shards for size in shard["bytes"].values()),
@@ -84,7 +85,7 @@ def sheet(data: TokenDataset) -> Image.Image:
         rows = [("", spread[first : first + _COLUMNS]) for first in range(0, len(spread), _COLUMNS)]
     side = data.resolution
     images = [
-        list(data.palette.inverse_transform(train.rows(chosen)).reshape(-1, side, side, 3))
+        list(data.palette.inverse_transform(train.rows(chosen).reshape(-1, side, side)))
         for _, chosen in rows
     ]
     grid = image_grid(images)
@@ -96,7 +97,7 @@ def sheet(data: TokenDataset) -> Image.Image:
         for name, chosen in rows
     ]
     margin = 12 + max(int(font.getlength(name)) for name, _ in rows)
-    canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    canvas = Image.new(grid.mode, (grid.width + margin, grid.height), "white")
     canvas.paste(grid, (margin, 0))
     pen, height = ImageDraw.Draw(canvas), grid.height / len(rows)
     for number, (name, _) in enumerate(rows):

@@ -28,6 +28,8 @@ from igpt.files import (
 )
 
 FORMAT, VERSION = "igpt-tokens", 1
+# With a transparent entry in the palette, so that versions of igpt without it refuse the data set.
+VERSION_TRANSPARENT = 2
 MANIFEST = "dataset.json"
 SPLITS = ("train", "validation", "test")
 NAMES_SHOWN = 5  # of files, in a message
@@ -162,7 +164,7 @@ def write_manifest(
     """
     manifest = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_TRANSPARENT if palette.transparent else VERSION,
         "resolution": resolution,
         "source": source,
         "class_names": class_names,
@@ -174,7 +176,10 @@ def write_manifest(
             for split, shards in splits.items()
         },
         "made": dict(made),
-        "palette": {"fingerprint": palette.fingerprint, "centers": palette.centers_.tolist()},
+        "palette": {
+            "fingerprint": palette.fingerprint,
+            "centers": palette.stored_centers.tolist(),
+        },
     }
     require_schema(manifest, Manifest, folder / MANIFEST)
     write_json(folder / MANIFEST, manifest)
