@@ -149,14 +149,17 @@ def pretrain(
     if start:
         settings["from_model"] = model_and_run(start)[0]
     named = ADAPTING if start and not resume else preset(model) if model else {}
-    chosen = {**named, **file_settings(config), **settings, "tokens": Path(tokens)}
+    asked = {**file_settings(config), **settings, "tokens": Path(tokens)}
+    chosen = {**named, **asked}
     found = PretrainConfig.layered(chosen, where="the settings")
     if not (resume or model or config or start or "n_layer" in settings):
         raise InputError(
             "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...), --config FILE, or "
             "--from MODEL to continue with a pretrained one"
         )
-    given = {key: getattr(found, key) for key in chosen}
+    # A recorded patience is changed by the user alone, not by the preset.
+    kept = PretrainConfig.ending - asked.keys() if resume else ()
+    given = {key: getattr(found, key) for key in chosen if key not in kept}
     train(found, Path(run), given=given, resume=resume, minutes=minutes)
     return Run(Path(run))
 

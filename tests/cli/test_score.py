@@ -158,6 +158,42 @@ def test_the_results_of_several_sources_are_kept(
     assert [path.read_bytes() for path in score_files(run)] == before
 
 
+def test_a_relative_source_is_the_same_one_in_other_folders(
+    igpt: Run, run: Path, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another folder that the same words name is refused; a copy of both folders is not."""
+    places = [tmp_path / name for name in ("one", "two", "moved")]
+    shutil.copytree(photographs / "train" / "down", places[0] / "some")
+    shutil.copytree(places[0], places[1])
+    own = places[0] / "run"
+    shutil.copytree(run, own, ignore=shutil.ignore_patterns("score*"))
+    words = ["score", own, "--limit", "2"]
+    monkeypatch.chdir(places[0])
+    assert igpt(*words, "some").returncode == 0
+    monkeypatch.chdir(tmp_path)
+    assert igpt(*words, "one/some").returncode == 0
+    monkeypatch.chdir(places[1])
+    done = igpt(*words, "some")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"has the result of {places[0] / 'some'}; choose another -o for some" in done.stderr
+    monkeypatch.chdir(places[0])
+    assert igpt(*words, "some").returncode == 0
+    places[0].rename(places[2])
+    monkeypatch.chdir(places[2])
+    assert igpt("score", "run", "--limit", "2", "some").returncode == 0
+
+
+def test_a_single_image_is_a_source(
+    igpt: Run, run: Path, photographs: Path, tmp_path: Path
+) -> None:
+    image = photographs / "train" / "down" / "00.png"
+    done = igpt("score", run, image, "-o", tmp_path / "one.csv")
+    assert done.returncode == 0, done.stderr
+    assert "over 1 images" in done.stdout
+    done = igpt("prepare", image, "-o", tmp_path / "tokens", "--size", 8)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+
+
 def test_maps_are_drawn_and_reported(
     igpt: Run, run: Path, digits: TokenDataset, tmp_path: Path
 ) -> None:

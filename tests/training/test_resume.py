@@ -84,6 +84,30 @@ def test_sittings_of_a_time_limit_give_the_same_run(
     assert_same_run(short_run, run, tmp_path)
 
 
+def test_a_run_that_stopped_early_is_continued_with_more_patience(
+    igpt, digits: TokenDataset, short_flags: list[str], tmp_path: Path
+) -> None:
+    """The validation loss only rises at this learning rate, from the second validation on."""
+    run = tmp_path / "run"
+    words = ["pretrain", digits.path, "-o", run, "--model", "tiny", *short_flags]
+    words += ["--learning-rate", 1, "--validate-every", 2, "--grad-clip", 0]
+    done = igpt(*words, "--patience", 1)
+    assert "stopped early: 1 validations without improvement" in done.stdout
+    first = read_metrics(run / "metrics.jsonl")[-1]
+    assert (first["kind"], first["step"] < 24) == ("end", True)
+    done = igpt("pretrain", digits.path, "-o", run, "--resume", "--patience", 100)
+    assert done.returncode == 0, done.stderr
+    assert PretrainConfig.load(run / "config.yaml").patience == 100
+    lines = read_metrics(run / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "end"] == [
+        ("end", 24)
+    ]
+    # A preset's patience does not replace the recorded one.
+    config = {**PretrainConfig.load(run / "config.yaml").model_dump(mode="json")}
+    assert igpt(*words, "--resume").returncode == 0
+    assert PretrainConfig.load(run / "config.yaml").model_dump(mode="json") == config
+
+
 def test_bert_and_muon_resume_exactly_too(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:

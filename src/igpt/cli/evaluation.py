@@ -178,7 +178,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     )
     from igpt.evaluation.likelihood import score as run
     from igpt.evaluation.loss_maps import draw_maps, require_maps
-    from igpt.evaluation.results import SCORE, SCORE_VERSION, score_file
+    from igpt.evaluation.results import SCORE, SCORE_VERSION, score_file, source_path
     from igpt.files import sha256_of, write_json
     from igpt.model.images import spread_evenly
 
@@ -202,7 +202,12 @@ def _score(options: Score, given: dict[str, Any]) -> None:
     with exclusive(target):
         loaded = load_model(path)
         loaded.config.trained_as.require("has_likelihood", "a likelihood")
-        result: dict[str, Any] = {"format": SCORE, "version": SCORE_VERSION, "model": str(path)}
+        result: dict[str, Any] = {
+            "format": SCORE,
+            "version": SCORE_VERSION,
+            "model": str(path),
+            "source_path": source_path(source),
+        }
         with progress_bar() as show:
             images = gather(loaded, source, settings, partial(show, "tokenising"), name=model)
             if maps:

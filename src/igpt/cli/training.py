@@ -142,7 +142,7 @@ class Pretrain(Options):
     resume: bool = Field(
         False,
         description="continue an interrupted run from its newest intact checkpoint, or a finished "
-        "one with more --steps",
+        "one with more --steps or --patience",
     )
     minutes: float | None = Field(
         None,

@@ -4,6 +4,7 @@ Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, se
 `igpt.statistics.packed`.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -211,6 +212,7 @@ class Score(Stored):
     split: str | None = None
     source: str | None = None
     maps: Maps | None = None
+    source_path: str | None = None
 
 
 def read_probe(path: Path) -> dict[str, Any]:
@@ -269,7 +271,13 @@ def score_file(folder: Path, source: str, split: str | None) -> Path:
     asked = "" if split in (None, "test") else f"-{split}"
     path = folder / f"score-{name}{asked}.json"
     if path.exists():
-        require_same_source(path, read_score(path).get("source"), source)
+        found = read_score(path)
+        recorded = found.get("source_path")
+        # The same words may name another folder, in another working directory; but a folder that
+        # is gone was moved.
+        if recorded is None or (found.get("source") == source and not os.path.lexists(recorded)):
+            recorded = found.get("source")
+        require_same_source(path, recorded, source)
     return path
 
 
@@ -286,6 +294,17 @@ def require_same_source(path: Path, known: object, source: str) -> None:
     """
     if known is not None and resolved(Path(str(known))) != resolved(Path(source)):
         raise InputError(f"{path} has the result of {known}; choose another -o for {source}")
+
+
+def source_path(source: str) -> str | None:
+    """Return the absolute path of a source on this machine, or None for others.
+
+    OpenAI's arrays are named by the beginning of their path.
+    """
+    path = Path(source).expanduser()
+    places = (path, path.parent) if path.parent != Path() else (path,)
+    is_here = any(map(os.path.exists, places))  # Path.exists raises for invalid names
+    return str(resolved(path)) if is_here else None
 
 
 def best_row(result: Mapping[str, Any]) -> dict[str, Any]:

@@ -220,7 +220,9 @@ def distributed_world(device: str = "auto", stop_seconds: float = 25.0) -> Itera
             )
             control, disk = (dist.new_group(backend="gloo") for _ in range(2))
             yield World(launch.rank, launch.size, chosen, control, disk, launch.local_size)
-        except (Interrupted, KeyboardInterrupt):
+        except (Interrupted, KeyboardInterrupt) as stop:
+            if isinstance(stop, Interrupted) and not stop.number:
+                dist.destroy_process_group()  # a time limit ends all ranks in good order
             raise
         except Exception as error:
             # The groups are not destroyed: that would wait for ranks that are gone.

@@ -156,8 +156,8 @@ def resolve_config(run: Path, config: Settings, given: Mapping[str, Any], resume
     Args:
         config: settings of a new run.
         given: the settings that the user named. To resume, they must equal the recorded ones,
-            except paths, "auto", and settings that may change (`TrainConfig.changeable`) or be
-            increased (`TrainConfig.extendable`).
+            except paths, "auto", and settings that may change (`TrainConfig.changeable` and
+            `TrainConfig.ending`) or be increased (`TrainConfig.extendable`).
 
     Raises:
         InputError: the run has begun and `resume` is False; there is no run to resume, or one of
@@ -182,7 +182,7 @@ def resolve_config(run: Path, config: Settings, given: Mapping[str, Any], resume
     changed: dict[str, Any] = {}
     for key, value in given.items():
         # Paths may change: checksums verify that the tokens and the model are the same.
-        may_change = isinstance(value, Path) or key in config.changeable
+        may_change = isinstance(value, Path) or key in config.changeable | config.ending
         if may_change or (key in config.extendable and value > getattr(before, key)):
             changed[key] = value
         elif value not in (getattr(before, key), "auto"):
@@ -205,8 +205,8 @@ def record_run(
 ) -> None:
     """Write the settings and the environment of a new run, or check the inputs of a resumed one.
 
-    Settings that were increased are recorded before training continues. A new run removes what an
-    earlier one that was stopped before its first step has left.
+    Changes of `steps` and `patience` are recorded before training continues. A new run removes what
+    an earlier one that was stopped before its first step has left.
 
     Args:
         model_sha256: checksum of the weights that training starts from, if they are not random.
@@ -239,9 +239,9 @@ def record_run(
                 f"the model is not the one that {run} was started with, or it has changed since"
             )
         before = read_settings(run / _SETTINGS)
-        larger = {key: getattr(config, key) for key in config.extendable}
-        if is_main and any(value != before.get(key) for key, value in larger.items()):
-            type(config).layered(before, larger, where=str(run)).save(run / _SETTINGS)
+        changes = {key: getattr(config, key) for key in config.extendable | config.ending}
+        if is_main and any(value != before.get(key) for key, value in changes.items()):
+            type(config).layered(before, changes, where=str(run)).save(run / _SETTINGS)
     elif is_main:
         run.mkdir(parents=True, exist_ok=True)
         if _is_run(run):

@@ -38,7 +38,11 @@ class TrainConfig(Config):
         }
     )
 
-    # Settings that may be increased when a run is resumed.
+    # Settings that may be changed when a run is resumed, and are recorded then. They decide when it
+    # ends; steps that are done already do not depend on them.
+    ending: ClassVar[frozenset[str]] = frozenset({"patience"})
+
+    # Settings that may be increased when a run is resumed, and are recorded then.
     extendable: ClassVar[frozenset[str]] = frozenset()
 
     batch_size: int = Field(128, ge=1, le=MOST, description="images per step, over all ranks")

@@ -276,7 +276,10 @@ class Trainer:
                 f"stopped and saved after {state.step} of {config.steps} steps",
             )
         if ended and not is_last:
-            bar.say(f"stopped early: {config.patience} validations without improvement")
+            bar.say(
+                f"stopped early: {config.patience} validations without improvement; to continue, "
+                "--resume with a higher --patience"
+            )
         return ended
 
     def _step(self, batch: Batch, bar: ProgressBar) -> None:

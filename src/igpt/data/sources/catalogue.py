@@ -18,9 +18,9 @@ from pydantic import Field
 from igpt.config import Config
 from igpt.data.left_out import ARCHIVES, SPECIAL, Allowance, LeftOut
 from igpt.data.sources.archives import open_archive
-from igpt.data.sources.file_kinds import ending_of
+from igpt.data.sources.file_kinds import ending_of, is_image_ending
 from igpt.data.sources.folders import Listing, in_folder, list_folder, open_images, split_folders
-from igpt.data.sources.readers import Reader
+from igpt.data.sources.readers import ImageFiles, Reader
 from igpt.data.sources.splits import SPLIT_NAMES, Opened, Splits, are_splits
 from igpt.data.sources.tables import (
     ArrowTable,
@@ -306,6 +306,11 @@ def _find_in_file(path: Path, source: str) -> Found:
         return _found_tars(source, path.parent, [path.name], LeftOut())
     if ending in (".parquet", ".arrow"):
         return _found_tables(source, load_file(path))
+    if is_image_ending(ending):
+        import pyarrow as pa
+
+        names = pa.array([path.name], pa.large_string())
+        return found_readers(source, {"train": ImageFiles(path.parent, names, None)}, None)
     if ending in ARCHIVES:
         raise InputError(
             f"{path} is not one of the archives that can be read directly; unpack {path.name} first"
