@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from pydantic import Field, ValidationError
 
-from igpt.config import Config, read_settings
+from igpt.config import Config, flags, read_settings
 from igpt.errors import InputError
 
 
@@ -16,6 +16,30 @@ class Recipe(Config):
     order: Literal["raster", "snake"] = "raster"
     betas: tuple[float, float] = (0.9, 0.95)
     palette: Path | None = None
+
+
+class Flags(Config):
+    size: int = 32
+    betas: tuple[float, float] = (0.9, 0.95)
+    steps: tuple[int, ...] = ()
+    flip: bool = False
+    stream: bool = True
+    from_model: Path | None = Field(None, json_schema_extra={"flag": "--from"})
+    name: str
+
+
+def test_flags_are_the_values_that_are_no_defaults() -> None:
+    usual = {"size": 32, "betas": [0.9, 0.95], "steps": [], "flip": False, "stream": True}
+    assert flags(Flags, {**usual, "from_model": None, "no_setting": 1}) == []
+    assert flags(Flags, usual | {"unknown": 1}, always=["size", "flip"]) == [
+        *("--size", "32"),
+        "--no-flip",
+    ]
+    changed = {"betas": (0.9, 0.9), "steps": [1, 2], "flip": True, "stream": False}
+    assert flags(Flags, {**changed, "from_model": Path("a"), "name": "b"}) == [
+        *("--betas", "0.9", "0.9", "--steps", "1", "2", "--flip", "--no-stream"),
+        *("--from", "a", "--name", "b"),
+    ]
 
 
 class Strict(Config):

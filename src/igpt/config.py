@@ -2,12 +2,13 @@
 
 import json
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic.fields import FieldInfo
 
 from igpt.errors import InputError, suggest
 from igpt.files import atomic_file, read_text
@@ -151,6 +152,43 @@ class Config(BaseModel):
             text = yaml.safe_dump(values, sort_keys=False)
         with atomic_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
+
+
+def flag_of(name: str, field: FieldInfo) -> str:
+    """Return the flag of a setting: --its-name, or the one that the field has for it."""
+    extra = field.json_schema_extra
+    if isinstance(extra, dict) and "flag" in extra:
+        return str(extra["flag"])
+    return f"--{name.replace('_', '-')}"
+
+
+def flags(
+    settings: type[Config], values: Mapping[str, Any], *, always: Collection[str] = ()
+) -> list[str]:
+    """Return the words of a command line that give values to settings.
+
+    Defaults, None, and values of no setting are left out.
+
+    Args:
+        values: by the names of the settings, as Python or JSON has them.
+        always: names of settings whose defaults are not left out.
+    """
+    words = []
+    for name, value in values.items():
+        field = settings.model_fields.get(name)
+        if field is None or value is None:
+            continue
+        default = field.get_default()
+        default = list(default) if isinstance(default, tuple) else default
+        value = list(value) if isinstance(value, tuple) else value
+        if value == default and name not in always:
+            continue
+        flag = flag_of(name, field)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
 
 
 def _shown(value: Any) -> str:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, NoReturn, Union, get_args,
 from pydantic import Field
 from pydantic.fields import FieldInfo
 
-from igpt.config import Config
+from igpt.config import Config, flag_of
 from igpt.errors import InputError
 
 _POSITIONAL: dict[str, Any] = {"positional": True}
@@ -277,10 +277,7 @@ def _require_known(words: Sequence[str], known: set[str], program: str) -> None:
 def _flag(name: str, field: FieldInfo, is_setting: bool) -> Flag:
     kind, choices, nargs, convert = _kind(field.annotation)
     positional = field.json_schema_extra == _POSITIONAL
-    extra = field.json_schema_extra
-    long = f"--{name.replace('_', '-')}"
-    if isinstance(extra, dict) and "flag" in extra:  # a name that is no name of a field
-        long = str(extra["flag"])
+    long = flag_of(name, field)
     names: tuple[str, ...] = (long,)
     if positional:
         names = ()

@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from igpt.config import flags
 from igpt.data.images.palette import Palette
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
@@ -62,11 +63,6 @@ def _prepare_command(data: TokenDataset, out: Path, **changes: object) -> str:
     """
     from igpt.data.prepare import PrepareConfig  # training must import without image libraries
 
-    usual, words = PrepareConfig().model_dump(mode="json"), list[str]()
-    for name, value in {**data.manifest["made"]["config"], **changes}.items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            words += [] if value == usual.get(name) else [flag]
-        elif value is not None and (name in changes or value != usual.get(name)):
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    settings = {**data.manifest["made"]["config"], **changes}
+    words = flags(PrepareConfig, settings, always=changes)
     return shlex.join(["igpt", "prepare", data.manifest["source"], *words, "-o", str(out)])

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from pydantic import Field
 
+from igpt.config import flags
 from igpt.environment import memory_limit
 from igpt.errors import InputError, suggest
 from igpt.model.config import ModelConfig, ShapeConfig
@@ -18,6 +19,7 @@ from igpt.model.precision import Precision, matmul_rate, resolve_precision
 from igpt.progress import duration
 from igpt.training.memory import Memory, peak_memory
 from igpt.training.optimizer import OptimizerName
+from igpt.training.pretrain import PretrainConfig
 from igpt.training.settings import MOST, Recomputation, TrainConfig
 
 CPU = "cpu"  # in place of a kind of GPU: the processor of this machine
@@ -250,8 +252,9 @@ class Plan:
         launch = f"torchrun {nodes}--nproc-per-node {node} -m igpt" if gpus > 1 else "igpt"
         overriding = {name: value for name, value in given.items() if name in _OVERRIDING}
         device = {"device": CPU} if settings.on_cpu else {}
-        flags = _flags({**overriding, "precision": settings.products, **device, **self.layout})
-        return f"{launch} pretrain TOKENS --model {preset} -o RUN {flags}"
+        chosen = {**overriding, "precision": settings.products, **device, **self.layout}
+        words = shlex.join(flags(PretrainConfig, chosen, always=chosen))
+        return f"{launch} pretrain TOKENS --model {preset} -o RUN {words}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan in plain types: memory in bytes, but that of the GPU in GiB."""
@@ -355,14 +358,6 @@ def _memory_here() -> float:
     if limit is None:
         raise InputError("the memory of this machine is not known; give --gpu-memory")
     return limit / _GIB
-
-
-def _flags(values: Mapping[str, Any]) -> str:
-    return shlex.join(
-        word
-        for name, value in values.items()
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    )
 
 
 def layouts(settings: PlanConfig) -> Iterator[TrainConfig]:
@@ -475,6 +470,6 @@ def _remedy(settings: PlanConfig) -> str:
         )
     for other, words in tried:
         if (training := _fitting(other)) is not None:
-            flags = _flags(Plan(other, training, {}, None).layout)
-            return f"it would {words}: {flags or 'the default ones'}"
+            layout = shlex.join(flags(PretrainConfig, Plan(other, training, {}, None).layout))
+            return f"it would {words}: {layout or 'the default ones'}"
     return "it needs more and larger GPUs"

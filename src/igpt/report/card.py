@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpt.builtin_models import NAMES
+from igpt.config import flags
 from igpt.errors import InputError
 from igpt.evaluation.results import (
     best_row,
@@ -41,7 +42,6 @@ from igpt.report.sections import Table, key_tables, template
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
-    from igpt.config import Config
 
 CARD = "README.md"
 _LIBRARY = "library_name: igpt"  # distinguishes a card from other README files
@@ -359,28 +359,20 @@ def _commands(run: Run) -> list[str]:
     made = (run.manifest.get("made") or {}).get("config")
     if made and run.manifest.get("source"):
         words = ["igpt", "prepare", short_source(str(run.manifest["source"])), "-o", "TOKENS"]
-        found.append(shlex.join([*words, *_flags(PrepareConfig, made)]))
+        found.append(shlex.join([*words, *flags(PrepareConfig, _short(made))]))
     settings = FinetuneConfig if run.finetuned else PretrainConfig
     words = ["finetune", "MODEL", "TOKENS"] if run.finetuned else ["pretrain", "TOKENS"]
     left_out = {"model", "tokens", "log_every", *settings.changeable}
     trained = {name: value for name, value in run.config.items() if name not in left_out}
-    return [*found, shlex.join(["igpt", *words, "-o", "RUN", *_flags(settings, trained)])]
+    return [*found, shlex.join(["igpt", *words, "-o", "RUN", *flags(settings, _short(trained))])]
 
 
-def _flags(settings: type["Config"], values: Mapping[str, Any]) -> list[str]:
-    """Return the flags of the values that differ from the defaults of the settings."""
-    words = []
-    for name, field in settings.model_fields.items():
-        value, default = values.get(name), field.get_default()
-        if name not in values or value == (list(default) if type(default) is tuple else default):
-            continue
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            words.append(f"--{flag}" if value else f"--no-{flag}")
-        elif value is not None:
-            several = value if isinstance(value, list) else [value]
-            words += [f"--{flag}", *(short_source(str(one)) for one in several)]
-    return words
+def _short(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings without the folders of paths."""
+    return {
+        name: short_source(value) if isinstance(value, str) else value
+        for name, value in values.items()
+    }
 
 
 def _accuracies(run: Run) -> list[Table]:
