@@ -154,10 +154,11 @@ def test_completions_keep_pixels_that_are_not_hidden(
     np.testing.assert_array_equal(images_of(shown)[1][kept], decode_images(model, tokens)[0][kept])
 
 
-def test_samples_are_the_models(client: Client, model: ImageGPT) -> None:
-    shown, _ = client.predict(2, 0.5, 3, api_name="/sample")
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_samples_are_the_models(client: Client, model: ImageGPT, limits: dict[str, Any]) -> None:
+    shown, _ = client.predict(2, 0.5, 3, api_name="/sample", **limits)
     nothing = torch.zeros(2, 64, dtype=torch.long)
-    expected = expected_images(model, nothing, nothing[0] > 0, temperature=0.5, seed=3)
+    expected = expected_images(model, nothing, nothing[0] > 0, temperature=0.5, seed=3, **limits)
     np.testing.assert_array_equal(images_of(shown), expected)
 
 
@@ -195,12 +196,28 @@ def test_mistakes_are_answered_in_words(
         (-1, 1, 1, 0),
         (4, 9, 1, 0),
         (4, 1, -1, 0),
-        (4, 1, 1, -1),
     ):
         with pytest.raises(AppError, match=r"(greater|less) than (maximum|minimum) value"):
             client.predict(
                 handle_file(photo), rows, None, count, temperature, seed, api_name="/complete"
             )
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"seed": -1}, "seed: a whole number from 0 to 9007199254740992 is needed, not -1"),
+        ({"top_k": 0}, "top-k is at least 1, not 0"),
+        ({"top_k": 2.5}, "top-k: a whole number is needed, not 2.5"),
+        ({"top_p": 1.5}, r"top-p lies in \(0, 1\], not 1.5"),
+        ({"top_p": "x"}, "top-p: a number is needed, not 'x'"),
+    ],
+)
+def test_limits_of_the_settings_are_named(
+    client: Client, settings: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(AppError, match=said):
+        client.predict(2, 1, **{"seed": 0, **settings}, api_name="/sample")
 
 
 # Images of a few bytes that decode to very many pixels
@@ -391,21 +408,23 @@ def test_the_machines_full_name_is_served(monkeypatch: pytest.MonkeyPatch) -> No
 SAMPLES: list[Any] = [
     [],
     [1],
-    ["x", "y", "z"],
-    [None, None, None],
-    [math.nan, 1, 0],
-    [2, math.nan, 0],
-    [2, 1, math.inf],
-    [2.5, 1, 0],
-    [10**6, 1, 0],
-    [-1, 1, 0],
-    [[1], 1, 0],
-    [{"a": 1}, 1, 0],
-    [True, 1, 0],
-    [2, "hot", 0],
-    [2, 1, "s"],
-    [2, 1, 10**30],
-    [2, 1, None],
+    ["x", "y", "z", None, None],
+    [None, None, None, None, None],
+    [math.nan, 1, 0, None, None],
+    [2, math.nan, 0, None, None],
+    [2, 1, math.inf, None, None],
+    [2.5, 1, 0, None, None],
+    [10**6, 1, 0, None, None],
+    [-1, 1, 0, None, None],
+    [[1], 1, 0, None, None],
+    [{"a": 1}, 1, 0, None, None],
+    [True, 1, 0, None, None],
+    [2, "hot", 0, None, None],
+    [2, 1, "s", None, None],
+    [2, 1, 10**30, None, None],
+    [2, 1, None, None, None],
+    [2, 1, 0, math.inf, None],
+    [2, 1, 0, None, [0.5]],
 ]
 FILE = {"meta": {"_type": "gradio.FileData"}}
 SCORES: list[Any] = [
@@ -417,9 +436,9 @@ SCORES: list[Any] = [
     [3],
 ]
 COMPLETIONS: list[Any] = [
-    [None, 4, None, 1, 1, 0],
-    ["x", -1, None, 1, 1, 0],
-    [None, math.nan, {}, 1, 1, 0],
+    [None, 4, None, 1, 1, 0, None, None],
+    ["x", -1, None, 1, 1, 0, None, None],
+    [None, math.nan, {}, 1, 1, 0, None, None],
 ]
 
 
@@ -453,10 +472,10 @@ def test_invalid_views_are_answered_in_words(client: Client, photo: Path, seen: 
 
 
 MALFORMED: list[tuple[str, Any]] = [
-    ("queue/join", {"data": [2, 1, 0], "fn_index": 99, "session_hash": "a"}),
-    ("queue/join", {"data": [2, 1, 0], "fn_index": -1, "session_hash": "a"}),
-    ("queue/join", {"data": [2, 1, 0], "fn_index": "x", "session_hash": "a"}),
-    ("queue/join", {"data": [2, 1, 0], "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0, None, None], "fn_index": 99, "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0, None, None], "fn_index": -1, "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0, None, None], "fn_index": "x", "session_hash": "a"}),
+    ("queue/join", {"data": [2, 1, 0, None, None], "session_hash": "a"}),
     ("queue/join", {"data": 5, "fn_index": 1, "session_hash": "a"}),
     ("queue/join", {}),
     *(
@@ -572,7 +591,7 @@ def test_other_requests_do_not_count_as_uploads(client: Client) -> None:
                 socket.create_connection((LOOPBACK, port), timeout=60)
             )
             connection.sendall(head.encode())
-        body = {"data": [2, 1, 0]}
+        body = {"data": [2, 1, 0, None, None]}
         for _ in range(3):
             assert ask(client, "POST", "/gradio_api/call/sample", body)[0] == 200
 

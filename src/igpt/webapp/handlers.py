@@ -32,6 +32,7 @@ from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
 from igpt.sampling.grids import UNKNOWN
+from igpt.sampling.jobs import SamplingSettings, require_sampling_settings
 from igpt.sampling.sampler import generate
 from igpt.webapp.guard import mark_used
 
@@ -45,7 +46,8 @@ _MOST_PIXELS = 50_000_000
 _TOO_MANY = "the 50 million that the page reads; make it smaller first"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _EXAMPLES = 8
-MOST_DRAWINGS, HOTTEST, LARGEST_SEED = 8, 2, 2**53
+MOST_DRAWINGS, HOTTEST = 8, 2
+_LARGEST_SEED = 2**53  # JavaScript's whole numbers are exact up to it
 
 
 def read(model: ImageGPT, file: str) -> Tensor:
@@ -140,7 +142,14 @@ def known_positions(model: ImageGPT, rows: Any, seen: Any) -> Tensor:
     return torch.tensor([one == "0" for one in hidden])
 
 
-def _number(name: str, value: Any, low: int, high: int, *, whole: bool = False) -> float:
+def _number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    whole: bool = False,
+) -> float:
     """Return a number.
 
     Raises:
@@ -149,7 +158,8 @@ def _number(name: str, value: Any, low: int, high: int, *, whole: bool = False) 
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not low <= value <= high or (whole and value % 1):
         kind, shown = "whole number" if whole else "number", reprlib.repr(value)
-        raise InputError(f"{name}: a {kind} from {low} to {high} is needed, not {shown}")
+        limits = f" from {low} to {high}" if math.isfinite(low) else ""
+        raise InputError(f"{name}: a {kind}{limits} is needed, not {shown}")
     return value  # type: ignore[no-any-return]
 
 
@@ -160,6 +170,8 @@ def drawings(
     count: Any,
     temperature: Any,
     seed: Any,
+    top_k: Any,
+    top_p: Any,
     *,
     original: bool,
 ) -> Iterator[list[Any]]:
@@ -170,7 +182,8 @@ def drawings(
     Args:
         tokens: [1, n].
         known: the pixels to keep, bool [n].
-        count, temperature, seed: as the page's visitor or a program gives them.
+        count, temperature, seed, top_k, top_p: as the page's visitor or a program gives them; the
+            last two may be None.
         original: show the image itself first.
 
     Raises:
@@ -179,15 +192,21 @@ def drawings(
     if seed is None:  # an empty field
         raise InputError("give a seed, a whole number from 0")
     count = int(_number("drawings", count, 1, MOST_DRAWINGS, whole=True))
-    seed = int(_number("seed", seed, 0, LARGEST_SEED, whole=True))
-    temperature = _number("temperature", temperature, 0, HOTTEST)
+    seed = int(_number("seed", seed, 0, _LARGEST_SEED, whole=True))
+    settings: SamplingSettings = {
+        "temperature": _number("temperature", temperature, 0, HOTTEST),
+        "seed": seed,
+        "top_k": None if top_k is None else int(_number("top-k", top_k, whole=True)),
+        "top_p": None if top_p is None else _number("top-p", top_p),
+    }
+    require_sampling_settings(**settings)
     start, side, n = time.monotonic(), model.config.resolution, len(known)
     everything = torch.ones(1, n, dtype=torch.bool)
     first = _shown(model, tokens, everything, ["original"]) if original else []
     captions = [f"drawing {number + 1}" for number in range(count)]
     batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
     yield [first + _shown(model, batch, settled, captions), "Starting ..."]
-    for state in generate(model, batch, known, temperature=temperature, seed=seed):
+    for state in generate(model, batch, known, **settings):
         batch, settled = state.tokens.cpu(), state.known.cpu()
         whole = settled.all(dim=0).view(side, side).all(dim=1)
         if whole.all():

@@ -20,3 +20,5 @@ EXAMPLES, CHOOSE = _read("examples.html"), _read("choose_example.js")
 VIEW, PAINT = _read("view.html"), _read("paint.js")
 # Hide the rows below the slider.
 KEEP_ROWS = _read("keep_rows.js")
+# A random seed.
+NEW_SEED = "() => crypto.getRandomValues(new Uint32Array(1))[0]"

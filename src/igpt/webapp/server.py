@@ -29,7 +29,6 @@ from igpt.webapp.guard import Guard, names_of
 from igpt.webapp.handlers import (
     GONE,
     HOTTEST,
-    LARGEST_SEED,
     MOST_DRAWINGS,
     classes,
     classifier_of,
@@ -151,7 +150,18 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
 
         yield from _with_errors(answers(), nothing)
 
-    def completions(file: str | None, rows: int, seen: Any, *settings: Any) -> Iterator[list[Any]]:
+    def completions(
+        file: str | None,
+        rows: int,
+        seen: Any,
+        count: Any,
+        temperature: Any,
+        seed: Any,
+        top_k: Any = None,
+        top_p: Any = None,
+    ) -> Iterator[list[Any]]:
+        settings = (count, temperature, seed, top_k, top_p)
+
         def answers() -> Iterator[list[Any]]:
             if file is None:
                 raise InputError("choose an image first")
@@ -162,7 +172,10 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
 
         yield from _with_errors(answers(), lambda said: [gr.skip(), said])
 
-    def samples(*settings: Any) -> Iterator[list[Any]]:
+    def samples(
+        count: Any, temperature: Any, seed: Any, top_k: Any = None, top_p: Any = None
+    ) -> Iterator[list[Any]]:
+        settings = (count, temperature, seed, top_k, top_p)
         nothing = torch.zeros(1, config.n_pixels, dtype=torch.long)
         answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
         yield from _with_errors(answers, lambda said: [gr.skip(), said])
@@ -206,10 +219,15 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                 temperature = gr.Slider(
                     0, HOTTEST, 1, step=0.05, label="Temperature", info=info, min_width=130
                 )
-            info = "The same seed and settings give the same drawings."
-            seed = gr.Number(
-                0, precision=0, minimum=0, maximum=LARGEST_SEED, label="Seed", info=info
-            )
+            with gr.Row():
+                info = "Only the k likeliest colours; empty: all."
+                top_k = gr.Number(None, label="Top-k", info=info, min_width=130)
+                info = "Only the likeliest colours that reach this probability; empty: all."
+                top_p = gr.Number(None, step=0.05, label="Top-p", info=info, min_width=130)
+            with gr.Row(equal_height=False, elem_classes="igpt-seed"):
+                info = "The same seed and settings give the same drawings."
+                seed = gr.Number(0, label="Seed", info=info, min_width=130)
+                seed_button = gr.Button("New seed", min_width=80, scale=0)
             with gr.Row():
                 complete_button = gr.Button("Complete", variant="primary", min_width=80)
                 sample_button = gr.Button("Sample", min_width=80, visible=scored)
@@ -232,7 +250,8 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         "concurrency_limit": _AT_ONCE,
         "show_progress": "hidden",
     }
-    settings, results = [count, temperature, seed], [drawn, words]
+    settings, results = [count, temperature, seed, top_k, top_p], [drawn, words]
+    seed_button.click(None, None, seed, js=markup.NEW_SEED, api_visibility="private")
     starts: list[tuple[Any, Any, list[Any], str]] = [
         (complete_button, completions, [file, rows, seen, *settings], "complete")
     ]
