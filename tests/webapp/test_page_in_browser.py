@@ -246,6 +246,13 @@ def test_only_painted_pixels_are_generated(visit: Visit, model: ImageGPT, photo:
     expect(page.get_by_text("6 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
     stroke(2, 6, 6)  # on a hidden one: shown again
     expect(page.get_by_text("5 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
+    keep_all, undo = (page.get_by_role("button", name=name) for name in ("Keep all", "Undo"))
+    for button, hidden in ((keep_all, 0), (undo, 5), (undo, 6), (undo, 0)):
+        button.click()
+        expect(page.get_by_text(f"{hidden} of 64 pixels")).to_be_visible(timeout=PATIENCE)
+    expect(undo).to_be_disabled()
+    stroke(2, 1, 5)
+    expect(page.get_by_text("5 of 64 pixels are hidden")).to_be_visible(timeout=PATIENCE)
     known = torch.ones(64, dtype=torch.bool)
     known[17:22] = False
     np.testing.assert_array_equal(pixels(canvas(page))[..., 3].ravel() == 255, known)

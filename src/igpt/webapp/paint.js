@@ -1,6 +1,10 @@
 const picture = new Image();
 const canvas = () => element.querySelector("canvas");
+const button = (name) => element.querySelector(`button[name=${name}]`);
 let hidden = [], stroke = null;
+// Earlier states of `hidden`. Of consecutive moves of the slider, only the state before the first is kept, and
+// none while nothing was painted: the slider itself can be moved back.
+let past = [], sliding = true;
 const show = () => {
     const side = picture.naturalWidth, pen = canvas().getContext("2d");
     canvas().width = canvas().height = side;
@@ -13,11 +17,20 @@ const show = () => {
     const count = hidden.filter((one) => one === "1").length;
     element.querySelector("figcaption").textContent =
         `${count} of ${hidden.length} pixels are hidden. Paint to hide more pixels, or on hidden ones to show them.`;
+    button("undo").disabled = !past.length;
+    button("keep").disabled = !count;
 };
 const take = () => {
     const view = props.value;
-    canvas().hidden = !view?.picture;
+    canvas().hidden = element.querySelector(".igpt-tools").hidden = !view?.picture;
     element.querySelector("figcaption").textContent = "";
+    if (!view?.picture || picture.src !== view.picture) {
+        past = [];
+        sliding = true;
+    } else if (hidden.join("") !== view.hidden) {
+        if (!sliding) past.push(hidden.join(""));
+        sliding = true;
+    }
     if (!view?.picture) return;
     hidden = [...view.hidden];
     picture.onload = show;
@@ -39,7 +52,7 @@ element.addEventListener("pointerdown", (event) => {
     event.preventDefault();
     const [x, y] = at(event), side = picture.naturalWidth;
     const within = (value) => Math.min(side - 1, Math.max(0, Math.floor(value)));
-    stroke = { mark: hidden[within(y) * side + within(x)] === "1" ? "0" : "1", x, y };
+    stroke = { mark: hidden[within(y) * side + within(x)] === "1" ? "0" : "1", before: hidden.join(""), x, y };
     canvas().setPointerCapture(event.pointerId);
     dab(x, y);
     show();
@@ -52,10 +65,24 @@ element.addEventListener("pointermove", (event) => {
     stroke = { ...stroke, x, y };
     show();
 });
-const lift = () => {
-    if (stroke) props.value = { ...props.value, hidden: hidden.join("") };
-    stroke = null;
+const put = (marks) => {
+    hidden = [...marks];
+    sliding = false;
+    props.value = { ...props.value, hidden: marks };
+    show();
 };
+const lift = () => {
+    if (!stroke) return;
+    past.push(stroke.before);
+    stroke = null;
+    put(hidden.join(""));
+};
+element.addEventListener("click", (event) => {
+    if (event.target === button("undo")) put(past.pop());
+    if (event.target !== button("keep")) return;
+    past.push(hidden.join(""));
+    put("0".repeat(hidden.length));
+});
 element.addEventListener("pointerup", lift);
 element.addEventListener("pointercancel", lift);
 watch("value", take);
