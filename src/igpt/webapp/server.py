@@ -261,6 +261,9 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
     for button, answer, inputs, name in starts:
         button.click(None, None, words, js=f"() => {_TURN!r}", api_visibility="private")
         work.append(button.click(answer, inputs, results, api_name=name, **queue))
+        # Gradio reports inputs that do not fit in a notification, before the work starts.
+        not_waiting = f"(said) => said === {_TURN!r} ? '' : said"
+        work[-1].failure(None, words, words, js=not_waiting, api_visibility="private")
     stopping = stop_button.click(None, cancels=work, api_visibility="private")
     stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
 
@@ -390,12 +393,15 @@ def serve(model: ImageGPT, host: str, port: int, run: Path | None = None, name: 
 def _with_errors(
     answers: Iterator[Any], on_page: Callable[[str], list[Any]]
 ) -> Iterator[list[Any]]:
-    """Yield answers; show a user error instead of them and in a notification, escaped for HTML."""
+    """Yield answers; show a user error instead of them, and report it to programs too.
+
+    Gradio's own notification of it is hidden: the message on the page stays.
+    """
     import gradio as gr
 
     try:
         yield from answers
     except InputError as error:
         said = html.escape(str(error), quote=False)
-        yield on_page(said[:1].upper() + said[1:] + ".")
-        raise gr.Error(said, print_exception=False) from None
+        yield on_page(f'<div class="igpt-error">{said[:1].upper()}{said[1:]}.</div>')
+        raise gr.Error(said, print_exception=False, visible=False) from None
