@@ -132,6 +132,7 @@ MODULES = [
     "webapp/markup",
     "webapp/guard",
     "webapp/about",
+    "webapp/downloads",
     "webapp/handlers",
     "webapp/server",
     "api",

@@ -15,6 +15,7 @@ import socket
 import struct
 import sys
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -88,9 +89,16 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def content(link: str, kind: str) -> io.BytesIO:
+    """Return the content of a data URI."""
+    head, _, encoded = link.partition(",")
+    assert head == f"data:{kind};base64"
+    return io.BytesIO(base64.b64decode(encoded))
+
+
 def small(shown: dict[str, Any]) -> NDArray[np.uint8]:
     """Return a picture of the page at the model's resolution."""
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(shown["picture"].partition(",")[2]))))
+    return np.asarray(Image.open(content(shown["picture"], "image/png")))
 
 
 def images_of(shown: list[dict[str, Any]]) -> NDArray[np.uint8]:
@@ -126,7 +134,9 @@ def test_score_shows_the_models_view_and_its_losses(
 def test_completions_keep_rows_and_depend_on_the_seed(
     client: Client, model: ImageGPT, photo: Path
 ) -> None:
-    shown, words = client.predict(handle_file(photo), 3, None, 2, 1.0, 5, api_name="/complete")
+    shown, words, archive = client.predict(
+        handle_file(photo), 3, None, 2, 1.0, 5, api_name="/complete"
+    )
     assert words.startswith("2 drawings, seed 5, in ")
     assert [picture["caption"] for picture in shown] == ["original", "drawing 1", "drawing 2"]
     tokens = tokens_of_files(model, [photo])
@@ -135,7 +145,15 @@ def test_completions_keep_rows_and_depend_on_the_seed(
     np.testing.assert_array_equal(images_of(shown), expected)
     np.testing.assert_array_equal(expected[:, :3], original[:, :3].repeat(3, 0))
     assert (expected[1] != expected[2]).any()
-    again, words = client.predict(handle_file(photo), 3, None, 1, 1.0, 5, api_name="/complete")
+    files = zipfile.ZipFile(content(archive, "application/zip"))
+    assert files.namelist() == ["original.png", "drawing 1.png", "drawing 2.png"]
+    for picture, name, pixels in zip(shown, files.namelist(), expected, strict=True):
+        download = content(picture["download"], "image/png")
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(download)), pixels.repeat(64, 0).repeat(64, 1)
+        )
+        assert files.read(name) == download.getvalue()
+    again, words, _ = client.predict(handle_file(photo), 3, None, 1, 1.0, 5, api_name="/complete")
     assert words.startswith("1 drawing, seed 5")
     np.testing.assert_array_equal(images_of(again), expected[:2])
 
@@ -145,7 +163,7 @@ def test_completions_keep_pixels_that_are_not_hidden(
 ) -> None:
     known = torch.from_numpy(np.random.default_rng(0).random(64) < 0.5)
     view = {"hidden": "".join("0" if one else "1" for one in known)}
-    shown, _ = client.predict(handle_file(photo), 3, view, 2, 1.0, 0, api_name="/complete")
+    shown, _, _ = client.predict(handle_file(photo), 3, view, 2, 1.0, 0, api_name="/complete")
     tokens = tokens_of_files(model, [photo])
     np.testing.assert_array_equal(
         images_of(shown)[1:], expected_images(model, tokens.repeat(2, 1), known)
@@ -156,14 +174,14 @@ def test_completions_keep_pixels_that_are_not_hidden(
 
 @pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}])
 def test_samples_are_the_models(client: Client, model: ImageGPT, limits: dict[str, Any]) -> None:
-    shown, _ = client.predict(2, 0.5, 3, api_name="/sample", **limits)
+    shown, _, _ = client.predict(2, 0.5, 3, api_name="/sample", **limits)
     nothing = torch.zeros(2, 64, dtype=torch.long)
     expected = expected_images(model, nothing, nothing[0] > 0, temperature=0.5, seed=3, **limits)
     np.testing.assert_array_equal(images_of(shown), expected)
 
 
 def test_keeping_all_rows_returns_the_image(client: Client, model: ImageGPT, photo: Path) -> None:
-    shown, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
+    shown, _, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
     np.testing.assert_array_equal(
         images_of(shown), decode_images(model, tokens_of_files(model, [photo])).repeat(2, 0)
     )
@@ -724,12 +742,12 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
         np.testing.assert_array_equal(small(seen), decode_images(model, tokens)[0])
         assert not words
         job = client.submit(handle_file(photo), 5, None, 2, 1.0, 0, api_name="/complete")
-        shown, _ = job.result()
+        shown, *_ = job.result()
         expected = expected_images(model, tokens.repeat(2, 1), torch.arange(64) < 40)
         np.testing.assert_array_equal(images_of(shown)[1:], expected)
         assert any(
             re.fullmatch(r"\d+% of the hidden pixels drawn \.\.\.", words)
-            for _, words in job.outputs()
+            for _, words, _ in job.outputs()
         )
 
 

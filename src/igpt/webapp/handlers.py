@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -30,15 +31,18 @@ from igpt.model.images import decode_images, tokens_of_split
 from igpt.model.match import palette_of, require_match
 from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
-from igpt.report.figures import encode
+from igpt.report.figures import data_uri, encode
 from igpt.sampling.grids import UNKNOWN
 from igpt.sampling.jobs import SamplingSettings, require_sampling_settings
 from igpt.sampling.sampler import generate
+from igpt.webapp.downloads import enlarged, zipped
 from igpt.webapp.guard import mark_used
 
-Shown = dict[str, str]  # {"caption", "picture"}, the latter a data URI
 # Hidden pixels are transparent, but of this colour where the images have transparent pixels too.
 UNKNOWN_COLOR = f"#{UNKNOWN:02x}{UNKNOWN:02x}{UNKNOWN:02x}"
+# {"caption", "picture", "download"}; the last two are data URIs, and unfinished pictures have no
+# download.
+Shown = dict[str, str]
 GONE = "the image was deleted because it was not used for a while; choose it again"
 # MPO: JPEG of cameras with two lenses
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM")
@@ -175,7 +179,10 @@ def drawings(
     *,
     original: bool,
 ) -> Iterator[list[Any]]:
-    """Generate the unknown pixels `count` times; yield the images so far and the progress.
+    """Generate the unknown pixels `count` times.
+
+    Yields the images so far, the progress, and a ZIP of all images, a data URI that is empty until
+    they are finished.
 
     Closing the iterator ends the work.
 
@@ -205,7 +212,7 @@ def drawings(
     first = _shown(model, tokens, everything, ["original"]) if original else []
     captions = [f"drawing {number + 1}" for number in range(count)]
     batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
-    yield [first + _shown(model, batch, settled, captions), "Starting ..."]
+    yield [first + _shown(model, batch, settled, captions), "Starting ...", ""]
     for state in generate(model, batch, known, **settings):
         batch, settled = state.tokens.cpu(), state.known.cpu()
         whole = settled.all(dim=0).view(side, side).all(dim=1)
@@ -215,10 +222,14 @@ def drawings(
             words = f"Row {int(whole.int().argmin()) + 1} of {side} ..."
         else:
             words = f"{float(settled[0, ~known].float().mean()):.0%} of the hidden pixels drawn ..."
-        yield [first + _shown(model, batch, settled, captions), words]
+        yield [first + _shown(model, batch, settled, captions), words, ""]
     many = "1 drawing" if count == 1 else f"{count} drawings"
     took = f"{many}, seed {seed}, in {time.monotonic() - start:.1f} s."
-    yield [first + _shown(model, batch, torch.ones_like(settled), captions), took]
+    images = decode_images(model, torch.cat([tokens, batch]) if original else batch)
+    pictures = dict(zip(["original"] * original + captions, images, strict=True))
+    archive = zipped({f"{caption}.png": enlarged(image) for caption, image in pictures.items()})
+    finished = [_finished(caption, image) for caption, image in pictures.items()]
+    yield [finished, took, data_uri(archive, "application/zip")]
 
 
 def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]) -> list[Shown]:
@@ -241,6 +252,15 @@ def _shown(model: ImageGPT, tokens: Tensor, settled: Tensor, captions: list[str]
     ]
 
 
+def _finished(caption: str, picture: NDArray[np.uint8]) -> Shown:
+    """Return a picture uint8 [R, R, 3] with a caption, and enlarged as a download."""
+    return {
+        "caption": caption,
+        "picture": encode(Image.fromarray(picture)),
+        "download": data_uri(enlarged(picture), "image/png"),
+    }
+
+
 @torch.inference_mode()
 def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
     """Return the losses of an image, tokens [1, n], as a picture and as text."""
@@ -252,7 +272,7 @@ def score(model: ImageGPT, tokens: Tensor) -> tuple[list[Shown], str]:
     # A palette of one colour has losses of 0.
     shares = (losses / (blind or 1)).clip(0, 1).reshape(model.config.resolution, -1)
     colors = (255 * colormaps["cividis"](shares)[..., :3]).round().astype(np.uint8)
-    return [{"caption": "loss of each pixel", "picture": encode(Image.fromarray(colors))}], (
+    return [_finished("loss of each pixel", colors)], (
         f"**{result['nats_per_pixel']:.4f} nats/pixel** ({result['bits_per_pixel']:.4f} "
         "bits/pixel) on average. Pixels that the model foresaw are dark blue (0 nats); yellow ones "
         f"cost {blind:.2f} nats or more, as much as a blind guess among {model.config.n_colors} "

@@ -12,8 +12,11 @@ def _read(name: str) -> str:
 
 
 STYLE = _read("style.css")
-# Images: a list of {"caption", "picture"}; the one captioned "original" has a frame.
+# Images: a list of {"caption", "picture", "download"}, the last one optional; the one captioned
+# "original" has a frame.
 PICTURES = _read("pictures.html")
+# A ZIP, or an empty string.
+ARCHIVE = _read("archive.html")
 # A list of images to choose from, and its script.
 EXAMPLES, CHOOSE = _read("examples.html"), _read("choose_example.js")
 # {"picture", "hidden"}: the image as the model sees it, and "1" for hidden pixels, "0" for others.

@@ -170,7 +170,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                 model, tokens, known_positions(model, rows, seen), *settings, original=True
             )
 
-        yield from _with_errors(answers(), lambda said: [gr.skip(), said])
+        yield from _with_errors(answers(), lambda said: [gr.skip(), said, gr.skip()])
 
     def samples(
         count: Any, temperature: Any, seed: Any, top_k: Any = None, top_p: Any = None
@@ -178,7 +178,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         settings = (count, temperature, seed, top_k, top_p)
         nothing = torch.zeros(1, config.n_pixels, dtype=torch.long)
         answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
-        yield from _with_errors(answers, lambda said: [gr.skip(), said])
+        yield from _with_errors(answers, lambda said: [gr.skip(), said, gr.skip()])
 
     plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
     still = {**plain, "js_on_load": None}
@@ -234,6 +234,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                 stop_button = gr.Button("Stop", min_width=80)
             words = gr.Markdown(elem_classes="igpt-words")
             drawn = gr.HTML([], html_template=markup.PICTURES, **still)
+            archive = gr.HTML("", html_template=markup.ARCHIVE, **still)
     looks = [seen, said, *[lost] * scored, *[label] * classified]
     looking = file.change(
         look, file, looks, api_name="score" if scored else "view", show_progress="hidden"
@@ -250,7 +251,8 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         "concurrency_limit": _AT_ONCE,
         "show_progress": "hidden",
     }
-    settings, results = [count, temperature, seed, top_k, top_p], [drawn, words]
+    settings = [count, temperature, seed, top_k, top_p]
+    results = [drawn, words, archive]
     seed_button.click(None, None, seed, js=markup.NEW_SEED, api_visibility="private")
     starts: list[tuple[Any, Any, list[Any], str]] = [
         (complete_button, completions, [file, rows, seen, *settings], "complete")
