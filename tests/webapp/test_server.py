@@ -28,7 +28,7 @@ import torch
 from gradio_client import Client, handle_file
 from gradio_client.exceptions import AppError
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from igpt.data.images.palette import Palette
@@ -43,7 +43,7 @@ from igpt.model.objectives import pixel_losses
 from igpt.model.transformer import ImageGPT
 from igpt.sampling.sampler import generate
 from igpt.webapp.guard import Guard, delete_unused, names_of
-from igpt.webapp.handlers import _webp_sides, require_moderate, write_examples
+from igpt.webapp.handlers import _webp_sides, crop, require_moderate, write_examples
 from igpt.webapp.server import build, start
 
 GREYS = Palette.from_centers(np.linspace(-1, 1, 17)[:, None].repeat(3, 1))
@@ -115,7 +115,7 @@ def expected_images(
 def test_score_shows_the_models_view_and_its_losses(
     client: Client, model: ImageGPT, photo: Path
 ) -> None:
-    seen, words, surprise = client.predict(handle_file(photo), api_name="/score")
+    seen, _, words, surprise = client.predict(handle_file(photo), api_name="/score")
     np.testing.assert_array_equal(
         small(seen), GREYS.inverse_transform(GREYS.transform(load_square(photo, 8)))
     )
@@ -129,6 +129,41 @@ def test_score_shows_the_models_view_and_its_losses(
     brightness = small(surprise[0]).astype(int).sum(axis=-1).reshape(-1)[np.argsort(losses)]
     assert (np.diff(brightness) >= 0).all()
     assert brightness[0] < brightness[-1]
+
+
+@pytest.mark.parametrize(
+    ("size", "turn", "seen", "said"),
+    [
+        ((40, 20), 1, (10, 0, 30, 20), "the part in the frame."),
+        ((40, 20), 6, (0, 10, 20, 30), "the part in the frame."),  # shown upright
+        ((20, 20), 1, (0, 0, 20, 20), "all of it."),
+        ((20, 4), 1, (6, 0, 14, 4), "the part in the frame, with a mirrored border."),
+        ((2, 10_000), 1, None, "the part in the frame, with a mirrored border."),
+        ((6000, 3000), 1, (1500, 0, 4500, 3000), "the part in the frame."),
+    ],
+)
+def test_the_part_of_an_upload_that_the_model_sees_is_framed(
+    model: ImageGPT,
+    size: tuple[int, int],
+    turn: int,
+    seen: tuple[int, int, int, int] | None,
+    said: str,
+    tmp_path: Path,
+) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    Image.new("RGB", size, "white").save(tmp_path / "photo.jpg", exif=exif, quality=95)
+    (shown,) = crop(model, str(tmp_path / "photo.jpg"))
+    assert shown["caption"] == f"Your image. The model sees {said}"
+    picture = small(shown)
+    assert max(picture.shape) <= 320
+    if seen is None:
+        return
+    scale = max(picture.shape) / max(size)
+    rows, columns = np.nonzero((picture == picture.max(axis=(0, 1))).all(axis=2))
+    left, top, right, bottom = (round(edge * scale) for edge in seen)
+    assert (columns.min(), rows.min()) == (left + 2, top + 2)  # within the frame
+    assert (columns.max(), rows.max()) == (right - 3, bottom - 3)
 
 
 def test_completions_keep_rows_and_depend_on_the_seed(
@@ -713,7 +748,7 @@ def test_an_upload_in_use_outlives_newer_ones(client: Client, photo: Path, tmp_p
 
 
 def test_no_image_shows_nothing(client: Client) -> None:
-    assert client.predict(None, api_name="/score") == (None, "", [])
+    assert client.predict(None, api_name="/score") == (None, [], "", [])
 
 
 def test_page_requests_nothing_from_other_machines(client: Client) -> None:
@@ -738,7 +773,7 @@ def test_bert_model_completes_and_has_no_likelihood(photo: Path, tmp_path: Path)
             "/complete",
         }
         tokens = tokens_of_files(model, [photo])
-        seen, words = client.predict(handle_file(photo), api_name="/view")
+        seen, _, words = client.predict(handle_file(photo), api_name="/view")
         np.testing.assert_array_equal(small(seen), decode_images(model, tokens)[0])
         assert not words
         job = client.submit(handle_file(photo), 5, None, 2, 1.0, 0, api_name="/complete")

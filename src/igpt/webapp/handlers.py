@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from igpt.config import read_settings
-from igpt.data.images.decode import open_image
+from igpt.data.images.decode import load, open_image, to_rgb
 from igpt.data.images.photographs import photographs
 from igpt.data.images.transform import Transform
 from igpt.data.tokens.dataset import TokenDataset
@@ -50,6 +50,9 @@ _MOST_PIXELS = 50_000_000
 _TOO_MANY = "the 50 million that the page reads; make it smaller first"
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 _EXAMPLES = 8
+_PREVIEW = 320  # pixels of the longer side of an upload on the page
+_FADED = 0.65  # share of grey outside the part of an upload that the model sees
+_FRAME = (37, 99, 235)  # blue, as the page's buttons
 MOST_DRAWINGS, HOTTEST = 8, 2
 _LARGEST_SEED = 2**53  # JavaScript's whole numbers are exact up to it
 
@@ -58,8 +61,56 @@ def read(model: ImageGPT, file: str) -> Tensor:
     """Return an uploaded image at the model's resolution and in its palette: tokens [1, n].
 
     Raises:
-        InputError: it was deleted, is in a format that the page does not read, has too many pixels,
-            or does not decode.
+        InputError: see `_encoded`; or the image does not decode.
+    """
+    palette = palette_of(model)
+    square = Transform(model.config.resolution, alpha=palette.transparent)(_encoded(file))
+    return torch.from_numpy(palette.transform(square).reshape(1, -1).astype(np.int64))
+
+
+def crop(model: ImageGPT, file: str) -> list[Shown]:
+    """Return an uploaded image, upright, with a frame around the part that the model sees.
+
+    Raises:
+        InputError: see `read`.
+    """
+    size, encoded = model.config.resolution, _encoded(file)
+    opened, reduction = open_image(encoded), 1
+    if opened.format == "JPEG":  # its decoder reduces large images
+        while reduction < 8 and min(opened.size) >= 2 * reduction * max(_PREVIEW, size):
+            reduction *= 2
+    rgb = to_rgb(load(opened, reduction))
+    width, height = (reduction * side for side in rgb.size)
+    part = Transform(size).centre(width, height)
+    shown = fitted(rgb, _PREVIEW)
+    scale = shown.width / width, shown.height / height
+    left, top, right, bottom = (round(edge * scale[index % 2]) for index, edge in enumerate(part))
+    right, bottom = max(right, left + 1), max(bottom, top + 1)  # of extremely narrow images
+    faded = Image.blend(shown, Image.new("RGB", shown.size, "grey"), _FADED)
+    faded.paste(shown.crop((left, top, right, bottom)), (left, top))
+    ImageDraw.Draw(faded).rectangle((left, top, right - 1, bottom - 1), outline=_FRAME, width=2)
+    seen = "all of it" if part == (0, 0, width, height) else "the part in the frame"
+    bordered = ", with a mirrored border" if min(width, height) < size else ""
+    caption = f"Your image. The model sees {seen}{bordered}."
+    return [{"caption": caption, "picture": encode(faded)}]
+
+
+def fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Return a picture reduced to `side` pixels, or enlarged to about it by whole factors."""
+    factor = max(1, side // max(picture.size))
+    shown = picture.resize(
+        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
+    )
+    shown.thumbnail((side, side))
+    return shown
+
+
+def _encoded(file: str) -> bytes:
+    """Return the content of an uploaded image.
+
+    Raises:
+        InputError: it was deleted, is in a format that the page does not read, or has too many
+            pixels.
     """
     path = Path(file)
     mark_used(path)
@@ -68,9 +119,7 @@ def read(model: ImageGPT, file: str) -> Tensor:
     except FileNotFoundError:
         raise InputError(GONE) from None
     require_moderate(encoded)
-    palette = palette_of(model)
-    square = Transform(model.config.resolution, alpha=palette.transparent)(encoded)
-    return torch.from_numpy(palette.transform(square).reshape(1, -1).astype(np.int64))
+    return encoded
 
 
 def require_moderate(encoded: bytes) -> None:

@@ -19,6 +19,8 @@ PICTURES = _read("pictures.html")
 ARCHIVE = _read("archive.html")
 # A list of images to choose from, and its script.
 EXAMPLES, CHOOSE = _read("examples.html"), _read("choose_example.js")
+# The upload: a list of one {"caption", "picture"}, or of none.
+UPLOAD = _read("upload.html")
 # {"picture", "hidden"}: the image as the model sees it, and "1" for hidden pixels, "0" for others.
 VIEW, PAINT = _read("view.html"), _read("paint.js")
 # Hide the rows below the slider.

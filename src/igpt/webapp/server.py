@@ -32,7 +32,9 @@ from igpt.webapp.handlers import (
     MOST_DRAWINGS,
     classes,
     classifier_of,
+    crop,
     drawings,
+    fitted,
     known_positions,
     read,
     score,
@@ -143,10 +145,10 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                 tokens = read(model, file)
                 losses, said = score(model, tokens) if scored else ([], "")
                 ranked = [classes(model, tokens, classifier)] if classified else []
-                yield [view(model, tokens), said, *[losses] * scored, *ranked]
+                yield [view(model, tokens), crop(model, file), said, *[losses] * scored, *ranked]
 
         def nothing(said: str) -> list[Any]:
-            return [None, said, *[[]] * scored, *[None] * classified]
+            return [None, [], said, *[[]] * scored, *[None] * classified]
 
         yield from _with_errors(answers(), nothing)
 
@@ -194,6 +196,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         with gr.Column(min_width=300):
             file = gr.File(label=f"Image, at most {_UPLOAD} MB", file_types=["image"], height=140)
             _examples(model, run, file)
+            uploaded = gr.HTML([], html_template=markup.UPLOAD, **still)
             rows = gr.Slider(
                 0,
                 config.resolution,
@@ -235,7 +238,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
             words = gr.Markdown(elem_classes="igpt-words")
             drawn = gr.HTML([], html_template=markup.PICTURES, **still)
             archive = gr.HTML("", html_template=markup.ARCHIVE, **still)
-    looks = [seen, said, *[lost] * scored, *[label] * classified]
+    looks = [seen, uploaded, said, *[lost] * scored, *[label] * classified]
     looking = file.change(
         look, file, looks, api_name="score" if scored else "view", show_progress="hidden"
     )
@@ -284,7 +287,7 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
         paths = write_examples(model, run, Path(folder.name))
     if not paths:
         return
-    shown = [encode(_thumbnail(Image.open(path))) for path in paths]
+    shown = [encode(fitted(Image.open(path), _THUMBNAIL)) for path in paths]
 
     def choose(event: gr.EventData) -> str:
         try:
@@ -299,16 +302,6 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
         shown, html_template=markup.EXAMPLES, js_on_load=markup.CHOOSE, apply_default_css=False
     )
     examples.select(choose, None, file, show_progress="hidden", api_visibility="private")
-
-
-def _thumbnail(picture: Image.Image) -> Image.Image:
-    """Return a picture reduced to `_THUMBNAIL` pixels, or enlarged to about it by whole factors."""
-    factor = max(1, _THUMBNAIL // picture.width)
-    shown = picture.resize(
-        (factor * picture.width, factor * picture.height), Image.Resampling.NEAREST
-    )
-    shown.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    return shown
 
 
 def start(

@@ -108,6 +108,24 @@ class Transform:
         frames = 0 if opened is image else further_frames(opened)
         return Squares(pixels, level, frames)
 
+    def centre(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return the part of an upright image that is used without `views`.
+
+        It is the centre square, or what remains of it in images that are smaller than the model's
+        and are padded.
+
+        Args:
+            width, height: of the image, in pixels.
+
+        Returns:
+            Its left, top, right and bottom edge.
+        """
+        across = down = min(width, height)
+        if across < self.size and self.enlarge == "pad":
+            across, down = min(width, self.size), min(height, self.size)
+        left, top = (width - across) // 2, (height - down) // 2
+        return left, top, left + across, top + down
+
     def _pixels(self, image: Any, opened: Image.Image, seed: tuple[int, ...]) -> NDArray[np.uint8]:
         # The caller's own image is not reduced: it may be decoded already, or used again.
         reducible = (
@@ -146,7 +164,8 @@ class Transform:
     def _boxes(self, width: int, height: int, seed: tuple[int, ...]) -> list[Box]:
         shorter = min(width, height)
         if not self.views:
-            return [Box((width - shorter) // 2, (height - shorter) // 2, shorter)]
+            left, top, *_ = self.centre(width, height)
+            return [Box(left, top, shorter)]
         generator = np.random.default_rng(seed)
         boxes = []
         for _ in range(self.views):
@@ -184,17 +203,14 @@ class Transform:
         return _area_average(image, box, self.size, reduction)
 
     def _small(self, image: Image.Image) -> NDArray[np.uint8]:
-        side = min(image.size)
-        if self.enlarge != "pad" and side < self.size:
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            return np.asarray(square.resize((self.size, self.size), _PILLOW[self.enlarge]))
-        width, height = min(image.width, self.size), min(image.height, self.size)
-        left, top = (image.width - width) // 2, (image.height - height) // 2
-        pixels = np.asarray(image.crop((left, top, left + width, top + height)))
-        missing = [(self.size - have) for have in (height, width)]
+        part = image.crop(self.centre(*image.size))
+        if self.enlarge != "pad" and min(image.size) < self.size:
+            return np.asarray(part.resize((self.size, self.size), _PILLOW[self.enlarge]))
+        missing = [self.size - have for have in (part.height, part.width)]
         return np.pad(
-            pixels, [*((gap // 2, gap - gap // 2) for gap in missing), (0, 0)], mode="reflect"
+            np.asarray(part),
+            [*((gap // 2, gap - gap // 2) for gap in missing), (0, 0)],
+            mode="reflect",
         )
 
 
