@@ -253,7 +253,8 @@ def drawings(
         "temperature": _number("temperature", temperature, 0, HOTTEST),
         "seed": seed,
         "top_k": None if top_k is None else int(_number("top-k", top_k, whole=True)),
-        "top_p": None if top_p is None else _number("top-p", top_p),
+        # Not 1: the sum of all probabilities may be rounded to less, or reach 1 too early.
+        "top_p": None if top_p in (None, 1) else _number("top-p", top_p),
     }
     require_sampling_settings(**settings)
     start, side, n = time.monotonic(), model.config.resolution, len(known)

@@ -20,6 +20,7 @@ from PIL import Image
 
 from igpt.errors import InputError
 from igpt.interrupts import Terminated
+from igpt.model.cost import count_parameters
 from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
@@ -184,10 +185,11 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
 
     plain: dict[str, Any] = {"apply_default_css": False, "padding": False}
     still = {**plain, "js_on_load": None}
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    size = count_parameters(config)
+    parameters = f"{size / 1e6:.1f} million" if size >= 1e6 else f"{size:,}"
     named = f" with {html.escape(name, quote=False)}" if name else ""
     gr.Markdown(
-        f"# Completing images{named}\n{millions:.1f} million parameters, trained to predict "
+        f"# Completing images{named}\n{parameters} parameters, trained to predict "
         f"{config.trained_as.predicts}, in images of {config.resolution} by "
         f"{config.resolution} pixels and {config.n_colors} colours. Choose an image: its middle "
         "square is brought to that size, and the model draws the pixels that you hide."
@@ -196,7 +198,9 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         with gr.Column(min_width=300):
             file = gr.File(label=f"Image, at most {_UPLOAD} MB", file_types=["image"], height=140)
             _examples(model, run, file)
-            uploaded = gr.HTML([], html_template=markup.UPLOAD, **still)
+            uploaded = gr.HTML(
+                [], html_template=markup.UPLOAD, elem_classes="igpt-uploaded", **still
+            )
             rows = gr.Slider(
                 0,
                 config.resolution,
@@ -223,14 +227,16 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                     0, HOTTEST, 1, step=0.05, label="Temperature", info=info, min_width=130
                 )
             with gr.Row():
-                info = "Only the k likeliest colours; empty: all."
-                top_k = gr.Number(None, label="Top-k", info=info, min_width=130)
-                info = "Only the likeliest colours that reach this probability; empty: all."
-                top_p = gr.Number(None, step=0.05, label="Top-p", info=info, min_width=130)
+                # Gradio shows an empty field as 0, so the values that limit nothing are shown.
+                colors = config.n_colors
+                info = f"Only the k likeliest colours; {colors}: all."
+                top_k = gr.Number(colors, label="Top-k", info=info, min_width=130)
+                info = "Only the likeliest colours that reach this probability; 1: all."
+                top_p = gr.Number(1, step=0.05, label="Top-p", info=info, min_width=130)
             with gr.Row(equal_height=False, elem_classes="igpt-seed"):
                 info = "The same seed and settings give the same drawings."
                 seed = gr.Number(0, label="Seed", info=info, min_width=130)
-                seed_button = gr.Button("New seed", min_width=80, scale=0)
+                seed_button = gr.Button("New seed", min_width=130, scale=0)
             with gr.Row():
                 complete_button = gr.Button("Complete", variant="primary", min_width=80)
                 sample_button = gr.Button("Sample", min_width=80, visible=scored)
@@ -242,13 +248,9 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
     looking = file.change(
         look, file, looks, api_name="score" if scored else "view", show_progress="hidden"
     )
-    keeping: dict[str, Any] = {
-        "js": markup.KEEP_ROWS,
-        "show_progress": "hidden",
-        "api_visibility": "private",
-    }
-    looking.success(None, [rows, seen], seen, **keeping)
-    rows.change(None, [rows, seen], seen, **keeping)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    looking.success(None, [rows, seen], seen, js=markup.KEEP_ROWS, **quiet)
+    rows.change(None, [rows, seen], seen, js=markup.KEEP_ROWS, **quiet)
     queue: dict[str, Any] = {
         "concurrency_id": "drawing",
         "concurrency_limit": _AT_ONCE,
@@ -256,7 +258,8 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
     }
     settings = [count, temperature, seed, top_k, top_p]
     results = [drawn, words, archive]
-    seed_button.click(None, None, seed, js=markup.NEW_SEED, api_visibility="private")
+    seed_button.click(None, None, seed, js=markup.NEW_SEED, **quiet)
+    file.change(None, None, words, js="() => ''", **quiet)
     starts: list[tuple[Any, Any, list[Any], str]] = [
         (complete_button, completions, [file, rows, seen, *settings], "complete")
     ]
@@ -264,11 +267,11 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         starts.append((sample_button, samples, settings, "sample"))
     work = []
     for button, answer, inputs, name in starts:
-        button.click(None, None, words, js=f"() => {_TURN!r}", api_visibility="private")
+        button.click(None, None, words, js=f"() => {_TURN!r}", **quiet)
         work.append(button.click(answer, inputs, results, api_name=name, **queue))
         # Gradio reports inputs that do not fit in a notification, before the work starts.
         not_waiting = f"(said) => said === {_TURN!r} ? '' : said"
-        work[-1].failure(None, words, words, js=not_waiting, api_visibility="private")
+        work[-1].failure(None, words, words, js=not_waiting, **quiet)
     stopping = stop_button.click(None, cancels=work, api_visibility="private")
     stopping.then(lambda: "Stopped.", None, words, queue=False, api_visibility="private")
 
