@@ -3,6 +3,7 @@ together, or leave."""
 
 import shutil
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,7 @@ def visit(desktop: BrowserContext, address: str) -> Iterator[Visit]:
     errors: list[str] = []
     pages = []
 
-    def come(context: BrowserContext = desktop) -> Page:
+    def come(context: BrowserContext = desktop, address: str = address) -> Page:
         page = context.new_page()
         pages.append(page)
         page.set_default_timeout(PATIENCE)
@@ -225,6 +226,21 @@ def test_completions_appear_row_by_row_beside_the_original(
     ):
         np.testing.assert_array_equal(canvas_of(page, caption)[..., :3], picture)
         assert (canvas_of(page, caption)[..., 3] == 255).all()
+
+
+def test_drawings_are_downloaded_enlarged(visit: Visit, photo: Path) -> None:
+    page = visit()
+    upload_and_see(page, photo)
+    complete(page)
+    say(page, "4 drawings")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="Download all (ZIP)").click()
+    assert download.value.suggested_filename == "drawings.zip"
+    with zipfile.ZipFile(download.value.path()) as files:
+        assert len(files.namelist()) == 5
+        with files.open("drawing 4.png") as file:
+            large = np.asarray(Image.open(file))
+    np.testing.assert_array_equal(large[::64, ::64], canvas_of(page, "drawing 4")[..., :3])
 
 
 def test_only_painted_pixels_are_generated(visit: Visit, model: ImageGPT, photo: Path) -> None:
@@ -350,6 +366,27 @@ def test_the_run_is_described(visit: Visit) -> None:
             )
             > 100
         )
+
+
+def test_the_card_of_a_model_without_a_run_is_shown(
+    visit: Visit, model: ImageGPT, photo: Path, tmp_path: Path
+) -> None:
+    shutil.copy(photo, tmp_path / "samples.png")
+    (tmp_path / "README.md").write_text(
+        "---\nlicense: other\n---\n\n# photos\n\nOf $1 to $2.\n\n![Samples](samples.png)\n"
+    )
+    served = start(model, LOOPBACK, 0, name="photos", card=tmp_path / "README.md")
+    try:
+        page = visit(address=served.local_url)
+        page.get_by_role("tab", name="About this model").click()
+        expect(page.get_by_role("heading", name="photos", exact=True)).to_be_visible()
+        expect(page.get_by_text("Of $1 to $2.")).to_be_visible()
+        expect(page.get_by_text("license")).to_have_count(0)
+        picture = page.get_by_role("img", name="Samples")
+        decoded = "async (image) => { await image.decode(); return image.naturalWidth; }"
+        assert picture.evaluate(decoded) == 44
+    finally:
+        served.close(verbose=False)
 
 
 def test_page_fits_a_phone(visit: Visit, browser: Browser, photo: Path) -> None:

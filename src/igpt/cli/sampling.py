@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field
 
 from igpt.api import load_model
-from igpt.builtin_models import DEFAULT_MODEL, NAMES
+from igpt.builtin_models import CARD, DEFAULT_MODEL, NAMES, find_builtin
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.model.locate import model_and_run
@@ -230,4 +230,6 @@ class App(Options):
         run = home if path == home / "model" else None
         folder = run or path
         name = folder.resolve().name if folder.is_dir() else str(path)
-        serve(load_model(path), self.host, self.port, run, name)
+        builtin = find_builtin(path)
+        card = builtin / CARD if builtin else None
+        serve(load_model(path), self.host, self.port, run, name, card)

@@ -25,7 +25,7 @@ from igpt.model.match import palette_of
 from igpt.model.transformer import ImageGPT
 from igpt.report.figures import encode
 from igpt.webapp import markup
-from igpt.webapp.about import about
+from igpt.webapp.about import about, about_card
 from igpt.webapp.guard import Guard, names_of
 from igpt.webapp.handlers import (
     GONE,
@@ -59,7 +59,9 @@ _MB = 1 << 20
 _THUMBNAIL = 88  # pixels of an example: twice its size on the page, for sharp screens
 
 
-def build(model: ImageGPT, run: Path | None = None, name: str = "") -> "gr.Blocks":
+def build(
+    model: ImageGPT, run: Path | None = None, name: str = "", card: Path | None = None
+) -> "gr.Blocks":
     """Return the page, not served yet.
 
     Endpoints: `complete`, `score`, `sample`; with a BERT model `complete` and `view`.
@@ -68,6 +70,7 @@ def build(model: ImageGPT, run: Path | None = None, name: str = "") -> "gr.Block
         run: the model's run directory, which the page describes; its test images are the examples.
             Without a run, `photographs` are.
         name: of the model, for the title and the heading.
+        card: of a model without a run, Markdown with pictures next to it, which the page shows.
 
     Raises:
         InputError: the model has no palette, gradio is not installed, or a file of the run is
@@ -78,8 +81,14 @@ def build(model: ImageGPT, run: Path | None = None, name: str = "") -> "gr.Block
     import gradio as gr
 
     palette_of(model)
-    story = about(run) if run is not None and (run / "metrics.jsonl").is_file() else None
     _upload_folder()  # Gradio reads it when the components of a page are created
+    story: gr.HTML | gr.Markdown | None = None
+    if run is not None and (run / "metrics.jsonl").is_file():
+        story = gr.HTML(about(run), apply_default_css=False, render=False)
+    elif card is not None:
+        story = gr.Markdown(
+            about_card(card), latex_delimiters=[], elem_classes="igpt-card", render=False
+        )
     page = _page(
         title=f"{name} - igpt" if name else "igpt",
         analytics_enabled=False,
@@ -92,7 +101,7 @@ def build(model: ImageGPT, run: Path | None = None, name: str = "") -> "gr.Block
             with gr.Tab("Draw"):
                 _workbench(model, run, name)
             with gr.Tab("About this model"):
-                gr.HTML(story, apply_default_css=False)
+                story.render()
     page.queue(max_size=_WAITING)
     return page
 
@@ -308,14 +317,19 @@ def _examples(model: ImageGPT, run: Path | None, file: Any) -> None:
 
 
 def start(
-    model: ImageGPT, host: str, port: int, run: Path | None = None, name: str = ""
+    model: ImageGPT,
+    host: str,
+    port: int,
+    run: Path | None = None,
+    name: str = "",
+    card: Path | None = None,
 ) -> "gr.Blocks":
     """Serve the page at host:port and return it; its `close()` ends it.
 
     Raises:
         InputError: the port is in use, nothing can listen at this address, or see `build`.
     """
-    page = build(model, run, name)
+    page = build(model, run, name, card)
     import gradio as gr
     from starlette.middleware import Middleware
 
@@ -368,14 +382,21 @@ def start(
     return page
 
 
-def serve(model: ImageGPT, host: str, port: int, run: Path | None = None, name: str = "") -> None:
-    """Serve the page at host:port until Ctrl-C.
+def serve(
+    model: ImageGPT,
+    host: str,
+    port: int,
+    run: Path | None = None,
+    name: str = "",
+    card: Path | None = None,
+) -> None:
+    """Serve the page at host:port until Ctrl-C; see `build`.
 
     Raises:
         InputError: see `start`.
         Terminated: on SIGTERM.
     """
-    page = start(model, host, port, run, name)
+    page = start(model, host, port, run, name, card)
     try:
         print(f"{page.local_url} shows the page; Ctrl-C ends it", flush=True)
         while True:
