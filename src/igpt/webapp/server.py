@@ -101,7 +101,7 @@ def build(
             with gr.Tab("Draw"):
                 _workbench(model, run, name)
             with gr.Tab("About this model"):
-                story.render()
+                story.render()  # type: ignore[no-untyped-call]
     page.queue(max_size=_WAITING)
     return page
 
