@@ -40,7 +40,7 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("run", type=Path, help="a finished run of igpt pretrain")
     parser.add_argument("tokens", type=Path, help="its token data set")
     parser.add_argument("labelled", type=Path, help="a token data set with labels, to probe")
-    parser.add_argument("--limit", default=10_000, help="test images to score")
+    parser.add_argument("--limit", default=10_000, help="test images to score and to probe")
     parser.add_argument("--fitted", default=20_000, help="images of a split to fit a probe to")
     options = parser.parse_args(words)
     out = options.run.with_name(options.run.name + "-packaged")
@@ -60,7 +60,8 @@ def main(words: list[str] | None = None) -> None:
     if not (out / f"score-{PHOTOGRAPHS}.json").exists():
         run("score", out, folder)
     if not (out / "probe.json").exists():
-        run("probe", out, options.labelled, "--limit", options.fitted, "--knn", 20)
+        limits = ("--limit", options.fitted, "--test-images", options.limit)
+        run("probe", out, options.labelled, *limits, "--knn", 20, "--precision", "bf16")
     if not (out / "samples.png").exists():
         run("sample", out, "--count", 32)
     if not (out / "completions.png").exists():
