@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from igpt.builtin_models import NAMES
-from igpt.config import flags
+from igpt.config import flags, read_settings
 from igpt.errors import InputError
 from igpt.evaluation.results import (
     best_row,
@@ -363,8 +363,19 @@ def _commands(run: Run) -> list[str]:
     settings = FinetuneConfig if run.finetuned else PretrainConfig
     words = ["finetune", "MODEL", "TOKENS"] if run.finetuned else ["pretrain", "TOKENS"]
     left_out = {"model", "tokens", "log_every", *settings.changeable}
-    trained = {name: value for name, value in run.config.items() if name not in left_out}
-    return [*found, shlex.join(["igpt", *words, "-o", "RUN", *flags(settings, _short(trained))])]
+
+    def words_of(config: Mapping[str, Any]) -> list[str]:
+        trained = {name: value for name, value in config.items() if name not in left_out}
+        return flags(settings, _short(trained))
+
+    config = dict(run.config)
+    if start := config.get("from_model"):
+        before = Path(start).parent / "config.yaml"
+        if before.is_file():  # of the run that trained the model to start from
+            first = words_of(read_settings(before))
+            found.append(shlex.join(["igpt", *words, "-o", "START", *first]))
+            config["from_model"] = "START"
+    return [*found, shlex.join(["igpt", *words, "-o", "RUN", *words_of(config)])]
 
 
 def _short(values: Mapping[str, Any]) -> dict[str, Any]:
