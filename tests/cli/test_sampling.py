@@ -151,7 +151,6 @@ def test_inputs_that_are_not_images_are_one_line(
             "huge.png has 1,000,000,000,000 bytes; images of up to 2,147,483,648 are read",
         ),
         (tmp_path / "none.png", "no such file"),
-        (tmp_path, "is a folder"),
     ):
         assert said in refusal(igpt("complete", short_run, path, "-o", tmp_path / "out.png"))
         assert said in refusal(igpt("classify", short_run, path))
