@@ -19,6 +19,7 @@ from igpt.evaluation.features import (
     ConcatenatedColumns,
     ConcatenatedRows,
     Masking,
+    Pixels,
     pooled,
     stored,
 )
@@ -171,3 +172,10 @@ def test_concatenated_and_stacked_features_read_as_one_array(tmp_path: Path) -> 
     some = np.array([69, 0, 49, 50])
     for rows in (slice(0, 10), slice(45, 60), slice(64, 999), some):
         np.testing.assert_array_equal(stacked[rows], whole[rows])
+
+
+def test_no_rows_of_pixels_keep_their_width(digits: TokenDataset) -> None:
+    """Joined rows of two splits read none of one of them where a block lies in the other."""
+    pixels = Pixels(digits["train"], digits.palette, 64)
+    assert pixels[np.array([], dtype=np.int64)].shape == (0, 192)
+    assert pixels[:3].shape == (3, 192)

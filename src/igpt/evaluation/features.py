@@ -187,7 +187,8 @@ class Pixels:
 
     def __getitem__(self, rows: Any) -> NDArray[np.float32]:
         wanted = np.arange(*rows.indices(len(self))) if isinstance(rows, slice) else rows
-        return self.palette.centers_[self.split.rows(wanted)].reshape(len(wanted), -1)
+        colors = self.palette.centers_[self.split.rows(wanted)]
+        return colors.reshape(len(wanted), 3 * self.positions)  # there may be no rows
 
 
 class Rows(Protocol):
