@@ -273,7 +273,10 @@ def test_the_web_page_shows_hidden_pixels_in_grey(model: Path, tokens: TokenData
     seen = view(loaded, rows)
     assert seen["unknown"] == "#e0e0e0"
     known = torch.arange(64) < 32
-    first, *_, last = (shown for shown, _ in drawings(loaded, rows, known, 1, 1, 0, original=False))
+    settings = (1, 1, 0, len(loaded.palette), 1)
+    first, *_, last = (
+        shown for shown, *_ in drawings(loaded, rows, known, *settings, original=False)
+    )
 
     def pixels(picture: str) -> NDArray[np.uint8]:
         with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as image:

@@ -561,6 +561,7 @@ FILES = {
     "classify": ["classify", "m", "a.png"],
     "probe": ["probe", "m", "t"],
     "score": ["score", "m", "s"],
+    "report": ["report", "a", "b"],
     "features": ["features", "m", "s"],
     "sample": ["sample", "m"],
     "complete": ["complete", "m", "a.png"],

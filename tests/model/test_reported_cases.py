@@ -59,7 +59,7 @@ def test_a_mask_hides_the_painted_pixels(
     assert done.returncode == 0, done.stderr
     assert f"{64 - expected.sum()} of 64 pixels, by {mask}" in done.stdout
     assert json.loads(out.with_suffix(".json").read_text())["kept_pixels"] == 64 - expected.sum()
-    cells = np.asarray(Image.open(out))[2:66, 2:].reshape(64, -1, 3)
+    cells = np.asarray(Image.open(out))[-66:-2, 2:].reshape(64, -1, 3)
     original, kept, completed = (cells[::8, first : first + 64 : 8] for first in (0, 66, 132))
     assert (kept[expected] == 224).all()
     np.testing.assert_array_equal(kept[~expected], original[~expected])

@@ -376,7 +376,7 @@ def test_invalid_rates_are_refused(
             ["--learning-rates", "1e-3", "--learning-rate", "1e-3"],
             "give either one --learning-rate or several",
         ),
-        (["--learning-rates"], "give either one --learning-rate or several"),
+        (["--learning-rates"], "--learning-rates: expected at least one argument"),
     ):
         done = igpt(*words, *more)
         assert done.returncode == 2

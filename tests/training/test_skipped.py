@@ -110,7 +110,7 @@ def train(
     def batches(step: int) -> Batch:
         return batch(step, objective if step + 1 in troubles else FINE)
 
-    checked = Validation("loss", troubled, 4, lambda first, last: batch(100))
+    checked = Validation("loss", str, troubled, 4, lambda first, last: batch(100))
     run.mkdir(exist_ok=True)
     return Trainer(engine, batches, checked, run, warmup=0).train(resume=resume)
 

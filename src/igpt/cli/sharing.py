@@ -16,7 +16,7 @@ class Report(Options):
     """Write one page with all results of a run, or one that compares several runs."""
 
     settings = "igpt.report.page"
-    example = "igpt report runs/photos; igpt report runs/photos runs/longer -o comparison.html"
+    example = "igpt report runs/photos runs/longer -o comparison.html"
 
     run: Path = argument("run directory; its page is RUN/report.html")
     others: tuple[Path, ...] = argument("runs to compare it with, up to three", default=())

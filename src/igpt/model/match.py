@@ -64,5 +64,5 @@ def _prepare_command(data: TokenDataset, out: Path, **changes: object) -> str:
     from igpt.data.prepare import PrepareConfig  # training must import without image libraries
 
     settings = {**data.manifest["made"]["config"], **changes}
-    words = flags(PrepareConfig, settings, always=changes)
+    words = flags(PrepareConfig, settings, always=changes.keys() - {"transparent"})
     return shlex.join(["igpt", "prepare", data.manifest["source"], *words, "-o", str(out)])
