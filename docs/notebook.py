@@ -1,12 +1,12 @@
-"""Run docs/digits.ipynb, and write its outputs into it and into its page of the manual.
+"""Run docs/digits.ipynb, and write its cells and their outputs as a page of the manual.
 
     python docs/notebook.py
 
-The page is docs/notebook.md; its pictures are docs/pictures/notebook-1.png and so on.
+The page is docs/notebook.md; its pictures are docs/pictures/notebook-1.png and so on. The notebook
+itself is kept without outputs, so that pictures are stored once.
 """
 
 import base64
-import json
 import re
 import tempfile
 from itertools import groupby
@@ -71,11 +71,9 @@ def main() -> None:
 
     notebook = run(nbformat.read(NOTEBOOK, as_version=4))
     for cell in notebook["cells"]:
-        cell["metadata"] = {}  # times of execution
         if cell["cell_type"] == "code":
             cell["outputs"] = [shown for output in cell["outputs"] if (shown := cleaned(output))]
-    nbformat.write(notebook, NOTEBOOK)
-    text, pictures = page(json.loads(NOTEBOOK.read_text()))
+    text, pictures = page(notebook)
     (DOCS / "notebook.md").write_text(text)
     for old in (DOCS / "pictures").glob("notebook-*.png"):
         old.unlink()
