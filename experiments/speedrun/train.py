@@ -19,7 +19,7 @@ from igpt.data.tokens.batches import augment, batch_rows
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.environment import describe
 from igpt.files import write_json
-from igpt.model.precision import autocast
+from igpt.model.precision import autocast, resolve_precision
 
 sys.path.insert(0, str(Path(__file__).parent))
 from recipe import RaceModel, Recipe, optimizers_of
@@ -33,6 +33,8 @@ def train(tokens: Path, recipe: Recipe, out: Path, limits: dict[int, float]) -> 
     Args:
         limits: losses by images seen; training stops after a validation above its limit.
     """
+    written = recipe.model_dump(mode="json", exclude_defaults=True)
+    recipe = recipe.model_copy(update={"precision": resolve_precision(recipe.precision, _CPU)})
     data = TokenDataset(tokens)
     split, validation = data["train"], data["validation"]
     rows = split.rows(np.arange(len(split)))
@@ -46,7 +48,8 @@ def train(tokens: Path, recipe: Recipe, out: Path, limits: dict[int, float]) -> 
     optimizers = optimizers_of(model)
     curve: list[dict[str, float]] = []
     result = {
-        "recipe": recipe.model_dump(mode="json", exclude_defaults=True),
+        "recipe": written,
+        "precision": recipe.precision,
         "parameters": sum(parameter.numel() for parameter in parameters),
         "tokens": data.palette.fingerprint,
         "environment": describe(),
