@@ -30,6 +30,7 @@ MODULES = [
     "data/images/grid",
     "data/images/photographs",
     "data/images/palette",
+    "data/images/palette_picture",
     "data/tokens/manifest",
     "data/tokens/shards",
     "data/tokens/dataset",

@@ -19,6 +19,7 @@ from transformers import ImageGPTForCausalImageModeling, ImageGPTImageProcessor
 import igpt as api
 from igpt.data.image_set import ImageSetConfig, tokenized_image_set
 from igpt.data.images.palette import Palette
+from igpt.data.images.palette_picture import palette_swatch
 from igpt.data.images.transform import Transform
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.inspect import sheet
@@ -26,7 +27,6 @@ from igpt.errors import InputError
 from igpt.model.config import ModelConfig
 from igpt.model.images import decode_images, tokens_of_files
 from igpt.model.transformer import ImageGPT
-from igpt.report.figures import palette_swatch
 from igpt.webapp.handlers import drawings, view
 
 from .conftest import Run
@@ -174,7 +174,7 @@ def test_prepared_tokens(sprites: Path, tokens: TokenDataset) -> None:
     assert not alpha[:, [0, 0, -1, -1], [0, -1, 0, -1]].any()
     assert (alpha[:, 3:5, 3:5] == 255).all()
     with Image.open(tokens.path / "palette.png") as picture:
-        assert picture.mode == "RGBA"
+        assert picture.getpixel((3, 22 + 3)) == picture.getpixel((0, 0))  # the ground is visible
     assert sheet(tokens).mode == "RGBA"
     swatch = np.asarray(palette_swatch(tokens.palette))
     assert swatch[-1, -1, 3] == 0

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from igpt.data.images.grid import grid_counts, image_grid
-from igpt.data.images.palette import Palette
 from igpt.errors import InputError
 from igpt.report.figures import (
     DARK,
@@ -20,7 +19,6 @@ from igpt.report.figures import (
     confusion_matrix,
     encode,
     loss_curve,
-    palette_swatch,
     probe_by_layer,
     spread,
 )
@@ -233,25 +231,6 @@ def test_long_names_of_classes_do_not_overlap(classes, width):
     assert all(box.x0 > axes.yaxis.label.get_window_extent().x1 for box in boxes)
     assert all(above.y0 > below.y1 - 1 for above, below in pairwise(boxes))
     assert axes.get_yticklabels()[0].get_text().startswith("Saintpaulia")
-
-
-class TestSwatch:
-    @pytest.mark.parametrize(
-        ("count", "columns"), [(1, 1), (17, 17), (32, 32), (33, 32), (512, 32), (5000, 100)]
-    )
-    def test_shows_every_colour_once_in_token_order(self, count, columns):
-        centers = np.random.default_rng(0).uniform(-1, 1, (count, 3))
-        palette = Palette.from_centers(centers)
-        swatch = np.asarray(palette_swatch(palette))
-        labels = swatch[:18].any(axis=2).any(axis=0)
-        left = 42 if count > 32 else 0
-        assert labels[left:].any()
-        assert swatch[18:, :left].any() == (left > 0)
-        side = (swatch.shape[1] - left) // columns
-        cells = swatch[18::side, left::side].reshape(-1, 4)
-        assert (cells[:count, :3] == palette.colors).all()
-        assert (cells[:count, 3] == 255).all()
-        assert (cells[count:, 3] == 0).all()
 
 
 class TestEncode:

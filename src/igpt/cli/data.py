@@ -89,7 +89,7 @@ class PaletteOptions(Options):
         if picture:
             save_png(picture, out.with_suffix(".png"))
         example = out.with_suffix(".png")
-        shown = f"; {example} shows images above their quantised versions" if picture else ""
+        shown = f"; {example} shows images in its colours" if picture else ""
         print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
         print_left_out(left_out, warnings, out.with_suffix(".json"))
 

@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
-from igpt.data.images.grid import image_grid
 from igpt.data.images.palette import Palette, nearest_color_error
+from igpt.data.images.palette_picture import palette_picture
 from igpt.data.images.transform import Enlarge, Filter, Transform
 from igpt.data.sources.archives import TokenRows, token_palette
 from igpt.data.sources.catalogue import SourceConfig, Split
@@ -105,7 +105,7 @@ class SettledPalette(NamedTuple):
 
     Attributes:
         quality: see `nearest_color_error`, on some training images; empty for ready tokens.
-        picture: some of these images, each above its version in the palette's colours.
+        picture: see `palette_picture`, of some of these images.
         bad: images among these that do not decode, with the reasons.
         read: the number of these images.
     """
@@ -165,7 +165,7 @@ def settle_palette(
         pixels, progress=fitting
     )
     shown = pixels[np.arange(min(_SHOWN, len(pixels))) * len(pixels) // min(_SHOWN, len(pixels))]
-    picture = image_grid([list(shown), list(palette.inverse_transform(palette.transform(shown)))])
+    picture = palette_picture(shown, palette)
     return SettledPalette(
         palette, nearest_color_error(palette, pixels), picture, bad, len(positions)
     )

@@ -3,7 +3,7 @@
 The files are written to `OUT.partial`, which is renamed to `OUT` when it is complete:
 
 plan.json             the settings and the palette; resuming requires the same settings
-palette.png           some images, and below each the same image in the palette's colours
+palette.png           some images, in the palette's colours too, and all of its colours
 SPLIT-NNNNN.*.npy     shards: the images of one split among some thousand neighbouring rows
 R-NNNNN.done.json     the record of these shards of reader R, written last
 """

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from igpt.data.images.palette import Palette
 from igpt.evaluation.results import best_row
 from igpt.report.record import baselines, best_validation, history, qualities, standard_error
 
@@ -30,9 +29,7 @@ WIDE, NARROW = 8.4, 3.7  # widths in inches: a text column, and a phone held upr
 # Inches; the labels of lines are on the right.
 _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 3.3, 0.68, 1.4, 0.12, 0.52
 FONT = 9.5  # points
-_SWATCH_MARGIN = 42, 18  # pixels left of the palette's colours and above them, for labels
 _LONGEST_CLASS = 22  # letters in a line of a class's name
-_LABEL = "#7d858f"  # a grey that can be read on light and on dark pages
 
 
 @dataclass(frozen=True)
@@ -53,33 +50,6 @@ LIGHT = Look(
 DARK = Look(
     paper="#15181c", ink="#e8eaed", muted="#a3adb8", grid="#353c45", main="#6cb8f0", other="#f0a04b"
 )
-
-
-def palette_swatch(palette: Palette) -> Image.Image:
-    """Return a picture of all colours in the order of their tokens, on transparent ground.
-
-    Every row is labelled with the token of its first colour, and columns with what to add to it.
-    """
-    count = len(palette)
-    columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
-    cells = np.zeros((math.ceil(count / columns) * columns, 4), dtype=np.uint8)
-    cells[:count, 3] = 255
-    cells[:count, : palette.colors.shape[1]] = palette.colors
-    side = min(28, max(2, 576 // columns))
-    colors = Image.fromarray(cells.reshape(-1, columns, 4).repeat(side, 0).repeat(side, 1))
-    rows = len(cells) // columns
-    left, top = _SWATCH_MARGIN if rows > 1 else (0, _SWATCH_MARGIN[1])
-    picture = Image.new("RGBA", (colors.width + left, colors.height + top))
-    picture.paste(colors, (left, top))
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    # Labels keep a distance of a line's height, or of a number's width.
-    for row in range(0, rows if rows > 1 else 0, math.ceil(13 / side)):
-        place = left - 5, top + (row + 0.5) * side
-        draw.text(place, str(row * columns), _LABEL, font, anchor="rm")
-    for column in range(0, columns, next(step for step in (1, 2, 4, 8, 16) if step * side >= 26)):
-        text = f"+{column}" if rows > 1 else str(column)
-        draw.text((left + (column + 0.5) * side, top - 4), text, _LABEL, font, anchor="ms")
-    return picture
 
 
 def loss_curve(

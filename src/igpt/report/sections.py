@@ -16,6 +16,7 @@ from PIL import Image
 
 from igpt.builtin_models import DEFAULT_MODEL
 from igpt.data.images.grid import grid_counts
+from igpt.data.images.palette_picture import palette_swatch
 from igpt.errors import InputError
 from igpt.evaluation.results import (
     best_row,
@@ -564,7 +565,7 @@ def palette_section(run: Run) -> Section:
         return Section(
             title, name, absent="There is no palette yet; `igpt pretrain` writes it with the model."
         )
-    image = figures.palette_swatch(palette)
+    image = palette_swatch(palette)
     colors = plural(len(palette), "colour")
     caption = f"The {colors} of the palette, under their tokens. Fingerprint:"
     if len(palette) > 32:
