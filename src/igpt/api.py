@@ -157,8 +157,9 @@ def pretrain(
             "name a model: --model PRESET (tiny, digits, photos, igpt-s, ...), --config FILE, or "
             "--from MODEL to continue with a pretrained one"
         )
-    # A recorded patience is changed by the user alone, not by the preset.
-    kept = PretrainConfig.ending - asked.keys() if resume else ()
+    # Recorded steps and patience are changed by the user alone, not by the preset.
+    mine = PretrainConfig.ending | PretrainConfig.extendable
+    kept = mine - asked.keys() if resume else ()
     given = {key: getattr(found, key) for key in chosen if key not in kept}
     train(found, Path(run), given=given, resume=resume, minutes=minutes)
     return Run(Path(run))

@@ -102,8 +102,10 @@ def test_a_run_that_stopped_early_is_continued_with_more_patience(
     assert [(line["kind"], line["step"]) for line in lines if line["kind"] == "end"] == [
         ("end", 24)
     ]
-    # A preset's patience does not replace the recorded one.
+    # A preset's patience and steps do not replace the recorded ones.
     config = {**PretrainConfig.load(run / "config.yaml").model_dump(mode="json")}
+    at = words.index("--steps")
+    del words[at : at + 2]
     assert igpt(*words, "--resume").returncode == 0
     assert PretrainConfig.load(run / "config.yaml").model_dump(mode="json") == config
 

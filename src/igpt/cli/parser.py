@@ -34,6 +34,7 @@ class Options(Config, ABC):
         settings: "module:Class" of the settings whose fields are flags as well, or only the module
             that does the work. It is imported before Ctrl-C is handled by the command.
         example: shown by --help.
+        one_of: flags of which one is needed.
         groups: headings of the help, and the names of the flags below each, in order. Other flags
             come first if they are the command's own, and last if they are settings.
         out_is_folder: whether `out` names a folder.
@@ -41,6 +42,7 @@ class Options(Config, ABC):
 
     settings: ClassVar[str]
     example: ClassVar[str]
+    one_of: ClassVar[tuple[str, ...]] = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     out_is_folder: ClassVar[bool] = False
 
@@ -202,6 +204,8 @@ def _parser(
 ) -> argparse.ArgumentParser:
     words = [_usage(flag) for flag in flags if not flag.names]
     required = [f"{flag.names[0]} {flag.kind}" for flag in flags if flag.required]
+    choices = [flag.names[0] for flag in flags if flag.name in options.one_of]
+    required += [f"({' | '.join(choices)})"] if choices else []
     parser = _Parser(
         program,
         usage=" ".join([program, *words, *required, "[flags]"]),

@@ -118,7 +118,9 @@ def _planned(name: str) -> dict[str, Any]:
     from igpt.planning.plan import CPU, PlanConfig
 
     found = {key: value for key, value in preset(name).items() if key in PlanConfig.model_fields}
-    return found | ({"gpu": CPU} if name in FOR_CPUS else {})
+    if name in FOR_CPUS:
+        return found | {"gpu": CPU, "resolution": FOR_CPUS[name]}
+    return found
 
 
 class Pretrain(Options):
@@ -126,6 +128,7 @@ class Pretrain(Options):
 
     settings = "igpt.training.pretrain:PretrainConfig"
     example = "igpt pretrain tokens/photos --model igpt-s -o runs/photos"
+    one_of = ("model", "from_model", "config")
     groups = _GROUPS
     out_is_folder = True
 

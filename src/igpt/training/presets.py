@@ -125,7 +125,8 @@ PURPOSES: Mapping[str, str] = {
 }
 
 
-FOR_CPUS = ("tiny", "digits", "photos", "modern")
+# Presets for CPUs, with the resolution in pixels that each is made for.
+FOR_CPUS: Mapping[str, int] = {"tiny": 8, "digits": 8, "photos": 16, "modern": 16}
 
 # A pretrained model that is adapted to other images: a tenth of the learning rate, and few steps.
 ADAPTING: Mapping[str, Any] = {
