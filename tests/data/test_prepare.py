@@ -1036,7 +1036,8 @@ def test_the_picture_shows_originals_above_quantized_images(large_pictures: str,
     dataset = prepare(large_pictures, tmp_path / "tokens", PrepareConfig(size=4, colors=8))
     picture = np.asarray(Image.open(tmp_path / "tokens" / "palette.png"))
     images = picture[22 : 22 + 2 * 66 + 2]
-    cells = images[2:, 2 : 2 + 12 * 66].reshape(2, 66, 12, 66, 3)[:, :64:16, :, :64:16].transpose(0, 2, 1, 3, 4)
+    grid = images[2:, 2 : 2 + 12 * 66].reshape(2, 66, 12, 66, 3)
+    cells = grid[:, :64:16, :, :64:16].transpose(0, 2, 1, 3, 4)
     np.testing.assert_array_equal(
         cells[1], dataset.palette.inverse_transform(dataset.palette.transform(cells[0]))
     )

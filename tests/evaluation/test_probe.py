@@ -24,6 +24,7 @@ from igpt.evaluation.probe import probe as probe_and_classifier
 from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import best_row, read_probe
 from igpt.model.config import ModelConfig
+from igpt.model.precision import multiplies_bf16
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import interval_of_share, unpacked
 
@@ -424,6 +425,17 @@ def test_kept_features_serve_other_settings_and_seeds(
     assert {path: path.stat().st_mtime_ns for path in made} == made
     with pytest.raises(InputError, match="holds features of another model or of other images"):
         probe(model, digits, ProbeConfig(limit=150), tmp_path)
+
+
+def test_automatic_precision_is_recorded_as_what_it_is(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
+    config = ProbeConfig(strengths=(1.0,), limit=100, baselines=False, precision="auto")
+    found = probe(model, digits, config, tmp_path)
+    expected = "bf16" if multiplies_bf16("cpu") else "fp32"
+    assert found["config"]["precision"] == expected
+    kept = [json.loads(path.read_text())["precision"] for path in tmp_path.rglob("*.json")]
+    assert set(kept) == {expected}
 
 
 def test_the_test_images_do_not_influence_any_selection(

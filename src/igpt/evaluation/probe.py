@@ -36,6 +36,7 @@ from igpt.files import atomic_file, sha256_of, sync, write_json
 from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
 from igpt.model.match import require_match
+from igpt.model.precision import resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import MOST_CONFUSED, confusion, interval_of_share, packed
 
@@ -102,8 +103,10 @@ class ProbeConfig(Config):
     baselines: bool = Field(
         True, description="also probe raw pixels and an untrained model of the same shape"
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of matrix products when computing features"
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "fp32",
+        description="precision of matrix products when computing features; auto: bf16 if the "
+        "processor has instructions for it",
     )
     seed: int = Field(
         0,
@@ -177,6 +180,8 @@ def probe(
         )
     if config.masks:
         model.config.trained_as.require("masked", "masking at test time")
+    precision = resolve_precision(config.precision, model.device)
+    config = config.model_copy(update={"precision": precision})
     limits: dict[str, int | None] = dict.fromkeys(SPLITS, config.limit)
     limits["test"] = config.test_images or config.limit
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
@@ -330,7 +335,7 @@ def _images(
                     target,
                     of=descriptions[name],
                     masking=masking,
-                    precision=config.precision,
+                    precision=resolve_precision(config.precision, model.device),
                     progress=partial(_progress_after, progress, before, total),
                 )
             )

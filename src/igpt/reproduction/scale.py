@@ -336,7 +336,7 @@ _NIGHT = Scale(
     doublings=(200, 400, 800, 1600, 3200, 6400, 12_800),
     long={"schedule": "constant", "learning-rate": 5e-3},
     equal_compute=True,
-    probing={"precision": "bf16"},  # as in training; half of the time of fp32
+    probing={"precision": "auto"},  # as in training
     own_labels=False,  # 200 classes, and no question needs them
     speed=_EPYC,
 )
