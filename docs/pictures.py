@@ -304,7 +304,7 @@ def drawing() -> None:
     ):
         made.text(10, y - 10, title, anchor="start")
         for number, (known, words) in enumerate(
-            ((0, "kept pixels"), (8, ""), (20, ""), (64, "complete"))
+            ((0, "known pixels"), (8, ""), (20, ""), (64, "complete"))
         ):
             x = 10 + 150 * number
             made.pixels(x, y, 14, image, when <= known)
