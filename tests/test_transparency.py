@@ -17,7 +17,7 @@ from PIL import Image
 from transformers import ImageGPTForCausalImageModeling, ImageGPTImageProcessor
 
 import igpt as api
-from igpt.data.image_set import ImageSetConfig, tokenized_image_set
+from igpt.data.image_set import ImageSetConfig, source_images
 from igpt.data.images.palette import Palette
 from igpt.data.images.palette_picture import palette_swatch
 from igpt.data.images.transform import Transform
@@ -295,7 +295,7 @@ def test_the_error_is_that_of_opaque_pixels(sprites: Path, tokens: TokenDataset)
     assert tokens.manifest["made"]["palette_error"]["mse"] == 0
     for colors, error in ((tokens.palette.stored_centers, 0), ([[0, 0, 0, 1], [1, 1, 1, -1]], 1e3)):
         palette = Palette.from_centers(colors)
-        found = tokenized_image_set(str(sprites), palette, 8, ImageSetConfig()).palette_error
+        found = source_images(str(sprites), palette, 8, ImageSetConfig()).image_set().palette_error
         assert found
         assert error <= found["mse"] <= 10 * error
 

@@ -301,7 +301,7 @@ def score(
         InputError: a setting, the model or the images cannot be used.
     """
     from igpt.data.image_set import ImageSetConfig
-    from igpt.evaluation.gather import gather
+    from igpt.evaluation.gather import select_images
     from igpt.evaluation.likelihood import score as run
     from igpt.model.images import split_of_images
 
@@ -311,7 +311,8 @@ def score(
         if isinstance(images, str | os.PathLike):
             source = os.fspath(images)
             tokenising = partial(show, "tokenising")
-            split = gather(loaded, source, chosen, tokenising, name=_name_of(model)).tokens
+            selected = select_images(loaded, source, chosen, name=_name_of(model))
+            split = selected.image_set(tokenising).tokens
         elif settings:
             raise InputError(f"{min(settings)} selects images of a source; images are given here")
         else:

@@ -222,7 +222,7 @@ def test_an_interrupted_export_keeps_the_old_file(
         assert igpt(*words).returncode == 0
         before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
         with monkeypatch.context() as patch:
-            patch.setattr("igpt.evaluation.features.pooled", interrupted)
+            patch.setattr("igpt.evaluation.export.pooled", interrupted)
             assert igpt(*words).returncode == 130
         assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 

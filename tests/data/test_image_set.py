@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from igpt.data.image_set import ImageSet, ImageSetConfig, stored_image_set, tokenized_image_set
+from igpt.data.image_set import ImageSet, ImageSetConfig, source_images, stored_images
 from igpt.data.images.palette import Palette, nearest_color_error
 from igpt.data.images.transform import load_square
 from igpt.data.prepare import PrepareConfig, prepare
@@ -30,7 +30,7 @@ def palette() -> Palette:
 
 def refusal(source: Path | str, palette: Palette, **settings: object) -> str:
     with pytest.raises(InputError) as caught:
-        tokenized_image_set(str(source), palette, 6, ImageSetConfig(**settings))
+        source_images(str(source), palette, 6, ImageSetConfig(**settings)).image_set()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -38,7 +38,9 @@ def refusal(source: Path | str, palette: Palette, **settings: object) -> str:
 def test_all_images_of_a_source_without_splits(write_folder: Write, palette: Palette) -> None:
     folder = write_folder("plain", *(f"{letter}.png" for letter in "dacb"))
     steps = []
-    found = tokenized_image_set(str(folder), palette, 6, ALL, lambda *counts: steps.append(counts))
+    found = source_images(str(folder), palette, 6, ALL).image_set(
+        lambda *counts: steps.append(counts)
+    )
     assert (found.split, len(found), found.class_names, found.skipped) == ("all", 4, None, [])
     assert found.rows.tolist() == [0, 1, 2, 3]
     assert found.names == [str(folder / f"{letter}.png") for letter in "abcd"]
@@ -65,7 +67,7 @@ def test_the_test_split_is_the_default_and_others_can_be_named(
     folder = write_folder("split", *names, "test/b/2.png")
 
     def gathered(split: str | None) -> ImageSet:
-        return tokenized_image_set(str(folder), palette, 6, ImageSetConfig(split=split))
+        return source_images(str(folder), palette, 6, ImageSetConfig(split=split)).image_set()
 
     test = gathered(None)
     assert (test.split, len(test), test.class_names) == ("test", 5, ["a", "b"])
@@ -84,12 +86,12 @@ def test_classes_are_numbered_as_in_training(
             {"bytes": picture(seed), "path": f"{split}-{seed}.png"} for seed in range(len(classes))
         ]
         folder = write_parquet(f"set/{split}.parquet", {"image": images, "kind": classes}).parent
-    found = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(label_column="kind"))
+    found = source_images(str(folder), palette, 6, ImageSetConfig(label_column="kind")).image_set()
     assert found.class_names == ["cat", "dog", "eel"]
     assert found.tokens.labels.tolist() == [2, 1]
     assert [found.class_of(label) for label in (2, -1)] == ["eel", None]
     assert found.names == ["test-0.png", "test-1.png"]
-    whole = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(label_column="none"))
+    whole = source_images(str(folder), palette, 6, ImageSetConfig(label_column="none")).image_set()
     assert whole.class_names is None
 
 
@@ -98,7 +100,7 @@ def test_a_source_with_only_a_test_split(
 ) -> None:
     images = [{"bytes": picture(seed), "path": None} for seed in range(3)]
     folder = write_parquet("only/test.parquet", {"image": images}).parent
-    found = tokenized_image_set(str(folder), palette, 6, ALL)
+    found = source_images(str(folder), palette, 6, ALL).image_set()
     assert (found.split, found.names) == ("test", ["row 0", "row 1", "row 2"])
     with pytest.raises(InputError, match="has no training split"):
         open_source(str(folder))
@@ -110,18 +112,22 @@ def test_splits_without_a_test_split_are_concatenated(
     for split, seeds in (("train", (0, 1, 2)), ("validation", (3, 4))):
         images = [{"bytes": picture(seed), "path": None} for seed in seeds]
         folder = write_parquet(f"two/{split}.parquet", {"image": images}).parent
-    found = tokenized_image_set(str(folder), palette, 6, ALL)
+    found = source_images(str(folder), palette, 6, ALL).image_set()
     assert (found.split, found.names) == ("all", [f"row {row}" for row in range(5)])
     squares = np.stack([np.asarray(Image.open(io.BytesIO(picture(seed)))) for seed in range(5)])
     np.testing.assert_array_equal(
         found.tokens.rows(np.arange(5)), palette.transform(squares).reshape(5, 36)
     )
-    subset = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=1))
+    subset = source_images(str(folder), palette, 6, ImageSetConfig(limit=3, seed=1)).image_set()
     np.testing.assert_array_equal(subset.tokens.rows(np.arange(3)), found.tokens.rows(subset.rows))
     assert subset.names == [f"row {row}" for row in subset.rows]
     assert subset.rows.tolist() == sorted(set(subset.rows.tolist()))
     assert {
-        tuple(tokenized_image_set(str(folder), palette, 6, ImageSetConfig(limit=3, seed=seed)).rows)
+        tuple(
+            source_images(str(folder), palette, 6, ImageSetConfig(limit=3, seed=seed))
+            .image_set()
+            .rows
+        )
         for seed in range(8)
     } > {tuple(subset.rows)}
 
@@ -139,13 +145,13 @@ def test_samples_of_a_tar_are_named_by_their_member(
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
-    found = tokenized_image_set(str(tmp_path / "set.tar"), palette, 6, ALL)
+    found = source_images(str(tmp_path / "set.tar"), palette, 6, ALL).image_set()
     assert found.names == ["a.png", "b\\udcff.png"]
     assert found.tokens.labels.tolist() == [0, 1]
 
 
 def test_nothing_is_held_out_of_the_digits(digits: TokenDataset) -> None:
-    found = tokenized_image_set("digits", digits.palette, 8, ALL)
+    found = source_images("digits", digits.palette, 8, ALL).image_set()
     assert (found.split, len(found)) == ("all", 1797)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "these images"}
     splits, *_ = open_source("digits", SourceConfig())
@@ -160,7 +166,7 @@ def test_bad_images_are_listed_or_refused(write_folder: Write, palette: Palette)
     said = refusal(folder, palette)
     assert "images that do not decode: 1, where --max-bad 0.01 allows 0" in said
     assert f"{folder}/2.png: not an image in a known format" in said
-    found = tokenized_image_set(str(folder), palette, 6, ImageSetConfig(max_bad=0.2))
+    found = source_images(str(folder), palette, 6, ImageSetConfig(max_bad=0.2)).image_set()
     assert found.skipped == [f"{folder}/2.png: not an image in a known format"]
     assert found.rows.tolist() == [0, 1, 3, 4]
     assert [Path(name).stem for name in found.names] == ["0", "1", "3", "4"]
@@ -177,7 +183,7 @@ def test_what_a_token_data_set_left_out_is_reported(
     (folder / "07.png").write_bytes(b"broken")
     data = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=4, colors=8, max_bad=0.1))
     made = data.manifest["made"]
-    found = stored_image_set(data, ImageSetConfig(limit=1)).to_json()
+    found = stored_images(data, ImageSetConfig(limit=1)).image_set().to_json()
     counts = {kind: entry["count"] for kind, entry in found["left_out"].items()}
     assert counts == {"files ending in .txt": 1, "images that do not decode": 1}
     assert {key: found[key] for key in ("skipped", "left_out", "warnings")} == {
@@ -187,7 +193,8 @@ def test_what_a_token_data_set_left_out_is_reported(
     assert found["left_out_of"] == "the token data set, all splits"
     (folder / "07.png").unlink()
     assert (
-        tokenized_image_set(str(folder), palette, 6, ALL).to_json()["left_out_of"] == "these images"
+        source_images(str(folder), palette, 6, ALL).image_set().to_json()["left_out_of"]
+        == "these images"
     )
 
 
@@ -198,11 +205,11 @@ def test_a_malformed_list_of_left_out_images_is_named(digits: TokenDataset, tmp_
     manifest["made"] |= {"left_out": {"files": 3}, "warnings": ["dark"]}
     (folder / "dataset.json").write_text(json.dumps(manifest))
     with pytest.raises(InputError, match=r"dataset\.json: left_out\.files: .*") as caught:
-        stored_image_set(TokenDataset(folder), ALL)
+        stored_images(TokenDataset(folder), ALL).image_set()
     assert "\n" not in str(caught.value)
     manifest["made"]["left_out"] = {}
     (folder / "dataset.json").write_text(json.dumps(manifest))
-    assert stored_image_set(TokenDataset(folder), ALL).to_json()["warnings"] == ["dark"]
+    assert stored_images(TokenDataset(folder), ALL).image_set().to_json()["warnings"] == ["dark"]
 
 
 def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) -> None:
@@ -211,7 +218,7 @@ def test_frames_after_the_first_are_counted(tmp_path: Path, palette: Palette) ->
             Image.fromarray(np.full((6, 6, 3), 40 * number, np.uint8)) for number in range(count)
         ]
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
-    found = tokenized_image_set(str(tmp_path), palette, 6, ImageSetConfig(max_bad=0))
+    found = source_images(str(tmp_path), palette, 6, ImageSetConfig(max_bad=0)).image_set()
     assert found.to_json()["left_out"] == {
         "further frames of images": {
             "count": 6,
@@ -243,7 +250,7 @@ def test_token_arrays_are_used_if_they_have_the_palette(tmp_path: Path, palette:
     np.save(tmp_path / "kmeans_centers.npy", palette.centers_.astype(np.float64))
     np.save(tmp_path / "set_teX.npy", parts["te"])
     np.save(tmp_path / "set_teY.npy", np.arange(7) % 3)
-    found = tokenized_image_set(str(tmp_path / "set"), palette, 6, ALL)
+    found = source_images(str(tmp_path / "set"), palette, 6, ALL).image_set()
     np.testing.assert_array_equal(found.tokens.rows(np.arange(7)), parts["te"])
     assert (found.split, found.palette_error, found.class_names, found.name_of(2)) == (
         "test",
@@ -254,11 +261,17 @@ def test_token_arrays_are_used_if_they_have_the_palette(tmp_path: Path, palette:
     assert found.tokens.labels.tolist() == [0, 1, 2, 0, 1, 2, 0]
     np.save(tmp_path / "set_trX.npy", parts["tr"].astype(np.uint8))
     assert (
-        len(tokenized_image_set(str(tmp_path / "set"), palette, 6, ImageSetConfig(split="train")))
+        len(
+            source_images(
+                str(tmp_path / "set"), palette, 6, ImageSetConfig(split="train")
+            ).image_set()
+        )
         == 20
     )
-    assert len(tokenized_image_set(str(tmp_path / "set"), palette, 6, ALL)) == 7
-    few = tokenized_image_set(str(tmp_path / "set"), palette, 6, ImageSetConfig(limit=3, seed=1))
+    assert len(source_images(str(tmp_path / "set"), palette, 6, ALL).image_set()) == 7
+    few = source_images(
+        str(tmp_path / "set"), palette, 6, ImageSetConfig(limit=3, seed=1)
+    ).image_set()
     np.testing.assert_array_equal(few.tokens.rows(np.arange(3)), parts["te"][few.rows])
 
 
@@ -283,23 +296,23 @@ def test_other_token_arrays_are_refused(tmp_path: Path, palette: Palette) -> Non
 
 
 def test_tokens_of_a_data_set_stay_on_disk(digits: TokenDataset, tmp_path: Path) -> None:
-    found = stored_image_set(digits, ALL)
+    found = stored_images(digits, ALL).image_set()
     assert (found.split, len(found), found.name_of(3), found.names) == ("test", 180, "row 3", None)
     assert found.palette_error == {"mse": 0.0, "psnr_db": None, "measured_on": "training images"}
     assert (
-        stored_image_set(digits, ImageSetConfig(split="train")).tokens.nbytes
+        stored_images(digits, ImageSetConfig(split="train")).image_set().tokens.nbytes
         == digits["train"].nbytes
     )
-    subset = stored_image_set(digits, ImageSetConfig(limit=7, seed=3))
+    subset = stored_images(digits, ImageSetConfig(limit=7, seed=3)).image_set()
     np.testing.assert_array_equal(
         subset.tokens.rows(np.arange(7)), digits["test"].rows(subset.rows)
     )
     np.testing.assert_array_equal(subset.tokens.labels, digits["test"].labels[subset.rows])
     assert subset.name_of(2) == f"row {subset.rows[2]}"
     with pytest.raises(InputError, match="has no split 'dev'"):
-        stored_image_set(digits, ImageSetConfig(split="dev"))
+        stored_images(digits, ImageSetConfig(split="dev")).image_set()
     with pytest.raises(InputError, match="holds tokens: --image-column"):
-        stored_image_set(digits, ImageSetConfig(image_column="image"))
+        stored_images(digits, ImageSetConfig(image_column="image")).image_set()
 
 
 def test_the_palettes_error_of_token_arrays_is_unknown(tmp_path: Path) -> None:
@@ -313,7 +326,7 @@ def test_the_palettes_error_of_token_arrays_is_unknown(tmp_path: Path) -> None:
         np.random.default_rng(1).uniform(-1, 1, (6, 3)).astype(np.float32),
     )
     data = prepare(str(tmp_path / "set"), tmp_path / "tokens", PrepareConfig(size=4))
-    assert stored_image_set(data, ALL).palette_error is None
+    assert stored_images(data, ALL).image_set().palette_error is None
 
 
 def test_the_same_images_as_prepared_ones(photographs: Path, tmp_path: Path) -> None:
@@ -321,7 +334,7 @@ def test_the_same_images_as_prepared_ones(photographs: Path, tmp_path: Path) -> 
     shutil.copytree(photographs / "train", folder / "train")
     shutil.copytree(photographs / "train", folder / "test")
     data = prepare(str(folder), tmp_path / "tokens", PrepareConfig(size=8, colors=20))
-    found = tokenized_image_set(str(folder), data.palette, 8, ALL)
+    found = source_images(str(folder), data.palette, 8, ALL).image_set()
     np.testing.assert_array_equal(
         found.tokens.rows(np.arange(48)), data["test"].rows(np.arange(48))
     )

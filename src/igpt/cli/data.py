@@ -137,6 +137,7 @@ class Prepare(Options):
         """Run the command."""
         from igpt.data.left_out import left_out_of
         from igpt.data.merge import merge as join
+        from igpt.data.parts import part_number
         from igpt.data.prepare import (
             PLAN,
             RECORDS,
@@ -165,7 +166,7 @@ class Prepare(Options):
                     source,
                     out,
                     settings,
-                    _part(shard),
+                    part_number(shard),
                     workers=os.cpu_count() or 1 if self.workers is None else self.workers,
                     progress=partial(show, "tokenising"),
                     phase=show,
@@ -193,15 +194,6 @@ class Prepare(Options):
         print_left_out(
             left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json"
         )
-
-
-def _part(shard: str) -> tuple[int, int]:
-    number, slash, count = shard.partition("/")
-    if not slash or not number.isdecimal() or not count.isdecimal() or len(shard) > 20:
-        raise InputError(
-            f"--shard takes i/n, such as 1/4 for the first of four parts, not {shard[:40]!r}"
-        )
-    return int(number), int(count)
 
 
 class Inspect(Options):

@@ -11,8 +11,8 @@ from typing import Any
 
 from igpt.data.images.palette import Palette
 from igpt.data.left_out import listed
+from igpt.data.parts import find_parts, require_alike, require_own_numbers, require_unchanged
 from igpt.data.prepare import (
-    MOST_PARTS,
     PICTURE,
     PLAN,
     RECORDS,
@@ -25,11 +25,10 @@ from igpt.data.prepare import (
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import NAMES_SHOWN, Shard, require_counts
 from igpt.errors import InputError
-from igpt.files import Stored, atomic_folder, read_json, require_regular, sha256_of
+from igpt.files import Stored, atomic_folder, read_json, require_regular
 from igpt.locks import exclusive
 
 _RECORD = re.compile(r"\d+-\d+\.done\.json")
-_MISSING_SHOWN = 20  # parts, in a message
 
 
 class _Records(Stored):
@@ -50,7 +49,7 @@ def merge(out: Path) -> TokenDataset:
     require_new(out)
     with exclusive(out):
         require_new(out)
-        _join(_find(out), out)
+        _join(find_parts(out, "igpt prepare SOURCE"), out)
     return TokenDataset(out)
 
 
@@ -58,11 +57,8 @@ def _join(parts: list[Path], out: Path) -> None:
     plans = [read_json(part / PLAN, "part of a token data set", Plan) for part in parts]
     first = plans[0]
     Palette.load(parts[0] / PLAN)  # checks the palette, which all parts share
-    for number, (part, plan) in enumerate(zip(parts, plans, strict=True), 1):
-        if plan["part"] != [number, len(parts)]:
-            raise InputError(
-                f"{part} holds part {plan['part'][0]} of {plan['part'][1]}; make it again"
-            )
+    require_own_numbers(parts, plans)
+    for part, plan in zip(parts, plans, strict=True):
         _require_alike(first, plan, f"{part} and {parts[0]}")
     records, part_of = dict[str, dict[str, Any]](), dict[str, Path]()
     for part, plan in zip(parts, plans, strict=True):
@@ -139,53 +135,19 @@ def _require_all_images(out: Path, plan: dict[str, Any], records: Iterable[dict[
 
 def _require_alike(one: dict[str, Any], other: dict[str, Any], names: str) -> None:
     """Raise if the plans of two parts differ in the images or the settings."""
-    for key in ("palette", "config", "images", "class_names", "shard_images", "fingerprints"):
-        a, b = one.get(key), other.get(key)
-        if key == "config":
-            # Neither the path of the palette nor the allowance for bad images changes the result.
-            same = {"palette": None, "max_bad": None}
-            usual = {"limit": None, "transparent": False}  # later than version 0.1.0
-            a, b = (usual | plan[key] | same for plan in (one, other))
-        if a != b:
-            name = "the images themselves (their names or sizes)" if key == "fingerprints" else key
-            advice = (
-                "fit one first (igpt palette) and give it to all"
-                if key == "palette"
-                else "make one of them again"
-            )
-            raise InputError(f"{names} differ in {name}; {advice}")
+    if one["palette"] != other["palette"]:
+        raise InputError(
+            f"{names} differ in palette; fit one first (igpt palette) and give it to all"
+        )
+    require_alike(_in_common(one), _in_common(other), names)
 
 
-def _find(out: Path) -> list[Path]:
-    """Return the folders of all parts, in order; raise if some are missing."""
-    pattern = re.compile(re.escape(out.name) + r"\.(\d+)-of-(\d+)")
-    found = {}
-    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else []:
-        match = pattern.fullmatch(path.name)
-        if match:
-            found[int(match[1]), int(match[2])] = path
-    counts = {count for _, count in found}
-    if not found:
-        raise InputError(
-            f"no parts next to {out}: igpt prepare SOURCE -o {out} --shard 1/2 makes the first of 2"
-        )
-    if len(counts) > 1:
-        numbers = " and of ".join(map(str, sorted(counts)))
-        raise InputError(f"there are parts of {numbers} next to {out}; keep one kind")
-    (count,) = counts
-    if count > MOST_PARTS:
-        raise InputError(
-            f"there is a part of {count} next to {out}, and at most {MOST_PARTS} can be joined; "
-            "remove it"
-        )
-    missing = [
-        f"{number}/{count}" for number in range(1, count + 1) if (number, count) not in found
-    ]
-    if missing:
-        more = f" and {len(missing) - _MISSING_SHOWN} more" if len(missing) > _MISSING_SHOWN else ""
-        shown = ", --shard ".join(missing[:_MISSING_SHOWN])
-        raise InputError(f"parts of {out} are missing or unfinished: --shard {shown}{more}")
-    return [found[number, count] for number in range(1, count + 1)]
+def _in_common(plan: dict[str, Any]) -> dict[str, Any]:
+    # Neither the path of the palette nor the allowance for bad images changes the result.
+    same = {"palette": None, "max_bad": None}
+    usual = {"limit": None, "transparent": False}  # later than version 0.1.0
+    keys = ("images", "class_names", "shard_images", "fingerprints")
+    return {"config": usual | plan["config"] | same, **{key: plan.get(key) for key in keys}}
 
 
 def _reader_and_number(record: str) -> tuple[int, ...]:
@@ -193,11 +155,7 @@ def _reader_and_number(record: str) -> tuple[int, ...]:
 
 
 def _link(source: Path, target: Path, checksum: str) -> None:
-    if not source.exists():
-        raise InputError(f"{source} is missing; make that part again")
-    require_regular(source)
-    if sha256_of(source) != checksum:
-        raise InputError(f"{source} has changed since it was written; make that part again")
+    require_unchanged(source, checksum)
     try:
         os.link(source.resolve(), target)
     except OSError:  # another disk, or one without links

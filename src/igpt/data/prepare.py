@@ -32,6 +32,7 @@ from igpt.data.palette_fit import (
     settle_palette,
     transform_of,
 )
+from igpt.data.parts import PartNumber, part_path
 from igpt.data.pool import running
 from igpt.data.sources.archives import TokenRows
 from igpt.data.sources.catalogue import Split, open_source
@@ -68,17 +69,10 @@ SHARD_IMAGES = (1024, 8192)
 SHARD_BYTES = 2**28
 # Below this number of images, starting workers costs more than they gain.
 MIN_IMAGES_FOR_WORKERS = 4096
-MOST_PARTS = 65536
 _TWELVE_BITS = 4095  # the highest level of 12 bits
 _MOST_WORKERS = max(64, 8 * (os.cpu_count() or 1))  # each takes about 200 MB
 _MOST_PIXELS = 2**27  # of all views of an image, which are in memory together
 Progress = Callable[[int, int], None]
-
-
-def _numbered(part: list[int]) -> list[int]:
-    if not 1 <= part[0] <= part[1] <= MOST_PARTS:
-        raise ValueError(f"[i, n] is needed, with i from 1 to n and n at most {MOST_PARTS}")
-    return part
 
 
 def _with_train(images: dict[str, int]) -> dict[str, int]:
@@ -138,7 +132,7 @@ class Plan(Stored):
     shard_images: list[int]
     fingerprints: list[str]
     given_palette: str | None
-    part: Annotated[list[int], Field(min_length=2, max_length=2), AfterValidator(_numbered)]
+    part: PartNumber
     jobs: list[Count] = Field(default_factory=list)
     palette_error: dict[str, Any]
     palette: StoredPalette
@@ -297,9 +291,7 @@ def prepare_part(
         InputError: see `prepare`; or there is no such part.
     """
     require_new(out, source)
-    if not 1 <= part[0] <= part[1] <= MOST_PARTS:
-        raise InputError(f"--shard i/n needs 1 <= i <= n <= {MOST_PARTS}, not {part[0]}/{part[1]}")
-    out = out.with_name(f"{out.name}.{part[0]}-of-{part[1]}")
+    out = part_path(out, part)
     require_new(out)
     with exclusive(out):
         folder, _, records = _make_shards(source, out, config, part, workers, progress, phase)

@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from igpt.data.image_set import ImageSet
+from igpt.data.image_set import ImageSet, ReadImages
 from igpt.errors import InputError
+from igpt.evaluation.features import Progress, pooled
 from igpt.evaluation.results import read_probe
 from igpt.files import atomic_file
+from igpt.model.precision import Precision
+from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-exported-features", 1
 Batches = Iterable[NDArray[np.float32]]  # [B, D], in the order of the images
@@ -45,6 +48,30 @@ def require_layer(layer: int, last: int) -> None:
         raise InputError(f"the model has the layers 0 to {last}, not {layer}")
 
 
+def layer_features(
+    model: ImageGPT,
+    images: ReadImages,
+    progress: Progress | None,
+    *,
+    layer: int,
+    precision: Precision = "fp32",
+) -> Batches:
+    """Yield the features of a layer, batch by batch: [B, D].
+
+    Raises:
+        InputError: features that are not finite.
+    """
+    batches = pooled(
+        model,
+        images.tokens,
+        positions=images.positions,
+        precision=precision,
+        last=layer,
+        progress=progress,
+    )
+    return (_finite(batch[layer]) for batch in batches)
+
+
 def require_features_file(path: Path) -> None:
     """Refuse to write features to a file that is neither `.npz` nor Parquet.
 
@@ -67,13 +94,10 @@ def write_features(
 
     Args:
         metadata: of the features, including `layer` and `width`.
-
-    Raises:
-        InputError: features that are not finite.
     """
     write = _write_npz if path.suffix == ".npz" else _write_parquet
     with atomic_file(path) as temporary:
-        write(temporary, images, map(_finite, batches), metadata)
+        write(temporary, images, batches, metadata)
 
 
 def _finite(batch: NDArray[np.float32]) -> NDArray[np.float32]:

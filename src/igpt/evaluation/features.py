@@ -22,7 +22,7 @@ from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_folder, read_json, require_regular, write_json
 from igpt.model.classifier import MASKED
-from igpt.model.cost import inference_batch_size
+from igpt.model.cost import batches_of, inference_batch_size
 from igpt.model.directory import weights_sha256
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
@@ -53,6 +53,7 @@ def pooled(
     masking: Masking | None = None,
     precision: Precision = "fp32",
     batch_size: int | None = None,
+    positions: NDArray[np.int64] | None = None,
     last: int | None = None,
     progress: Progress | None = None,
 ) -> Iterator[NDArray[np.float32]]:
@@ -63,6 +64,8 @@ def pooled(
 
     Args:
         masking: masks of a BERT model; None for no masks.
+        positions: of the images in their selection, which decide on the batches (see `batches_of`);
+            by default there is an image at each.
         last: the layer after which to stop; None: L.
     """
     model.eval()
@@ -73,8 +76,7 @@ def pooled(
     size = batch_size or inference_batch_size(model.config)
     if progress:
         progress(0, len(split))
-    for first in range(0, len(split), size):
-        rows = np.arange(first, min(first + size, len(split)))
+    for rows in batches_of(np.arange(len(split)) if positions is None else positions, size):
         tokens = torch.from_numpy(split.rows(rows).astype(np.int64)).to(device)
         mask = None
         if masking:

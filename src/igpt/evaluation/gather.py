@@ -3,13 +3,7 @@
 from os import PathLike
 from pathlib import Path
 
-from igpt.data.image_set import (
-    ImageSet,
-    ImageSetConfig,
-    Progress,
-    stored_image_set,
-    tokenized_image_set,
-)
+from igpt.data.image_set import ImageSetConfig, Selection, source_images, stored_images
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import FORMAT, MANIFEST
 from igpt.files import read_json
@@ -17,19 +11,17 @@ from igpt.model.match import palette_of, require_match
 from igpt.model.transformer import ImageGPT
 
 
-def gather(
+def select_images(
     model: ImageGPT,
     source: str,
     config: ImageSetConfig,
-    progress: Progress | None = None,
     *,
     name: str | PathLike[str] = "MODEL",
-) -> ImageSet:
-    """Return images of a token data set or of any source as tokens of a model.
+) -> Selection:
+    """Select images of a token data set or of any source, to be read as tokens of a model.
 
     Args:
-        source: folder of a token data set, or see `tokenized_image_set`.
-        progress: called with (images done, images in all) while images are tokenised.
+        source: folder of a token data set, or see `source_images`.
         name: the model's directory, for messages.
 
     Raises:
@@ -42,5 +34,5 @@ def gather(
     ) == FORMAT:
         data = TokenDataset(path)
         require_match(model, data, Path(name))
-        return stored_image_set(data, config)
-    return tokenized_image_set(source, palette_of(model), model.config.resolution, config, progress)
+        return stored_images(data, config)
+    return source_images(source, palette_of(model), model.config.resolution, config)

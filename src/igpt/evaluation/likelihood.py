@@ -5,7 +5,7 @@ N images, B images of a batch, n pixels of an image.
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import torch
 from numpy.typing import NDArray
 
 from igpt.allocator import keep_freed_memory
-from igpt.data.image_set import ImageSet
+from igpt.data.image_set import ImageSet, ReadImages
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import atomic_file
-from igpt.model.cost import inference_batch_size
+from igpt.model.cost import batches_of, inference_batch_size
 from igpt.model.objectives import pixel_losses
 from igpt.model.precision import Precision, autocast
 from igpt.model.transformer import ImageGPT
@@ -53,9 +53,14 @@ def score(
     *,
     precision: Precision = "fp32",
     batch_size: int | None = None,
+    positions: NDArray[np.int64] | None = None,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Return the negative log-likelihood of every image: nats/pixel, float64 [N].
+
+    Args:
+        positions: of the images in their selection, which decide on the batches (see `batches_of`);
+            by default there is an image at each.
 
     Raises:
         InputError: see `losses_of`; or there is no image.
@@ -67,12 +72,28 @@ def score(
     size = batch_size or inference_batch_size(model.config)
     if progress:
         progress(0, len(split))
-    for first in range(0, len(split), size):
-        rows = np.arange(first, min(first + size, len(split)))
+    for rows in batches_of(np.arange(len(split)) if positions is None else positions, size):
         losses[rows] = losses_of(model, split.rows(rows), precision=precision).mean(axis=1)
         if progress:
             progress(int(rows[-1]) + 1, len(split))
     return losses
+
+
+def losses_of_images(
+    model: ImageGPT,
+    images: ReadImages,
+    progress: Progress | None,
+    *,
+    precision: Precision = "fp32",
+) -> Iterator[NDArray[np.float64]]:
+    """Yield the negative log-likelihood of all images, see `score`: nats/pixel, float64 [N]."""
+    yield score(
+        model,
+        images.tokens,
+        precision=precision,
+        positions=images.positions,
+        progress=progress,
+    )
 
 
 def summary(losses: NDArray[np.float64]) -> dict[str, Any]:

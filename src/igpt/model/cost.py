@@ -1,7 +1,10 @@
-"""Parameters and floating-point operations (FLOPs) of a model, from its configuration alone.
+"""Parameters, floating-point operations (FLOPs) and batches of a model, from its configuration.
 
 D width, n pixels of an image.
 """
+
+import numpy as np
+from numpy.typing import NDArray
 
 from igpt.model.config import ModelConfig
 
@@ -36,6 +39,22 @@ def count_parameters(config: ModelConfig) -> int:
 def inference_batch_size(config: ModelConfig) -> int:
     """Return a batch size that keeps a processor busy without a backward pass: 64 at 32 px."""
     return max(1, 2**16 // config.n_pixels)
+
+
+def batches_of(positions: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:
+    """Return the indices of the images of each batch.
+
+    A batch has the images at `size` neighbouring positions of a selection, of which some may not
+    decode. So it is the same one, and has results that are equal to the last digit, in every range
+    of the selection that begins at a multiple of `size`.
+
+    Args:
+        positions: of the images in the selection, ascending.
+    """
+    if not len(positions):
+        return []
+    cuts = np.flatnonzero(np.diff(positions // size)) + 1
+    return np.split(np.arange(len(positions)), cuts)
 
 
 def cache_bytes(config: ModelConfig, number: int) -> int:
