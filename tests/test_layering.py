@@ -93,6 +93,7 @@ MODULES = [
     "evaluation/published",
     "evaluation/export",
     "evaluation/parts",
+    "evaluation/quality",
     "evaluation/estimator",
     "training/presets",
     "training/muon",

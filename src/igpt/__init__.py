@@ -3,7 +3,7 @@
 # The constant of typing, without importing it: Ctrl-C during an import here shows a traceback.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from igpt.api import Run, complete, finetune, prepare, pretrain, probe, sample, score
+    from igpt.api import Run, complete, finetune, prepare, pretrain, probe, quality, sample, score
     from igpt.data.images.palette import Palette
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.evaluation.estimator import ImageGPTFeatures
@@ -24,6 +24,7 @@ __all__ = [
     "prepare",
     "pretrain",
     "probe",
+    "quality",
     "sample",
     "score",
 ]

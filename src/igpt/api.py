@@ -320,6 +320,83 @@ def score(
         return run(loaded, split, precision=precision, progress=partial(show, "scoring"))
 
 
+def quality(
+    model: "ImageGPT | PathName",
+    source: PathName,
+    *,
+    features: "ImageGPT | PathName | None" = None,
+    layer: int | None = None,
+    samples: int | None = None,
+    completions: int | None = None,
+    keep_rows: int | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Compare samples and completions of a model with true images, in features of a model.
+
+    Args:
+        source: true images: a token data set or another source of images of `prepare`.
+        features: the model whose features are compared; the same one by default.
+        layer: of these features; by default the best one in the probe of that model.
+        samples: number of images to sample for the Frechet distance, 0 for none; as many as there
+            are true images by default, and none for a BERT model.
+        completions: number of true images to complete, 0 for none; all by default.
+        keep_rows: rows that are kept; the upper half by default.
+        temperature, top_k, top_p: see `SamplingSettings`.
+        settings: fields of `ImageSetConfig`, which select true images, such as `limit=1000`; `seed`
+            is also that of the samples and of the bootstrap.
+
+    Returns:
+        `frechet` and `completions`, see `igpt.evaluation.quality.measure`, and what they are of.
+
+    Raises:
+        InputError: a setting, a model or the images cannot be used, or there are too few images.
+    """
+    from igpt.data.image_set import ImageSetConfig
+    from igpt.evaluation.export import default_layer, require_layer
+    from igpt.evaluation.gather import select_images
+    from igpt.evaluation.quality import measure
+    from igpt.sampling.jobs import SamplingSettings, require_sampling_settings
+
+    chosen = ImageSetConfig.layered(settings, where="the settings")
+    sampling = SamplingSettings(temperature=temperature, top_k=top_k, top_p=top_p, seed=chosen.seed)
+    require_sampling_settings(**sampling)
+    for name, count in (("samples", samples), ("completions", completions)):
+        if count is not None and count < 0:
+            raise InputError(f"--{name} is 0 or more, not {count}")
+    loaded = load_model(model)
+    of = loaded if features is None else load_model(features)
+    named = model if features is None else features
+    if layer is None and isinstance(named, str | os.PathLike):
+        layer = default_layer(named)
+    last = of.config.n_layer
+    if layer is None:
+        raise InputError(
+            f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
+        )
+    require_layer(layer, last)
+    if samples is None and not loaded.config.trained_as.has_likelihood:
+        samples = 0
+    with progress_bar() as show:
+        selected = select_images(loaded, os.fspath(source), chosen, name=_name_of(model))
+        images = selected.image_set(partial(show, "tokenising"))
+        found = measure(
+            loaded,
+            images.tokens,
+            of,
+            layer,
+            sampling,
+            samples=len(images) if samples is None else samples,
+            completions=len(images) if completions is None else completions,
+            keep_rows=loaded.config.resolution // 2 if keep_rows is None else keep_rows,
+            show=show,
+        )
+    names = {"model": _name_of(model), "features": _name_of(named), "layer": layer, "layers": last}
+    return {**names, **images.to_json(), "sampling": sampling, **found}
+
+
 def sample(
     model: "ImageGPT | PathName", count: int = 16, **settings: Unpack["SamplingSettings"]
 ) -> "list[Image.Image]":

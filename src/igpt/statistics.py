@@ -72,8 +72,13 @@ def mean_of(values: NDArray[np.float64]) -> dict[str, Any]:
     """Return the mean of values, its standard error and interval (None for one value)."""
     mean = float(values.mean())
     error = None if len(values) < 2 else float(values.std(ddof=1) / math.sqrt(len(values)))
-    interval = None if error is None else [mean + sign * _quantile() * error for sign in (-1, 1)]
+    interval = None if error is None else interval_around(mean, error)
     return {"mean": mean, "standard_error": error, "interval_95": interval, "count": len(values)}
+
+
+def interval_around(value: float, error: float) -> list[float]:
+    """Return the normal 95 % interval of a value with a standard error."""
+    return [value + sign * _quantile() * error for sign in (-1, 1)]
 
 
 def auroc(lower: NDArray[np.float64], higher: NDArray[np.float64]) -> dict[str, Any]:

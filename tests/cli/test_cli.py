@@ -433,6 +433,7 @@ WORDS = {
     "finetune": ["m", "t", "-o", "x"],
     "probe": ["m", "t"],
     "features": ["m", "s"],
+    "quality": ["m", "s"],
 }
 WORDS |= {"score": ["m", "s"], "palette": ["s"], "prepare": ["s", "-o", "x"], "plan": ["tiny"]}
 WORDS["features"] += ["-o", "x.npz"]
@@ -564,6 +565,7 @@ FILES = {
     "score": ["score", "m", "s"],
     "report": ["report", "a", "b"],
     "features": ["features", "m", "s"],
+    "quality": ["quality", "m", "s"],
     "sample": ["sample", "m"],
     "complete": ["complete", "m", "a.png"],
 }

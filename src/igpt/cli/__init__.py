@@ -28,6 +28,9 @@ COMMANDS = {
     "features": Command(
         "igpt.cli.evaluation:Features", "write the features of images for other programs"
     ),
+    "quality": Command(
+        "igpt.cli.evaluation:Quality", "compare samples and completions with true images"
+    ),
     "classify": Command("igpt.cli.evaluation:Classify", "print the most likely classes of images"),
     "sample": Command("igpt.cli.sampling:Sample", "generate images"),
     "complete": Command(

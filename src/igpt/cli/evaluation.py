@@ -1,4 +1,4 @@
-"""The commands that evaluate models: probe, score, features, classify."""
+"""The commands that evaluate models: probe, score, features, quality, classify."""
 
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from igpt.api import load_model, probe
-from igpt.builtin_models import DEFAULT_MODEL, NAMES, WEIGHTS, find_builtin
+from igpt.api import load_model, probe, quality
+from igpt.builtin_models import DEFAULT_MODEL, NAMES, WEIGHTS
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.locks import exclusive
@@ -535,20 +535,19 @@ class Features(_OfImages):
 
     def _compute(self, given: dict[str, Any]) -> None:
         from igpt.data.image_set import ImageSetConfig
-        from igpt.evaluation.export import FORMAT, best_layer, layer_features, require_layer
+        from igpt.evaluation.export import FORMAT, default_layer, layer_features, require_layer
         from igpt.evaluation.gather import select_images
         from igpt.evaluation.parts import compute
 
         layer, precision = self.layer, self.precision
         settings = ImageSetConfig.layered(given, where="the settings")
         model, source = self.model_and_source()
-        path, home = model_and_run(model)
+        path, _ = model_and_run(model)
         with nullcontext() if self.shard else exclusive(self.out.with_suffix(".json")):
             loaded = load_model(path)
             last = loaded.config.n_layer
-            probed = home if path == home / "model" else find_builtin(path)
-            if layer is None and probed:
-                layer = best_layer(probed)
+            if layer is None:
+                layer = default_layer(model)
             if layer is None:
                 raise InputError(
                     f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best "
@@ -646,6 +645,83 @@ def _print_left_out(images: "ImageSet", target: Path) -> None:
 
     what = f"left out when {images.source} was prepared" if images.prepared else "left out"
     print_left_out(images.left_out, images.notes, target, what=what)
+
+
+class Quality(Options):
+    """Compare samples and completions of a model with true images, in features of a model."""
+
+    settings = "igpt.data.image_set:ImageSetConfig"
+    example = "igpt quality runs/photos tokens/cifar10 --limit 2000"
+    groups: ClassVar = {
+        "images": ("split", "limit", "seed", "image_column", "label_column", "stream", "max_bad"),
+        "samples": ("samples", "completions", "keep_rows", "temperature", "top_k", "top_p"),
+        "features": ("features", "layer"),
+    }
+
+    model: Path = argument("run, model directory, name of a built-in model, or Hub id")
+    source: str = argument("true images: token data set, or any source of images of igpt prepare")
+    out: Path | None = Field(
+        None,
+        description="JSON to write; by default quality.json in the run, or in the current folder "
+        "for a model without a run",
+    )
+    samples: int | None = Field(
+        None,
+        description="number of images to sample for the Frechet distance, 0 for none; by default "
+        "as many as true images (none for BERT models)",
+    )
+    completions: int | None = Field(
+        None, description="number of true images to complete, 0 for none; by default all"
+    )
+    keep_rows: int | None = Field(
+        None, description="rows that are kept in completions; the upper half by default"
+    )
+    temperature: float = Field(
+        1.0,
+        description="1 samples from the model's distribution, 0 selects the most likely colours",
+    )
+    top_k: int | None = Field(None, description="only the k most likely colours of every pixel")
+    top_p: float | None = Field(
+        None, description="only the most likely colours whose probabilities add up to this value"
+    )
+    features: Path | None = Field(
+        None, description="model whose features are compared; by default MODEL itself"
+    )
+    layer: int | None = Field(
+        None, description="of the features; by default the best layer in the probe of that model"
+    )
+
+    def execute(self, given: dict[str, Any]) -> None:
+        """Run the command."""
+        from igpt.environment import describe
+        from igpt.evaluation.quality import FORMAT, VERSION
+        from igpt.files import write_json
+
+        target = self.out or model_and_run(self.model)[1] / "quality.json"
+        require_writable(target, FORMAT)
+        own = (*self.groups["samples"], *self.groups["features"])
+        with exclusive(target):
+            chosen: dict[str, Any] = {name: getattr(self, name) for name in own}
+            result = quality(self.model, self.source, **chosen, **given)
+            about = {"format": FORMAT, "version": VERSION, **result, "environment": describe()}
+            write_json(target, about)
+        where = f"features of layer {result['layer']} of {result['layers']} of {result['features']}"
+        if found := result.get("frechet"):
+            low, high = found["interval_95"]
+            sampled, true = found["images"]
+            print(
+                f"Frechet distance {found['distance']:.4g} (95 % interval {low:.4g} to {high:.4g}, "
+                f"by bootstrap) of {sampled} samples to {true} true images, in {where}"
+            )
+        if found := result.get("completions"):
+            low, high = found["interval_95"]
+            print(
+                f"completions: {found['mean']:.1%} of other images are nearer than the true one "
+                f"(95 % interval {low:.1%} to {high:.1%}; chance 50 %), over {found['count']} "
+                f"images with {found['keep_rows']} rows given; with the hidden pixels of another "
+                f"image {found['other_pixels']['mean']:.1%}"
+            )
+        print(f"{target}: all numbers")
 
 
 class Classify(Options):

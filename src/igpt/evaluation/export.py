@@ -4,6 +4,7 @@ N images, B of them at a time, D width, L layers.
 """
 
 import json
+import os
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -13,11 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from igpt.builtin_models import find_builtin
 from igpt.data.image_set import ImageSet, ReadImages
 from igpt.errors import InputError
 from igpt.evaluation.features import Progress, pooled
 from igpt.evaluation.results import read_probe
 from igpt.files import atomic_file
+from igpt.model.locate import model_and_run
 from igpt.model.precision import Precision
 from igpt.model.transformer import ImageGPT
 
@@ -36,6 +39,17 @@ def best_layer(run: Path) -> int | None:
     path = run / "probe.json"
     layer: int | None = read_probe(path).get("best_layer") if path.exists() else None
     return layer
+
+
+def default_layer(model: str | os.PathLike[str]) -> int | None:
+    """Return the layer with the best probe accuracy of a run or of a built-in model, if any.
+
+    Raises:
+        InputError: see `best_layer`.
+    """
+    path, home = model_and_run(model)
+    probed = home if path == home / "model" else find_builtin(path)
+    return best_layer(probed) if probed else None
 
 
 def require_layer(layer: int, last: int) -> None:

@@ -37,6 +37,7 @@ VALID: Mapping[str, str] = {
     "probe": "run tokens -o new.json --config probe.yaml",
     "score": "run tokens -o new.csv --limit 10",
     "features": "run tokens -o new.npz --layer 1",
+    "quality": "run tokens -o new.json --layer 1 --samples 0 --completions 2",
     "sample": "run -o new.png --count 1",
     "complete": "run picture.png -o new.png --completions 1",
     "report": "run",
