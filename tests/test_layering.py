@@ -68,6 +68,7 @@ MODULES = [
     "model/images",
     "model/cost",
     "model/resolution",
+    "model/conditions",
     "model/classifier",
     "model/openai",
     "model/onnx_export",

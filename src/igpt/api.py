@@ -121,7 +121,7 @@ def pretrain(
     minutes: float | None = None,
     **settings: Any,
 ) -> Run:
-    """Train a model on tokens without labels.
+    """Train a model on tokens, by default without labels.
 
     Args:
         tokens: token data set.

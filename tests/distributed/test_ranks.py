@@ -98,6 +98,16 @@ def test_all_numbers_of_ranks_and_ways_to_shard_give_the_losses_of_one_process(
     assert (machine["ranks"], machine["shard"]) == (size, shard)
 
 
+def test_ranks_drop_the_same_labels(
+    ranks, digits: TokenDataset, settings: dict[str, object], tmp_path: Path
+) -> None:
+    given = {**settings, "condition": "labels", "label_dropout": 0.5}
+    pretrain(PretrainConfig.layered({**given, "tokens": digits.path}), tmp_path / "alone")
+    flags = flags_of({**given, "shard": 2})
+    ranks(4, "pretrain", digits.path, "-o", tmp_path / "run", "--model", "tiny", *flags)
+    assert_same_losses(tmp_path / "alone", tmp_path / "run")
+
+
 @pytest.mark.parametrize(("size", "shard"), [(2, 2), (2, 1), (1, 1)])
 def test_a_checkpoint_of_four_ranks_is_resumed_by_fewer(
     ranks,

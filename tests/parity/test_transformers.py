@@ -377,3 +377,13 @@ def test_transformers_refuses_what_only_igpt_computes(
     for reader in (AutoConfig, ImageGPTForCausalImageModeling):
         with pytest.raises((ValueError, KeyError), match="igpt"):
             reader.from_pretrained(tmp_path)
+
+
+def test_transformers_refuses_class_conditional_models(tmp_path: Path) -> None:
+    shape = {"n_layer": 1, "n_embd": 8, "n_head": 2, "conditions": ("cat", "dog")}
+    config = ModelConfig.layered({"resolution": RESOLUTION, "n_colors": N_COLORS, **shape})
+    ImageGPT(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="model type `igpt`"):
+        AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(KeyError, match="a class-conditional model: read it with igpt"):
+        ImageGPTForCausalImageModeling.from_pretrained(tmp_path)

@@ -19,7 +19,9 @@ COMMANDS = {
     "plan": Command(
         "igpt.cli.training:PlanOptions", "predict memory and time of a pretraining run"
     ),
-    "pretrain": Command("igpt.cli.training:Pretrain", "train a model on tokens without labels"),
+    "pretrain": Command(
+        "igpt.cli.training:Pretrain", "train a model on tokens, mostly without labels"
+    ),
     "finetune": Command("igpt.cli.training:Finetune", "fine-tune a model on labelled tokens"),
     "probe": Command(
         "igpt.cli.evaluation:Probe", "fit a linear classifier to the features of every layer"

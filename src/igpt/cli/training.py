@@ -33,6 +33,8 @@ _GROUPS = {
         "positions",
         "value_residual",
         "start_from_palette",
+        "condition",
+        "label_dropout",
     ),
     "optimizer": (
         "steps",
@@ -124,7 +126,7 @@ def _planned(name: str) -> dict[str, Any]:
 
 
 class Pretrain(Options):
-    """Train a model on tokens without labels."""
+    """Train a model on tokens, by default without labels."""
 
     settings = "igpt.training.pretrain:PretrainConfig"
     example = "igpt pretrain tokens/photos --model igpt-s -o runs/photos"

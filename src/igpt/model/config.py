@@ -1,6 +1,6 @@
 """The configuration of a model, and its form in the Hub's `config.json`.
 
-D width, V colours, C classes; n = R^2 pixels of an image of resolution R.
+D width, V colours; n = R^2 pixels of an image of resolution R.
 """
 
 import math
@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from igpt.config import Config
 from igpt.data.images.palette import MAX_COLORS
-from igpt.errors import InputError
+from igpt.errors import InputError, suggest
 from igpt.files import Stored
 from igpt.model.norm import NORM_EPS
 from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective, ObjectiveName
@@ -33,6 +33,7 @@ class HubSettings(Stored):
     version: int = VERSION
     objective: ObjectiveName = DEFAULT_OBJECTIVE
     resolution: _Size | None = None
+    conditions: list[str] | None = None
 
 
 class HubConfig(Stored):
@@ -104,6 +105,11 @@ class ModelConfig(ShapeConfig, Variants):
     class_names: tuple[str, ...] | None = Field(
         None, description="classes of the classification head, if there is one"
     )
+    conditions: tuple[str, ...] | None = Field(
+        None,
+        min_length=1,
+        description="classes with a start token each, if the model is class-conditional",
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -116,10 +122,47 @@ class ModelConfig(ShapeConfig, Variants):
             )
         return self
 
+    @model_validator(mode="after")
+    def _conditions_fit(self) -> Self:
+        names = self.conditions or ()
+        if names and not self.trained_as.has_start_token:
+            raise ValueError(f"the objective {self.objective!r} has no start token for classes")
+        if double := next((name for i, name in enumerate(names) if name in names[:i]), None):
+            raise ValueError(f"there are two classes named {double!r}")
+        return self
+
+    @property
+    def faithful(self) -> bool:
+        """Whether it is the paper's model, which transformers' ImageGPT computes too."""
+        return super().faithful and self.conditions is None
+
     @property
     def n_pixels(self) -> int:
         """Number of pixels of an image, n."""
         return self.resolution**2
+
+    @property
+    def n_inputs(self) -> int:
+        """Number of input tokens: the colours, the start token, and those of the classes.
+
+        The start token has the number V; that of class k has V + 1 + k.
+        """
+        return self.n_colors + 1 + len(self.conditions or ())
+
+    def label_of(self, name: str) -> int:
+        """Return the number of a class of a class-conditional model.
+
+        Raises:
+            InputError: the model has no such class, or no classes.
+        """
+        if self.conditions is None:
+            raise InputError(
+                f"the class {name!r} is asked for, and the model has no classes; "
+                "`igpt pretrain --condition labels` trains one that has"
+            )
+        if name not in self.conditions:
+            raise InputError(f"the model has no class {name!r}; {suggest(name, self.conditions)}")
+        return self.conditions.index(name)
 
     def to_hub(self) -> dict[str, Any]:
         """Return the contents of `config.json`, which transformers refuses for a variant."""
@@ -150,6 +193,9 @@ class ModelConfig(ShapeConfig, Variants):
         if not self.faithful:
             hub |= {"model_type": "igpt", "activation_function": "see igpt"}
             hub["igpt"] |= self.variants.model_dump()
+        if self.conditions is not None:
+            hub["activation_function"] = "a class-conditional model: read it with igpt"
+            hub["igpt"]["conditions"] = self.conditions
         return hub
 
     def parameter_shapes(self) -> Iterator[tuple[str, Shape]]:
@@ -174,7 +220,7 @@ class ModelConfig(ShapeConfig, Variants):
         yield "lm_head.weight", (self.n_colors, width)
         if self.class_names is not None:
             yield "score.weight", (len(self.class_names), width)
-        yield "wte.weight", (self.n_colors + 1, width)
+        yield "wte.weight", (self.n_inputs, width)
         if self.positions == "learned":
             yield "wpe.weight", (self.n_pixels, width)
 
@@ -249,7 +295,9 @@ class ModelConfig(ShapeConfig, Variants):
             if not from_transformers or key in Variants.model_fields
         }
         variants = Variants.layered(varied, where=str(where))
-        if from_transformers and not variants.faithful:
+        is_conditional = hub.igpt.conditions is not None
+        if from_transformers and (is_conditional or not variants.faithful):
+            varied |= {"conditions": hub.igpt.conditions} if is_conditional else {}
             raise InputError(
                 f"{where} has model_type = 'imagegpt' with {varied}; a variant has "
                 "model_type = 'igpt'"
@@ -272,5 +320,6 @@ class ModelConfig(ShapeConfig, Variants):
             "objective": hub.igpt.objective,
             "bias": any(name.endswith(".bias") for name in names),
             "class_names": hub.class_names(where) if "score.weight" in names else None,
+            "conditions": hub.igpt.conditions,
         }
         return cls.layered(settings, variants.model_dump(), where=str(where))

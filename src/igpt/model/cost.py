@@ -27,7 +27,7 @@ def root_parameters(config: ModelConfig) -> int:
     """Return the parameters outside the blocks: embeddings, the final gain, and the heads."""
     classes = len(config.class_names or ())
     positions = config.n_pixels if config.positions == "learned" else 0
-    return config.n_embd * (config.n_colors + 1 + positions + 1 + config.n_colors + classes)
+    return config.n_embd * (config.n_inputs + positions + 1 + config.n_colors + classes)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -28,7 +28,9 @@ class Model(Protocol):
     config: Any
     wte: Any
 
-    def __call__(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def __call__(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the logits of the colour of every pixel: [B, n] -> [B, n, V]."""
 
 
@@ -42,6 +44,8 @@ class Objective(ABC):
         unit: of the loss.
         causal: whether a position attends only to itself and the positions before it.
         masked: whether some pixels of the input are masked; otherwise there are no masks.
+        has_start_token: whether the first position's input is the start token, so that a class can
+            have its own in place of it.
         has_likelihood: whether the model defines the likelihood of whole images, so that they can
             be scored, and sampled without a prefix.
         sampler: "module:function" that generates unknown pixels; see `igpt.sampling.sampler`.
@@ -53,6 +57,7 @@ class Objective(ABC):
     unit: str = "nats/pixel"
     causal: bool
     masked: bool = False
+    has_start_token: bool = False
     has_likelihood: bool = False
     sampler: str
 
@@ -78,14 +83,23 @@ class Objective(ABC):
     def image_losses(self, losses: Tensor, mask: Tensor | None) -> Tensor:
         """Return the loss of every image, in nats: losses of pixels [B, n], mask [B, n] -> [B]."""
 
-    def loss(self, model: Model, tokens: Tensor, mask: Tensor | None = None) -> Summed:
+    def loss(
+        self,
+        model: Model,
+        tokens: Tensor,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> Summed:
         """Return the loss summed over images, and their number.
 
         Sums over micro-batches and ranks, divided by the sum of their counts, weight all images
         equally.
+
+        Args:
+            labels: classes of the images under a class-conditional model, -1 for none, [B].
         """
         # No variable keeps the logits, so that they are freed once they are converted.
-        losses = pixel_losses(model(tokens, mask), tokens)
+        losses = pixel_losses(model(tokens, mask, labels), tokens)
         return self.image_losses(losses, mask).sum(), len(tokens)
 
     def has_loss(self, masked: bool) -> bool:
@@ -116,6 +130,7 @@ class Autoregressive(Objective):
     title = "autoregressive"
     predicts = "every pixel from those before it"
     causal = True
+    has_start_token = True
     has_likelihood = True
     sampler = "igpt.sampling.raster:generate_in_order"
 

@@ -141,8 +141,8 @@ class ImageGPT(nn.Module):
         self.palette = palette
         self.from_palette = from_palette
         with torch.device("meta"):  # skips PyTorch's own initialization
-            # The last row of wte is the start token.
-            self.wte = nn.Embedding(config.n_colors + 1, config.n_embd)
+            # The row after the colours is the start token, those after it are of the classes.
+            self.wte = nn.Embedding(config.n_inputs, config.n_embd)
             if config.positions == "learned":
                 self.wpe = nn.Embedding(config.n_pixels, config.n_embd)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
@@ -216,25 +216,36 @@ class ImageGPT(nn.Module):
             size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
             self.wte.weight[: len(colors)].copy_(colors / size @ projection)
 
-    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the input of the first block: tokens [B, T] -> [B, T, D]."""
         x = self.config.trained_as.embed(self, tokens, mask)
+        if labels is not None:
+            start = self.wte(self.config.n_colors + 1 + labels[:, None])  # [B, 1, D]
+            x = torch.cat([start, x[:, 1:]], dim=1)
         return x + self.wpe.weight[: x.shape[1]] if self.config.positions == "learned" else x
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the final norm's output: tokens [B, T] -> [B, T, D]."""
-        x, first = self.embed(tokens, mask), None
+        x, first = self.embed(tokens, mask, labels), None
         for block in self.h:
             x, first = block(x, first)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the logits of the colour of every pixel: tokens [B, T], T <= n -> [B, T, V].
 
         An autoregressive model predicts pixel i from the pixels before i; it shifts its input
-        itself. A BERT model predicts the pixels where `mask` [B, T] is True from the others.
+        itself. A BERT model predicts the pixels where `mask` [B, T] is True from the others. A
+        class-conditional model begins with the start tokens of the classes `labels` [B], and for -1
+        with that of no class, as without labels.
         """
-        return self.lm_head(self.hidden(tokens, mask))  # type: ignore[no-any-return]
+        return self.lm_head(self.hidden(tokens, mask, labels))  # type: ignore[no-any-return]
 
     def features(self, tokens: Tensor, mask: Tensor | None = None) -> Iterator[Tensor]:
         """Yield the normalized activations n^l of all layers: tokens [B, T] -> (L + 1) x [B, T, D].

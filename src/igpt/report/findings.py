@@ -23,7 +23,10 @@ def describe_model(run: Run) -> str:
     text = f"{'An' if kind[:1] in 'aeiou' else 'A'} {kind} transformer" + (
         f" ({', '.join(size)})" if size else ""
     )
-    text += ", fine-tuned with labels" if run.finetuned else ", trained without labels"
+    if run.finetuned:
+        text += ", fine-tuned with labels"
+    else:
+        text += f", trained {'with' if run.config.get('condition') else 'without'} labels"
     if start_model := run.config.get("from_model"):
         path = Path(str(start_model))
         text += f", starting from {path.parent.name if path.name == 'model' else path.name},"
@@ -33,8 +36,9 @@ def describe_model(run: Run) -> str:
         text += f" of {shape['resolution']} \N{MULTIPLICATION SIGN} {shape['resolution']} pixels"
     if "n_colors" in shape:
         text += f" in {shape['n_colors']} colours"
-    if run.finetuned and isinstance(start.get("classes"), int):
-        text += f", for {plural(start['classes'], 'class', 'classes')}"
+    if isinstance(start.get("classes"), int):
+        purpose = "for" if run.finetuned else "with a start token for each of"
+        text += f", {purpose} {plural(start['classes'], 'class', 'classes')}"
     return text + "."
 
 

@@ -55,6 +55,7 @@ class _Settings(_Shape):
     steps: Count | None = None
     batch_size: Count | None = None
     generation_weight: Number | None = None
+    condition: str | None = None
 
 
 class _Record(_Shape):

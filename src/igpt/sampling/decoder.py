@@ -49,7 +49,7 @@ class Decoder:
         config, weight = model.config, model.wte.weight
         config.trained_as.require("causal", "sampling pixel by pixel")
         self.model, self.config, self.batch = model, config, batch
-        self.varied = not config.faithful
+        self.varied = not config.variants.faithful
         self.kind = cache_type(precision, weight.dtype)
         # Keys and values; the positions of a head are next to each other, as attention reads them.
         shape = (batch, 2, config.n_head, config.n_pixels, config.n_embd // config.n_head)

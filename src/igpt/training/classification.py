@@ -16,6 +16,7 @@ from torch import Tensor
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.model.classifier import class_logits, predict, with_head
+from igpt.model.conditions import with_conditions
 from igpt.model.directory import weights_sha256
 from igpt.model.objectives import Objective, Summed
 from igpt.model.resolution import at_resolution
@@ -30,6 +31,8 @@ _MODAL_MASKS = 5
 def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[ImageGPT, str]:
     """Load pretrained weights at the resolution of the data, and add a class head of zeros.
 
+    A class-conditional model loses the start tokens of its classes: the classifier sees no labels.
+
     Args:
         generates: whether the loss uses the generative head, which is otherwise not trained.
 
@@ -38,9 +41,8 @@ def new_classifier(path: Path, data: TokenDataset, *, generates: bool) -> tuple[
     """
     pretrained = pretrained_model(path, data)
     checksum = weights_sha256(pretrained.state_dict())
-    model = with_head(
-        at_resolution(pretrained, data.resolution), tuple(data.class_names or ()), data.palette
-    )
+    plain = with_conditions(at_resolution(pretrained, data.resolution), None)
+    model = with_head(plain, tuple(data.class_names or ()), data.palette)
     model.lm_head.requires_grad_(generates)
     return model, checksum
 

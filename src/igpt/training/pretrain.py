@@ -1,24 +1,27 @@
-"""Pretraining: a new model, trained with an objective on tokens without labels."""
+"""Pretraining: a new model, trained with an objective, by default without labels."""
 
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field
+from torch import Tensor
 
+from igpt.data.left_out import listed
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
+from igpt.data.tokens.manifest import NAMES_SHOWN
 from igpt.environment import RunKind
 from igpt.errors import InputError
 from igpt.evaluation.feature_quality import quality_images
 from igpt.model.config import ModelConfig, ShapeConfig
 from igpt.model.cost import count_parameters
 from igpt.model.directory import weights_sha256
-from igpt.model.objectives import Objective
+from igpt.model.objectives import Model, Objective, Summed
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
 from igpt.progress import print_line
@@ -26,7 +29,7 @@ from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
 from igpt.training.metrics import Metrics
-from igpt.training.pretrained import pretrained_model, without_classes
+from igpt.training.pretrained import generative_part, pretrained_model
 from igpt.training.run_directory import open_run, record_run
 from igpt.training.settings import MOST, TrainConfig
 from igpt.training.trackers import EXAMPLES
@@ -58,6 +61,18 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
     )
     start_from_palette: bool = Field(
         False, description="initialize colour embeddings from the palette's RGB values"
+    )
+    condition: Literal["labels"] | None = Field(
+        None,
+        description="labels: also learn a start token for each class of the tokens, so that images "
+        "of a class can be sampled (autoregressive models)",
+    )
+    label_dropout: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="probability with which --condition labels replaces the label of an image by "
+        "no class, which guidance and everything without labels use",
     )
     mask_probability: float = Field(0.15, gt=0, lt=1, description="share of pixels that BERT masks")
     flip: bool = Field(False, description="mirror images at random; not in the paper's pretraining")
@@ -99,6 +114,7 @@ def pretrain(
 
     With `from_model`, the shape, the objective and the variants are those of that model, whatever
     the settings; its position embeddings are interpolated if the tokens have another resolution.
+    Start tokens of classes are those that `condition` asks for: see `with_conditions`.
 
     Args:
         run: the run directory: config.yaml, environment.json, metrics.jsonl, checkpoints/, model/.
@@ -129,8 +145,8 @@ def pretrain(
             pretrained = pretrained_model(config.from_model, data)
             checksum = weights_sha256(pretrained.state_dict())
             pretrained_resolution = pretrained.config.resolution
-            start = without_classes(pretrained, data)
-            config = _as_model(config, start.config, given or {})
+            config = _as_model(config, pretrained.config, given or {})
+            start = generative_part(pretrained, data, _conditions(config, data))
         shape = start.config if start else _model_config(config, data)
         require_memory(shape, config, world)
         train = Batches(
@@ -143,6 +159,7 @@ def pretrain(
             world.device,
         )
         checked = _validation_tokens(data["validation"], config)
+        labels = data["validation"].spread(len(checked)).labels if shape.conditions else None
         probing = _probing(config, data, shape, world)
         objective = shape.trained_as
         torch.manual_seed(config.seed)
@@ -151,7 +168,8 @@ def pretrain(
         else:
             with torch.device("meta"):  # the engine initializes the weights
                 model = ImageGPT(shape, data.palette, config.start_from_palette)
-        engine = Engine(model, config, world, objective.loss)
+        loss = partial(_loss_of_labels, objective) if shape.conditions else objective.loss
+        engine = Engine(model, config, world, loss)
         record_run(
             run,
             config,
@@ -168,12 +186,14 @@ def pretrain(
                 f"position embeddings: interpolated from {pretrained_resolution} to "
                 f"{data.resolution} px"
             )
+        if is_new and shape.conditions:
+            _print_missing(shape.conditions, train.split)
         validation = Validation(
             "loss",
             "loss {:.4f}".format,
-            objective.loss,
+            loss,
             len(checked),
-            partial(_validation_batch, objective, checked, world),
+            partial(_validation_batch, objective, checked, world, labels=labels),
         )
         trainer = Trainer(
             engine,
@@ -224,15 +244,57 @@ def _model_config(config: PretrainConfig, data: TokenDataset) -> ModelConfig:
         shared,
         config.variants.model_dump(),
         {"resolution": data.resolution, "n_colors": len(data.palette)},
+        {"conditions": _conditions(config, data)},
         where="the model",
     )
+
+
+def _conditions(config: PretrainConfig, data: TokenDataset) -> tuple[str, ...] | None:
+    """Return the classes that get a start token, or None if there is no condition.
+
+    Raises:
+        InputError: the tokens have no labels, or the objective has no start token.
+    """
+    if config.condition is None:
+        return None
+    config.trained_as.require("has_start_token", "--condition labels")
+    if not data.class_names or data["train"].labels.max(initial=-1) < 0:
+        raise InputError(
+            f"--condition labels needs training images with labels, and {data.path} has none; "
+            "leave it out, or prepare images with classes"
+        )
+    return tuple(data.class_names)
+
+
+def _print_missing(names: tuple[str, ...], split: TokenSplit) -> None:
+    """Print what some images and classes lack, if anything: labels, and training images."""
+    counts = np.bincount(split.labels + 1, minlength=len(names) + 1)
+    if counts[0]:
+        print_line(
+            f"{counts[0]} of {len(split)} training images have no label, and count as no class"
+        )
+    absent = [name for name, count in zip(names, counts[1:], strict=True) if not count]
+    if absent:
+        print_line(
+            f"classes without a training image, whose start tokens are not trained: "
+            f"{listed(absent, NAMES_SHOWN)}"
+        )
+
+
+def _loss_of_labels(objective: Objective, model: Model, tokens: Tensor, labels: Tensor) -> Summed:
+    """Return the loss of images under a class-conditional model, given their classes."""
+    return objective.loss(model, tokens, labels=labels)
 
 
 def _training_batch(
     objective: Objective, train: Batches, config: PretrainConfig, step: int
 ) -> Batch:
-    """Return the tokens of a training step, and their masks if the objective has any."""
+    """Return the tokens of a training step, and their labels or masks if there are any."""
     tokens = train.tokens(step)
+    if config.condition:
+        generator = np.random.default_rng((config.seed, step, 3))
+        dropped = to_device(generator.random(len(tokens)) < config.label_dropout, train.device)
+        return tokens, train.labels(step).masked_fill(dropped, -1)
     generator = np.random.default_rng((config.seed, step, 2))
     mask = objective.mask((len(tokens), tokens.shape[1]), config.mask_probability, generator)
     return (tokens,) if mask is None else (tokens, to_device(mask, train.device))
@@ -246,10 +308,17 @@ def _validation_tokens(split: TokenSplit, config: PretrainConfig) -> NDArray[np.
 
 
 def _validation_batch(
-    objective: Objective, checked: NDArray[np.uint16], world: World, first: int, last: int
+    objective: Objective,
+    checked: NDArray[np.uint16],
+    world: World,
+    first: int,
+    last: int,
+    labels: NDArray[np.int32] | None = None,
 ) -> Batch:
     """Return validation images `first` to `last - 1`; every run has the same masks."""
     tokens = to_device(checked[first:last].astype(np.int64), world.device)
+    if labels is not None:
+        return tokens, to_device(labels[first:last].astype(np.int64), world.device)
     probability, seed = _VALIDATION_MASKS
     mask = objective.mask((last, checked.shape[1]), probability, np.random.default_rng(seed))
     return (tokens,) if mask is None else (tokens, to_device(mask[first:], world.device))
@@ -297,6 +366,7 @@ def _write_start(
         validation_images=len(checked),
         places=shape.n_pixels,
         n_colors=colors,
+        **({"classes": len(shape.conditions)} if shape.conditions else {}),
         uniform_loss=float(np.log(colors)),
         unigram_loss=float(unigram),
     )

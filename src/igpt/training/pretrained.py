@@ -6,6 +6,7 @@ import torch
 
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.errors import InputError
+from igpt.model.conditions import with_conditions
 from igpt.model.match import require_match
 from igpt.model.resolution import at_resolution
 from igpt.model.transformer import ImageGPT
@@ -28,10 +29,15 @@ def pretrained_model(path: Path, data: TokenDataset) -> ImageGPT:
     return model
 
 
-def without_classes(model: ImageGPT, data: TokenDataset) -> ImageGPT:
-    """Return the generative part of a model, at the resolution and with the palette of the data.
+def generative_part(
+    model: ImageGPT, data: TokenDataset, conditions: tuple[str, ...] | None
+) -> ImageGPT:
+    """Return a model without its class head, at the resolution and with the palette of the data.
 
     Position embeddings are interpolated if the resolution differs. Weights are shared.
+
+    Args:
+        conditions: see `with_conditions`.
 
     Raises:
         InputError: the model and the data do not have the same number of colours.
@@ -40,7 +46,7 @@ def without_classes(model: ImageGPT, data: TokenDataset) -> ImageGPT:
         raise InputError(
             f"the model has {model.config.n_colors} colours, {data.path} has {len(data.palette)}"
         )
-    resized = at_resolution(model, data.resolution)
+    resized = with_conditions(at_resolution(model, data.resolution), conditions)
     weights = {
         name: tensor.detach()
         for name, tensor in resized.state_dict().items()
