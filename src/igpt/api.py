@@ -8,7 +8,7 @@ PIL images, arrays uint8 [H, W, 3] or [H, W], or paths of files.
 
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -398,18 +398,27 @@ def quality(
 
 
 def sample(
-    model: "ImageGPT | PathName", count: int = 16, **settings: Unpack["SamplingSettings"]
+    model: "ImageGPT | PathName",
+    count: int = 16,
+    *,
+    classes: str | Sequence[str] = (),
+    **settings: Unpack["SamplingSettings"],
 ) -> "list[Image.Image]":
     """Generate images.
 
     Args:
+        count: number of images, of each class if there are any.
+        classes: names of classes of a class-conditional model, such as "cat" or ["cat", "dog"].
         settings: see `SamplingSettings`, such as `temperature=0.9` and `seed=1`.
 
     Raises:
-        InputError: a setting is out of range, or the model cannot generate whole images (BERT).
+        InputError: a setting is out of range, the model has no such class, or it cannot generate
+            whole images (BERT).
     """
     with progress_bar() as show:
-        return load_model(model).sample(count, progress=partial(show, "sampling"), **settings)
+        return load_model(model).sample(
+            count, classes=classes, progress=partial(show, "sampling"), **settings
+        )
 
 
 def complete(
@@ -419,6 +428,7 @@ def complete(
     keep_rows: int | None = None,
     mask: Any = None,
     completions: int = 4,
+    class_name: str | None = None,
     **settings: Unpack["SamplingSettings"],
 ) -> "list[list[Image.Image]]":
     """Keep the upper rows of images, or the pixels that a mask leaves, and generate the rest.
@@ -427,6 +437,7 @@ def complete(
         keep_rows: rows to keep, at the model's resolution; the upper half by default.
         mask: an image whose bright pixels are generated and whose dark ones are kept, instead.
         completions: of each image.
+        class_name: class of the images, for a class-conditional model.
         settings: see `SamplingSettings`, such as `temperature=0.9` and `seed=1`.
 
     Returns:
@@ -443,7 +454,13 @@ def complete(
     keep = kept_pixels(loaded, keep_rows, mask)
     with progress_bar() as show:
         return complete_images(
-            loaded, originals, keep, completions, progress=partial(show, "completing"), **settings
+            loaded,
+            originals,
+            keep,
+            completions,
+            class_name=class_name,
+            progress=partial(show, "completing"),
+            **settings,
         )
 
 

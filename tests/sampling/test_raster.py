@@ -53,7 +53,7 @@ def test_any_window_and_batch_gives_the_sequential_samples(
     for image in range(5):
         one = slice(image, image + 1)
         *_, last = generate(
-            model, tokens[one], known[one], first=image, seed=3, precision="fp32", **settings
+            model, tokens[one], known[one], numbers=[image], seed=3, precision="fp32", **settings
         )
         assert torch.equal(last.tokens, expected[one])
 

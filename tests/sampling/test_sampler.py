@@ -16,7 +16,7 @@ def test_samples_depend_on_seed_and_number_alone() -> None:
     model = random_model()
     originals, known = torch.randint(0, 11, (5, 36)), torch.arange(36) < 12
     *_, together = generate(model, originals, known, seed=3, precision="fp32")
-    *_, last = generate(model, originals[4:], known, seed=3, first=4, precision="fp32")
+    *_, last = generate(model, originals[4:], known, seed=3, numbers=[4], precision="fp32")
     assert torch.equal(together.tokens[4:], last.tokens)
     assert len({tuple(row) for row in together.tokens[:, 12:].tolist()}) == 5
 

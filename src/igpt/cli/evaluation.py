@@ -749,6 +749,7 @@ class Classify(Options):
         from igpt.files import write_json
         from igpt.model.classifier import FORMAT, VERSION, predict
         from igpt.model.images import files_of, tokens_of_files
+        from igpt.statistics import accuracy_of
 
         paths, top, masks, seed, out = (
             self.images,
@@ -785,6 +786,17 @@ class Classify(Options):
                 for one, said in zip(classes, votes, strict=True)
             ]
             print(f"{file}: {', '.join(words)}")
+        # Samples and sorted images are in folders named as their classes.
+        sorted_in = np.array([file.resolve().parent.name for file in images])
+        named = np.isin(sorted_in, names)
+        accuracy = None
+        if named.any():
+            accuracy = accuracy_of(np.array(names)[found.classes[named]] == sorted_in[named])
+            low, high = accuracy["interval_95"]
+            print(
+                f"accuracy {accuracy['accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%}) on "
+                f"{accuracy['images']} images in folders named as their classes"
+            )
         if left_out:
             print(f"left out: {left_out.text()}{left_out.advice()}")
         if out:
@@ -795,5 +807,6 @@ class Classify(Options):
                 "masks": masks,
                 "seed": seed,
                 "left_out": left_out.to_json(),
+                "accuracy": accuracy,
             }
             write_json(out, {**about, "images": answers, "environment": describe()})

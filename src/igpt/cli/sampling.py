@@ -23,8 +23,8 @@ class _Sampling(Options):
     """The options of how colours are sampled."""
 
     groups: ClassVar = {
-        "images": ("tokens", "count", "keep_rows", "mask", "completions"),
-        "sampling": ("temperature", "top_k", "top_p", "seed"),
+        "images": ("tokens", "classes", "class_name", "count", "keep_rows", "mask", "completions"),
+        "sampling": ("temperature", "top_k", "top_p", "guidance", "seed"),
         "hardware": ("precision", "window"),
     }
 
@@ -35,6 +35,11 @@ class _Sampling(Options):
     top_k: int | None = Field(None, description="only the k most likely colours of every pixel")
     top_p: float | None = Field(
         None, description="only the most likely colours whose probabilities add up to this value"
+    )
+    guidance: float = Field(
+        1.0,
+        description="with --class: 1 samples from the distribution of the class, more moves away "
+        "from that without a class",
     )
     seed: int = Field(0, description="the same seed gives the same images")
     precision: Literal["auto", "fp32", "bf16", "int8"] = Field(
@@ -64,6 +69,8 @@ class _Sampling(Options):
             precision=self.precision,
             window=self.window,
         )
+        if self.guidance != 1:
+            settings["guidance"] = self.guidance
         require_sampling_settings(**settings)
         return settings
 
@@ -82,21 +89,45 @@ class Sample(_Sampling):
         description="PNG to write; by default samples.png in the run, or in the current folder for "
         "a model without a run",
     )
-    count: int = Field(16, description="number of images")
+    count: int = Field(16, description="number of images, of each class if --class names any")
+    classes: tuple[str, ...] = Field(
+        (),
+        description="names of classes to sample, with a model of igpt pretrain --condition labels",
+        json_schema_extra={"flag": "--class"},
+    )
+    folder: Path | None = Field(
+        None,
+        description="folder to create, in which every image is a PNG of its own too, in the "
+        "model's resolution; with --class, in folders named as the classes",
+    )
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.sampling.grids import require_target, save_samples
+        from igpt.sampling.grids import require_new_folder, require_target, save_samples
 
         path, home = model_and_run(self.model)
         target = self.out or home / "samples.png"
         settings = self.sampling_settings()
         require_target(target)
         require_writable(target)
+        if self.folder:
+            require_new_folder(self.folder, self.classes)
         loaded = load_model(path)
         with progress_bar() as show:
-            save_samples(loaded, target, self.count, settings, partial(show, "sampling"))
-        print(f"{target}: {self.count} samples")
+            save_samples(
+                loaded,
+                target,
+                self.count,
+                settings,
+                partial(show, "sampling"),
+                classes=self.classes,
+                folder=self.folder,
+            )
+        each = "each of " if len(self.classes) > 1 else ""
+        of = f" of {each}{', '.join(self.classes)}" if self.classes else ""
+        print(f"{target}: {self.count} samples{of}")
+        if self.folder:
+            print(f"{self.folder}: the same images, one by one")
 
 
 class Complete(_Sampling):
@@ -127,6 +158,11 @@ class Complete(_Sampling):
         "are kept, instead of --keep-rows",
     )
     completions: int = Field(4, description="completions per image")
+    class_name: str | None = Field(
+        None,
+        description="class of the images, with a model of igpt pretrain --condition labels",
+        json_schema_extra={"flag": "--class"},
+    )
     out: Path | None = Field(
         None,
         description="PNG to write; by default completions.png in the run, or in the current folder "
@@ -183,6 +219,7 @@ class Complete(_Sampling):
                 self.completions,
                 settings,
                 partial(show, "completing"),
+                class_name=self.class_name,
             )
         print(
             f"{target}: from left to right, each original, the given pixels ({kept}), "

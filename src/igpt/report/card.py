@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from igpt.builtin_models import NAMES
 from igpt.config import flags, read_settings
+from igpt.data.left_out import listed
 from igpt.errors import InputError
 from igpt.evaluation.results import (
     best_row,
@@ -468,6 +469,8 @@ def _pictures(run: Run) -> list[dict[str, str]]:
         how = read_sampling(path)
         settings = describe_sampling(how)
         caption = f"Unconditional samples of the model{settings}."
+        if names := how.get("classes"):
+            caption = f"Samples of the model for {listed(names, _MAX_CLASSES)}{settings}."
         if file.startswith("completions"):
             rows = ""
             if (kept := how.get("keep_rows")) is not None:

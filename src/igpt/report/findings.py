@@ -193,6 +193,7 @@ def describe_sampling(how: dict[str, Any]) -> str:
     parts += [f"nucleus {how['top_p']}"] if how.get("top_p") is not None else []
     if "top_k" in how and "top_p" in how and how["top_k"] is None and how["top_p"] is None:
         parts.append("no top-k or nucleus cut")
+    parts += [f"guidance {how['guidance']}"] if how.get("guidance") is not None else []
     parts += [f"seed {how['seed']}"] if how.get("seed") is not None else []
     return f" ({', '.join(parts)})" if parts else ""
 

@@ -144,6 +144,8 @@ class _Sampling(Stored):
     temperature: Number | None = None
     top_k: Count | None = None
     top_p: Number | None = None
+    guidance: Number | None = None
+    classes: list[str] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     keep_rows: Count | None = None
     command: str | None = None

@@ -17,6 +17,7 @@ from PIL import Image
 from igpt.builtin_models import DEFAULT_MODEL
 from igpt.data.images.grid import grid_counts
 from igpt.data.images.palette_picture import palette_swatch
+from igpt.data.left_out import listed
 from igpt.errors import InputError
 from igpt.evaluation.results import (
     best_row,
@@ -538,7 +539,8 @@ def samples_section(run: Run) -> Section:
     picture, how = read_picture(path), read_sampling(path)
     counts = _images_per_row(picture, run)
     many = plural(sum(counts), "image") if counts else "Images"
-    caption = f"{many} sampled from the model unconditionally{describe_sampling(how)}."
+    what = f"of {listed(how['classes'])}" if how.get("classes") else "unconditionally"
+    caption = f"{many} sampled from the model {what}{describe_sampling(how)}."
     alt = f"Grid of pictures: {many.lower()} sampled from the model."
     return _grid_section("Samples", path, picture, alt, caption, how)
 

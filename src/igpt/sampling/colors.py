@@ -50,6 +50,18 @@ def _shift(z: Tensor, bits: int) -> Tensor:
     return z.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
 
 
+def guided(given: Tensor, without: Tensor, guidance: float) -> Tensor:
+    """Return logits with classifier-free guidance, at least in float32 (arXiv 2207.12598).
+
+    Args:
+        given: logits given the class.
+        without: logits of the same pixels without a class.
+        guidance: 0 takes those without a class, 1 those given it, more goes beyond.
+    """
+    kind = torch.promote_types(given.dtype, torch.float32)
+    return torch.lerp(without.to(kind), given.to(kind), guidance)
+
+
 def choose(
     logits: Tensor, noise: Tensor, temperature: float, top_k: int | None, top_p: float | None
 ) -> Tensor:

@@ -14,9 +14,10 @@ from torch import Tensor
 from igpt.data.images.grid import default_scale, image_grid, require_png, save_png
 from igpt.environment import describe
 from igpt.errors import InputError
-from igpt.files import file_to_write, read_json, write_json
+from igpt.files import atomic_folder, file_to_write, read_json, write_json
 from igpt.model.images import decode_images
 from igpt.model.transformer import ImageGPT
+from igpt.outputs import require_writable_folder
 from igpt.sampling.images import complete_images, sample_images
 from igpt.sampling.jobs import SamplingSettings, resolve_sampling_precision
 from igpt.sampling.sampler import ProgressCallback
@@ -50,11 +51,17 @@ def save_samples(
     count: int,
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
+    *,
+    classes: Sequence[str] = (),
+    folder: Path | None = None,
 ) -> Path:
     """Sample `count` images and write them as a PNG grid.
 
     Args:
         settings: keyword arguments of `generate`.
+        classes: sample `count` images of each; a class begins a new row.
+        folder: to create; every image is written there too, as 00000.png in the model's
+            resolution. With classes, each has a folder of its name in it.
 
     Raises:
         InputError: as `require_target` and `generate`; or the samples do not fit one image.
@@ -62,15 +69,42 @@ def save_samples(
     require_target(path)
     model.config.trained_as.require("has_likelihood", "sampling whole images")
     fit = COLUMNS * (_MOST_PIXELS // (COLUMNS * _cell_size(model) ** 2))
-    if count > max(fit, 1):
+    wanted = count * max(1, len(classes))
+    if wanted > max(fit, 1):
         raise InputError(
-            f"{count:,} samples do not fit one picture; "
+            f"{wanted:,} samples do not fit one picture; "
             f"up to {fit:,} of {model.config.resolution} px do"
         )
     used = _with_precision(model, settings)
-    images = [np.asarray(image) for image in sample_images(model, count, **used, progress=progress)]
-    _write(path, [images[first : first + COLUMNS] for first in range(0, count, COLUMNS)], used)
+    sampled = sample_images(model, count, classes=classes, **used, progress=progress)
+    groups = [sampled[first : first + count] for first in range(0, len(sampled), count)]
+    if folder:
+        with atomic_folder(folder) as temporary:
+            for name, group in zip(classes or ("",), groups, strict=True):
+                (temporary / name).mkdir(exist_ok=True)
+                for number, image in enumerate(group):
+                    image.save(temporary / name / f"{number:05d}.png")
+    rows = [
+        [np.asarray(image) for image in group[first : first + COLUMNS]]
+        for group in groups
+        for first in range(0, count, COLUMNS)
+    ]
+    _write(path, rows, {**used, **({"classes": list(classes)} if classes else {})})
     return path
+
+
+def require_new_folder(folder: Path, classes: Sequence[str]) -> None:
+    """Check, before any work is done, that images can be written to a folder.
+
+    Raises:
+        InputError: it exists, it cannot be created, or a class cannot name a folder in it.
+    """
+    require_writable_folder(folder)
+    if folder.exists():
+        raise InputError(f"{folder} exists already; name a new folder for the images")
+    for name in classes:
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise InputError(f"the class {name!r} cannot be the name of a folder")
 
 
 def save_completions(
@@ -81,6 +115,8 @@ def save_completions(
     completions: int,
     settings: SamplingSettings,
     progress: ProgressCallback | None = None,
+    *,
+    class_name: str | None = None,
 ) -> Path:
     """Complete images and write a PNG grid.
 
@@ -91,6 +127,7 @@ def save_completions(
         keep: number of rows from the top, or the known pixels, bool [n].
         completions: of each image.
         settings: keyword arguments of `generate`.
+        class_name: see `complete_images`.
 
     Raises:
         InputError: as `require_target` and `complete`; all pixels are kept; or the completions do
@@ -111,7 +148,9 @@ def save_completions(
         known = keep.numpy()
         kept_settings = {"kept_pixels": int(known.sum())}
     used = _with_precision(model, settings)
-    completed = complete_images(model, originals, keep, completions, **used, progress=progress)
+    completed = complete_images(
+        model, originals, keep, completions, class_name=class_name, **used, progress=progress
+    )
     images = decode_images(model, originals)  # [B, R, R, C]
     unknown = np.array([UNKNOWN, UNKNOWN, UNKNOWN, 255], dtype=np.uint8)[: images.shape[-1]]
     kept = np.where(known.reshape(side, side)[..., None], images, unknown)
@@ -121,7 +160,8 @@ def save_completions(
     ]
     many = "completions" if completions > 1 else "completion"
     headings = {0: "original", 1: "given pixels", 2: many}
-    _write(path, rows, {**used, **kept_settings, "completions": completions}, headings)
+    given = {} if class_name is None else {"classes": [class_name]}
+    _write(path, rows, {**used, **given, **kept_settings, "completions": completions}, headings)
     return path
 
 

@@ -3,6 +3,7 @@
 B images, n pixels of an image, R resolution.
 """
 
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
@@ -22,20 +23,34 @@ def sample_images(
     model: ImageGPT,
     count: int,
     *,
+    classes: str | Sequence[str] = (),
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> list[Image.Image]:
     """Generate whole images.
 
+    Args:
+        classes: names of one or several classes of a class-conditional model: `count` images of
+            each, class after class. Image b of a class does not depend on the other classes.
+
     Raises:
-        InputError: `count` is below 1, the model has no palette, or as
+        InputError: `count` is below 1, the model has no palette or no such class, or as
             `igpt.sampling.sampler.sample`.
     """
+    names = (classes,) if isinstance(classes, str) else classes
+    labels = torch.tensor([model.config.label_of(name) for name in names] or [-1])
     if count < 1:
         raise InputError(f"at least one sample is needed, not {count}")
     palette_of(model)
-    prefix = torch.empty(count, 0, dtype=torch.long)
-    sampled = sample(model, prefix, progress=progress, **settings)
+    prefix = torch.empty(len(labels) * count, 0, dtype=torch.long)
+    sampled = sample(
+        model,
+        prefix,
+        labels=labels.repeat_interleave(count),
+        numbers=[*range(count)] * len(labels),
+        progress=progress,
+        **settings,
+    )
     return [Image.fromarray(image) for image in decode_images(model, sampled)]
 
 
@@ -45,6 +60,7 @@ def complete_images(
     keep: int | Tensor,
     completions: int,
     *,
+    class_name: str | None = None,
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> list[list[Image.Image]]:
@@ -53,10 +69,11 @@ def complete_images(
     Args:
         originals: tokens [B, n].
         keep: number of rows from the top, or the known pixels, bool [n].
+        class_name: of all images, for a class-conditional model.
 
     Raises:
-        InputError: `completions` is below 1, all pixels are kept, the model has no palette, or as
-            `igpt.sampling.sampler.complete`.
+        InputError: `completions` is below 1, all pixels are kept, the model has no palette or no
+            such class, or as `igpt.sampling.sampler.complete`.
     """
     if completions < 1:
         raise InputError(f"at least one completion is needed, not {completions}")
@@ -65,7 +82,10 @@ def complete_images(
     if everything:
         raise InputError("all pixels are kept, so that nothing is left to complete")
     repeated = originals.repeat_interleave(completions, 0)
-    completed = complete(model, repeated, keep, progress=progress, **settings)
+    labels = None
+    if class_name is not None:
+        labels = torch.full((len(repeated),), model.config.label_of(class_name))
+    completed = complete(model, repeated, keep, labels=labels, progress=progress, **settings)
     images = [Image.fromarray(image) for image in decode_images(model, completed)]
     return [images[first : first + completions] for first in range(0, len(images), completions)]
 

@@ -24,6 +24,9 @@ class SamplingSettings(TypedDict, total=False):
         temperature: divides the logits; 1 by default, as in the paper. 0: the most likely colour.
         top_k: only the k most likely colours.
         top_p: only the most likely colours that together reach this probability.
+        guidance: scale of classifier-free guidance (arXiv 2207.12598; only with a class). The
+            logits are u + guidance (c - u), where u are those without a class and c those given
+            the class. 1 by default, which is c.
         seed: image b is sampled by (seed, b), independently of other images; 0 by default.
         rounds: number of steps (BERT models only); 16 by default.
         window: pixels that a pass computes in every image (autoregressive models only); by default
@@ -37,6 +40,7 @@ class SamplingSettings(TypedDict, total=False):
     temperature: float
     top_k: int | None
     top_p: float | None
+    guidance: float
     seed: int
     rounds: int
     window: int | None
@@ -47,6 +51,7 @@ DEFAULTS: SamplingSettings = {
     "temperature": 1.0,
     "top_k": None,
     "top_p": None,
+    "guidance": 1.0,
     "seed": 0,
     "rounds": 16,
     "window": None,
@@ -63,7 +68,7 @@ def require_sampling_settings(**settings: Unpack[SamplingSettings]) -> SamplingS
     used: SamplingSettings = {**DEFAULTS, **settings}
     temperature, seed, rounds = used["temperature"], used["seed"], used["rounds"]
     top_k, top_p, window = used["top_k"], used["top_p"], used["window"]
-    precision = used["precision"]
+    precision, guidance = used["precision"], used["guidance"]
     if not 0 <= seed < 2**63:
         raise InputError(f"a seed lies in 0 .. 2^63 - 1, not {seed}")
     if not (temperature >= 0 and math.isfinite(temperature)):
@@ -72,6 +77,8 @@ def require_sampling_settings(**settings: Unpack[SamplingSettings]) -> SamplingS
         raise InputError(f"top-k is at least 1, not {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise InputError(f"top-p lies in (0, 1], not {top_p}")
+    if not (guidance >= 0 and math.isfinite(guidance)):
+        raise InputError(f"the guidance is 1 (none) or another number from 0, not {guidance}")
     if rounds < 1:
         raise InputError(f"rounds must be at least 1, not {rounds}")
     if window is not None and window < 1:
@@ -129,6 +136,8 @@ class Job:
     Attributes:
         tokens: [B, n].
         known: bool [B, n]; these pixels are kept.
+        starts: the start tokens of the images, [B].
+        guidance: see `SamplingSettings`.
         keys: of the images' noise, [B]; see `image_keys`.
         choose: returns colours for logits [..., V] and noise [..., V]; see `choose`.
         precision: of matrix products.
@@ -139,6 +148,8 @@ class Job:
 
     tokens: Tensor
     known: Tensor
+    starts: Tensor
+    guidance: float
     keys: Tensor
     choose: Callable[[Tensor, Tensor], Tensor]
     precision: SamplingPrecision

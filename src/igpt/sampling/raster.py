@@ -7,6 +7,9 @@ guess, and the one in place of it, are final: they are those of a pass per pixel
 starts after them. Its guesses are the other colours that this pass sampled (Jacobi iteration: Song
 et al. 2020, arXiv 2002.03629; Wiggers and Hoogeboom 2020, arXiv 2002.09928).
 
+With guidance, every image has two rows of a pass and of the cache: one that begins with the start
+token of its class, and one that begins with that of no class. Their pixels are the same.
+
 B images, T pixels of a window, n pixels of an image, V colours.
 """
 
@@ -15,10 +18,11 @@ import threading
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from igpt.model.cost import cache_bytes, count_parameters
 from igpt.model.transformer import ImageGPT
-from igpt.sampling.colors import gumbel_noise
+from igpt.sampling.colors import guided, gumbel_noise
 from igpt.sampling.decoder import Decoder
 from igpt.sampling.jobs import Job, PartialImages, require_finite
 
@@ -57,6 +61,7 @@ class _Windows:
     """A batch of images with a window each, which moves on at its own speed.
 
     Attributes:
+        copies: rows of a pass for each image.
         sequence: the start token and n pixels, [B, n + 1]; unknown pixels contain guesses.
         known: bool [B, n]; all pixels before a window are known.
         start: the first pixel of every window, [B].
@@ -72,29 +77,32 @@ class _Windows:
     def __init__(self, model: ImageGPT, job: Job) -> None:
         batch, _ = job.tokens.shape
         config = model.config
+        self.copies = 1 if job.guidance == 1 else 2
+        rows = self.copies * batch
         unknown = torch.nonzero(~job.known.all(0))[:, 0].tolist()  # in at least one image
         first, self.end = unknown[0], unknown[-1] + 1
-        start_token = job.tokens.new_full((batch, 1), config.n_colors)
         self.job, self.n_colors = job, config.n_colors
-        self.sequence = torch.cat([start_token, job.tokens.where(job.known, 0)], dim=1)
+        self.sequence = torch.cat([job.starts[:, None], job.tokens.where(job.known, 0)], dim=1)
         self.known = job.known.clone()
         self.starts = [first] * batch
         self.start = torch.tensor(self.starts, device=model.device)
         self.finite = torch.ones((), dtype=torch.bool, device=model.device)
-        self.decoder = Decoder(model, batch, job.precision)
-        self.decoder.prefill(self.sequence[:, :first])
+        self.decoder = Decoder(model, rows, job.precision)
+        prefix = torch.arange(first, device=model.device).expand(batch, first)
+        self.decoder.prefill(self._inputs(prefix))
         # Recent windows: their number, and the sums of their sizes and of the pixels accepted.
         self.recent_windows, self.recent_pixels, self.recent_accepted = 1.0, 16.0, 3.0
         weights = _BYTES[job.precision] * count_parameters(config)
-        self.cache_cost: float = batch * cache_bytes(config, self.decoder.kind.itemsize) / weights
+        self.cache_cost: float = rows * cache_bytes(config, self.decoder.kind.itemsize) / weights
         on_cpu = model.device.type == "cpu"
-        self.row_cost: float = batch / (_FREE_ROWS[job.precision] if on_cpu else _FREE_ROWS_GPU)
+        self.row_cost: float = rows / (_FREE_ROWS[job.precision] if on_cpu else _FREE_ROWS_GPU)
         self.warm: set[int] = set()
         self.captured: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
 
     def advance(self) -> None:
         """Run a pass: determine at least one more pixel of every unfinished image."""
-        size = min(self.job.window or self._best_size(), max(1, _MOST_ROWS // len(self.starts)))
+        most = max(1, _MOST_ROWS // (self.copies * len(self.starts)))
+        size = min(self.job.window or self._best_size(), most)
         # Near the end, a size that has been used before: every new one needs new kernels.
         left = self.end - min(self.starts)
         size = min(size, next((one for one in _SIZES if one >= left), size), self.end)
@@ -142,8 +150,11 @@ class _Windows:
         first = self.start.clamp(max=self.end - size)[:, None]
         pixels = first + offsets  # [B, T]
         # The input at a position is the pixel before it, and its output is the pixel itself.
-        logits = self.decoder.logits(sequence.gather(1, pixels), pixels, span)
+        logits = self.decoder.logits(self._inputs(pixels), pixels.repeat(self.copies, 1), span)
         self.finite &= logits.isfinite().all()
+        if self.copies == 2:
+            given, without = logits.chunk(2)
+            logits = guided(given, without, self.job.guidance)
         sampled = self.job.choose(logits, gumbel_noise(keys, pixels, self.n_colors))
         guessed = sequence.gather(1, pixels + 1)
         colors = torch.where(known.gather(1, pixels), guessed, sampled)
@@ -157,6 +168,16 @@ class _Windows:
         guess = self.job.choose(logits[:, -1:], gumbel_noise(keys, after, self.n_colors))
         old = sequence.gather(1, after + 1)
         sequence.scatter_(1, after + 1, torch.where(known.gather(1, after), old, guess))
+
+    def _inputs(self, positions: Tensor) -> Tensor:
+        """Return what enters at positions [B, T]; with guidance, of both rows of an image: [2B, T].
+
+        The second half has the start token of no class.
+        """
+        inputs = self.sequence.gather(1, positions)
+        if self.copies == 1:
+            return inputs
+        return torch.cat([inputs, inputs.where(positions > 0, self.n_colors)])
 
     def _pass_on_gpu(self, size: int, span: int) -> None:
         """Run a pass as a CUDA graph, so that it does not wait for the host.

@@ -10,7 +10,7 @@ B batch, n pixels of an image, R resolution, V colours.
 """
 
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, Unpack
 
@@ -41,7 +41,8 @@ def generate(
     known: Tensor,
     *,
     by: Literal["row", "pixel"] = "row",
-    first: int = 0,
+    labels: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Iterator[PartialImages]:
     """Generate the unknown pixels of images, all in one batch, and yield the images step by step.
@@ -54,12 +55,14 @@ def generate(
         known: bool [n] or [B, n]; these pixels are kept.
         by: yield after passes that complete a further row, or pixel, of all images (autoregressive
             models only); some images may be further.
-        first: number of the first image.
+        labels: classes of the images, [B] (class-conditional models only); -1 for no class, as
+            without labels.
+        numbers: of the images, [B]; 0 .. B - 1 by default.
         settings: see `SamplingSettings`.
 
     Raises:
-        InputError: a setting is out of its range, `tokens` do not fit the model, or the model's
-            weights are broken.
+        InputError: a setting is out of its range, `tokens` or `labels` do not fit the model,
+            guidance without a class, or the model's weights are broken.
     """
     used = require_sampling_settings(**settings)
     batch, n = tokens.shape
@@ -72,10 +75,15 @@ def generate(
             f"tokens of this model lie in 0..{config.n_colors - 1}, "
             f"not {int(given.min())}..{int(given.max())}"
         )
+    if labels is None:
+        labels = torch.full((batch,), -1)
+    _require_classes(model, labels, used["guidance"])
     job = Job(
         tokens.to(device, torch.long).clone(),
         known.to(device).expand(batch, n),
-        image_keys(used["seed"], range(first, first + batch)).to(device),
+        (labels + config.n_colors + 1).to(device),
+        used["guidance"],
+        image_keys(used["seed"], range(batch) if numbers is None else numbers).to(device),
         partial(choose, temperature=used["temperature"], top_k=used["top_k"], top_p=used["top_p"]),
         resolve_sampling_precision(used["precision"], device, config.trained_as.causal),
         used["rounds"],
@@ -87,11 +95,31 @@ def generate(
     return sampler(model, job)
 
 
+def _require_classes(model: ImageGPT, labels: Tensor, guidance: float) -> None:
+    """Check that the model has the classes `labels` [B], and that guidance has a class.
+
+    Raises:
+        InputError: one of them is not so.
+    """
+    classes = len(model.config.conditions or ())
+    if not classes and (guidance != 1 or bool((labels >= 0).any())):
+        raise InputError(
+            "classes and guidance need a class-conditional model; "
+            "`igpt pretrain --condition labels` trains one"
+        )
+    if bool((labels < -1).any() or (labels >= classes).any()):
+        raise InputError(f"classes of this model lie in 0..{classes - 1} (-1: none)")
+    if guidance != 1 and bool((labels < 0).all()):
+        raise InputError("guidance needs a class; name one with --class")
+
+
 def complete(
     model: ImageGPT,
     tokens: Tensor,
     keep: int | Tensor,
     *,
+    labels: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Tensor:
@@ -99,6 +127,8 @@ def complete(
 
     Args:
         keep: number of rows from the top, or the known pixels, bool [n] or [B, n].
+        labels: see `generate`.
+        numbers: see `generate`.
         progress: called with the number of pixels done and in all.
         settings: keyword arguments of `generate`.
 
@@ -113,10 +143,17 @@ def complete(
         keep = torch.arange(n) < keep * resolution
     keep = keep.expand(batch, n)
     size = _batch_size(model, settings.get("precision", "auto"))
+    if settings.get("guidance", 1) != 1:
+        size = max(1, size // 2)
+    numbers = range(batch) if numbers is None else numbers
     parts = []
     for first in range(0, batch, size):
         rows = slice(first, first + size)
-        for step in generate(model, tokens[rows], keep[rows], first=first, **settings):
+        some = None if labels is None else labels[rows]
+        steps = generate(
+            model, tokens[rows], keep[rows], labels=some, numbers=numbers[rows], **settings
+        )
+        for step in steps:
             if progress:
                 progress(first * n + int(step.known.sum()), batch * n)
         parts.append(step.tokens)
@@ -127,10 +164,14 @@ def sample(
     model: ImageGPT,
     prefix: Tensor,
     *,
+    labels: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
     progress: ProgressCallback | None = None,
     **settings: Unpack[SamplingSettings],
 ) -> Tensor:
     """Sample images that begin with given pixels: prefix [B, P], P in 0 .. n -> [B, n].
+
+    `labels` and `numbers` are those of `generate`.
 
     Raises:
         InputError: the model's objective has no likelihood of whole images (BERT), or as
@@ -141,7 +182,10 @@ def sample(
     if given > n:
         raise InputError(f"a prefix of {given} pixels is longer than an image of {n}")
     tokens = torch.nn.functional.pad(prefix.long(), (0, n - given))
-    return complete(model, tokens, torch.arange(n) < given, progress=progress, **settings)
+    known = torch.arange(n) < given
+    return complete(
+        model, tokens, known, labels=labels, numbers=numbers, progress=progress, **settings
+    )
 
 
 def _batch_size(model: ImageGPT, precision: SamplingPrecision | Literal["auto"]) -> int:
