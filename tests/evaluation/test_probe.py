@@ -19,11 +19,19 @@ from igpt.data.tokens.labels import subset_per_class
 from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError
 from igpt.evaluation.features import pooled
-from igpt.evaluation.probe import Images, ProbeConfig, few_labels, fit_and_test, write_probe
+from igpt.evaluation.probe import (
+    Images,
+    ProbeConfig,
+    few_labels,
+    fit_and_test,
+    subset_images,
+    write_probe,
+)
 from igpt.evaluation.probe import probe as probe_and_classifier
 from igpt.evaluation.probe_classifier import ProbeClassifier
 from igpt.evaluation.results import best_row, read_probe
 from igpt.model.config import ModelConfig
+from igpt.model.objectives import pixel_losses
 from igpt.model.precision import multiplies_bf16
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import interval_of_share, unpacked
@@ -516,3 +524,44 @@ def test_features_of_test_images_that_are_not_finite_are_refused(
     np.save(file, features)
     with pytest.raises(InputError, match="features are not finite"):
         probe(model, digits, config, tmp_path)
+
+
+def test_classification_by_the_likelihood_given_each_class(
+    igpt, digits: TokenDataset, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    names = tuple(reversed("0123456789"))  # another order than the data's
+    conditional = ImageGPT(ModelConfig.layered(SHAPE, {"conditions": names}), digits.palette)
+    for parameter in conditional.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    conditional.save_pretrained(tmp_path / "model")
+    words = ("--limit", 60, "--no-baselines", "--layers", 1, "--by-likelihood")
+    done = igpt("probe", tmp_path / "model", digits.path, "-o", tmp_path / "p.json", *words)
+    assert done.returncode == 0, done.stderr
+    found = read_probe(tmp_path / "p.json")["by_likelihood"]
+    split, _ = subset_images(digits["test"], 60, 0)
+    tokens = torch.from_numpy(split.rows(range(60)).astype(np.int64))
+    losses = []
+    for name in "0123456789":
+        given = torch.full((60,), names.index(name))
+        with torch.no_grad():
+            logits = conditional.eval()(tokens, labels=given)
+        losses.append(pixel_losses(logits, tokens).sum(1).numpy())
+    right = np.argmin(losses, axis=0) == split.labels
+    assert 0 < right.sum() < 60
+    assert found["test_accuracy"] == right.mean()
+    assert (unpacked(found["test_right"], 60) == right).all()
+    said = f"likelihood given each class: test accuracy {right.mean():.1%} (95 % interval "
+    assert done.stdout.splitlines()[-1].startswith(said)
+
+
+def test_classification_by_likelihood_needs_the_classes(
+    model: ImageGPT, digits: TokenDataset, tmp_path: Path
+) -> None:
+    config = ProbeConfig.layered({**FEW, "by_likelihood": True})
+    with pytest.raises(InputError, match="the model has no classes; `igpt pretrain --condition"):
+        probe(model, digits, config, tmp_path / "features")
+    other = ImageGPT(ModelConfig.layered(SHAPE, {"conditions": ("0", "1")}), digits.palette)
+    with pytest.raises(InputError, match="the model has no class '2'"):
+        probe(other, digits, config, tmp_path / "features")
+    assert not (tmp_path / "features").exists()

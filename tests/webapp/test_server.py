@@ -215,6 +215,44 @@ def test_samples_are_the_models(client: Client, model: ImageGPT, limits: dict[st
     np.testing.assert_array_equal(images_of(shown), expected)
 
 
+def test_a_class_and_guidance_are_those_of_the_menu(photo: Path, tmp_path: Path) -> None:
+    model = make_model(conditions=("cat", "dog"))
+    nothing = torch.zeros(2, 64, dtype=torch.long)
+    served = serve(model, tmp_path)
+    client = next(served)
+    try:
+        plain, _, _ = client.predict(2, 1.0, 3, api_name="/sample")
+        np.testing.assert_array_equal(
+            images_of(plain), expected_images(model, nothing, nothing[0] > 0, seed=3)
+        )
+        dogs = {"labels": torch.tensor([1, 1]), "guidance": 3}
+        shown, _, _ = client.predict(2, 1.0, 3, class_name="dog", guidance=3, api_name="/sample")
+        np.testing.assert_array_equal(
+            images_of(shown), expected_images(model, nothing, nothing[0] > 0, seed=3, **dogs)
+        )
+        shown, _, _ = client.predict(
+            handle_file(photo),
+            4,
+            None,
+            2,
+            1.0,
+            3,
+            class_name="dog",
+            guidance=3,
+            api_name="/complete",
+        )
+        tokens, known = tokens_of_files(model, [photo]).repeat(2, 1), torch.arange(64) < 32
+        np.testing.assert_array_equal(
+            images_of(shown)[1:], expected_images(model, tokens, known, seed=3, **dogs)
+        )
+        with pytest.raises(AppError):
+            client.predict(2, 1.0, 3, class_name="owl", api_name="/sample")
+        with pytest.raises(AppError):
+            client.predict(2, 1.0, 3, class_name="dog", guidance=-1, api_name="/sample")
+    finally:
+        served.close()
+
+
 def test_keeping_all_rows_returns_the_image(client: Client, model: ImageGPT, photo: Path) -> None:
     shown, _, _ = client.predict(handle_file(photo), 8, None, 1, 1.0, 0, api_name="/complete")
     np.testing.assert_array_equal(

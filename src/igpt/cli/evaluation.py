@@ -43,6 +43,7 @@ class Probe(Options):
             "batch_size",
             "fold_back",
             "knn",
+            "by_likelihood",
             "baselines",
         ),
         "hardware": ("precision",),
@@ -97,6 +98,12 @@ class Probe(Options):
             print(
                 f"{found['k']} nearest neighbours: best layer {nearest['layer']}: test accuracy "
                 f"{found['test_accuracy']:.1%} (95 % interval {low:.1%} to {high:.1%})"
+            )
+        if found := result.get("by_likelihood"):
+            low, high = found["test_interval_95"]
+            print(
+                f"likelihood given each class: test accuracy {found['test_accuracy']:.1%} (95 % "
+                f"interval {low:.1%} to {high:.1%})"
             )
 
 

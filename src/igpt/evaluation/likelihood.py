@@ -1,11 +1,11 @@
 """The likelihood of images under a model, in nats/pixel.
 
-N images, B images of a batch, n pixels of an image.
+N images, B images of a batch, n pixels of an image, C classes.
 """
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,16 @@ Progress = Callable[[int, int], None]  # (images done, images in all)
 
 @torch.inference_mode()
 def losses_of(
-    model: ImageGPT, tokens: NDArray[np.uint16], *, precision: Precision = "fp32"
+    model: ImageGPT,
+    tokens: NDArray[np.uint16],
+    *,
+    label: int = -1,
+    precision: Precision = "fp32",
 ) -> NDArray[np.float64]:
     """Return the negative log-likelihood of every pixel: tokens [B, n] -> nats [B, n].
+
+    Args:
+        label: the class that is given, for a class-conditional model; -1 for none.
 
     Raises:
         InputError: a BERT model, which has no likelihood of whole images, or broken weights.
@@ -41,7 +48,9 @@ def losses_of(
     device = model.device
     batch = torch.from_numpy(tokens.astype(np.int64)).to(device)
     with autocast(precision, device):
-        losses: NDArray[np.float64] = pixel_losses(model(batch), batch).double().cpu().numpy()
+        labels = None if label < 0 else torch.full((len(batch),), label, device=device)
+        found = pixel_losses(model(batch, labels=labels), batch)
+    losses: NDArray[np.float64] = found.double().cpu().numpy()
     if not np.isfinite(losses).all():
         raise InputError("likelihoods are not finite; the model's weights are broken")
     return losses
@@ -54,6 +63,7 @@ def score(
     precision: Precision = "fp32",
     batch_size: int | None = None,
     positions: NDArray[np.int64] | None = None,
+    label: int = -1,
     progress: Progress | None = None,
 ) -> NDArray[np.float64]:
     """Return the negative log-likelihood of every image: nats/pixel, float64 [N].
@@ -61,6 +71,7 @@ def score(
     Args:
         positions: of the images in their selection, which decide on the batches (see `batches_of`);
             by default there is an image at each.
+        label: see `losses_of`.
 
     Raises:
         InputError: see `losses_of`; or there is no image.
@@ -73,7 +84,8 @@ def score(
     if progress:
         progress(0, len(split))
     for rows in batches_of(np.arange(len(split)) if positions is None else positions, size):
-        losses[rows] = losses_of(model, split.rows(rows), precision=precision).mean(axis=1)
+        found = losses_of(model, split.rows(rows), label=label, precision=precision)
+        losses[rows] = found.mean(axis=1)
         if progress:
             progress(int(rows[-1]) + 1, len(split))
     return losses
@@ -94,6 +106,35 @@ def losses_of_images(
         positions=images.positions,
         progress=progress,
     )
+
+
+def losses_by_class(
+    model: ImageGPT,
+    split: TokenSplit,
+    classes: Sequence[str],
+    *,
+    precision: Precision = "fp32",
+    progress: Progress | None = None,
+) -> NDArray[np.float64]:
+    """Return the negative log-likelihood of every image given each class: nats/pixel [N, C].
+
+    If all classes are as frequent, the class with the least is the most probable one, by Bayes'
+    rule.
+
+    Args:
+        classes: names of classes of a class-conditional model.
+        progress: called with the number of classes done and in all.
+
+    Raises:
+        InputError: the model has no such class, or see `score`.
+    """
+    labels = [model.config.label_of(name) for name in classes]
+    columns = []
+    for number, label in enumerate(labels):
+        if progress:
+            progress(number, len(labels))
+        columns.append(score(model, split, label=label, precision=precision))
+    return np.stack(columns, axis=1)
 
 
 def summary(losses: NDArray[np.float64]) -> dict[str, Any]:

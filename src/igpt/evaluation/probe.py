@@ -28,6 +28,7 @@ from igpt.evaluation.features import (
     Rows,
     stored,
 )
+from igpt.evaluation.likelihood import losses_by_class
 from igpt.evaluation.logistic_regression import STRENGTHS, Classifiers, fit_lbfgs, fit_sgd
 from igpt.evaluation.neighbours import classify_by_neighbours, require_neighbours
 from igpt.evaluation.probe_classifier import ProbeClassifier
@@ -86,6 +87,11 @@ class ProbeConfig(Config):
         None,
         description="also classify by this many nearest neighbours, by cosine similarity; 20 is "
         "usual",
+    )
+    by_likelihood: bool = Field(
+        False,
+        description="class-conditional models: also classify the test images by their likelihood "
+        "given each class",
     )
     masks: int = Field(
         0,
@@ -187,6 +193,9 @@ def probe(
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
     splits = {name: split for name, (split, _) in sampled.items()}
     require_classes(splits, len(data.class_names or ()), "a probe")
+    if config.by_likelihood:
+        for name in data.class_names or ():
+            model.config.label_of(name)
     if config.knn:  # raise for invalid settings before the work
         require_neighbours(config.knn, len(sampled["train"][0]), "--knn")
     if config.labels_per_class:
@@ -242,6 +251,17 @@ def _probe(
             report("few labels", number, len(config.labels_per_class))
             row = few_labels(chosen, count, config, device)
             result["few_labels"].append({"per_class": count, "layer": layer, **row})
+    if config.by_likelihood:
+        test_split, labels = sampled["test"][0], images["test"].labels
+        losses = losses_by_class(
+            model,
+            test_split,
+            class_names,
+            precision=resolve_precision(config.precision, model.device),
+            progress=partial(report, "likelihoods"),
+        )
+        answers = losses.argmin(axis=1) == labels
+        result["by_likelihood"] = _test_row(answers)
     compared: dict[str, Any] = {}
     if config.baselines:
         report("raw pixels", 0, 1)
@@ -394,13 +414,9 @@ def fit_and_test(
         final, index = solve(both, labels, settings[best : best + 1], device=device), 0
         converged = converged and final.converged[0]
     answers = (_predicted(final, test, config.seed) == test.labels)[index]
-    count = len(test.labels)
-    hits = int(answers.sum())
     row = {
         "validation_accuracy": int(correct[best]) / len(validation.labels),
-        "test_accuracy": hits / count,
-        "test_interval_95": list(interval_of_share(hits, count)),
-        "test_right": packed(answers),
+        **_test_row(answers),
         name: settings[best],
         "converged": converged,
         "iterations": fitted.iterations[best],
@@ -435,14 +451,20 @@ def _test_neighbours(
     if config.fold_back:
         known = ConcatenatedRows(known, validation.features[0][0])
         labels = np.concatenate([labels, validation.labels])
-    answers = answered(known, labels, test)
-    hits, count = int(answers.sum()), len(test.labels)
     return {
         "k": k,
         "validation_accuracy": int(validated.sum()) / len(validation.labels),
+        **_test_row(answered(known, labels, test)),
+    }
+
+
+def _test_row(right: NDArray[np.bool_]) -> dict[str, Any]:
+    """Return a test accuracy with its interval and the answers that are right, [N]."""
+    hits, count = int(right.sum()), len(right)
+    return {
         "test_accuracy": hits / count,
         "test_interval_95": list(interval_of_share(hits, count)),
-        "test_right": packed(answers),
+        "test_right": packed(right),
     }
 
 

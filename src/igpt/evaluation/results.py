@@ -30,23 +30,25 @@ Interval = Annotated[list[Share], Field(min_length=2, max_length=2)]
 Answers = Annotated[str, Field(pattern="^([0-9a-f]{2})*$")]
 
 
-class Neighbours(Stored):
+class Tested(Stored):
+    """The accuracy on test images."""
+
+    test_accuracy: Share
+    test_interval_95: Interval | None = None
+    test_right: Answers | None = None
+
+
+class Neighbours(Tested):
     """Accuracies of classification by k nearest neighbours."""
 
     k: Positive
     validation_accuracy: Share
-    test_accuracy: Share
-    test_interval_95: Interval | None = None
-    test_right: Answers | None = None
 
 
-class Accuracy(Stored):
+class Accuracy(Tested):
     """A classifier of a probe: its accuracies, and its setting."""
 
     validation_accuracy: Share
-    test_accuracy: Share
-    test_interval_95: Interval | None = None
-    test_right: Answers | None = None
     regularisation: Number | None = None
     learning_rate: Number | None = None
     converged: bool | None = None
@@ -144,6 +146,7 @@ class Probe(Layers, Confused):
     config: ProbeSettings | None = None
     concatenated: Concatenated | None = None
     few_labels: list[FewLabels] | None = None
+    by_likelihood: Tested | None = None
     baselines: Baselines | None = None
     classifier: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
 
@@ -337,7 +340,7 @@ def _tested(probe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     compared = probe.get("baselines") or {}
     yield from probe["layers"]
     yield from (compared.get("untrained") or {}).get("layers", ())
-    for row in (probe.get("concatenated"), compared.get("raw_pixels")):
+    for row in (probe.get("concatenated"), probe.get("by_likelihood"), compared.get("raw_pixels")):
         if row:
             yield row
 

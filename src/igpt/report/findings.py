@@ -162,6 +162,10 @@ def describe_probe(probe: dict[str, Any]) -> str:
             f" By {plural(found['k'], 'nearest neighbour')}: best layer {nearest['layer']} by "
             f"validation accuracy, test accuracy {percent(found['test_accuracy'])}."
         )
+    if found := probe.get("by_likelihood"):
+        text += (
+            f" By the likelihood given each class: test accuracy {percent(found['test_accuracy'])}."
+        )
     return text
 
 

@@ -53,7 +53,7 @@ _EXAMPLES = 8
 _PREVIEW = 320  # pixels of the longer side of an upload on the page
 _FADED = 0.65  # share of grey outside the part of an upload that the model sees
 _FRAME = (37, 99, 235)  # blue, as the page's buttons
-MOST_DRAWINGS, HOTTEST = 8, 2
+MOST_DRAWINGS, HOTTEST, MOST_GUIDANCE = 8, 2, 10
 _LARGEST_SEED = 2**53  # JavaScript's whole numbers are exact up to it
 
 
@@ -225,6 +225,8 @@ def drawings(
     seed: Any,
     top_k: Any,
     top_p: Any,
+    class_name: Any = "",
+    guidance: Any = 1,
     *,
     original: bool,
 ) -> Iterator[list[Any]]:
@@ -240,6 +242,8 @@ def drawings(
         known: the pixels to keep, bool [n].
         count, temperature, seed, top_k, top_p: as the page's visitor or a program gives them; the
             last two may be None.
+        class_name: of a class-conditional model's classes; empty: none, and no guidance.
+        guidance: as given, with a class.
         original: show the image itself first.
 
     Raises:
@@ -256,6 +260,10 @@ def drawings(
         # Not 1: the sum of all probabilities may be rounded to less, or reach 1 too early.
         "top_p": None if top_p in (None, 1) else _number("top-p", top_p),
     }
+    labels = None
+    if class_name:
+        labels = torch.full((count,), model.config.label_of(str(class_name)))
+        settings["guidance"] = _number("guidance", guidance, 0, MOST_GUIDANCE)
     require_sampling_settings(**settings)
     start, side, n = time.monotonic(), model.config.resolution, len(known)
     everything = torch.ones(1, n, dtype=torch.bool)
@@ -263,7 +271,7 @@ def drawings(
     captions = [f"drawing {number + 1}" for number in range(count)]
     batch, settled = tokens.repeat(count, 1), known.repeat(count, 1)
     yield [first + _shown(model, batch, settled, captions), "Starting ...", ""]
-    for state in generate(model, batch, known, **settings):
+    for state in generate(model, batch, known, labels=labels, **settings):
         batch, settled = state.tokens.cpu(), state.known.cpu()
         whole = settled.all(dim=0).view(side, side).all(dim=1)
         if whole.all():

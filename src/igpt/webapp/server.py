@@ -31,6 +31,7 @@ from igpt.webapp.handlers import (
     GONE,
     HOTTEST,
     MOST_DRAWINGS,
+    MOST_GUIDANCE,
     classes,
     classifier_of,
     crop,
@@ -171,8 +172,10 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         seed: Any,
         top_k: Any = None,
         top_p: Any = None,
+        class_name: Any = "",
+        guidance: Any = 1,
     ) -> Iterator[list[Any]]:
-        settings = (count, temperature, seed, top_k, top_p)
+        settings = (count, temperature, seed, top_k, top_p, class_name, guidance)
 
         def answers() -> Iterator[list[Any]]:
             if file is None:
@@ -185,9 +188,15 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         yield from _with_errors(answers(), lambda said: [gr.skip(), said, gr.skip()])
 
     def samples(
-        count: Any, temperature: Any, seed: Any, top_k: Any = None, top_p: Any = None
+        count: Any,
+        temperature: Any,
+        seed: Any,
+        top_k: Any = None,
+        top_p: Any = None,
+        class_name: Any = "",
+        guidance: Any = 1,
     ) -> Iterator[list[Any]]:
-        settings = (count, temperature, seed, top_k, top_p)
+        settings = (count, temperature, seed, top_k, top_p, class_name, guidance)
         nothing = torch.zeros(1, config.n_pixels, dtype=torch.long)
         answers = drawings(model, nothing, nothing[0] > 0, *settings, original=False)
         yield from _with_errors(answers, lambda said: [gr.skip(), said, gr.skip()])
@@ -242,6 +251,16 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
                 top_k = gr.Number(colors, label="Top-k", info=info, min_width=130)
                 info = "Only the likeliest colours that reach this probability; 1: all."
                 top_p = gr.Number(1, step=0.05, label="Top-p", info=info, min_width=130)
+            of_class: list[Any] = []
+            if config.conditions:
+                with gr.Row():
+                    names = [("no class", ""), *((name, name) for name in config.conditions)]
+                    menu = gr.Dropdown(names, value="", label="Draw a class", min_width=130)
+                    info = "With a class. 1: as learned; more: further from no class."
+                    guidance = gr.Slider(
+                        0, MOST_GUIDANCE, 2, step=0.5, label="Guidance", info=info, min_width=130
+                    )
+                of_class = [menu, guidance]
             with gr.Row(equal_height=False, elem_classes="igpt-seed"):
                 info = "The same seed and settings give the same drawings."
                 seed = gr.Number(0, label="Seed", info=info, min_width=130)
@@ -265,7 +284,7 @@ def _workbench(model: ImageGPT, run: Path | None, name: str) -> None:
         "concurrency_limit": _AT_ONCE,
         "show_progress": "hidden",
     }
-    settings = [count, temperature, seed, top_k, top_p]
+    settings = [count, temperature, seed, top_k, top_p, *of_class]
     results = [drawn, words, archive]
     seed_button.click(None, None, seed, js=markup.NEW_SEED, **quiet)
     file.change(None, None, words, js="() => ''", **quiet)
