@@ -197,12 +197,12 @@ def test_missing_splits_are_refused(imagenet: str):
         (
             "a.csv",
             {"a.csv": "x"},
-            "is a .csv file; give a folder of images or a .parquet, .arrow or .tar",
+            "is a .csv file; give a folder of images or a .parquet, .arrow, .tar or .zip",
         ),
         (
             "a",
             {"a": "x"},
-            "is a nameless file; give a folder of images or a .parquet, .arrow or .tar",
+            "is a nameless file; give a folder of images or a .parquet, .arrow, .tar or .zip",
         ),
         (
             "a.tar.gz",
@@ -270,10 +270,9 @@ def test_a_hub_id_without_the_hub(monkeypatch: pytest.MonkeyPatch, source: str, 
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("source", ["a/b/c", "https://example.org/images"])
-def test_a_name_that_is_neither_a_path_nor_a_hub_id(source: str):
+def test_a_name_that_is_neither_a_path_nor_a_hub_id():
     with pytest.raises(InputError, match="no folder or file"):
-        open_source(source)
+        open_source("a/b/c")
 
 
 def test_a_network_without_answers_is_given_up_soon():

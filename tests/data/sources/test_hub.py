@@ -193,6 +193,22 @@ def test_all_rows(
         assert ".arrow" in endings
 
 
+def test_files_of_the_hub_behind_a_url(hub: Hub, started: Callable[..., Any], picture: Picture):
+    url = "hf://datasets/someone"
+    table, folder, missing = ended(
+        started(
+            (f"{url}/pictures/data", {"train_split": "train"}),
+            (f"{url}/folders", {}),
+            (f"{url}/nothing", {}),
+        )
+    )
+    assert table["names"] == NAMES
+    assert table["train"] == expected(picture, SPLITS["train"])
+    assert folder["names"] == ["a", "b"]
+    assert [label for _, _, label in folder["train"]] == [0] * 5 + [1] * 5
+    assert missing.startswith("refused: hf://datasets/someone/nothing is not there")
+
+
 def test_some_rows_of_a_stream(hub: Hub, started: Callable[..., Any], picture: Picture):
     process = started(("someone/pictures", {"stream": True}), rows=[3, 4, 120, 299])
     assert process.stdout.readline() == "opened\n", process.stderr.read()

@@ -162,4 +162,6 @@ def test_a_transparent_level_of_16_bits(case: Callable[[str], Path]):
 
 @pytest.mark.parametrize("inside", ["", "data.zip"])
 def test_a_zip_of_images(igpt: Run, case: Callable[[str], Path], inside: str):
-    assert "unpack data.zip first" in refusal(igpt, case("zip_of_images") / inside)
+    data, _ = prepared(igpt, case("zip_of_images") / inside)
+    assert per_class(data) == {"class0": 30, "class1": 30}
+    assert left_out(data) == {}

@@ -62,7 +62,8 @@ def open_image(image: Any) -> Image.Image:
 
     Args:
         image: a path, encoded bytes, a PIL image, an array uint8 [H, W, 3 or 4] or [H, W], or the
-            `{"bytes", "path"}` record of an undecoded `datasets.Image`.
+            `{"bytes", "path"}` record of an undecoded `datasets.Image`; an `InputError` in place of
+            the bytes is raised.
 
     Raises:
         InputError: it is not an image; the message has the reason.
@@ -71,6 +72,8 @@ def open_image(image: Any) -> Image.Image:
         image = image["bytes"] if image.get("bytes") is not None else image["path"]
     if image is None:
         raise InputError("there is no image here")
+    if isinstance(image, InputError):
+        raise image
     if isinstance(image, Image.Image):
         return image
     register_decoders()

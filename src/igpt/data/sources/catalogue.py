@@ -8,7 +8,7 @@ the source has and that is not used is counted on the way.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -19,9 +19,24 @@ from igpt.config import Config
 from igpt.data.left_out import ARCHIVES, SPECIAL, Allowance, LeftOut
 from igpt.data.sources.archives import open_archive
 from igpt.data.sources.file_kinds import ending_of, is_image_ending
-from igpt.data.sources.folders import Listing, in_folder, list_folder, open_images, split_folders
+from igpt.data.sources.folders import (
+    Files,
+    Listing,
+    LocalFiles,
+    in_folder,
+    list_folder,
+    open_images,
+    split_folders,
+)
 from igpt.data.sources.readers import ImageFiles, Reader
-from igpt.data.sources.splits import SPLIT_NAMES, Opened, Splits, are_splits
+from igpt.data.sources.remote import list_url
+from igpt.data.sources.splits import (
+    SPLIT_NAMES,
+    Opened,
+    Splits,
+    are_splits,
+    split_by_words,
+)
 from igpt.data.sources.tables import (
     ArrowTable,
     is_saved,
@@ -29,12 +44,15 @@ from igpt.data.sources.tables import (
     load_folder,
     load_hub,
     load_saved,
+    open_parquet,
     open_tables,
 )
-from igpt.data.sources.tars import open_tars, split_tars
+from igpt.data.sources.tars import open_tars
+from igpt.data.sources.zips import list_zips
 from igpt.data.tokens.manifest import SPLITS
 from igpt.errors import InputError, suggest
 from igpt.files import require_regular
+from igpt.remote import file_system, name_in, url_of
 
 DIGITS = "digits"
 
@@ -156,9 +174,9 @@ def open_source(source: str, config: SourceConfig | None = None) -> Source:
 
     Args:
         source: "digits" (scikit-learn's 1,797 handwritten digits); a folder of images, Parquet
-            files or WebDataset tars; a `.parquet`, `.arrow` or `.tar` file; an archive from its
-            site (see `open_archive`); or a Hub id, with a configuration after a colon
-            ("name/set:config").
+            files, WebDataset tars or ZIP archives; a `.parquet`, `.arrow`, `.tar` or `.zip` file;
+            the URL of such a file (but `.arrow`) or folder; an archive from its site (see
+            `open_archive`); or a Hub id, with a configuration after a colon ("name/set:config").
 
     Raises:
         InputError: there is nothing, or no images; a column is ambiguous; or labels disagree
@@ -242,7 +260,7 @@ class Found:
         named: the splits where the user names one: of folders without usual names, any folder at
             the top, and of tars, the first words of their names.
         class_names: of `kind` "readers"; None without classes.
-        listing: of `kind` "folders": the files in it.
+        files, listing: of `kind` "folders": where its files are, and which.
         left_out: what was found and is in no split.
     """
 
@@ -251,6 +269,7 @@ class Found:
     usual: Splits
     named: Splits
     class_names: list[str] | None = None
+    files: Files | None = None
     listing: Listing | None = None
     left_out: LeftOut = field(default_factory=LeftOut)
 
@@ -267,14 +286,53 @@ def _found_tables(source: str, tables: Mapping[str, Any], left_out: LeftOut | No
     return Found(source, "tables", splits, splits, left_out=left_out or LeftOut())
 
 
-def _found_tars(source: str, folder: Path, names: Sequence[str], left_out: LeftOut) -> Found:
-    by_words = split_tars(names)
-    usual = by_words if are_splits(by_words) else {"train": list(names)}
-    splits, named = (
-        Splits({split: [folder / name for name in tars] for split, tars in tars_of.items()})
-        for tars_of in (usual, by_words)
-    )
-    return Found(source, "tars", splits, named, left_out=left_out)
+def _found_tars(source: str, tars: Mapping[str, str], left_out: LeftOut) -> Found:
+    usual, named = map(Splits, _splits_of_files(tars))
+    return Found(source, "tars", usual, named, left_out=left_out)
+
+
+def _found_images(source: str, files: Files, listing: Listing) -> Found:
+    """Return a source of image files.
+
+    Raises:
+        InputError: there are none.
+    """
+    left_out = listing.left_out
+    if not len(listing.images):
+        if not left_out:
+            raise InputError(f"{source} is an empty folder; there are no images in it")
+        raise InputError(
+            f"{source} holds no images that can be read, but {left_out.text()}{left_out.advice()}"
+        )
+    usual, named = split_folders(listing.images)
+    return Found(source, "folders", usual, named, files=files, listing=listing, left_out=left_out)
+
+
+def _found_zips(source: str, zips: Mapping[str, str], left_out: LeftOut) -> Found:
+    splits, _ = _splits_of_files(zips)
+    folders = {
+        file: f"{split}/" if len(splits) > 1 else ""
+        for split, files in splits.items()
+        for file in files
+    }
+    files, listing = list_zips(source, folders)
+    listing.left_out.update(left_out)
+    return _found_images(source, files, listing)
+
+
+_Paths = dict[str, list[str]]
+
+
+def _splits_of_files(files: Mapping[str, str]) -> tuple[_Paths, _Paths]:
+    """Return files by the splits in their names: if these are the usual ones, and in any case.
+
+    Args:
+        files: the path or URL of each file by its name in the folder.
+    """
+    by_words = {
+        split: [files[name] for name in names] for split, names in split_by_words(files).items()
+    }
+    return by_words if are_splits(by_words) else {"train": list(files.values())}, by_words
 
 
 def find(source: str, config: ColumnConfig) -> Found:
@@ -285,6 +343,8 @@ def find(source: str, config: ColumnConfig) -> Found:
     """
     if source == DIGITS:
         return _found_tables(source, {"train": _digits()})
+    if url := url_of(source):
+        return _find_behind(url)
     path = Path(source).expanduser()
     require_regular(path)
     archive = open_archive(str(path), config.label_column)
@@ -303,7 +363,9 @@ def find(source: str, config: ColumnConfig) -> Found:
 def _find_in_file(path: Path, source: str) -> Found:
     ending = path.suffix.lower()
     if ending == ".tar":
-        return _found_tars(source, path.parent, [path.name], LeftOut())
+        return _found_tars(source, {path.name: str(path)}, LeftOut())
+    if ending == ".zip":
+        return _found_zips(source, {"": str(path)}, LeftOut())
     if ending in (".parquet", ".arrow"):
         return _found_tables(source, load_file(path))
     if is_image_ending(ending):
@@ -311,47 +373,104 @@ def _find_in_file(path: Path, source: str) -> Found:
 
         names = pa.array([path.name], pa.large_string())
         return found_readers(source, {"train": ImageFiles(path.parent, names, None)}, None)
+    raise _unreadable_file(str(path), ending)
+
+
+def _unreadable_file(file: str, ending: str) -> InputError:
     if ending in ARCHIVES:
-        raise InputError(
-            f"{path} is not one of the archives that can be read directly; unpack {path.name} first"
+        return InputError(
+            f"{file} is not one of the archives that can be read directly; unpack "
+            f"{name_in(file)} first"
         )
-    raise InputError(
-        f"{path} is a {ending or 'nameless'} file; give a folder of images or a .parquet, .arrow "
-        "or .tar file"
+    return InputError(
+        f"{file} is a {ending or 'nameless'} file; give a folder of images or a .parquet, .arrow, "
+        ".tar or .zip file"
     )
 
 
 def _find_in_folder(path: Path, source: str) -> Found:
     listing = list_folder(path)
-    images, left_out = len(listing.images), listing.left_out
-    packed = {ending: names for ending, names in listing.packed.items() if names}
-    if not images and ".tar" not in packed and is_saved(path):
+    packed = _packed_in(str(path), listing)
+    if ".tar" not in packed and not len(listing.images) and is_saved(path):
         return _found_tables(source, load_saved(path))
-    if not images and not packed:
-        if not left_out:
-            raise InputError(f"{path} is an empty folder; there are no images in it")
-        raise InputError(
-            f"{path} holds no images that can be read, but {left_out.text()}{left_out.advice()}"
-        )
-    counts = [f"{images} image files"] if images else []
-    counts += [f"{len(names)} {ending}" for ending, names in packed.items()]
-    if len(packed) > 1 or (packed and sum(map(len, packed.values())) < images):
-        raise InputError(f"{path} holds {' and '.join(counts)}; give one or the other")
     if not packed:
-        usual, named = split_folders(listing.images)
-        return Found(source, "folders", usual, named, listing=listing, left_out=left_out)
+        return _found_images(source, LocalFiles(path), listing)
     ((ending, names),) = packed.items()
-    if images:  # A few pictures next to the files that hold the images.
-        kind = f"image files next to the {ending} files"
-        left_out.add(kind, listing.images[0].as_py(), count=images, possible_images=True)
-        for file in [*listing.metadata, *listing.annotations]:
-            left_out.add(f"files {ending_of(file)}", file)
+    files = {name: str(path / name) for name in names}
+    left_out = _next_to(listing, ending)
     if ending == ".tar":
-        return _found_tars(source, path, names, left_out)
+        return _found_tars(source, files, left_out)
+    if ending == ".zip":
+        return _found_zips(source, files, left_out)
     for kind, entry in left_out.entries.items():
         if kind.startswith(SPECIAL):  # `datasets` might wait for it forever.
             raise InputError(f"{path / entry.first} is a FIFO, a socket or a device; remove it")
     return _found_tables(source, load_folder(path, names), left_out)
+
+
+def _find_behind(url: str) -> Found:
+    """List the splits of the file or folder behind a URL."""
+    file_system(url)[0].invalidate_cache()  # it may have changed since this process listed it
+    ending = PurePosixPath(name_in(url)).suffix.lower()
+    is_file = ending in (".tar", ".zip", ".parquet") or is_image_ending(ending)
+    if url.startswith("http") and not is_file:
+        raise InputError(
+            f"{url} cannot be read in place; give the URL of one .parquet, .tar or .zip file"
+        )
+    if ending == ".tar":
+        return _found_tars(url, {name_in(url): url}, LeftOut())
+    if ending == ".zip":
+        return _found_zips(url, {"": url}, LeftOut())
+    if ending == ".parquet":
+        return _found_tables(url, {"train": open_parquet([url])})
+    files, listing = list_url(url)
+    packed = _packed_in(url, listing)
+    if not packed:
+        return _found_images(url, files, listing)
+    ((ending, names),) = packed.items()
+    urls = {name: files.where(name) for name in names}
+    left_out = _next_to(listing, ending)
+    if ending == ".tar":
+        return _found_tars(url, urls, left_out)
+    if ending == ".zip":
+        return _found_zips(url, urls, left_out)
+    if ending == ".arrow":
+        raise InputError(f"{url} holds .arrow files, which cannot be read in place; download them")
+    splits, _ = _splits_of_files(urls)
+    tables = {split: open_parquet(of_split) for split, of_split in splits.items()}
+    return _found_tables(url, tables, left_out)
+
+
+def _packed_in(folder: str, listing: Listing) -> dict[str, list[str]]:
+    """Return the files of many images in a folder by their ending, of which there is at most one.
+
+    ZIP archives count if there is nothing else.
+
+    Raises:
+        InputError: there are several kinds, or more image files than such files.
+    """
+    images = len(listing.images)
+    packed = {ending: names for ending, names in listing.packed.items() if names}
+    if not images and not packed and listing.zips:
+        return {".zip": listing.zips}
+    counts = [f"{images} image files"] if images else []
+    counts += [f"{len(names)} {ending}" for ending, names in packed.items()]
+    if len(packed) > 1 or (packed and sum(map(len, packed.values())) < images):
+        raise InputError(f"{folder} holds {' and '.join(counts)}; give one or the other")
+    return packed
+
+
+def _next_to(listing: Listing, ending: str) -> LeftOut:
+    """Return what is left out of a folder whose files with an ending are read."""
+    left_out = listing.left_out
+    if ending == ".zip":
+        del left_out.entries[f"files {ending_of(listing.zips[0])}"]
+    if len(listing.images):  # A few pictures next to the files that hold the images.
+        kind, first = f"image files next to the {ending} files", listing.images[0].as_py()
+        left_out.add(kind, first, count=len(listing.images), possible_images=True)
+        for file in [*listing.metadata, *listing.annotations]:
+            left_out.add(f"files {ending_of(file)}", file)
+    return left_out
 
 
 def _digits() -> ArrowTable:
@@ -455,8 +574,8 @@ def open_splits(found: Found, parts: Mapping[str, Any], config: ColumnConfig) ->
     if found.kind == "tars":
         return open_tars(parts, *columns)
     if found.listing is not None:
-        folder = Path(found.source).expanduser()
-        return open_images(folder, found.listing, parts, *columns)
+        assert found.files is not None
+        return open_images(found.files, found.listing, parts, *columns)
     return Opened(dict(parts), found.class_names, LeftOut(), [])
 
 

@@ -1,14 +1,19 @@
 """Folders of image files: their content, splits and classes.
 
-Names of files are relative to the folder and kept in Arrow arrays, since there may be millions.
+A folder is on this machine, in ZIP archives (their members), or behind a URL (objects with a common
+prefix). Names of files are relative to the folder and kept in Arrow arrays, since there may be
+millions.
 """
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, NamedTuple
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,22 +37,85 @@ _STRAY_FACTOR = 10
 _CHUNK = 65536
 
 
+class Files(Protocol):
+    """The place of the files of a folder."""
+
+    def where(self, name: str) -> str:
+        """Return the name by which a user finds a file or folder in it; "" is the folder."""
+
+    def local(self, names: Sequence[str]) -> AbstractContextManager[Path]:
+        """Return a context with a folder of this machine that has some small files of it."""
+
+    def reader(
+        self, top: str, names: Any, positions: NDArray[np.int64], labels: NDArray[np.int32] | None
+    ) -> Reader:
+        """Return a reader of images [N].
+
+        Args:
+            top: the folder they are in.
+            names: relative to `top`, an Arrow array [N].
+            positions: see `Listing`.
+            labels: see `ImageFiles`.
+        """
+
+
+@contextmanager
+def copies(source: str, contents: Mapping[str, bytes]) -> Iterator[Path]:
+    """Yield a temporary folder with some files of another folder; errors name that, `source`."""
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for name, content in contents.items():
+            if ".." in name.split("/"):
+                raise InputError(f"{source} has a file {name!r}; rename it")
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        try:
+            yield folder
+        except InputError as error:
+            raise InputError(str(error).replace(str(folder), source)) from None
+
+
+@dataclass(frozen=True)
+class LocalFiles:
+    """A folder of this machine."""
+
+    folder: Path
+
+    def where(self, name: str) -> str:
+        """See `Files`."""
+        return str(self.folder / name)
+
+    def local(self, names: Sequence[str]) -> AbstractContextManager[Path]:
+        """See `Files`."""
+        return nullcontext(self.folder)
+
+    def reader(
+        self, top: str, names: Any, positions: NDArray[np.int64], labels: NDArray[np.int32] | None
+    ) -> Reader:
+        """See `Files`."""
+        return ImageFiles(self.folder / top, names, labels)
+
+
 @dataclass(frozen=True)
 class Listing:
     """The files below a folder, by kind; all names are relative to it.
 
     Attributes:
-        images: files whose endings Pillow reads, an Arrow array.
+        images: files whose endings Pillow reads, an Arrow array [N].
+        positions: of the images among all entries of the folder, int64 [N], ascending.
         packed: files of many images, by their endings (see `PACKED`).
         metadata: files that describe images.
         annotations: Tiny ImageNet's files of classes.
+        zips: ZIP archives, which are also in `left_out`.
         left_out: all other files.
     """
 
     images: Any
+    positions: NDArray[np.int64]
     packed: dict[str, list[str]]
     metadata: list[str]
     annotations: list[str]
+    zips: list[str]
     left_out: LeftOut
 
 
@@ -57,13 +125,48 @@ def list_folder(folder: Path) -> Listing:
     Raises:
         InputError: a folder cannot be read, or the name of an image is not UTF-8.
     """
+    return listing_of(_walk(folder), str(folder))
+
+
+Kind = Literal["file", "hidden", "special", "ignored"]
+
+
+def with_kinds(names: Iterable[str]) -> Iterator[tuple[str, Kind]]:
+    """Yield names of files, relative to their folder, with their kinds.
+
+    A hidden or system folder is yielded once, with a slash at the end; its other files, and names
+    of folders, are "ignored".
+    """
+    seen = set[str]()
+    for name in names:
+        parts = name.split("/")
+        depth = next((depth for depth, part in enumerate(parts, 1) if is_hidden(part)), None)
+        hidden = "/".join(parts[:depth]) + ("/" if depth and depth < len(parts) else "")
+        if name.endswith("/") or (depth and hidden in seen):
+            yield name, "ignored"
+        elif depth:
+            seen.add(hidden)
+            yield hidden, "hidden"
+        else:
+            yield name, "file"
+
+
+def listing_of(entries: Iterable[tuple[str, Kind]], folder: str) -> Listing:
+    """Return the entries of a folder by kind.
+
+    Raises:
+        InputError: the name of an image is not UTF-8.
+    """
     import pyarrow as pa
 
-    chunks, names = [pa.array([], pa.large_string())], list[str]()
+    chunks, names, positions = [pa.array([], pa.large_string())], list[str](), array("q")
     packed: dict[str, list[str]] = {ending: [] for ending in PACKED}
     metadata, annotations, left_out = list[str](), list[str](), LeftOut()
+    zips = list[str]()
     endings = image_endings()
-    for name, kind in _walk(folder):
+    for position, (name, kind) in enumerate(entries):
+        if kind == "ignored":
+            continue
         file = name[name.rfind("/") + 1 :]
         ending = PurePosixPath(file).suffix.lower()
         if kind == "hidden":
@@ -80,11 +183,14 @@ def list_folder(folder: Path) -> Listing:
             )
         elif ending in endings:
             names.append(name)
+            positions.append(position)
             if len(names) == _CHUNK:
                 chunks.append(_utf8(names, folder))
                 names = []
         else:
             left_out.add(f"files {ending_of(file)}", name, possible_images=may_hold_images(file))
+            if ending == ".zip":
+                zips.append(name)
     chunks.append(_utf8(names, folder))
     images = pa.concat_arrays(chunks)
     if not len(images):  # Without images, metadata files describe nothing.
@@ -92,10 +198,11 @@ def list_folder(folder: Path) -> Listing:
         for name in [*(name for name in metadata if not name.endswith(".parquet")), *annotations]:
             left_out.add(f"files {ending_of(name)}", name)
         metadata, annotations = [], []
-    return Listing(images, packed, metadata, annotations, left_out)
+    where = np.array(positions, np.int64)
+    return Listing(images, where, packed, metadata, annotations, zips, left_out)
 
 
-def _utf8(names: list[str], folder: Path) -> Any:
+def _utf8(names: list[str], folder: str) -> Any:
     import pyarrow as pa
 
     try:
@@ -106,10 +213,7 @@ def _utf8(names: list[str], folder: Path) -> Any:
         ) from None
 
 
-_Kind = Literal["file", "hidden", "special"]
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, _Kind]]:
+def _walk(folder: Path) -> Iterator[tuple[str, Kind]]:
     """Yield the files below a folder, at any depth, in the same order on every machine.
 
     Hidden and system folders are yielded with a slash at the end, and their files are not. Links
@@ -121,7 +225,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, _Kind]]:
     """
     # Each entry has the identities of the folders that contain it, or None if it is not entered.
     parents = frozenset(map(_identity, folder.resolve().parents))
-    waiting: list[tuple[str, _Kind, frozenset[tuple[int, int]] | None]] = [("", "file", parents)]
+    waiting: list[tuple[str, Kind, frozenset[tuple[int, int]] | None]] = [("", "file", parents)]
     while waiting:
         name, kind, parents_or_none = waiting.pop()
         if parents_or_none is None:
@@ -287,7 +391,7 @@ def in_folder(names: Any, folder: str) -> Any:
 
 
 def open_images(
-    folder: Path, listing: Listing, splits: Mapping[str, str], image: str | None, label: str | None
+    files: Files, listing: Listing, splits: Mapping[str, str], image: str | None, label: str | None
 ) -> Opened:
     """Open the splits of a folder of images and find its classes.
 
@@ -305,19 +409,23 @@ def open_images(
     import pyarrow.compute as pc
 
     if image is not None:
-        raise InputError(f"{folder} has no column {image!r}: it holds files of images")
+        raise InputError(f"{files.where('')} has no column {image!r}: it holds files of images")
     if label not in (None, "none") and not listing.metadata:
         raise InputError(
-            f"{folder} has no column {label!r}: the classes of images in folders are their folders"
+            f"{files.where('')} has no column {label!r}: the classes of images in folders are "
+            "their folders"
         )
 
     # 1. The images that metadata files list, and their classes.
-    names, left_out, notes = listing.images, LeftOut(), list[str]()
+    names, positions = listing.images, listing.positions
+    left_out, notes = LeftOut(), list[str]()
     described = words = None
     if listing.metadata:
-        described = describe(folder, names, listing.metadata, label)
+        with files.local(listing.metadata) as folder:
+            described = describe(folder, names, listing.metadata, label)
         left_out.update(described.left_out)
         names = pc.filter(names, described.kept)
+        positions = positions[_mask(described.kept)]
         if described.words is not None:
             words = pc.filter(described.words, described.kept)
 
@@ -335,9 +443,9 @@ def open_images(
         classes = {split: pc.filter(words, masks[split]) for split in splits}
         trained = sort_classes(_values(classes["train"]))
     elif label is None:
-        files = {f"{splits[split]}/{ANNOTATIONS}": split for split in splits if split != "train"}
-        annotated = {files[file]: file for file in listing.annotations if file in files}
-        classes, notes = _folder_classes(folder, splits, inside, annotated)
+        found = {f"{splits[split]}/{ANNOTATIONS}": split for split in splits if split != "train"}
+        annotated = {found[file]: file for file in listing.annotations if file in found}
+        classes, notes = _folder_classes(files, splits, inside, annotated)
         trained = sorted(_values(classes["train"])) if classes else []
         if described:
             advice = "--label-column names a column of classes"
@@ -349,13 +457,17 @@ def open_images(
     for file in listing.annotations:
         if not classes or file not in annotated.values():
             left_out.add(f"files {ending_of(file)}", file)
-    require_known(trained, {split: _values(words) for split, words in classes.items()}, str(folder))
+    found_in = {split: _values(words) for split, words in classes.items()}
+    require_known(trained, found_in, files.where(""))
 
     # 4. Readers.
     numbers = {name: number for number, name in enumerate(trained)}
     readers: dict[str, Reader] = {
-        split: ImageFiles(
-            folder / top, inside[split], _numbered(classes[split], numbers) if trained else None
+        split: files.reader(
+            top,
+            inside[split],
+            positions[_mask(masks[split])],
+            _numbered(classes[split], numbers) if trained else None,
         )
         for split, top in splits.items()
     }
@@ -363,7 +475,7 @@ def open_images(
 
 
 def _folder_classes(
-    folder: Path, splits: Mapping[str, str], inside: Mapping[str, Any], annotated: Mapping[str, str]
+    files: Files, splits: Mapping[str, str], inside: Mapping[str, Any], annotated: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the class of each image of each split, null without one, and notes.
 
@@ -378,12 +490,12 @@ def _folder_classes(
     levels, notes = {split: _class_levels(names) for split, names in inside.items()}, list[str]()
     home, words = levels["train"][-1]
     trained = _values(words)
-    top = folder / splits["train"]
+    top = files.where(splits["train"])
     others = [split for split in splits if split != "train"]
     if len(trained) < 2:
         with_classes = [split for split in others if len(_values(levels[split][-1][1])) > 1]
         if with_classes:
-            other = folder / splits[with_classes[0]]
+            other = files.where(splits[with_classes[0]])
             notes.append(f"no labels: {other} has folders of classes, and {top} has none")
         elif trained:
             notes.append(
@@ -394,20 +506,22 @@ def _folder_classes(
         return {}, notes
     if words.null_count * _STRAY_FACTOR >= len(words):
         first = inside["train"][words.is_null().index(True).as_py()]
+        inner = files.where(f"{splits['train']}/{home}".strip("/"))
         notes.append(
-            f"no labels: {words.null_count} of {len(words)} images are directly in {top / home}, "
-            f"next to its {len(trained)} folders (first: {first})"
+            f"no labels: {words.null_count} of {len(words)} images are directly in {inner}, next "
+            f"to its {len(trained)} folders (first: {first})"
         )
         return {}, notes
     classes = {split: _level_of_classes(of_split, trained) for split, of_split in levels.items()}
     for split in others:
         names, known = inside[split], _values(classes[split])
         if split in annotated:
-            classes[split] = _annotated(folder / annotated[split], names)
+            with files.local([annotated[split]]) as folder:
+                classes[split] = _annotated(folder / annotated[split], names)
         elif len(known) == 1 and not known & trained and not classes[split].null_count:
             classes[split] = pa.nulls(len(names), pa.large_string())
             notes.append(
-                f"no labels in {folder / splits[split]}: all its images are in one folder, "
+                f"no labels in {files.where(splits[split])}: all its images are in one folder, "
                 f"{known.pop()!r}, which is not a class of the training images"
             )
     return classes, notes
@@ -453,6 +567,12 @@ def _annotated(path: Path, names: Any) -> Any:
             f"{path} lists {missing[0]!r}, which is not among the images in {path.parent}"
         )
     return pa.array([found.get(file) for file in files], pa.large_string())
+
+
+def _mask(chosen: Any) -> NDArray[np.bool_]:
+    """Return an Arrow array of booleans as NumPy's."""
+    mask: NDArray[np.bool_] = chosen.to_numpy(zero_copy_only=False)
+    return mask
 
 
 def _values(words: Any) -> set[str]:

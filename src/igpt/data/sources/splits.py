@@ -1,6 +1,7 @@
 """Splits: their usual names, the splits that a source has, and the readers of opened splits."""
 
-from collections.abc import Collection, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -29,6 +30,24 @@ def are_splits(names: Collection[str], *, alone: bool = True) -> bool:
     """
     known = [SPLIT_NAMES[name.lower()] for name in names if name.lower() in SPLIT_NAMES]
     return "train" in known and (len(known) > 1 or (alone and len(names) == 1))
+
+
+def split_by_words(names: Iterable[str]) -> dict[str, list[str]]:
+    """Return the files of each split by the words in their paths.
+
+    The name of a split is the first word that is the usual name of one (`train/0.tar`,
+    `cats-val-0001.tar`), or the first word of all; "dev" counts only without any other name.
+
+    Args:
+        names: of the files, relative to their folder.
+    """
+    found = dict[str, list[str]]()
+    for name in names:
+        words = [word.rstrip("0123456789") for word in re.split(r"[-_./]", name.lower())]
+        # "dev" has other meanings too, so it sorts last.
+        known = sorted(filter(SPLIT_NAMES.__contains__, words), key="dev".__eq__)
+        found.setdefault((known or words)[0], []).append(name)
+    return found
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,7 @@ def load_file(path: Path) -> dict[str, Table]:
 
     require_regular(path)
     if path.suffix == ".parquet":
-        return {"train": _open_parquet([str(path)], None)}
+        return {"train": open_parquet([str(path)])}
     datasets.disable_progress_bars()
     with _all_errors(f"{path} is not readable as Arrow"):
         return _build(datasets.load_dataset_builder("arrow", data_files={"train": str(path)}))
@@ -398,7 +398,15 @@ def _arrow(loaded: Mapping[str, Any]) -> dict[str, Table]:
     return {str(split): ArrowTable(table) for split, table in loaded.items()}
 
 
-def _open_parquet(files: Sequence[str], features: Mapping[str, Any] | None) -> ParquetTable:
+def open_parquet(files: Sequence[str], features: Mapping[str, Any] | None = None) -> ParquetTable:
+    """Return a split of Parquet files, local or behind URLs.
+
+    Args:
+        features: the columns and their types; those in the files if None.
+
+    Raises:
+        InputError: a file is not readable, or their columns differ.
+    """
     with _all_errors(f"{files[0]} is not readable as Parquet of `datasets`"):
         return ParquetTable.open(files, features)
 
@@ -408,7 +416,7 @@ def _build(builder: Any, *, local: bool = True) -> dict[str, Table]:
 
     if isinstance(builder, Parquet):
         return {
-            str(split): _open_parquet(list(files), builder.info.features)
+            str(split): open_parquet(list(files), builder.info.features)
             for split, files in builder.config.data_files.items()
         }
     if not local:
