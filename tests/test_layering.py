@@ -34,6 +34,7 @@ MODULES = [
     "data/images/palette_picture",
     "data/tokens/manifest",
     "data/tokens/shards",
+    "data/tokens/cache",
     "data/tokens/dataset",
     "data/tokens/labels",
     "data/tokens/batches",

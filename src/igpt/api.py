@@ -87,7 +87,7 @@ def prepare(
     Args:
         source: "digits", a folder, a file or a Hub id; see
             `igpt.data.sources.catalogue.open_source`.
-        out: folder to create.
+        out: folder to create, or the URL of one (`s3://bucket/tokens`).
         config: settings in YAML or JSON; keywords override them.
         workers: number of processes; all cores by default.
         settings: fields of `PrepareConfig`, such as `size=32`.

@@ -5,16 +5,24 @@ import reprlib
 from collections.abc import Collection, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidationError
 from pydantic.fields import FieldInfo
 
 from igpt.errors import InputError, suggest
 from igpt.files import atomic_file, read_text
+from igpt.remote import shown
 
 _LARGEST = 1 << 18  # bytes of settings: YAML is read slowly, and real ones have some thousands
 _DEEPEST = 50  # levels of lists and mappings in YAML
+
+
+# A path, or a URL. `Path` joins its slashes, and files of settings have it as it was given.
+PathOrUrl = Annotated[
+    Path,
+    PlainSerializer(shown, return_type=str, when_used="json"),
+]
 
 
 def read_settings(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from igpt.errors import InputError
 from igpt.files import file_to_write, read_json, require_folder_name
+from igpt.remote import url_of
 
 # Temporary files, locks and parts have longer names than the output by at most this many bytes.
 _ROOM = 40
@@ -53,6 +54,8 @@ def require_writable_folder(path: Path) -> None:
 @contextlib.contextmanager
 def _reasons(path: Path) -> Iterator[None]:
     """Raise errors of the system about a path (too long, a loop of links) as `InputError`."""
+    if url := url_of(path):
+        raise InputError(f"{url}: only igpt prepare writes to a URL; give a path of this machine")
     try:
         yield
     except InputError:

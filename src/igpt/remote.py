@@ -28,6 +28,11 @@ def url_of(path: str | os.PathLike[str]) -> str | None:
     return f"{match[1].lower()}://{match[2]}" if match else None
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+    """Return a path or URL as a user writes it."""
+    return url_of(path) or os.fspath(path)
+
+
 def name_in(url: str) -> str:
     """Return the name of a file behind a URL, without the query."""
     path = urlsplit(url).path if url.startswith("http") else url

@@ -13,6 +13,7 @@ from igpt.cli.parser import Options, argument
 from igpt.config import file_settings
 from igpt.errors import InputError
 from igpt.progress import progress_bar
+from igpt.remote import shown, url_of
 
 if TYPE_CHECKING:
     from igpt.data.left_out import LeftOut
@@ -95,7 +96,7 @@ class PaletteOptions(Options):
 
 
 def print_left_out(
-    left_out: "LeftOut", warnings: Sequence[str], where: Path, *, what: str = "left out"
+    left_out: "LeftOut", warnings: Sequence[str], where: str | Path, *, what: str = "left out"
 ) -> None:
     """Print the files that were left out of a source in one line, and each warning in one line."""
     if left_out:
@@ -119,13 +120,15 @@ class Prepare(Options):
     example = "igpt prepare photos/ --size 32 -o tokens/photos"
     groups = _GROUPS
     out_is_folder = True
+    out_may_be_url = True
 
     source: str = argument(
-        "'digits' (bundled), a folder or file of images, Parquet, Arrow or WebDataset tars, the "
-        "original files of CIFAR, STL-10 or OpenAI, or a Hub id (id:config)",
+        "'digits' (bundled), a folder or file of images, Parquet, Arrow, WebDataset tars or ZIP "
+        "archives, also behind a URL (s3://, gs://, hf://, https://), the original files of CIFAR, "
+        "STL-10 or OpenAI, or a Hub id (id:config)",
         default="",
     )
-    out: Path = Field(description="token data set to write")
+    out: Path = Field(description="token data set to write: a folder, or the URL of one (s3://)")
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
     workers: int | None = Field(None, description="number of processes; all cores by default")
     shard: str | None = Field(
@@ -190,10 +193,9 @@ class Prepare(Options):
         counts = ", ".join(f"{len(result[split])} {split}" for split in result)
         classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"
         kind = f"{result.resolution} px, {classes}, {len(result.palette)} colours"
-        print(f"{out}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
-        print_left_out(
-            left_out_of(made, f"{out}/dataset.json"), made.get("warnings", []), out / "dataset.json"
-        )
+        print(f"{shown(out)}: {counts}; {kind} ({_fidelity(made['palette_error'])})")
+        manifest = f"{shown(out)}/dataset.json"
+        print_left_out(left_out_of(made, manifest), made.get("warnings", []), manifest)
 
 
 class Inspect(Options):
@@ -206,7 +208,7 @@ class Inspect(Options):
     out: Path | None = Field(
         None,
         description="PNG to write, with all numbers in a .json file of the same name; TOKENS.png "
-        "by default",
+        "by default (of a URL, in the current folder)",
     )
 
     def execute(self, given: dict[str, Any]) -> None:
@@ -217,8 +219,9 @@ class Inspect(Options):
         from igpt.data.tokens.inspect import sheet
         from igpt.files import resolved, write_json
 
-        folder = resolved(self.tokens)
-        target = self.out or folder.with_name(folder.name + ".png")
+        url, folder = url_of(self.tokens), resolved(self.tokens)
+        beside = Path(f"{folder.name}.png") if url else folder.with_name(f"{folder.name}.png")
+        target = self.out or beside
         require_png(target)
         data = TokenDataset(self.tokens)
         with progress_bar() as show:

@@ -38,6 +38,7 @@ class Options(Config, ABC):
         groups: headings of the help, and the names of the flags below each, in order. Other flags
             come first if they are the command's own, and last if they are settings.
         out_is_folder: whether `out` names a folder.
+        out_may_be_url: whether `out` may be a URL.
     """
 
     settings: ClassVar[str]
@@ -45,6 +46,7 @@ class Options(Config, ABC):
     one_of: ClassVar[tuple[str, ...]] = ()
     groups: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     out_is_folder: ClassVar[bool] = False
+    out_may_be_url: ClassVar[bool] = False
 
     @classmethod
     def recipe(cls, words: Sequence[str]) -> tuple[str, Mapping[str, Any]]:

@@ -102,13 +102,14 @@ def _dispatch(
 def _run(options: "type[Options]", program: str, words: list[str]) -> None:
     from igpt.cli.parser import parse
     from igpt.outputs import require_writable, require_writable_folder
+    from igpt.remote import url_of
 
     parsed = parse(options, program, words)
     if parsed is None:
         return
     chosen, given = parsed
     out = getattr(chosen, "out", None)
-    if out is not None:
+    if out is not None and not (options.out_may_be_url and url_of(out)):
         (require_writable_folder if options.out_is_folder else require_writable)(out)
     import_module(options.settings.partition(":")[0])
     stop_in_order()

@@ -9,6 +9,7 @@ from pydantic import Field
 from igpt.api import Run, finetune, pretrain
 from igpt.cli.parser import Options, argument, value_of
 from igpt.cli.run import is_first_rank
+from igpt.remote import shown
 from igpt.training.presets import ADAPTING, FOR_CPUS, MODELS, preset
 
 _GROUPS = {
@@ -177,7 +178,7 @@ class Pretrain(Options):
         if is_first_rank():
             print(
                 f"{run.path / 'model'}: the best model by validation loss; next: igpt probe "
-                f"{run.path} {self.tokens}; igpt report {run.path}"
+                f"{run.path} {shown(self.tokens)}; igpt report {run.path}"
             )
 
 

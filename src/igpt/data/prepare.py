@@ -8,6 +8,7 @@ SPLIT-NNNNN.*.npy     shards: the images of one split among some thousand neighb
 R-NNNNN.done.json     the record of these shards of reader R, written last
 """
 
+import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -38,6 +39,7 @@ from igpt.data.sources.archives import TokenRows
 from igpt.data.sources.catalogue import Split, open_source
 from igpt.data.sources.readers import Reader
 from igpt.data.tokenizer import Tally, Tokenizer, subset_rows
+from igpt.data.tokens.cache import cache_folder, keep_copy, require_free, send
 from igpt.data.tokens.dataset import TokenDataset
 from igpt.data.tokens.manifest import (
     NAMES_SHOWN,
@@ -60,6 +62,7 @@ from igpt.files import (
     write_json,
 )
 from igpt.locks import exclusive
+from igpt.remote import url_of
 
 PLAN, RECORDS, PICTURE = "plan.json", "records.json", "palette.png"
 # Images of a shard, at least and at most. Within these limits, a source is cut into 32 shards, for
@@ -243,7 +246,8 @@ def prepare(
 
     Args:
         source: see `open_source`.
-        out: the folder to create; it must not exist.
+        out: the folder to create; it must not exist. With the URL of a folder, such as
+            `s3://bucket/tokens`, the data set is made in the cache and sent there.
         workers: number of processes that decode and tokenise.
         progress: called with (images done, images in all) while images are tokenised.
         phase: called with (title, done, in all) while a palette is made, and when tokenising
@@ -253,6 +257,20 @@ def prepare(
         InputError: the source or `out` cannot be used, too many images do not decode, or another
             process is writing `out`.
     """
+    if url := url_of(out):
+        url = url.rstrip("/")
+        require_free(url)
+        staged = cache_folder("prepare") / hashlib.sha256(url.encode()).hexdigest()[:32]
+        with exclusive(staged):
+            work = source, staged, config, (1, 1), workers, progress, phase
+            folder, plan, records = _make_shards(*work)
+            write_dataset(folder, plan, list(records.values()))
+            pictures = [PICTURE] if (folder / PICTURE).exists() else []
+            send(folder, url, pictures, phase)
+            _clear(folder)
+            (folder / PLAN).unlink()
+            keep_copy(folder)
+        return TokenDataset(url)
     require_new(out, source)
     with exclusive(out):
         folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress, phase)
@@ -447,6 +465,8 @@ def _all_records(folder: Path, jobs: Iterator[_Job], views: int) -> dict[str, di
 
 def require_new(out: Path, source: str | None = None) -> None:
     """Raise an `InputError` if `out` exists, has no valid name, or lies inside the source."""
+    if url := url_of(out):
+        raise InputError(f"{url}: parts are made and merged in a folder; give one with -o")
     if out.exists() or out.is_symlink() or not out.name:
         raise InputError(f"{out} exists already; remove it or choose another -o")
     require_folder_name(out)

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, field_validator
 
+from igpt.config import PathOrUrl
 from igpt.data.tokens.batches import Batches
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
 from igpt.data.tokens.labels import require_classes, subset_per_class
@@ -30,6 +31,7 @@ from igpt.model.cost import count_parameters, head_parameters
 from igpt.model.directory import weights_sha256
 from igpt.model.transformer import ImageGPT
 from igpt.progress import print_line, progress_bar
+from igpt.remote import shown
 from igpt.training.checkpoints import TrainingState
 from igpt.training.classification import (
     accuracies,
@@ -58,7 +60,7 @@ class FinetuneConfig(TrainConfig):
     kind: ClassVar[RunKind] = "finetune"
 
     model: Path = Field(description="pretrained model directory")
-    tokens: Path = Field(description="token data set with labels")
+    tokens: PathOrUrl = Field(description="token data set with labels: a folder, or a URL (s3://)")
     generation_weight: float = Field(
         1.0,
         ge=0,
@@ -172,7 +174,7 @@ def finetune(
             )
         data = TokenDataset(config.tokens)
         if data.class_names is None:
-            raise InputError(f"{config.tokens} has no classes; fine-tuning needs labels")
+            raise InputError(f"{shown(config.tokens)} has no classes; fine-tuning needs labels")
         splits = {name: data[name] for name in SPLITS}
         require_classes(splits, len(data.class_names), "fine-tuning")
         if config.labels_per_class:
@@ -197,7 +199,7 @@ def finetune(
             record_run(
                 run,
                 config,
-                config.tokens,
+                data.path,
                 resume=True,
                 is_main=world.is_main,
                 model_sha256=checksum,
@@ -272,7 +274,7 @@ class _Finetuning:
             "format": FORMAT,
             "version": VERSION,
             "model": str(config.model),
-            "tokens": str(config.tokens),
+            "tokens": shown(config.tokens),
             "seed": config.seed,
             "precision": config.precision,
             "pretrained_resolution": self.pretrained.resolution,
@@ -364,7 +366,7 @@ class _Finetuning:
         record_run(
             self.run,
             self.config,
-            config.tokens,
+            self.data.path,
             resume=self.recorded,
             is_main=world.is_main,
             model_sha256=checksum,

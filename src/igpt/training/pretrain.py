@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from igpt.config import PathOrUrl
 from igpt.data.left_out import listed
 from igpt.data.tokens.batches import Batch, Batches, to_device
 from igpt.data.tokens.dataset import TokenDataset, TokenSplit
@@ -25,6 +26,7 @@ from igpt.model.objectives import Model, Objective, Summed
 from igpt.model.transformer import ImageGPT
 from igpt.model.variants import Variants
 from igpt.progress import print_line
+from igpt.remote import shown
 from igpt.training.distributed import World
 from igpt.training.engine import Engine
 from igpt.training.memory import require_memory
@@ -49,7 +51,7 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
     kind: ClassVar[RunKind] = "pretrain"
     extendable: ClassVar[frozenset[str]] = frozenset({"steps"})
 
-    tokens: Path = Field(description="token data set")
+    tokens: PathOrUrl = Field(description="token data set: a folder, or a URL (s3://)")
     from_model: Path | None = Field(
         None,
         description="run, model directory or Hub id to start from, instead of random weights; its "
@@ -95,7 +97,7 @@ class PretrainConfig(ShapeConfig, Variants, TrainConfig):
         description="steps between measurements of the middle layer's features with labelled "
         "images: linear probe, 20 nearest neighbours, effective rank",
     )
-    probe_tokens: Path | None = Field(
+    probe_tokens: PathOrUrl | None = Field(
         None,
         description="token data set with labels for --probe-every; by default the tokens that are "
         "trained on",
@@ -173,11 +175,11 @@ def pretrain(
         record_run(
             run,
             config,
-            config.tokens,
+            data.path,
             resume=resume,
             is_main=world.is_main,
             model_sha256=checksum,
-            probe_tokens=(config.probe_tokens or config.tokens) if probing else None,
+            probe_tokens=TokenDataset(config.probe_tokens or data.path).path if probing else None,
         )
         world.barrier()
         is_new = world.is_main and not resume
@@ -212,7 +214,7 @@ def pretrain(
 def _require_resolution(config: PretrainConfig, data: TokenDataset) -> None:
     if config.resolution not in (None, data.resolution):
         raise InputError(
-            f"{config.tokens} has images of {data.resolution} px, and the model is for "
+            f"{shown(config.tokens)} has images of {data.resolution} px, and the model is for "
             f"{config.resolution} px; prepare tokens with --size {config.resolution}, or train "
             f"with --resolution {data.resolution}"
         )

@@ -15,20 +15,19 @@ from numpy.typing import ArrayLike, NDArray
 
 from igpt.data.images.palette import Palette
 from igpt.data.left_out import listed
+from igpt.data.tokens.cache import local_copy
 from igpt.data.tokens.manifest import (
-    FORMAT,
     MANIFEST,
     NAMES_SHOWN,
-    VERSION,
-    VERSION_TRANSPARENT,
-    Manifest,
     Shard,
     require_counts,
     require_files,
+    require_manifest,
 )
 from igpt.data.tokens.shards import Rows, StoredArray, ValueRange, all_rows, take_rows
 from igpt.errors import InputError, suggest
-from igpt.files import read_json, require_schema, sha256_of
+from igpt.files import read_json, sha256_of
+from igpt.remote import url_of
 
 
 class TokenSplit:
@@ -113,7 +112,7 @@ class TokenSplit:
 
 
 class TokenDataset(Mapping[str, TokenSplit], PathLike[str]):
-    """A token data set folder: `dataset["train"].rows([0, 1])`.
+    """A token data set folder, or one behind a URL: `dataset["train"].rows([0, 1])`.
 
     It is accepted wherever the path of a token data set is.
 
@@ -121,7 +120,10 @@ class TokenDataset(Mapping[str, TokenSplit], PathLike[str]):
     It reads no tokens; `verify` reads and checks all. Rows are checked when they are read: tokens
     outside the palette and labels without a class raise an error.
 
+    A data set behind a URL (`s3://bucket/tokens`) is copied to a cache of limited size first.
+
     Attributes:
+        path: its folder; of a data set behind a URL, the copy.
         resolution: model resolution in pixels; n = resolution^2 positions.
         palette: the palette the tokens index.
         class_names: names of the labels, or None.
@@ -133,16 +135,10 @@ class TokenDataset(Mapping[str, TokenSplit], PathLike[str]):
     """
 
     def __init__(self, path: str | PathLike[str]) -> None:
-        self.path = Path(path)
+        url = url_of(path)
+        self.path = local_copy(url.rstrip("/")) if url else Path(path)
         self.manifest = read_json(self.path / MANIFEST, "token data set")
-        if self.manifest.get("format") != FORMAT:
-            raise InputError(f"{self.path} is not a token data set; `igpt prepare` makes one")
-        if self.manifest.get("version") not in (VERSION, VERSION_TRANSPARENT):
-            raise InputError(
-                f"{self.path} has format version {self.manifest.get('version')}; this igpt reads "
-                f"{VERSION} and {VERSION_TRANSPARENT}"
-            )
-        require_schema(self.manifest, Manifest, self.path / MANIFEST)
+        require_manifest(self.manifest, self.path, self.path / MANIFEST)
         self.resolution: int = self.manifest["resolution"]
         self.class_names: list[str] | None = self.manifest["class_names"]
         require_files(self.path, self._shards)

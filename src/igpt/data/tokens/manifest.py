@@ -129,6 +129,25 @@ class Manifest(Stored):
         return self
 
 
+def require_manifest(manifest: Mapping[str, Any], where: object, file: object) -> None:
+    """Raise if the content of a `dataset.json` is not one that this version reads.
+
+    Args:
+        where, file: the data set and its manifest, for messages.
+
+    Raises:
+        InputError: it is of another program or a later version, or malformed.
+    """
+    if manifest.get("format") != FORMAT:
+        raise InputError(f"{where} is not a token data set; `igpt prepare` makes one")
+    if manifest.get("version") not in (VERSION, VERSION_TRANSPARENT):
+        raise InputError(
+            f"{where} has format version {manifest.get('version')}; this igpt reads {VERSION} and "
+            f"{VERSION_TRANSPARENT}"
+        )
+    require_schema(manifest, Manifest, str(file))
+
+
 def write_shard(
     folder: Path, name: str, tokens: NDArray[np.uint16], labels: NDArray[np.int32]
 ) -> Shard:
