@@ -25,6 +25,7 @@ PICTURES = {
     "masked.png": "masked.png",
     "losses.png": "losses.png",
     "runs/gems/samples.png": "sprites.png",
+    "runs/conditional/samples.png": "classes.png",
     "tokens/digits.png": "digits.png",
 }
 SECONDS = 1800

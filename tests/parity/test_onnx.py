@@ -267,3 +267,19 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     finally:
         del OBJECTIVES["doubled"]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_is_given_by_its_start_token(tmp_path: Path) -> None:
+    model = random_model(conditions=("cat", "dog"))
+    export_onnx(model, tmp_path / "new")
+    tokens = random_tokens(model)
+    told = json.loads((tmp_path / "new" / "export.json").read_text())
+    start = told["start_tokens_of_classes"]["dog"]
+    inputs = inputs_of(tokens)
+    inputs[:, 0] = start
+    opened = session(tmp_path / "new" / "step.onnx")
+    feed = {"tokens": inputs, "position": np.zeros(IMAGES, np.int64)}
+    logits = opened.run(["logits"], {**feed, **empty_cache(opened, model)})[0]
+    with torch.no_grad():
+        expected = model(torch.from_numpy(tokens), labels=torch.ones(IMAGES, dtype=torch.long))
+    np.testing.assert_allclose(logits, expected.numpy(), **TOLERANCE)

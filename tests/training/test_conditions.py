@@ -15,6 +15,7 @@ from igpt.model.config import ModelConfig
 from igpt.model.cost import count_parameters
 from igpt.model.objectives import Autoregressive
 from igpt.model.transformer import ImageGPT
+from igpt.report.card import write_card
 from igpt.training.checkpoints import checkpoints
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, _training_batch, pretrain
@@ -178,6 +179,16 @@ def test_training_starts_from_models_of_other_classes_or_none(
         done = igpt("pretrain", digits.path, "--from", start, "-o", run, *flags, *more)
         assert done.returncode == 0, done.stderr
         assert ImageGPT.from_pretrained(run).config.conditions == expected
+
+
+def test_the_card_describes_the_classes(trained: Path) -> None:
+    card = write_card(trained, "me/marked").read_text()
+    assert "trained with labels" in card
+    assert "with a start token for each of 10 classes" in card
+    assert "- 10 classes: `0`, `1`," in card
+    assert "igpt sample me/marked --class 0 --guidance 2" in card
+    assert "transformers does not support this variant" in card
+    assert "--condition labels" in card, "the command of the run"
 
 
 def test_a_fine_tuned_classifier_has_no_start_tokens_of_classes(

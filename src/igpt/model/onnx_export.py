@@ -29,6 +29,7 @@ from igpt import __version__
 from igpt.data.images.palette import OPAQUE, Palette
 from igpt.errors import InputError
 from igpt.files import atomic_folder, write_json
+from igpt.model.config import ModelConfig
 from igpt.model.norm import NORM_EPS
 from igpt.model.objectives import Autoregressive, Bert
 from igpt.model.transformer import SLOPE, Block, ImageGPT
@@ -143,6 +144,7 @@ def _description(
         "resolution": config.resolution,
         "n_colors": config.n_colors,
         "start_token": config.n_colors if config.trained_as.causal else None,
+        **_classes(config),
         "class_names": config.class_names,
         "palette": None if model.palette is None else model.palette.fingerprint,
         "letters": {
@@ -152,6 +154,15 @@ def _description(
         },
         "files": files,
     }
+
+
+def _classes(config: ModelConfig) -> dict[str, Any]:
+    """Return the start token of each class of a class-conditional model, by name."""
+    if config.conditions is None:
+        return {}
+    first = config.n_colors + 1
+    names = enumerate(config.conditions, first)
+    return {"start_tokens_of_classes": {name: token for token, name in names}}
 
 
 def _signature(graph: "onnx.ModelProto") -> dict[str, dict[str, Any]]:
@@ -300,6 +311,7 @@ def _metadata(model: ImageGPT) -> dict[str, str]:
     }
     if config.trained_as.causal:
         known["start_token"] = config.n_colors
+    known |= _classes(config)
     if model.palette is not None:
         known["palette"] = model.palette.colors.tolist()  # 8-bit RGB, or RGBA
         known["palette_fingerprint"] = model.palette.fingerprint

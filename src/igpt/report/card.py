@@ -212,6 +212,7 @@ def _contents(run: Run, name: str, license: str | None, terms: str | None) -> di
         "objective": objective,
         "variant": run.saved.get("model_type") == "igpt",
         "classifier": bool(classes),
+        "conditions": [shlex.quote(each) for each in _conditions(run)],
         "joint": bool(run.config.get("generation_weight")),
         "head_width": head_width,
         "root": math.sqrt(head_width),
@@ -274,6 +275,11 @@ def _classes(run: Run) -> list[str]:
     return [labels[number] for number in sorted(labels, key=int)]
 
 
+def _conditions(run: Run) -> list[str]:
+    """Return the classes of a class-conditional model."""
+    return (run.saved.get("igpt") or {}).get("conditions") or []
+
+
 def _data(run: Run) -> list[tuple[str, str]]:
     """Return names and values of the training data."""
     rows = [("source", _code(short_source(run.source)))]
@@ -301,7 +307,7 @@ def _data(run: Run) -> list[tuple[str, str]]:
         left_out = "; ".join(f"{_plain(kind)}: {number(entry.count)}" for kind, entry in kinds)
         rows.append(("left out", left_out))
     rows += [("warning", _plain(_without_folders(warning, run))) for warning in run.warnings]
-    if classes := _classes(run):
+    if classes := _classes(run) or _conditions(run):
         more = f", and {len(classes) - _MAX_CLASSES} more" if len(classes) > _MAX_CLASSES else ""
         names = ", ".join(map(_code, classes[:_MAX_CLASSES])) + more
         rows.append((plural(len(classes), "class", "classes"), names))

@@ -91,13 +91,19 @@ class _Environment(Stored):
     igpt: str | None = None
 
 
+class _SavedSettings(_Shape):
+    """The settings under "igpt" in it."""
+
+    conditions: list[str] | None = None
+
+
 class _Saved(_Shape):
     """A model's `config.json`."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
     id2label: dict[Numeral, str] | None = None
-    igpt: _Shape | None = None
+    igpt: _SavedSettings | None = None
 
 
 class _Split(Stored):
