@@ -176,8 +176,8 @@ def test_commands_without_a_model_use_the_built_in_one(igpt: Igpt, folder: Path)
     [
         (("complete",), "give image files to complete, or --tokens"),
         (("complete", NAME), "give image files to complete, or --tokens"),
-        (("complete", "none.jpg"), "none.jpg: no such file"),
-        (("complete", "none.jpg", "flower.jpg"), "none.jpg: no such file"),
+        (("complete", "none.jpg"), "no such file: none.jpg"),
+        (("complete", "none.jpg", "flower.jpg"), "no such file: none.jpg"),
         (("complete", "flower.jpg", "--tokens", "t"), "give image files to complete, or --tokens"),
         (("complete", "none", "flower.jpg"), "no model directory none"),
         (("score", NAME), f"{NAME} is a model; name the images after it"),

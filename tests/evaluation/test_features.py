@@ -152,10 +152,10 @@ def test_tokens_of_another_size_are_refused(
         require_match(model, wide, "runs/mine/model")
     assert "the palettes differ" in str(both.value)
     assert str(both.value).endswith(
-        f"prepare tokens for this model: igpt prepare {photographs} --size 8 --colors 17 "
+        f"prepare tokens for this model: igpt prepare {photographs} --size 8 "
         f"--palette runs/mine/model -o {tmp_path}/wider-for-mine"
     )
-    with pytest.raises(InputError, match="--size 16 --colors 17 --palette MODEL") as palettes:
+    with pytest.raises(InputError, match="--size 16 --palette MODEL") as palettes:
         require_match(model, wide, any_size=True)
     assert "the model sees" not in str(palettes.value)
     with pytest.raises(InputError, match="no palette"):

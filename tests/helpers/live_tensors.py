@@ -33,7 +33,7 @@ class LiveTensors(TorchDispatchMode):
     """Count the bytes of all tensor storages that are alive, and record the maximum.
 
     A storage counts from the operation that made it until it is freed, in the backward pass and in
-    an optimiser too. What a kernel takes and gives back while it runs is not seen.
+    an optimizer too. What a kernel takes and gives back while it runs is not seen.
 
     Attributes:
         bytes: alive now.

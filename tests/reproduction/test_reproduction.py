@@ -204,7 +204,9 @@ def test_the_first_paragraphs_conclude_and_name_both_machines(folder: Path, tmp_
         asked["held"] = "undecided" if asked["finding"] else "shown"
     first["held"], second["held"] = "yes", "no"
     write_page(tmp_path, {**evidence, "rehearsal": False})
-    _, paragraph, cost, *_ = (tmp_path / "report.md").read_text().split("\n\n")
+    text = (tmp_path / "report.md").read_text()
+    assert "\n| gpu |  | H200 |\n" in text, "a column for each machine"
+    _, paragraph, cost, *_ = text.split("\n\n")
     assert ", and on H200 (igpt " in cost
     assert f"Reproduced: {first['finding']}. Not reproduced: {second['finding']}." in paragraph
     assert f"within the intervals: {others[0]['finding']}; " in paragraph

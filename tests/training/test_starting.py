@@ -92,7 +92,7 @@ def test_what_does_not_fit_the_model_is_refused_in_one_line(
     for words, said in (
         (
             (other.path, *start),
-            f"prepare tokens for this model: igpt prepare {photographs} --size 6 --colors 17 "
+            f"prepare tokens for this model: igpt prepare {photographs} --size 6 "
             f"--palette {short_run}/model -o {other.path}-for-{short_run.name}",
         ),
         ((digits.path, *start, "--n-layer", 3), "has n_layer = 2, not 3; leave --n-layer out"),

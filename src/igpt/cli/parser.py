@@ -240,7 +240,7 @@ def _parser(
 def _add(group: argparse._ActionsContainer, flag: Flag) -> None:
     """Add a flag or a positional argument to a group of the help."""
     of = f" of {flag.recipe}" if flag.recipe else ""
-    notes = ["one or more"] if flag.nargs in ("*", "+") else []
+    notes = ["one or more"] if flag.nargs == "+" else []
     notes += [f"default{of}: {flag.default}"] if flag.default else []
     text = f"{flag.help} ({'; '.join(notes)})" if notes else flag.help
     # argparse adds the name of a negation itself.

@@ -166,6 +166,8 @@ class Pretrain(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
+        from igpt.data.tokens.dataset import TokenDataset
+
         run = pretrain(
             self.tokens,
             self.out,
@@ -176,9 +178,11 @@ class Pretrain(Options):
             **given,
         )
         if is_first_rank():
+            has_labels = TokenDataset(self.tokens).class_names
+            probing = f"igpt probe {run.path} {shown(self.tokens)}; " if has_labels else ""
             print(
-                f"{run.path / 'model'}: the best model by validation loss; next: igpt probe "
-                f"{run.path} {shown(self.tokens)}; igpt report {run.path}"
+                f"{run.path / 'model'}: the best model by validation loss; next: {probing}"
+                f"igpt report {run.path}"
             )
 
 

@@ -162,7 +162,7 @@ def read_directory(name: str | Path, dtype: torch.dtype = torch.float32) -> Mode
         if tensor.kind not in _READ_TYPES:
             raise InputError(
                 f"{hub_name} in {tensor.file} is stored as {tensor.kind}; floating-point weights "
-                "are needed (quantised ones must be converted first)"
+                "are needed (quantized ones must be converted first)"
             )
     config.require_shapes(
         {name: _igpt_shape(name, found[hub_name].shape) for name, hub_name in named.items()},

@@ -47,22 +47,21 @@ def require_match(
         run = where.parent.name if where.name == "model" else where.name
         out = data.path.with_name(f"{data.path.name}-for-{run}")
         size = data.resolution if any_size else side
-        # The given palette decides whether there is a transparent entry.
-        command = _prepare_command(
-            data, out, size=size, colors=len(palette), palette=str(name), transparent=False
-        )
+        command = _prepare_command(data, out, size=size, palette=str(name))
         raise InputError(f"{'; '.join(differences)}; prepare tokens for this model: {command}")
 
 
-def _prepare_command(data: TokenDataset, out: Path, **changes: object) -> str:
+def _prepare_command(data: TokenDataset, out: Path, *, size: int, palette: str) -> str:
     """Return the command that prepares the images of a token data set again, otherwise.
 
     Args:
         out: the token data set that it writes.
-        changes: settings that differ.
     """
     from igpt.data.prepare import PrepareConfig  # training must import without image libraries
 
-    settings = {**data.manifest["made"]["config"], **changes}
-    words = flags(PrepareConfig, settings, always=changes.keys() - {"transparent"})
+    # The given palette decides how many colours there are, and whether one is transparent.
+    recorded = data.manifest["made"]["config"]
+    kept = {key: value for key, value in recorded.items() if key not in ("colors", "transparent")}
+    settings = {**kept, "size": size, "palette": palette}
+    words = flags(PrepareConfig, settings, always={"size", "palette"})
     return shlex.join(["igpt", "prepare", data.manifest["source"], *words, "-o", str(out)])

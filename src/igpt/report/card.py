@@ -300,7 +300,7 @@ def _data(run: Run) -> list[tuple[str, str]]:
         size = "none"
         if (psnr := error.get("psnr_db")) is not None:
             size = f"{error['mse']:.1f} (mean squared, per channel), {psnr:.1f} dB PSNR"
-        rows.append(("quantisation error", size))
+        rows.append(("quantization error", size))
     if run.left_out:
         # Counts only: the recorded first name may be a local path.
         kinds = run.left_out.entries.items()
@@ -341,7 +341,7 @@ def _training(run: Run) -> list[tuple[str, str]]:
 
 _SETTINGS = {
     "batch_size": "batch size",
-    "optimizer": "optimiser",
+    "optimizer": "optimizer",
     "learning_rate": "learning rate",
     "schedule": "schedule",
     "warmup_steps": "warm-up steps",

@@ -113,7 +113,7 @@ class _Split(Stored):
 
 
 class _PaletteError(Stored):
-    """The quantisation error of the palette."""
+    """The quantization error of the palette."""
 
     mse: Number | None = None
     psnr_db: Number | None = None

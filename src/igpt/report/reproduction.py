@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ _PAPER = {
     "FLOPs of the largest run": "2.1e22 (XL at 64 px)",
     "resolution, colours": "32, 48 and 64 px, 512",
     "positions": "learned embeddings",
-    "optimiser": "Adam",
+    "optimizer": "Adam",
 }
 
 
@@ -59,7 +60,7 @@ def write_page(folder: Path, evidence: Mapping[str, Any]) -> Path:
         "state": _cost(evidence),
         "tables": [_verdicts(evidence), _compared_with_paper(evidence)],
         "sections": sections,
-        "details": [_models(evidence), _machine(evidence), _steps(evidence)],
+        "details": [_models(evidence), _machines(evidence), _steps(evidence)],
         "trained_by": f"igpt {evidence['environment']['igpt']}",
     }
     with atomic_folder(folder / FIGURES) as temporary:
@@ -169,7 +170,7 @@ def _compared_with_paper(evidence: Mapping[str, Any]) -> Table:
             "resolution, colours": f"{', '.join(map(str, sides))} px, {evidence['colors']}",
             "positions": ("2-D RoPE" if rotary else _PAPER["positions"])
             + second.format("2-D RoPE"),
-            "optimiser": ("Muon" if muon else "AdamW without weight decay") + second.format("Muon"),
+            "optimizer": ("Muon" if muon else "AdamW without weight decay") + second.format("Muon"),
         }
     rows = [(name, _PAPER[name], here[name]) for name in _PAPER]
     return Table("Data and compute", ("", "paper", "here"), rows)
@@ -279,15 +280,14 @@ def _models(evidence: Mapping[str, Any]) -> Table:
     return Table("Pretrained models", (), rows)
 
 
-def _machine(evidence: Mapping[str, Any]) -> Table:
-    rows = [
-        (key, str(value))
-        for machine in evidence["machines"]
-        for key, value in machine.items()
-        if value is not None
-    ]
-    rows.append(("written", evidence["environment"]["started"]))
-    return Table("Machine and software", (), rows)
+def _machines(evidence: Mapping[str, Any]) -> Table:
+    """Return a table with a column for each machine, or state of one, that steps ran on."""
+    machines = evidence["machines"]
+    keys = dict.fromkeys(key for machine in machines for key, value in machine.items() if value)
+    rows = [(key, *(str(machine.get(key) or "") for machine in machines)) for key in keys]
+    rows.append(("written", evidence["environment"]["started"], *[""] * (len(machines) - 1)))
+    columns = " (a column for each that steps ran on)" if len(machines) > 1 else ""
+    return Table(f"Machine and software{columns}", (), rows)
 
 
 def _steps(evidence: Mapping[str, Any]) -> Table:
@@ -312,7 +312,8 @@ def _markdown(page: Mapping[str, Any]) -> str:
         lines += _markdown_table(section.table) if section.table else []
     lines += ["## Data, configuration, machine", ""]
     for table in page["details"]:
-        lines += _markdown_table(Table(table.caption, ("", ""), table.rows))
+        width = len(table.rows[0]) if table.rows else 2
+        lines += _markdown_table(replace(table, head=("",) * width))
     return "\n".join(lines).rstrip() + "\n"
 
 

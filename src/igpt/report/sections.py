@@ -245,7 +245,7 @@ def quality_sections(run: Run) -> list[Section]:
     caption = (
         f"Features of layer {last['layer']}, averaged over all positions; "
         f"{plural(len(records), 'point')}. Linear probe: logistic regression fitted to {train}, "
-        f"with the best of several regularisation strengths. {last['k']}-NN: weighted vote of the "
+        f"with the best of several regularization strengths. {last['k']}-NN: weighted vote of the "
         f"{plural(last['k'], 'nearest neighbour')} among them, by cosine similarity. Both are "
         f"accuracies on {plural(last['validation_images'], 'validation image')}."
     )
@@ -306,7 +306,7 @@ def probe_section(run: Run) -> Section:
     failed = [str(layer["layer"]) for layer in layers if layer.get("converged") is False]
     caution = f" The fit did not converge at layer {', '.join(failed)}." if failed else ""
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
-    chosen = "learning rate of SGD" if setting == "learning_rate" else "regularisation strength"
+    chosen = "learning rate of SGD" if setting == "learning_rate" else "regularization strength"
     folded = (
         " With the selected strength or rate, it is fitted again to the images of both splits."
         if (probe.get("config") or {}).get("fold_back")

@@ -77,7 +77,7 @@ def by_layer(results: Results, *, second: bool = False) -> Answer:
     )
     how = (
         f"{one_each}. Logistic regression on features averaged over "
-        "positions: the layer and the regularisation strength are selected on validation images, "
+        "positions: the layer and the regularization strength are selected on validation images, "
         f"then the classifier is fitted to training and validation images, {', '.join(fitted)} in "
         "all (a subset, seed 0). Intervals: 95 %, Wilson's over test images; paired for "
         "differences."

@@ -171,7 +171,7 @@ def finetuning(results: Results, *, second: bool = False) -> Answer:
         f"by validation accuracy; the probe and raw pixels are fitted to {fitted:,} images. Few "
         f"labels: one training per label subset, on {few_images} images; means over subsets, with "
         "intervals over subsets (Student's) and test images (Wilson's) combined in quadrature. The "
-        "layer and the regularisation strength of the probe are those selected with all labels. "
+        "layer and the regularization strength of the probe are those selected with all labels. "
         "Fine-tuning uses the joint loss; training from scratch starts from the initial weights of "
         "pretraining and uses the class loss alone."
     )

@@ -34,7 +34,7 @@ def hidden_pixels(mask: Any, size: int) -> Bools:
     try:
         levels, highest = _levels(load(open_image(mask)))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     painted = _painted(levels, highest)
     if painted is None:
         raise InputError(

@@ -314,5 +314,5 @@ def load_square(path: str | Path, size: int, *, alpha: bool = False) -> NDArray[
     try:
         squares = Transform(size, alpha=alpha)(path)
     except InputError as error:
-        raise InputError(f"{path}: {error}") from None
+        raise InputError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     return squares.reshape(size, size, -1)
