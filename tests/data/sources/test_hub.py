@@ -15,6 +15,8 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from igpt.data.prepare import PrepareConfig, prepare
+
 from ...helpers.small_hub import FOREIGN, Hub, serving
 
 Picture = Callable[..., bytes]
@@ -207,6 +209,24 @@ def test_files_of_the_hub_behind_a_url(hub: Hub, started: Callable[..., Any], pi
     assert folder["names"] == ["a", "b"]
     assert [label for _, _, label in folder["train"]] == [0] * 5 + [1] * 5
     assert missing.startswith("refused: hf://datasets/someone/nothing is not there")
+
+
+def test_a_token_data_set_of_the_hub(hub: Hub, tmp_path: Path):
+    made = prepare("digits", tmp_path / "tokens", PrepareConfig(size=4, colors=8, limit=100))
+    hub.sets["someone/tokens"] = {path.name: path.read_bytes() for path in made.path.iterdir()}
+    program = (
+        "from igpt import TokenDataset\n"
+        "data = TokenDataset('hf://datasets/someone/tokens')\n"
+        "data.verify()\n"
+        "print(data['train'].rows([0, 1]).tolist())\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+    environment |= hub.environment(tmp_path / "home") | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == made["train"].rows([0, 1]).tolist()
 
 
 def test_some_rows_of_a_stream(hub: Hub, started: Callable[..., Any], picture: Picture):

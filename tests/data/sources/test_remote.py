@@ -115,6 +115,31 @@ def test_workers_open_the_store_themselves(
         assert (there[split].labels == here[split].labels).all()
 
 
+def test_preparing_goes_on_after_the_server_failed(tmp_path: Path, picture: Picture):
+    """Take the archive away after the first shard, and bring it back."""
+    members = {f"{number:04}.png": picture(number) for number in range(1500)}
+    file, out = write_zip(tmp_path / "p.zip", members), tmp_path / "tokens"
+    config = PrepareConfig(size=4, colors=8)
+    with web_server(tmp_path) as (address, _):
+        with pytest.raises(InputError, match=r"p\.zip is not there"):
+            prepare(
+                f"{address}/p.zip",
+                out,
+                config,
+                progress=lambda done, total: file.rename(tmp_path / "away"),
+            )
+        first = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*-00000.tokens.npy")}
+        assert first
+        assert not out.exists()
+        (tmp_path / "away").rename(file)
+        made = prepare(f"{address}/p.zip", out, config)
+    assert {path.name: (out / path.name).stat().st_mtime_ns for path in first} == {
+        path.name: time for path, time in first.items()
+    }
+    assert made.manifest["made"]["skipped"] == []
+    assert sum(len(made[split]) for split in made) == 1500
+
+
 def test_metadata_in_a_bucket(store: Any, picture: Picture):
     for number in range(20):
         store.pipe_file(f"pictures/listed/{number:02}[x].png", picture(number))

@@ -233,7 +233,11 @@ def test_training_and_probing(
     assert yaml.safe_load((run / "config.yaml").read_text())["tokens"] == "s3://tokens/digits"
     done = igpt("pretrain", "s3://tokens/digits", "-o", run, "--resume", "--steps", 8)
     assert done.returncode == 0, done.stderr
-    for words in (["probe", run, "s3://tokens/digits"], ["score", run, "s3://tokens/digits"]):
+    for words in (
+        ["probe", run, "s3://tokens/digits"],
+        ["score", run, "s3://tokens/digits"],
+        ["report", run],
+    ):
         done = igpt(*words)
         assert done.returncode == 0, done.stderr
     done = igpt("inspect", "s3://tokens/digits", "-o", tmp_path / "sheet.png")
@@ -244,7 +248,8 @@ def test_training_and_probing(
     ("words", "reason"),
     [
         (["prepare", "digits", "-o", "s3://nowhere/a"], "The specified bucket does not exist"),
-        (["prepare", "digits", "-o", "https://localhost/a"], "does not write to web servers"),
+        (["prepare", "digits", "-o", "https://localhost/a"], "not written to web servers"),
+        (["prepare", "digits", "-o", "hf://datasets/a/b"], "not written to web servers"),
         (["prepare", "digits", "-o", "s3://tokens/a", "--shard", "1/2"], "give one with -o"),
         (["prepare", "--merge", "-o", "s3://tokens/a"], "give one with -o"),
         (

@@ -116,8 +116,10 @@ def require_free(url: str) -> None:
     Raises:
         InputError: there is one, the place does not exist, or it may not be written to.
     """
-    if url.startswith("http"):
-        raise InputError(f"{url}: igpt does not write to web servers; give s3:// or another store")
+    if url.startswith(("http", "hf:")):
+        raise InputError(
+            f"{url}: data sets are not written to web servers and the Hub; give a folder or s3://"
+        )
     system, path = file_system(url)
     system.invalidate_cache()
     with reasons(url, "written"):
