@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@python3 -c 'import sys; assert sys.version_info >= (3, 11)' || { echo "Python 3.11 or newer is needed"; exit 1; }
 	@python3 -c 'import ensurepip' || { echo "python3 lacks venv: apt-get install python3-venv"; exit 1; }
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,onnx,tensorboard,wandb,trackio,mlflow,remote,dev,docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[app,onnx,tensorboard,wandb,trackio,mlflow,ray,remote,dev,docs]'
 	touch $@
 
 demo: install

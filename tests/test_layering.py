@@ -55,6 +55,7 @@ MODULES = [
     "data/tokenizer",
     "data/palette_fit",
     "data/pool",
+    "data/ray_pool",
     "data/parts",
     "data/prepare",
     "data/image_set",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
+    from igpt.data.ray_pool import RayCluster
     from igpt.data.tokens.dataset import TokenDataset
     from igpt.model.precision import Precision
     from igpt.model.transformer import ImageGPT
@@ -78,6 +79,7 @@ def prepare(
     *,
     config: PathName | None = None,
     workers: int | None = None,
+    cluster: "RayCluster | None" = None,
     **settings: Any,
 ) -> "TokenDataset":
     """Convert images to a token data set: palette, tokens, splits.
@@ -90,6 +92,7 @@ def prepare(
         out: folder to create, or the URL of one (`s3://bucket/tokens`).
         config: settings in YAML or JSON; keywords override them.
         workers: number of processes; all cores by default.
+        cluster: runs the jobs on the nodes of a Ray cluster instead.
         settings: fields of `PrepareConfig`, such as `size=32`.
 
     Raises:
@@ -106,6 +109,7 @@ def prepare(
             Path(out),
             chosen,
             workers=count,
+            cluster=cluster,
             progress=partial(show, "tokenising"),
             phase=show,
         )

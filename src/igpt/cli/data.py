@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -17,6 +17,7 @@ from igpt.remote import shown, url_of
 
 if TYPE_CHECKING:
     from igpt.data.left_out import LeftOut
+    from igpt.data.ray_pool import RayCluster
 
 _CLASSES_SHOWN = 20
 _GROUPS = {
@@ -24,6 +25,43 @@ _GROUPS = {
     "splits": ("train_split", "validation_split", "test_split", "held_out", "seed"),
     "tokens": ("size", "colors", "transparent", "palette", "filter", "enlarge", "views"),
 }
+
+
+class SpreadOptions(Options):
+    """The options of commands whose work several machines can share."""
+
+    engine: Literal["local", "ray"] = Field(
+        "local", description="where the work is done: on this machine, or on a Ray cluster"
+    )
+    address: str | None = Field(
+        None,
+        description="HOST:PORT of the Ray cluster, or auto for the one that this machine is part "
+        "of; by default $RAY_ADDRESS, or Ray is started on this machine",
+    )
+    shard: str | None = Field(
+        None, description="i/n makes only the i-th of n parts, OUT.i-of-n, for n machines"
+    )
+    merge: bool = Field(False, description="verify the parts of OUT and merge them")
+
+    def cluster(self) -> "RayCluster | None":
+        """Return the Ray cluster of --engine ray.
+
+        Raises:
+            InputError: the flags cannot be combined.
+        """
+        from igpt.data.ray_pool import RayCluster
+
+        if self.shard and self.merge:
+            raise InputError("--shard makes one part and --merge merges all; give one of them")
+        if self.engine == "local":
+            if self.address:
+                raise InputError("--address is of a Ray cluster; add --engine ray")
+            return None
+        if self.shard or self.merge:
+            raise InputError(
+                "--engine ray does the work in one command; leave --shard and --merge out"
+            )
+        return RayCluster(self.address)
 
 
 class PaletteOptions(Options):
@@ -113,12 +151,15 @@ def _fidelity(quality: Mapping[str, Any]) -> str:
     return f"mean squared error {quality['mse']:.1f} per channel, {quality['psnr_db']:.1f} dB PSNR"
 
 
-class Prepare(Options):
+class Prepare(SpreadOptions):
     """Convert images to a token data set: palette, tokens, splits."""
 
     settings = "igpt.data.prepare:PrepareConfig"
     example = "igpt prepare photos/ --size 32 -o tokens/photos"
-    groups = _GROUPS
+    groups: ClassVar = {
+        **_GROUPS,
+        "several machines": ("engine", "address", "shard", "merge"),
+    }
     out_is_folder = True
     out_may_be_url = True
 
@@ -131,10 +172,6 @@ class Prepare(Options):
     out: Path = Field(description="token data set to write: a folder, or the URL of one (s3://)")
     config: Path | None = Field(None, description="settings in YAML or JSON; flags override them")
     workers: int | None = Field(None, description="number of processes; all cores by default")
-    shard: str | None = Field(
-        None, description="i/n prepares only the i-th of n parts, OUT.i-of-n, for n machines"
-    )
-    merge: bool = Field(False, description="verify the parts of OUT and merge them")
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
@@ -152,9 +189,11 @@ class Prepare(Options):
         from igpt.files import read_json
 
         source, out, shard = self.source, self.out, self.shard
-        if self.merge and shard:
+        cluster = self.cluster()
+        if cluster and self.workers is not None:
             raise InputError(
-                "--shard prepares one part and --merge merges all parts; give one of them"
+                "--workers is the number of processes on this machine; leave it out with "
+                "--engine ray"
             )
         if not source and not self.merge:
             raise InputError("name a SOURCE of images")
@@ -188,7 +227,9 @@ class Prepare(Options):
             PrepareConfig.layered(file_settings(self.config), given, where="the settings")
             result = join(out)
         else:
-            result = prepare(source, out, config=self.config, workers=self.workers, **given)
+            result = prepare(
+                source, out, config=self.config, workers=self.workers, cluster=cluster, **given
+            )
         made = result.manifest["made"]
         counts = ", ".join(f"{len(result[split])} {split}" for split in result)
         classes = f"{len(result.class_names)} classes" if result.class_names else "no labels"

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from igpt.api import load_model, probe, quality
 from igpt.builtin_models import DEFAULT_MODEL, NAMES, WEIGHTS
+from igpt.cli.data import SpreadOptions, print_left_out
 from igpt.cli.parser import Options, argument
 from igpt.errors import InputError
 from igpt.locks import exclusive
@@ -121,14 +122,14 @@ def _accuracies(row: Mapping[str, Any]) -> str:
     return text
 
 
-class _OfImages(Options):
+class _OfImages(SpreadOptions):
     """The options of commands that compute a value of each image of a source."""
 
     settings = "igpt.data.image_set:ImageSetConfig"
     groups: ClassVar = {
         "images": ("split", "limit", "seed", "image_column", "label_column", "stream", "max_bad"),
         "hardware": ("precision",),
-        "several machines": ("shard", "merge"),
+        "several machines": ("engine", "address", "shard", "merge"),
     }
 
     model: Path | None = argument(
@@ -142,10 +143,6 @@ class _OfImages(Options):
         "fp32",
         description="precision of matrix products; bf16 is faster if the processor supports it",
     )
-    shard: str | None = Field(
-        None, description="i/n computes only the i-th of n parts, OUT.i-of-n, for n machines"
-    )
-    merge: bool = Field(False, description="verify the parts of OUT and merge them")
 
     def model_and_source(self) -> tuple[Path, str]:
         """Return the model and the source; if only a source was given, the built-in model.
@@ -170,10 +167,7 @@ class _OfImages(Options):
             given: the settings that were given as flags.
             undivided: flags whose results are not computed in parts.
         """
-        if self.shard and self.merge:
-            raise InputError(
-                "--shard makes one part and --merge merges all parts; give one of them"
-            )
+        self.cluster()
         if (self.shard or self.merge) and self.out is None:
             raise InputError("name the output that the parts belong to: -o OUT")
         for name in undivided:
@@ -344,6 +338,7 @@ def _score(options: Score, given: dict[str, Any]) -> None:
         loaded = _load_likelihood(path)
         with progress_bar() as show:
             phases: Any = {
+                "cluster": options.cluster(),
                 "reading": partial(show, "tokenising"),
                 "measuring": partial(show, "scoring"),
             }
@@ -464,6 +459,7 @@ def _compare_published(options: Score, given: dict[str, Any]) -> None:
 
     unused = [name for name in ("maps", "count", "against") if getattr(options, name) is not None]
     unused += sorted(given.keys() - {"limit", "seed"})
+    unused += ["engine"] if options.engine == "ray" else []
     if unused:
         raise InputError(f"--published cannot be combined with --{unused[0].replace('_', '-')}")
     precision = options.precision
@@ -579,6 +575,7 @@ class Features(_OfImages):
                     loaded,
                     selection,
                     measure,
+                    cluster=self.cluster(),
                     reading=partial(show, "tokenising"),
                     measuring=partial(show, "features"),
                 )
@@ -648,8 +645,6 @@ def _likelihood(result: Mapping[str, Any]) -> str:
 
 
 def _print_left_out(images: "ImageSet", target: Path) -> None:
-    from igpt.cli.data import print_left_out
-
     what = f"left out when {images.source} was prepared" if images.prepared else "left out"
     print_left_out(images.left_out, images.notes, target, what=what)
 

@@ -206,6 +206,10 @@ class Selection(ABC):
         """
 
     @abstractmethod
+    def require_decoded(self, skipped: Sequence[str]) -> None:
+        """Raise an `InputError` if too many of all images do not decode."""
+
+    @abstractmethod
     def fingerprints(self) -> list[str]:
         """Return hashes that are equal on all machines that have the same source."""
 
@@ -234,6 +238,9 @@ class _StoredSelection(Selection):
         rows = self.rows[first:last]
         tokens = self.split if len(rows) == len(self.split) else self.split.subset(rows)
         return ReadImages(tokens, np.arange(first, first + len(rows)), rows)
+
+    def require_decoded(self, skipped: Sequence[str]) -> None:
+        assert not skipped
 
     def fingerprints(self) -> list[str]:
         return [sha256_of(self.data.path / MANIFEST)]
@@ -317,6 +324,9 @@ class _SourceSelection(Selection):
             tally.left_out,
             (error, values),
         )
+
+    def require_decoded(self, skipped: Sequence[str]) -> None:
+        self.tokenizer.allowance.require_decoded(skipped, len(self))
 
     def fingerprints(self) -> list[str]:
         return [reader.fingerprint() for reader in self.readers]

@@ -35,6 +35,7 @@ from igpt.data.palette_fit import (
 )
 from igpt.data.parts import PartNumber, part_path
 from igpt.data.pool import running
+from igpt.data.ray_pool import RayCluster
 from igpt.data.sources.archives import TokenRows
 from igpt.data.sources.catalogue import Split, open_source
 from igpt.data.sources.readers import Reader
@@ -237,6 +238,7 @@ def prepare(
     config: PrepareConfig,
     *,
     workers: int = 1,
+    cluster: RayCluster | None = None,
     progress: Progress | None = None,
     phase: PhaseProgress | None = None,
 ) -> TokenDataset:
@@ -249,6 +251,7 @@ def prepare(
         out: the folder to create; it must not exist. With the URL of a folder, such as
             `s3://bucket/tokens`, the data set is made in the cache and sent there.
         workers: number of processes that decode and tokenise.
+        cluster: runs the jobs on its nodes, instead of `workers`.
         progress: called with (images done, images in all) while images are tokenised.
         phase: called with (title, done, in all) while a palette is made, and when tokenising
             begins.
@@ -273,7 +276,9 @@ def prepare(
         return TokenDataset(url)
     require_new(out, source)
     with exclusive(out):
-        folder, plan, records = _make_shards(source, out, config, (1, 1), workers, progress, phase)
+        folder, plan, records = _make_shards(
+            source, out, config, (1, 1), workers, progress, phase, cluster
+        )
         write_dataset(folder, plan, list(records.values()))
         # The plan is removed last: if the process is killed at any point, either the same call can
         # finish the work or `out` is complete.
@@ -332,6 +337,7 @@ def _make_shards(
     workers: int,
     progress: Progress | None,
     phase: PhaseProgress | None,
+    cluster: RayCluster | None = None,
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
     """Write all shards of a part; return their folder, the plan, and the ordered records."""
     require_new(out)
@@ -407,7 +413,11 @@ def _make_shards(
     allowance.require_decoded(skipped, total)
     if phase:
         phase("tokenising", done, total)
-    with running(work, workers if total >= MIN_IMAGES_FOR_WORKERS else 1) as run:
+    if cluster:
+        pool = cluster.running(work)
+    else:
+        pool = running(work, workers if total >= MIN_IMAGES_FOR_WORKERS else 1)
+    with pool as run:
         for result in run(job for job in jobs() if job.record not in finished):
             skipped += result["skipped"]
             allowance.require_decoded(skipped, total)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -32,15 +33,17 @@ from igpt.data.parts import (
     require_unchanged,
 )
 from igpt.data.prepare import require_new
+from igpt.data.ray_pool import RayCluster
 from igpt.data.tokens.dataset import TokenSplit
 from igpt.errors import InputError
 from igpt.files import Stored, atomic_folder, read_json, sha256_of, write_json
 from igpt.locks import exclusive
-from igpt.model.cost import batches_of
+from igpt.model.cost import batches_of, inference_batch_size
 from igpt.model.transformer import ImageGPT
 
 FORMAT, VERSION = "igpt-part", 1
 PART = "part.json"
+_RANGE = 1024  # images of a job on a cluster
 Values = Iterable[NDArray[np.floating[Any]]]  # of the images of each batch
 Progress = Callable[[int, int], None]  # (images done, images in all)
 Measure = Callable[[ImageGPT, ReadImages, Progress | None], Values]
@@ -105,16 +108,59 @@ def compute(
     selection: Selection,
     measure: Measure,
     *,
+    cluster: RayCluster | None = None,
     reading: Progress | None = None,
     measuring: Progress | None = None,
 ) -> tuple[ImageSet, Values]:
     """Return all images of a selection and their values, which are computed as they are taken.
 
+    On a Ray cluster, they are computed first, some whole batches at a time.
+
     Raises:
-        InputError: the images cannot be used.
+        InputError: the images cannot be used, or the cluster cannot be reached.
     """
-    read = selection.read(0, len(selection), progress=reading)
-    return selection.origin.image_set([read]), measure(model, read, measuring)
+    if cluster is None:
+        read = selection.read(0, len(selection), progress=reading)
+        return selection.origin.image_set([read]), measure(model, read, measuring)
+    ranges = list[ReadImages]()
+    skipped, values, done = list[str](), list[NDArray[Any]](), 0
+    device = model.device
+    with cluster.running(_RangeWork(selection, model.cpu(), measure), on_gpus=True) as run:
+        for read, batches in run(_ranges(len(selection), inference_batch_size(model.config))):
+            ranges.append(read)
+            values += batches
+            skipped += read.skipped
+            selection.require_decoded(skipped)
+            done += len(read.rows) + len(read.skipped)
+            if measuring:
+                measuring(done, len(selection))
+    model.to(device)
+    return selection.origin.image_set(ranges), values
+
+
+def _ranges(images: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield ranges of whole batches, for as many processes: 32 of them or more, unless too short.
+
+    A range has up to 1,024 images, because some readers find the first one slowly.
+    """
+    step = size * max(1, min(_RANGE // size, images // size // 32))
+    for first in range(0, images, step):
+        yield first, min(first + step, images)
+
+
+@dataclass(frozen=True)
+class _RangeWork:
+    """Read a range of a selection and compute its values. It is sent once to every process."""
+
+    selection: Selection
+    model: ImageGPT
+    measure: Measure
+
+    def __call__(self, positions: tuple[int, int]) -> tuple[ReadImages, list[NDArray[Any]]]:
+        if torch.cuda.is_available():
+            self.model.cuda()
+        read = self.selection.read(*positions, total=len(self.selection))
+        return read, list(self.measure(self.model, read, None)) if len(read.rows) else []
 
 
 def write_part(
