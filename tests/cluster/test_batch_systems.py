@@ -77,3 +77,26 @@ def test_the_slurm_script(folder: Path, digits: TokenDataset) -> None:
     merge = re.search(r'--wrap "(.*)"', submission)[1]
     subprocess.run(["bash", "-c", merge], check=True)
     require_scores(folder, digits)
+
+
+@pytest.mark.usefixtures("igpt_in_path")
+@pytest.mark.parametrize(
+    ("word", "changes"),
+    [
+        ("submitit", {"parts = 16": "parts = 2", "cpus_per_task=4": "cpus_per_task=1"}),
+        ("datatrove", {"tasks=16": "tasks=2", "workers=4": "workers=1"}),
+    ],
+)
+def test_the_python_programs(
+    word: str, changes: dict[str, str], folder: Path, digits: TokenDataset
+) -> None:
+    (program,) = blocks("python", word)
+    for before, after in changes.items():
+        assert before in program
+        program = program.replace(before, after)
+    (folder / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    require_scores(folder, digits)
