@@ -121,9 +121,11 @@ class RaceModel(ImageGPT):
         for number, block in enumerate(self.h):
             block.attn = RaceAttention(block.attn, number in recipe.local)
 
-    def embed(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the input of the first block: tokens [B, T] -> [B, T, D]."""
-        x, config = super().embed(tokens, mask), self.config
+        x, config = super().embed(tokens, mask, labels), self.config
         places = torch.arange(tokens.shape[1])
         for name, table in self.neighbors.items():
             down, right = OFFSETS[name]
@@ -135,9 +137,11 @@ class RaceModel(ImageGPT):
             x = x + F.embedding(inputs_of(tokens, config.n_colors), F.pad(shared, (0, 0, 0, 1)))
         return x
 
-    def hidden(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the final norm's output: tokens [B, T] -> [B, T, D]."""
-        x, first, tables = self.embed(tokens, mask), None, self.value_tables
+        x, first, tables = self.embed(tokens, mask, labels), None, self.value_tables
         start, after_first = x, len(self.h) - len(tables)
         for number, block in enumerate(self.h):
             if self.recipe.scalars:
@@ -148,12 +152,14 @@ class RaceModel(ImageGPT):
             x, first = block(x, first)
         return self.ln_f(x)  # type: ignore[no-any-return]
 
-    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
         """Return the logits: tokens [B, T] -> [B, T, V]."""
         weight = self.lm_head.weight
         if self.recipe.kernel:
             weight = weight + self.recipe.kernel * self.kernel @ self.kernel_out.weight.T
-        logits = F.linear(self.hidden(tokens, mask), weight)
+        logits = F.linear(self.hidden(tokens, mask, labels), weight)
         if cap := self.recipe.softcap:
             logits = cap * torch.tanh(logits.float() / cap)
         return logits

@@ -52,7 +52,9 @@ def reasons(url: str, doing: str = "read") -> Iterator[None]:
         advice = f"pip install {package}" if package else str(error)
         raise InputError(f"{protocol}:// needs a package that is not installed: {advice}") from None
     except Exception as error:
-        if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, OSError):
+        cause = error.__cause__  # "no file" may stand for a failing network
+        is_absent = not isinstance(cause, OSError) or "404" in str(cause)
+        if isinstance(error, FileNotFoundError) and is_absent:
             raise InputError(f"{url} is not there ({_text(error)})") from None
         text = _text(error.__cause__ or error)
         if "credential" in text.lower():

@@ -600,7 +600,7 @@ def test_damaged_files_are_named_with_the_reason(tmp_path: Path, picture: Callab
         (tmp_path / name).write_bytes(content)
         with pytest.raises(InputError, match=rf"{name}: .*{reason}"):
             load_square(tmp_path / name, 8)
-    with pytest.raises(InputError, match=r"nowhere\.jpg: no such file"):
+    with pytest.raises(InputError, match=r"^no such file: .*nowhere\.jpg$"):
         load_square(tmp_path / "nowhere.jpg", 8)
     with pytest.raises(InputError, match="is a folder"):
         load_square(tmp_path, 8)
