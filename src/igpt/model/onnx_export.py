@@ -104,8 +104,8 @@ def require_new_export(folder: Path) -> None:
 def quantize_step(folder: Path) -> Path:
     """Write step-int8.onnx next to step.onnx, and return its path.
 
-    Weights are integers of 7 bits in 8, with a scale per output; the inputs of products are quantized when
-    they are computed. The cache, norms and attention remain float32.
+    Weights are integers of 7 bits, stored in 8, with a scale per output; the inputs of products are
+    quantized when they are computed. The cache, norms and attention remain float32.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
