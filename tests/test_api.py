@@ -116,6 +116,9 @@ def test_samples_and_completions_are_pictures(digits: TokenDataset, model: igpt.
     np.testing.assert_array_equal(np.asarray(masked[0])[:, 1:], originals[0][:, 1:])
 
 
+BLACK = np.zeros((8, 8, 3), np.uint8)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -124,6 +127,8 @@ def test_samples_and_completions_are_pictures(digits: TokenDataset, model: igpt.
         (lambda data, run: igpt.pretrain(data, "new"), "name a model"),
         (lambda data, run: igpt.finetune(run, data, "new", learning_rates=()), "give either one"),
         (lambda data, run: igpt.sample(run, 0), "at least one sample"),
+        (lambda data, run: igpt.sample(run, 1, temprature=2), "no setting.*'temperature'"),
+        (lambda data, run: igpt.complete(run, [BLACK], keep_row=4), "no setting 'keep_row'"),
         (lambda data, run: igpt.complete(run, "cat.jpg"), "a list or an array of images"),
         (lambda data, run: igpt.complete(run, ["cat.jpg"]), "image 0: no such file: cat.jpg"),
         (lambda data, run: igpt.Run(run).test, "test.json"),

@@ -295,7 +295,7 @@ class Plan:
         else:
             yield (
                 f"{settings.gpus} x {settings.gpu.upper()}, batches of {settings.batch_size}: "
-                f"{settings.rows} images per GPU, {at_a_time}, "
+                f"{settings.rows} image{'s' * (settings.rows != 1)} per GPU, {at_a_time}, "
                 + (
                     f"weights sharded over {training.shard}"
                     if training.shard > 1

@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from igpt.errors import InputError
+from igpt.errors import InputError, suggest
 from igpt.model.precision import Precision, multiplies_bf16, resolve_precision
 
 SamplingPrecision = Precision | Literal["int8"]
@@ -63,8 +63,11 @@ def require_sampling_settings(**settings: Unpack[SamplingSettings]) -> SamplingS
     """Check the settings of `generate`, and return them with the defaults of those not given.
 
     Raises:
-        InputError: a setting is out of its range.
+        InputError: there is no such setting, or one is out of its range.
     """
+    if unknown := settings.keys() - DEFAULTS.keys():
+        name = min(unknown)
+        raise InputError(f"no setting {name!r} of sampling; {suggest(name, DEFAULTS)}")
     used: SamplingSettings = {**DEFAULTS, **settings}
     temperature, seed, rounds = used["temperature"], used["seed"], used["rounds"]
     top_k, top_p, window = used["top_k"], used["top_p"], used["window"]
