@@ -359,7 +359,7 @@ def quality(
         InputError: a setting, a model or the images cannot be used, or there are too few images.
     """
     from igpt.data.image_set import ImageSetConfig
-    from igpt.evaluation.export import default_layer, require_layer
+    from igpt.evaluation.export import layer_of
     from igpt.evaluation.gather import select_images
     from igpt.evaluation.quality import measure
     from igpt.sampling.jobs import SamplingSettings, require_sampling_settings
@@ -373,14 +373,7 @@ def quality(
     loaded = load_model(model)
     of = loaded if features is None else load_model(features)
     named = model if features is None else features
-    if layer is None and isinstance(named, str | os.PathLike):
-        layer = default_layer(named)
-    last = of.config.n_layer
-    if layer is None:
-        raise InputError(
-            f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
-        )
-    require_layer(layer, last)
+    layer = layer_of(named, of, layer)
     if samples is None and not loaded.config.trained_as.has_likelihood:
         samples = 0
     with progress_bar() as show:
@@ -397,7 +390,12 @@ def quality(
             keep_rows=loaded.config.resolution // 2 if keep_rows is None else keep_rows,
             show=show,
         )
-    names = {"model": _name_of(model), "features": _name_of(named), "layer": layer, "layers": last}
+    names = {
+        "model": _name_of(model),
+        "features": _name_of(named),
+        "layer": layer,
+        "layers": of.config.n_layer,
+    }
     return {**names, **images.to_json(), "sampling": sampling, **found}
 
 

@@ -26,9 +26,11 @@ COMMANDS = {
     "probe": Command(
         "igpt.cli.evaluation:Probe", "fit a linear classifier to the features of every layer"
     ),
-    "score": Command("igpt.cli.evaluation:Score", "compute the likelihood of images in nats/pixel"),
+    "score": Command(
+        "igpt.cli.image_values:Score", "compute the likelihood of images in nats/pixel"
+    ),
     "features": Command(
-        "igpt.cli.evaluation:Features", "write the features of images for other programs"
+        "igpt.cli.image_values:Features", "write the features of images for other programs"
     ),
     "quality": Command(
         "igpt.cli.evaluation:Quality", "compare samples and completions with true images"

@@ -4,12 +4,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from igpt.api import prepare
 from igpt.cli.parser import Options, argument
+from igpt.cli.spread import SpreadOptions
 from igpt.config import file_settings
 from igpt.errors import InputError
 from igpt.progress import progress_bar
@@ -17,7 +18,6 @@ from igpt.remote import shown, url_of
 
 if TYPE_CHECKING:
     from igpt.data.left_out import LeftOut
-    from igpt.data.ray_pool import RayCluster
 
 _CLASSES_SHOWN = 20
 _GROUPS = {
@@ -25,43 +25,6 @@ _GROUPS = {
     "splits": ("train_split", "validation_split", "test_split", "held_out", "seed"),
     "tokens": ("size", "colors", "transparent", "palette", "filter", "enlarge", "views"),
 }
-
-
-class SpreadOptions(Options):
-    """The options of commands whose work several machines can share."""
-
-    engine: Literal["local", "ray"] = Field(
-        "local", description="where the work is done: on this machine, or on a Ray cluster"
-    )
-    address: str | None = Field(
-        None,
-        description="HOST:PORT of the Ray cluster, or auto for the one that this machine is part "
-        "of; by default $RAY_ADDRESS, or Ray is started on this machine",
-    )
-    shard: str | None = Field(
-        None, description="i/n makes only the i-th of n parts, OUT.i-of-n, for n machines"
-    )
-    merge: bool = Field(False, description="verify the parts of OUT and merge them")
-
-    def cluster(self) -> "RayCluster | None":
-        """Return the Ray cluster of --engine ray.
-
-        Raises:
-            InputError: the flags cannot be combined.
-        """
-        from igpt.data.ray_pool import RayCluster
-
-        if self.shard and self.merge:
-            raise InputError("--shard makes one part and --merge merges all; give one of them")
-        if self.engine == "local":
-            if self.address:
-                raise InputError("--address is of a Ray cluster; add --engine ray")
-            return None
-        if self.shard or self.merge:
-            raise InputError(
-                "--engine ray does the work in one command; leave --shard and --merge out"
-            )
-        return RayCluster(self.address)
 
 
 class PaletteOptions(Options):
@@ -127,9 +90,8 @@ class PaletteOptions(Options):
         write_json(out.with_suffix(".json"), {**report, "command": describe()["command"]})
         if picture:
             save_png(picture, out.with_suffix(".png"))
-        example = out.with_suffix(".png")
-        shown = f"; {example} shows images in its colours" if picture else ""
-        print(f"{out}: {len(result)} colours ({_fidelity(quality)}){shown}")
+        example = f"; {out.with_suffix('.png')} shows images in its colours" if picture else ""
+        print(f"{out}: {len(result)} colours ({_fidelity(quality)}){example}")
         print_left_out(left_out, warnings, out.with_suffix(".json"))
 
 

@@ -19,14 +19,8 @@ if TYPE_CHECKING:
     from igpt.sampling.jobs import SamplingSettings
 
 
-class _Sampling(Options):
+class ColorOptions(Options):
     """The options of how colours are sampled."""
-
-    groups: ClassVar = {
-        "images": ("tokens", "classes", "class_name", "count", "keep_rows", "mask", "completions"),
-        "sampling": ("temperature", "top_k", "top_p", "guidance", "seed"),
-        "hardware": ("precision", "window"),
-    }
 
     temperature: float = Field(
         1.0,
@@ -36,6 +30,17 @@ class _Sampling(Options):
     top_p: float | None = Field(
         None, description="only the most likely colours whose probabilities add up to this value"
     )
+
+
+class _Sampling(ColorOptions):
+    """The options of commands that show what they sample."""
+
+    groups: ClassVar = {
+        "images": ("tokens", "classes", "class_name", "count", "keep_rows", "mask", "completions"),
+        "sampling": ("temperature", "top_k", "top_p", "guidance", "seed"),
+        "hardware": ("precision", "window"),
+    }
+
     guidance: float = Field(
         1.0,
         description="with --class: 1 samples from the distribution of the class, more moves away "

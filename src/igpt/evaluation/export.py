@@ -41,7 +41,7 @@ def best_layer(run: Path) -> int | None:
     return layer
 
 
-def default_layer(model: str | os.PathLike[str]) -> int | None:
+def _layer_of_probe(model: str | os.PathLike[str]) -> int | None:
     """Return the layer with the best probe accuracy of a run or of a built-in model, if any.
 
     Raises:
@@ -50,6 +50,26 @@ def default_layer(model: str | os.PathLike[str]) -> int | None:
     path, home = model_and_run(model)
     probed = home if path == home / "model" else find_builtin(path)
     return best_layer(probed) if probed else None
+
+
+def layer_of(name: object, model: ImageGPT, layer: int | None) -> int:
+    """Return the layer whose features are used: the given one, or the best one in a probe.
+
+    Args:
+        name: of the model, a run or a built-in one; anything else has no probe.
+
+    Raises:
+        InputError: there is no such layer, or none is given and there is no probe.
+    """
+    last = model.config.n_layer
+    if layer is None and isinstance(name, str | os.PathLike):
+        layer = _layer_of_probe(name)
+    if layer is None:
+        raise InputError(
+            f"name a layer (--layer 0 to {last}), or run igpt probe first to use the best one"
+        )
+    require_layer(layer, last)
+    return layer
 
 
 def require_layer(layer: int, last: int) -> None:
