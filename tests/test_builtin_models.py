@@ -98,6 +98,9 @@ def test_a_run_is_packaged_with_weights_in_bf16_and_its_card(
     assert f'from_pretrained("{NAME}")' in card
     for picture in re.findall(r"\]\((\S+\.png)\)", card):
         assert (builtin_model / picture).is_file()
+    probe = (builtin_model / "probe.json").read_text()
+    assert f'"model": "{NAME}"' in probe
+    assert str(short_run.parents[1]) not in probe, "no paths of the machine"
 
 
 def test_a_local_model_of_the_same_name_is_used_instead(
@@ -227,7 +230,6 @@ def test_the_models_are_listed(
         assert f" {preset['settings']['learning_rate']:g} " in row
 
 
-@pytest.mark.skipif(not builtin_models.has_builtin(NAME), reason="not in this checkout yet")
 def test_the_model_in_the_package() -> None:
     model = builtin_models.folder_of(NAME)
     assert (model / "model.safetensors").stat().st_size < 12_000_000

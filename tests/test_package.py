@@ -29,16 +29,14 @@ PROGRAM = """
 import sys
 from pathlib import Path
 import igpt
-from igpt.builtin_models import DEFAULT_MODEL, has_builtin
 from igpt.cli import main
 print(igpt.__file__)
 for words in (
     ["demo", "--data", "images", "--steps", "1", "-o", "run"],
     ["complete", "run", "images/0.png", "--completions", "1"],
+    ["complete", "images/0.png", "--completions", "1"],
 ):
     assert main(words) == 0, words
-if has_builtin(DEFAULT_MODEL):
-    assert main(["complete", "images/0.png", "--completions", "1"]) == 0
 """
 
 

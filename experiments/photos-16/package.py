@@ -16,6 +16,7 @@ from igpt.builtin_models import CARD, DEFAULT_MODEL, WEIGHTS, folder_of
 from igpt.cli import main as igpt
 from igpt.data.images.photographs import photographs
 from igpt.evaluation.results import score_file
+from igpt.files import read_json, write_json
 
 LARGEST = 12_000_000  # bytes of the weights
 PHOTOGRAPHS = "scikit-learn-photographs"  # the name of these images in the card
@@ -73,6 +74,10 @@ def main(words: list[str] | None = None) -> None:
     shutil.copytree(out / "model", target)
     for name in (CARD, "probe.json", *PICTURES):
         shutil.copy(out / name, target)
+    probe = read_json(target / "probe.json", "probe")
+    # The package has no paths of the machine that it was made on.
+    names = {key: Path(probe[key]).name for key in ("source", "tokens")}
+    write_json(target / "probe.json", probe | names | {"model": DEFAULT_MODEL})
     (target / WEIGHTS).chmod(0o644)  # safetensors makes its files private
     for file in sorted(target.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")
