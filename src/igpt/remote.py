@@ -53,7 +53,8 @@ def reasons(url: str, doing: str = "read") -> Iterator[None]:
         raise InputError(f"{protocol}:// needs a package that is not installed: {advice}") from None
     except Exception as error:
         cause = error.__cause__  # "no file" may stand for a failing network
-        is_absent = not isinstance(cause, OSError) or "404" in str(cause)
+        status = getattr(getattr(cause, "response", None), "status_code", None)
+        is_absent = not isinstance(cause, OSError) or status == 404
         if isinstance(error, FileNotFoundError) and is_absent:
             raise InputError(f"{url} is not there ({_text(error)})") from None
         text = _text(error.__cause__ or error)

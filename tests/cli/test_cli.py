@@ -499,6 +499,19 @@ def test_a_boolean_flag_has_no_value_and_no_abbreviation(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("column", ["none", "auto"])
+def test_a_probe_is_suggested_only_for_tokens_with_labels(
+    igpt, photographs: Path, tmp_path: Path, column: str
+) -> None:
+    tokens, run = tmp_path / "tokens", tmp_path / "run"
+    words = ["--size", 4, "--colors", 8, *(["--label-column", "none"] if column == "none" else [])]
+    assert igpt("prepare", photographs, "-o", tokens, *words).returncode == 0
+    shape = ["--n-layer", 1, "--n-embd", 8, "--n-head", 1, "--steps", 1, "--warmup-steps", 0]
+    done = igpt("pretrain", tokens, "-o", run, "--model", "tiny", *shape)
+    assert (f"igpt probe {run} {tokens}" in done.stdout) == (column == "auto")
+    assert f"igpt report {run}" in done.stdout, done.stderr
+
+
 def test_flip_of_a_preset_can_be_switched_off(igpt, digits: TokenDataset, tmp_path: Path) -> None:
     assert MODELS["photos"]["flip"] is True
     (tmp_path / "off.yaml").write_text("flip: false\nsteps: 1\n")

@@ -89,6 +89,16 @@ def test_prepare_with_a_killed_node_makes_the_same_bytes(
     assert len(cluster.list_all_nodes()) == 1
 
 
+def test_prepare_on_a_cluster_writes_to_a_store(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delattr(preparation, "running")  # the processes of this machine have no part in it
+    config, there = PrepareConfig(size=4, limit=100), RayCluster(cluster.address)
+    made = prepare("digits", Path("memory://tokens"), config, cluster=there)
+    assert {split: len(made[split]) for split in made} == dict.fromkeys(made, 100)
+
+
 def test_scores_and_features_are_the_same(
     cluster: Cluster,
     short_run: Path,

@@ -9,6 +9,7 @@ from pydantic import Field
 from igpt.api import Run, finetune, pretrain
 from igpt.cli.parser import Options, argument, value_of
 from igpt.cli.run import is_first_rank
+from igpt.errors import InputError
 from igpt.remote import shown
 from igpt.training.presets import ADAPTING, FOR_CPUS, MODELS, preset
 
@@ -166,8 +167,6 @@ class Pretrain(Options):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
-        from igpt.data.tokens.dataset import TokenDataset
-
         run = pretrain(
             self.tokens,
             self.out,
@@ -178,12 +177,23 @@ class Pretrain(Options):
             **given,
         )
         if is_first_rank():
-            has_labels = TokenDataset(self.tokens).class_names
-            probing = f"igpt probe {run.path} {shown(self.tokens)}; " if has_labels else ""
+            probing = (
+                f"igpt probe {run.path} {shown(self.tokens)}; " if _has_labels(self.tokens) else ""
+            )
             print(
                 f"{run.path / 'model'}: the best model by validation loss; next: {probing}"
                 f"igpt report {run.path}"
             )
+
+
+def _has_labels(tokens: Path) -> bool:
+    """Return whether tokens have classes; also if the data set can no longer be read."""
+    from igpt.data.tokens.dataset import TokenDataset
+
+    try:
+        return bool(TokenDataset(tokens).class_names)
+    except InputError:  # training has succeeded, whatever happened to its data since
+        return True
 
 
 class Finetune(Options):

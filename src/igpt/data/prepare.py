@@ -265,8 +265,9 @@ def prepare(
         require_free(url)
         staged = cache_folder("prepare") / hashlib.sha256(url.encode()).hexdigest()[:32]
         with exclusive(staged):
-            work = source, staged, config, (1, 1), workers, progress, phase
-            folder, plan, records = _make_shards(*work)
+            folder, plan, records = _make_shards(
+                source, staged, config, (1, 1), workers, progress, phase, cluster
+            )
             write_dataset(folder, plan, list(records.values()))
             pictures = [PICTURE] if (folder / PICTURE).exists() else []
             send(folder, url, pictures, phase)
@@ -317,7 +318,7 @@ def prepare_part(
     out = part_path(out, part)
     require_new(out)
     with exclusive(out):
-        folder, _, records = _make_shards(source, out, config, part, workers, progress, phase)
+        folder, _, records = _make_shards(source, out, config, part, workers, progress, phase, None)
         write_json(folder / RECORDS, {"records": records})
         _clear(folder)
         folder.rename(out)
@@ -337,7 +338,7 @@ def _make_shards(
     workers: int,
     progress: Progress | None,
     phase: PhaseProgress | None,
-    cluster: RayCluster | None = None,
+    cluster: RayCluster | None,
 ) -> tuple[Path, dict[str, Any], dict[str, dict[str, Any]]]:
     """Write all shards of a part; return their folder, the plan, and the ordered records."""
     require_new(out)

@@ -37,7 +37,7 @@ from igpt.files import atomic_file, sha256_of, sync, write_json
 from igpt.locks import exclusive_folder
 from igpt.model.classifier import modal
 from igpt.model.match import require_match
-from igpt.model.precision import resolve_precision
+from igpt.model.precision import Precision, resolve_precision
 from igpt.model.transformer import ImageGPT
 from igpt.statistics import MOST_CONFUSED, confusion, interval_of_share, packed
 
@@ -186,8 +186,6 @@ def probe(
         )
     if config.masks:
         model.config.trained_as.require("masked", "masking at test time")
-    precision = resolve_precision(config.precision, model.device)
-    config = config.model_copy(update={"precision": precision})
     limits: dict[str, int | None] = dict.fromkeys(SPLITS, config.limit)
     limits["test"] = config.test_images or config.limit
     sampled = {name: subset_images(data[name], limits[name], config.seed) for name in SPLITS}
@@ -220,6 +218,8 @@ def _probe(
 ) -> tuple[dict[str, Any], ProbeClassifier]:
     """Probe sampled images; everything has been checked."""
     report = progress or (lambda what, done, total: None)
+    precision = resolve_precision(config.precision, model.device)
+    config = config.model_copy(update={"precision": precision})
     known = np.unique(sampled["train"][0].labels)
     checksum = sha256_of(data.path / MANIFEST)
     descriptions = {
@@ -227,7 +227,14 @@ def _probe(
         for name, limit in limits.items()
     }
     images = _images(
-        model, sampled, known, config, features / "model", descriptions, partial(report, "features")
+        model,
+        sampled,
+        known,
+        config,
+        precision,
+        features / "model",
+        descriptions,
+        partial(report, "features"),
     )
     device = model.device
     fit = partial(fit_and_test, config=config, device=device)
@@ -257,7 +264,7 @@ def _probe(
             model,
             test_split,
             class_names,
-            precision=resolve_precision(config.precision, model.device),
+            precision=precision,
             progress=partial(report, "likelihoods"),
         )
         answers = losses.argmin(axis=1) == labels
@@ -284,6 +291,7 @@ def _probe(
             sampled,
             known,
             config,
+            precision,
             folder,
             descriptions,
             partial(report, "untrained: features"),
@@ -335,6 +343,7 @@ def _images(
     sampled: Mapping[str, tuple[TokenSplit, NDArray[np.int64]]],
     known: NDArray[np.int32],
     config: ProbeConfig,
+    precision: Precision,
     folder: Path,
     descriptions: Mapping[str, Mapping[str, Any]],
     progress: Callable[[int, int], None],
@@ -355,7 +364,7 @@ def _images(
                     target,
                     of=descriptions[name],
                     masking=masking,
-                    precision=resolve_precision(config.precision, model.device),
+                    precision=precision,
                     progress=partial(_progress_after, progress, before, total),
                 )
             )

@@ -308,7 +308,7 @@ def probe_section(run: Run) -> Section:
     setting = "learning_rate" if "learning_rate" in layers[0] else "regularisation"
     chosen = "learning rate of SGD" if setting == "learning_rate" else "regularization strength"
     folded = (
-        " With the selected strength or rate, it is fitted again to the images of both splits."
+        f" With the selected {chosen}, it is fitted again to the images of both splits."
         if (probe.get("config") or {}).get("fold_back")
         else ""
     )
