@@ -348,7 +348,9 @@ def quality(
             are true images by default, and none for a BERT model.
         completions: number of true images to complete, 0 for none; all by default.
         keep_rows: rows that are kept; the upper half by default.
-        temperature, top_k, top_p: see `SamplingSettings`.
+        temperature: see `SamplingSettings`.
+        top_k: see `SamplingSettings`.
+        top_p: see `SamplingSettings`.
         settings: fields of `ImageSetConfig`, which select true images, such as `limit=1000`; `seed`
             is also that of the samples and of the bootstrap.
 
