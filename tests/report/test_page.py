@@ -301,7 +301,7 @@ def test_every_protocol_of_a_probe_is_described(whole):
     )
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
-    again = "With the selected strength or rate, it is fitted again to the images of both splits."
+    again = "With the selected regularization strength, it is fitted again to the images of both splits."
     assert f"on 180 validation images. {again} The test accuracy is measured on 180" in text
     assert "Layers 0, 1 concatenated: test accuracy 91.2 %." in text
     assert (
