@@ -301,8 +301,8 @@ def test_every_protocol_of_a_probe_is_described(whole):
     )
     (whole / "probe.json").write_text(json.dumps(record))
     text = read(write_report(whole)).text
-    again = "With the selected regularization strength, it is fitted again to the images of both splits."
-    assert f"on 180 validation images. {again} The test accuracy is measured on 180" in text
+    again = "With the selected regularization strength, it is fitted again to the images of both"
+    assert f"on 180 validation images. {again} splits. The test accuracy is measured on 180" in text
     assert "Layers 0, 1 concatenated: test accuracy 91.2 %." in text
     assert (
         "4 labels per class, layer 1: test accuracy 73.2 %, standard deviation 1.5 points over 5 "
