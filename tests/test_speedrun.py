@@ -152,10 +152,10 @@ def test_trainings_of_a_search_stop_far_above_the_best(run: ModuleType, tmp_path
     race, paper = run.Race(tmp_path), run.ENTRIES[0]
     first, second, *_ = race.searched(paper)
     assert race.limits(first) == {}
-    write(race, first, [4.0, 3.0] + [2.0] * 9)
+    write(race, first, [4.0, 3.0] + [2.0] * 29)
     limits = race.limits(second)
-    assert min(limits) == 4_000  # of 10,368
-    assert limits[4_000] == pytest.approx(2.0 + run.BEHIND)
+    assert min(limits) == 16_000  # of 30,720
+    assert limits[16_000] == pytest.approx(2.0 + run.BEHIND)
     write(race, second, [4.0, 3.0], behind=True)
     assert run.final(race.result(second)) == float("inf")
 

@@ -32,8 +32,8 @@ class Recipe(Config):
     n_embd: int = 192
     n_head: int = 3
     seed: int = 0
-    images: int = Field(10_368, description="length of the schedule")
-    validate_every: int = Field(3_456, description="images between validations")
+    images: int = Field(30_720, description="length of the schedule")
+    validate_every: int = Field(7_680, description="images between validations")
     validation_images: int = 1_024
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     batch: int = 16

@@ -64,14 +64,14 @@ ENTRIES = (
         BASELINE,
         None,
         "the paper's recipe: Adam (0.9, 0.95), cosine to 0 after a warm-up, learned positions",
-        {"images": 10_368, "validate_every": 3_456},
-        {"batch": (8, 16, 32), "rate": (3e-3, 1e-3, 1e-2)},
+        {"images": 30_720, "validate_every": 7_680},
+        {"batch": (8, 16, 4), "rate": (1e-3, 3e-3, 3e-4)},
     ),
     Entry(
         "muon",
         BASELINE,
         "Muon for the matrices of the blocks, a quarter of the images",
-        {"images": 2_592, "validate_every": 864, "optimizer": "muon"},
+        {"images": 7_680, "validate_every": 2_560, "optimizer": "muon"},
         {"batch": (16, 8), "rate": (5e-3, 3e-3, 1e-2)},
     ),
     Entry(
@@ -121,7 +121,7 @@ ENTRIES = (
         "growing",
         "value_residual",
         "batches of 8, from a third on 16, in the last third 32",
-        {"batch": 8, "batches": ((864, 16), (1_728, 32))},
+        {"batch": 8, "batches": ((2_560, 16), (5_120, 32))},
     ),
     Entry("flip", "value_residual", "mirrored images", {"flip": True}),
     Entry("momentum", "value_residual", "momentum rises over 100 steps", {"momentum_warmup": 100}),
@@ -241,13 +241,13 @@ class Race:
     def limits(self, training: Training) -> dict[int, float]:
         """Return the losses above which a training of a search stops, by images seen.
 
-        From a third of the schedule on, they are `BEHIND` above the best of the search.
+        From half of the schedule on, they are `BEHIND` above the best of the search.
         """
         found = [self.result(one) for one in self.searched(NAMES[training.entry])]
         points = [point for result in found if result for point in result["curve"]]
         best: dict[int, float] = {}
         for point in points:
-            if 3 * point["images"] >= training.recipe.images:
+            if 2 * point["images"] >= training.recipe.images:
                 best[point["images"]] = min(point["loss"], best.get(point["images"], math.inf))
         return {images: loss + BEHIND for images, loss in best.items()}
 
