@@ -42,7 +42,7 @@ def test_a_probe_with_neighbours(tmp_path: Path) -> None:
         {row[0]: row[1:] for row in table.rows} for table in key_tables(Run(tmp_path, probe=probe))
     )
     assert plain["This model, layer 0"][0] == "50.0\N{NO-BREAK SPACE}%"
-    assert nearest["This model, layer 1"] == ("74.0\N{NO-BREAK SPACE}%", "± 6.2")
+    assert nearest["This model, layer 1"] == ("74.0\N{NO-BREAK SPACE}%", "±\N{NO-BREAK SPACE}6.2")
     assert nearest["Raw pixels"][0] == "32.0\N{NO-BREAK SPACE}%"
     words = describe_probe(probe).replace("\N{NO-BREAK SPACE}", " ")
     assert "By 20 nearest neighbours: best layer 1 by validation accuracy, test" in words

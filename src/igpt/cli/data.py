@@ -224,6 +224,8 @@ class Inspect(Options):
 
         url, folder = url_of(self.tokens), resolved(self.tokens)
         beside = Path(f"{folder.name}.png") if url else folder.with_name(f"{folder.name}.png")
+        if not self.tokens.is_absolute():
+            beside = Path(os.path.relpath(beside))
         target = self.out or beside
         require_png(target)
         data = TokenDataset(self.tokens)

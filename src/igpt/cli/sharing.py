@@ -132,6 +132,7 @@ class Export(Options):
 
     settings = "igpt.model.onnx_export"
     example = "igpt export runs/photos --onnx photos-onnx"
+    one_of = ("onnx", "bf16")
 
     model: Path = argument("run, model directory, name of a built-in model, or Hub id")
     onnx: Path | None = Field(None, description="folder to create, with ONNX files")

@@ -80,6 +80,8 @@ def loss_curve(
         # text remain vector graphics.
         many = len(train) > 3000
         style: dict[str, Any] = {"linewidth": 0.5, "alpha": 0.7} if many else {"linewidth": 1}
+        if len(train) == 1:
+            style["marker"] = "o"
         _, losses = _line(axes, train, "loss", "training", look.other, rasterized=many, **style)
         labels.append((_last(losses), "training", look.other))
     if validation:

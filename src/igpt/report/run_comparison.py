@@ -134,7 +134,7 @@ def _results(run: Run) -> dict[str, str]:
 
 
 def _accuracy(share: float, count: int) -> str:
-    return f"{percent(share)} \N{PLUS-MINUS SIGN} {100 * standard_error(share, count):.1f}"
+    return f"{percent(share)} ±\N{NO-BREAK SPACE}{100 * standard_error(share, count):.1f}"
 
 
 def _probe(run: Run) -> dict[str, Any] | None:

@@ -174,7 +174,7 @@ def _accuracy_table(
     for name, row in tested:
         accuracy = row["test_accuracy"]
         error = 100 * standard_error(accuracy, count)
-        cells.append((name, percent(accuracy), f"± {error:.1f}"))
+        cells.append((name, percent(accuracy), f"±\N{NO-BREAK SPACE}{error:.1f}"))
     return Table(caption, ("", "accuracy", "std. error"), cells)
 
 
@@ -405,7 +405,7 @@ def score_tables(run: Run) -> list[Table]:
             (
                 f"{source}{split}: {plural(found['images'], 'image')}",
                 f"{found['nats_per_pixel']:.4f}",
-                "" if error is None else f"\N{PLUS-MINUS SIGN} {error:.4f}",
+                "" if error is None else f"±\N{NO-BREAK SPACE}{error:.4f}",
             )
         )
     caption = "Negative log-likelihood, nats/pixel (lower is better)"

@@ -22,6 +22,7 @@ def palette_swatch(palette: Palette) -> Image.Image:
     """Return a picture of all colours in the order of their tokens, on transparent ground.
 
     Every row is labelled with the token of its first colour, and columns with what to add to it.
+    The transparent entry is a frame.
     """
     count = len(palette)
     columns = count if count <= 32 else max(32, math.ceil(math.sqrt(2 * count)))
@@ -35,6 +36,10 @@ def palette_swatch(palette: Palette) -> Image.Image:
     picture = Image.new("RGBA", (colors.width + left, colors.height + top))
     picture.paste(colors, (left, top))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    if palette.transparent:
+        row, column = divmod(count - 1, columns)
+        place = left + column * side, top + row * side
+        draw.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline=_LABEL)
     # Labels keep a distance of a line's height, or of a number's width.
     for row in range(0, rows if rows > 1 else 0, math.ceil(13 / side)):
         place = left - 5, top + (row + 0.5) * side
@@ -51,13 +56,14 @@ def palette_picture(images: NDArray[np.uint8], palette: Palette) -> Image.Image:
     Args:
         images: [n, R, R, C].
     """
+    last = "; the last one is transparent" if palette.transparent else ""
     quantized = palette.inverse_transform(palette.transform(images))
     parts = [
         (
             "images, and below each its version in the palette's colours",
             image_grid([list(images), list(quantized)]),
         ),
-        (f"the {len(palette)} colours, numbered as tokens", palette_swatch(palette)),
+        (f"the {len(palette)} colours, numbered as tokens{last}", palette_swatch(palette)),
     ]
     font = ImageFont.load_default(12)
     width = max(
