@@ -83,13 +83,15 @@ def _description(evidence: Mapping[str, Any]) -> str:
         return "Nothing has been trained yet."
     smallest, largest = _extremes(models)
     side = round(models[0]["places"] ** 0.5)
+    train, seen = models[0]["train_images"], max(model["images_seen"] for model in models)
+    part = f"{number(seen)} of " if seen < train else ""
     rehearsal = ""
     if evidence["rehearsal"]:
         rehearsal = " This is a rehearsal with runs of toy length: its numbers mean nothing."
     return (
         f"{_conclusions(evidence)}"
         f"Transformers of {_millions(smallest)} to {_millions(largest)} parameters, pretrained "
-        f"without labels on {number(models[0]['train_images'])} images of "
+        f"without labels on {part}{number(train)} images of "
         f"{_short(evidence['corpus'])} at {side} \N{MULTIPLICATION SIGN} {side} pixels, and "
         f"evaluated on {_short(evidence['labelled'])}.{rehearsal}"
     )
