@@ -428,6 +428,18 @@ def test_the_likelihoods_of_all_scored_images_are_in_the_card(
     assert found[-2:] == [1.5, 2.25]
 
 
+def test_the_quality_of_samples_is_in_the_card(short_run: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(short_run, run)
+    found = {"format": "igpt-quality", "version": 1, "layer": 1, "source": "my_photos"}
+    frechet = {"distance": 0.5, "interval_95": [0.25, 0.75], "images": [500, 480]}
+    found |= {"model": "run", "features": "run", "frechet": frechet}
+    (run / "quality.json").write_text(json.dumps(found))
+    card = write_card(run, NAME).read_text()
+    assert r"Frechet distance of samples to my\_photos in layer 1 of this model" in card
+    assert "| 500 samples, 480 images | 0.5 | 0.25 to 0.75 |" in card
+
+
 def test_warnings_about_an_old_card_or_another_name(short_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(short_run, run)

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from typing import Any
 
 import numpy as np
 import pytest
@@ -390,6 +391,50 @@ def test_scores_and_learning_rates_are_tabulated(bare):
     assert "photos, test: 7 images 1.2500 \u00b1 0.5000" in page.text
     assert "0.01 (selected) 50.0 % 8 0.1 diverged" in page.text
     assert "losses.png is no longer where it was written" in page.text
+
+
+def quality_record() -> dict[str, Any]:
+    """Return a `quality.json` as `igpt quality` writes it."""
+    frechet = {"distance": 0.5, "interval_95": [0.25, 0.75], "images": [500, 480]}
+    completions = {"mean": 0.2, "interval_95": [0.15, 0.25], "count": 90, "keep_rows": 4}
+    return {
+        "format": "igpt-quality",
+        "version": 1,
+        "model": "runs/first",
+        "features": "runs/first",
+        "layer": 2,
+        "source": "/home/me/photos",
+        "frechet": frechet,
+        "completions": {**completions, "other_pixels": {"mean": 0.3}},
+    }
+
+
+def test_the_quality_of_samples_is_tabulated(bare):
+    (bare / "quality.json").write_text(json.dumps(quality_record()))
+    page = read(write_report(bare))
+    assert "Frechet distance of samples to photos in layer 2 of this model" in page.text
+    assert "500 samples, 480 images 0.5 0.25 to 0.75" in page.text
+    assert "90 completions of 4 rows 20.0 % 15.0 % to 25.0 %" in page.text
+    assert "The rows with another image's below them 30.0 %" in page.text
+    other = {**quality_record(), "features": "/home/me/judge", "completions": None}
+    (bare / "quality.json").write_text(json.dumps(other))
+    page = read(write_report(bare))
+    assert "photos in layer 2 of judge (lower is better)" in page.text
+    assert "completions of 4 rows" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "is not igpt-quality of format version 1; `igpt quality` writes it again"),
+        ({"frechet": {"distance": "far"}}, "distance"),
+        ({"layer": -1}, "layer"),
+    ],
+)
+def test_damaged_qualities_are_refused(bare, change, message):
+    (bare / "quality.json").write_text(json.dumps(quality_record() | change))
+    with pytest.raises(InputError, match=message):
+        write_report(bare)
 
 
 def test_runs_are_compared(whole, tmp_path):

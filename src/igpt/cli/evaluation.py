@@ -149,16 +149,21 @@ class Quality(ColorOptions):
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
         from igpt.environment import describe
-        from igpt.evaluation.quality import FORMAT, VERSION
+        from igpt.evaluation.results import QUALITY, QUALITY_VERSION
         from igpt.files import write_json
 
         target = self.out or model_and_run(self.model)[1] / "quality.json"
-        require_writable(target, FORMAT)
+        require_writable(target, QUALITY)
         own = (*self.groups["samples"], *self.groups["features"])
         with exclusive(target):
             chosen: dict[str, Any] = {name: getattr(self, name) for name in own}
             result = quality(self.model, self.source, **chosen, **given)
-            about = {"format": FORMAT, "version": VERSION, **result, "environment": describe()}
+            about = {
+                "format": QUALITY,
+                "version": QUALITY_VERSION,
+                **result,
+                "environment": describe(),
+            }
             write_json(target, about)
         where = f"features of layer {result['layer']} of {result['layers']} of {result['features']}"
         if found := result.get("frechet"):

@@ -19,7 +19,6 @@ from igpt.sampling.jobs import SamplingSettings
 from igpt.sampling.sampler import complete, sample
 from igpt.statistics import interval_around, mean_of
 
-FORMAT, VERSION = "igpt-quality", 1
 Progress = Callable[[int, int], None]  # (done, in all)
 Phases = Callable[[str, int, int], None]  # (title, done, in all)
 Features = NDArray[np.floating[Any]]

@@ -1,4 +1,4 @@
-"""Schemas and readers of result files: probe.json, test.json and score-NAME.json.
+"""Schemas and readers of result files: probe, test, score-NAME and quality (.json).
 
 Shares are from 0 to 1; answers that are right are a bit each in hexadecimal, see
 `igpt.statistics.packed`.
@@ -19,6 +19,7 @@ from igpt.files import Stored, read_json, require_schema, resolved
 PROBE, PROBE_VERSION = "igpt-probe", 2
 TEST, TEST_VERSION = "igpt-finetune", 1
 SCORE, SCORE_VERSION = "igpt-score", 1
+QUALITY, QUALITY_VERSION = "igpt-quality", 1
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Number = Annotated[
@@ -218,6 +219,40 @@ class Score(Stored):
     source_path: str | None = None
 
 
+class Frechet(Stored):
+    """The Frechet distance of samples to true images."""
+
+    distance: Number
+    interval_95: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    images: Annotated[list[Positive], Field(min_length=2, max_length=2)]
+
+
+class Nearer(Stored):
+    """The share of other images that are nearer to a completion than the true one."""
+
+    mean: Share
+
+
+class Completed(Nearer):
+    """The same with its interval, and for hidden pixels of another image."""
+
+    interval_95: Annotated[list[Number], Field(min_length=2, max_length=2)]
+    count: Positive
+    keep_rows: Count
+    other_pixels: Nearer
+
+
+class Quality(Stored):
+    """`quality.json`."""
+
+    source: str
+    model: str | None = None
+    features: str
+    layer: Count
+    frechet: Frechet | None = None
+    completions: Completed | None = None
+
+
 def read_probe(path: Path) -> dict[str, Any]:
     """Return the content of a `probe.json`; if the images could not be probed, "skipped" is the
     reason.
@@ -258,6 +293,18 @@ def read_score(path: Path) -> dict[str, Any]:
     found = read_json(path, "score")
     _require_version(found, path, SCORE, SCORE_VERSION, "igpt score")
     require_schema(found, Score, path)
+    return found
+
+
+def read_quality(path: Path) -> dict[str, Any]:
+    """Return the content of a `quality.json`.
+
+    Raises:
+        InputError: there is no such file, it is of another version, or a key is missing or wrong.
+    """
+    found = read_json(path, "quality of samples")
+    _require_version(found, path, QUALITY, QUALITY_VERSION, "igpt quality")
+    require_schema(found, Quality, path)
     return found
 
 

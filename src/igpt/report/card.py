@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ from igpt.report.findings import (
     short_source,
 )
 from igpt.report.record import Run, best_validation, read_run, read_sampling
-from igpt.report.sections import Table, key_tables, template
+from igpt.report.sections import Table, generation_tables, key_tables, template
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -48,7 +49,7 @@ CARD = "README.md"
 _LIBRARY = "library_name: igpt"  # distinguishes a card from other README files
 _SIGNATURE = "\n<!-- SHA-256 of the text above, as igpt wrote it: "
 _PICTURES = ("completions.png", "samples.png")
-_SOURCES = ("metrics.jsonl", "probe.json", "test.json", *_PICTURES)
+_SOURCES = ("metrics.jsonl", "probe.json", "test.json", "quality.json", *_PICTURES)
 _MAX_CLASSES = 20  # named in the card
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
@@ -206,7 +207,12 @@ def _contents(run: Run, name: str, license: str | None, terms: str | None) -> di
         "data": _data(run) + ([("terms of use", _plain(terms))] if terms else []),
         "commands": _commands(run),
         "training": _training(run),
-        "tables": _accuracies(run) + key_tables(run) + ([_by_layer(probed)] if probed else []),
+        "tables": [
+            *_accuracies(run),
+            *key_tables(run),
+            *([_by_layer(probed)] if probed else []),
+            *(replace(table, caption=_plain(table.caption)) for table in generation_tables(run)),
+        ],
         "scores": [_score(run, found) for found in _scores(run)],
         "name": name,
         "objective": objective,

@@ -20,7 +20,14 @@ from igpt.data.left_out import LeftOut, left_out_of
 from igpt.data.tokens.manifest import MANIFEST
 from igpt.environment import RunKind, run_kind
 from igpt.errors import InputError
-from igpt.evaluation.results import Count, Number, Share, read_probe, read_test
+from igpt.evaluation.results import (
+    Count,
+    Number,
+    Share,
+    read_probe,
+    read_quality,
+    read_test,
+)
 from igpt.files import Stored, read_json, require_regular, require_schema, require_shallow
 from igpt.model.objectives import DEFAULT_OBJECTIVE, OBJECTIVES, Objective
 from igpt.training.metrics import readable_metrics
@@ -165,6 +172,7 @@ class Run:
         unreadable: number of lines of `metrics.jsonl`, except the last, that are no records.
         saved: the model's `config.json`.
         test: a fine-tuned classifier's `test.json`.
+        quality: the `quality.json` of `igpt quality`.
         manifest: the token data set's `dataset.json`; empty if the data set was deleted.
     """
 
@@ -177,6 +185,7 @@ class Run:
     palette: Palette | None = None
     probe: dict[str, Any] | None = None
     test: dict[str, Any] | None = None
+    quality: dict[str, Any] | None = None
     manifest: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
@@ -282,6 +291,7 @@ def read_run(path: Path) -> Run:
         palette=_read_palette(path / "model" / "preprocessor_config.json"),
         probe=read_probe(path / "probe.json") if (path / "probe.json").exists() else None,
         test=read_test(path / "test.json") if (path / "test.json").exists() else None,
+        quality=read_quality(path / "quality.json") if (path / "quality.json").exists() else None,
         manifest=(optional_json(Path(tokens) / MANIFEST, _Manifest) if tokens else None) or {},
     )
 

@@ -412,6 +412,43 @@ def score_tables(run: Run) -> list[Table]:
     return [Table(caption, ("", "nats/pixel", "std. error"), rows)] if rows else []
 
 
+def generation_tables(run: Run) -> list[Table]:
+    """Return a table of the quality of samples and of one of completions, if it was measured."""
+    found = run.quality
+    if found is None:
+        return []
+    compared = f"{short_source(found['source'])} in layer {found['layer']} of "
+    is_own = found["features"] == found.get("model")
+    compared += "this model" if is_own else short_source(found["features"])
+    tables = []
+    if distance := found.get("frechet"):
+        sampled, true = distance["images"]
+        low, high = (f"{limit:.4g}" for limit in distance["interval_95"])
+        caption = f"Frechet distance of samples to {compared} (lower is better)"
+        images = f"{plural(sampled, 'sample')}, {plural(true, 'image')}"
+        row = (images, f"{distance['distance']:.4g}", f"{low} to {high}")
+        tables.append(Table(caption, ("", "distance", "95 % interval"), [row]))
+    if completed := found.get("completions"):
+        caption = (
+            f"Images of {compared} that are nearer to a completion than its true image "
+            "(50 % by chance; lower is better)"
+        )
+        count = plural(completed["count"], "completion")
+        interval = " to ".join(map(percent, completed["interval_95"]))
+        rows = [
+            (f"{count} of {plural(completed['keep_rows'], 'row')}", completed["mean"], interval),
+            ("The rows with another image's below them", completed["other_pixels"]["mean"], ""),
+        ]
+        tables.append(
+            Table(
+                caption,
+                ("", "share", "95 % interval"),
+                [(name, percent(share), limits) for name, share, limits in rows],
+            )
+        )
+    return tables
+
+
 def maps_sections(run: Run) -> list[Section]:
     """Return a section for each picture of pixel losses that `igpt score` wrote, if it is there.
 

@@ -38,8 +38,8 @@ def palette_swatch(palette: Palette) -> Image.Image:
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     if palette.transparent:
         row, column = divmod(count - 1, columns)
-        place = left + column * side, top + row * side
-        draw.rectangle((*place, place[0] + side - 1, place[1] + side - 1), outline=_LABEL)
+        x, y = left + column * side, top + row * side
+        draw.rectangle((x, y, x + side - 1, y + side - 1), outline=_LABEL)
     # Labels keep a distance of a line's height, or of a number's width.
     for row in range(0, rows if rows > 1 else 0, math.ceil(13 / side)):
         place = left - 5, top + (row + 0.5) * side
