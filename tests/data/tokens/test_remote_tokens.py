@@ -214,9 +214,10 @@ def test_data_sets_that_do_not_fit_are_refused(
     with pytest.raises(InputError, match=r"s3://tokens/large has .* GB, and the cache .* no room"):
         prepare("digits", Path("s3://tokens/large"), CONFIG)
     assert not store.exists("tokens/large")
-    monkeypatch.setenv("IGPT_CACHE_GB", "much")
-    with pytest.raises(InputError, match="IGPT_CACHE_GB=much should be a number"):
-        prepare("digits", Path("s3://tokens/large"), CONFIG)
+    for wrong in ("much", "nan", "-1"):
+        monkeypatch.setenv("IGPT_CACHE_GB", wrong)
+        with pytest.raises(InputError, match=f"IGPT_CACHE_GB={wrong} should be a positive number"):
+            prepare("digits", Path("s3://tokens/large"), CONFIG)
 
 
 def test_training_and_probing(

@@ -11,6 +11,7 @@ recently used ones are removed where there is too little room.
 
 import fcntl
 import hashlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -95,7 +96,9 @@ def make_room(size: int, what: str) -> None:
     try:
         limit = 1e9 * (_USUAL_LIMIT if text is None else float(text))
     except ValueError:
-        raise InputError(f"{_LIMIT}={text} should be a number of GB") from None
+        limit = math.nan
+    if not limit > 0:
+        raise InputError(f"{_LIMIT}={text} should be a positive number of GB")
     folders = [path for path in cache.iterdir() if path.is_dir()]
     sizes = {folder: _size(folder) for folder in folders}
     for folder in sorted(folders, key=_last_use):
