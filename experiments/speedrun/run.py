@@ -65,7 +65,7 @@ ENTRIES = (
         None,
         "the paper's recipe: Adam (0.9, 0.95), cosine to 0 after a warm-up, learned positions",
         {"images": 30_720, "validate_every": 7_680},
-        {"batch": (8, 16, 4), "rate": (1e-3, 3e-3, 3e-4)},
+        {"batch": (8, 16, 32), "rate": (1e-3, 3e-3, 3e-4)},
     ),
     Entry(
         "muon",
