@@ -2,21 +2,30 @@
 
 An example is a block marked `console`: lines that begin with "$ " are commands, and the lines below
 are their output. All run in one empty folder, in the order of the navigation, so that a page can
-use files made by earlier pages. Blocks marked `bash` are commands that need a GPU or the network;
-they are not run. Pictures that the pages show are copied from the runs.
+use files made by earlier pages. There is an object store with the bucket lab-data, in which
+photos.zip has 300 crops of each of scikit-learn's two photographs. Blocks marked `bash` are
+commands that need a GPU or the network; they are not run. Pictures that the pages show are copied
+from the runs.
 """
 
+import io
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
+import numpy as np
 import yaml
 from PIL import Image
+from sklearn.datasets import load_sample_images
 
 DOCS = Path(__file__).parent
+sys.path.insert(0, str(DOCS.parent))
+from tests.helpers.stores import object_store  # noqa: E402
+
 BLOCK = re.compile(r"^```console\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 # By their names in the folder of the runs.
 PICTURES = {
@@ -72,6 +81,7 @@ def commands(block: str) -> list[str]:
 def output(command: str, folder: Path) -> str:
     """Return what a command prints, in a terminal of 120 columns without colours."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+    environment["XDG_CACHE_HOME"] = str(folder / ".cache")
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     done = subprocess.run(
         command,
@@ -89,9 +99,23 @@ def output(command: str, folder: Path) -> str:
     return "\n".join(line.rstrip() for line in shown.splitlines())
 
 
+def photographs() -> bytes:
+    """Return a ZIP archive of 300 crops of each of scikit-learn's photographs, in two folders."""
+    content, random = io.BytesIO(), np.random.default_rng(0)
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, image in zip(("china", "flower"), load_sample_images().images, strict=True):
+            for number in range(300):
+                top, left = (int(random.integers(side - 64)) for side in image.shape[:2])
+                crop = io.BytesIO()
+                Image.fromarray(image[top : top + 64, left : left + 64]).save(crop, "JPEG")
+                archive.writestr(f"photos/{name}/{number:03d}.jpg", crop.getvalue())
+    return content.getvalue()
+
+
 def main() -> None:
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, object_store("lab-data") as store:
         folder = Path(temporary)
+        store.pipe_file("lab-data/photos.zip", photographs())
         for page in pages():
             if not page.exists():
                 continue

@@ -230,7 +230,8 @@ class Inspect(Options):
         require_png(target)
         data = TokenDataset(self.tokens)
         with progress_bar() as show:
-            found = run(data, partial(show, "reading"))
+            # The data set of a URL is read from its copy.
+            found = run(data, partial(show, "reading")) | {"path": shown(self.tokens)}
         save_png(sheet(data), target)
         write_json(target.with_suffix(".json"), found)
         for line in _description(found):

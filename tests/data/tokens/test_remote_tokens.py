@@ -243,6 +243,7 @@ def test_training_and_probing(
         assert done.returncode == 0, done.stderr
     done = igpt("inspect", "s3://tokens/digits", "-o", tmp_path / "sheet.png")
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("s3://tokens/digits: 8 px, ")
 
 
 @pytest.mark.parametrize(
