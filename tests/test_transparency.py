@@ -177,7 +177,8 @@ def test_prepared_tokens(sprites: Path, tokens: TokenDataset) -> None:
         assert picture.getpixel((3, 22 + 3)) == picture.getpixel((0, 0))  # the ground is visible
     assert sheet(tokens).mode == "RGBA"
     swatch = np.asarray(palette_swatch(tokens.palette))
-    assert swatch[-1, -1, 3] == 0
+    assert swatch[-1, -1, 3] == 255  # a frame around what is transparent
+    assert swatch[-2, -2, 3] == 0
     assert swatch[-1, -1 - 28, 3] == 255  # a square has 28 pixels
 
 
