@@ -83,7 +83,7 @@ def test_every_recipe_trains_and_no_pixel_sees_itself_or_later_ones(
     for entry in run.ENTRIES:
         change = {**over.get(entry.over, {}), **entry.change}
         over[entry.name] = change
-        assert change not in seen
+        assert change not in seen or entry.search
         seen.append(change)
         made = recipe.Recipe.layered({**change, **small}, where=entry.name)
         torch.manual_seed(0)

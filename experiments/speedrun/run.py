@@ -85,6 +85,19 @@ ENTRIES = (
         "value_residual", "rotary", "values mixed with the first block's", {"value_residual": True}
     ),
     Entry(
+        "again",
+        "value_residual",
+        "batch size and learning rate searched again",
+        {},
+        {"batch": (16, 8), "rate": (5e-3, 1e-2)},
+    ),
+    Entry(
+        "random_embeddings",
+        "value_residual",
+        "random colour embeddings, as in the paper's recipe",
+        {"from_palette": False},
+    ),
+    Entry(
         "kernel", "value_residual", "embeddings and head shared by near colours", {"kernel": 1.0}
     ),
     Entry(

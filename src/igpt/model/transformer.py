@@ -210,7 +210,7 @@ class ImageGPT(nn.Module):
         if name == "wte" and self.from_palette:
             assert self.palette is not None, "embeddings from the palette need a palette"
             # [V, 3], in -1 .. 1; a transparent entry has no colour, and stays random.
-            colors = torch.from_numpy(self.palette.opaque_centers).float()
+            colors = torch.tensor(self.palette.opaque_centers, dtype=torch.float32, device="cpu")
             projection = torch.empty(3, width, device="cpu").normal_(std=deviations["wte.weight"])
             # Dividing by the colours' root mean square gives the usual standard deviation.
             size = colors.square().sum(1).mean().sqrt().clamp(min=1e-6)
