@@ -324,7 +324,6 @@ _NIGHT = Scale(
             "batch-size": 16,
             "warmup-steps": 200,
             "flip": True,
-            "patience": 1000,  # of the preset: 3, which could stop it early
             **_OFTEN,
         },
         finetuning={**_FINETUNING, "optimizer": "muon", "schedule": "cosine", "warmup-steps": 100},
