@@ -99,8 +99,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     },
     # Minutes on two cores at 16 px (256 pixels).
     "photos": _PHOTOS,
-    # The recipe of experiments/speedrun that reached a fixed loss fastest. Its variants are not in
-    # the paper. Minutes on two cores at 16 px.
+    # The recipe of experiments/speedrun that reached a fixed loss fastest, of what igpt contains.
+    # Its variants are not in the paper. Minutes on two cores at 16 px.
     "modern": {
         "n_layer": 6,
         "n_embd": 192,
