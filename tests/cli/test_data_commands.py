@@ -110,7 +110,9 @@ def released(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_released_tokens_are_kept_as_they_are(igpt: Run, released: Path, tmp_path: Path):
+def test_released_tokens_are_kept_as_they_are(
+    igpt: Run, released: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     done = igpt("prepare", released, "-o", tmp_path / "t", "--size", 4)
     assert done.returncode == 0, done.stderr
     data = TokenDataset(tmp_path / "t")
@@ -128,6 +130,10 @@ def test_released_tokens_are_kept_as_they_are(igpt: Run, released: Path, tmp_pat
     } == given
     assert "4 px, 3 classes, 6 colours (tokens as they were given)" in done.stdout
     assert igpt("inspect", tmp_path / "t").returncode == 0
+    monkeypatch.chdir(tmp_path)
+    relative = igpt("inspect", "t").stdout.splitlines()
+    assert relative[0].startswith("t: 4 px, ")
+    assert relative[-1].startswith("t.png: a sheet of training images; t.json: ")
 
 
 def test_inconsistent_released_tokens_are_refused(igpt: Run, released: Path, tmp_path: Path):

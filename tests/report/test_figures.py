@@ -123,6 +123,12 @@ class TestLossCurve:
         assert set(drawn["uniform"].get_ydata()) == {2.833}
         assert set(drawn["unigram"].get_ydata()) == {2.08}
 
+    def test_a_single_training_loss_is_a_point(self):
+        (first, *_) = (record for record in METRICS if record["kind"] == "train")
+        others = [record for record in METRICS if record["kind"] != "train"]
+        assert lines(loss_curve([first, *others]))["training"].get_marker() == "o"
+        assert lines(loss_curve(METRICS))["training"].get_marker() == "None"
+
     def test_the_lowest_validation_loss_is_marked_and_labelled(self):
         figure = loss_curve(METRICS)
         assert lines(figure)["best"].get_xydata().tolist() == [[100, 1.6]]
