@@ -6,10 +6,8 @@ B images, T positions, R resolution, D width, H heads, K head width, V colours, 
 import math
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -19,6 +17,8 @@ from igpt.model import transformer
 from igpt.model.config import ModelConfig
 from igpt.model.transformer import ImageGPT
 from igpt.training.muon import Muon, orthogonalize
+from igpt.training.optimizer import COLOR_TABLES
+from igpt.training.shared_updates import SharedAdamW, color_features
 
 # Rows and columns from a pixel to one of its neighbours, which come before it in raster order.
 OFFSETS = {"up": (-1, 0), "up-left": (-1, -1), "up-right": (-1, 1)}
@@ -55,7 +55,7 @@ class Recipe(Config):
     from_palette: bool = Field(False, description="embeddings from the palette's RGB values")
     head_from_palette: float = Field(0.0, description="standard deviation / 0.02 of such a head")
     neighbors: tuple[Neighbor, ...] = Field((), description="further pixels that are embedded")
-    kernel: float = Field(0.0, description="scale of embeddings and head shared by near colours")
+    share_color_updates: bool = Field(False, description="near colours share updates")
     scalars: bool = Field(False, description="each block's input mixes with the first block's")
     value_embeddings: int = Field(0, description="first and last blocks with embeddings in values")
     softcap: float = Field(0.0, description="logits are this times tanh(logits / this)")
@@ -104,18 +104,12 @@ class RaceModel(ImageGPT):
 
         self.neighbors = nn.ModuleDict({name: table() for name in recipe.neighbors})
         self.value_tables = nn.ModuleList(table() for _ in range(recipe.value_embeddings))
-        self.register_buffer("kernel", kernel_features(palette.centers_), persistent=False)
         with torch.no_grad():
             if recipe.from_palette:
                 for made in self.neighbors.values():
                     made.weight[:-1] = colors @ torch.empty(3, width).normal_(std=0.02)
             if std := 0.02 * recipe.head_from_palette:
                 self.lm_head.weight.copy_(colors @ torch.empty(3, width).normal_(std=std))
-        if recipe.kernel:
-            self.kernel_in = nn.Linear(self.kernel.shape[1], width, bias=False)
-            self.kernel_out = nn.Linear(self.kernel.shape[1], width, bias=False)
-            nn.init.zeros_(self.kernel_in.weight)
-            nn.init.zeros_(self.kernel_out.weight)
         if recipe.scalars:
             self.scalars = nn.Parameter(torch.tensor([[1.0, 0.0]]).repeat(config.n_layer, 1))
         for number, block in enumerate(self.h):
@@ -132,9 +126,6 @@ class RaceModel(ImageGPT):
             source, column = places + down * config.resolution + right, places % config.resolution
             exists = (source >= 0) & (column + right >= 0) & (column + right < config.resolution)
             x = x + table(torch.where(exists, tokens[:, source.clamp(0)], config.n_colors))
-        if self.recipe.kernel:
-            shared = self.recipe.kernel * self.kernel @ self.kernel_in.weight.T
-            x = x + F.embedding(inputs_of(tokens, config.n_colors), F.pad(shared, (0, 0, 0, 1)))
         return x
 
     def hidden(
@@ -156,10 +147,7 @@ class RaceModel(ImageGPT):
         self, tokens: Tensor, mask: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """Return the logits: tokens [B, T] -> [B, T, V]."""
-        weight = self.lm_head.weight
-        if self.recipe.kernel:
-            weight = weight + self.recipe.kernel * self.kernel @ self.kernel_out.weight.T
-        logits = F.linear(self.hidden(tokens, mask, labels), weight)
+        logits = super().forward(tokens, mask, labels)
         if cap := self.recipe.softcap:
             logits = cap * torch.tanh(logits.float() / cap)
         return logits
@@ -219,20 +207,6 @@ def inputs_of(tokens: Tensor, start: int) -> Tensor:
     return F.pad(tokens[:, :-1], (1, 0), value=start)
 
 
-def kernel_features(centers: NDArray[np.float32], count: int = 64) -> Tensor:
-    """Return features of colours whose products fall with the distance of the colours: [V, count].
-
-    They are the largest principal components of a kernel, a mean of Gaussians of three widths.
-    """
-    colors = torch.tensor(centers).double()
-    distance = torch.cdist(colors, colors)
-    widths = (0.1, 0.3, 1.0)  # of colours in -1 .. 1
-    kernel = torch.stack([torch.exp(-0.5 * (distance / one) ** 2) for one in widths]).mean(0)
-    values, vectors = torch.linalg.eigh(kernel)
-    top = vectors[:, -count:] * values[-count:].clamp(min=0).sqrt()
-    return (top / top.square().sum(1).mean().sqrt()).float()
-
-
 class RaceMuon(Muon):
     """Muon with a recipe's momentum, decay and normalization."""
 
@@ -272,17 +246,29 @@ def optimizers_of(model: RaceModel) -> list[torch.optim.Optimizer]:
     """Return the optimizers of a recipe; AdamW's groups have a `scale` of the learning rate."""
     recipe = model.recipe
     matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if recipe.optimizer == "muon" and name.startswith("h.") and parameter.ndim == 2:
             matrices.append(parameter)
             continue
+        if recipe.share_color_updates and name in COLOR_TABLES:
+            tables.append(parameter)
+            continue
         scale = 1.0
-        if name.startswith(("wte", "wpe", "neighbors", "value_tables", "kernel_in")):
+        if name.startswith(("wte", "wpe", "neighbors", "value_tables")):
             scale = recipe.embedding_rate
-        elif name.startswith(("lm_head", "kernel_out")):
+        elif name.startswith("lm_head"):
             scale = recipe.head_rate
         groups.setdefault(scale, []).append(parameter)
     settings: list[dict[str, Any]] = [{"params": of, "scale": by} for by, of in groups.items()]
-    adam = torch.optim.AdamW(settings, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    return [adam, RaceMuon(matrices, recipe)] if matrices else [adam]
+    betas = (0.9, 0.95)
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(settings, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+    ]
+    if matrices:
+        made.append(RaceMuon(matrices, recipe))
+    if tables:
+        assert model.palette is not None
+        made.append(SharedAdamW(tables, color_features(model.palette.centers_), betas, 0.0))
+    return made

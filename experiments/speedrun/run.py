@@ -98,7 +98,10 @@ ENTRIES = (
         {"from_palette": False},
     ),
     Entry(
-        "kernel", "value_residual", "embeddings and head shared by near colours", {"kernel": 1.0}
+        "shared_updates",
+        "value_residual",
+        "updates of embeddings and head shared by near colours",
+        {"share_color_updates": True},
     ),
     Entry(
         "neighbors",

@@ -8,7 +8,11 @@ from igpt.data.tokens.dataset import TokenDataset
 from igpt.training.metrics import read_metrics
 from igpt.training.pretrain import PretrainConfig, pretrain
 
-TOGETHER = {"positions": "rotary", "value_residual": True}
+TOGETHER = {
+    "positions": "rotary",
+    "value_residual": True,
+    "share_color_updates": True,
+}
 
 
 def losses(run: Path) -> list[float]:
@@ -62,3 +66,17 @@ def test_ranks_give_the_losses_of_one_process(
         tmp_path / "settings.yaml",
     )
     assert losses(tmp_path / "run") == pytest.approx(alone, abs=1.5e-6)
+
+
+def test_a_checkpoint_of_two_shards_is_resumed_by_one_process(
+    ranks, igpt, settings: PretrainConfig, alone: list[float], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings.model_copy(update={"shard": 2}).save(tmp_path / "settings.yaml")
+    words = ["pretrain", settings.tokens, "-o", run, "--config", tmp_path / "settings.yaml"]
+    ranks(2, *words, "--minutes", "1e-6")  # over at once: all ranks stop after the next step
+    done = igpt("pretrain", settings.tokens, "-o", run, "--resume", "--shard", 1)
+    assert done.returncode == 0, done.stderr
+    (resumed,) = [line for line in read_metrics(run / "metrics.jsonl") if line["kind"] == "resume"]
+    assert resumed["step"] == 1
+    assert losses(run) == pytest.approx(alone, abs=1.5e-6)

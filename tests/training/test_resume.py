@@ -110,13 +110,14 @@ def test_a_run_that_stopped_early_is_continued_with_more_patience(
     assert PretrainConfig.load(run / "config.yaml").model_dump(mode="json") == config
 
 
-def test_bert_and_muon_resume_exactly_too(
+def test_bert_muon_and_shared_updates_resume_exactly_too(
     digits: TokenDataset, short: dict[str, object], tmp_path: Path
 ) -> None:
     changes = {
         "objective": "bert",
         "log_every": 5,
         "optimizer": "muon",
+        "share_color_updates": True,
     }  # a line spans a checkpoint
     config = PretrainConfig.layered({**short, **changes, "tokens": digits.path})
     pretrain(config, tmp_path / "whole")

@@ -42,6 +42,7 @@ _GROUPS = {
         "steps",
         "batch_size",
         "optimizer",
+        "share_color_updates",
         "learning_rate",
         "learning_rates",
         "warmup_steps",

@@ -18,12 +18,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from igpt.allocator import keep_freed_memory
 from igpt.data.tokens.batches import Batch
 from igpt.errors import InputError
+from igpt.model.match import palette_of
 from igpt.model.precision import autocast
 from igpt.model.transformer import Block, ImageGPT
 from igpt.training.distributed import World
 from igpt.training.optimizer import make_optimizers, step
 from igpt.training.parallelize import LossFunction, gradient_sync, parallelize
 from igpt.training.settings import TrainConfig
+from igpt.training.shared_updates import color_features
 
 
 class Engine:
@@ -35,8 +37,8 @@ class Engine:
             number of images.
 
     Raises:
-        InputError: the batch has fewer images than there are ranks, or `shard` does not divide the
-            world size.
+        InputError: the batch has fewer images than there are ranks, `shard` does not divide the
+            world size, or `share_color_updates` is set and the model has no palette.
     """
 
     def __init__(
@@ -56,8 +58,15 @@ class Engine:
         if isinstance(self._train_module, DistributedDataParallel):
             self._module = self._train_module.module
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        features = None
+        if config.share_color_updates:
+            features = color_features(palette_of(model).opaque_centers)
         self.optimizers = make_optimizers(
-            model, config.optimizer, betas=config.betas, weight_decay=config.weight_decay
+            model,
+            config.optimizer,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            color_features=features,
         )
 
     def update(self, batch: Batch, rate: float) -> Tensor:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from igpt.training.muon import Muon
+from igpt.training.shared_updates import SharedAdamW
 
 OptimizerName = Literal["adamw", "muon"]
 Schedule = Literal["cosine", "linear", "constant"]
+COLOR_TABLES = ("wte.weight", "lm_head.weight")  # their first rows are of the colours
 
 
 def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: Schedule) -> float:
@@ -29,14 +31,22 @@ def learning_rate(step: int, *, peak: float, warmup: int, total: int, schedule: 
 
 
 def make_optimizers(
-    model: nn.Module, name: OptimizerName, *, betas: tuple[float, float], weight_decay: float
+    model: nn.Module,
+    name: OptimizerName,
+    *,
+    betas: tuple[float, float],
+    weight_decay: float,
+    color_features: Tensor | None = None,
 ) -> list[Optimizer]:
     """Return the optimizers of a model, which partition its trainable parameters.
 
     "adamw" is AdamW for all. "muon" is Muon for the matrices of the blocks and AdamW for the rest.
     Weight decay applies to matrices only, not to gains and biases.
+
+    Args:
+        color_features: [V, C]; if given, colour embeddings and output matrix get `SharedAdamW`.
     """
-    hidden, matrices, vectors = [], [], []
+    hidden, matrices, vectors, of_colors = [], [], [], []
     for path, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -44,6 +54,8 @@ def make_optimizers(
             vectors.append(parameter)
         elif name == "muon" and path.startswith("h.") and parameter.ndim == 2:
             hidden.append(parameter)
+        elif color_features is not None and path in COLOR_TABLES:
+            of_colors.append(parameter)
         else:
             matrices.append(parameter)
     groups = [
@@ -53,6 +65,9 @@ def make_optimizers(
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if hidden:
         optimizers.append(Muon(hidden, weight_decay))
+    if of_colors:
+        assert color_features is not None
+        optimizers.append(SharedAdamW(of_colors, color_features, betas, weight_decay))
     return optimizers
 
 
@@ -60,7 +75,7 @@ def step(optimizers: Sequence[Optimizer], rate: float, skip: Tensor) -> None:
     """Perform one optimizer step, unless `skip` (0 or 1, on the device) is 1; then zero gradients.
 
     AdamW's fused kernel reads `skip` itself, as it does for gradient scalers, so the host does not
-    wait for the device. Muon has no such kernel, and the host waits.
+    wait for the device. Muon and SharedAdamW have no such kernel, and the host waits.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:

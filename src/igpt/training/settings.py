@@ -56,6 +56,11 @@ class TrainConfig(Config):
     optimizer: OptimizerName = Field(
         "adamw", description="muon: orthogonalized updates for the matrices of the blocks"
     )
+    share_color_updates: bool = Field(
+        False,
+        description="the updates of a colour in the embeddings and in the output matrix also "
+        "change near colours",
+    )
     learning_rate: float = Field(3e-3, gt=0, le=HIGHEST_RATE, description="peak learning rate")
     warmup_steps: Annotated[int, Field(ge=0, le=MOST)] | Literal["epoch"] = Field(
         0, description="steps of linear warm-up; epoch: one pass over the training images"
