@@ -4,7 +4,7 @@ B images, T positions, R resolution, D width, H heads, K head width, V colours, 
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,15 +41,12 @@ class Recipe(Config):
     flip: bool = False
     optimizer: Literal["adamw", "muon"] = "adamw"
     rate: float = Field(3e-3, description="peak learning rate")
-    embedding_rate: float = Field(1.0, description="times `rate`, for tables of embeddings")
-    head_rate: float = Field(1.0, description="times `rate`, for the output matrix")
     warmup: float = Field(0.05, description="share of the images")
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     cooldown: float = Field(0.5, description="last share of a constant rate that falls to 0")
     weight_decay: float = Field(0.0, description="of Muon's matrices")
     cautious: bool = Field(False, description="decay only what the step also makes smaller")
     momentum_warmup: int = Field(0, description="steps in which Muon's momentum rises from 0.85")
-    normalized: bool = Field(False, description="equal the rows of Muon's steps (NorMuon)")
     positions: Literal["learned", "rotary"] = "learned"
     value_residual: bool = False
     from_palette: bool = Field(False, description="embeddings from the palette's RGB values")
@@ -208,7 +205,7 @@ def inputs_of(tokens: Tensor, start: int) -> Tensor:
 
 
 class RaceMuon(Muon):
-    """Muon with a recipe's momentum, decay and normalization."""
+    """Muon with a recipe's momentum and decay."""
 
     def __init__(self, matrices: list[nn.Parameter], recipe: Recipe) -> None:
         super().__init__(matrices, recipe.weight_decay)
@@ -226,14 +223,8 @@ class RaceMuon(Muon):
             state = self.state[matrix]
             if not state:
                 state["mean"] = torch.zeros_like(matrix)
-                state["square"] = matrix.new_zeros(matrix.shape[0], 1)
             mean = state["mean"].lerp_(matrix.grad, 1 - momentum)
             update = orthogonalize(matrix.grad.lerp(mean, momentum), kind).to(matrix.dtype)
-            if recipe.normalized:
-                state["square"].lerp_(update.square().mean(1, keepdim=True), 0.05)
-                size = update.norm()
-                update = update / state["square"].sqrt().add_(1e-8)
-                update = update * (size / update.norm())
             shrink = rate * recipe.weight_decay
             if recipe.cautious:
                 matrix.sub_(shrink * matrix * (matrix * update > 0))
@@ -243,28 +234,20 @@ class RaceMuon(Muon):
 
 
 def optimizers_of(model: RaceModel) -> list[torch.optim.Optimizer]:
-    """Return the optimizers of a recipe; AdamW's groups have a `scale` of the learning rate."""
-    recipe = model.recipe
+    """Return the optimizers of a recipe."""
+    recipe, betas = model.recipe, (0.9, 0.95)
     matrices: list[nn.Parameter] = []
     tables: list[nn.Parameter] = []
-    groups: dict[float, list[nn.Parameter]] = {}
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if recipe.optimizer == "muon" and name.startswith("h.") and parameter.ndim == 2:
             matrices.append(parameter)
-            continue
-        if recipe.share_color_updates and name in COLOR_TABLES:
+        elif recipe.share_color_updates and name in COLOR_TABLES:
             tables.append(parameter)
-            continue
-        scale = 1.0
-        if name.startswith(("wte", "wpe", "neighbors", "value_tables")):
-            scale = recipe.embedding_rate
-        elif name.startswith("lm_head"):
-            scale = recipe.head_rate
-        groups.setdefault(scale, []).append(parameter)
-    settings: list[dict[str, Any]] = [{"params": of, "scale": by} for by, of in groups.items()]
-    betas = (0.9, 0.95)
+        else:
+            others.append(parameter)
     made: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(settings, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
+        torch.optim.AdamW(others, lr=0.0, betas=betas, weight_decay=0.0, fused=True)
     ]
     if matrices:
         made.append(RaceMuon(matrices, recipe))

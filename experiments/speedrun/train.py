@@ -73,7 +73,7 @@ def train(tokens: Path, recipe: Recipe, out: Path, limits: dict[int, float]) -> 
         rate = recipe.rate_at(seen, size)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("scale", 1.0)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
         seen, steps = seen + size, steps + 1
