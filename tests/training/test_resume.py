@@ -118,6 +118,7 @@ def test_bert_muon_and_shared_updates_resume_exactly_too(
         "log_every": 5,
         "optimizer": "muon",
         "share_color_updates": True,
+        "positions": "rotary",  # no matrix is left for AdamW
     }  # a line spans a checkpoint
     config = PretrainConfig.layered({**short, **changes, "tokens": digits.path})
     pretrain(config, tmp_path / "whole")

@@ -348,6 +348,7 @@ def _training(run: Run) -> list[tuple[str, str]]:
 _SETTINGS = {
     "batch_size": "batch size",
     "optimizer": "optimizer",
+    "share_color_updates": "updates shared by near colours",
     "learning_rate": "learning rate",
     "schedule": "schedule",
     "warmup_steps": "warm-up steps",

@@ -62,6 +62,8 @@ def make_optimizers(
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+    # Checkpoints of several optimizers cannot have a group without parameters.
+    groups = [group for group in groups if group["params"]]
     optimizers: list[Optimizer] = [torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)]
     if hidden:
         optimizers.append(Muon(hidden, weight_decay))
