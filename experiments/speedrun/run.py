@@ -262,14 +262,14 @@ class Race:
         return [result for result in found if result is not None]
 
     def needs_fewer(self, entry: Entry) -> bool:
-        """Return whether an entry with all seeds needs fewer images than what it changes."""
+        """Return whether every seed needs fewer images than the median of what it changes."""
         target = self.target()
         if target is None or len(self.seeds(entry)) < len(SEEDS):
             return False
         if entry.over is None:
             return True
         before = median(needed(self, NAMES[entry.over], target))
-        return median(needed(self, entry, target)) < before
+        return max(needed(self, entry, target)) < before
 
     def target(self) -> float | None:
         """Return the mean final loss of the baseline; None until all its seeds have finished."""
