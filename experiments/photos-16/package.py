@@ -76,8 +76,11 @@ def main(words: list[str] | None = None) -> None:
         shutil.copy(out / name, target)
     probe = read_json(target / "probe.json", "probe")
     # The package has no paths of the machine that it was made on.
-    names = {key: Path(probe[key]).name for key in ("source", "tokens")}
-    write_json(target / "probe.json", probe | names | {"model": DEFAULT_MODEL})
+    names = {key: Path(probe[key]).name for key in ("source", "tokens")} | {"model": DEFAULT_MODEL}
+    command = probe["environment"]["command"]
+    command = command.replace(str(out), DEFAULT_MODEL).replace(probe["tokens"], names["tokens"])
+    names["environment"] = probe["environment"] | {"command": command}
+    write_json(target / "probe.json", probe | names)
     (target / WEIGHTS).chmod(0o644)  # safetensors makes its files private
     for file in sorted(target.iterdir()):
         print(f"{file}: {file.stat().st_size:,} bytes")
