@@ -103,6 +103,7 @@ MODULES = [
     "evaluation/estimator",
     "training/presets",
     "training/muon",
+    "training/shared_updates",
     "training/optimizer",
     "training/trackers",
     "training/settings",
