@@ -67,7 +67,8 @@ class SharedAdamW(Optimizer):
                 if table.grad is None:
                     continue
                 state = self.state[table]
-                if "features" not in state:
+                if not state:
+                    state["step"] = torch.zeros(())
                     # Kept with the moments: on another processor, the same eigenvectors may have
                     # other signs.
                     state["features"] = self._features_of(table)
@@ -76,6 +77,7 @@ class SharedAdamW(Optimizer):
                 if isinstance(shared, DTensor):  # a sum over the rows of every rank
                     shared = shared.redistribute(placements=[Replicate()] * shared.device_mesh.ndim)
                 rate, betas = group["lr"], group["betas"]
+                state["step"] += 1
                 own, shared = _adam(state, "", own, betas), _adam(state, "shared_", shared, betas)
                 table.mul_(1 - rate * group["weight_decay"])
                 table.sub_(own + features @ shared, alpha=rate)
@@ -95,12 +97,9 @@ def _adam(
     state: dict[str, Tensor], prefix: str, gradient: Tensor, betas: tuple[float, float]
 ) -> Tensor:
     """Return Adam's update for a learning rate of 1, and renew the moments in `state`."""
-    steps, mean, square = (f"{prefix}{name}" for name in ("step", "exp_avg", "exp_avg_sq"))
-    if steps not in state:
-        state[steps] = torch.zeros(())
+    mean, square, done = f"{prefix}exp_avg", f"{prefix}exp_avg_sq", int(state["step"])
+    if mean not in state:
         state[mean], state[square] = torch.zeros_like(gradient), torch.zeros_like(gradient)
-    state[steps] += 1
-    done = int(state[steps])
     state[mean].lerp_(gradient, 1 - betas[0])
     state[square].lerp_(gradient.square(), 1 - betas[1])
     size = (state[square] / (1 - betas[1] ** done)).sqrt().add_(_EPS)
