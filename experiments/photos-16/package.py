@@ -59,7 +59,7 @@ def main(words: list[str] | None = None) -> None:
     for name, pixels in photographs().items():
         Image.fromarray(pixels).save(folder / f"{name}.png")
     if not (out / f"score-{PHOTOGRAPHS}.json").exists():
-        run("score", out, folder)
+        run("score", out, folder.resolve())  # the card has the name of an absolute path only
     if not (out / "probe.json").exists():
         limits = ("--limit", options.fitted, "--test-images", options.limit)
         run("probe", out, options.labelled, *limits, "--knn", 20, "--precision", "bf16")
