@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 
+from igpt.files import write_json
+from igpt.report.findings import duration
 from igpt.reproduction.reproduce import describe_plan
+from igpt.reproduction.runner import this_machine
 from igpt.reproduction.scale import scale
 from igpt.reproduction.schedule import pace, seconds_left, to_make_again, wall_seconds
 from igpt.reproduction.steps import Step, steps
@@ -41,17 +44,25 @@ def test_wall_time_of_steps_side_by_side() -> None:
     assert wall_seconds([*both, *chain("e")], seconds, 2, running=["e"]) == 30, "e runs already"
 
 
-def record(seconds: float, ended: str = "done", processor: str = "fast") -> dict[str, Any]:
-    return {"ended": ended, "seconds": seconds, "machine": {"processor": processor}}
+FAST = {"processor": "EPYC", "cpu_precision": "bf16"}
 
 
-def test_the_pace_is_that_of_finished_steps_on_the_same_processor() -> None:
+def record(seconds: float, ended: str = "done") -> dict[str, Any]:
+    return {"ended": ended, "seconds": seconds, "machine": FAST}
+
+
+def test_the_pace_is_that_of_finished_steps_on_the_same_kind_of_machine() -> None:
     steps = chain("a", "b", "c", seconds=400.0)
     records = {"a": record(500.0), "b": record(300.0), "c": record(9.0, "stopped")}
-    assert pace(steps, records, "fast") == 1.0
-    assert pace(steps, {**records, "b": record(700.0)}, "fast") == 1.5
-    assert pace(steps, records, "slow") == 1.0
-    assert pace(steps, {"a": record(900.0)}, "fast") == 1.0, "400 s are too few"
+    assert pace(steps, records, FAST) == 1.0
+    assert pace(steps, {**records, "b": record(700.0)}, FAST) == 1.5
+    for other in (
+        {**FAST, "processor": "another"},
+        {**FAST, "cpu_precision": "fp32"},
+        {"processor": "EPYC"},
+    ):
+        assert pace(steps, records, other, expected=2.0) == 2.0
+    assert pace(steps, {"a": record(900.0)}, FAST) == 1.0, "400 s are too few"
 
 
 @pytest.mark.parametrize(("begun", "left"), [(False, 200.0), (True, 140.0)])
@@ -78,3 +89,41 @@ def test_a_night_takes_about_ten_hours_and_each_group_fits_into_a_sitting(tmp_pa
     assert text.splitlines()[-1].startswith(f"all steps: {len(plan)} of {len(plan)} steps to do")
     assert all(f"igpt {' '.join(step.words)}" in text for step in plan)
     assert not (tmp_path / "none").exists()
+
+
+def test_a_plan_takes_longer_without_bf16_and_corrects_itself_by_finished_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def total() -> str:
+        plan = describe_plan(tmp_path, scale("night"), "corpus", "labelled", jobs=1)
+        return plan.splitlines()[-1].split(", ")[1]
+
+    def with_bf16(found: bool) -> None:
+        multiplies = "igpt.reproduction.reproduce.multiplies_bf16"
+        monkeypatch.setattr(multiplies, lambda device_type: found)
+
+    plan = steps(scale("night"), "corpus", "labelled")
+    expected = sum(step.seconds or 0.0 for step in plan)
+    with_bf16(found=True)
+    assert total() == f"about {duration(expected)}"
+    with_bf16(found=False)
+    assert total() == f"about {duration(2 * expected)}"
+    made = [step for step in plan if step.name in ("runs/small", "runs/at-16")]
+    records = {
+        step.name: {
+            "command": list(step.words),
+            "ended": "done",
+            "seconds": 3 * (step.seconds or 0.0),
+            "side_by_side": 2,
+            "machine": this_machine(),
+        }
+        for step in made
+    }
+    head = {"format": "igpt-reproduction-steps", "version": 1}
+    write_json(tmp_path / "steps.json", {**head, "steps": records})
+    for step in plan:  # readable tokens, so that nothing is made again
+        if step.words[0] == "prepare" or step in made:
+            (tmp_path / step.name / "model").mkdir(parents=True)
+            (tmp_path / step.name / "model" / "config.json").touch()
+    rest = expected - sum(step.seconds or 0.0 for step in made)
+    assert total() == f"about {duration(3 * rest)}"

@@ -147,6 +147,8 @@ def _cost(evidence: Mapping[str, Any]) -> str:
 
 def _where(machine: Mapping[str, Any]) -> str:
     processor = machine["gpu"] or f"{plural(machine['cores'], 'core')} of {machine['processor']}"
+    if not machine["gpu"] and machine.get("cpu_precision"):
+        processor += f", in {machine['cpu_precision']}"
     return f"{processor} (igpt {machine['igpt']}, torch {machine['torch']})"
 
 

@@ -18,14 +18,21 @@ from igpt.evaluation.probe import subset_images
 from igpt.evaluation.results import Count, Number, Positive
 from igpt.files import Stored, require_schema, write_json
 from igpt.locks import exclusive_folder
+from igpt.model.precision import multiplies_bf16
 from igpt.report.findings import duration
 from igpt.report.record import read_metrics
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Answer, NotDone, Results
 from igpt.reproduction.questions import QUESTIONS, questions
-from igpt.reproduction.runner import StepsFailed, read_records, run_steps
+from igpt.reproduction.runner import StepsFailed, read_records, run_steps, this_machine
 from igpt.reproduction.scale import Scale
-from igpt.reproduction.schedule import keep_small_files, seconds_left, to_make_again, wall_seconds
+from igpt.reproduction.schedule import (
+    keep_small_files,
+    pace,
+    seconds_left,
+    to_make_again,
+    wall_seconds,
+)
 from igpt.reproduction.steps import LABELLED, Step, runs, steps
 
 FORMAT, VERSION = "igpt-reproduction", 1
@@ -80,6 +87,7 @@ def reproduce(
             planned,
             folder=out,
             replace=replace,
+            expected_pace=_expected_pace(scale),
             records=records,
             jobs=jobs or scale.jobs,
             say=say,
@@ -121,10 +129,11 @@ def describe_plan(
     records, planned = read_records(out), steps(scale, corpus, labelled)
     done = {name for name, one in records.items() if one["ended"] in ("done", "skipped")}
     again = to_make_again(planned, done, out)
+    speed = pace(planned, records, this_machine(), _expected_pace(scale))
     left = {
         step.name: 0.0
         if step.name in done - again
-        else seconds_left(step, {} if step.name in again else records, out, 1.0)
+        else seconds_left(step, {} if step.name in again else records, out, speed)
         for step in planned
     }
     lines, count = [], jobs or scale.jobs
@@ -141,12 +150,19 @@ def describe_plan(
     return "\n".join(lines)
 
 
+def _expected_pace(scale: Scale) -> float:
+    """Return how long the steps take here, relative to the estimates, which are for bf16."""
+    if scale.speed is None or multiplies_bf16("cpu"):
+        return 1.0
+    return scale.speed.without_bf16
+
+
 def _estimate(
     planned: Sequence[Step], left: Mapping[str, float], done: Collection[str], jobs: int
 ) -> str:
     unfinished = [step for step in planned if step.name not in done]
     text = f"{len(unfinished)} of {len(planned)} steps to do"
-    if any(step.seconds is None for step in planned):
+    if not unfinished or any(step.seconds is None for step in planned):
         return text
     wall = wall_seconds(unfinished, left, jobs)
     return f"{text}, about {duration(wall)}, {jobs} side by side"

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field
 
 from igpt.data.tokens.manifest import MANIFEST
@@ -21,6 +22,7 @@ from igpt.errors import InputError, Interrupted
 from igpt.evaluation.results import Count, Positive
 from igpt.files import Stored, read_json, require_schema, write_json
 from igpt.locks import exclusive_folder
+from igpt.model.precision import Precision, resolve_precision
 from igpt.reproduction.processes import IGPT, Process, ProcessPool
 from igpt.reproduction.schedule import pace, seconds_left, to_make_again, wall_seconds
 from igpt.reproduction.steps import Step
@@ -44,6 +46,7 @@ class _Machine(Stored):
     processor: str
     cores: Count | None
     gpu: str | None
+    cpu_precision: Precision | None = None  # of "auto" on the CPU; igpt 0.1.0 did not record it
 
     __pydantic_extra__: dict[str, str | int | float | None] = Field(init=False)
 
@@ -82,6 +85,12 @@ def read_records(folder: Path) -> Records:
     return dict(found["steps"])
 
 
+def this_machine() -> dict[str, Any]:
+    """Return what the records say of this machine and its software."""
+    about = {key: value for key, value in describe().items() if key not in ("command", "started")}
+    return {**about, "cpu_precision": resolve_precision("auto", torch.device("cpu"))}
+
+
 def run_steps(
     steps: Sequence[Step],
     folder: Path,
@@ -93,6 +102,7 @@ def run_steps(
     minutes: float | None = None,
     sources: Mapping[str, Path] | None = None,
     replace: bool = False,
+    expected_pace: float = 1.0,
     program: Sequence[str] = IGPT,
 ) -> bool:
     """Run the steps that are not done yet; return True if all are done.
@@ -109,6 +119,8 @@ def run_steps(
         sources: absolute paths of the sources of `igpt prepare` that are relative paths.
         replace: whether results of other commands, and of the steps that read them, are removed;
             other tokens are an error in any case.
+        expected_pace: duration of steps on this machine relative to their estimates, before it is
+            known from finished steps.
         program: the words before those of a step.
 
     Raises:
@@ -126,8 +138,7 @@ def run_steps(
             f"(igpt {' '.join(records[name]['command'])}); choose another -o"
         )
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
-    about = describe()
-    machine = {key: value for key, value in about.items() if key not in ("command", "started")}
+    machine = this_machine()
     by_name = {step.name: step for step in steps}
     failures: list[str] = []
 
@@ -182,7 +193,7 @@ def run_steps(
             step for step in steps if step.name not in done and (only is None or step.name in only)
         ]
         pool = ProcessPool(folder, jobs, max(1, _cores() // jobs), program)
-        gate = _Gate(steps, records, folder, jobs, str(machine["processor"]))
+        gate = _Gate(steps, records, folder, jobs, machine, expected_pace)
         try:
             while not stop.number and time.monotonic() < end:
                 running = [process.name for process in pool.running]
@@ -235,7 +246,8 @@ class _Gate:
     records: Records
     folder: Path
     jobs: int
-    processor: str
+    machine: Mapping[str, Any]
+    expected_pace: float
     begun: set[str] = field(default_factory=set)
     refused: dict[str, int] = field(default_factory=dict)
     refusal: str = ""
@@ -261,7 +273,7 @@ class _Gate:
         self, step: Step, done: Collection[str], running: Sequence[str], left: float
     ) -> str:
         """Return why a step may not start, or ""; note its group as begun if it may."""
-        speed = pace(self.steps, self.records, self.processor)
+        speed = pace(self.steps, self.records, self.machine, self.expected_pace)
         if step.group in self.begun or not step.group:
             rest = seconds_left(step, self.records, self.folder, speed)
             if not step.run and rest > left:

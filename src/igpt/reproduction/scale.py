@@ -39,6 +39,7 @@ class Speed:
         fit: seconds per image, feature and layer to fit the classifiers of a layer.
         start: seconds to start a command.
         prepare: seconds to prepare an image.
+        without_bf16: duration on a processor without instructions for bf16, relative to all these.
     """
 
     images: Mapping[tuple[str, int], float]
@@ -48,6 +49,7 @@ class Speed:
     fit: float
     start: float
     prepare: float
+    without_bf16: float
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ _GPU = replace(
     },
 )
 
-# Measured on two cores of an AMD EPYC with bf16, two processes of one thread each.
+# Measured on two cores of an AMD EPYC with bf16, two processes of one thread each; the last one on
+# an AMD EPYC with AVX2 only: 1.6 to 2.6, by model.
 _EPYC = Speed(
     images={
         ("small", 16): 296.0,
@@ -254,6 +257,7 @@ _EPYC = Speed(
     fit=4e-6,
     start=5.0,
     prepare=2e-4,
+    without_bf16=2.0,
 )
 
 # The paper's recipe is judged: learned positions, Adam without weight decay, no augmentation in

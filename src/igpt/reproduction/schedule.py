@@ -82,23 +82,37 @@ def wall_seconds(
     return now
 
 
-def pace(steps: Sequence[Step], records: Mapping[str, Mapping[str, Any]], processor: str) -> float:
-    """Return how long finished steps took on such a processor, relative to their estimates.
+def pace(
+    steps: Sequence[Step],
+    records: Mapping[str, Mapping[str, Any]],
+    machine: Mapping[str, Any],
+    expected: float = 1.0,
+) -> float:
+    """Return how long finished steps took on such a machine, relative to their estimates.
 
-    1 before steps of ten minutes are finished: the start of processes takes a varying time.
+    Args:
+        machine: as in the records. Its precision is compared too: processors of one name, with and
+            without instructions for bf16, differ in speed by a factor of two.
+        expected: what is returned before steps of ten minutes are finished: the start of processes
+            takes a varying time.
     """
+    kind = _kind(machine)
     known = [
         (records[step.name]["seconds"], step.seconds)
         for step in steps
         if step.seconds
         and records.get(step.name, {}).get("ended") == "done"
-        and records[step.name]["machine"]["processor"] == processor
+        and _kind(records[step.name]["machine"]) == kind
     ]
     took, estimated = (sum(each) for each in zip(*known, strict=True)) if known else (0.0, 0.0)
-    return took / estimated if estimated > _ENOUGH else 1.0
+    return took / estimated if estimated > _ENOUGH else expected
 
 
 _ENOUGH = 600.0  # seconds
+
+
+def _kind(machine: Mapping[str, Any]) -> tuple[Any, Any]:
+    return machine["processor"], machine.get("cpu_precision")
 
 
 def seconds_left(
