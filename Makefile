@@ -1,4 +1,4 @@
-# make demo   installs, and tells the whole story on the bundled digits
+# make demo   installs, and runs `igpt demo` on the bundled digits
 # make docs   installs, and builds the manual into site/
 # make test   installs, builds the manual, and runs every check
 # make test-floors   runs the core of the tests with the lowest versions that pyproject.toml allows, in an environment of

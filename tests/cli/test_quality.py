@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import igpt as package
 from igpt.data.tokens.dataset import TokenDataset
@@ -56,7 +57,7 @@ def test_features_of_another_model_and_of_a_bert_model(
     found = package.quality(bert, digits.path, features=short_run, layer=2, limit=9, keep_rows=6)
     assert found["completions"]["count"] == 9
     assert "frechet" not in found
-    # Two upper rows of another image are nearer to the true one than a random lower half.
+    # With seven rows of its own and one of another image, an image is near to itself.
     easy = package.quality(bert, digits.path, layer=1, limit=9, keep_rows=7)
     assert easy["completions"]["other_pixels"]["mean"] < 0.5
 
@@ -78,12 +79,38 @@ def test_mistakes_are_one_line(
         (("--layer", 1, "--samples", 32), "needs more than 32 images on both sides, not 32"),
         (("--layer", 1, "--limit", 32), "needs more than 32 images on both sides, not 32"),
         (("--layer", 1, "--samples", -1), "--samples is 0 or more, not -1"),
-        (("--layer", 1, "--samples", 0, "--completions", 181), "there are 180 images, not 181"),
-        (("--layer", 1, "--samples", 0, "--completions", 1), "give 2 or more, not 1"),
+        (("--layer", 1, "--completions", 181), "there are 180 images, not 181"),
+        (("--layer", 1, "--completions", 1), "give 2 or more, not 1"),
+        (("--layer", 1, "--keep-rows", 8), "the rows to keep are 0 to 7, not 8"),
+        (("--layer", 1, "--keep-rows", -1), "the rows to keep are 0 to 7, not -1"),
         (("--layer", 1, "--temperature", -1), "the temperature is 0"),
         (("--features", tmp_path / "wide", "--layer", 1), "sees 12 px, and the samples have 8 px"),
     ):
         done = igpt("quality", model, digits.path, *out, *given)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), (given, done.stderr)
         assert message in done.stderr, given
+        assert "sampling" not in done.stdout, "nothing is sampled before"
         assert not (tmp_path / "q.json").exists()
+
+
+def test_what_is_left_out_is_named_and_other_images_keep_their_result(
+    igpt: Run, short_run: Path, tmp_path: Path
+) -> None:
+    for name in ("photos", "others"):
+        (tmp_path / name).mkdir()
+        for number in range(4):
+            pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
+    words = ("--layer", 1, "--samples", 0, "--max-bad", 0.5, "-o", tmp_path / "q.json")
+    done = igpt("quality", short_run / "model", tmp_path / "photos", *words)
+    assert done.returncode == 0, done.stderr
+    assert "left out: images that do not decode: 1" in done.stdout
+    assert "broken.png" in done.stdout
+    before = (tmp_path / "q.json").read_bytes()
+    assert igpt("quality", short_run / "model", tmp_path / "photos", *words).returncode == 0
+    refused = igpt("quality", short_run / "model", tmp_path / "others", *words)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "has the result of" in refused.stderr
+    assert json.loads((tmp_path / "q.json").read_bytes()).keys() == json.loads(before).keys()
+    assert str(tmp_path / "photos") in (tmp_path / "q.json").read_text()

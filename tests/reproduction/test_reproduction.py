@@ -229,6 +229,18 @@ def test_a_clone_without_models_continues(folder: Path, photographs: Path, tmp_p
     write_json(clone / RECORD, {"format": FORMAT, "version": VERSION, "steps": records})
     (clone / "probes" / "long-2.json").unlink()
     plan = describe_plan(clone, SMALL, str(images), str(images))
+    longer_plan = describe_plan(clone, longer(SMALL, ["resolution"]), str(images), str(images))
+    planned = {
+        name: state
+        for state, name in re.findall(
+            r"^  (to do|done|again) +(\S+):", longer_plan, flags=re.MULTILINE
+        )
+    }
+    assert [planned[name] for name in ("runs/at-6", "probes/at-6", "runs/small")] == [
+        "to do",
+        "to do",
+        "done",
+    ]
     again = re.findall(r"^  again +(\S+):", plan, flags=re.MULTILINE)
     assert set(again) == {
         "tokens/corpus-4",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from igpt.api import load_model, probe, quality
+from igpt.cli.data import print_left_out
 from igpt.cli.parser import Options, argument
 from igpt.cli.sampling import ColorOptions
 from igpt.errors import InputError
@@ -148,23 +149,37 @@ class Quality(ColorOptions):
 
     def execute(self, given: dict[str, Any]) -> None:
         """Run the command."""
+        from igpt.data.left_out import left_out_of
         from igpt.environment import describe
-        from igpt.evaluation.results import QUALITY, QUALITY_VERSION
+        from igpt.evaluation.results import (
+            QUALITY,
+            QUALITY_VERSION,
+            read_quality,
+            require_same_images,
+            source_path,
+        )
         from igpt.files import write_json
 
         target = self.out or model_and_run(self.model)[1] / "quality.json"
         require_writable(target, QUALITY)
         own = (*self.groups["samples"], *self.groups["features"])
         with exclusive(target):
+            if target.exists():
+                require_same_images(target, read_quality(target), self.source)
             chosen: dict[str, Any] = {name: getattr(self, name) for name in own}
             result = quality(self.model, self.source, **chosen, **given)
             about = {
                 "format": QUALITY,
                 "version": QUALITY_VERSION,
                 **result,
+                "source_path": source_path(self.source),
                 "environment": describe(),
             }
             write_json(target, about)
+        prepared = result["left_out_of"] != "these images"
+        what = f"left out when {self.source} was prepared" if prepared else "left out"
+        left_out = left_out_of(result, str(target))
+        print_left_out(left_out, result["warnings"], target, what=what)
         where = f"features of layer {result['layer']} of {result['layers']} of {result['features']}"
         if found := result.get("frechet"):
             low, high = found["interval_95"]

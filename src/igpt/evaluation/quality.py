@@ -63,6 +63,15 @@ def measure(
             f"{model.config.resolution} px; choose one that sees no more"
         )
     n, seed = model.config.n_pixels, settings.get("seed", 0)
+    if completions:  # before the samples, which may take long
+        if completions > len(originals):
+            raise InputError(f"there are {len(originals)} images, not {completions} to complete")
+        if completions < 2:
+            raise InputError("completions are compared with other images: give 2 or more, not 1")
+        if not 0 <= keep_rows < model.config.resolution:
+            raise InputError(
+                f"the rows to keep are 0 to {model.config.resolution - 1}, not {keep_rows}"
+            )
 
     def features(split: TokenSplit, title: str) -> Features:
         if of is not model:
@@ -90,8 +99,6 @@ def measure(
             progress=lambda done, total: show("bootstrap", done, total),
         )
     if completions:
-        if completions > len(originals):
-            raise InputError(f"there are {len(originals)} images, not {completions} to complete")
         chosen = originals.spread(completions)
         tokens = torch.from_numpy(chosen.rows(np.arange(completions)).astype(np.int64))
         completed = complete(

@@ -246,6 +246,7 @@ class Quality(Stored):
     """`quality.json`."""
 
     source: str
+    source_path: str | None = None
     model: str | None = None
     features: str
     layer: Count
@@ -321,14 +322,22 @@ def score_file(folder: Path, source: str, split: str | None) -> Path:
     asked = "" if split in (None, "test") else f"-{split}"
     path = folder / f"score-{name}{asked}.json"
     if path.exists():
-        found = read_score(path)
-        recorded = found.get("source_path")
-        # The same words may name another folder, in another working directory; but a folder that
-        # is gone was moved.
-        if recorded is None or (found.get("source") == source and not os.path.lexists(recorded)):
-            recorded = found.get("source")
-        require_same_source(path, recorded, source)
+        require_same_images(path, read_score(path), source)
     return path
+
+
+def require_same_images(path: Path, found: Mapping[str, Any], source: str) -> None:
+    """Raise if a file's content is the result of another source, which would be lost.
+
+    Raises:
+        InputError: both sources are named.
+    """
+    recorded = found.get("source_path")
+    # The same words may name another folder, in another working directory; but a folder that is
+    # gone was moved.
+    if recorded is None or (found.get("source") == source and not os.path.lexists(recorded)):
+        recorded = found.get("source")
+    require_same_source(path, recorded, source)
 
 
 def score_files(folder: Path) -> list[Path]:

@@ -194,7 +194,8 @@ def _at_equal_loss(
     leads = []  # for every snapshot, by image
     for loss, share in inside:
         after = min(max(1, int(np.searchsorted(losses, loss))), len(losses) - 1)
-        part = (loss - losses[after - 1]) / (losses[after] - losses[after - 1])
+        gap = losses[after] - losses[after - 1]
+        part = (loss - losses[after - 1]) / gap if gap else 1.0
         assert share.right is not None
         leads.append(share.right - (1 - part) * rights[after - 1] - part * rights[after])
     found = mean_of(np.mean(leads, axis=0))

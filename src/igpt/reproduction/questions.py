@@ -76,7 +76,8 @@ QUESTIONS = (
     Question(
         "layers-second",
         "Which layer has the best features with a second, faster recipe?",
-        "Not in the paper: the recipe has rotary positions, Muon and mirrored images.",
+        "Not in the paper: the recipe has rotary positions, value residuals, embeddings from the "
+        "palette, updates shared by near colours, Muon and mirrored images.",
         "an inner layer has the best features with a second recipe",
         partial(by_layer, second=True),
         _compares_recipes,

@@ -24,7 +24,13 @@ from igpt.report.record import read_metrics
 from igpt.report.reproduction import write_page
 from igpt.reproduction.evidence import Answer, NotDone, Results
 from igpt.reproduction.questions import QUESTIONS, questions
-from igpt.reproduction.runner import StepsFailed, read_records, run_steps, this_machine
+from igpt.reproduction.runner import (
+    StepsFailed,
+    of_other_commands,
+    read_records,
+    run_steps,
+    this_machine,
+)
 from igpt.reproduction.scale import Scale
 from igpt.reproduction.schedule import (
     keep_small_files,
@@ -127,6 +133,8 @@ def describe_plan(
         out, scale, corpus, labelled, jobs: see `reproduce`.
     """
     records, planned = read_records(out), steps(scale, corpus, labelled)
+    for name in of_other_commands(planned, records):  # they would be replaced
+        del records[name]
     done = {name for name, one in records.items() if one["ended"] in ("done", "skipped")}
     again = to_make_again(planned, done, out)
     speed = pace(planned, records, this_machine(), _expected_pace(scale))

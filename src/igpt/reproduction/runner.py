@@ -128,7 +128,7 @@ def run_steps(
         InputError: the folder holds results of other commands, or another process works in it.
         Interrupted: on Ctrl-C or SIGTERM, after the running steps have been stopped.
     """
-    others = _of_other_commands(steps, records)
+    others = of_other_commands(steps, records)
     tokens = {step.name for step in steps if step.words[0] == "prepare"}
     kept = [name for name in others if not replace or name in tokens]
     if kept:
@@ -140,6 +140,7 @@ def run_steps(
     end = math.inf if minutes is None else time.monotonic() + 60 * minutes
     machine = this_machine()
     by_name = {step.name: step for step in steps}
+    wanted = by_name.keys() if only is None else set(only)
     failures: list[str] = []
 
     def record(name: str, ended: str, seconds: float) -> None:
@@ -187,11 +188,9 @@ def run_steps(
                 record(step.name, "done", 0.0)
         again = to_make_again(steps, done, folder)
         done -= again
-        if again and (only is None or not again.isdisjoint(only)):
+        if not again.isdisjoint(wanted):
             say(f"made again, since unfinished steps read them: {', '.join(sorted(again))}")
-        waiting = [
-            step for step in steps if step.name not in done and (only is None or step.name in only)
-        ]
+        waiting = [step for step in steps if step.name not in done and step.name in wanted]
         pool = ProcessPool(folder, jobs, max(1, _cores() // jobs), program)
         gate = _Gate(steps, records, folder, jobs, machine, expected_pace)
         try:
@@ -217,18 +216,18 @@ def run_steps(
         finally:
             for process in pool.stop():
                 record(process.name, "stopped" if process.exit_code else "done", process.seconds)
-    reached = f"{len(done | again)} of {len(steps)} steps are done"
+    reached = f"{len(done)} of {len(steps)} steps are done"
     if stop.number:
         raise Interrupted(stop.number, reached)
     if failures:
         several = f"{len(failures)} steps failed; " if len(failures) > 1 else ""
         raise StepsFailed(f"{failures[0]} ({several}{reached})")
-    if minutes is not None and waiting:
-        reason = f"stopped after {minutes:g} minutes"
+    if minutes is not None and not done.issuperset(wanted):
+        reason = "stopped at the time limit"
         if time.monotonic() < end:
-            reason = f"nothing else fits into {minutes:g} minutes ({gate.refusal})"
+            reason = f"nothing else fits into the time limit ({gate.refusal})"
         say(f"{reason}: {reached}; run the same command again to resume")
-    return done.issuperset(only if only is not None else by_name)
+    return done.issuperset(wanted)
 
 
 @dataclass
@@ -302,7 +301,7 @@ def _is_done(records: Records, name: str) -> bool:
     return records.get(name, {}).get("ended") in ("done", "skipped")
 
 
-def _of_other_commands(steps: Sequence[Step], records: Records) -> list[str]:
+def of_other_commands(steps: Sequence[Step], records: Records) -> list[str]:
     """Return the steps that other commands made, and those that read their results."""
     found: list[str] = []
     for step in steps:

@@ -3,7 +3,6 @@
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from igpt.errors import InputError, suggest
 
@@ -323,8 +322,16 @@ _NIGHT = Scale(
     seeds=2,
     second=Second(
         name="modern",
+        # The settings of the preset are repeated, so that a later change of it is not taken for the
+        # same step.
         recipe={
             "model": "modern",
+            "optimizer": "muon",
+            "learning-rate": 3e-3,
+            "positions": "rotary",
+            "start-from-palette": True,
+            "value-residual": True,
+            "share-color-updates": True,
             "batch-size": 16,
             "warmup-steps": 200,
             "flip": True,
@@ -344,7 +351,6 @@ _NIGHT = Scale(
     speed=_EPYC,
 )
 
-ScaleName = Literal["cpu", "gpu", "night"]
 _SCALES = {one.name: one for one in (_CPU, _GPU, _NIGHT)}
 
 # What `longer` makes longer, and the questions that this serves.

@@ -114,7 +114,7 @@ class TrainConfig(Config):
     snapshots: tuple[Annotated[int, Field(ge=0, le=MOST)], ...] = Field(
         (),
         description="steps after which the model is validated and kept in RUN/snapshots; "
-        "0: initial weights",
+        "0: initial weights, without validation",
     )
     stop_seconds: float = Field(
         25,

@@ -5,6 +5,7 @@ run for each tracker: `{"wandb": "tiny-3f2a81c0"}`. Trackers are imported when t
 """
 
 import os
+import re
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -194,7 +195,9 @@ def open_tracker(
     names = read_json(path, "names of tracked runs") if path.exists() else {}
     continued = track in names
     if not continued:
-        names[track] = f"{run.resolve().name}-{uuid.uuid4().hex[:8]}"
+        # MLflow searches for the name in a language of its own, in which quotes have a meaning.
+        name = re.sub(r"[^\w.-]+", "-", run.resolve().name)
+        names[track] = f"{name}-{uuid.uuid4().hex[:8]}"
         write_json(path, names)
     return _TRACKERS[track][1](run, str(names[track]), settings), continued
 
